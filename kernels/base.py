@@ -1,0 +1,81 @@
+"""The attention contract that every torch backend keeps (the native CPU engine has attention of its own).
+
+Keys and values lie in pages of `PAGE_SIZE` tokens: page = position // PAGE_SIZE, lane = position % PAGE_SIZE. A row
+attends to the full committed pages of its sequence (all of them, or those its view names) and then, *by position*,
+to everything from the last committed page boundary on: committed lanes first, then its own ancestors in path order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PAGE_SIZE = 64
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class AttentionSegment:
+    """What n rows of one sequence attend to, the same for every layer.
+
+    rows:      their place in the pass.
+    positions: [n] absolute positions.
+    pages:     [full] page of the pool for each full committed page.
+    view:      [layers, kv_heads, v] absolute page numbers to attend to; None is all.
+    tail:      [n, t] slots in the pool of positions full * PAGE_SIZE ... positions[i], by position, -1 behind them.
+               A causal segment has the last row's only ([1, t]); row i attends to its beginning.
+    causal:    the rows are a chain.
+    """
+
+    rows: slice
+    positions: IntArray
+    pages: IntArray
+    view: IntArray | None
+    tail: IntArray
+    causal: bool
+
+    @property
+    def boundary(self) -> int:
+        """First position behind the full pages."""
+        return len(self.pages) * PAGE_SIZE
+
+    def tail_of(self, row: int) -> IntArray:
+        """Slots of the positions from the boundary to the row's own, both included."""
+        slots = self.tail[0 if self.causal else row]
+        return slots[: int(self.positions[row]) - self.boundary + 1]
+
+
+class AttentionBackend(Protocol):
+    """One file a backend. `prepare` runs once a pass, `attend` once a layer."""
+
+    name: str
+
+    def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Any:
+        """Whatever all layers share: masks, page tables on the device."""
+
+    def attend(
+        self,
+        plan: Any,
+        layer: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        mass: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Softmax attention of all rows, scores scaled by head_dim ** -0.5.
+
+        q:            [R, heads, head_dim]; query head h reads KV head h // (heads // kv_heads).
+        keys, values: [kv_heads, pages, PAGE_SIZE, head_dim], this layer's part of the pool. Lanes that no row
+                      attends to may hold anything, NaN included.
+        window:       a row at position p attends to positions in (p - window, p] only.
+        mass:         [R, kv_heads, absolute pages], filled with the attention probability on each page, summed
+                      over the heads of a group.
+        Returns [R, heads, head_dim] in q's type. Does not modify the pool.
+        """

@@ -1,0 +1,141 @@
+"""PyTorch's scaled_dot_product_attention: one call a segment and layer, the tree as a mask.
+
+Masked gaps between a node and its ancestors change how sums round, so equality with plain decoding is *measured*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.naive import accumulator
+
+
+@dataclass(frozen=True)
+class TailColumns:
+    """The slots behind the full pages that any row of a segment attends to, and who attends to which."""
+
+    slots: torch.Tensor  # [t] ascending
+    positions: torch.Tensor  # [t]
+    mask: torch.Tensor  # [n, t]
+
+
+@dataclass(frozen=True)
+class SegmentPlan:
+    segment: AttentionSegment
+    positions: torch.Tensor  # [n]
+    pages: torch.Tensor  # [full] pages of the pool
+    view: torch.Tensor | None  # [layers, kv_heads, v] absolute pages
+    tail: TailColumns
+    contiguous: int | None  # first slot, when all columns lie in one run of the pool
+
+
+class SDPA:
+    name = "sdpa"
+
+    def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
+        return [plan_segment(segment, device) for segment in segments]
+
+    def attend(
+        self,
+        plan: Sequence[SegmentPlan],
+        layer: int,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None = None,
+        mass: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        kv_heads, _, _, head_dim = keys.shape
+        group = q.shape[1] // kv_heads
+        out = torch.empty_like(q)
+        for part in plan:
+            n = len(part.segment.positions)
+            rows = part.segment.rows
+            k, v, positions, mask = columns(part, layer, keys, values, window)
+            # The query heads of a KV head become rows, so that no key is repeated: [kv_heads, group * n, head_dim].
+            packed = q[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, head_dim)
+            bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
+            attended = F.scaled_dot_product_attention(packed[None], k[None], v[None], attn_mask=bias)[0]
+            out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim)
+            if mass is not None:
+                mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1])
+        return out
+
+
+def plan_segment(segment: AttentionSegment, device: torch.device) -> SegmentPlan:
+    def move(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, np.int64)).to(device)
+
+    tail, boundary = segment.tail, segment.boundary
+    slots, first = np.unique(tail, return_index=True)
+    first = first[slots >= 0]
+    slots = slots[slots >= 0]
+    positions = boundary + first % tail.shape[1]
+    if segment.causal:
+        mask = positions[None, :] <= segment.positions[:, None]
+    else:
+        mask = np.zeros((len(tail), len(slots)), np.bool_)
+        row, column = np.nonzero(tail >= 0)
+        mask[row, np.searchsorted(slots, tail[row, column])] = True
+    contiguous = None
+    if segment.view is None:
+        run = np.concatenate([segment.pages * PAGE_SIZE, slots[:1]])
+        steps_by_page = (np.diff(run) == PAGE_SIZE).all()
+        if steps_by_page and (np.diff(slots) == 1).all():
+            contiguous = int(run[0])
+    columns_of_tail = TailColumns(move(slots), move(positions), torch.from_numpy(mask).to(device))
+    view = None if segment.view is None else move(segment.view)
+    return SegmentPlan(segment, move(segment.positions), move(segment.pages), view, columns_of_tail, contiguous)
+
+
+def columns(
+    part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values [kv_heads, T, head_dim], their positions [T] or [kv_heads, T], and the mask (None: all visible)."""
+    kv_heads = keys.shape[0]
+    flat_k, flat_v = keys.flatten(1, 2), values.flatten(1, 2)  # [kv_heads, slots, head_dim]
+    tail, lanes = part.tail, torch.arange(PAGE_SIZE, device=keys.device)
+    n, prefix = len(part.positions), len(part.pages) * PAGE_SIZE
+    if part.contiguous is not None:
+        run = slice(part.contiguous, part.contiguous + prefix + len(tail.slots))
+        k, v = flat_k[:, run], flat_v[:, run]
+        positions = torch.cat([torch.arange(prefix, device=keys.device), tail.positions])
+    elif part.view is None:
+        at = torch.cat([(part.pages[:, None] * PAGE_SIZE + lanes).flatten(), tail.slots])
+        k, v = flat_k[:, at], flat_v[:, at]
+        positions = torch.cat([torch.arange(prefix, device=keys.device), tail.positions])
+    else:
+        chosen = part.view[layer]  # [kv_heads, v]
+        prefix = chosen.shape[1] * PAGE_SIZE
+        seen = (chosen[..., None] * PAGE_SIZE + lanes).flatten(1)
+        slots = (part.pages[chosen][..., None] * PAGE_SIZE + lanes).flatten(1)
+        at = torch.cat([slots, tail.slots.expand(kv_heads, -1)], dim=1)[..., None].expand(-1, -1, keys.shape[-1])
+        k, v = flat_k.gather(1, at), flat_v.gather(1, at)
+        positions = torch.cat([seen, tail.positions.expand(kv_heads, -1)], dim=1)
+    if window is None and bool(tail.mask.all()):
+        return k, v, positions, None
+    mask = torch.cat([tail.mask.new_ones(n, prefix), tail.mask], dim=1)
+    if window is not None:
+        mask = mask & (positions[..., None, :] > part.positions[:, None] - window)
+    return k, v, positions, mask
+
+
+def page_mass(
+    packed: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor | None, group: int, pages: int
+) -> torch.Tensor:
+    """[n, kv_heads, pages]; SDPA keeps its probabilities to itself, so they are computed again."""
+    scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -torch.inf)
+    p = scores.softmax(-1).unflatten(1, (group, -1)).sum(1)  # [kv_heads, n, T]
+    at = (positions // PAGE_SIZE).expand(p.shape[0], -1)[:, None].expand_as(p)
+    return p.new_zeros(*p.shape[:2], pages).scatter_add(2, at, p).transpose(0, 1)
+
+
+BACKEND = SDPA

@@ -1,0 +1,124 @@
+"""The KV cache of one sequence: a page table into a pool, a committed length, and provisional rows behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool
+
+
+class KVCache:
+    """Committed rows at positions 0 .. length - 1, then the provisional rows of the passes since the last commit.
+
+    A committed row at position p lies in logical page p // PAGE_SIZE, lane p % PAGE_SIZE; the page table turns a
+    logical page into a page of the pool. Provisional row r lies where position length + r would, whatever its own
+    position is (siblings of a tree share one).
+    """
+
+    def __init__(self, pool: PagePool, context: int):
+        self.pool = pool
+        self.context = context
+        self.length = 0
+        self._table = np.empty(-(-context // PAGE_SIZE) + 16, np.int32)
+        self._held = 0
+        self._tail_positions: list[int] = []
+        self._tail_committable: list[bool] = []
+
+    @property
+    def tail_length(self) -> int:
+        """How many provisional rows there are."""
+        return len(self._tail_positions)
+
+    @property
+    def full_pages(self) -> int:
+        """How many committed pages are full."""
+        return self.length // PAGE_SIZE
+
+    @property
+    def pages(self) -> IntArray:
+        """[pages] page of the pool for each logical page held; valid until the next change."""
+        return self._table[: self._held]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages held, shared ones included."""
+        return self._held * self.pool.page_bytes
+
+    def slots(self, rows: IntArray) -> IntArray:
+        """Slots in the pool of rows numbered from position 0 on, the provisional ones behind `length`."""
+        return (self.pages[rows // PAGE_SIZE] * PAGE_SIZE + rows % PAGE_SIZE).astype(np.int32)
+
+    def append(self, positions: IntArray, committable: bool) -> IntArray:
+        """Make room for provisional rows that stand at `positions` and return their slots.
+
+        committable: the rows are written by a full-view pass with the target's own weights. KV computed under a
+        view, or on top of such rows, is wrong from the second layer on and must never be committed.
+        Raises ValueError past the context, MemoryError when the pool is full; both leave the cache as it was.
+        """
+        if len(positions) and int(positions.max()) >= self.context:
+            raise ValueError(f"position {int(positions.max())} is past the context of {self.context} tokens")
+        start = self.length + self.tail_length
+        self._grow(-(-(start + len(positions)) // PAGE_SIZE))
+        self._tail_positions.extend(int(p) for p in positions)
+        self._tail_committable.extend([committable] * len(positions))
+        return self.slots(np.arange(start, start + len(positions), dtype=np.int32))
+
+    def tail_committable(self, rows: Sequence[int]) -> bool:
+        """Whether all these provisional rows could be committed."""
+        return all(self._tail_committable[row] for row in rows)
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep these provisional rows, contiguous and in this order, and drop the others.
+
+        Raises ValueError, with nothing changed, for rows that do not continue the committed sequence position by
+        position or that were not written by a full-view pass.
+        """
+        positions = [self._tail_positions[row] for row in path]
+        if positions != list(range(self.length, self.length + len(path))):
+            raise ValueError(f"rows at positions {positions} do not continue a sequence of length {self.length}")
+        if not self.tail_committable(path):
+            raise ValueError("rows computed under a partial view, or with draft weights, cannot be committed")
+        source = np.asarray(path, np.int32) + self.length
+        target = np.arange(self.length, self.length + len(path), dtype=np.int32)
+        moved = source != target
+        if moved.any():
+            self.pool.move(self.slots(source[moved]), self.slots(target[moved]))
+        self.length += len(path)
+        self.drop_tail()
+
+    def drop_tail(self) -> None:
+        """Forget the provisional rows; pages that only they used go back to the pool."""
+        self._tail_positions.clear()
+        self._tail_committable.clear()
+        keep = -(-self.length // PAGE_SIZE)
+        for page in self._table[keep : self._held]:
+            self.pool.release(int(page))
+        self._held = min(keep, self._held)
+
+    def fork(self) -> KVCache:
+        """A second sequence with the same committed rows: full pages are shared, the partial page is copied."""
+        other = KVCache(self.pool, self.context)
+        other.length = self.length
+        for page in self.pages[: self.full_pages]:
+            self.pool.share(int(page))
+        other._table[: self.full_pages] = self.pages[: self.full_pages]
+        other._held = self.full_pages
+        other._grow(-(-self.length // PAGE_SIZE))
+        lanes = np.arange(self.full_pages * PAGE_SIZE, self.length, dtype=np.int32)
+        if len(lanes):
+            self.pool.move(self.slots(lanes), other.slots(lanes))
+        return other
+
+    def _grow(self, pages: int) -> None:
+        if pages > len(self._table):
+            self._table = np.resize(self._table, 2 * pages)
+        while self._held < pages:
+            self._table[self._held] = self.pool.allocate()
+            self._held += 1
+
+    def release(self) -> None:
+        """Give every page back; the cache is empty afterwards."""
+        self.length = 0
+        self.drop_tail()

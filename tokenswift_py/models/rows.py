@@ -1,0 +1,76 @@
+"""The segments of a pass laid out row after row: tokens, positions, slots, and what each row attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokenswift_py.core import Segment
+from tokenswift_py.kernels.base import AttentionSegment
+from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows. tokens, positions, slots: [R]; slots are where each row's keys and values go in the pool."""
+
+    tokens: IntArray
+    positions: IntArray
+    slots: IntArray
+    segments: tuple[AttentionSegment, ...]
+
+
+def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
+    """Make room in the caches for the rows of one pass and say where everything is.
+
+    target_weights: false for a pass with draft weights, whose rows may never be committed.
+    Raises ValueError for rows past the context or tail rows that do not exist, MemoryError when the pool is full.
+    """
+    if not segments:
+        raise ValueError("a pass needs at least one segment")
+    placed: list[IntArray] = []
+    positions: list[IntArray] = []
+    for segment in segments:
+        cache = segment.cache
+        if any(not 0 <= row < cache.tail_length for row in segment.tail):
+            raise ValueError(f"tail {segment.tail} names rows that are not among {cache.tail_length} provisional ones")
+        own = (cache.length + len(segment.tail) + segment.tree.depth).astype(np.int32)
+        committable = target_weights and segment.view is None and cache.tail_committable(segment.tail)
+        placed.append(cache.append(own, committable))
+        positions.append(own)
+    attention, start = [], 0
+    for segment, own, slots in zip(segments, positions, placed, strict=True):
+        rows = slice(start, start + len(own))
+        attention.append(attention_segment(segment, rows, own, slots))
+        start = rows.stop
+    tokens = np.concatenate([segment.tree.tokens for segment in segments])
+    return Rows(tokens, np.concatenate(positions), np.concatenate(placed), tuple(attention))
+
+
+def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: IntArray) -> AttentionSegment:
+    """Law 1: from the last committed page boundary on, keys are listed by position, in path order."""
+    cache, tree = segment.cache, segment.tree
+    pages = cache.pages[: cache.full_pages].copy()
+    before = np.concatenate([np.arange(cache.full_pages * PAGE_SIZE, cache.length), np.array(segment.tail) + cache.length])
+    common = cache.slots(before.astype(np.int32))
+    if segment.causal or tree.is_chain:
+        tail = np.concatenate([common, own])[None, :]
+        if not segment.causal:
+            count = len(common) + 1 + np.arange(len(tree))
+            tail = np.where(np.arange(tail.shape[1])[None, :] < count[:, None], tail, -1)
+    else:
+        tail = np.full((len(tree), len(common) + int(tree.depth.max()) + 1), -1, np.int32)
+        tail[:, : len(common)] = common
+        for node in range(len(tree)):
+            place = len(common) + tree.depth[node]
+            if node:
+                tail[node, len(common) : place] = tail[tree.parents[node], len(common) : place]
+            tail[node, place] = own[node]
+    view = None
+    if segment.view is not None:
+        view = segment.view.pages
+        if view.size and int(view.max()) >= len(pages):
+            raise ValueError(f"the view names page {int(view.max())} of {len(pages)} full pages")
+    return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)
