@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import accumulator
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool
 
 

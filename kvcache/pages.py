@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context
@@ -52,9 +51,7 @@ class TorchPagePool(Holders):
     The memory is reserved at once and, on a CPU, taken from the system page by page as rows are written.
     """
 
-    def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype, device: torch.device):
         super().__init__(pages)
         self.layers, self.kv_heads = layers, kv_heads
         shape = (layers, kv_heads, pages, PAGE_SIZE, head_dim)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from tokenswift_py.errors import check
+
 if TYPE_CHECKING:
     import torch
 
@@ -18,16 +20,6 @@ if TYPE_CHECKING:
     from tokenswift_py.kvcache.view import PageView
 
 IntArray = npt.NDArray[np.int32]
-
-
-class UserError(ValueError):
-    """Wrong input, told in one line: the field, the value and what is allowed."""
-
-
-def check(condition: bool, field_name: str, value: object, allowed: str) -> None:
-    """Raise the one-line `UserError` that every wrong setting gets."""
-    if not condition:
-        raise UserError(f"{field_name}: {value!r} is not allowed; {allowed}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,11 +199,13 @@ class Acceptance:
     path:   accepted nodes, node 0 first: the rows to commit.
     tokens: len(path) chosen tokens: the accepted drafts and one more, which is the next pending token.
     ending: why the text or the chapter ends after the last token; None if it goes on.
+    logprobs: natural log of the model's own probability of each token, when asked for.
     """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     ending: str | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

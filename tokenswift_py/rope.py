@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tokenswift_py.core import UserError
+from tokenswift_py.errors import UserError
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -42,7 +42,9 @@ def rope_tables(config: Any, context: int) -> RopeTables:
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
     if kind not in SUPPORTED or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head")
+        raise UserError(
+            f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head"
+        )
     trained = trained_length(config)
     note = None
     if context > trained and kind != "dynamic":

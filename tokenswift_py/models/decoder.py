@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-
-from tokenswift_py.core import Output, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+
+from tokenswift_py.core import Output, Segment
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
@@ -52,7 +52,9 @@ class TorchDecoder:
         rows = lay_out(segments)
         plan = self.attention.prepare(rows.segments, self.device)
         spec, pool = self.spec, self._pool(segments)
-        tokens, positions, slots = (torch.from_numpy(x).to(self.device, torch.int64) for x in (rows.tokens, rows.positions, rows.slots))
+        tokens, positions, slots = (
+            torch.from_numpy(x).to(self.device, torch.int64) for x in (rows.tokens, rows.positions, rows.slots)
+        )
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # [R, 1, head_dim / 2]
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None

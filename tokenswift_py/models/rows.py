@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from tokenswift_py.core import Segment
 from tokenswift_py.kernels.base import AttentionSegment
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+
+from tokenswift_py.core import Segment
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
     """Law 1: from the last committed page boundary on, keys are listed by position, in path order."""
     cache, tree = segment.cache, segment.tree
     pages = cache.pages[: cache.full_pages].copy()
-    before = np.concatenate([np.arange(cache.full_pages * PAGE_SIZE, cache.length), np.array(segment.tail) + cache.length])
+    before = np.concatenate(
+        [np.arange(cache.full_pages * PAGE_SIZE, cache.length), np.array(segment.tail) + cache.length]
+    )
     common = cache.slots(before.astype(np.int32))
     if segment.causal or tree.is_chain:
         tail = np.concatenate([common, own])[None, :]

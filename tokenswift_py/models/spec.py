@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from tokenswift_py.core import UserError, check
+from tokenswift_py.errors import UserError, check
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -112,5 +112,7 @@ def windows(config: Any) -> tuple[int | None, ...]:
         return (width,) * config.num_hidden_layers
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != config.num_hidden_layers:
-        raise UserError(f"layer_types: {unknown or len(kinds)} is not allowed; full_attention and sliding_attention are")
+        raise UserError(
+            f"layer_types: {unknown or len(kinds)} is not allowed; full_attention and sliding_attention are"
+        )
     return tuple(width if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,49 @@
+"""What a drafter is; the registry is this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tokenswift_py.kvcache.cache import KVCache
+
+from tokenswift_py import registry
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output
+from tokenswift_py.history import History
+from tokenswift_py.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a drafter may look at. The last token of `history` is pending: it is the root of the next tree, and the
+    cache holds everything before it.
+
+    A drafter may push guesses onto the history (to see their processed logits) and write provisional rows into the
+    cache; it must cut the history back before it returns. It never commits.
+    """
+
+    history: History
+    cache: KVCache
+    model: Model
+    sampler: Sampler
+
+
+class Drafter(Protocol):
+    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text."""
+
+    name: str
+
+    def prefill(self, context: Context) -> None:
+        """The history has grown by tokens that no tree proposed."""
+
+    def propose(self, context: Context, budget: int) -> DraftTree:
+        """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""
+
+    def observe(self, taken: Acceptance, output: Output) -> None:
+        """What verification took from the last proposal, and the pass that said so."""
+
+
+def create(name: str, **settings: Any) -> Drafter:
+    """The drafter called `name`. Raises UserError for a name that no file carries."""
+    drafter: Drafter = registry.create("tokenswift_py.drafters", "DRAFTER", "drafter", name, **settings)
+    return drafter

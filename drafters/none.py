@@ -1,0 +1,23 @@
+"""No draft: the pending token alone, which is plain autoregressive decoding."""
+
+from __future__ import annotations
+
+from tokenswift_py.drafters.base import Context
+
+from tokenswift_py.core import Acceptance, DraftTree, Output
+
+
+class NoDraft:
+    name = "none"
+
+    def prefill(self, context: Context) -> None:
+        pass
+
+    def propose(self, context: Context, budget: int) -> DraftTree:
+        return DraftTree.chain([context.history[-1]])
+
+    def observe(self, taken: Acceptance, output: Output) -> None:
+        pass
+
+
+DRAFTER = NoDraft

@@ -1,0 +1,121 @@
+"""The loop: draft, verify, accept, commit, learn. Plain decoding is the same loop over trees of one node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.drafters.base import Context, Drafter
+from tokenswift_py.history import History
+from tokenswift_py.sampling import Sampler
+from tokenswift_py.stats import GenerationStats
+from tokenswift_py.stopping import Stops
+from tokenswift_py.verify import walk
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one round added to the text.
+
+    forced: tokens of a turn put into the text; they come before `tokens`.
+    tokens: tokens the model chose.
+    ending: why the text or, with turns left, the chapter ends after them.
+    """
+
+    tokens: tuple[int, ...]
+    forced: tuple[int, ...] = ()
+    ending: str | None = None
+    logprobs: tuple[float, ...] | None = None
+
+
+class Engine:
+    """One sequence being written.
+
+    turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).
+    draft_tokens: the most draft tokens in a tree.
+    prefill_chunk: rows per prefill pass.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        drafter: Drafter,
+        sampler: Sampler,
+        stops: Stops,
+        turns: Sequence[Sequence[int]] = (),
+        draft_tokens: int = 8,
+        prefill_chunk: int = 512,
+        want_logprobs: bool = False,
+    ):
+        self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
+        self.turns = list(turns)
+        self.draft_tokens = draft_tokens
+        self.prefill_chunk = prefill_chunk
+        self.want_logprobs = want_logprobs
+        self.history = History()
+        self.cache = model.new_cache()
+        self.context = Context(self.history, self.cache, model, sampler)
+        self.stats = GenerationStats()
+
+    def run(self, prompt: Sequence[int]) -> Iterator[Step]:
+        """Write until something ends the text; every step's tokens are final when it is yielded."""
+        try:
+            step = self.force(prompt)
+            yield step
+            while step.ending is None or (step.ending == "eos" and self.turns):
+                step = self.round() if step.ending is None else self.force(self.turns.pop(0))
+                yield step
+        finally:
+            self.cache.release()
+
+    def round(self) -> Step:
+        """One tree: the accepted tokens and one more."""
+        clock = self.stats.clock
+        with clock("draft"):
+            tree = self.drafter.propose(self.context, self.budget())
+        with clock("verify"):
+            self.cache.drop_tail()
+            output = self.model.forward([Segment(tree, self.cache)])
+        with clock("accept"):
+            taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+        with clock("commit"):
+            self.cache.commit(taken.path)
+        with clock("learn"):
+            self.drafter.observe(taken, output)
+        self.stats.record(tree, taken)
+        return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
+
+    def force(self, tokens: Sequence[int]) -> Step:
+        """Put tokens into the text (the prompt, or a turn behind the pending token) and choose the next."""
+        with self.stats.clock("prefill"):
+            self.history.extend(tokens)
+            self.stops.start_at(len(self.history))
+            row = self.prefill()
+            taken = walk(PENDING, row, self.sampler, self.history, self.stops, self.want_logprobs)
+            self.drafter.prefill(self.context)
+        self.stats.forced_tokens += len(tokens)
+        self.stats.first_tokens += 1
+        return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
+
+    def prefill(self) -> torch.Tensor:
+        """Commit everything in the history that the cache lacks; [1, vocab_size] logits of the last row."""
+        while True:
+            chunk = self.history.tokens[self.cache.length :][: self.prefill_chunk]
+            last = self.cache.length + len(chunk) == len(self.history)
+            segment = Segment(DraftTree.chain(chunk), self.cache, causal=True)
+            output = self.model.forward([segment], [len(chunk) - 1] if last else [])
+            self.cache.commit(range(len(chunk)))
+            self.stats.prefill_tokens += len(chunk)
+            if last:
+                return output.logits
+
+    def budget(self) -> int:
+        """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
+        left = min(self.stops.tokens_left, self.cache.context - len(self.history) + 1)
+        return max(1, min(self.draft_tokens + 1, left))
+
+
+PENDING = DraftTree.chain([0])  # the walk of a single row, whose token does not matter

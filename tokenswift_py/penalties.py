@@ -1,0 +1,79 @@
+"""Penalties on what was written already. Each is a function of the token sequence up to the row it changes, so a
+tree node is judged by the committed history plus its own ancestors (law 5)."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenswift_py.core import IntArray
+
+DRY_LONGEST = 64  # longer matches count as this long; by then the penalty excludes the token
+
+
+def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta: float, window: int) -> None:
+    """Divide positive scores of the last `window` tokens by theta and multiply negative ones, in place.
+
+    scores: [vocab_size]. Source: TokenSwift (arXiv 2502.18890) section 3.4, with the sign rule of CTRL as Hugging
+    Face implements it: dividing a negative score would raise it.
+    """
+    recent = np.unique(tokens[-window:])
+    values = scores[recent]
+    scores[recent] = np.where(values > 0, values / theta, values * theta)
+
+
+def dry_matches(tokens: IntArray, shortest: int, breakers: IntArray) -> tuple[IntArray, IntArray]:
+    """Tokens that would continue an earlier occurrence of the text's end, and the longest match before each.
+
+    A match ends where the text ends, is at least `shortest` and counts at most DRY_LONGEST tokens, and crosses no
+    breaker; a breaker itself is never returned. Both results [n], the tokens ascending.
+    """
+    nothing = np.zeros(0, np.int32)
+    n = len(tokens)
+    suffix = tokens[max(0, n - DRY_LONGEST) :][::-1]  # the last token first
+    broken = np.flatnonzero(np.isin(suffix, breakers))
+    limit = int(broken[0]) if len(broken) else len(suffix)
+    if limit < shortest or n <= shortest:
+        return nothing, nothing
+    # ends[i]: an earlier position at which the last `shortest` tokens occur; its successor is what to avoid.
+    same = np.ones(n - shortest, np.bool_)
+    for back in range(shortest):
+        same &= tokens[shortest - 1 - back : n - 1 - back] == suffix[back]
+    ends = np.flatnonzero(same) + shortest - 1
+    ends = ends[~np.isin(tokens[ends + 1], breakers)]
+    matched = np.full(len(ends), shortest, np.int32)
+    going = np.arange(len(ends))
+    for length in range(shortest, limit):
+        going = going[ends[going] >= length]
+        going = going[tokens[ends[going] - length] == suffix[length]]
+        if not len(going):
+            break
+        matched[going] = length + 1
+    following, at = np.unique(tokens[ends + 1], return_inverse=True)
+    longest = np.zeros(len(following), np.int32)
+    np.maximum.at(longest, at, matched)
+    return following, longest
+
+
+def dry_powers(multiplier: float, base: float) -> npt.NDArray[np.float64]:
+    """[DRY_LONGEST + 1] multiplier * base^k, multiplied one by one so that C++ gets the same bits."""
+    powers = np.empty(DRY_LONGEST + 1)
+    powers[0] = multiplier
+    for k in range(1, len(powers)):
+        powers[k] = powers[k - 1] * base
+    return powers
+
+
+def dry_penalty(
+    scores: npt.NDArray[np.float64],
+    tokens: IntArray,
+    shortest: int,
+    powers: npt.NDArray[np.float64],
+    breakers: IntArray,
+) -> None:
+    """Subtract multiplier * base^(matched - shortest) from tokens that would go on repeating, in place.
+
+    Source: DRY ("don't repeat yourself"), text-generation-webui#5677, as in llama.cpp, over the whole text.
+    """
+    following, matched = dry_matches(tokens, shortest, breakers)
+    scores[following] -= powers[matched - shortest]

@@ -1,0 +1,22 @@
+"""The registry is the folder: a drafter, a policy or a backend is one file that defines one name. A leaf module."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from tokenswift_py.errors import check
+
+
+def names(package: str) -> list[str]:
+    """The files of a folder of implementations, `base` left out, the public ones only."""
+    path = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
+
+
+def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:
+    """Make what file `name` of the folder calls `attribute`. Raises UserError, naming `field`, if there is none."""
+    known = names(package)
+    check(name in known, field, name, f"known are {', '.join(known)}")
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute)(**settings)

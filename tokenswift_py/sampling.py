@@ -1,0 +1,153 @@
+"""A row of logits becomes a token: argmax(processed logits / T + Gumbel(seed, position, token)) (law 2).
+
+The same rule chooses tokens of plain decoding, verified tokens and a draft's own guesses, so the output depends on
+the logits, the parameters and the seed, never on the drafter or the shape of a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tokenswift_py import noise
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.errors import check
+from tokenswift_py.history import History
+from tokenswift_py.penalties import contextual_penalty, dry_penalty, dry_powers
+
+Doubles = npt.NDArray[np.float64]
+
+MASS_BITS = 40  # probabilities relative to the best are summed as integers of this many bits
+NEGLIGIBLE = -28.0  # e^-28 < 2^-40: such a token has no mass
+
+
+class NumericsError(RuntimeError):
+    """The model produced logits nobody can choose from."""
+
+
+class Sampler:
+    """Chooses tokens by one set of parameters.
+
+    eos, first_end: the ids in `eos` are not written before absolute position `first_end` (min_new_tokens).
+    processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
+                    penalties and before the temperature. They must be functions of their arguments alone.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        eos: Sequence[int] = (),
+        first_end: int = 0,
+        processors: Sequence[Any] = (),
+    ):
+        for name, ids in (
+            ("ban", params.ban),
+            ("logit_bias", params.logit_bias),
+            ("dry_breakers", params.dry_breakers),
+        ):
+            for token in ids:
+                check(0 <= token < vocab_size, name, token, f"token ids are 0 to {vocab_size - 1}")
+        self.params = params
+        self.first_end = first_end
+        self.processors = tuple(processors)
+        self._eos = np.array(sorted(eos), np.int64)
+        self._ban = np.array(params.ban, np.int64)
+        self._bias_ids = np.array(list(params.logit_bias), np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), np.float64)
+        self._powers = dry_powers(params.dry_multiplier, params.dry_base)
+        self._breakers = np.array(params.dry_breakers, np.int32)
+        self._log_min_p = float(noise.log(params.min_p)) if params.min_p > 0 else -np.inf
+
+    def choose(self, logits: torch.Tensor, history: History) -> int:
+        """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
+        return self.rank(logits, history, 1)[0]
+
+    def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
+        """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
+        scores = self.process(logits, history)
+        if self.params.temperature == 0:
+            return best(scores, np.arange(len(scores)), count)
+        scores = scores / self.params.temperature
+        tokens = self.candidates(scores, count)
+        perturbed = scores[tokens] + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)
+        return best(perturbed, tokens, count)
+
+    def process(self, logits: torch.Tensor, history: History) -> Doubles:
+        """[vocab_size] logits after penalties, bias, bans and processors, in double."""
+        params = self.params
+        scores = logits.detach().to("cpu", torch.float64, copy=True).numpy()
+        if not np.isfinite(scores.max()):
+            raise NumericsError(f"the model's logits for position {len(history)} are not finite")
+        if params.penalty != 1:
+            contextual_penalty(scores, history.tokens, params.penalty, params.penalty_window)
+        if params.dry_multiplier > 0:
+            dry_penalty(scores, history.tokens, params.dry_length, self._powers, self._breakers)
+        scores[self._bias_ids] += self._bias
+        scores[self._ban] = -np.inf
+        if len(history) < self.first_end:
+            scores[self._eos] = -np.inf
+        for processor in self.processors:
+            ids = torch.from_numpy(history.tokens.astype(np.int64))[None]
+            scores = processor(ids, torch.from_numpy(scores)[None])[0].to(torch.float64).numpy()
+        if not np.isfinite(scores.max()):
+            raise NumericsError(f"no token is left to choose from at position {len(history)}")
+        return np.asarray(scores)
+
+    def candidates(self, scores: Doubles, count: int = 1) -> npt.NDArray[np.int64]:
+        """Tokens that survive top-k, top-p and min-p, in this order, ascending.
+
+        scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count`
+        are left out. Tokens of equal score stay or go together, so no order of summation matters.
+        """
+        params, top = self.params, scores.max()
+        floor = -np.inf
+        if 0 < params.top_k < len(scores):
+            floor = np.partition(scores, -params.top_k)[-params.top_k]
+        if params.top_p < 1:
+            massive = scores[scores >= max(floor, top + NEGLIGIBLE)]
+            floor = max(floor, nucleus_floor(massive, params.top_p))
+        floor = max(floor, top + self._log_min_p)
+        reach = top if count == 1 else np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
+        hopeless = reach - (noise.HIGHEST - noise.LOWEST) - 1e-6
+        return np.flatnonzero((scores >= floor) & (scores >= hopeless) & (scores > -np.inf))
+
+
+def nucleus_floor(scores: Doubles, top_p: float) -> float:
+    """The score of the last token of the nucleus: of the smallest set of best tokens with at least top_p of the mass.
+
+    scores: [n] > the best + NEGLIGIBLE. The row is never sorted as a whole: a growing head of it is, until that
+    holds the mass.
+    """
+    mass = np.floor(noise.exp(scores - scores.max()) * 2.0**MASS_BITS).astype(np.int64)
+    wanted = top_p * float(mass.sum())
+    head = 256
+    while True:
+        order = np.argpartition(mass, -head)[-head:] if head < len(mass) else np.arange(len(mass))
+        order = order[np.argsort(-mass[order], kind="stable")]
+        reached = np.searchsorted(np.cumsum(mass[order]).astype(np.float64), wanted)
+        if reached < len(order) or head >= len(mass):
+            smallest = mass[order[min(int(reached), len(order) - 1)]]
+            return float(scores[mass >= smallest].min())
+        head *= 8
+
+
+def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[int]:
+    """The `count` tokens of highest score; of equals the lowest id. tokens: [n] ascending."""
+    if count == 1:
+        return [int(tokens[scores.argmax()])]
+    if count < len(scores):
+        edge = np.partition(scores, -count)[-count]
+        keep = np.flatnonzero(scores >= edge)
+        scores, tokens = scores[keep], tokens[keep]
+    order = np.lexsort((tokens, -scores))[:count]
+    return [int(token) for token in tokens[order]]
+
+
+def log_probability(logits: torch.Tensor, token: int) -> float:
+    """Natural log of the model's own probability of a token, before penalties and temperature. logits: [vocab]."""
+    return float(torch.log_softmax(logits.double(), -1)[token])

@@ -1,0 +1,121 @@
+"""What a run was worth: acceptance by vLLM's names, diversity of the text, loops, share of the memory limit."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenswift_py.core import Acceptance, DraftTree
+
+
+@dataclass
+class GenerationStats:
+    """Counts and milliseconds of one run. A step is one verify pass; prefill passes are counted apart.
+
+    new_tokens:     tokens the model chose.
+    first_tokens:   those of them that a prefill pass gave.
+    phase_ms:       draft, verify, accept, commit, learn, prefill.
+    """
+
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    step_tokens: int = 0
+    first_tokens: int = 0
+    forced_tokens: int = 0
+    prefill_tokens: int = 0
+    acceptance_histogram: Counter[int] = field(default_factory=Counter)
+    phase_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    def record(self, tree: DraftTree, taken: Acceptance) -> None:
+        accepted = len(taken.path) - 1
+        self.num_spec_steps += 1
+        self.num_draft_tokens += len(tree) - 1
+        self.num_accepted_draft_tokens += accepted
+        self.step_tokens += len(taken.tokens)
+        self.acceptance_histogram[accepted] += 1
+
+    @property
+    def new_tokens(self) -> int:
+        return self.first_tokens + self.step_tokens
+
+    @property
+    def decode_ms(self) -> float:
+        """Milliseconds of everything but prefill."""
+        return sum(ms for phase, ms in self.phase_ms.items() if phase != "prefill")
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Milliseconds of decoding per token that decoding gave; None before the first."""
+        return self.decode_ms / self.step_tokens if self.step_tokens else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The acceptance part of the report. Mean acceptance length is 1 + accepted draft tokens / steps."""
+        steps, drafted = self.num_spec_steps, self.num_draft_tokens
+        return {
+            "num_spec_steps": steps,
+            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": self.num_accepted_draft_tokens,
+            "mean_acceptance_length": 1 + self.num_accepted_draft_tokens / steps if steps else None,
+            "draft_acceptance_rate": self.num_accepted_draft_tokens / drafted if drafted else None,
+            "acceptance_histogram": {str(k): self.acceptance_histogram[k] for k in sorted(self.acceptance_histogram)},
+        }
+
+
+def distinct_n(tokens: Sequence[int], n: int) -> float | None:
+    """Different n-grams over all n-grams (Li et al. 2016); None for a text shorter than n."""
+    if len(tokens) < n:
+        return None
+    grams = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, np.int32), n)
+    return len(np.unique(grams, axis=0)) / len(grams)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The text repeats itself with this period (tokens) from `start` to `stop`."""
+
+    start: int
+    stop: int
+    period: int
+
+
+def find_loop(tokens: Sequence[int], least: int = 64, rounds: int = 4, longest_period: int = 512) -> Loop | None:
+    """The longest stretch that is one block said over and over: at least `least` tokens and `rounds` rounds of it.
+
+    Exact periodicity only: a text that varies a little each round is seen by distinct-n, not here.
+    """
+    text = np.asarray(tokens, np.int32)
+    found: Loop | None = None
+    for period in range(1, min(longest_period, len(text) // rounds) + 1):
+        same = np.concatenate([[False], text[period:] == text[:-period], [False]])
+        edges = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2)
+        for begin, end in edges[edges[:, 1] - edges[:, 0] >= max(least, rounds * period) - period].tolist():
+            if found is None or end + period - begin > found.stop - found.start:
+                found = Loop(begin, end + period, period)
+    return found
+
+
+def memory_bandwidth(megabytes: int = 256) -> float:
+    """Bytes per second at which torch, with its present threads, reads memory: the best of a few plain reductions."""
+    data = torch.ones(megabytes * 2**20 // 4, dtype=torch.float32)
+    best = float("inf")
+    for read in 4 * (data.sum, data.max):
+        start = time.perf_counter()
+        read()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best

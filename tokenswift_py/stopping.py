@@ -1,0 +1,47 @@
+"""What ends a text. Every rule is a function of the token sequence, asked after each token inside the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from tokenswift_py.history import History
+
+
+class Stops:
+    """End-of-sequence tokens, stop strings and the number of new tokens.
+
+    decode: token ids -> text, needed for stop strings only. Called with a history it returns "eos", "stop",
+    "length" or None; tokens that were forced do not count as new, and no stop string begins in them.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int,
+        eos: Collection[int] = (),
+        strings: Sequence[str] = (),
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ):
+        if strings and decode is None:
+            raise ValueError("stop strings need a decoder")
+        self.tokens_left = max_new_tokens
+        self._eos = frozenset(eos)
+        self._strings = tuple(strings)
+        self._decode = decode
+        # A token carries a byte at least, so this many tokens hold any stop string and what it is glued to.
+        self._reach = max((len(text.encode()) for text in strings), default=0) + 4
+        self._start = 0
+
+    def start_at(self, position: int) -> None:
+        """What stands before `position` was forced."""
+        self._start = position
+
+    def __call__(self, history: History) -> str | None:
+        self.tokens_left -= 1
+        if history[-1] in self._eos:
+            return "eos"
+        if self._strings and self._decode is not None:
+            recent = history.tokens[max(self._start, len(history) - self._reach) :]
+            text = self._decode(recent.tolist())
+            if any(string in text for string in self._strings):
+                return "stop"
+        return "length" if self.tokens_left <= 0 else None

@@ -1,0 +1,39 @@
+"""Verification is a walk (law 3): one choice per node, from the root, as long as a child carries what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.history import History
+from tokenswift_py.sampling import Sampler, log_probability
+
+
+def walk(
+    tree: DraftTree,
+    logits: torch.Tensor,
+    sampler: Sampler,
+    history: History,
+    ending: Callable[[History], str | None],
+    want_logprobs: bool = False,
+) -> Acceptance:
+    """Choose tokens down the tree and append them to `history`, whose last token is the tree's root.
+
+    logits: [len(tree), vocab_size]. ending: why the text ends after the latest token, or None; it is asked after
+    every token, and nothing past an ending is chosen.
+    """
+    path, tokens, logprobs = [0], [], []
+    while True:
+        row = logits[path[-1]]
+        token = sampler.choose(row, history)
+        history.append(token)
+        tokens.append(token)
+        if want_logprobs:
+            logprobs.append(log_probability(row, token))
+        reason = ending(history)
+        child = tree.children[path[-1]].get(token)
+        if reason is not None or child is None:
+            return Acceptance(tuple(path), tuple(tokens), reason, tuple(logprobs) if want_logprobs else None)
+        path.append(child)
