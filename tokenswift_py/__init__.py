@@ -8,3 +8,10 @@ if all((_root / name).is_dir() for name in ("drafters", "kvcache", "kernels")) a
     __path__.append(str(_root))
 
 __version__ = "0.1.0"
+
+from tokenswift_py.api import Result, TokenSwift  # noqa: E402 - the folders above must be found first
+from tokenswift_py.core import SamplingParams  # noqa: E402
+from tokenswift_py.errors import UserError  # noqa: E402
+from tokenswift_py.options import Options  # noqa: E402
+
+__all__ = ["Options", "Result", "SamplingParams", "TokenSwift", "UserError", "__version__"]

@@ -91,12 +91,12 @@ class Engine:
     def force(self, tokens: Sequence[int]) -> Step:
         """Put tokens into the text (the prompt, or a turn behind the pending token) and choose the next."""
         with self.stats.clock("prefill"):
+            self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
             self.stops.start_at(len(self.history))
             row = self.prefill()
             taken = walk(PENDING, row, self.sampler, self.history, self.stops, self.want_logprobs)
             self.drafter.prefill(self.context)
-        self.stats.forced_tokens += len(tokens)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
 

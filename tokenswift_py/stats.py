@@ -21,6 +21,7 @@ class GenerationStats:
 
     new_tokens:     tokens the model chose.
     first_tokens:   those of them that a prefill pass gave.
+    forced_tokens:  tokens of turns put into the text; the prompt is not among them.
     phase_ms:       draft, verify, accept, commit, learn, prefill.
     """
 

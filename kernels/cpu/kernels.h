@@ -1,0 +1,80 @@
+// What an ISA variant offers: a table of functions, chosen once at run time. Everything outside the table is plain
+// C++ that runs anywhere and computes no floating-point sum.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace tokenswift {
+
+constexpr int page_size = 64;         // tokens
+constexpr int vector_multiple = 16;   // row buffers are padded with zeros to a multiple of this many floats
+constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
+
+enum class Element { bf16, f32 };
+
+constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
+constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Running softmax of one query: weighted values, 16 partial sums of the weights, the maximum (base 2) they refer to.
+//   [head_dim] values, [16] sums, [1] maximum, padding to a cache line
+constexpr int sums_width = 16;
+constexpr int state_floats(int head_dim) { return head_dim + sums_width + 16; }
+constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
+
+// Some queries meet one page of keys and values.
+struct PageVisit {
+  const void* keys;            // [head_dim / step][64][step]
+  const void* values;          // [64 / step][head_dim][step]
+  ptrdiff_t next;              // bytes from this page to the one visited next, for prefetching
+  int head_dim;                // multiple of 16
+  float scale;                 // of the scores, log2(e) included
+  int queries;
+  const void* q;               // [queries][head_dim] operands
+  float* state;                // [queries][state_floats(head_dim)]
+  const int* first;            // [queries] visible lanes are first .. last - 1; null when all are
+  const int* last;
+  float* mass;                 // sum of exp2(score - maximum) of each query over this page; null when not wanted
+  float* mass_maximum;
+  size_t mass_stride;          // floats from one query to the next
+};
+
+// The arithmetic of one element type of weights or of cached keys and values.
+struct ElementKernels {
+  int operand_bytes;
+  // Rounds n floats (n a multiple of vector_multiple) to operands.
+  void (*round)(const float* x, int n, void* out);
+  // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
+  void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out, size_t out_stride);
+  void (*visit)(const PageVisit&);
+};
+
+struct Kernels {
+  const char* name;
+  int panel;  // output columns of a packed panel
+  int tile;   // rows that share a load of weights
+  ElementKernels bf16, f32;
+  // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // out = silu(gate) * up; n a multiple of vector_multiple.
+  void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  // Softmax state `part` merged into `state`.
+  void (*merge)(float* state, const float* part, int head_dim);
+  // out = values / sum of weights.
+  void (*normalise)(const float* state, int head_dim, float* out);
+  // out[i] += share of page i in the softmax of `state`.
+  void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages, float* out);
+
+  const ElementKernels& of(Element e) const { return e == Element::bf16 ? bf16 : f32; }
+};
+
+// The best variant of this machine, or the one named by `wanted`; empty is the best.
+// Throws std::invalid_argument for an unknown name or one that this machine cannot run.
+const Kernels& choose_kernels(const std::string& wanted);
+
+// Names of the variants that this machine can run, best first.
+std::string runnable_kernels();
+
+}  // namespace tokenswift

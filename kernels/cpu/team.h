@@ -1,0 +1,62 @@
+// Persistent threads that share out the pieces of a job.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace tokenswift {
+
+// The caller works too, and waits only for pieces that a thread has begun: a thread whose core was taken away holds
+// up at most one piece, and one that wakes late finds nothing left to do. Waiting spins for some microseconds, then
+// sleeps. Results never depend on who ran what, for a piece writes only what is its own.
+class Team {
+ public:
+  // threads: workers, the caller included.
+  explicit Team(int threads);
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int size() const { return int(threads_.size()) + 1; }
+
+  // work(piece, worker) for every piece in [0, count); `worker` < size() names the scratch a piece may use.
+  template <class F>
+  void run(int count, const F& work) {
+    run(count, [](const void* context, int piece, int worker) { (*static_cast<const F*>(context))(piece, worker); },
+        &work);
+  }
+
+ private:
+  using Call = void (*)(const void* context, int piece, int worker);
+
+  void run(int count, Call call, const void* context);
+  void share(int count, Call call, const void* context);
+  void serve(int worker);
+  int take_pieces(int worker);
+  void wait_until_done(uint32_t count);
+
+  // epoch (24 bits) | pieces in all (20) | next piece (20): one addition claims a piece and says of which job.
+  std::atomic<uint64_t> ticket_{0};
+  Call call_ = nullptr;
+  const void* context_ = nullptr;
+  alignas(64) std::atomic<uint32_t> done_{0};
+  std::atomic<uint32_t> caller_sleeps_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint32_t> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> threads_;
+};
+
+// While it lives, the thread's denormal results and operands are zero, as they are for every worker.
+class FlushDenormals {
+ public:
+  FlushDenormals();
+  ~FlushDenormals();
+
+ private:
+  uint64_t saved_;
+};
+
+}  // namespace tokenswift

@@ -1,0 +1,70 @@
+// Vectors of 8 floats: AVX2 and FMA.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tokenswift {
+namespace {
+
+struct Isa {
+  static constexpr int lanes = 8;
+  static constexpr int gemm_rows = 4, gemm_vectors = 2;  // 8 accumulators and 4 widened columns of the 16 registers
+  static constexpr int page_rows = 4, page_vectors = 2;
+
+  using Vec = __m256;
+
+  static Vec zero() { return _mm256_setzero_ps(); }
+  static Vec splat(float x) { return _mm256_set1_ps(x); }
+  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+  static Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // At this power of two, scale() gives exactly zero.
+  static constexpr float lowest_power = -127.0f;
+  // a * 2^n for whole n in -127 .. 127.
+  static Vec scale(Vec a, Vec n) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+
+  static float sum(Vec a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static Vec max_across(Vec a) {
+    a = _mm256_max_ps(a, _mm256_permute2f128_ps(a, a, 1));
+    a = _mm256_max_ps(a, _mm256_permute_ps(a, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm256_max_ps(a, _mm256_permute_ps(a, _MM_SHUFFLE(2, 3, 0, 1)));
+  }
+
+  static Vec keep(Vec a, Vec other, int start, int first, int last) {
+    const __m256i index = _mm256_add_epi32(_mm256_set1_epi32(start), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+    const __m256i in = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), index),
+                                           _mm256_cmpgt_epi32(_mm256_set1_epi32(last), index));
+    return _mm256_blendv_ps(other, a, _mm256_castsi256_ps(in));
+  }
+
+  static Vec widen_even(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(bits(p), 16)); }
+  static Vec widen_odd(const uint16_t* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(bits(p), _mm256_set1_epi32(int(0xffff0000u))));
+  }
+
+  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  __attribute__((always_inline)) static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+ private:
+  static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+};
+
+}  // namespace
+}  // namespace tokenswift

@@ -1,0 +1,66 @@
+// Vectors of 16 floats: AVX-512 F/BW/VL/DQ. Included by one translation unit per ISA variant.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tokenswift {
+namespace {  // internal linkage: no variant's inline functions may be merged with another's by the linker
+
+struct Isa {
+  static constexpr int lanes = 16;
+  static constexpr int gemm_rows = 12, gemm_vectors = 2;  // 24 accumulators of the 32 registers
+  static constexpr int page_rows = 6, page_vectors = 4;
+
+  using Vec = __m512;
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec splat(float x) { return _mm512_set1_ps(x); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  // The second operand where one of them is NaN.
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+  static Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // At this power of two, scale() gives exactly zero.
+  static constexpr float lowest_power = -200.0f;
+  // a * 2^n for whole n.
+  static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
+
+  // Sums and maxima of all lanes, in one fixed tree.
+  static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+  static Vec max_across(Vec a) {
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, _MM_SHUFFLE(1, 0, 3, 2)));
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, _MM_SHUFFLE(2, 3, 0, 1)));
+    a = _mm512_max_ps(a, _mm512_permute_ps(a, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm512_max_ps(a, _mm512_permute_ps(a, _MM_SHUFFLE(2, 3, 0, 1)));
+  }
+
+  // a where first <= index < last, `other` elsewhere; lane j has index start + j.
+  static Vec keep(Vec a, Vec other, int start, int first, int last) {
+    const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(start), _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7,
+                                                                                      6, 5, 4, 3, 2, 1, 0));
+    const __mmask16 in = _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(first)) &
+                         _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(last));
+    return _mm512_mask_blend_ps(in, other, a);
+  }
+
+  // The even and the odd elements of 32 bf16 values, widened exactly.
+  static Vec widen_even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  static Vec widen_odd(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))));
+  }
+
+  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  __attribute__((always_inline)) static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+}  // namespace
+}  // namespace tokenswift

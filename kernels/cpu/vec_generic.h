@@ -1,0 +1,84 @@
+// Vectors of 4 floats in GCC's and Clang's portable vector types: SSE2, NEON, whatever the target has.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace tokenswift {
+namespace {
+
+struct Isa {
+  static constexpr int lanes = 4;
+  static constexpr int gemm_rows = 4, gemm_vectors = 2;
+  static constexpr int page_rows = 4, page_vectors = 2;
+
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint32_t Words __attribute__((vector_size(16)));
+
+  static Vec zero() { return Vec{}; }
+  static Vec splat(float x) { return Vec{x, x, x, x}; }
+  static Vec load(const float* p) { return from<Vec>(p); }
+  static void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec sub(Vec a, Vec b) { return a - b; }
+  static Vec mul(Vec a, Vec b) { return a * b; }
+  static Vec div(Vec a, Vec b) { return a / b; }
+  // Fused where the hardware fuses; two roundings elsewhere, for a library call per lane costs 50 times as much.
+  static Vec fma(Vec a, Vec b, Vec c) {
+#if defined(__FP_FAST_FMAF)
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return r;
+#else
+    return a * b + c;
+#endif
+  }
+  static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  static Vec min(Vec a, Vec b) { return a < b ? a : b; }
+  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; holds for |a| < 2^22.
+  static Vec nearest(Vec a) { return (a + 12582912.0f) - 12582912.0f; }
+  // At this power of two, scale() gives exactly zero.
+  static constexpr float lowest_power = -127.0f;
+  // a * 2^n for whole n in -127 .. 127.
+  static Vec scale(Vec a, Vec n) {
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    return a * from<Vec>(&power);
+  }
+
+  static float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  static Vec max_across(Vec a) {
+    const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
+    return splat(even > odd ? even : odd);
+  }
+
+  static Vec keep(Vec a, Vec other, int start, int first, int last) {
+    const Ints index = Ints{0, 1, 2, 3} + start;
+    return ((index >= first) & (index < last)) ? a : other;
+  }
+
+  static Vec widen_even(const uint16_t* p) {
+    const Words wide = from<Words>(p) << 16;
+    return from<Vec>(&wide);
+  }
+  static Vec widen_odd(const uint16_t* p) {
+    const Words wide = from<Words>(p) & 0xffff0000u;
+    return from<Vec>(&wide);
+  }
+
+  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }
+
+ private:
+  template <class T>
+  static T from(const void* p) {
+    T value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+  }
+};
+
+}  // namespace
+}  // namespace tokenswift

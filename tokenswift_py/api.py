@@ -1,0 +1,342 @@
+"""The Python interface: TokenSwift.from_pretrained(...).generate(prompt, ...) and .stream(prompt, ...)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+
+from tokenswift_py import registry, report
+from tokenswift_py.core import Model, SamplingParams
+from tokenswift_py.drafters.base import Drafter
+from tokenswift_py.engine import Engine, Step
+from tokenswift_py.errors import check
+from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.options import Options
+from tokenswift_py.rope import RopeTables, rope_tables
+from tokenswift_py.sampling import Sampler
+from tokenswift_py.stats import GenerationStats
+from tokenswift_py.stopping import Stops
+from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, turn_tokens
+
+logger = logging.getLogger("tokenswift")
+
+DRAFTERS = "tokenswift_py.drafters"
+HEADROOM = 256 * 2**20  # activations, logits and the allocator's slack
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream brought. tokens: chosen by the model; forced: put in before them; text: joined."""
+
+    tokens: tuple[int, ...]
+    forced: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished text.
+
+    text:     what the model wrote, chapters set apart by an empty line.
+    tokens:   every token behind the prompt, forced ones included.
+    forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
+    logprobs: of the chosen tokens, when asked for.
+    ending:   eos, stop, length or interrupted.
+    report:   the fields of report.json.
+    """
+
+    text: str
+    tokens: list[int]
+    forced: list[tuple[int, int]]
+    logprobs: list[float] | None
+    ending: str
+    stats: GenerationStats
+    report: dict[str, Any]
+
+    @property
+    def chosen(self) -> list[int]:
+        """The tokens without the forced ones."""
+        inside = {i for start, stop in self.forced for i in range(start, stop)}
+        return [token for i, token in enumerate(self.tokens) if i not in inside]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that passed every check and has not begun."""
+
+    options: Options
+    prompt: list[int]
+    turns: list[list[int]]
+    sampling: SamplingParams
+    context: int
+    rope: RopeTables
+
+
+class TokenSwift:
+    """A model with its tokenizer, ready to write. Make it with `from_pretrained`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        weights: dict[str, torch.Tensor],
+        tokenizer: Any,
+        device: torch.device,
+        attention: str = "auto",
+    ):
+        self.checkpoint = checkpoint
+        self.tokenizer = tokenizer
+        self.device = device
+        self._weights = weights
+        self._attention = "sdpa" if attention == "auto" else attention
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str = DEFAULT_MODEL,
+        *,
+        revision: str | None = None,
+        dtype: str = "bf16",
+        attention: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> TokenSwift:
+        """Load a model: the default's name, a folder, a .gguf file or a hub id.
+
+        dtype:     bf16 or fp32, of weights and KV cache alike.
+        attention: auto, or a backend of kernels/.
+        device:    auto (cuda where there is one, else cpu) or a torch device.
+        threads:   CPU threads of torch; None leaves them.
+        Raises UserError, in one line, for whatever cannot be used, and MemoryError never: weights that cannot fit
+        are refused before they are read.
+        """
+        check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        backends = ["auto", *registry.names("tokenswift_py.kernels")]
+        check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
+        check(threads is None or threads >= 1, "threads", threads, "at least 1")
+        where = find_device(device)
+        checkpoint = open_checkpoint(model, revision)
+        check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(checkpoint, checkpoint.weights(DTYPES[dtype], where), checkpoint.tokenizer(), where, attention)
+
+    def generate(self, prompt: Prompt, **settings: Any) -> Result:
+        """Write a text and return it whole. Settings: the fields of `Options`."""
+        with self.stream(prompt, **settings) as stream:
+            for _ in stream:
+                pass
+            return stream.result()
+
+    def stream(self, prompt: Prompt, **settings: Any) -> Stream:
+        """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far."""
+        return Stream(self, self.prepare(prompt, Options.of(**settings)))
+
+    def prepare(self, prompt: Prompt, options: Options) -> Run:
+        """Check everything that can be checked before any work. Raises UserError."""
+        tokenizer, checkpoint = self.tokenizer, self.checkpoint
+        check(len(prompt) > 0, "prompt", prompt, "it must not be empty")
+        tokens = prompt_tokens(tokenizer, prompt, options.raw)
+        turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
+        highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
+        check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
+        sampling = options.sampling(checkpoint.defaults, tokenizer)
+        needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
+        context = options.context or needed
+        parts = f"prompt ({len(tokens)})" + (
+            f" + turns ({needed - len(tokens) - options.max_new_tokens})" if turns else ""
+        )
+        allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
+        check(needed <= context, "context", context, allowed)
+        self.drafter(options)
+        cache_bytes = checkpoint.spec.kv_bytes(context, self.weight_dtype.itemsize)
+        check_memory(cache_bytes, self.device, f"a KV cache of {context} tokens")
+        rope = rope_tables(checkpoint.config, context)
+        if rope.note:
+            logger.warning(rope.note)
+        return Run(options, tokens, turns, sampling, context, rope)
+
+    def model(self, rope: RopeTables) -> Model:
+        """The executor for the context of some RoPE tables; the weights are shared."""
+        backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", self._attention)
+        return TorchDecoder(self.checkpoint.spec, self._weights, rope, backend)
+
+    def drafter(self, options: Options) -> Drafter:
+        name, settings = options.drafter_settings()
+        drafter: Drafter = registry.create(DRAFTERS, "DRAFTER", "drafter", name, **settings)
+        return drafter
+
+    def engine(self, run: Run) -> Engine:
+        options = run.options
+        eos = self.checkpoint.eos
+        first_end = len(run.prompt) + options.min_new_tokens
+        vocab = self.checkpoint.spec.vocab_size
+        return Engine(
+            self.model(run.rope),
+            self.drafter(options),
+            Sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
+            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, self.tokenizer.decode),
+            run.turns,
+            options.draft_tokens,
+            want_logprobs=options.logprobs,
+        )
+
+    def baseline(self, stream: Stream) -> Result:
+        """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
+        run, mine = stream.run, stream.result()
+        with Stream(self, replace(run, options=replace(run.options, drafter="none"))) as plain:
+            for _ in plain:
+                if mine.ending == "interrupted" and len(plain.tokens) >= len(mine.tokens):
+                    break
+            theirs = plain.result()
+        mean_context = len(run.prompt) + len(mine.tokens) / 2
+        spec = self.checkpoint.spec
+        itemsize = self.weight_dtype.itemsize
+        table = 0 if spec.tied else spec.vocab_size * spec.hidden_size  # only rows of it are read
+        step_bytes = (spec.parameters - table) * itemsize + spec.kv_bytes(1, itemsize) * mean_context
+        figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes)
+        return replace(mine, report={**mine.report, **figures})
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self._weights["model.embed_tokens.weight"].dtype
+
+
+class Stream:
+    """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing."""
+
+    def __init__(self, swift: TokenSwift, run: Run):
+        self.run = run
+        self.tokens: list[int] = []
+        self._swift = swift
+        self._engine = swift.engine(run)
+        self._steps = self._engine.run(run.prompt)
+        self._joiner = self._new_joiner()
+        self._text: list[str] = []
+        self._forced: list[tuple[int, int]] = []
+        self._logprobs: list[float] = []
+        self._ending = "interrupted"
+
+    def __iter__(self) -> Iterator[Piece]:
+        for step in self._steps:
+            yield self._take(step)
+        if rest := self._finish():
+            yield Piece((), (), rest)
+
+    def close(self) -> None:
+        """Stop writing; what was written stays."""
+        self._steps.close()  # type: ignore[attr-defined]
+        self._finish()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def result(self) -> Result:
+        """The text so far, `ending` "interrupted" unless something ended it."""
+        tail = self._joiner.finish() if self._joiner else ""
+        result = Result(
+            "".join(self._text) + tail, self.tokens, self._forced, self._logprobs if self.run.options.logprobs else None,
+            self._ending, self._engine.stats, {},
+        )  # fmt: skip
+        return replace(result, report=self._report(result))
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self._engine.stats
+
+    def _take(self, step: Step) -> Piece:
+        text, forced = "", ()
+        if self.tokens and step.forced:
+            forced = step.forced
+            text = (self._joiner.finish() if self._joiner else "") + "\n\n"
+            self._joiner = self._new_joiner()
+            self._forced.append((len(self.tokens), len(self.tokens) + len(forced)))
+            self.tokens.extend(forced)
+        assert self._joiner is not None
+        text += self._joiner.push(step.tokens)
+        self._text.append(text)
+        self.tokens.extend(step.tokens)
+        self._logprobs.extend(step.logprobs or ())
+        self._ending = step.ending or "interrupted"
+        return Piece(step.tokens, forced, text, step.logprobs)
+
+    def _finish(self) -> str:
+        if self._joiner is None:
+            return ""
+        rest = self._joiner.finish()
+        self._joiner = None
+        self._text.append(rest)
+        return rest
+
+    def _new_joiner(self) -> TextJoiner | None:
+        return TextJoiner(self._swift.tokenizer, self.run.options.stop)
+
+    def _report(self, result: Result) -> dict[str, Any]:
+        run, options, engine = self.run, self.run.options, self._engine
+        return {
+            "schema": report.SCHEMA,
+            "version": report.__version__,
+            "model": self._swift.checkpoint.name,
+            "parameters": {
+                **run.sampling.to_dict(),
+                "context": run.context,
+                "max_new_tokens": options.max_new_tokens,
+                "min_new_tokens": options.min_new_tokens,
+                "ignore_eos": options.ignore_eos,
+                "stop": list(options.stop),
+                "chapters": list(options.chapters),
+                "raw": options.raw,
+                "draft_tokens": options.draft_tokens,
+            },
+            "seed": run.sampling.seed,
+            "drafter": engine.drafter.name,
+            "engine": "torch",
+            "numerics": engine.model.numerics,
+            "guarantee": engine.model.guarantee,
+            "prompt_tokens": len(run.prompt),
+            "ending": result.ending,
+            "forced": [list(span) for span in result.forced],
+            **report.run_figures(engine.stats),
+            **report.NO_BASELINE,
+            **report.text_figures(result.chosen),
+            "peak_memory_bytes": report.peak_memory(self._swift.device),
+        }
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({error})")
+    return device
+
+
+def check_memory(needed: int, device: torch.device, what: str) -> None:
+    """Refuse what cannot fit into the memory that is free now."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    mib = f"{needed / 2**20:.0f} MiB"
+    check(needed + HEADROOM <= free, "memory", mib, f"{what} must fit the {free / 2**20:.0f} MiB that are free")
+
+
+def free_memory() -> int:
+    """Bytes this process may still take: what the system has available, and what its cgroup allows."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            allowed = limit.read().strip()
+            return free if allowed == "max" else min(free, int(allowed) - int(used.read()))
+    except (OSError, ValueError):
+        return free

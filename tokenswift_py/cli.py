@@ -1,0 +1,266 @@
+"""The command line: long-form text on standard output, progress and the report's summary on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tokenswift_py import __version__
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.options import Options
+from tokenswift_py.report import summary
+
+INTERRUPTED = 130
+
+OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
+    "max_new_tokens": ("text", int, "tokens to write at the most"),
+    "min_new_tokens": ("text", int, "no end before so many"),
+    "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
+    "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
+    "context": ("model", int, "positions the run is made for (default: what it needs)"),
+    "temperature": ("sampling", float, "0 is greedy (default: the checkpoint's)"),
+    "top_k": ("sampling", int, "keep the k best tokens; 0 is off"),
+    "top_p": ("sampling", float, "keep the best tokens that hold this much of the mass; 1 is off"),
+    "min_p": ("sampling", float, "keep tokens at least this probable beside the best; 0 is off"),
+    "penalty": ("sampling", float, "contextual penalty; 1 is off"),
+    "penalty_window": ("sampling", int, "how many of the latest tokens it looks at"),
+    "dry_multiplier": ("sampling", float, "DRY repetition penalty; 0 is off"),
+    "dry_base": ("sampling", float, "its growth per repeated token"),
+    "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
+    "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
+    "drafter": ("drafting", str, "auto, none, ngram or partial"),
+    "draft_tokens": ("drafting", int, "draft tokens in a tree at the most"),
+    "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
+    "draft_budget": ("drafting", int, "tokens of the cache that a partial-cache draft sees"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag. Those of `Options` take their defaults from it."""
+    root = argparse.ArgumentParser(prog="tokenswift", description="Long text from a language model, losslessly faster.")
+    root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
+    groups = {name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "output")}
+    model, text, output = groups["model"], groups["text"], groups["output"]
+    model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
+    model.add_argument("--revision", help="of a hub id")
+    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, weights and KV cache")
+    model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    model.add_argument("--threads", type=int, help="CPU threads")
+    source = text.add_mutually_exclusive_group()
+    source.add_argument("--prompt", help="the prompt itself (default: standard input)")
+    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file that holds the prompt")
+    text.add_argument("--chapters", metavar="FILE|N", help="follow-up requests: a line each, or N generic ones")
+    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    defaults = {f.name: f.default for f in fields(Options) if f.default is not MISSING}
+    for name, (group, kind, explained) in OPTION_HELP.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = defaults[name]
+        if kind is None:
+            groups[group].add_argument(flag, action="store_true", help=explained)
+        else:
+            shown = "" if default is None else f" (default: {default})"
+            groups[group].add_argument(flag, type=kind, default=default, help=explained + shown)
+    sampling = groups["sampling"]
+    sampling.add_argument("--dry-breakers", nargs="*", metavar="TEXT", help="no repeat is counted across these")
+    sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
+    sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
+    output.add_argument("--out", type=Path, metavar="DIR", help="text.txt, tokens.npy, report.json; new or empty")
+    output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
+    output.add_argument("--quiet", action="store_true", help="no bar, no summary")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    args = parser().parse_args(arguments)
+    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING)
+    try:
+        return write(args)
+    except UserError as error:
+        print(f"tokenswift: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone; what else is buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def write(args: argparse.Namespace) -> int:
+    """Check, load, write, compare, report."""
+    prompt = read_prompt(args)
+    options = read_options(args)
+    Options.of(**options)  # everything that needs no model is refused before one is loaded
+    check_out(args.out)
+
+    from tokenswift_py.api import Stream, TokenSwift  # torch and transformers: seconds
+
+    swift = TokenSwift.from_pretrained(
+        args.model, revision=args.revision, dtype=args.dtype, attention=args.attention, device=args.device,
+        threads=args.threads,
+    )  # fmt: skip
+    stream: Stream = swift.stream(prompt, **options)
+    interrupted = False
+    with Output(args, options["max_new_tokens"]) as output:
+        try:
+            for piece in stream:
+                output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
+        except KeyboardInterrupt:
+            interrupted = True
+        stream.close()
+        result = stream.result()
+        output.rest(result.text)
+    if args.out:
+        np.save(args.out / "tokens.npy", np.array(result.tokens, np.int32), allow_pickle=False)
+        save_report(args.out, result.report)
+    if args.baseline and not interrupted:
+        note(args, "decoding again without drafts, to compare")
+        try:
+            result = swift.baseline(stream)
+            if args.out:
+                save_report(args.out, result.report)
+        except KeyboardInterrupt:
+            interrupted = True
+    note(args, summary(result.report))
+    return INTERRUPTED if interrupted else 0
+
+
+class Output:
+    """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
+
+    def __init__(self, args: argparse.Namespace, wanted: int):
+        self.written = 0
+        self._file = None
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            self._file = (args.out / "text.txt").open("x", encoding="utf-8", newline="")
+        hidden = args.quiet or not sys.stderr.isatty()
+        self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=sys.stderr, dynamic_ncols=True)
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+    def write(self, text: str, tokens: int, per_pass: float | None) -> None:
+        if text:
+            with tqdm.external_write_mode(sys.stdout):
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            if self._file:
+                self._file.write(text)
+                self._file.flush()
+            self.written += len(text)
+        self._bar.update(tokens)
+        if per_pass is not None:
+            self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
+
+    def rest(self, text: str) -> None:
+        """What an interruption kept from being written, and the end of the last line."""
+        self.write(text[self.written :], 0, None)
+        if sys.stdout.isatty() or not text.endswith("\n"):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        text = args.prompt
+    elif args.prompt_file is not None:
+        text = read_text(args.prompt_file, "prompt_file")
+    else:
+        if sys.stdin.isatty():
+            print("tokenswift: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        text = read_bytes(sys.stdin.buffer.read(), "standard input")
+    check(bool(text), "prompt", text, "it must not be empty")
+    return str(text)
+
+
+def read_text(path: Path, field: str) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{field}: {str(path)!r} is not allowed; a readable file is ({error.strerror})") from error
+    return read_bytes(data, field)
+
+
+def read_bytes(data: bytes, field: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: byte {error.start} is not allowed; the text must be UTF-8") from error
+
+
+def read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `Options` that the flags stand for."""
+    options = {name: getattr(args, name) for name in OPTION_HELP}
+    options["stop"] = args.stop
+    options["chapters"] = read_chapters(args.chapters)
+    options["ban"] = [int(item) if item.isdecimal() else item for item in args.ban]
+    options["logit_bias"] = dict(read_bias(item) for item in args.logit_bias)
+    if args.dry_breakers is not None:
+        options["dry_breakers"] = args.dry_breakers
+    return options
+
+
+def read_chapters(value: str | None) -> list[str]:
+    if value is None:
+        return []
+    if value.isdecimal():
+        check(int(value) >= 1, "chapters", value, "at least 1, or a file")
+        return [f"Continue. Write part {number}." for number in range(2, int(value) + 2)]
+    lines = [line.strip() for line in read_text(Path(value), "chapters").splitlines()]
+    check(any(lines), "chapters", value, "a file with a request on each line, or a number")
+    return [line for line in lines if line]
+
+
+def read_bias(item: str) -> tuple[int, float]:
+    token, _, bias = item.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise UserError(f"logit_bias: {item!r} is not allowed; ID=BIAS is, like 42=-1.5") from error
+
+
+def check_out(folder: Path | None) -> None:
+    """Refuse an output folder that holds anything or cannot be written."""
+    if folder is None:
+        return
+    check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
+    check(
+        not folder.is_dir() or not any(folder.iterdir()), "out", str(folder), "it must be empty; nothing is overwritten"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".tokenswift"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"out: {str(folder)!r} is not allowed; a writable folder is ({error.strerror})") from error
+
+
+def save_report(folder: Path, report: dict[str, Any]) -> None:
+    """Replace report.json whole, so that no moment leaves half of one."""
+    fresh = folder / "report.json.new"
+    fresh.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(folder / "report.json")
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"\n{text}", file=sys.stderr)

