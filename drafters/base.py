@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokenswift_py.kvcache.cache import KVCache
-
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.history import History
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.sampling import Sampler
 
 

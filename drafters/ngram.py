@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import heapq
 
-from tokenswift_py.drafters.base import Context
-
 from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output, TreeBuilder
+from tokenswift_py.drafters.base import Context
 from tokenswift_py.errors import check
 
 

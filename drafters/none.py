@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tokenswift_py.drafters.base import Context
-
 from tokenswift_py.core import Acceptance, DraftTree, Output
+from tokenswift_py.drafters.base import Context
 
 
 class NoDraft:

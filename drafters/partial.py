@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from tokenswift_py.drafters.base import Context
-from tokenswift_py.kvcache.base import PageStats
-from tokenswift_py.kvcache.view import PageView
-
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment, TreeBuilder
+from tokenswift_py.drafters.base import Context
 from tokenswift_py.errors import check
+from tokenswift_py.kvcache.base import PageStats
+from tokenswift_py.kvcache.view import PageView
 
 
 class Partial:

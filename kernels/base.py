@@ -47,7 +47,7 @@ class AttentionSegment:
 
     def tail_of(self, row: int) -> IntArray:
         """Slots of the positions from the boundary to the row's own, both included."""
-        slots = self.tail[0 if self.causal else row]
+        slots: IntArray = self.tail[0 if self.causal else row]
         return slots[: int(self.positions[row]) - self.boundary + 1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 
 

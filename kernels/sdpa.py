@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import accumulator
 
@@ -122,6 +123,8 @@ def columns(
     mask = torch.cat([tail.mask.new_ones(n, prefix), tail.mask], dim=1)
     if window is not None:
         mask = mask & (positions[..., None, :] > part.positions[:, None] - window)
+        unseen = ~mask.any(dim=-2)[..., None]  # behind every row's window; what lies there must not become 0 * NaN
+        k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     return k, v, positions, mask
 
 
@@ -132,7 +135,7 @@ def page_mass(
     scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf)
-    p = scores.softmax(-1).unflatten(1, (group, -1)).sum(1)  # [kv_heads, n, T]
+    p: torch.Tensor = scores.softmax(-1).unflatten(1, (group, -1)).sum(1)  # [kv_heads, n, T]
     at = (positions // PAGE_SIZE).expand(p.shape[0], -1)[:, None].expand_as(p)
     return p.new_zeros(*p.shape[:2], pages).scatter_add(2, at, p).transpose(0, 1)
 

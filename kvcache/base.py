@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
 
 IntArray = npt.NDArray[np.int32]

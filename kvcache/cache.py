@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool
 
 
@@ -74,6 +75,8 @@ class KVCache:
         Raises ValueError, with nothing changed, for rows that do not continue the committed sequence position by
         position or that were not written by a full-view pass.
         """
+        if any(not 0 <= row < self.tail_length for row in path):
+            raise ValueError(f"rows {list(path)} are not all among {self.tail_length} provisional ones")
         positions = [self._tail_positions[row] for row in path]
         if positions != list(range(self.length, self.length + len(path))):
             raise ValueError(f"rows at positions {positions} do not continue a sequence of length {self.length}")
@@ -97,14 +100,21 @@ class KVCache:
         self._held = min(keep, self._held)
 
     def fork(self) -> KVCache:
-        """A second sequence with the same committed rows: full pages are shared, the partial page is copied."""
+        """A second sequence with the same committed rows: full pages are shared, the partial page is copied.
+
+        Raises MemoryError, with no page taken, when the pool is full.
+        """
         other = KVCache(self.pool, self.context)
         other.length = self.length
         for page in self.pages[: self.full_pages]:
             self.pool.share(int(page))
         other._table[: self.full_pages] = self.pages[: self.full_pages]
         other._held = self.full_pages
-        other._grow(-(-self.length // PAGE_SIZE))
+        try:
+            other._grow(-(-self.length // PAGE_SIZE))
+        except MemoryError:
+            other.release()
+            raise
         lanes = np.arange(self.full_pages * PAGE_SIZE, self.length, dtype=np.int32)
         if len(lanes):
             self.pool.move(self.slots(lanes), other.slots(lanes))
@@ -113,9 +123,16 @@ class KVCache:
     def _grow(self, pages: int) -> None:
         if pages > len(self._table):
             self._table = np.resize(self._table, 2 * pages)
-        while self._held < pages:
-            self._table[self._held] = self.pool.allocate()
-            self._held += 1
+        before = self._held
+        try:
+            while self._held < pages:
+                self._table[self._held] = self.pool.allocate()
+                self._held += 1
+        except MemoryError:
+            while self._held > before:
+                self._held -= 1
+                self.pool.release(int(self._table[self._held]))
+            raise
 
     def release(self) -> None:
         """Give every page back; the cache is empty afterwards."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tokenswift_py import registry
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import rope_tables
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "llama": LlamaConfig,
@@ -76,3 +84,37 @@ def default_model() -> Any:
     from tokenswift_py import TokenSwift
 
     return TokenSwift.from_pretrained(dtype="fp32")
+
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ChatML, trained on the spot."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the cat and the dog and the bird sat on the mat, and then the rain began"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML, clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint on disk: config, sharded safetensors, tokenizer, generation defaults."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = tiny_tokenizer()
+    config = tiny_config(vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=0, max_position_embeddings=1024)
+    model = tiny_model(config, torch.float32)
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[2, 0])
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    return folder

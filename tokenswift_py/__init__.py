@@ -1,6 +1,8 @@
 """Ultra-long outputs from language models, several times faster, without changing one token."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
 
 # In a checkout drafters/, kvcache/ and kernels/ stand beside this folder; installed, they lie inside it.
 _root = _Path(__file__).resolve().parent.parent
@@ -9,9 +11,19 @@ if all((_root / name).is_dir() for name in ("drafters", "kvcache", "kernels")) a
 
 __version__ = "0.1.0"
 
-from tokenswift_py.api import Result, TokenSwift  # noqa: E402 - the folders above must be found first
-from tokenswift_py.core import SamplingParams  # noqa: E402
-from tokenswift_py.errors import UserError  # noqa: E402
-from tokenswift_py.options import Options  # noqa: E402
+if TYPE_CHECKING:
+    from tokenswift_py.api import Result as Result
+    from tokenswift_py.api import TokenSwift as TokenSwift
+    from tokenswift_py.core import SamplingParams as SamplingParams
+    from tokenswift_py.errors import UserError as UserError
+    from tokenswift_py.options import Options as Options
 
+_HOME = {"TokenSwift": "api", "Result": "api", "SamplingParams": "core", "UserError": "errors", "Options": "options"}
 __all__ = ["Options", "Result", "SamplingParams", "TokenSwift", "UserError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: torch and transformers take seconds that `tokenswift --help` need not."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from tokenswift_py import registry, report
+from tokenswift_py import __version__, registry, report
 from tokenswift_py.core import Model, SamplingParams
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.engine import Engine, Step
@@ -243,11 +243,9 @@ class Stream:
 
     def result(self) -> Result:
         """The text so far, `ending` "interrupted" unless something ended it."""
-        tail = self._joiner.finish() if self._joiner else ""
-        result = Result(
-            "".join(self._text) + tail, self.tokens, self._forced, self._logprobs if self.run.options.logprobs else None,
-            self._ending, self._engine.stats, {},
-        )  # fmt: skip
+        text = "".join(self._text) + (self._joiner.finish() if self._joiner else "")
+        logprobs = self._logprobs if self.run.options.logprobs else None
+        result = Result(text, self.tokens, self._forced, logprobs, self._ending, self.stats, {})
         return replace(result, report=self._report(result))
 
     @property
@@ -255,7 +253,8 @@ class Stream:
         return self._engine.stats
 
     def _take(self, step: Step) -> Piece:
-        text, forced = "", ()
+        text = ""
+        forced: tuple[int, ...] = ()
         if self.tokens and step.forced:
             forced = step.forced
             text = (self._joiner.finish() if self._joiner else "") + "\n\n"
@@ -285,7 +284,7 @@ class Stream:
         run, options, engine = self.run, self.run.options, self._engine
         return {
             "schema": report.SCHEMA,
-            "version": report.__version__,
+            "version": __version__,
             "model": self._swift.checkpoint.name,
             "parameters": {
                 **run.sampling.to_dict(),

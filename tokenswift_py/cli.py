@@ -18,7 +18,6 @@ from tqdm import tqdm
 from tokenswift_py import __version__
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options
-from tokenswift_py.report import summary
 
 INTERRUPTED = 130
 
@@ -105,13 +104,15 @@ def write(args: argparse.Namespace) -> int:
     Options.of(**options)  # everything that needs no model is refused before one is loaded
     check_out(args.out)
 
-    from tokenswift_py.api import Stream, TokenSwift  # torch and transformers: seconds
+    # Here, because torch and transformers take seconds to import.
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.report import summary
 
     swift = TokenSwift.from_pretrained(
         args.model, revision=args.revision, dtype=args.dtype, attention=args.attention, device=args.device,
         threads=args.threads,
     )  # fmt: skip
-    stream: Stream = swift.stream(prompt, **options)
+    stream = swift.stream(prompt, **options)
     interrupted = False
     with Output(args, options["max_new_tokens"]) as output:
         try:

@@ -101,7 +101,7 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> 
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder of safetensors and config for a name, folder, .gguf file or hub id; fetched or converted if need be."""
+    """The folder for a name, folder, .gguf file or hub id; fetched or converted if need be."""
     path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         return default_folder()
@@ -208,7 +208,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
         check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
         logger.warning("converting %s once to bf16 in %s", path.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Converted beside its place and moved there whole, so that an interrupted or parallel conversion leaves no half.
+        # Converted beside its place and moved there whole: an interrupted or parallel conversion leaves no half.
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
             write_converted(path, scratch)
@@ -237,13 +237,13 @@ def write_converted(path: Path, folder: Path) -> None:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         dequantise = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=dequantise, dtype=torch.bfloat16, local_files_only=True
+            path.parent, quantization_config=dequantise, dtype=torch.bfloat16, **source
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**source, local_files_only=True).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -12,6 +12,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.errors import UserError, check
 
 AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Options:
             fine = not isinstance(strings, str) and all(isinstance(s, str) and s for s in strings)
             check(fine, name, strings, "a list of texts, none of them empty")
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
+        SamplingParams(**self._plain_sampling())
 
     @classmethod
     def of(cls, **settings: Any) -> Options:
@@ -91,21 +93,18 @@ class Options:
 
     def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
         """Sampling parameters: what was asked for, else the checkpoint's defaults, else plain greedy."""
-        own = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p", "penalty")}
-        asked = {name: value for name, value in own.items() if value is not None}
-        dry = self.dry_multiplier > 0
-        return SamplingParams(
-            **{**defaults, **asked},
-            penalty_window=self.penalty_window,
-            dry_multiplier=self.dry_multiplier,
-            dry_base=self.dry_base,
-            dry_length=self.dry_length,
-            dry_breakers=tuple(sorted(tokens_containing(tokenizer, self.dry_breakers))) if dry else (),
-            ban=tuple(token for item in self.ban for token in banned(tokenizer, item)),
-            logit_bias=dict(self.logit_bias),
-            seed=secrets.randbits(63) if self.seed is None else self.seed,
-            stream=self.stream,
-        )
+        breakers = sorted(tokens_containing(tokenizer, self.dry_breakers)) if self.dry_multiplier > 0 else []
+        own = {
+            "seed": secrets.randbits(63),
+            "dry_breakers": tuple(breakers),
+            "ban": tuple(token for item in self.ban for token in banned(tokenizer, item)),
+        }
+        return SamplingParams(**{**defaults, **own, **self._plain_sampling()})
+
+    def _plain_sampling(self) -> dict[str, Any]:
+        """What was asked for of the parameters that need no tokenizer."""
+        values = {name: getattr(self, name) for name in PLAIN_SAMPLING}
+        return {name: value for name, value in values.items() if value is not None}
 
     def drafter_settings(self) -> tuple[str, dict[str, Any]]:
         """The drafter's name and what its constructor takes."""

@@ -77,7 +77,7 @@ class TextJoiner:
 
     def finish(self) -> str:
         """The rest of the chapter: what was held back, cut before a stop string."""
-        whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         rest = self._held + whole[self._streamed :]
         starts = [rest.find(stop) for stop in self._stops if stop in rest]
         return rest[: min(starts, default=len(rest))]

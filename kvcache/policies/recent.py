@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PageStats
 
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+
+from tokenswift_py.core import Output, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
-
-from tokenswift_py.core import Output, Segment
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tokenswift_py.kernels.base import AttentionSegment
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 from tokenswift_py.core import Segment
+from tokenswift_py.kernels.base import AttentionSegment
+from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 
 @dataclass(frozen=True)

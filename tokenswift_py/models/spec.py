@@ -38,7 +38,7 @@ class ModelSpec:
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
         """From a transformers config. Raises UserError for a family or feature that is not supported."""
-        family = getattr(config, "model_type", None)
+        family = str(getattr(config, "model_type", None))
         check(family in FAMILIES, "model family", family, f"supported are {', '.join(FAMILIES)}")
         act = getattr(config, "hidden_act", "silu")
         check(act in ("silu", "swish"), "hidden_act", act, "supported is silu")
@@ -104,12 +104,12 @@ class ModelSpec:
 
 def windows(config: Any) -> tuple[int | None, ...]:
     """The sliding window of each layer, as transformers reads it."""
-    width = getattr(config, "sliding_window", None)
+    width: int | None = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         width = None
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        return (width,) * config.num_hidden_layers
+        return (width,) * int(config.num_hidden_layers)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != config.num_hidden_layers:
         raise UserError(

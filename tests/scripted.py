@@ -1,0 +1,70 @@
+"""Drafters whose acceptance is known beforehand, and a one-call way to write with a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
+from tokenswift_py.drafters.base import Context, Drafter
+from tokenswift_py.drafters.none import NoDraft
+from tokenswift_py.engine import Engine, Step
+from tokenswift_py.sampling import Sampler
+from tokenswift_py.stopping import Stops
+
+
+class Scripted:
+    """Random trees whose right path is planted at random: `right` is the chance that a level holds the true token.
+
+    truth: every token of the text, prompt included, as plain decoding writes it.
+    """
+
+    name = "scripted"
+
+    def __init__(self, truth: Sequence[int], vocab: int, right: float, width: int = 3, seed: int = 0):
+        self.truth, self.vocab, self.right, self.width = list(truth), vocab, right, width
+        self.rng = np.random.default_rng(seed)
+
+    def prefill(self, context: Context) -> None:
+        pass
+
+    def propose(self, context: Context, budget: int) -> DraftTree:
+        assert context.history.tokens.tolist() == self.truth[: len(context.history)]
+        builder, node = TreeBuilder(context.history[-1], budget), 0
+        for position in range(len(context.history), len(self.truth)):
+            wrong = [t for t in self.rng.permutation(self.vocab).tolist() if t != self.truth[position]]
+            level = wrong[: self.width]
+            if self.rng.random() < self.right:
+                level[self.rng.integers(len(level))] = self.truth[position]
+            children = [builder.add(node, token) for token in level]
+            if self.truth[position] in level and children[level.index(self.truth[position])] is not None:
+                node = children[level.index(self.truth[position])] or 0
+            elif not any(children):
+                break
+            else:
+                node = next(child for child in children if child)
+        return builder.build()
+
+    def observe(self, taken: Acceptance, output: Output) -> None:
+        pass
+
+
+def write(
+    model: Any,
+    prompt: Sequence[int],
+    count: int,
+    params: SamplingParams | None = None,
+    drafter: Drafter | None = None,
+    vocab: int = 61,
+    eos: Sequence[int] = (),
+    **settings: Any,
+) -> tuple[list[int], Engine, list[Step]]:
+    """All new tokens (forced ones included), the engine and its steps."""
+    first_end = settings.pop("first_end", 0)
+    sampler = Sampler(params or SamplingParams(), vocab, eos, first_end)
+    engine = Engine(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
+    steps = list(engine.run(prompt))
+    tokens = [token for step in steps for token in (*step.forced, *step.tokens)]
+    return tokens[len(prompt) :], engine, steps

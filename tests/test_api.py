@@ -1,0 +1,194 @@
+"""TokenSwift.generate and .stream, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TemperatureLogitsWarper
+
+from tokenswift_py import TokenSwift, UserError
+
+
+@pytest.fixture(scope="module")
+def swift(tiny_folder: Path) -> TokenSwift:
+    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32")
+
+
+def test_greedy_text_is_hugging_faces(swift: TokenSwift, tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    ids = swift.tokenizer("the cat and", return_tensors="pt").input_ids
+    expected = model.generate(ids, do_sample=False, max_new_tokens=40, eos_token_id=[], pad_token_id=0, top_p=None,
+                              temperature=None)[0, ids.shape[1]:].tolist()  # fmt: skip
+    result = swift.generate("the cat and", raw=True, temperature=0, max_new_tokens=40, ignore_eos=True)
+    assert result.tokens == expected
+    assert result.text == swift.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
+def test_a_stream_joins_to_the_result(swift: TokenSwift, drafter: str) -> None:
+    with swift.stream("the dog", max_new_tokens=120, seed=5, drafter=drafter, ignore_eos=True) as stream:
+        pieces = list(stream)
+        result = stream.result()
+    assert "".join(piece.text for piece in pieces) == result.text
+    assert [token for piece in pieces for token in piece.tokens] == result.tokens
+    assert result.text == swift.tokenizer.decode(result.tokens, skip_special_tokens=True)
+    assert result.tokens == swift.generate("the dog", max_new_tokens=120, seed=5, ignore_eos=True).tokens
+
+
+def test_the_checkpoints_defaults_hold_until_something_else_is_asked(swift: TokenSwift) -> None:
+    parameters = swift.generate("a", max_new_tokens=2).report["parameters"]
+    assert (parameters["temperature"], parameters["top_p"]) == (0.7, 0.9)
+    parameters = swift.generate("a", max_new_tokens=2, top_p=1.0).report["parameters"]
+    assert (parameters["temperature"], parameters["top_p"]) == (0.7, 1.0)
+
+
+def test_a_recorded_seed_writes_the_same_text_again(swift: TokenSwift) -> None:
+    first = swift.generate("the rain", max_new_tokens=30)
+    again = swift.generate("the rain", max_new_tokens=30, seed=first.report["seed"])
+    assert first.tokens == again.tokens
+    assert swift.generate("the rain", max_new_tokens=30, seed=first.report["seed"] ^ 1).tokens != first.tokens
+    assert swift.generate("the rain", max_new_tokens=30, seed=first.report["seed"], stream=1).tokens != first.tokens
+
+
+def test_prompts_as_text_messages_and_ids(swift: TokenSwift) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 10, "seed": 1}
+    text = swift.generate("the cat", **settings)
+    messages = swift.generate([{"role": "user", "content": "the cat"}], **settings)
+    ids = swift.generate(swift.tokenizer("the cat").input_ids, **settings)
+    assert text.tokens == messages.tokens
+    assert ids.tokens == swift.generate("the cat", raw=True, **settings).tokens
+
+
+def test_log_probabilities_are_the_models_own(swift: TokenSwift, tiny_folder: Path) -> None:
+    result = swift.generate("the bird", raw=True, max_new_tokens=20, seed=3, logprobs=True, ignore_eos=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    prompt = swift.tokenizer("the bird").input_ids
+    with torch.inference_mode():
+        rows = model(torch.tensor([prompt + result.tokens])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    expected = rows[torch.arange(20), torch.tensor(result.tokens)]
+    assert result.logprobs is not None
+    assert (torch.tensor(result.logprobs, dtype=torch.float64) - expected).abs().max() < 1e-4
+
+
+def test_chapters(swift: TokenSwift) -> None:
+    """Every chapter ends at an EOS, the turn between is the chat template's, and the text leaves it out."""
+    bias = {2: 6.0}
+    result = swift.generate("a", max_new_tokens=200, seed=2, chapters=["and then", "the rain"], logit_bias=bias)
+    turn = swift.tokenizer("\n<|im_start|>user\nand then<|im_end|>\n<|im_start|>assistant\n").input_ids
+    start, stop = result.forced[0]
+    assert result.tokens[start:stop] == turn
+    assert result.tokens[start - 1] in (0, 2)
+    assert len(result.forced) == 2
+    assert result.ending == "eos"
+    assert len(result.chosen) == len(result.tokens) - sum(stop - start for start, stop in result.forced)
+    assert result.text.count("\n\n") >= 2
+    assert "im_start" not in result.text
+    for drafter in ("none", "partial"):
+        other = swift.generate("a", max_new_tokens=200, seed=2, chapters=["and then", "the rain"], logit_bias=bias,
+                               drafter=drafter)  # fmt: skip
+        assert (other.text, other.tokens, other.forced) == (result.text, result.tokens, result.forced)
+
+
+def test_a_stop_string_ends_the_text_before_it(swift: TokenSwift) -> None:
+    whole = swift.generate("the cat", max_new_tokens=80, seed=9, ignore_eos=True).text
+    stop = whole[30:33]
+    with swift.stream("the cat", max_new_tokens=80, seed=9, ignore_eos=True, stop=[stop]) as stream:
+        text = "".join(piece.text for piece in stream)
+    assert text == stream.result().text == whole[: whole.index(stop)]
+    assert stream.result().ending == "stop"
+
+
+def test_logits_processors_from_hugging_face(swift: TokenSwift) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 25, "seed": 4, "top_p": 1.0}
+    warmer = swift.generate("x", temperature=1.0, logits_processors=[TemperatureLogitsWarper(2.0)], **settings)
+    assert warmer.tokens == swift.generate("x", temperature=2.0, **settings).tokens
+
+
+def test_leaving_a_stream_early_keeps_what_was_written(swift: TokenSwift) -> None:
+    whole = swift.generate("the cat", max_new_tokens=60, seed=6, ignore_eos=True)
+    with swift.stream("the cat", max_new_tokens=60, seed=6, ignore_eos=True) as stream:
+        for _ in stream:
+            if len(stream.tokens) >= 20:
+                break
+    part = stream.result()
+    assert part.ending == part.report["ending"] == "interrupted"
+    assert part.tokens == whole.tokens[: len(part.tokens)]
+    assert whole.text.startswith(part.text.rstrip("\ufffd"))
+    figures = swift.baseline(stream).report
+    assert figures["identical"] is True
+
+
+def test_the_report_says_everything(swift: TokenSwift) -> None:
+    with swift.stream("the cat", max_new_tokens=50, seed=6, ignore_eos=True) as stream:
+        list(stream)
+    report = swift.baseline(stream).report
+    assert report["identical"] is True
+    assert report["first_divergence"] is None
+    assert report["guarantee"] == "measured"
+    assert report["speedup"] == pytest.approx(report["ar_ms_per_token"] / report["ms_per_token"], rel=1e-3)
+    assert 0 < report["baseline"]["share_of_memory_limit"] < 1.5
+    assert report["new_tokens"] == 50 == 1 + report["num_spec_steps"] + report["num_accepted_draft_tokens"]
+    assert set(report) >= {
+        "schema", "model", "parameters", "seed", "drafter", "engine", "numerics", "prompt_tokens", "phase_ms",
+        "mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram", "num_draft_tokens",
+        "distinct_1", "distinct_2", "distinct_3", "distinct_4", "looping", "peak_memory_bytes",
+    }  # fmt: skip
+
+
+def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
+    result = swift.generate("the cat", max_new_tokens=4, context=2500)
+    assert "YaRN with factor 3" in caplog.text
+    assert "rope-yarnx3" in result.report["numerics"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens: 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens: 2.5"),
+        ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens: 9"),
+        ({"context": 20, "max_new_tokens": 100}, "context: 20 .* need 1"),
+        ({"drafter": "oracle"}, "drafter: 'oracle' .* ngram"),
+        ({"draft_policy": "best"}, "draft_policy: 'best' .* recent"),
+        ({"draft_budget": 1}, "draft_budget: 1"),
+        ({"temperature": -1}, "temperature: -1"),
+        ({"top_p": 0}, "top_p: 0"),
+        ({"penalty": 0.5}, "penalty: 0.5"),
+        ({"seed": -1}, "seed: -1"),
+        ({"stop": "text"}, "stop: 'text'"),
+        ({"stop": [""]}, "stop"),
+        ({"ban": [10**6]}, "ban: 1000000"),
+        ({"ban": ["the cat and the dog"]}, "ban"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias: -1"),
+        ({"chapters": ["x"], "ignore_eos": True}, "chapters"),
+        ({"temprature": 1}, "temprature: no such parameter"),
+        ({"max_new_tokens": 10**12}, "memory"),
+    ],
+)
+def test_wrong_parameters_are_told_in_one_line(swift: TokenSwift, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        swift.generate("the cat", **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", ["", [], [5, 10**6], [-1]])
+def test_prompts_that_cannot_be(swift: TokenSwift, prompt: Any) -> None:
+    with pytest.raises(UserError, match="prompt"):
+        swift.generate(prompt, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"dtype": "fp8"}, "dtype: 'fp8'"),
+        ({"attention": "magic"}, "attention: 'magic'"),
+        ({"device": "abacus"}, "device: 'abacus'"),
+        ({"threads": 0}, "threads: 0"),
+    ],
+)
+def test_wrong_ways_to_load(tiny_folder: Path, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        TokenSwift.from_pretrained(str(tiny_folder), **settings)

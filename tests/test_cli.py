@@ -1,0 +1,164 @@
+"""The command line, as a person or a script meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenswift_py.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def cli(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return ["--model", str(tiny_folder), "--dtype", "fp32", "--max-new-tokens", "40", "--seed", "3"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "generate.py"), *arguments]
+
+
+def test_out_holds_text_tokens_and_report(cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert main([*cli, "--prompt", "the cat", "--out", str(out), "--baseline"]) == 0
+    printed = capsys.readouterr()
+    text = (out / "text.txt").read_text(encoding="utf-8")
+    assert printed.out.rstrip("\n") == text.rstrip("\n")
+    report = json.loads((out / "report.json").read_text())
+    tokens = np.load(out / "tokens.npy", allow_pickle=False)
+    assert report["identical"] is True
+    assert len(tokens) == report["new_tokens"]
+    assert "speed-up" in printed.err
+    assert "distinct-4" in printed.err
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "text.txt", "tokens.npy"]
+
+
+def test_prompts_from_argument_file_and_standard_input_are_one(cli: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("the cät 🙂", encoding="utf-8")
+    outputs = [
+        subprocess.run(command(*cli, "--quiet", *extra), input=given, capture_output=True, check=True).stdout
+        for extra, given in [
+            (["--prompt", "the cät 🙂"], b""),
+            (["--prompt-file", str(file)], b""),
+            ([], "the cät 🙂".encode()),
+        ]
+    ]
+    assert outputs[0] == outputs[1] == outputs[2] != b""
+
+
+def test_quiet_prints_the_text_alone(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*cli, "--prompt", "the cat", "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out
+    assert printed.err == ""
+
+
+def test_chapters_from_a_file_and_by_number(cli: list[str], tmp_path: Path) -> None:
+    (tmp_path / "chapters.txt").write_text("and then\n\nthe rain\n")
+    base = [*cli, "--prompt", "a", "--max-new-tokens", "300", "--logit-bias", "2=6"]
+    for value, out in ((str(tmp_path / "chapters.txt"), "file"), ("2", "number")):
+        assert main([*base, "--chapters", value, "--out", str(tmp_path / out)]) == 0
+        assert len(json.loads((tmp_path / out / "report.json").read_text())["forced"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt", ""], "prompt: ''"),
+        (["--prompt", "x", "--drafter", "oracle"], "drafter: 'oracle'"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: -1.0"),
+        (["--prompt", "x", "--top-p", "nan"], "top_p: nan"),
+        (["--prompt", "x", "--min-new-tokens", "90"], "min_new_tokens: 90"),
+        (["--prompt", "x", "--context", "10"], "context: 10"),
+        (["--prompt", "x", "--chapters", "0"], "chapters: '0'"),
+        (["--prompt", "x", "--chapters", "nowhere.txt"], "chapters: 'nowhere.txt'"),
+        (["--prompt", "x", "--logit-bias", "much"], "logit_bias: 'much'"),
+        (["--prompt", "x", "--dtype", "int3"], "dtype: 'int3'"),
+        (["--prompt-file", "nowhere.txt"], "prompt_file: 'nowhere.txt'"),
+        (["--prompt", "x", "--model", "nothing here"], "model: 'nothing here'"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    cli: list[str], arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*cli, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"tokenswift: {says}")
+    assert printed.err.count("\n") == 1
+
+
+def test_a_prompt_file_that_is_not_text(cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"abc\xff")
+    assert main([*cli, "--prompt-file", str(tmp_path / "binary")]) == 2
+    assert "byte 3" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("mine")
+    assert main([*cli, "--prompt", "x", "--out", str(tmp_path)]) == 2
+    assert main([*cli, "--prompt", "x", "--out", str(tmp_path / "text.txt")]) == 2
+    assert main([*cli, "--prompt", "x", "--out", str(tmp_path / "text.txt" / "below")]) == 2
+    assert capsys.readouterr().err.count("tokenswift: out:") == 3
+    assert (tmp_path / "text.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "20000", "--context", "21000"]
+    process = subprocess.Popen(
+        command(*arguments, "--out", str(out), "--baseline"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not (out / "text.txt").is_file() or (out / "text.txt").stat().st_size < 100:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    report = json.loads((out / "report.json").read_text())
+    assert report["ending"] == "interrupted"
+    assert 0 < report["new_tokens"] == len(np.load(out / "tokens.npy"))
+    text = (out / "text.txt").read_bytes()
+    assert len(text) >= 100
+    assert printed.rstrip(b"\n") == text.rstrip(b"\n")
+
+
+def test_a_reader_that_goes_away_is_no_traceback(cli: list[str]) -> None:
+    process = subprocess.Popen(
+        command(*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "3000", "--context", "4000"),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
+
+
+def test_help_is_quick_and_names_every_flag() -> None:
+    """It must not import torch: that takes seconds."""
+    code = (
+        "import sys; from tokenswift_py.cli import parser; print(parser().format_help());"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    for flag in ("--chapters", "--dry-breakers", "--min-p", "--draft-policy", "--baseline", "--prompt-file"):
+        assert flag in done.stdout

@@ -1,0 +1,140 @@
+"""Every kind of checkpoint loads; every broken one is told in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py.loading import open_checkpoint
+
+
+@pytest.fixture
+def copy(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def refused(model: Path | str) -> str:
+    with pytest.raises(UserError) as error:
+        TokenSwift.from_pretrained(str(model), dtype="fp32")
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_sharded_folder_with_its_generation_defaults(tiny_folder: Path) -> None:
+    assert len(list(tiny_folder.glob("*.safetensors"))) > 1
+    checkpoint = open_checkpoint(str(tiny_folder))
+    assert checkpoint.defaults == {"temperature": 0.7, "top_p": 0.9}
+    assert checkpoint.eos == (2, 0)
+    weights = checkpoint.weights(torch.bfloat16, torch.device("cpu"))
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == checkpoint.spec.shapes()
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
+
+
+def test_parameters_count_every_tensor(tiny_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_folder))
+    weights = checkpoint.weights(torch.float32, torch.device("cpu"))
+    assert checkpoint.spec.parameters == sum(tensor.numel() for tensor in weights.values())
+
+
+def test_a_name_that_is_nothing() -> None:
+    assert "hub id" in refused("no such model")
+    assert "existing .gguf" in refused("missing.gguf")
+
+
+def test_an_unsupported_family(copy: Path) -> None:
+    edit(copy, model_type="gpt2")
+    assert "llama, mistral, qwen2, qwen3" in refused(copy)
+
+
+def test_longrope_is_refused(copy: Path) -> None:
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    edit(copy, rope_parameters={**scaling, "original_max_position_embeddings": 512, "factor": 2.0})
+    swift = TokenSwift.from_pretrained(str(copy))
+    with pytest.raises(UserError, match="longrope"):
+        swift.generate("x", max_new_tokens=2)
+
+
+def test_a_config_that_is_not_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert "config.json" in refused(copy)
+
+
+def test_a_shard_that_is_missing(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert shard.name in refused(copy)
+
+
+def test_a_shard_that_was_cut(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert shard.name in refused(copy)
+
+
+def test_a_tensor_of_another_shape(copy: Path) -> None:
+    edit(copy, intermediate_size=96)
+    assert "mlp" in refused(copy)
+
+
+def test_pickles_are_not_read(copy: Path) -> None:
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    assert "pickles" in refused(copy)
+
+
+def test_an_index_that_points_elsewhere(copy: Path) -> None:
+    index = copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../other.safetensors"}}))
+    assert "plain file names" in refused(copy)
+
+
+def test_a_missing_tokenizer(copy: Path) -> None:
+    for file in copy.glob("*token*"):
+        file.unlink()
+    assert "tokenizer" in refused(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + bytes(100), b"not a model at all"])
+def test_a_broken_gguf(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(content)
+    assert "broken.gguf" in refused(tmp_path / "broken.gguf")
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_gguf_of_another_family(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "other.gguf", "bloom")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert "bloom" in refused(tmp_path / "other.gguf")
+
+
+def test_a_default_model_that_was_tampered_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "wrong.gguf").write_bytes(b"GGUF and something else")
+    monkeypatch.setattr(loading, "default_gguf", lambda scratch: tmp_path / "wrong.gguf")
+    assert "SHA-256" in refused("smollm2-135m")
+
+
+def test_weights_that_cannot_fit_are_refused_before_they_are_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenswift_py.api.free_memory", lambda: 300 * 2**20)
+    edit(copy, intermediate_size=10_000_000)
+    message = refused(copy)
+    assert message.startswith("memory:")
+    assert "300 MiB" in message

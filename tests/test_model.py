@@ -1,0 +1,85 @@
+"""The real default model: its logits are Hugging Face's, and no drafter changes its text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tokenswift_py import TokenSwift, loading
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.rope import rope_tables
+
+pytestmark = pytest.mark.model
+
+STORY = "Write a long story about a lighthouse keeper who finds a letter."
+
+
+@pytest.fixture(scope="module")
+def text(default_model: TokenSwift) -> list[int]:
+    """Some hundred tokens that the model would really see."""
+    words = " ".join(f"The {name} has many parts, and each of them is older than it looks." for name in NAMES)
+    return list(default_model.tokenizer(words).input_ids)
+
+
+NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower") * 2
+
+
+@pytest.mark.parametrize("context", [1000, 16384], ids=["trained", "yarn"])
+def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], context: int) -> None:
+    folder = default_model.checkpoint.folder
+    reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if context > 8192:
+        scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}
+        config = reference.config
+        config.rope_parameters = {**config.rope_parameters, **scaling}
+        weights = reference.state_dict()
+        reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        reference.load_state_dict(weights)
+    model = default_model.model(rope_tables(default_model.checkpoint.config, context))
+    cache = model.new_cache()
+    rows = []
+    for start in range(0, len(text), 100):
+        chunk = text[start : start + 100]
+        rows.append(model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)]).logits)
+        cache.commit(range(len(chunk)))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([text])).logits[0]
+    assert len(text) > 250
+    assert (torch.cat(rows) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "min_p": 0.05, "penalty": 1.1, "penalty_window": 256, "dry_multiplier": 0.8, "seed": 17},
+    ],
+    ids=["greedy", "sampled"],
+)
+def test_no_drafter_changes_the_text(default_model: TokenSwift, sampling: dict[str, Any]) -> None:
+    settings = {"max_new_tokens": 310, "ignore_eos": True, **sampling}
+    plain = default_model.generate(STORY, drafter="none", **settings)
+    assert len(plain.tokens) == 310
+    ngram = default_model.generate(STORY, drafter="ngram", **settings)
+    partial = default_model.generate(STORY, drafter="partial", draft_budget=128, draft_tokens=5, **settings)
+    assert ngram.tokens == plain.tokens
+    assert partial.tokens == plain.tokens
+    assert partial.report["mean_acceptance_length"] > 1.5
+    assert partial.text == plain.text
+
+
+def test_the_second_load_converts_nothing(default_model: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "default_gguf", None)
+    monkeypatch.setattr(loading, "write_converted", None)
+    again = TokenSwift.from_pretrained()
+    assert again.weight_dtype == torch.bfloat16
+    assert again.checkpoint.folder == default_model.checkpoint.folder
+
+
+def test_the_chat_template_of_the_gguf_came_along(default_model: TokenSwift) -> None:
+    result = default_model.generate("What is the capital of France?", temperature=0, max_new_tokens=40)
+    assert "Paris" in result.text
+    assert result.ending == "eos"

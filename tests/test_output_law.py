@@ -1,0 +1,189 @@
+"""What is written does not depend on how it was drafted: every drafter and tree shape writes what AR writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import decoder_of, tiny_config, tiny_model
+from scripted import Scripted, write
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.drafters.base import create
+from tokenswift_py.engine import Engine
+from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.stopping import Stops
+
+PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
+
+samplers = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.7, 1.3]),
+    top_k=st.sampled_from([0, 20]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    penalty=st.sampled_from([1.0, 1.2]),
+    penalty_window=st.sampled_from([8, 1024]),
+    dry_multiplier=st.sampled_from([0.0, 0.8]),
+    dry_breakers=st.sampled_from([(), (3, 4)]),
+    seed=st.integers(0, 2**64 - 1),
+)
+drafters = st.one_of(
+    st.builds(lambda n: ("ngram", {"shortest": n}), st.integers(1, 3)),
+    st.builds(
+        lambda v, w: ("partial", {"view_tokens": v, "width": w}), st.sampled_from([64, 128, 999]), st.integers(1, 3)
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(params=samplers, drafter=drafters, size=st.integers(1, 12), chunk=st.integers(1, 80), count=st.integers(1, 120))
+def test_drafting_changes_no_token(
+    tiny_decoder: Any, params: SamplingParams, drafter: tuple[str, Any], size: int, chunk: int, count: int
+) -> None:
+    plain, _, _ = write(tiny_decoder, PROMPT, count, params)
+    name, config = drafter
+    drafted, engine, _ = write(
+        tiny_decoder, PROMPT, count, params, create(name, **config), draft_tokens=size, prefill_chunk=chunk
+    )
+    assert drafted == plain
+    assert len(plain) == count == engine.stats.new_tokens
+    assert engine.cache.pool.in_use == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    params=samplers,
+    right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    width=st.integers(1, 4),
+    size=st.integers(1, 90),
+    seed=st.integers(0, 1000),
+)
+def test_any_tree_shape_changes_no_token(
+    tiny_decoder: Any, params: SamplingParams, right: float, width: int, size: int, seed: int
+) -> None:
+    """Trees of up to 90 nodes behind 50 prompt tokens cross page boundaries at 64 and 128."""
+    plain, _, _ = write(tiny_decoder, PROMPT, 100, params)
+    drafter = Scripted(PROMPT + plain, 61, right, width, seed)
+    assert write(tiny_decoder, PROMPT, 100, params, drafter, draft_tokens=size)[0] == plain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_drafter_that_is_always_right(tiny_decoder: Any, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, seed=1)
+    plain, _, _ = write(tiny_decoder, PROMPT, 81, params)
+    drafted, engine, _ = write(
+        tiny_decoder, PROMPT, 81, params, Scripted(PROMPT + plain, 61, 1.0, width=1), draft_tokens=7
+    )
+    assert drafted == plain
+    assert engine.stats.acceptance_histogram == {7: 10}  # one token from prefill, then ten passes of eight
+    assert engine.stats.to_dict()["mean_acceptance_length"] == 8
+    assert engine.stats.to_dict()["draft_acceptance_rate"] == 1
+
+
+def test_a_drafter_that_is_never_right(tiny_decoder: Any) -> None:
+    plain, reference, _ = write(tiny_decoder, PROMPT, 60)
+    drafted, engine, _ = write(tiny_decoder, PROMPT, 60, drafter=Scripted(PROMPT + plain, 61, 0.0))
+    assert drafted == plain
+    assert engine.stats.num_accepted_draft_tokens == 0
+    assert engine.stats.num_spec_steps == reference.stats.num_spec_steps == 59
+
+
+def test_a_drafter_that_is_sometimes_right(tiny_decoder: Any) -> None:
+    plain, _, _ = write(tiny_decoder, PROMPT, 80)
+    drafted, engine, _ = write(tiny_decoder, PROMPT, 80, drafter=Scripted(PROMPT + plain, 61, 0.6, width=2))
+    assert drafted == plain
+    assert 0 < engine.stats.num_accepted_draft_tokens < engine.stats.num_draft_tokens
+    accepted = sum(length * count for length, count in engine.stats.acceptance_histogram.items())
+    assert accepted == engine.stats.num_accepted_draft_tokens
+    assert engine.stats.num_spec_steps + accepted + 1 == 80
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_sliding_windows_change_no_token(family: str) -> None:
+    extra = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    decoder = decoder_of(tiny_model(tiny_config(family, sliding_window=40, **extra)))
+    params = SamplingParams(temperature=0.9, seed=8)
+    plain, _, _ = write(decoder, PROMPT, 100, params)
+    assert write(decoder, PROMPT, 100, params, Scripted(PROMPT + plain, 61, 0.8), draft_tokens=30)[0] == plain
+    assert write(decoder, PROMPT, 100, params, create("partial", view_tokens=64, width=2))[0] == plain
+
+
+def test_what_ends_inside_accepted_drafts_ends_there(tiny_decoder: Any) -> None:
+    """An EOS and a stop string inside a right draft: nothing past them is emitted."""
+    plain, _, _ = write(tiny_decoder, PROMPT, 60, SamplingParams(temperature=1.0, seed=3))
+    params = SamplingParams(temperature=1.0, seed=3)
+    eos = plain[25]
+    first = plain.index(eos)
+    right = Scripted(PROMPT + plain, 61, 1.0, width=1)
+    drafted, _, steps = write(tiny_decoder, PROMPT, 60, params, right, eos=[eos], draft_tokens=20)
+    assert drafted == plain[: first + 1]
+    assert steps[-1].ending == "eos"
+    words = [f"{token} " for token in range(61)]
+    stop = "".join(words[token] for token in plain[30:33])
+    text = "".join(words[token] for token in plain)
+    end = len(text[: text.index(stop) + len(stop)].split())
+    stops = Stops(60, strings=[stop], decode=lambda ids: "".join(words[token] for token in ids))
+    drafted, _, steps = write(tiny_decoder, PROMPT, 60, params, right, stops=stops, draft_tokens=20)
+    assert drafted == plain[:end]
+    assert steps[-1].ending == "stop"
+
+
+def test_no_end_before_min_new_tokens(tiny_decoder: Any) -> None:
+    plain, _, _ = write(tiny_decoder, PROMPT, 60)
+    eos = [plain[2], plain[7]]
+    assert len(write(tiny_decoder, PROMPT, 60, eos=eos)[0]) == 3
+    for name in ("none", "ngram", "partial"):
+        kept, _, _ = write(tiny_decoder, PROMPT, 60, eos=eos, first_end=50 + 20, drafter=create(name))
+        assert len(kept) >= 21
+        assert not set(kept[:20]) & set(eos)
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
+def test_chapters_force_their_turn_and_go_on(tiny_decoder: Any, drafter: str) -> None:
+    """The text behind a forced turn is what a fresh run over everything before it writes: no noise was consumed."""
+    params = SamplingParams(temperature=1.0, seed=4)
+    plain, _, _ = write(tiny_decoder, PROMPT, 60, params)
+    eos, turn = plain[12], [5, 6, 7, 8]
+    whole, engine, steps = write(
+        tiny_decoder, PROMPT, 60, params, create(drafter), eos=[eos], turns=[turn, turn], prefill_chunk=3
+    )
+    first = plain.index(eos) + 1
+    assert whole[: first + 4] == plain[:first] + turn
+    turns = [step.forced for step in steps[1:] if step.forced]
+    assert turns == [tuple(turn)] * (2 - len(engine.turns))
+    assert engine.stats.forced_tokens == 4 * len(turns) == len(whole) - engine.stats.new_tokens
+    assert whole == write(tiny_decoder, PROMPT, 60, params, eos=[eos], turns=[turn, turn])[0]
+    again, _, _ = write(tiny_decoder, PROMPT + whole[: first + 4], 60 - first, params, eos=[eos], turns=[turn])
+    assert again == whole[first + 4 :]
+
+
+def test_the_text_fills_its_context_to_the_last_position() -> None:
+    decoder = decoder_of(tiny_model(tiny_config()), context=100)
+    plain, _, _ = write(decoder, PROMPT, 50)
+    assert len(plain) == 50
+    right = Scripted(PROMPT + plain, 61, 1.0)
+    assert write(decoder, PROMPT, 50, drafter=right, draft_tokens=40)[0] == plain
+
+
+def test_logits_that_are_not_finite_stop_with_their_position() -> None:
+    decoder = decoder_of(tiny_model(tiny_config()))
+    decoder.weights["model.norm.weight"][3] = float("nan")
+    with pytest.raises(NumericsError, match="position 50"):
+        write(decoder, PROMPT, 5)
+
+
+def test_steps_are_final_when_they_are_yielded_and_closing_gives_the_pages_back(tiny_decoder: Any) -> None:
+    plain, _, _ = write(tiny_decoder, PROMPT, 40)
+    engine = Engine(tiny_decoder, create("ngram"), Sampler(SamplingParams(), 61), Stops(40))
+    steps, seen = engine.run(PROMPT), []
+    for step in steps:
+        seen.extend(step.tokens)
+        if len(seen) > 20:
+            break
+    steps.close()
+    assert seen == plain[: len(seen)]
+    assert engine.cache.pool.in_use == 0
