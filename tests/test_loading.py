@@ -37,15 +37,15 @@ def test_a_sharded_folder_with_its_generation_defaults(tiny_folder: Path) -> Non
     checkpoint = open_checkpoint(str(tiny_folder))
     assert checkpoint.defaults == {"temperature": 0.7, "top_p": 0.9}
     assert checkpoint.eos == (2, 0)
-    weights = checkpoint.weights(torch.bfloat16, torch.device("cpu"))
+    weights = checkpoint.tensors().to(torch.bfloat16, torch.device("cpu"))
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == checkpoint.spec.shapes()
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
 
 
 def test_parameters_count_every_tensor(tiny_folder: Path) -> None:
     checkpoint = open_checkpoint(str(tiny_folder))
-    weights = checkpoint.weights(torch.float32, torch.device("cpu"))
-    assert checkpoint.spec.parameters == sum(tensor.numel() for tensor in weights.values())
+    tensors = checkpoint.tensors()
+    assert checkpoint.spec.parameters == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_a_name_that_is_nothing() -> None:

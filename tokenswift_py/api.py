@@ -126,7 +126,7 @@ class TokenSwift:
         check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
         if threads is not None:
             torch.set_num_threads(threads)
-        return cls(checkpoint, checkpoint.weights(DTYPES[dtype], where), checkpoint.tokenizer(), where, attention)
+        return cls(checkpoint, checkpoint.tensors().to(DTYPES[dtype], where), checkpoint.tokenizer(), where, attention)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
         """Write a text and return it whole. Settings: the fields of `Options`."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,20 +60,9 @@ class Checkpoint:
     defaults: dict[str, Any]
     eos: tuple[int, ...]
 
-    def weights(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        """Every tensor of the spec, by Hugging Face's name. Raises UserError for a missing, misshapen or cut one."""
-        files = weight_files(self.folder)
-        shapes = self.spec.shapes()
-        weights: dict[str, torch.Tensor] = {}
-        for path in files:
-            with one_line(f"model: {path.name} is not a readable safetensors file"), safe_open(path, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    if name in shapes:
-                        weights[name] = tensors.get_tensor(name).to(device, dtype)
-        for name, shape in shapes.items():
-            found = tuple(weights[name].shape) if name in weights else None
-            check(found == shape, f"model: tensor {name}", found, f"{self.folder.name} must have it as {shape}")
-        return weights
+    def tensors(self) -> StoredTensors:
+        """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one."""
+        return StoredTensors(weight_files(self.folder), self.spec.shapes())
 
     def tokenizer(self) -> Any:
         """A fast tokenizer. Raises UserError when there is none."""
@@ -83,6 +72,41 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
         return tokenizer
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """Tensors under Hugging Face's names, read when they are asked for and not kept.
+
+    A file is mapped for one tensor at a time, so that reading all of them never holds them twice.
+    """
+
+    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]):
+        self._shapes = dict(shapes)
+        self._file: dict[str, Path] = {}
+        for path in files:
+            with one_line(f"model: {path.name} is not a readable safetensors file"), safe_open(path, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                    if name in shapes:
+                        found = tuple(tensors.get_slice(name).get_shape())
+                        check(found == shapes[name], f"model: tensor {name}", found, f"it must be {shapes[name]}")
+                        self._file[name] = path
+        for name in shapes:
+            check(name in self._file, f"model: tensor {name}", None, "the safetensors files must hold it")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._file[name], "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """All of them, in memory."""
+        return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
 
 
 def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> Checkpoint:

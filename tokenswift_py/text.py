@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from tokenswift_py.errors import check
 
 Message = dict[str, str]
@@ -52,40 +50,46 @@ class TextJoiner:
     """Tokens in, text out as soon as it is certain: no half characters, nothing of a stop string.
 
     The pieces of one chapter, `finish` included, join to exactly what decoding all of its tokens gives, cut before
-    the first stop string.
+    the first stop string. (But for invalid UTF-8 in byte-fallback vocabularies: there a bad byte turns the whole
+    characters before it bad, which may have been told.)
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.backend_tokenizer
         self._stops = tuple(stops)
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._tokens: list[int] = []
-        self._streamed = 0
+        self._window: list[int] = []  # tokens not told yet, behind the last told ones, which are their context
+        self._told = 0
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; empty while a character or a stop string may go on."""
         for token in tokens:
-            self._tokens.append(token)
-            text = self._stream.step(self._tokenizer.backend_tokenizer, token)
-            if text is not None:
-                self._streamed += len(text)
+            self._window.append(token)
+            text = self._untold()
+            if text and not text.endswith("\ufffd"):
                 self._held += text
-        certain = len(self._held) - self._maybe_stop()
+                del self._window[: self._told]
+                self._told = len(self._window)
+        certain = self._certain()
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
     def finish(self) -> str:
         """The rest of the chapter: what was held back, cut before a stop string."""
-        whole: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-        rest = self._held + whole[self._streamed :]
+        rest = self._held + self._untold()
         starts = [rest.find(stop) for stop in self._stops if stop in rest]
         return rest[: min(starts, default=len(rest))]
 
-    def _maybe_stop(self) -> int:
-        """Characters at the end that are, or may become, a stop string."""
-        for stop in self._stops:
-            if stop in self._held:
-                return len(self._held) - self._held.index(stop)
-        ends = (size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size]))
-        return max(ends, default=0)
+    def _untold(self) -> str:
+        """Text of the window behind its context. (tokenizers' DecodeStream does this too, but raises an exception
+        where invalid UTF-8 in a byte-fallback vocabulary changes the context's text.)"""
+        context, window = self._window[: self._told], self._window
+        known, text = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (context, window))
+        return str(text[len(known) :])
+
+    def _certain(self) -> int:
+        """Characters held before anything that is, or may become, a stop string."""
+        held = self._held
+        found = [held.index(stop) for stop in self._stops if stop in held]
+        begun = [len(held) - size for stop in self._stops for size in range(1, len(stop)) if held.endswith(stop[:size])]
+        return min(found + begun, default=len(held))
