@@ -94,7 +94,9 @@ class NGram:
         self._read(context.history.tokens)
         builder = TreeBuilder(context.history[-1], budget)
         state = self.automaton.link[self.automaton.last]
-        while len(builder) < budget and state > 0 and self.automaton.longest[state] >= self.shortest:
+        for _ in range(SUFFIXES):
+            if len(builder) >= budget or state <= 0 or self.automaton.longest[state] < self.shortest:
+                break
             self._follow(builder, state)
             state = self.automaton.link[state]
         return builder.build()
@@ -107,14 +109,17 @@ class NGram:
             self.automaton.extend(token)
 
     def _follow(self, builder: TreeBuilder, state: int) -> None:
-        """Add continuations of a state, the most probable path first, until the tree is full or they end."""
+        """Add continuations of a state, the most probable path first, until the tree is full or they end.
+
+        A token's share of the continuations counts the less, the shorter the match behind it is.
+        """
         automaton = self.automaton
         order = 0  # of equals, the one found first
-        queue = [(-1.0, order, 0, state)]
+        queue = [(-1.0, order, 0, state, automaton.longest[state])]
         while queue:
-            probability, _, node, state = heapq.heappop(queue)
+            probability, _, node, state, matched = heapq.heappop(queue)
             following = automaton.next[state]
-            total = sum(automaton.count[target] for target in following.values()) + 1
+            total = sum(automaton.count[target] for target in following.values()) + DOUBT / matched
             for token, target in following.items():
                 share = -probability * automaton.count[target] / total
                 if share < UNLIKELY:
@@ -123,9 +128,11 @@ class NGram:
                 if child is None:
                     return
                 order += 1
-                heapq.heappush(queue, (-share, order, child, target))
+                heapq.heappush(queue, (-share, order, child, target, matched + 1))
 
 
-UNLIKELY = 0.02
+UNLIKELY = 0.02  # paths below this are not proposed
+DOUBT = 2.0  # continuations never seen, as if seen so often behind a match of one token
+SUFFIXES = 8  # how many shorter matches fill up the tree
 
 DRAFTER = NGram

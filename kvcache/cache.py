@@ -69,6 +69,10 @@ class KVCache:
         """Whether all these provisional rows could be committed."""
         return all(self._tail_committable[row] for row in rows)
 
+    def tail_positions(self, rows: Sequence[int]) -> tuple[int, ...]:
+        """Where these provisional rows stand."""
+        return tuple(self._tail_positions[row] for row in rows)
+
     def commit(self, path: Sequence[int]) -> None:
         """Keep these provisional rows, contiguous and in this order, and drop the others.
 
@@ -77,9 +81,9 @@ class KVCache:
         """
         if any(not 0 <= row < self.tail_length for row in path):
             raise ValueError(f"rows {list(path)} are not all among {self.tail_length} provisional ones")
-        positions = [self._tail_positions[row] for row in path]
-        if positions != list(range(self.length, self.length + len(path))):
-            raise ValueError(f"rows at positions {positions} do not continue a sequence of length {self.length}")
+        positions = self.tail_positions(path)
+        if positions != tuple(range(self.length, self.length + len(path))):
+            raise ValueError(f"rows at positions {list(positions)} do not continue a sequence of length {self.length}")
         if not self.tail_committable(path):
             raise ValueError("rows computed under a partial view, or with draft weights, cannot be committed")
         source = np.asarray(path, np.int32) + self.length

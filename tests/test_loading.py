@@ -138,3 +138,25 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_read(copy: Path, mo
     message = refused(copy)
     assert message.startswith("memory:")
     assert "300 MiB" in message
+
+
+def test_a_hub_id_is_fetched_without_pickles_or_code(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repo: str, **settings: Any) -> str:
+        asked.update(repo=repo, **settings)
+        return str(tiny_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("some-owner/some-model", revision="main")
+    assert checkpoint.folder == tiny_folder
+    assert (asked["repo"], asked["revision"]) == ("some-owner/some-model", "main")
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def snapshot_download(repo: str, **settings: Any) -> str:
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert "some-owner/some-model" in refused("some-owner/some-model")

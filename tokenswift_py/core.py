@@ -208,6 +208,18 @@ class Acceptance:
     logprobs: tuple[float, ...] | None = None
 
 
+def is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite(value: object) -> bool:
+    """A number that a double can hold."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a row of logits becomes a token. Checked when made; a wrong value is a `UserError`.
@@ -242,10 +254,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for number in ("temperature", "top_p", "min_p", "penalty", "dry_multiplier", "dry_base"):
-            value = getattr(self, number)
-            check(isinstance(value, (int, float)) and math.isfinite(value), number, value, "a finite number")
+            check(is_finite(getattr(self, number)), number, getattr(self, number), "a finite number")
         for whole in ("top_k", "penalty_window", "dry_length", "seed", "stream"):
-            check(isinstance(getattr(self, whole), int), whole, getattr(self, whole), "a whole number")
+            check(is_whole(getattr(self, whole)), whole, getattr(self, whole), "a whole number")
         check(0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 and 100")
         check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
         check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1 (1 is off)")
@@ -257,8 +268,11 @@ class SamplingParams:
         check(1 <= self.dry_length <= 64, "dry_length", self.dry_length, "between 1 and 64")
         check(0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1")
         check(0 <= self.stream < 2**32, "stream", self.stream, "between 0 and 2^32 - 1")
+        for tokens in ("ban", "dry_breakers", "logit_bias"):
+            for token in getattr(self, tokens):
+                check(is_whole(token), tokens, token, "token ids")
         for token, bias in self.logit_bias.items():
-            check(math.isfinite(bias), "logit_bias", {token: bias}, "finite numbers")
+            check(is_finite(bias), "logit_bias", {token: bias}, "finite numbers")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the report records them."""

@@ -55,7 +55,7 @@ class Sampler:
         self.params = params
         self.first_end = first_end
         self.processors = tuple(processors)
-        self._eos = np.array(sorted(eos), np.int64)
+        self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
         self._bias_ids = np.array(list(params.logit_bias), np.int64)
         self._bias = np.array(list(params.logit_bias.values()), np.float64)
@@ -71,7 +71,7 @@ class Sampler:
         """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
         scores = self.process(logits, history)
         if self.params.temperature == 0:
-            return best(scores, np.arange(len(scores)), count)
+            return best(scores, np.arange(len(scores)), min(count, int((scores > -np.inf).sum()) if count > 1 else 1))
         scores = scores / self.params.temperature
         tokens = self.candidates(scores, count)
         perturbed = scores[tokens] + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Integral
 from typing import Any
 
 from tokenswift_py.errors import check
@@ -18,10 +19,10 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
 
     A text is one user message, unless `raw` or the tokenizer has no chat template.
     """
-    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
-        for token in prompt:
-            check(token >= 0, "prompt", token, "token ids are not negative")  # type: ignore[operator]
-        return list(prompt)  # type: ignore[arg-type]
+    if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
+        tokens = [int(item) for item in prompt]  # type: ignore[call-overload]
+        check(min(tokens, default=0) >= 0, "prompt", min(tokens, default=0), "token ids are not negative")
+        return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         return list(tokenizer(prompt).input_ids)
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")

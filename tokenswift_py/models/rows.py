@@ -36,6 +36,9 @@ def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
         cache = segment.cache
         if any(not 0 <= row < cache.tail_length for row in segment.tail):
             raise ValueError(f"tail {segment.tail} names rows that are not among {cache.tail_length} provisional ones")
+        expected = tuple(range(cache.length, cache.length + len(segment.tail)))
+        if cache.tail_positions(segment.tail) != expected:
+            raise ValueError(f"tail {segment.tail} is not a path from the committed rows on")
         own = (cache.length + len(segment.tail) + segment.tree.depth).astype(np.int32)
         committable = target_weights and segment.view is None and cache.tail_committable(segment.tail)
         placed.append(cache.append(own, committable))
@@ -73,6 +76,8 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
     view = None
     if segment.view is not None:
         view = segment.view.pages
+        if view.shape[:2] != (cache.pool.layers, cache.pool.kv_heads):
+            raise ValueError(f"the view is for {view.shape[:2]} layers and KV heads")
         if view.size and int(view.max()) >= len(pages):
             raise ValueError(f"the view names page {int(view.max())} of {len(pages)} full pages")
     return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)

@@ -1,0 +1,59 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.10-3.13, a C++ compiler and make.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+PROMPT ?= Write a long story about a lighthouse keeper who finds a letter in a bottle, chapter by chapter.
+
+# An engine that does not compile is an error to look at here; with 0 the package installs without it.
+export TOKENSWIFT_STRICT_BUILD ?= 1
+
+# What the installed package is made from, Python aside: an editable install takes that from here.
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
+           $(shell find kernels/cpu -name CMakeLists.txt -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+# Those that the machine has not are taken from PyPI.
+BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
+
+.PHONY: help install demo test check bench clean
+
+help:
+	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
+	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
+	@echo "make check    ruff and mypy"
+	@echo "make bench    a short benchmark"
+	@echo "make install  only install into .venv (the others do so by themselves)"
+	@echo "make clean    remove what was built, .venv too"
+
+install: .venv/.installed
+
+# --no-build-isolation: the build tools are the pinned ones, and unchanged C++ is not compiled again.
+.venv/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt $(BUILD_TOOLS)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@$(BIN)/python -c "import tokenswift_py.kernels.cpu._native" 2>/dev/null \
+		&& echo "The C++ engine is built." || echo "The C++ engine is not built: the torch engine works without it."
+	@touch $@
+
+demo: install
+	$(BIN)/python generate.py --model smollm2-135m --dtype fp32 --max-new-tokens 320 --baseline --seed 7 \
+		--temperature 0.8 --min-p 0.05 --dry-multiplier 0.8 --prompt "$(PROMPT)"
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+# mypy needs the package as installed, without the editable install's redirections; nothing is compiled for it.
+check: install
+	$(BIN)/ruff check --output-format concise .
+	rm -rf build/check
+	$(PIP) install --quiet --no-deps --no-build-isolation -C wheel.cmake=false --target build/check .
+	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
+		-p tokenswift_py
+
+bench: install
+	$(BIN)/python experiments/steps.py --contexts 64,1024,4096 --rows 1,8 --rounds 7
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f kernels/cpu/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

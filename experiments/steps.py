@@ -1,0 +1,293 @@
+"""What one forward pass costs, against the machine's own limits and against peers.
+
+    python experiments/steps.py --contexts 64,4096,16384 --rows 1,4,8,16 --view 1024,4096 --peers hf,llamacpp
+
+Caches are filled synthetically (the values do not matter to the time, their places in memory do). Contenders take
+turns, so that a burst on a busy machine hits all of them; medians are printed. The last lines give the machine's read
+bandwidth and FLOP rate at the same thread count, measured in the same minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenswift_py import TokenSwift
+from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.kvcache.base import PAGE_SIZE, PageStats
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.policies.recent import Recent
+from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.loading import default_gguf
+from tokenswift_py.rope import rope_tables
+from tokenswift_py.stats import memory_bandwidth
+
+
+@dataclass
+class Contender:
+    """Something timed: `step` runs once, `bytes` is what it must read, `flops` what it must compute."""
+
+    engine: str
+    context: int
+    what: str
+    step: Callable[[], Any]
+    bytes: float
+    flops: float
+    ms: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--contexts", type=numbers, default=numbers("64,4096,16384"))
+    parser.add_argument("--rows", type=numbers, default=numbers("1,4,8,16"))
+    parser.add_argument("--view", type=numbers, default=[], help="tokens of partial views, timed with one row")
+    parser.add_argument("--prefill", type=int, default=0, help="also time the prefill of so many tokens")
+    parser.add_argument("--peers", default="", help="hf, llamacpp or both")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, engine=args.engine, threads=args.threads)
+    table, bandwidths, flops = [], [], 0.0
+    for context in args.contexts:
+        with contextlib.ExitStack() as stack:
+            contenders = list(ours(swift, args, context))
+            for peer in filter(None, args.peers.split(",")):
+                contenders.extend(stack.enter_context(PEERS[peer](swift, args, context)))
+            flops = max(flops, flop_rate())
+            bandwidths += interleave(contenders, args.rounds)
+            table += [row(contender, max(bandwidths), swift) for contender in contenders]
+    if args.prefill:
+        table += prefill(swift, args)
+    machine = {
+        "cpu": cpu_name(),
+        "threads": args.threads,
+        "read_bandwidth_gb_s": round(max(bandwidths) / 1e9, 1),
+        "read_bandwidth_median_gb_s": round(statistics.median(bandwidths) / 1e9, 1),
+        "fp32_gflop_s": round(flops / 1e9),
+    }
+    print_table(table, machine)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "model": args.model, "steps": table}, indent=2) + "\n")
+
+
+def interleave(contenders: list[Contender], rounds: int) -> list[float]:
+    """Time every contender once a round, after one round of warming up; bandwidths measured between the rounds."""
+    bandwidths = []
+    for count in range(rounds + 1):
+        for contender in contenders:
+            start = time.perf_counter()
+            contender.step()
+            if count:
+                contender.ms.append(1e3 * (time.perf_counter() - start))
+        if count % 5 == 0:
+            bandwidths.append(memory_bandwidth())
+    return bandwidths
+
+
+def ours(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[Contender]:
+    spec = swift.checkpoint.spec
+    room = context + max(args.rows) + 1
+    model = swift.model(rope_tables(swift.checkpoint.config, room))
+    cache = filled_cache(model, context)
+    for rows in args.rows:
+        segment = Segment(DraftTree.chain([5] * rows), cache)
+        yield Contender(
+            swift.engine, context, f"{rows} rows", passes(model, cache, segment), *cost(swift, context, rows)
+        )
+    for tokens in args.view:
+        if tokens < context:
+            stats = PageStats(cache.full_pages, spec.layers, spec.kv_heads)
+            segment = Segment(DraftTree.chain([5]), cache, PageView(Recent().select(stats, tokens)))
+            yield Contender(
+                swift.engine, context, f"view {tokens}", passes(model, cache, segment), *cost(swift, tokens, 1)
+            )
+
+
+def passes(model: Model, cache: KVCache, segment: Segment) -> Callable[[], Any]:
+    def step() -> None:
+        cache.drop_tail()
+        model.forward([segment])
+
+    return step
+
+
+def filled_cache(model: Model, context: int) -> KVCache:
+    """Real keys and values on the first page, copies of them on the others, each page in a place of its own."""
+    cache = model.new_cache()
+    first = min(context, PAGE_SIZE)
+    tokens = np.random.default_rng(0).integers(0, 1000, first).astype(np.int32)
+    model.forward([Segment(DraftTree.chain(tokens), cache, causal=True)], [])
+    cache.commit(range(first))
+    source = cache.slots(np.arange(first, dtype=np.int32))
+    while cache.length < context:
+        count = min(PAGE_SIZE, context - cache.length)
+        target = cache.append(np.arange(cache.length, cache.length + count, dtype=np.int32), committable=True)
+        cache.pool.move(source[:count], target)
+        cache.commit(range(count))
+    return cache
+
+
+def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
+    """Bytes that must be read and floating-point operations of a pass of so many rows."""
+    spec = swift.checkpoint.spec
+    multiplied = spec.parameters - (0 if spec.tied else spec.vocab_size * spec.hidden_size)
+    kv = spec.kv_bytes(context, swift.dtype.itemsize)
+    attention = 4 * spec.layers * spec.heads * spec.head_dim * context
+    return multiplied * swift.dtype.itemsize + kv, rows * (2.0 * multiplied + attention)
+
+
+@contextlib.contextmanager
+def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
+    """transformers' own model, bf16, SDPA, its dynamic cache; left out beyond 32 K, where a step takes seconds."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    if context > 32768:
+        yield []
+        return
+    model: Any = AutoModelForCausalLM.from_pretrained(swift.checkpoint.folder, dtype=torch.bfloat16)
+    spec, token = swift.checkpoint.spec, torch.tensor([[5]])
+    cache = DynamicCache(config=model.config)
+    for layer in range(spec.layers):
+        shape = (1, spec.kv_heads, context, spec.head_dim)
+        cache.update(torch.randn(shape, dtype=torch.bfloat16), torch.randn(shape, dtype=torch.bfloat16), layer)
+
+    @torch.inference_mode()
+    def step() -> None:
+        position = torch.tensor([context])
+        model(token, past_key_values=cache, position_ids=position[None], use_cache=True)
+        cache.crop(context)
+
+    yield [Contender("transformers", context, "1 rows", step, *cost(swift, context, 1))]
+
+
+@contextlib.contextmanager
+def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
+    """llama.cpp on the GGUF the default model comes from: 4-bit weights, f16 KV, flash attention."""
+    llama, low = open_llama(args, context + 64)
+    batch = 512
+    for start in range(0, context, batch):  # llama.cpp has no way to a filled cache but computing it
+        llama.eval([5] * min(batch, context - start))
+
+    def step() -> None:
+        llama.eval([5])
+        low.llama_memory_seq_rm(low.llama_get_memory(llama.ctx), 0, context, -1)
+        llama.n_tokens = context
+
+    try:
+        yield [Contender(f"llama.cpp {low.__version__}", context, "1 rows", step, *cost(swift, context, 1))]
+    finally:
+        llama.close()
+
+
+def open_llama(args: argparse.Namespace, context: int) -> tuple[Any, Any]:
+    import llama_cpp
+
+    scratch = Path.home() / ".cache" / "tokenswift"
+    path = default_gguf(scratch)
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=context, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512, flash_attn=True,
+        verbose=False, rope_scaling_type=llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE,
+    )  # fmt: skip
+    return llama, llama_cpp
+
+
+PEERS = {"hf": hugging_face, "llamacpp": llama_cpp}
+
+
+def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds to prefill, ours and llama.cpp's, in turns."""
+    tokens = np.random.default_rng(1).integers(0, 1000, args.prefill).astype(np.int32)
+    model = swift.model(rope_tables(swift.checkpoint.config, args.prefill + 1))
+    cache = model.new_cache()
+
+    def run() -> None:
+        cache.release()
+        for start in range(0, len(tokens), 512):
+            chunk = tokens[start : start + 512]
+            model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], [len(chunk) - 1])
+            cache.commit(range(len(chunk)))
+
+    contenders = [Contender(swift.engine, 0, f"prefill {args.prefill}", run, 0.0, 0.0)]
+    if "llamacpp" in args.peers:
+        llama, low = open_llama(args, args.prefill + 64)
+
+        def peer() -> None:
+            llama.reset()
+            low.llama_memory_clear(low.llama_get_memory(llama.ctx), True)
+            llama.eval(tokens.tolist())
+
+        contenders.append(Contender(f"llama.cpp {low.__version__}", 0, f"prefill {args.prefill}", peer, 0.0, 0.0))
+    interleave(contenders, min(3, args.rounds))
+    return [
+        {"engine": c.engine, "context": 0, "what": c.what, "ms": round(c.median, 1),
+         "tokens_per_s": round(1e3 * args.prefill / c.median)} for c in contenders
+    ]  # fmt: skip
+
+
+def flop_rate(size: int = 1536) -> float:
+    """fp32 operations per second of a square matrix product."""
+    a = torch.rand(size, size)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def row(contender: Contender, bandwidth: float, swift: TokenSwift) -> dict[str, Any]:
+    limit = 1e3 * contender.bytes / bandwidth
+    return {
+        "engine": contender.engine,
+        "context": contender.context,
+        "what": contender.what,
+        "ms": round(contender.median, 3),
+        "ms_min": round(min(contender.ms), 3),
+        "share_of_bandwidth": round(limit / contender.median, 3) if contender.engine == swift.engine else None,
+        "gflop_s": round(contender.flops / contender.median / 1e6, 1),
+    }
+
+
+def print_table(table: list[dict[str, Any]], machine: dict[str, Any]) -> None:
+    columns = ["engine", "context", "what", "ms", "ms_min", "share_of_bandwidth", "gflop_s", "tokens_per_s"]
+    lines = [[str(entry.get(name, "")) for name in columns] for entry in table]
+    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
+    for line in [columns, *lines]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(json.dumps(machine))
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a run reports: acceptance by vLLM's names, diversity of the text, and loops where there are some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.stats import GenerationStats, Loop, distinct_n, find_loop, memory_bandwidth
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
+def test_distinct_n_is_different_ngrams_over_all_ngrams(tokens: list[int], n: int) -> None:
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    assert distinct_n(tokens, n) == (len(set(grams)) / len(grams) if grams else None)
+
+
+def noise_of(count: int, seed: int) -> list[int]:
+    return (1000 + np.random.default_rng(seed).integers(0, 40, count)).tolist()
+
+
+@pytest.mark.parametrize(("period", "rounds"), [(1, 64), (1, 400), (7, 10), (40, 4), (130, 5), (512, 4)])
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (333, 0), (0, 90), (50, 51)])
+def test_a_planted_loop_is_found_where_it_is(period: int, rounds: int, before: int, after: int) -> None:
+    block = list(range(period))
+    text = [*noise_of(before, 1), *(block * rounds), *noise_of(after, 2)]
+    assert find_loop(text) == Loop(before, before + period * rounds, period)
+
+
+def test_a_broken_round_at_the_end_belongs_to_the_loop() -> None:
+    assert find_loop([99, *([1, 2, 3] * 30), 1, 2, 98]) == Loop(1, 93, 3)
+
+
+def test_the_longest_of_several_loops_is_told() -> None:
+    text = [*([1] * 70), *noise_of(30, 1), *([1, 2] * 60), *noise_of(30, 2), *([3] * 80)]
+    assert find_loop(text) == Loop(100, 220, 2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        [],
+        [1],
+        [1] * 63,
+        list(range(30)) * 3,
+        list(range(513)) * 4,
+        noise_of(5000, 3),
+        (np.random.default_rng(4).integers(0, 2, 5000)).tolist(),
+    ],
+)
+def test_short_rare_long_and_random_repeats_are_no_loop(text: Sequence[int]) -> None:
+    assert find_loop(text) is None
+
+
+def test_what_counts_as_a_loop_can_be_chosen() -> None:
+    text = [9, *([1, 2, 3] * 3), 8]
+    assert find_loop(text, least=9, rounds=3) == Loop(1, 10, 3)
+    assert find_loop(text, least=10, rounds=3) is None
+    assert find_loop(text, least=9, rounds=4) is None
+    assert find_loop(text, least=9, rounds=3, longest_period=2) is None
+
+
+def test_acceptance_is_counted_by_vllms_names() -> None:
+    stats = GenerationStats(first_tokens=1)
+    tree = DraftTree([0, 1, 2, 3], [-1, 0, 0, 1])
+    stats.record(tree, Acceptance((0, 1, 3), (1, 3, 9)))
+    stats.record(tree, Acceptance((0,), (7,)))
+    stats.record(DraftTree.chain([7]), Acceptance((0,), (8,)))
+    assert stats.to_dict() == {
+        "num_spec_steps": 3,
+        "num_draft_tokens": 6,
+        "num_accepted_draft_tokens": 2,
+        "mean_acceptance_length": 1 + 2 / 3,
+        "draft_acceptance_rate": 2 / 6,
+        "acceptance_histogram": {"0": 2, "2": 1},
+    }
+    assert stats.step_tokens == 5 and stats.new_tokens == 6
+
+
+def test_before_the_first_step_there_are_no_ratios() -> None:
+    stats = GenerationStats()
+    report = stats.to_dict()
+    assert report["mean_acceptance_length"] is None and report["draft_acceptance_rate"] is None
+    assert stats.ms_per_token is None
+
+
+def test_time_is_added_up_by_phase_and_decoding_is_all_but_prefill() -> None:
+    stats = GenerationStats(step_tokens=4, phase_ms={"prefill": 100.0, "draft": 1.0, "verify": 6.0})
+    assert stats.decode_ms == 7.0 and stats.ms_per_token == 1.75
+    with pytest.raises(KeyError), stats.clock("verify"):
+        raise KeyError
+    with stats.clock("accept"):
+        pass
+    assert stats.phase_ms["verify"] > 6.0 and 0 < stats.phase_ms["accept"] < 1000
+
+
+def test_memory_bandwidth_is_a_rate_a_machine_can_have() -> None:
+    assert 1e8 < memory_bandwidth(8) < 1e13

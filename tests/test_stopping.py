@@ -1,0 +1,99 @@
+"""What ends a text depends on its tokens alone: EOS, stop strings however they are tokenised, the number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenswift_py.history import History
+from tokenswift_py.stopping import Stops
+
+EOS = 0
+WORDS = ["", "a", "b", "c", "ab", "bc", "aSTOPb", "ST", "OP", "STOP", "S", "TO", "P", "xS"]
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return "".join(WORDS[token] for token in tokens)
+
+
+def ending_of(tokens: Sequence[int], stops: Stops, prompt: Sequence[int] = ()) -> tuple[int, str | None]:
+    """How many tokens were written, and why no more."""
+    history = History(prompt)
+    stops.start_at(len(history))
+    for count, token in enumerate(tokens, start=1):
+        history.append(token)
+        reason = stops(history)
+        if reason is not None:
+            return count, reason
+    return len(tokens), None
+
+
+def stops_at(*strings: str, limit: int = 1000) -> Stops:
+    return Stops(limit, [EOS], strings, decode)
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["a", "STOP", "b"], 2),
+        (["a", "ST", "OP", "b"], 3),
+        (["xS", "TO", "P", "b"], 3),
+        (["a", "aSTOPb", "c"], 2),
+        (["ST", "a", "OP", "b"], None),
+    ],
+)
+def test_a_stop_string_is_found_however_it_is_cut_into_tokens(words: list[str], count: int | None) -> None:
+    tokens = [WORDS.index(word) for word in words]
+    assert ending_of(tokens, stops_at("STOP")) == ((count, "stop") if count else (len(tokens), None))
+
+
+def test_a_stop_string_is_not_found_in_what_was_forced() -> None:
+    stop, first, second = WORDS.index("STOP"), WORDS.index("ST"), WORDS.index("OP")
+    assert ending_of([1, 2], stops_at("STOP"), prompt=[stop]) == (2, None)
+    assert ending_of([second, 1], stops_at("STOP"), prompt=[first]) == (2, None)
+    assert ending_of([first, second, 1], stops_at("STOP"), prompt=[stop]) == (2, "stop")
+
+
+@given(
+    st.lists(st.integers(1, len(WORDS) - 1), max_size=40),
+    st.lists(st.text("abcSTOP", min_size=1, max_size=6), min_size=1, max_size=3),
+    st.lists(st.integers(1, len(WORDS) - 1), max_size=5),
+)
+def test_text_stops_at_the_first_token_that_completes_a_stop_string(
+    tokens: list[int], strings: list[str], prompt: list[int]
+) -> None:
+    wanted = next(
+        (
+            (count, "stop")
+            for count in range(1, len(tokens) + 1)
+            if any(string in decode(tokens[:count]) for string in strings)
+        ),
+        (len(tokens), None),
+    )
+    assert ending_of(tokens, stops_at(*strings), prompt) == wanted
+
+
+def test_every_end_of_sequence_token_ends_the_text_and_none_need_be_known() -> None:
+    assert ending_of([1, 2, 3], Stops(9, [3, 2])) == (2, "eos")
+    assert ending_of([1, 2, 3], Stops(9)) == (3, None)
+
+
+def test_the_last_token_that_is_wanted_ends_the_text() -> None:
+    stops = Stops(3)
+    assert ending_of([1, 1], stops) == (2, None) and stops.tokens_left == 1
+    assert ending_of([1, 1], stops, prompt=[1] * 50) == (1, "length")
+
+
+def test_the_better_reason_is_told_when_several_end_the_text_at_once() -> None:
+    stop = WORDS.index("STOP")
+    assert ending_of([EOS], stops_at("STOP", limit=1)) == (1, "eos")
+    assert ending_of([stop], stops_at("STOP", limit=1)) == (1, "stop")
+    assert ending_of([1], stops_at("STOP", limit=1)) == (1, "length")
+
+
+def test_stop_strings_need_a_decoder() -> None:
+    with pytest.raises(ValueError, match="stop strings need a decoder"):
+        Stops(5, strings=["STOP"])

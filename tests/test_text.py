@@ -1,0 +1,207 @@
+"""Text comes out whole: joined exactly, never half a character, never a piece of a stop string; turns go in exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokenswift_py.errors import UserError
+from tokenswift_py.text import TextJoiner, prompt_tokens, turn_tokens
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXTS = [
+    "Once upon a time the story went on, and on, and on. STOP here.",
+    "日本語のテキストと中文文本",
+    "family 👨‍👩‍👧‍👦 flag 🏳️‍🌈 wave 👋🏽",
+    "cafe\u0301 n\u0303 Z\u0351\u036b\u0343 आप कैसे हैं",
+]
+
+
+def byte_level(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 2, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral have it: a leading space that is stripped, bytes for what the vocabulary lacks."""
+    words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "ab", "日"]
+    merges = [("\u2581", "a"), ("a", "b")]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, merges, byte_fallback=True, unk_token="<unk>")
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TOKENIZER = byte_level()
+IM_END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
+
+
+def encode(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False).input_ids)
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return str(TOKENIZER.decode(tokens, skip_special_tokens=True))
+
+
+def chunked(tokens: Sequence[int], cuts: Sequence[int]) -> list[Sequence[int]]:
+    edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
+    return [tokens[a:b] for a, b in pairwise(edges)]
+
+
+def pieces(tokens: Sequence[int], cuts: Sequence[int], stops: Sequence[str] = ()) -> list[str]:
+    joiner = TextJoiner(TOKENIZER, stops)
+    return [*(joiner.push(chunk) for chunk in chunked(tokens, cuts)), joiner.finish()]
+
+
+anything = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40)
+written = st.lists(st.sampled_from([*TEXTS, " and", "語", "👋", "\u0301", "S", "\n"]), max_size=4).map(
+    lambda parts: encode("".join(parts))
+)
+cut_points = st.lists(st.integers(0, 60), max_size=40)
+
+
+@given(st.one_of(anything, written), cut_points)
+@example(encode("👨‍👩‍👧‍👦"), list(range(60)))
+@example(encode("👋🏽")[:-1], list(range(60)))
+@example(encode("a") + encode("日")[:1] + [IM_END] + encode("日")[1:], list(range(60)))
+def test_the_pieces_join_to_exactly_the_decoded_text(tokens: list[int], cuts: list[int]) -> None:
+    assert "".join(pieces(tokens, cuts)) == decode(tokens)
+
+
+@given(written)
+def test_a_character_is_told_as_soon_as_it_is_whole_and_not_before(tokens: list[int]) -> None:
+    joiner, told = TextJoiner(TOKENIZER), ""
+    for count, token in enumerate(tokens, start=1):
+        told += joiner.push([token])
+        so_far = decode(tokens[:count])
+        assert "\ufffd" not in told and told == (so_far if not so_far.endswith("\ufffd") else told)
+
+
+FALLBACK = byte_fallback()
+
+
+@given(st.text(" ab日本語👋é", max_size=20))
+def test_byte_fallback_vocabularies_join_exactly_too(text: str) -> None:
+    joiner, tokens = TextJoiner(FALLBACK), FALLBACK(text, add_special_tokens=False).input_ids
+    assert "".join([*(joiner.push([token]) for token in tokens), joiner.finish()]) == text
+
+
+@given(st.lists(st.integers(0, len(FALLBACK) - 1), max_size=30))
+@example([2 + 0xE8, 260, 72, 223, 260, 257, 259, 262, 262])
+def test_invalid_bytes_never_break_off_a_run(tokens: list[int]) -> None:
+    joiner = TextJoiner(FALLBACK)
+    told = "".join([*(joiner.push([token]) for token in tokens), joiner.finish()])
+    plain = [token for token in tokens if token > 257]
+    assert told.count("a") >= FALLBACK.decode(plain).count("a")
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+@given(
+    st.text("abc", max_size=20),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    cut_points,
+)
+@example("ab", ["b", "ab"], [1])
+@example("xaab", ["aab"], [1, 2, 3])
+def test_text_ends_before_the_first_stop_string_and_no_part_of_it_leaks(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    """What is told early is also told in the end: at no time more than the final text."""
+    final, told = cut(text, stops), ""
+    for piece in pieces(encode(text), cuts, stops):
+        told += piece
+        assert final.startswith(told)
+    assert told == final
+
+
+def test_text_that_only_looked_like_a_stop_string_is_told_when_it_no_longer_does() -> None:
+    joiner = TextJoiner(TOKENIZER, ["STOP", "OPEN"])
+    told = [joiner.push(encode(letter)) for letter in "aSTOaOPb"]
+    assert told == ["a", "", "", "", "STOa", "", "", "OPb"] and joiner.finish() == ""
+    assert "".join(pieces(encode("a STO"), [1, 2, 3], ["STOP"])) == "a STO"
+
+
+def test_a_stop_string_of_many_bytes_a_character() -> None:
+    tokens = encode("家族は👨‍👩‍👧‍👦です")
+    assert "".join(pieces(tokens, list(range(60)), ["👧"])) == "家族は👨‍👩‍"
+    assert "".join(pieces(tokens, list(range(60)), ["👨‍👩‍👧‍👦で"])) == "家族は"
+
+
+def chatml(*messages: tuple[str, str]) -> str:
+    return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+
+
+def test_a_text_is_one_user_message_and_messages_are_what_the_template_makes_of_them() -> None:
+    wanted = encode(chatml(("user", "the story")) + "<|im_start|>assistant\n")
+    assert prompt_tokens(TOKENIZER, "the story", raw=False) == wanted
+    assert prompt_tokens(TOKENIZER, [{"role": "user", "content": "the story"}], raw=False) == wanted
+    longer = [("system", "on"), ("user", "the"), ("assistant", "story"), ("user", "went")]
+    assert prompt_tokens(TOKENIZER, [{"role": r, "content": c} for r, c in longer], raw=False) == encode(
+        chatml(*longer) + "<|im_start|>assistant\n"
+    )
+    assert wanted.count(IM_END) == 1
+
+
+def test_raw_text_and_ids_go_in_as_they_are() -> None:
+    assert prompt_tokens(TOKENIZER, "the story", raw=True) == encode("the story")
+    assert prompt_tokens(byte_level(None), "the story", raw=False) == encode("the story")
+    for raw in (True, False):
+        assert prompt_tokens(TOKENIZER, [5, 6, 5], raw) == [5, 6, 5]
+        assert prompt_tokens(TOKENIZER, (7,), raw) == [7]
+
+
+def test_prompts_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^prompt: -1 is not allowed; token ids are not negative"):
+        prompt_tokens(TOKENIZER, [3, -1], raw=False)
+    with pytest.raises(UserError, match=r"^prompt: 'messages' is not allowed; this tokenizer has no chat template"):
+        prompt_tokens(byte_level(None), [{"role": "user", "content": "hi"}], raw=False)
+
+
+@pytest.mark.parametrize("answer", ["the story went on.", "", "日本語", "on, and\n"])
+def test_a_turn_is_exactly_what_the_template_puts_between_two_answers(answer: str) -> None:
+    """Prompt, answer, the EOS that ended it and the turn are together what the template makes of the conversation."""
+    start = prompt_tokens(TOKENIZER, "the", raw=False)
+    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], raw=False)
+    conversation = chatml(("user", "the"), ("assistant", answer), ("user", "and on?")) + "<|im_start|>assistant\n"
+    assert [*start, *encode(answer), IM_END, *turn] == encode(conversation)
+
+
+def test_only_a_token_that_ended_the_chapter_is_left_out_of_a_turn() -> None:
+    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], raw=False)
+    assert turn_tokens(TOKENIZER, "and on?", [0], raw=False) == [IM_END, *turn]
+
+
+def test_raw_turns_are_paragraphs_and_a_template_without_answers_is_refused() -> None:
+    wanted = encode("\n\nand on?\n\n")
+    assert turn_tokens(TOKENIZER, "and on?", [IM_END], raw=True) == wanted
+    assert turn_tokens(byte_level(None), "and on?", [IM_END], raw=False) == wanted
+    with pytest.raises(UserError, match=r"^chapters: 'and on[?]' is not allowed; .* drops earlier answers$"):
+        turn_tokens(byte_level(FORGETFUL), "and on?", [IM_END], raw=False)
