@@ -14,13 +14,14 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check bench sanitize clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
 	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
 	@echo "make check    ruff and mypy"
 	@echo "make bench    a short benchmark"
+	@echo "make sanitize tests of the C++ engine under ASan+UBSan and TSan"
 	@echo "make install  only install into .venv (the others do so by themselves)"
 	@echo "make clean    remove what was built, .venv too"
 
@@ -52,6 +53,11 @@ check: install
 
 bench: install
 	$(BIN)/python experiments/steps.py --contexts 64,1024,4096 --rows 1,8 --rounds 7
+
+# The tests of the C++ engine under AddressSanitizer with UBSan, then under ThreadSanitizer.
+sanitize: install
+	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh address
+	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh thread
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

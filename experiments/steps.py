@@ -111,19 +111,19 @@ def interleave(contenders: list[Contender], rounds: int) -> list[float]:
 def ours(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[Contender]:
     spec = swift.checkpoint.spec
     room = context + max(args.rows) + 1
-    model = swift.model(rope_tables(swift.checkpoint.config, room))
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, room))
     cache = filled_cache(model, context)
     for rows in args.rows:
         segment = Segment(DraftTree.chain([5] * rows), cache)
         yield Contender(
-            swift.engine, context, f"{rows} rows", passes(model, cache, segment), *cost(swift, context, rows)
+            swift.executor.name, context, f"{rows} rows", passes(model, cache, segment), *cost(swift, context, rows)
         )
     for tokens in args.view:
         if tokens < context:
             stats = PageStats(cache.full_pages, spec.layers, spec.kv_heads)
             segment = Segment(DraftTree.chain([5]), cache, PageView(Recent().select(stats, tokens)))
             yield Contender(
-                swift.engine, context, f"view {tokens}", passes(model, cache, segment), *cost(swift, tokens, 1)
+                swift.executor.name, context, f"view {tokens}", passes(model, cache, segment), *cost(swift, tokens, 1)
             )
 
 
@@ -154,10 +154,9 @@ def filled_cache(model: Model, context: int) -> KVCache:
 def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
     """Bytes that must be read and floating-point operations of a pass of so many rows."""
     spec = swift.checkpoint.spec
-    multiplied = spec.parameters - (0 if spec.tied else spec.vocab_size * spec.hidden_size)
-    kv = spec.kv_bytes(context, swift.dtype.itemsize)
+    kv = spec.kv_bytes(context, swift.executor.kv_dtype.itemsize)
     attention = 4 * spec.layers * spec.heads * spec.head_dim * context
-    return multiplied * swift.dtype.itemsize + kv, rows * (2.0 * multiplied + attention)
+    return spec.multiplied * swift.executor.dtype.itemsize + kv, rows * (2.0 * spec.multiplied + attention)
 
 
 @contextlib.contextmanager
@@ -221,7 +220,7 @@ PEERS = {"hf": hugging_face, "llamacpp": llama_cpp}
 def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds to prefill, ours and llama.cpp's, in turns."""
     tokens = np.random.default_rng(1).integers(0, 1000, args.prefill).astype(np.int32)
-    model = swift.model(rope_tables(swift.checkpoint.config, args.prefill + 1))
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, args.prefill + 1))
     cache = model.new_cache()
 
     def run() -> None:
@@ -231,7 +230,7 @@ def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]
             model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], [len(chunk) - 1])
             cache.commit(range(len(chunk)))
 
-    contenders = [Contender(swift.engine, 0, f"prefill {args.prefill}", run, 0.0, 0.0)]
+    contenders = [Contender(swift.executor.name, 0, f"prefill {args.prefill}", run, 0.0, 0.0)]
     if "llamacpp" in args.peers:
         llama, low = open_llama(args, args.prefill + 64)
 
@@ -267,7 +266,7 @@ def row(contender: Contender, bandwidth: float, swift: TokenSwift) -> dict[str, 
         "what": contender.what,
         "ms": round(contender.median, 3),
         "ms_min": round(min(contender.ms), 3),
-        "share_of_bandwidth": round(limit / contender.median, 3) if contender.engine == swift.engine else None,
+        "share_of_bandwidth": round(limit / contender.median, 3) if contender.engine == swift.executor.name else None,
         "gflop_s": round(contender.flops / contender.median / 1e6, 1),
     }
 

@@ -83,10 +83,10 @@ def tiny_decoder() -> TorchDecoder:
 
 @pytest.fixture(scope="session")
 def default_model() -> Any:
-    """The default model in fp32, fetched and converted at the first use."""
+    """The default model in fp32 on the torch executor, fetched and converted at the first use."""
     from tokenswift_py import TokenSwift
 
-    return TokenSwift.from_pretrained(dtype="fp32")
+    return TokenSwift.from_pretrained(dtype="fp32", engine="torch")
 
 
 CHATML = (

@@ -9,12 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper
 
-from tokenswift_py import TokenSwift, UserError
+from tokenswift_py import TokenSwift, UserError, executors
 
 
-@pytest.fixture(scope="module")
-def swift(tiny_folder: Path) -> TokenSwift:
-    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32")
+@pytest.fixture(scope="module", params=["native", "torch"])
+def swift(tiny_folder: Path, request: pytest.FixtureRequest) -> TokenSwift:
+    if request.param == "native":
+        pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine=request.param)
 
 
 def test_greedy_text_is_hugging_faces(swift: TokenSwift, tiny_folder: Path) -> None:
@@ -127,7 +129,7 @@ def test_the_report_says_everything(swift: TokenSwift) -> None:
     report = swift.baseline(stream).report
     assert report["identical"] is True
     assert report["first_divergence"] is None
-    assert report["guarantee"] == "measured"
+    assert report["guarantee"] == {"native": "bitwise", "torch": "measured"}[report["engine"]]
     assert report["speedup"] == pytest.approx(report["ar_ms_per_token"] / report["ms_per_token"], rel=1e-3)
     assert 0 < report["baseline"]["share_of_memory_limit"] < 1.5
     assert report["new_tokens"] == 50 == 1 + report["num_spec_steps"] + report["num_accepted_draft_tokens"]
@@ -187,8 +189,35 @@ def test_prompts_that_cannot_be(swift: TokenSwift, prompt: Any) -> None:
         ({"attention": "magic"}, "attention: 'magic'"),
         ({"device": "abacus"}, "device: 'abacus'"),
         ({"threads": 0}, "threads: 0"),
+        ({"engine": "steam"}, "engine: 'steam'"),
+        ({"engine": "native", "attention": "sdpa"}, "attention: 'sdpa'"),
+        ({"engine": "torch", "kv_dtype": "fp32"}, "kv_dtype: 'fp32'"),
+        ({"kv_dtype": "int3"}, "kv_dtype: 'int3'"),
     ],
 )
 def test_wrong_ways_to_load(tiny_folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         TokenSwift.from_pretrained(str(tiny_folder), **settings)
+
+
+def test_without_the_extension_auto_is_torch_and_says_so(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(executors, "EXTENSION", "tokenswift_py.kernels.cpu._missing")
+    swift = TokenSwift.from_pretrained(str(tiny_folder))
+    assert swift.executor.name == "torch"
+    assert caplog.text.count("the C++ engine is not built") == 1
+    with pytest.raises(UserError, match=r"engine: 'native' .* C\+\+ compiler"):
+        TokenSwift.from_pretrained(str(tiny_folder), engine="native")
+
+
+def test_both_engines_write_the_same_fp32_text(tiny_folder: Path) -> None:
+    """Not a law, but their arithmetic differs by rounding only, and the noise is one."""
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    texts = [
+        TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine=engine)
+        .generate("the cat", max_new_tokens=100, seed=8, ignore_eos=True, penalty=1.1, dry_multiplier=0.5)
+        .tokens
+        for engine in ("native", "torch")
+    ]
+    assert texts[0] == texts[1]

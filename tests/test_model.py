@@ -38,7 +38,7 @@ def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], c
         weights = reference.state_dict()
         reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         reference.load_state_dict(weights)
-    model = default_model.model(rope_tables(default_model.checkpoint.config, context))
+    model = default_model.executor.model(rope_tables(default_model.checkpoint.config, context))
     cache = model.new_cache()
     rows = []
     for start in range(0, len(text), 100):
@@ -75,7 +75,7 @@ def test_the_second_load_converts_nothing(default_model: TokenSwift, monkeypatch
     monkeypatch.setattr(loading, "default_gguf", None)
     monkeypatch.setattr(loading, "write_converted", None)
     again = TokenSwift.from_pretrained()
-    assert again.weight_dtype == torch.bfloat16
+    assert again.executor.dtype == torch.bfloat16
     assert again.checkpoint.folder == default_model.checkpoint.folder
 
 

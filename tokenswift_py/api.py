@@ -12,15 +12,14 @@ import psutil
 import torch
 
 from tokenswift_py import __version__, registry, report
-from tokenswift_py.core import Model, SamplingParams
+from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
+from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
-from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.options import Options
 from tokenswift_py.rope import RopeTables, rope_tables
-from tokenswift_py.sampling import Sampler
 from tokenswift_py.stats import GenerationStats
 from tokenswift_py.stopping import Stops
 from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, turn_tokens
@@ -83,19 +82,10 @@ class Run:
 class TokenSwift:
     """A model with its tokenizer, ready to write. Make it with `from_pretrained`."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        weights: dict[str, torch.Tensor],
-        tokenizer: Any,
-        device: torch.device,
-        attention: str = "auto",
-    ):
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor):
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
-        self.device = device
-        self._weights = weights
-        self._attention = "sdpa" if attention == "auto" else attention
+        self.executor = executor
 
     @classmethod
     def from_pretrained(
@@ -104,29 +94,34 @@ class TokenSwift:
         *,
         revision: str | None = None,
         dtype: str = "bf16",
+        kv_dtype: str | None = None,
+        engine: str = "auto",
         attention: str = "auto",
         device: str = "auto",
         threads: int | None = None,
     ) -> TokenSwift:
         """Load a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     bf16 or fp32, of weights and KV cache alike.
-        attention: auto, or a backend of kernels/.
+        dtype:     bf16 or fp32, of the weights.
+        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights.
+        engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
+        attention: auto, or a backend of kernels/, which is torch's.
         device:    auto (cuda where there is one, else cpu) or a torch device.
-        threads:   CPU threads of torch; None leaves them.
-        Raises UserError, in one line, for whatever cannot be used, and MemoryError never: weights that cannot fit
-        are refused before they are read.
+        threads:   CPU threads; None is what the machine gives this process.
+        Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
+        are read.
         """
         check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        check(kv_dtype is None or kv_dtype in DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         where = find_device(device)
+        chosen = choose_engine(engine, where, attention)
         checkpoint = open_checkpoint(model, revision)
         check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
-        if threads is not None:
-            torch.set_num_threads(threads)
-        return cls(checkpoint, checkpoint.tensors().to(DTYPES[dtype], where), checkpoint.tokenizer(), where, attention)
+        executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads)
+        return cls(checkpoint, checkpoint.tokenizer(), executor)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
         """Write a text and return it whole. Settings: the fields of `Options`."""
@@ -156,17 +151,12 @@ class TokenSwift:
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
         self.drafter(options)
-        cache_bytes = checkpoint.spec.kv_bytes(context, self.weight_dtype.itemsize)
-        check_memory(cache_bytes, self.device, f"a KV cache of {context} tokens")
+        cache_bytes = checkpoint.spec.kv_bytes(context, self.executor.kv_dtype.itemsize)
+        check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope)
-
-    def model(self, rope: RopeTables) -> Model:
-        """The executor for the context of some RoPE tables; the weights are shared."""
-        backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", self._attention)
-        return TorchDecoder(self.checkpoint.spec, self._weights, rope, backend)
 
     def drafter(self, options: Options) -> Drafter:
         name, settings = options.drafter_settings()
@@ -179,9 +169,9 @@ class TokenSwift:
         first_end = len(run.prompt) + options.min_new_tokens
         vocab = self.checkpoint.spec.vocab_size
         return Engine(
-            self.model(run.rope),
+            self.executor.model(run.rope),
             self.drafter(options),
-            Sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
+            self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
             Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, self.tokenizer.decode),
             run.turns,
             options.draft_tokens,
@@ -198,15 +188,10 @@ class TokenSwift:
             theirs = plain.result()
         mean_context = len(run.prompt) + len(mine.tokens) / 2
         spec = self.checkpoint.spec
-        itemsize = self.weight_dtype.itemsize
-        table = 0 if spec.tied else spec.vocab_size * spec.hidden_size  # only rows of it are read
-        step_bytes = (spec.parameters - table) * itemsize + spec.kv_bytes(1, itemsize) * mean_context
+        weights, cache = self.executor.dtype.itemsize, self.executor.kv_dtype.itemsize
+        step_bytes = spec.multiplied * weights + spec.kv_bytes(1, cache) * mean_context
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes)
         return replace(mine, report={**mine.report, **figures})
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return self._weights["model.embed_tokens.weight"].dtype
 
 
 class Stream:
@@ -299,7 +284,7 @@ class Stream:
             },
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
-            "engine": "torch",
+            "engine": self._swift.executor.name,
             "numerics": engine.model.numerics,
             "guarantee": engine.model.guarantee,
             "prompt_tokens": len(run.prompt),
@@ -308,7 +293,7 @@ class Stream:
             **report.run_figures(engine.stats),
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
-            "peak_memory_bytes": report.peak_memory(self._swift.device),
+            "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
         }
 
 

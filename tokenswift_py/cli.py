@@ -52,8 +52,10 @@ def parser() -> argparse.ArgumentParser:
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")
-    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, weights and KV cache")
-    model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/")
+    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, of the weights")
+    model.add_argument("--kv-dtype", help="bf16 or fp32, of the KV cache (default: that of the weights)")
+    model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
+    model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     model.add_argument("--threads", type=int, help="CPU threads")
     source = text.add_mutually_exclusive_group()
@@ -109,8 +111,8 @@ def write(args: argparse.Namespace) -> int:
     from tokenswift_py.report import summary
 
     swift = TokenSwift.from_pretrained(
-        args.model, revision=args.revision, dtype=args.dtype, attention=args.attention, device=args.device,
-        threads=args.threads,
+        args.model, revision=args.revision, dtype=args.dtype, kv_dtype=args.kv_dtype, engine=args.engine,
+        attention=args.attention, device=args.device, threads=args.threads,
     )  # fmt: skip
     stream = swift.stream(prompt, **options)
     interrupted = False

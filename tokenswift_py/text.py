@@ -20,7 +20,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
     A text is one user message, unless `raw` or the tokenizer has no chat template.
     """
     if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
-        tokens = [int(item) for item in prompt]  # type: ignore[call-overload]
+        tokens = [int(item) for item in prompt]  # type: ignore[arg-type]
         check(min(tokens, default=0) >= 0, "prompt", min(tokens, default=0), "token ids are not negative")
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):

@@ -13,6 +13,8 @@ namespace {
 
 using Vec = Isa::Vec;
 
+constexpr int line_bytes = 64;  // of the cache
+
 struct F32Dot {
   using Weight = float;
   using Operand = float;
@@ -22,6 +24,7 @@ struct F32Dot {
   static Columns columns(const Weight* w) { return Isa::load(w); }
   static Vec add(Vec acc, Columns w, const Operand* x) { return Isa::fma(w, Isa::splat(*x), acc); }
   static void round(const float* x, int n, Operand* out) { std::memcpy(out, x, n * sizeof *x); }
+  static void round(Vec x, Operand* out) { Isa::store(out, x); }
 };
 
 // bf16 weights widened exactly; operands stay fp32.
@@ -39,6 +42,7 @@ struct WidenedBf16Dot {
     return Isa::fma(w.odd, Isa::splat(x[1]), acc);
   }
   static void round(const float* x, int n, Operand* out) { std::memcpy(out, x, n * sizeof *x); }
+  static void round(Vec x, Operand* out) { Isa::store(out, x); }
 };
 
 #ifdef __AVX512BF16__
@@ -58,8 +62,11 @@ struct NativeBf16Dot {
   // n is a multiple of 16.
   static void round(const float* x, int n, Operand* out) {
     for (int i = 0; i < n; i += Isa::lanes) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)_mm512_cvtneps_pbh(Isa::load(x + i)));
+      round(Isa::load(x + i), out + i);
     }
+  }
+  static void round(Vec x, Operand* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
   }
 };
 using Bf16Dot = NativeBf16Dot;
@@ -77,22 +84,22 @@ inline __attribute__((always_inline)) void each(F f) {
 }
 
 // acc[i][j] += the product of row i of x and vector j of the columns, over all steps in order.
-// Rows are addressed from every third one, which leaves x86 three rows a register (base, base + s, base + 2 s).
-template <class Dot, int M, int V>
+// `ahead` is prefetched, `lines` cache lines a step. Rows are addressed from every third one, which leaves x86 three
+// rows a register (base, base + s, base + 2 s).
+template <class Dot, int M, int V, int lines>
 inline __attribute__((always_inline)) void accumulate(Vec (&acc)[M][V], const typename Dot::Weight* w, size_t w_stride,
                                                       const typename Dot::Operand* x, size_t x_stride, int steps,
-                                                      ptrdiff_t ahead) {
+                                                      uintptr_t& ahead) {
   const typename Dot::Operand* base[(M + 2) / 3];
 #pragma GCC unroll 4
   for (int i = 0; i < M; i += 3) base[i / 3] = x + i * x_stride;
   for (int k = 0; k < steps; ++k) {
     typename Dot::Columns columns[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) {
-      const typename Dot::Weight* at = w + j * Isa::lanes * Dot::step;
-      Isa::prefetch(reinterpret_cast<const char*>(at) + ahead);
-      columns[j] = Dot::columns(at);
-    }
+    for (int j = 0; j < V; ++j) columns[j] = Dot::columns(w + j * Isa::lanes * Dot::step);
+#pragma GCC unroll 4
+    for (int j = 0; j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
+    ahead += lines * line_bytes;
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const typename Dot::Operand* row = base[i / 3] + (i % 3) * x_stride;

@@ -8,7 +8,7 @@ namespace {
 
 // One row is bound by memory; its weights are asked for this far ahead, across the page borders at which the
 // hardware prefetcher stops.
-constexpr ptrdiff_t prefetch_bytes = 4096;
+constexpr uintptr_t prefetch_bytes = 4096;
 
 template <class Dot, int M>
 void multiply_tile(const typename Dot::Weight* panel, int steps, const typename Dot::Operand* x, size_t x_stride,
@@ -16,7 +16,9 @@ void multiply_tile(const typename Dot::Weight* panel, int steps, const typename 
   constexpr int V = Isa::gemm_vectors;
   Vec acc[M][V];
   each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
-  accumulate<Dot, M, V>(acc, panel, V * Isa::lanes * Dot::step, x, x_stride, steps, prefetch_bytes);
+  constexpr int lines = V * Isa::lanes * int(sizeof(float)) / line_bytes;
+  uintptr_t ahead = reinterpret_cast<uintptr_t>(panel) + prefetch_bytes;
+  accumulate<Dot, M, V, lines>(acc, panel, V * Isa::lanes * Dot::step, x, x_stride, steps, ahead);
   each<M, V>([&](int i, int j) { Isa::store(out + i * out_stride + j * Isa::lanes, acc[i][j]); });
 }
 

@@ -9,7 +9,8 @@
 namespace tokenswift {
 
 constexpr int page_size = 64;         // tokens
-constexpr int vector_multiple = 16;   // row buffers are padded with zeros to a multiple of this many floats
+constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to a multiple of this many floats
+constexpr int longest_head = 512;     // values
 constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
 
 enum class Element { bf16, f32 };
@@ -47,14 +48,14 @@ struct ElementKernels {
   // Rounds n floats (n a multiple of vector_multiple) to operands.
   void (*round)(const float* x, int n, void* out);
   // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
-  void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out, size_t out_stride);
+  void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
+                   size_t out_stride);
   void (*visit)(const PageVisit&);
 };
 
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
-  int tile;   // rows that share a load of weights
   ElementKernels bf16, f32;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
@@ -65,7 +66,8 @@ struct Kernels {
   // out = values / sum of weights.
   void (*normalise)(const float* state, int head_dim, float* out);
   // out[i] += share of page i in the softmax of `state`.
-  void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages, float* out);
+  void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
+                   float* out);
 
   const ElementKernels& of(Element e) const { return e == Element::bf16 ? bf16 : f32; }
 };

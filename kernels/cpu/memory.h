@@ -43,7 +43,8 @@ class Buffer {
   Buffer() = default;
   explicit Buffer(size_t count) { reserve(count); }
   Buffer(const Buffer&) = delete;
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), count_(std::exchange(other.count_, 0)) {}
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), count_(std::exchange(other.count_, 0)) {}
   ~Buffer() { std::free(data_); }
 
   T* reserve(size_t count) {

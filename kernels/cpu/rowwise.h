@@ -9,12 +9,20 @@
 namespace tokenswift {
 namespace {
 
-// 2^t for t <= 127, relative error 1e-7, exactly 1 at 0 and exactly 0 for a masked score (-inf).
-// Polynomial: minimax for 2^f over f in [-1/2, 1/2] with constant term 1.
+// 2^t for finite t <= 127, exactly 1 at 0 and exactly 0 far below -127. Polynomials: minimax for 2^f over f in
+// [-1/2, 1/2] with constant term 1; the short one is for what is rounded to bf16's 8 bits afterwards.
+enum class Precision { full, short_ };  // relative error 1e-7, 1e-4
+
+template <Precision precision = Precision::full>
 inline Vec exp2(Vec t) {
-  t = Isa::max(Isa::splat(Isa::lowest_power), t);
   const Vec n = Isa::nearest(t);
   const Vec f = Isa::sub(t, n);
+  if constexpr (precision == Precision::short_) {
+    Vec p = Isa::splat(0.05500892549753189f);
+    p = Isa::fma(p, f, Isa::splat(0.2422109693288803f));
+    p = Isa::fma(p, f, Isa::splat(0.6932829022407532f));
+    return Isa::scale(Isa::fma(p, f, Isa::splat(1.0f)), n);
+  }
   Vec p = Isa::splat(0.001326472614891827f);
   p = Isa::fma(p, f, Isa::splat(0.009671512991189957f));
   p = Isa::fma(p, f, Isa::splat(0.05550733581185341f));

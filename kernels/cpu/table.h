@@ -15,11 +15,9 @@ ElementKernels element_kernels() {
 }
 
 Kernels make_kernels(const char* name) {
-  return {name,     Isa::gemm_vectors * Isa::lanes,
-          Isa::gemm_rows, element_kernels<Bf16Dot>(),
-          element_kernels<F32Dot>(), rms_norm,
-          swiglu,   merge,
-          normalise, add_mass};
+  constexpr int panel = Isa::gemm_vectors * Isa::lanes;
+  return {name,   panel, element_kernels<Bf16Dot>(), element_kernels<F32Dot>(), rms_norm,
+          swiglu, merge, normalise,                  add_mass};
 }
 
 }  // namespace

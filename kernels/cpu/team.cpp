@@ -21,8 +21,6 @@
 namespace tokenswift {
 namespace {
 
-constexpr int piece_bits = 20;
-constexpr uint64_t piece_mask = (1u << piece_bits) - 1;
 constexpr auto spin_time = std::chrono::microseconds(40);
 
 void relax() {
@@ -95,8 +93,7 @@ void Team::share(int count, Call call, const void* context) {
   call_ = call;
   context_ = context;
   done_.store(0, std::memory_order_relaxed);
-  const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-  ticket_.store(epoch << (2 * piece_bits) | uint64_t(count) << piece_bits, std::memory_order_release);
+  ticket_.store(uint64_t(count) << 32, std::memory_order_release);
   epoch_.fetch_add(1);
   if (sleepers_.load()) wake_all(epoch_);
   done_.fetch_add(take_pieces(0));
@@ -115,9 +112,9 @@ int Team::take_pieces(int worker) {
   int taken = 0;
   for (;; ++taken) {
     const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    const int piece = int(ticket & piece_mask), count = int(ticket >> piece_bits & piece_mask);
+    const uint32_t piece = uint32_t(ticket), count = uint32_t(ticket >> 32);
     if (piece >= count) return taken;
-    call_(context_, piece, worker);
+    call_(context_, int(piece), worker);
   }
 }
 

@@ -28,7 +28,16 @@ class Team {
         &work);
   }
 
+  // The same, by the caller alone where `cost` (operations in all, roughly) is not worth waking anybody.
+  template <class F>
+  void run(int count, size_t cost, const F& work) {
+    if (cost >= worth_sharing) return run(count, work);
+    for (int piece = 0; piece < count; ++piece) work(piece, 0);
+  }
+
  private:
+  static constexpr size_t worth_sharing = 20000;
+
   using Call = void (*)(const void* context, int piece, int worker);
 
   void run(int count, Call call, const void* context);
@@ -37,7 +46,7 @@ class Team {
   int take_pieces(int worker);
   void wait_until_done(uint32_t count);
 
-  // epoch (24 bits) | pieces in all (20) | next piece (20): one addition claims a piece and says of which job.
+  // pieces in all << 32 | next piece: one addition claims a piece and says whether there was one to claim.
   std::atomic<uint64_t> ticket_{0};
   Call call_ = nullptr;
   const void* context_ = nullptr;

@@ -20,6 +20,7 @@ struct Isa {
   static Vec splat(float x) { return _mm256_set1_ps(x); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
+  static void store_first(float* p, Vec a) { *p = _mm256_cvtss_f32(a); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -28,11 +29,9 @@ struct Isa {
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // At this power of two, scale() gives exactly zero.
-  static constexpr float lowest_power = -127.0f;
-  // a * 2^n for whole n in -127 .. 127.
+  // a * 2^n for whole n up to 127; zero from 2^-127 down.
   static Vec scale(Vec a, Vec n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(max(splat(-127.0f), n)), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 
@@ -60,7 +59,9 @@ struct Isa {
   }
 
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
-  __attribute__((always_inline)) static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  __attribute__((always_inline)) static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 
  private:
   static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }

@@ -20,6 +20,7 @@ struct Isa {
   static Vec splat(float x) { return _mm512_set1_ps(x); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+  static void store_first(float* p, Vec a) { *p = _mm512_cvtss_f32(a); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -29,9 +30,7 @@ struct Isa {
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // At this power of two, scale() gives exactly zero.
-  static constexpr float lowest_power = -200.0f;
-  // a * 2^n for whole n.
+  // a * 2^n for whole n; zero where that is too small for a float.
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
   // Sums and maxima of all lanes, in one fixed tree.
@@ -59,7 +58,9 @@ struct Isa {
   }
 
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
-  __attribute__((always_inline)) static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  __attribute__((always_inline)) static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
 };
 
 }  // namespace

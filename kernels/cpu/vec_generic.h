@@ -22,6 +22,7 @@ struct Isa {
   static Vec splat(float x) { return Vec{x, x, x, x}; }
   static Vec load(const float* p) { return from<Vec>(p); }
   static void store(float* p, Vec a) { std::memcpy(p, &a, sizeof a); }
+  static void store_first(float* p, Vec a) { *p = a[0]; }
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec sub(Vec a, Vec b) { return a - b; }
   static Vec mul(Vec a, Vec b) { return a * b; }
@@ -38,13 +39,12 @@ struct Isa {
   }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
-  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; holds for |a| < 2^22.
+  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; holds for |a| < 2^22, and where it does not, scale()
+  // gives zero.
   static Vec nearest(Vec a) { return (a + 12582912.0f) - 12582912.0f; }
-  // At this power of two, scale() gives exactly zero.
-  static constexpr float lowest_power = -127.0f;
-  // a * 2^n for whole n in -127 .. 127.
+  // a * 2^n for whole n up to 127; zero from 2^-127 down.
   static Vec scale(Vec a, Vec n) {
-    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    const Ints power = (__builtin_convertvector(max(splat(-127.0f), n), Ints) + 127) << 23;
     return a * from<Vec>(&power);
   }
 

@@ -97,6 +97,11 @@ class ModelSpec:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
+    @property
+    def multiplied(self) -> int:
+        """Parameters that every token is multiplied with; of an untied embedding only rows are read."""
+        return self.parameters - (0 if self.tied else self.vocab_size * self.hidden_size)
+
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of keys and values of `tokens` tokens, all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * itemsize * tokens

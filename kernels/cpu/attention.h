@@ -1,0 +1,84 @@
+// Attention of all rows of a pass over the paged cache.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+#include "plan.h"
+#include "pool.h"
+#include "team.h"
+
+namespace tokenswift {
+
+// What one layer gives and takes. Queries are ordered [kv_heads][rows][group], group = heads / kv_heads.
+struct AttentionLayer {
+  int layer;
+  int window;        // a row at p sees (p - window, p]; 0 is everything
+  const char* q;     // operands of the pool's element type, [queries][padded head_dim]
+  float* out;        // [rows][out_stride], query head h at h * head_dim
+  size_t out_stride;
+  float* mass;       // [rows][kv_heads][pages]; null when not wanted
+};
+
+// A row's keys are visited page by page in ascending order, in splits of 16 pages that begin at absolute multiples of
+// 16, and the splits' softmax states are merged in order. So what a row gets depends on its own keys alone: not on
+// the rows beside it, on threads, or on whether splits ran side by side or one after the other.
+class Attention {
+ public:
+  // head_dim: values of a head; the pool has them padded to vector_multiple.
+  Attention(const Kernels& kernels, int heads, int head_dim)
+      : kernels_(kernels), heads_(heads), values_(head_dim), head_dim_(round_up(head_dim, vector_multiple)) {}
+
+  // Once a pass. mass_pages: pages of the mass that is wanted, a multiple of vector_multiple; 0 for none. The pool
+  // must outlive the pass.
+  void prepare(std::vector<SegmentPlan> segments, const Pool& pool, int rows, int mass_pages, int threads);
+
+  // Once a layer.
+  void run(Team& team, const AttentionLayer& layer);
+
+ private:
+  // Consecutive rows of one segment that walk the same pages, under one KV head.
+  struct Piece {
+    int segment, head;
+    RowRun rows;       // in the segment
+    RowRun splits;
+  };
+
+  struct SegmentState {
+    int parts;         // softmax states kept for each query: one a split, or one in all
+    size_t states;     // where they begin, [parts][kv_heads][rows][group]
+  };
+
+  struct Scratch {
+    Buffer<char> page;          // a gathered page
+    Buffer<float> states;       // the current split's, where parts == 1
+    std::vector<int> first, last;
+    std::vector<const char*> pages;
+  };
+
+  void add_pieces(int segment, int threads);
+  void run_piece(const AttentionLayer& layer, const Piece& piece, Scratch& scratch);
+  void run_split(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
+  void visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
+  void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
+  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block, ptrdiff_t next,
+             float* states, Scratch& scratch);
+  void finish(const AttentionLayer& layer, int segment, int row, int head);
+  const char* gather(const AttentionLayer& layer, const Piece& piece, Slots slots, int visible, Scratch& scratch) const;
+  bool set_lanes(const SegmentInput& in, RowRun rows, int page, int window, Scratch& scratch) const;
+  int first_visible(const SegmentInput& in, RowRun rows, int window) const;
+  float* state(int segment, int part, int head, int row);
+
+  const Kernels& kernels_;
+  int heads_, values_, head_dim_;  // head_dim_ is padded
+  int group_ = 1, rows_ = 0;
+  size_t mass_stride_ = 0;
+  const Pool* pool_ = nullptr;
+  std::vector<SegmentPlan> segments_;
+  std::vector<SegmentState> segment_states_;
+  std::vector<Piece> pieces_;
+  std::vector<Scratch> scratch_;
+  Buffer<float> states_, mass_, mass_maximum_;
+};
+
+}  // namespace tokenswift

@@ -1,0 +1,179 @@
+// The Python boundary. Arrays come as numpy arrays, so that neither torch's headers nor its version matter here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <optional>
+#include <stdexcept>
+#include <tuple>
+
+#include "bind.h"
+#include "decoder.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tokenswift {
+namespace {
+
+template <class T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Ints = Array<const int32_t, 1>;
+using Table = Array<const float, 2>;
+
+// (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
+using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
+
+Element element(const std::string& dtype) {
+  if (dtype == "bf16") return Element::bf16;
+  if (dtype == "fp32") return Element::f32;
+  throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16 and fp32 are");
+}
+
+void require(bool condition, const char* what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+template <class A>
+int size(const A& array, size_t axis = 0) {
+  require(array.shape(axis) <= size_t(INT32_MAX), "an array is too long");
+  return int(array.shape(axis));
+}
+
+const Kernels& kernels_of_environment() {
+  const char* wanted = std::getenv("TOKENSWIFT_ISA");
+  return choose_kernels(wanted ? wanted : "");
+}
+
+void init_pool(Pool* self, int layers, int kv_heads, int head_dim, const std::string& dtype, int pages) {
+  require(layers > 0 && kv_heads > 0 && pages > 0 && pages <= INT32_MAX / page_size, "a pool's sizes must be positive");
+  require(head_dim > 0 && head_dim % vector_multiple == 0, "head_dim must be a multiple of 16");
+  new (self) Pool(layers, kv_heads, head_dim, element(dtype), pages);
+}
+
+void move_slots(Pool& pool, const Ints& source, const Ints& target) {
+  require(source.shape(0) == target.shape(0), "as many targets as sources");
+  pool.move(source.data(), target.data(), size(source));
+}
+
+nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> page_block(nb::handle_t<Pool> self, int layer, int head, int page) {
+  const Pool& pool = nb::cast<const Pool&>(self);
+  require(layer >= 0 && layer < pool.layers() && head >= 0 && head < pool.kv_heads() && pool.usable(page),
+          "no such layer, head or page in use");
+  return {pool.block(layer, head, page), {pool.block_bytes()}, self};
+}
+
+void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int layers, int heads, int kv_heads, int head_dim,
+                  float norm_eps, bool tied, bool qk_norm, std::vector<int> windows,
+                  const std::string& dtype, int threads) {
+  require(threads >= 1 && threads <= 1024, "threads must be between 1 and 1024");
+  const Shape shape{vocab, hidden, ffn, layers, heads, kv_heads, head_dim, norm_eps, tied, qk_norm, windows};
+  new (self) Decoder(shape, element(dtype), kernels_of_environment(), threads);
+}
+
+template <class T>
+void set_matrix(Decoder& decoder, const std::string& part, int layer, const Array<const T, 2>& data) {
+  require((decoder.element() == Element::bf16) == (sizeof(T) == 2), "a matrix must have the decoder's element type");
+  const int rows = size(data, 0), columns = size(data, 1);
+  const nb::gil_scoped_release release;
+  decoder.set_matrix(part, layer, data.data(), rows, columns);
+}
+
+SegmentInput segment_input(const SegmentArrays& arrays, int start, const Pool& pool) {
+  const auto& [positions, pages, view, tail] = arrays;
+  SegmentInput in;
+  in.start = start;
+  in.rows = size(positions);
+  in.positions = positions.data();
+  in.full = size(pages);
+  in.pages = pages.data();
+  if (view) {
+    require(size(*view, 0) == pool.layers() && size(*view, 1) == pool.kv_heads(),
+            "a view is [layers, kv_heads, pages]");
+    in.view = view->data();
+    in.view_pages = size(*view, 2);
+  }
+  in.tail = tail.data();
+  in.tail_rows = size(tail, 0);
+  in.tail_width = size(tail, 1);
+  return in;
+}
+
+void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& positions, const Ints& slots,
+             const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
+             const Array<float, 2>& hidden, const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass) {
+  const Shape& shape = decoder.shape();
+  Pass pass;
+  pass.rows = size(tokens);
+  require(size(positions) == pass.rows && size(slots) == pass.rows, "as many positions and slots as tokens");
+  pass.tokens = tokens.data();
+  pass.positions = positions.data();
+  pass.slots = slots.data();
+  int start = 0;
+  for (const SegmentArrays& arrays : segments) {
+    pass.segments.push_back(segment_input(arrays, start, pool));
+    require(pass.segments.back().rows <= pass.rows - start, "segments must cover the rows in order");
+    start += pass.segments.back().rows;
+  }
+  pass.logit_rows = logit_rows.data();
+  pass.logit_count = size(logit_rows);
+  for (const Table* table : {&cos, &sin}) {
+    require(size(*table, 0) == size(cos, 0) && size(*table, 1) == shape.head_dim / 2,
+            "RoPE tables are [context, head_dim / 2]");
+  }
+  pass.context = size(cos, 0);
+  pass.cos = cos.data();
+  pass.sin = sin.data();
+  require(size(hidden, 0) == pass.rows && size(hidden, 1) == shape.hidden, "hidden is [rows, hidden_size]");
+  require(size(logits, 0) == pass.logit_count && size(logits, 1) == shape.vocab, "logits is [logit_rows, vocab_size]");
+  pass.hidden = hidden.data();
+  pass.logits = logits.data();
+  if (mass) {
+    require(size(*mass, 0) == shape.layers && size(*mass, 1) == pass.rows && size(*mass, 2) == shape.kv_heads,
+            "mass is [layers, rows, kv_heads, pages]");
+    pass.mass = mass->data();
+    pass.mass_pages = size(*mass, 3);
+  }
+  const nb::gil_scoped_release release;
+  decoder.forward(pass, pool);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The CPU engine: packed weights, paged keys and values, one call a pass.";
+  m.attr("PAGE_SIZE") = page_size;
+  m.def("runnable_isas", &runnable_kernels, "Names of the ISA variants this machine can run, best first.");
+  m.def("chosen_isa", [] { return std::string(kernels_of_environment().name); },
+        "The variant that a new decoder will use; TOKENSWIFT_ISA overrides.");
+
+  bind_sampler(m);
+  nb::class_<Pool>(m, "Pool", "Pages of 64 tokens of keys and values, all layers and heads together.")
+      .def("__init__", &init_pool, "layers"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "pages"_a)
+      .def("reserve", &Pool::reserve, "page"_a, "Make a page usable; memory is taken as it is written.")
+      .def("move", &move_slots, "source"_a.noconvert(), "target"_a.noconvert(),
+           "Copy slots, as if all were read before any is written.")
+      .def("block", &page_block, "layer"_a, "head"_a, "page"_a, "Raw bytes of one (layer, head) of a page, writable.")
+      .def_prop_ro("page_bytes", &Pool::page_bytes);
+
+  nb::class_<Decoder>(m, "Decoder", "Packed weights and everything a pass needs.")
+      .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "norm_eps"_a, "tied"_a, "qk_norm"_a, "windows"_a, "dtype"_a, "threads"_a)
+      .def("set_matrix", &set_matrix<uint16_t>, "part"_a, "layer"_a, "data"_a.noconvert())
+      .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert())
+      .def("set_vector", [](Decoder& decoder, const std::string& part, int layer, const Array<const float, 1>& data) {
+             decoder.set_vector(part, layer, data.data(), size(data));
+           }, "part"_a, "layer"_a, "data"_a.noconvert())
+      .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
+           "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
+           "hidden"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none())
+      .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
+      .def_prop_ro("threads", &Decoder::threads)
+      .def_prop_ro("weight_bytes", &Decoder::weight_bytes);
+}
+
+}  // namespace tokenswift

@@ -1,0 +1,129 @@
+// The whole decoder pass of the llama, mistral, qwen2 and qwen3 families.
+#pragma once
+
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "kernels.h"
+#include "matrix.h"
+#include "memory.h"
+#include "plan.h"
+#include "pool.h"
+#include "team.h"
+
+namespace tokenswift {
+
+struct Shape {
+  int vocab = 0, hidden = 0, ffn = 0, layers = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  float norm_eps = 0;
+  bool tied = false, qk_norm = false;
+  std::vector<int> windows;  // [layers], 0 is full attention
+};
+
+// One pass. All arrays are the caller's.
+struct Pass {
+  int rows = 0;
+  const int32_t* tokens = nullptr;     // [rows]
+  const int32_t* positions = nullptr;  // [rows]
+  const int32_t* slots = nullptr;      // [rows] where keys and values go
+  std::vector<SegmentInput> segments;  // consecutive, covering all rows
+  const int32_t* logit_rows = nullptr;
+  int logit_count = 0;
+  int context = 0;                     // positions end before it
+  const float* cos = nullptr;          // [context][head_dim / 2]
+  const float* sin = nullptr;
+  float* hidden = nullptr;             // [rows][hidden], after the final norm
+  float* logits = nullptr;             // [logit_count][vocab]
+  float* mass = nullptr;               // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
+  int mass_pages = 0;
+};
+
+// Residual stream, norms, scores and sums are fp32. What a bf16 weight or a bf16 key or value is multiplied with is
+// rounded to bf16 on the ISA that has bf16 dot products, and stays fp32 on the others.
+class Decoder {
+ public:
+  // Throws std::invalid_argument for shapes that the kernels cannot run.
+  Decoder(const Shape& shape, Element weights, const Kernels& kernels, int threads);
+  Decoder(const Decoder&) = delete;
+
+  const Kernels& kernels() const { return kernels_; }
+  const Shape& shape() const { return shape_; }
+  Element element() const { return weights_; }
+  int threads() const { return team_.size(); }
+  size_t weight_bytes() const;
+
+  // part: embed, head, q, k, v, o, gate, up, down; data: [rows, columns] in the decoder's element type.
+  // part: input_norm, post_norm, final_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias,
+  // down_bias; data: [rows] fp32. Throw std::invalid_argument for unknown parts and wrong shapes.
+  void set_matrix(const std::string& part, int layer, const void* data, int rows, int columns);
+  void set_vector(const std::string& part, int layer, const float* data, int rows);
+
+  // Throws std::invalid_argument before anything is computed or written. Calls from several threads take turns.
+  void forward(const Pass& pass, Pool& pool);
+
+ private:
+  struct Layer {
+    Matrix qkv, o, gate_up, down;
+    std::vector<float> input_norm, post_norm, q_norm, k_norm, qkv_bias, o_bias, gate_up_bias, down_bias;
+    int window = 0;
+  };
+
+  // Where a checkpoint's tensor goes in the packed one that may hold several.
+  template <class Whole>
+  struct Place {
+    Whole* whole;
+    int rows;
+    int first;         // row of the whole
+    int panel_stride;  // 2 where the panels of two tensors alternate
+  };
+
+  // Activations of one pass, rows padded to whole panels.
+  struct Buffers {
+    Buffer<float> x, normed, qkv, attended, activated;
+    Buffer<char> operands;  // of the weights' element type, for the next multiplication
+    Buffer<char> queries;   // of the pool's
+  };
+
+  Place<Matrix> matrix_place(const std::string& part, int layer);
+  Place<std::vector<float>> vector_place(const std::string& part, int layer);
+  Layer& layer_at(int layer);
+  int interleaved(int row, int first, int panel_stride) const;
+
+  void check(const Pass& pass, const Pool& pool) const;
+  void reserve(const Pass& pass, const Pool& pool);
+  void embed(const Pass& pass);
+  void normalise(const float* weight, int rows);
+  void round_rows(const float* x, size_t stride, int columns, int rows);
+  void project_qkv(const Layer& layer, int rows);
+  void rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool);
+  void rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row);
+  void rotate_head(float* x, const std::vector<float>& norm, const Pass& pass, int row) const;
+  void attend(const Layer& layer, int index, const Pass& pass);
+  void add_projected(const Matrix& matrix, const std::vector<float>& bias, int rows);
+  void feed_forward(const Layer& layer, int rows);
+  void finish(const Pass& pass);
+
+  template <class Epilogue>
+  void multiply(const Matrix& matrix, int rows, int panels_a_piece, const Epilogue& epilogue);
+
+  int padded_head() const { return round_up(shape_.head_dim, vector_multiple); }
+  int q_width() const { return shape_.heads * shape_.head_dim; }
+  int kv_width() const { return shape_.kv_heads * shape_.head_dim; }
+
+  Shape shape_;
+  Element weights_;
+  const Kernels& kernels_;
+  const ElementKernels& arithmetic_;
+  Matrix embed_, head_;  // a tied head serves as the embedding too
+  std::vector<float> final_norm_;
+  std::vector<Layer> layers_;
+  size_t hidden_stride_, qkv_stride_, ffn_stride_, operand_stride_;  // elements from row to row
+  Buffers buffers_;
+  Attention attention_;
+  Team team_;
+  std::mutex one_pass_;
+};
+
+}  // namespace tokenswift

@@ -1,0 +1,48 @@
+// What the rows of a pass attend to, checked and grouped once for all layers.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+
+namespace tokenswift {
+
+// The boundary's own form of kernels/base.py's AttentionSegment; the arrays stay the caller's.
+struct SegmentInput {
+  int start = 0;                       // first row in the pass
+  int rows = 0;
+  const int32_t* positions = nullptr;  // [rows]
+  const int32_t* pages = nullptr;      // [full] pages of the pool
+  int full = 0;
+  const int32_t* view = nullptr;       // [layers][kv_heads][view_pages] absolute pages; null is all
+  int view_pages = 0;
+  const int32_t* tail = nullptr;       // [tail_rows][tail_width] slots by position, -1 behind them
+  int tail_rows = 0, tail_width = 0;   // one tail row for all: a chain whose rows see its beginning
+};
+
+using Slots = std::array<int32_t, page_size>;
+
+struct RowRun {
+  int begin, end;
+};
+
+// Rows of a segment that see the same tokens of one tail page, each up to its own position.
+struct TailGroup {
+  Slots slots;    // by lane, -1 where nobody looks
+  int page = -1;  // the page of the pool that holds them just so, if one does
+  std::vector<RowRun> runs;
+};
+
+struct SegmentPlan {
+  SegmentInput in;
+  int last_page;                             // absolute
+  std::vector<std::vector<TailGroup>> tail;  // by page behind the full ones
+};
+
+// Throws std::invalid_argument for anything that could make a kernel read outside the pool or a row see what it may
+// not: every index is checked here, once a pass.
+SegmentPlan plan_segment(const SegmentInput& in, const Pool& pool, int context);
+
+}  // namespace tokenswift

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Runs tests/test_native.py against an engine built with sanitizers, in a copy of the checkout.
+#   kernels/cpu/sanitize.sh address|thread [pytest arguments]
+# PYTHON names the interpreter (python3), SANITIZE_DIR the folder for build and copy (build/sanitize).
+set -eu
+kind=$1
+shift
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+work=${SANITIZE_DIR:-$root/build/sanitize}/$kind
+
+cmake -S "$root/kernels/cpu" -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTOKENSWIFT_SANITIZE="$kind" \
+  -DPython_EXECUTABLE="$(command -v "$python")"
+cmake --build "$work/build" --parallel
+
+rm -rf "$work/checkout"
+mkdir -p "$work/checkout"
+for part in tokenswift_py kernels kvcache drafters tests pyproject.toml; do cp -r "$root/$part" "$work/checkout/"; done
+rm -f "$work"/checkout/kernels/cpu/_native*.so
+cp "$work"/build/_native*.so "$work/checkout/kernels/cpu/"
+
+case $kind in
+  address) runtime=libasan.so ;;
+  thread) runtime=libtsan.so ;;
+esac
+# The interpreter is not instrumented: the runtime has to be there before it, and its own leaks are not ours.
+cd "$work/checkout"
+LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+  "$python" -m pytest tests/test_native.py -q -p no:cacheprovider "$@"

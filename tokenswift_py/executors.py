@@ -1,0 +1,109 @@
+"""Two executors, one contract: torch on any device, the native C++ engine on CPUs. Each holds a model's weights once
+and makes a `Model` for the RoPE tables of a run."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import Protocol
+
+import torch
+
+from tokenswift_py import registry
+from tokenswift_py.core import Model
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.loading import DTYPES, Checkpoint
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.native_sampling import NativeSampler
+from tokenswift_py.rope import RopeTables
+from tokenswift_py.sampling import Sampler
+
+logger = logging.getLogger("tokenswift")
+
+ENGINES = ("auto", "native", "torch")
+EXTENSION = "tokenswift_py.kernels.cpu._native"
+
+
+class Executor(Protocol):
+    """name, dtype, kv_dtype, device: what the report says. sampler: how rows of its logits become tokens."""
+
+    name: str
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def sampler(self) -> type[Sampler]: ...
+
+    def model(self, rope: RopeTables) -> Model:
+        """The model for a run of these RoPE tables; weights are shared."""
+
+
+class TorchExecutor:
+    name = "torch"
+    sampler = Sampler
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str):
+        self.dtype = self.kv_dtype = dtype
+        self.device = device
+        self._spec = checkpoint.spec
+        backend = "sdpa" if attention == "auto" else attention
+        self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
+        self._weights = checkpoint.tensors().to(dtype, device)
+
+    def model(self, rope: RopeTables) -> Model:
+        return TorchDecoder(self._spec, self._weights, rope, self._attention)
+
+
+class NativeExecutor:
+    name = "native"
+    sampler = NativeSampler
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, kv_dtype: torch.dtype, threads: int | None):
+        self.dtype, self.kv_dtype = dtype, kv_dtype
+        self.device = torch.device("cpu")
+        self._weights = NativeWeights(checkpoint.spec, checkpoint.tensors(), dtype, threads)
+
+    def model(self, rope: RopeTables) -> Model:
+        return NativeDecoder(self._weights, rope, self.kv_dtype)
+
+
+def choose_engine(engine: str, device: torch.device, attention: str) -> str:
+    """native or torch. `auto` is native on a CPU, unless an attention backend of torch's was asked for.
+
+    Raises UserError where native was asked for and cannot be.
+    """
+    check(engine in ENGINES, "engine", engine, f"one of {', '.join(ENGINES)}")
+    if engine == "native":
+        check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
+        check(attention == "auto", "attention", attention, "the native engine has its own; engine torch takes it")
+    if engine == "torch" or device.type != "cpu" or attention != "auto":
+        return "torch"
+    try:
+        importlib.import_module(EXTENSION)
+    except ImportError as error:
+        reason = f"the C++ engine is not built ({' '.join(str(error).split())})"
+        if engine == "native":
+            raise UserError(f"engine: 'native' is not allowed; {reason}: install with a C++ compiler") from error
+        logger.warning("%s: using torch, which is slower", reason)
+        return "torch"
+    return "native"
+
+
+def load(
+    checkpoint: Checkpoint,
+    engine: str,
+    dtype: str,
+    kv_dtype: str | None,
+    device: torch.device,
+    attention: str,
+    threads: int | None,
+) -> Executor:
+    """Read the weights into the chosen executor. `engine` is native or torch."""
+    if engine == "native":
+        return NativeExecutor(checkpoint, DTYPES[dtype], DTYPES[kv_dtype or dtype], threads)
+    check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, f"that of the weights ({dtype}) with engine torch")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return TorchExecutor(checkpoint, DTYPES[dtype], device, attention)

@@ -1,0 +1,248 @@
+"""The decoder on the C++ CPU engine (`kernels/cpu`): the forward contract of `core.Model`, one native call a pass.
+
+A row's bits depend on its own ancestors only (law 1): not on the rows beside it, chunks, batches, or threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenswift_py import __version__
+from tokenswift_py.core import Output, Segment
+from tokenswift_py.errors import check
+from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import Holders, pages_for
+from tokenswift_py.models.rows import Rows, lay_out
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.rope import RopeTables
+
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
+
+PARTS = {
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_norm": "k_norm",
+    "input_layernorm": "input_norm",
+    "post_attention_layernorm": "post_norm",
+    "model.norm": "final_norm",
+    "model.embed_tokens": "embed",
+    "lm_head": "head",
+}
+
+
+class NativePool(Holders):
+    """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
+    held, and nothing is ever copied to grow."""
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype):
+        from tokenswift_py.kernels.cpu import _native
+
+        super().__init__(pages)
+        self.layers, self.kv_heads, self.dtype = layers, kv_heads, dtype
+        self.native = _native.Pool(layers, kv_heads, round_up(head_dim, VECTOR), DTYPES[dtype], pages)
+        self.page_bytes: int = self.native.page_bytes
+
+    def allocate(self) -> int:
+        page = super().allocate()
+        try:
+            self.native.reserve(page)
+        except MemoryError:
+            self.release(page)
+            raise
+        return page
+
+    def move(self, source: IntArray, target: IntArray) -> None:
+        self.native.move(native_ints(source), native_ints(target))
+
+
+class NativeWeights:
+    """Weights packed from Hugging Face's names, and the team of threads that multiplies with them.
+
+    weights: read once, tensor by tensor, and not kept.
+    dtype:   of the packed weights, bfloat16 or float32; None is the embedding's.
+    threads: None is what the affinity mask and the cgroup's quota allow.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None = None,
+        threads: int | None = None,
+    ):
+        from tokenswift_py.kernels.cpu import _native
+
+        self.spec = spec
+        self.dtype = dtype or weights["model.embed_tokens.weight"].dtype
+        check(self.dtype in DTYPES, "dtype", self.dtype, "torch.bfloat16 or torch.float32")
+        check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
+        check(threads is None or threads >= 1, "threads", threads, "at least 1")
+        self.native = _native.Decoder(
+            vocab=spec.vocab_size,
+            hidden=spec.hidden_size,
+            ffn=spec.intermediate_size,
+            layers=spec.layers,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            norm_eps=spec.norm_eps,
+            tied=spec.tied,
+            qk_norm=spec.qk_norm,
+            windows=[window or 0 for window in spec.windows],
+            dtype=DTYPES[self.dtype],
+            threads=threads or available_threads(),
+        )
+        for name, shape in spec.shapes().items():
+            tensor = weights[name]
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} is {list(shape)}, not {list(tensor.shape)}")
+            self._pack(name, tensor)
+
+    @property
+    def threads(self) -> int:
+        return int(self.native.threads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed matrices."""
+        return int(self.native.weight_bytes)
+
+    def _pack(self, name: str, tensor: torch.Tensor) -> None:
+        stem, kind = name.rsplit(".", 1)
+        layer = -1
+        if stem.startswith("model.layers."):
+            _, _, number, stem = stem.split(".", 3)
+            layer = int(number)
+        part = PARTS[stem]
+        if kind == "bias":
+            part += "_bias"
+        if tensor.ndim == 1:
+            self.native.set_vector(part, layer, tensor.detach().float().contiguous().numpy())
+            return
+        matrix = tensor.detach().to(self.dtype).contiguous()
+        bits = matrix.view(torch.uint16) if self.dtype == torch.bfloat16 else matrix
+        self.native.set_matrix(part, layer, bits.numpy())
+
+
+class NativeDecoder:
+    """Packed weights and the RoPE tables of one context.
+
+    kv_dtype: of keys and values; None is that of the weights.
+
+    Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
+    weight, key or value is rounded to bf16; on the others it stays fp32. `Output.hidden` is the final norm's fp32.
+    """
+
+    guarantee = "bitwise"
+
+    def __init__(self, weights: NativeWeights, rope: RopeTables, kv_dtype: torch.dtype | None = None):
+        self.spec = weights.spec
+        self.weights = weights
+        self.context = rope.context
+        self.kv_dtype = kv_dtype or weights.dtype
+        check(self.kv_dtype in DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16 or torch.float32")
+        self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
+        kinds = f"{DTYPES[weights.dtype]}/kv-{DTYPES[self.kv_dtype]}"
+        self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.new_pool(pages_for(self.context)), self.context)
+
+    def new_pool(self, pages: int) -> NativePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
+        spec = self.spec
+        return NativePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype)
+
+    def forward(
+        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+    ) -> Output:
+        pool = self._pool(segments)
+        rows = lay_out(segments)
+        wanted: IntArray = np.arange(len(rows.tokens), dtype=np.int32)
+        if logit_rows is not None:
+            wanted = np.asarray(logit_rows, np.int32).reshape(-1)
+        hidden = np.empty((len(rows.tokens), self.spec.hidden_size), np.float32)
+        logits = np.empty((len(wanted), self.spec.vocab_size), np.float32)
+        pages = int(rows.positions.max()) // PAGE_SIZE + 1
+        mass = self._room_for_mass(len(rows.tokens), pages) if want_mass else None
+        self.weights.native.forward(
+            pool=pool.native,
+            tokens=native_ints(rows.tokens),
+            positions=native_ints(rows.positions),
+            slots=native_ints(rows.slots),
+            segments=attention_arrays(rows),
+            logit_rows=native_ints(wanted),
+            cos=self._cos,
+            sin=self._sin,
+            hidden=hidden,
+            logits=logits,
+            mass=mass,
+        )
+        page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
+        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass)
+
+    def _room_for_mass(self, rows: int, pages: int) -> np.ndarray:
+        padded = round_up(pages, VECTOR)
+        return np.zeros((self.spec.layers, rows, self.spec.kv_heads, padded), np.float32)
+
+    def _pool(self, segments: Sequence[Segment]) -> NativePool:
+        pools = {id(segment.cache.pool): segment.cache.pool for segment in segments}
+        if len(pools) != 1:
+            raise ValueError(f"the sequences of one pass share one pool; these are in {len(pools)}")
+        pool = next(iter(pools.values()))
+        if not isinstance(pool, NativePool):
+            raise ValueError(f"the native executor reads a NativePool, not a {type(pool).__name__}")
+        return pool
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def native_ints(array: IntArray) -> IntArray:
+    return np.ascontiguousarray(array, np.int32)
+
+
+def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | None, IntArray]]:
+    """The segments as the native engine takes them: positions, full pages, view, tail."""
+    return [
+        (
+            native_ints(segment.positions),
+            native_ints(segment.pages),
+            None if segment.view is None else native_ints(segment.view),
+            native_ints(segment.tail),
+        )
+        for segment in rows.segments
+    ]
+
+
+def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1].lstrip("/")
+    except OSError:
+        return cores
+    group = cgroups / own
+    for folder in [group, *group.parents]:
+        limit = folder / "cpu.max"
+        if limit.is_file():
+            quota, period = limit.read_text().split()
+            if quota != "max":
+                cores = min(cores, -(-int(quota) // int(period)))
+        if folder == cgroups:
+            break
+    return max(1, cores)

@@ -1,0 +1,60 @@
+"""The sampler of the verify walk in C++: the rules of `sampling.Sampler`, token for token, without a pass over the
+vocabulary in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tokenswift_py import noise
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.history import History
+from tokenswift_py.penalties import dry_powers
+from tokenswift_py.sampling import Sampler
+
+
+class NativeSampler(Sampler):
+    """For fp32 logits on the CPU; others, and Hugging Face's processors, go the way of the reference."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        eos: Sequence[int] = (),
+        first_end: int = 0,
+        processors: Sequence[Any] = (),
+    ):
+        from tokenswift_py.kernels.cpu import _native
+
+        super().__init__(params, vocab_size, eos, first_end, processors)
+        self._native = _native.Sampler(
+            vocab=vocab_size,
+            temperature=float(params.temperature),
+            top_k=min(params.top_k, vocab_size),
+            top_p=float(params.top_p),
+            log_min_p=float(noise.log(params.min_p)) if params.min_p > 0 else None,
+            penalty=float(params.penalty),
+            penalty_window=min(params.penalty_window, 2**31 - 1),
+            dry_length=params.dry_length,
+            dry_powers=dry_powers(params.dry_multiplier, params.dry_base) if params.dry_multiplier > 0 else [],
+            dry_breakers=list(params.dry_breakers),
+            ban=list(params.ban),
+            eos=self._eos.tolist(),
+            first_end=first_end,
+            bias_tokens=list(params.logit_bias),
+            bias=[float(bias) for bias in params.logit_bias.values()],
+            seed=params.seed,
+            stream=params.stream,
+            highest=noise.HIGHEST,
+            lowest=noise.LOWEST,
+        )
+
+    def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
+        usable = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
+        if usable and not self.processors:
+            tokens: list[int] = self._native.rank(logits.detach().numpy(), history.tokens, count)
+            if tokens:
+                return tokens
+        return super().rank(logits, history, count)  # which also says what is wrong with logits nobody can choose from
