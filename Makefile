@@ -41,7 +41,7 @@ demo: install
 		--temperature 0.8 --min-p 0.05 --dry-multiplier 0.8 --prompt "$(PROMPT)"
 
 test: install
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # mypy needs the package as installed, without the editable install's redirections; nothing is compiled for it.
 check: install

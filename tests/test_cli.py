@@ -42,18 +42,17 @@ def test_out_holds_text_tokens_and_report(cli: list[str], tmp_path: Path, capsys
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "text.txt", "tokens.npy"]
 
 
-def test_prompts_from_argument_file_and_standard_input_are_one(cli: list[str], tmp_path: Path) -> None:
+def test_prompts_from_argument_file_and_standard_input_are_one(
+    cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("the cät 🙂", encoding="utf-8")
-    outputs = [
-        subprocess.run(command(*cli, "--quiet", *extra), input=given, capture_output=True, check=True).stdout
-        for extra, given in [
-            (["--prompt", "the cät 🙂"], b""),
-            (["--prompt-file", str(file)], b""),
-            ([], "the cät 🙂".encode()),
-        ]
-    ]
-    assert outputs[0] == outputs[1] == outputs[2] != b""
+    outputs = []
+    for extra in (["--prompt", "the cät 🙂"], ["--prompt-file", str(file)]):
+        assert main([*cli, "--quiet", *extra]) == 0
+        outputs.append(capsys.readouterr().out)
+    piped = subprocess.run(command(*cli, "--quiet"), input="the cät 🙂".encode(), capture_output=True, check=True)
+    assert outputs[0] == outputs[1] == piped.stdout.decode() != ""
 
 
 def test_quiet_prints_the_text_alone(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:

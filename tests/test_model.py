@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,11 +25,18 @@ def text(default_model: TokenSwift) -> list[int]:
     return list(default_model.tokenizer(words).input_ids)
 
 
+@cache
+def native(dtype: str) -> TokenSwift:
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    return TokenSwift.from_pretrained(dtype=dtype, engine="native")
+
+
 NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower") * 2
 
 
 @pytest.mark.parametrize("context", [1000, 16384], ids=["trained", "yarn"])
 def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], context: int) -> None:
+    """In fp32. In bf16 the native engine must stay closer to fp32 than Hugging Face's own bf16 does."""
     folder = default_model.checkpoint.folder
     reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if context > 8192:
@@ -38,17 +46,32 @@ def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], c
         weights = reference.state_dict()
         reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         reference.load_state_dict(weights)
-    model = default_model.executor.model(rope_tables(default_model.checkpoint.config, context))
-    cache = model.new_cache()
-    rows = []
+    with torch.inference_mode():
+        expected = reference(torch.tensor([text])).logits[0]
+    assert len(text) > 250
+    for swift, bound in [(default_model, 1e-3), (native("fp32"), 2e-3)]:
+        assert (chunked(swift, text, context) - expected).abs().max() < bound
+    with torch.inference_mode():
+        rounded = reference.bfloat16()(torch.tensor([text])).logits[0].float()
+    logits = chunked(native("bf16"), text, context)
+    assert (logits - expected).pow(2).mean() < (rounded - expected).pow(2).mean()
+    assert (logits - expected).abs().max() < 1
+    assert abs(perplexity(logits, text) / perplexity(expected, text) - 1) < 0.005
+
+
+def chunked(swift: TokenSwift, text: list[int], context: int) -> torch.Tensor:
+    """[len(text), vocab] logits, prefilled in chunks."""
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, context))
+    cache, rows = model.new_cache(), []
     for start in range(0, len(text), 100):
         chunk = text[start : start + 100]
         rows.append(model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)]).logits)
         cache.commit(range(len(chunk)))
-    with torch.inference_mode():
-        expected = reference(torch.tensor([text])).logits[0]
-    assert len(text) > 250
-    assert (torch.cat(rows) - expected).abs().max() < 1e-3
+    return torch.cat(rows)
+
+
+def perplexity(logits: torch.Tensor, text: list[int]) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(text[1:])).exp())
 
 
 @pytest.mark.parametrize(
@@ -59,12 +82,15 @@ def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], c
     ],
     ids=["greedy", "sampled"],
 )
-def test_no_drafter_changes_the_text(default_model: TokenSwift, sampling: dict[str, Any]) -> None:
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_no_drafter_changes_the_text(default_model: TokenSwift, engine: str, sampling: dict[str, Any]) -> None:
+    """On the torch executor in fp32, where nothing is close enough to flip; on the native one in bf16, by law 1."""
+    swift = default_model if engine == "torch" else native("bf16")
     settings = {"max_new_tokens": 310, "ignore_eos": True, **sampling}
-    plain = default_model.generate(STORY, drafter="none", **settings)
+    plain = swift.generate(STORY, drafter="none", **settings)
     assert len(plain.tokens) == 310
-    ngram = default_model.generate(STORY, drafter="ngram", **settings)
-    partial = default_model.generate(STORY, drafter="partial", draft_budget=128, draft_tokens=5, **settings)
+    ngram = swift.generate(STORY, drafter="ngram", **settings)
+    partial = swift.generate(STORY, drafter="partial", draft_budget=128, draft_tokens=5, **settings)
     assert ngram.tokens == plain.tokens
     assert partial.tokens == plain.tokens
     assert partial.report["mean_acceptance_length"] > 1.5
