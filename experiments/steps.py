@@ -3,8 +3,8 @@
     python experiments/steps.py --contexts 64,4096,16384 --rows 1,4,8,16 --view 1024,4096 --peers hf,llamacpp
 
 Caches are filled synthetically (the values do not matter to the time, their places in memory do). Contenders take
-turns, so that a burst on a busy machine hits all of them; medians are printed. The last lines give the machine's read
-bandwidth and FLOP rate at the same thread count, measured in the same minutes.
+turns, so that a burst on a busy machine hits all of them; medians are printed, beside the median read bandwidth of the
+same rounds. The last line gives the best bandwidth of the whole run and the FLOP rate, at the same thread count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, PageStats
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.loading import default_gguf
+from tokenswift_py.loading import DEFAULT_MEMBER, cache_folder, default_gguf
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.stats import memory_bandwidth
 
@@ -78,8 +78,9 @@ def main() -> None:
             for peer in filter(None, args.peers.split(",")):
                 contenders.extend(stack.enter_context(PEERS[peer](swift, args, context)))
             flops = max(flops, flop_rate())
-            bandwidths += interleave(contenders, args.rounds)
-            table += [row(contender, max(bandwidths), swift) for contender in contenders]
+            here = interleave(contenders, args.rounds)
+            bandwidths += here
+            table += [row(contender, statistics.median(here), swift) for contender in contenders]
     if args.prefill:
         table += prefill(swift, args)
     machine = {
@@ -95,16 +96,19 @@ def main() -> None:
 
 
 def interleave(contenders: list[Contender], rounds: int) -> list[float]:
-    """Time every contender once a round, after one round of warming up; bandwidths measured between the rounds."""
+    """Time every contender once a round; returns the read bandwidth of each round.
+
+    Each runs once untimed before, as steps of a text follow one another: the contender before it may have left its
+    threads spinning and the caches full of its own.
+    """
     bandwidths = []
-    for count in range(rounds + 1):
+    for _ in range(rounds):
         for contender in contenders:
+            contender.step()
             start = time.perf_counter()
             contender.step()
-            if count:
-                contender.ms.append(1e3 * (time.perf_counter() - start))
-        if count % 5 == 0:
-            bandwidths.append(memory_bandwidth())
+            contender.ms.append(1e3 * (time.perf_counter() - start))
+        bandwidths.append(memory_bandwidth(128))
     return bandwidths
 
 
@@ -178,7 +182,7 @@ def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> I
     def step() -> None:
         position = torch.tensor([context])
         model(token, past_key_values=cache, position_ids=position[None], use_cache=True)
-        cache.crop(context)
+        cache.crop(-1)
 
     yield [Contender("transformers", context, "1 rows", step, *cost(swift, context, 1))]
 
@@ -205,8 +209,9 @@ def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iter
 def open_llama(args: argparse.Namespace, context: int) -> tuple[Any, Any]:
     import llama_cpp
 
-    scratch = Path.home() / ".cache" / "tokenswift"
-    path = default_gguf(scratch)
+    path = cache_folder() / DEFAULT_MEMBER
+    if not path.is_file():
+        path = default_gguf(cache_folder())
     llama = llama_cpp.Llama(
         str(path), n_ctx=context, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512, flash_attn=True,
         verbose=False, rope_scaling_type=llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE,
@@ -266,13 +271,14 @@ def row(contender: Contender, bandwidth: float, swift: TokenSwift) -> dict[str, 
         "what": contender.what,
         "ms": round(contender.median, 3),
         "ms_min": round(min(contender.ms), 3),
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "share_of_bandwidth": round(limit / contender.median, 3) if contender.engine == swift.executor.name else None,
         "gflop_s": round(contender.flops / contender.median / 1e6, 1),
     }
 
 
 def print_table(table: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    columns = ["engine", "context", "what", "ms", "ms_min", "share_of_bandwidth", "gflop_s", "tokens_per_s"]
+    columns = list(dict.fromkeys(name for entry in table for name in entry))
     lines = [[str(entry.get(name, "")) for name in columns] for entry in table]
     widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
     for line in [columns, *lines]:
