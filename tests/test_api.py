@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TemperatureLogitsWarper
+from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
 from tokenswift_py import TokenSwift, UserError, executors
 
@@ -188,6 +189,7 @@ def test_prompts_that_cannot_be(swift: TokenSwift, prompt: Any) -> None:
         ({"dtype": "fp8"}, "dtype: 'fp8'"),
         ({"attention": "magic"}, "attention: 'magic'"),
         ({"device": "abacus"}, "device: 'abacus'"),
+        ({"device": "meta"}, "device: 'meta'"),
         ({"threads": 0}, "threads: 0"),
         ({"engine": "steam"}, "engine: 'steam'"),
         ({"engine": "native", "attention": "sdpa"}, "attention: 'sdpa'"),
@@ -221,3 +223,66 @@ def test_both_engines_write_the_same_fp32_text(tiny_folder: Path) -> None:
         for engine in ("native", "torch")
     ]
     assert texts[0] == texts[1]
+
+
+def test_the_reports_parameters_write_the_text_again(swift: TokenSwift) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 30, "dry_multiplier": 0.8, "logit_bias": {5: -1.0}, "stop": ["zzz"]}
+    first = swift.generate("the cat", **settings)
+    recorded = json.loads(json.dumps(first.report["parameters"]))
+    again = swift.generate("the cat", **recorded)
+    assert again.tokens == first.tokens
+    assert again.report["parameters"] == first.report["parameters"]
+    assert again.report["prompt_sha256"] == first.report["prompt_sha256"]
+
+
+def test_a_result_is_a_snapshot(swift: TokenSwift) -> None:
+    with swift.stream("the cat", max_new_tokens=40, seed=1, ignore_eos=True, logprobs=True) as stream:
+        pieces = iter(stream)
+        next(pieces)
+        early = stream.result()
+        list(pieces)
+    assert len(early.tokens) == early.stats.new_tokens == len(early.logprobs or []) == 1
+    assert len(stream.result().tokens) == 40
+
+
+def test_a_run_left_between_chapters_was_interrupted(swift: TokenSwift) -> None:
+    with swift.stream("a", max_new_tokens=200, seed=2, chapters=["and then"], logit_bias={2: 6.0}) as stream:
+        for _ in stream:
+            if stream.tokens[-1] in (0, 2):
+                break
+    assert stream.result().ending == "interrupted"
+    assert swift.baseline(stream).report["identical"] is True
+
+
+def test_a_stop_string_across_a_special_token_ends_run_and_text_alike(swift: TokenSwift) -> None:
+    ids = swift.tokenizer("END", add_special_tokens=False).input_ids
+    script = [*ids[:1], 1, *ids[1:], 40, 41, 42]
+
+    class Script(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            forced = torch.full_like(scores, -100.0)
+            forced[0, script[(input_ids.shape[1] - start) % len(script)]] = 0
+            return forced
+
+    start = len(swift.tokenizer("x").input_ids)
+    result = swift.generate("x", raw=True, max_new_tokens=20, temperature=0, stop=["END"], ignore_eos=True,
+                            logits_processors=[Script()])  # fmt: skip
+    assert result.ending == "stop"
+    assert result.text == ""
+    assert result.tokens == script[: len(ids) + 1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ban": 5}, {"ban": [1.5]}, {"stop": 5}, {"logit_bias": 3}, {"chapters": "x"}, {"temperature": 10**400},
+     {"top_k": True}],
+)  # fmt: skip
+def test_wrong_types_are_told_in_one_line(swift: TokenSwift, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(settings))):
+        swift.generate("the cat", **settings)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, [{"role": "user"}], [5, "x"]])
+def test_prompts_of_the_wrong_kind(swift: TokenSwift, prompt: Any) -> None:
+    with pytest.raises(UserError, match="prompt"):
+        swift.generate(prompt, max_new_tokens=3)

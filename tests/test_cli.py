@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
+from tokenswift_py import TokenSwift
 from tokenswift_py.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,3 +166,44 @@ def test_help_is_quick_and_names_every_flag() -> None:
                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
     for flag in ("--chapters", "--dry-breakers", "--min-p", "--draft-policy", "--baseline", "--prompt-file"):
         assert flag in done.stdout
+
+
+def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
+    """Nothing is drawn over it: the text stands in what the terminal received as it is."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, command(*cli, "--prompt", "the cat"))
+    received = b""
+    with contextlib.suppress(OSError):  # the end of a terminal whose process is gone
+        while chunk := os.read(terminal, 4096):
+            received += chunk
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
+    text = swift.generate("the cat", max_new_tokens=40, seed=3).text
+    assert text.encode() in received.replace(b"\r\n", b"\n")
+
+
+def test_an_error_in_the_middle_keeps_what_was_written(
+    cli: list[str], tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model that breaks at a token it writes: one line with the position, and all three files."""
+    tokens = TokenSwift.from_pretrained(cli[1], dtype="fp32").generate("the cat", max_new_tokens=40, seed=3).tokens
+    broken = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
+    late = next(token for token in tokens[5:] if token not in tokens[:5])
+    for shard in broken.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in ("model.embed_tokens.weight",):
+            if name in tensors:
+                tensors[name][late] = float("nan")
+                save_file(tensors, shard, metadata={"format": "pt"})
+    out = tmp_path / "run"
+    assert main([*cli, "--model", str(broken), "--prompt", "the cat", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "position" in error
+    assert "Traceback" not in error
+    written = np.load(out / "tokens.npy").tolist()
+    assert written == tokens[: len(written)]
+    assert len(written) >= 5
+    assert json.loads((out / "report.json").read_text())["ending"] == "interrupted"
+    assert (out / "text.txt").read_text()

@@ -7,11 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 
 from tokenswift_py import TokenSwift, UserError, loading
 from tokenswift_py.loading import open_checkpoint
+from tokenswift_py.memory import cgroup_room
 
 
 @pytest.fixture
@@ -61,9 +65,7 @@ def test_an_unsupported_family(copy: Path) -> None:
 def test_longrope_is_refused(copy: Path) -> None:
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     edit(copy, rope_parameters={**scaling, "original_max_position_embeddings": 512, "factor": 2.0})
-    swift = TokenSwift.from_pretrained(str(copy))
-    with pytest.raises(UserError, match="longrope"):
-        swift.generate("x", max_new_tokens=2)
+    assert "longrope" in refused(copy)
 
 
 def test_a_config_that_is_not_json(copy: Path) -> None:
@@ -116,8 +118,6 @@ def test_a_broken_gguf(tmp_path: Path, content: bytes, monkeypatch: pytest.Monke
 
 
 def test_a_gguf_of_another_family(tmp_path: Path) -> None:
-    from gguf import GGUFWriter
-
     writer = GGUFWriter(tmp_path / "other.gguf", "bloom")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -133,7 +133,7 @@ def test_a_default_model_that_was_tampered_with(tmp_path: Path, monkeypatch: pyt
 
 
 def test_weights_that_cannot_fit_are_refused_before_they_are_read(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenswift_py.api.free_memory", lambda: 300 * 2**20)
+    monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 300 * 2**20)
     edit(copy, intermediate_size=10_000_000)
     message = refused(copy)
     assert message.startswith("memory:")
@@ -160,3 +160,70 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert "some-owner/some-model" in refused("some-owner/some-model")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["z", "z"]]}}', "tokenizer"),
+        ("generation_config.json", "[]", "generation_config.json"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id"),
+    ],
+)
+def test_broken_side_files(copy: Path, file: str, content: str, says: str) -> None:
+    (copy / file).write_text(content)
+    assert says in refused(copy)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": "three"}, {"num_attention_heads": 0}])
+def test_a_config_of_nonsense(copy: Path, changes: dict[str, Any]) -> None:
+    edit(copy, **changes)
+    assert "config.json" in refused(copy)
+
+
+def test_quantised_weights_are_refused(copy: Path) -> None:
+    edit(copy, quantization_config={"quant_method": "fp8"})
+    assert "quantization_config" in refused(copy)
+
+
+def test_weights_of_another_type_are_refused(copy: Path) -> None:
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(shard).items()}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert "F8_E4M3" in refused(copy)
+
+
+def test_a_gguf_that_cannot_fit_is_refused_before_it_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 2**20)
+    writer = GGUFWriter(tmp_path / "large.gguf", "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert refused(tmp_path / "large.gguf").startswith("memory:")
+
+
+def test_the_memory_of_control_groups(tmp_path: Path) -> None:
+    """Version 2 with a limit above the process's own group, and version 1."""
+    own = tmp_path / "own"
+    for folder, files in {
+        "two/app/run": {"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 0"},
+        "two/app": {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 200"},
+        "one/memory/job": {
+            "memory.limit_in_bytes": "900",
+            "memory.usage_in_bytes": "100",
+            "memory.stat": "total_inactive_file 50",
+        },
+    }.items():
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (tmp_path / folder / name).write_text(content)
+    own.write_text("0::/app/run\n")
+    assert list(cgroup_room(tmp_path / "two", own)) == [500]
+    own.write_text("4:memory:/job\n3:cpu:/job\n")
+    assert list(cgroup_room(tmp_path / "one", own)) == [850]
+    assert list(cgroup_room(tmp_path / "two", tmp_path / "missing")) == []

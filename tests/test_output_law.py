@@ -187,3 +187,14 @@ def test_steps_are_final_when_they_are_yielded_and_closing_gives_the_pages_back(
     steps.close()
     assert seen == plain[: len(seen)]
     assert engine.cache.pool.in_use == 0
+
+
+def test_chapters_never_write_more_than_was_asked_for(tiny_decoder: Any) -> None:
+    """An EOS as the last token allowed ends the text, however many turns are left."""
+    plain, _, _ = write(tiny_decoder, PROMPT, 60)
+    eos = plain[9]
+    count = plain.index(eos) + 1
+    text, engine, steps = write(tiny_decoder, PROMPT, count, eos=[eos], turns=[[5, 6]] * 3)
+    assert text == plain[:count]
+    assert steps[-1].ending == "eos"
+    assert engine.stats.forced_tokens == 0

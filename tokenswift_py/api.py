@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-import psutil
+import numpy as np
 import torch
 
 from tokenswift_py import __version__, registry, report
@@ -17,17 +20,19 @@ from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
 from tokenswift_py.executors import Executor, choose_engine, load
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
-from tokenswift_py.options import Options
+from tokenswift_py.memory import check_memory
+from tokenswift_py.options import CHECKPOINT_DEFAULTS, Options
 from tokenswift_py.rope import RopeTables, rope_tables
-from tokenswift_py.stats import GenerationStats
+from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import Stops
-from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, turn_tokens
+from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
 
 DRAFTERS = "tokenswift_py.drafters"
-HEADROOM = 256 * 2**20  # activations, logits and the allocator's slack
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,15 @@ class Run:
     sampling: SamplingParams
     context: int
     rope: RopeTables
+
+    def parameters(self) -> dict[str, Any]:
+        """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
+        filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
+        processors = [type(processor).__name__ for processor in self.options.logits_processors]
+        bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
+        return {**options, **filled, "context": self.context, "logits_processors": processors, "logit_bias": bias}
 
 
 class TokenSwift:
@@ -137,8 +151,8 @@ class TokenSwift:
     def prepare(self, prompt: Prompt, options: Options) -> Run:
         """Check everything that can be checked before any work. Raises UserError."""
         tokenizer, checkpoint = self.tokenizer, self.checkpoint
-        check(len(prompt) > 0, "prompt", prompt, "it must not be empty")
         tokens = prompt_tokens(tokenizer, prompt, options.raw)
+        check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
         turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
         highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
         check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
@@ -151,7 +165,7 @@ class TokenSwift:
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
         self.drafter(options)
-        cache_bytes = checkpoint.spec.kv_bytes(context, self.executor.kv_dtype.itemsize)
+        cache_bytes = checkpoint.spec.kv_bytes(pages_for(context) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
         check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
@@ -167,12 +181,13 @@ class TokenSwift:
         options = run.options
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
-        vocab = self.checkpoint.spec.vocab_size
+        vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
+        decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
             self.drafter(options),
             self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
-            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, self.tokenizer.decode),
+            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, decode, special),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -182,15 +197,17 @@ class TokenSwift:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
         run, mine = stream.run, stream.result()
         with Stream(self, replace(run, options=replace(run.options, drafter="none"))) as plain:
-            for _ in plain:
-                if mine.ending == "interrupted" and len(plain.tokens) >= len(mine.tokens):
+            pieces = iter(plain)
+            while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
+                if next(pieces, None) is None:
                     break
             theirs = plain.result()
         mean_context = len(run.prompt) + len(mine.tokens) / 2
         spec = self.checkpoint.spec
         weights, cache = self.executor.dtype.itemsize, self.executor.kv_dtype.itemsize
         step_bytes = spec.multiplied * weights + spec.kv_bytes(1, cache) * mean_context
-        figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes)
+        bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
+        figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
         return replace(mine, report={**mine.report, **figures})
 
 
@@ -229,8 +246,9 @@ class Stream:
     def result(self) -> Result:
         """The text so far, `ending` "interrupted" unless something ended it."""
         text = "".join(self._text) + (self._joiner.finish() if self._joiner else "")
-        logprobs = self._logprobs if self.run.options.logprobs else None
-        result = Result(text, self.tokens, self._forced, logprobs, self._ending, self.stats, {})
+        logprobs = list(self._logprobs) if self.run.options.logprobs else None
+        tokens, forced, stats = list(self.tokens), list(self._forced), copy.deepcopy(self.stats)
+        result = Result(text, tokens, forced, logprobs, self._ending, stats, {})
         return replace(result, report=self._report(result))
 
     @property
@@ -251,7 +269,7 @@ class Stream:
         self._text.append(text)
         self.tokens.extend(step.tokens)
         self._logprobs.extend(step.logprobs or ())
-        self._ending = step.ending or "interrupted"
+        self._ending = "interrupted" if step.ending == "eos" and self._engine.goes_on else step.ending or "interrupted"
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
@@ -266,22 +284,15 @@ class Stream:
         return TextJoiner(self._swift.tokenizer, self.run.options.stop)
 
     def _report(self, result: Result) -> dict[str, Any]:
-        run, options, engine = self.run, self.run.options, self._engine
+        run, engine = self.run, self._engine
         return {
             "schema": report.SCHEMA,
             "version": __version__,
             "model": self._swift.checkpoint.name,
-            "parameters": {
-                **run.sampling.to_dict(),
-                "context": run.context,
-                "max_new_tokens": options.max_new_tokens,
-                "min_new_tokens": options.min_new_tokens,
-                "ignore_eos": options.ignore_eos,
-                "stop": list(options.stop),
-                "chapters": list(options.chapters),
-                "raw": options.raw,
-                "draft_tokens": options.draft_tokens,
-            },
+            "dtype": str(self._swift.executor.dtype).removeprefix("torch."),
+            "kv_dtype": str(self._swift.executor.kv_dtype).removeprefix("torch."),
+            "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
+            "parameters": run.parameters(),
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
             "engine": self._swift.executor.name,
@@ -302,25 +313,7 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({error})")
     return device
-
-
-def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse what cannot fit into the memory that is free now."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    mib = f"{needed / 2**20:.0f} MiB"
-    check(needed + HEADROOM <= free, "memory", mib, f"{what} must fit the {free / 2**20:.0f} MiB that are free")
-
-
-def free_memory() -> int:
-    """Bytes this process may still take: what the system has available, and what its cgroup allows."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            allowed = limit.read().strip()
-            return free if allowed == "max" else min(free, int(allowed) - int(used.read()))
-    except (OSError, ValueError):
-        return free

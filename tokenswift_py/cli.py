@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),
-    "min_new_tokens": ("text", int, "no end before so many"),
+    "min_new_tokens": ("text", int, "no end-of-sequence token before so many"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
     "context": ("model", int, "positions the run is made for (default: what it needs)"),
@@ -91,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:  # logits that are not finite, memory that ran out
+        print(f"tokenswift: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -122,12 +125,14 @@ def write(args: argparse.Namespace) -> int:
                 output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
         except KeyboardInterrupt:
             interrupted = True
-        stream.close()
-        result = stream.result()
-        output.rest(result.text)
-    if args.out:
-        np.save(args.out / "tokens.npy", np.array(result.tokens, np.int32), allow_pickle=False)
-        save_report(args.out, result.report)
+        finally:  # whatever happens, what was written is kept
+            stream.close()
+            result = stream.result()
+            if args.out:
+                output.save_rest(result.text)
+                np.save(args.out / "tokens.npy", np.array(result.tokens, np.int32), allow_pickle=False)
+                save_report(args.out, result.report)
+        output.end(result.text)
     if args.baseline and not interrupted:
         note(args, "decoding again without drafts, to compare")
         try:
@@ -145,11 +150,13 @@ class Output:
 
     def __init__(self, args: argparse.Namespace, wanted: int):
         self.written = 0
+        self._saved = 0
         self._file = None
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             self._file = (args.out / "text.txt").open("x", encoding="utf-8", newline="")
-        hidden = args.quiet or not sys.stderr.isatty()
+        # On a terminal that shows the text the bar would overwrite it: a text has lines that are not ended yet.
+        hidden = args.quiet or not sys.stderr.isatty() or sys.stdout.isatty()
         self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Output:
@@ -162,20 +169,26 @@ class Output:
 
     def write(self, text: str, tokens: int, per_pass: float | None) -> None:
         if text:
-            with tqdm.external_write_mode(sys.stdout):
-                sys.stdout.write(text)
-                sys.stdout.flush()
             if self._file:
                 self._file.write(text)
                 self._file.flush()
+                self._saved += len(text)
             self.written += len(text)
+            sys.stdout.write(text)
+            sys.stdout.flush()
         self._bar.update(tokens)
         if per_pass is not None:
             self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
 
-    def rest(self, text: str) -> None:
-        """What an interruption kept from being written, and the end of the last line."""
-        self.write(text[self.written :], 0, None)
+    def save_rest(self, text: str) -> None:
+        """What an interruption kept from text.txt."""
+        if self._file:
+            self._file.write(text[self._saved :])
+            self._saved = len(text)
+
+    def end(self, text: str) -> None:
+        """What an interruption kept from standard output, and the end of the last line."""
+        sys.stdout.write(text[self.written :])
         if sys.stdout.isatty() or not text.endswith("\n"):
             sys.stdout.write("\n")
         sys.stdout.flush()

@@ -65,11 +65,16 @@ class Engine:
         try:
             step = self.force(prompt)
             yield step
-            while step.ending is None or (step.ending == "eos" and self.turns):
+            while step.ending is None or (step.ending == "eos" and self.goes_on):
                 step = self.round() if step.ending is None else self.force(self.turns.pop(0))
                 yield step
         finally:
             self.cache.release()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
+        return bool(self.turns) and self.stops.tokens_left > 0
 
     def round(self) -> Step:
         """One tree: the accepted tokens and one more."""

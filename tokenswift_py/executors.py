@@ -26,12 +26,15 @@ EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
 class Executor(Protocol):
-    """name, dtype, kv_dtype, device: what the report says. sampler: how rows of its logits become tokens."""
+    """name, dtype, kv_dtype, device, threads: what the report says. sampler: how rows of its logits become tokens."""
 
     name: str
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def threads(self) -> int: ...
 
     @property
     def sampler(self) -> type[Sampler]: ...
@@ -52,6 +55,10 @@ class TorchExecutor:
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._weights = checkpoint.tensors().to(dtype, device)
 
+    @property
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
     def model(self, rope: RopeTables) -> Model:
         return TorchDecoder(self._spec, self._weights, rope, self._attention)
 
@@ -64,6 +71,10 @@ class NativeExecutor:
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
         self._weights = NativeWeights(checkpoint.spec, checkpoint.tensors(), dtype, threads)
+
+    @property
+    def threads(self) -> int:
+        return self._weights.threads
 
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)

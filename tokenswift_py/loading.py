@@ -23,13 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.memory import check_memory
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
+from tokenswift_py.rope import check_rope
 
 logger = logging.getLogger("tokenswift")
 
+STORED = ("BF16", "F16", "F32", "F64")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -89,6 +92,8 @@ class StoredTensors(Mapping[str, torch.Tensor]):
                     if name in shapes:
                         found = tuple(tensors.get_slice(name).get_shape())
                         check(found == shapes[name], f"model: tensor {name}", found, f"it must be {shapes[name]}")
+                        kind = tensors.get_slice(name).get_dtype()
+                        check(kind in STORED, f"model: type of tensor {name}", kind, f"one of {', '.join(STORED)}")
                         self._file[name] = path
         for name in shapes:
             check(name in self._file, f"model: tensor {name}", None, "the safetensors files must hold it")
@@ -119,8 +124,13 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> 
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        quantized = getattr(config, "quantization_config", None)
+        check(quantized is None, "quantization_config", quantized, "weights in bf16, fp16 or fp32, or a .gguf file")
         spec = ModelSpec.from_config(config)
-    defaults, eos = generation_defaults(folder, config)
+        check_rope(config)
+    with one_line(f"model: {model}: generation_config.json is not readable"):
+        defaults, eos = generation_defaults(folder, config)
+        check(all(isinstance(token, int) for token in eos), "eos_token_id", eos, "token ids")
     return Checkpoint(model, folder, config, spec, defaults, eos)
 
 
@@ -164,8 +174,7 @@ def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tupl
     path = folder / "generation_config.json"
     values: dict[str, Any] = {}
     if path.is_file():
-        with one_line(f"model: {path.name} is not readable JSON"):
-            values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     eos = values.get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     if not values.get("do_sample", False):
@@ -228,8 +237,9 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     with path.open("rb") as file:
         check(file.read(4) == b"GGUF", "model", path.name, "the file does not begin as GGUF")
     with one_line(f"model: {path.name} is not a readable GGUF file"):
-        architecture = gguf_architecture(path)
+        architecture, elements = gguf_header(path)
         check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
+        check_memory(4 * elements, torch.device("cpu"), f"{path.name}, dequantised to be converted,")
         logger.warning("converting %s once to bf16 in %s", path.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Converted beside its place and moved there whole: an interrupted or parallel conversion leaves no half.
@@ -246,11 +256,13 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     return folder
 
 
-def gguf_architecture(path: Path) -> str:
+def gguf_header(path: Path) -> tuple[str, int]:
+    """The model's family and how many weights there are."""
     from gguf import GGUFReader
 
-    field = GGUFReader(path).get_field("general.architecture")
-    return "" if field is None else str(field.contents())
+    reader = GGUFReader(path)
+    field = reader.get_field("general.architecture")
+    return "" if field is None else str(field.contents()), sum(int(tensor.n_elements) for tensor in reader.tensors)
 
 
 def write_converted(path: Path, folder: Path) -> None:
@@ -288,15 +300,6 @@ def one_line(message: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-    ) as error:
+    except Exception as error:  # libraries raise every kind there is at a bad file, bare Exception included
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

@@ -12,6 +12,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.errors import UserError, check
 
 AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
 
@@ -77,8 +78,13 @@ class Options:
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
-            fine = not isinstance(strings, str) and all(isinstance(s, str) and s for s in strings)
+            fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
             check(fine, name, strings, "a list of texts, none of them empty")
+        fine = isinstance(self.ban, (list, tuple)) and all(isinstance(item, (int, str)) for item in self.ban)
+        check(fine, "ban", self.ban, "a list of token ids and one-token texts")
+        check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
+        drafters = ["auto", *registry.names("tokenswift_py.drafters")]
+        check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         SamplingParams(**self._plain_sampling())
 
@@ -104,6 +110,7 @@ class Options:
     def _plain_sampling(self) -> dict[str, Any]:
         """What was asked for of the parameters that need no tokenizer."""
         values = {name: getattr(self, name) for name in PLAIN_SAMPLING}
+        values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
         return {name: value for name, value in values.items() if value is not None}
 
     def drafter_settings(self) -> tuple[str, dict[str, Any]]:
@@ -112,6 +119,10 @@ class Options:
         if name == "partial":
             return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget}
         return name, {}
+
+
+def whole(token: Any) -> Any:
+    return int(token) if isinstance(token, str) and token.lstrip("-").isdecimal() else token
 
 
 def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:

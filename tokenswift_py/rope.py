@@ -38,13 +38,9 @@ def rope_tables(config: Any, context: int) -> RopeTables:
     Dynamic NTK is frozen at N. Raises UserError for longrope and for scalings that end before `context`.
     """
     config = copy.deepcopy(config)
-    config.standardize_rope_params()
+    check_rope(config)
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
-    if kind not in SUPPORTED or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(
-            f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head"
-        )
     trained = trained_length(config)
     note = None
     if context > trained and kind != "dynamic":
@@ -61,6 +57,17 @@ def rope_tables(config: Any, context: int) -> RopeTables:
     factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
     frozen = f"@{max(context, config.max_position_embeddings)}" if kind == "dynamic" else ""
     return RopeTables(angles.cos() * scale, angles.sin() * scale, f"rope-{kind}{factor_label}{frozen}", note)
+
+
+def check_rope(config: Any) -> None:
+    """Raise UserError for a scaling that is not supported."""
+    config.standardize_rope_params()
+    kind = config.rope_parameters.get("rope_type", "default")
+    whole = config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
+    if kind not in SUPPORTED or not whole:
+        raise UserError(
+            f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head"
+        )
 
 
 def trained_length(config: Any) -> int:

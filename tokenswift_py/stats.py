@@ -111,12 +111,14 @@ def find_loop(tokens: Sequence[int], least: int = 64, rounds: int = 4, longest_p
     return found
 
 
-def memory_bandwidth(megabytes: int = 256) -> float:
-    """Bytes per second at which torch, with its present threads, reads memory: the best of a few plain reductions."""
-    data = torch.ones(megabytes * 2**20 // 4, dtype=torch.float32)
-    best = float("inf")
+def memory_bandwidth(megabytes: int = 256, device: torch.device | None = None, threads: int | None = None) -> float:
+    """Bytes per second at which a device's memory is read, by so many threads: the best of a few plain reductions."""
+    data = torch.ones(megabytes * 2**20 // 4, dtype=torch.float32, device=device)
+    before, best = torch.get_num_threads(), float("inf")
+    torch.set_num_threads(threads or before)
     for read in 4 * (data.sum, data.max):
         start = time.perf_counter()
-        read()
+        read().item()
         best = min(best, time.perf_counter() - start)
+    torch.set_num_threads(before)
     return data.nbytes / best

@@ -10,8 +10,11 @@ from tokenswift_py.history import History
 class Stops:
     """End-of-sequence tokens, stop strings and the number of new tokens.
 
-    decode: token ids -> text, needed for stop strings only. Called with a history it returns "eos", "stop",
-    "length" or None; tokens that were forced do not count as new, and no stop string begins in them.
+    decode:  token ids -> text, needed for stop strings only.
+    special: ids that decode to nothing.
+
+    Called with a history it returns "eos", "stop", "length" or None; tokens that were forced do not count as new, and
+    no stop string begins in them.
     """
 
     def __init__(
@@ -20,6 +23,7 @@ class Stops:
         eos: Collection[int] = (),
         strings: Sequence[str] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
+        special: Collection[int] = (),
     ):
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
@@ -27,6 +31,7 @@ class Stops:
         self._eos = frozenset(eos)
         self._strings = tuple(strings)
         self._decode = decode
+        self._special = frozenset(special)
         # A token carries a byte at least, so this many tokens hold any stop string and what it is glued to.
         self._reach = max((len(text.encode()) for text in strings), default=0) + 4
         self._start = 0
@@ -40,8 +45,17 @@ class Stops:
         if history[-1] in self._eos:
             return "eos"
         if self._strings and self._decode is not None:
-            recent = history.tokens[max(self._start, len(history) - self._reach) :]
-            text = self._decode(recent.tolist())
+            text = self._decode(self._recent(history))
             if any(string in text for string in self._strings):
                 return "stop"
         return "length" if self.tokens_left <= 0 else None
+
+    def _recent(self, history: History) -> list[int]:
+        """The latest tokens that have a text, as many as a stop string can take."""
+        recent: list[int] = []
+        position = len(history)
+        while position > self._start and len(recent) < self._reach:
+            position -= 1
+            if history[position] not in self._special:
+                recent.append(history[position])
+        return recent[::-1]

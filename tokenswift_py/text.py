@@ -19,12 +19,16 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
 
     A text is one user message, unless `raw` or the tokenizer has no chat template.
     """
+    listed = isinstance(prompt, Sequence) or hasattr(prompt, "__array__")
+    check(listed, "prompt", prompt, "a text, chat messages or token ids")
     if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
         tokens = [int(item) for item in prompt]  # type: ignore[arg-type]
         check(min(tokens, default=0) >= 0, "prompt", min(tokens, default=0), "token ids are not negative")
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         return list(tokenizer(prompt).input_ids)
+    fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -47,6 +51,11 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -
     return tokens[1:] if tokens and tokens[0] in eos else tokens
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that are no text: chat markup, end of sequence and the like."""
+    return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+
+
 class TextJoiner:
     """Tokens in, text out as soon as it is certain: no half characters, nothing of a stop string.
 
@@ -57,6 +66,7 @@ class TextJoiner:
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
+        self._special = special_ids(tokenizer)
         self._stops = tuple(stops)
         self._window: list[int] = []  # tokens not told yet, behind the last told ones, which are their context
         self._told = 0
@@ -65,6 +75,8 @@ class TextJoiner:
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; empty while a character or a stop string may go on."""
         for token in tokens:
+            if token in self._special:
+                continue
             self._window.append(token)
             text = self._untold()
             if text and not text.endswith("\ufffd"):

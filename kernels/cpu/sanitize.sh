@@ -10,7 +10,7 @@ python=${PYTHON:-python3}
 work=${SANITIZE_DIR:-$root/build/sanitize}/$kind
 
 cmake -S "$root/kernels/cpu" -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTOKENSWIFT_SANITIZE="$kind" \
-  -DPython_EXECUTABLE="$(command -v "$python")"
+  -DPython_EXECUTABLE="$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")"
 cmake --build "$work/build" --parallel
 
 rm -rf "$work/checkout"
