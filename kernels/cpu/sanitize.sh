@@ -1,16 +1,17 @@
 #!/bin/sh
-# Runs tests/test_native.py against an engine built with sanitizers, in a copy of the checkout.
+# Runs tests/test_native*.py against an engine built with sanitizers, in a copy of the checkout.
 #   kernels/cpu/sanitize.sh address|thread [pytest arguments]
 # PYTHON names the interpreter (python3), SANITIZE_DIR the folder for build and copy (build/sanitize).
 set -eu
 kind=$1
 shift
 root=$(cd "$(dirname "$0")/../.." && pwd)
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")  # not resolved: a venv's python is a link
 work=${SANITIZE_DIR:-$root/build/sanitize}/$kind
 
 cmake -S "$root/kernels/cpu" -B "$work/build" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTOKENSWIFT_SANITIZE="$kind" \
-  -DPython_EXECUTABLE="$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")"
+  -DPython_EXECUTABLE="$python"
 cmake --build "$work/build" --parallel
 
 rm -rf "$work/checkout"
@@ -28,4 +29,4 @@ cd "$work/checkout"
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
-  "$python" -m pytest tests/test_native.py -q -p no:cacheprovider "$@"
+  "$python" -m pytest tests/test_native.py tests/test_native_sampling.py -q -p no:cacheprovider "$@"
