@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -169,10 +170,11 @@ def test_help_is_quick_and_names_every_flag() -> None:
 
 
 def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
-    """Nothing is drawn over it: the text stands in what the terminal received as it is."""
+    """The bar is drawn on the last line, between saving the cursor and restoring it: without that, the text stands
+    in what the terminal received as it is."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execv(sys.executable, command(*cli, "--prompt", "the cat"))
+        os.execv(sys.executable, command(*cli, "--prompt", "the cat", "--max-new-tokens", "900", "--ignore-eos"))
     received = b""
     with contextlib.suppress(OSError):  # the end of a terminal whose process is gone
         while chunk := os.read(terminal, 4096):
@@ -180,7 +182,11 @@ def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
-    text = swift.generate("the cat", max_new_tokens=40, seed=3).text
+    text = swift.generate("the cat", max_new_tokens=900, seed=3, ignore_eos=True).text
+    bars = re.findall(rb"\x1b7.*?\x1b8", received, re.DOTALL)
+    assert any(b"tok/s" in bar and b"tok/pass" in bar for bar in bars)
+    for bar in bars:
+        received = received.replace(bar, b"")
     assert text.encode() in received.replace(b"\r\n", b"\n")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -145,6 +147,30 @@ def write(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+class BottomLine:
+    """The last line of a terminal, kept for the bar while text scrolls above it (the scrolling region of VT100).
+
+    A bar drawn below the text in the usual way would overwrite the line that is being written.
+    """
+
+    def __init__(self) -> None:
+        self._size = shutil.get_terminal_size()
+        # A line of room, then everything but the last line scrolls; setting the region moves the cursor.
+        self._send(f"\n\x1b7\x1b[1;{self._size.lines - 1}r\x1b8\x1b[1A")
+
+    def draw(self, bar: tqdm[Any]) -> None:
+        bar.ncols = self._size.columns - 1
+        self._send(f"\x1b7\x1b[{self._size.lines};1H\x1b[2K{bar}\x1b8")
+
+    def close(self) -> None:
+        self._send(f"\x1b7\x1b[r\x1b[{self._size.lines};1H\x1b[2K\x1b8")
+
+    def _send(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
 class Output:
     """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
 
@@ -155,14 +181,17 @@ class Output:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             self._file = (args.out / "text.txt").open("x", encoding="utf-8", newline="")
-        # On a terminal that shows the text the bar would overwrite it: a text has lines that are not ended yet.
-        hidden = args.quiet or not sys.stderr.isatty() or sys.stdout.isatty()
-        self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=sys.stderr, dynamic_ncols=True)
+        hidden = args.quiet or not sys.stderr.isatty()
+        self._bottom = None if hidden or not sys.stdout.isatty() else BottomLine()
+        target = sys.stderr if self._bottom is None else io.StringIO()
+        self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=target, dynamic_ncols=self._bottom is None)
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._bottom:
+            self._bottom.close()
         self._bar.close()
         if self._file:
             self._file.close()
@@ -176,9 +205,10 @@ class Output:
             self.written += len(text)
             sys.stdout.write(text)
             sys.stdout.flush()
-        self._bar.update(tokens)
         if per_pass is not None:
             self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
+        if self._bar.update(tokens) and self._bottom:  # true where tqdm finds it time to draw
+            self._bottom.draw(self._bar)
 
     def save_rest(self, text: str) -> None:
         """What an interruption kept from text.txt."""

@@ -15,7 +15,7 @@ from tokenswift_py.core import Output, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
-from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
 
@@ -51,7 +51,7 @@ class TorchDecoder:
     ) -> Output:
         rows = lay_out(segments)
         plan = self.attention.prepare(rows.segments, self.device)
-        spec, pool = self.spec, self._pool(segments)
+        spec, pool = self.spec, shared_pool(segments, TorchPagePool)
         tokens, positions, slots = (
             torch.from_numpy(x).to(self.device, torch.int64) for x in (rows.tokens, rows.positions, rows.slots)
         )
@@ -94,16 +94,6 @@ class TorchDecoder:
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)
         return self.weights[name] * scaled.to(x.dtype)
-
-    @staticmethod
-    def _pool(segments: Sequence[Segment]) -> TorchPagePool:
-        pools = {id(segment.cache.pool): segment.cache.pool for segment in segments}
-        if len(pools) != 1:
-            raise ValueError(f"the sequences of one pass share one pool; these are in {len(pools)}")
-        pool = next(iter(pools.values()))
-        if not isinstance(pool, TorchPagePool):
-            raise ValueError(f"the torch executor reads a TorchPagePool, not a {type(pool).__name__}")
-        return pool
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

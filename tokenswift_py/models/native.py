@@ -18,7 +18,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import Holders, pages_for
-from tokenswift_py.models.rows import Rows, lay_out
+from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
 
@@ -169,7 +169,7 @@ class NativeDecoder:
     def forward(
         self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
     ) -> Output:
-        pool = self._pool(segments)
+        pool = shared_pool(segments, NativePool)
         rows = lay_out(segments)
         wanted: IntArray = np.arange(len(rows.tokens), dtype=np.int32)
         if logit_rows is not None:
@@ -197,15 +197,6 @@ class NativeDecoder:
     def _room_for_mass(self, rows: int, pages: int) -> np.ndarray:
         padded = round_up(pages, VECTOR)
         return np.zeros((self.spec.layers, rows, self.spec.kv_heads, padded), np.float32)
-
-    def _pool(self, segments: Sequence[Segment]) -> NativePool:
-        pools = {id(segment.cache.pool): segment.cache.pool for segment in segments}
-        if len(pools) != 1:
-            raise ValueError(f"the sequences of one pass share one pool; these are in {len(pools)}")
-        pool = next(iter(pools.values()))
-        if not isinstance(pool, NativePool):
-            raise ValueError(f"the native executor reads a NativePool, not a {type(pool).__name__}")
-        return pool
 
 
 def round_up(n: int, multiple: int) -> int:

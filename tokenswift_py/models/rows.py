@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,20 @@ class Rows:
     positions: IntArray
     slots: IntArray
     segments: tuple[AttentionSegment, ...]
+
+
+Pool = TypeVar("Pool")
+
+
+def shared_pool(segments: Sequence[Segment], kind: type[Pool]) -> Pool:
+    """The pool that the sequences of a pass share. Raises ValueError for several, or one of another executor."""
+    pools = {id(segment.cache.pool): segment.cache.pool for segment in segments}
+    if len(pools) != 1:
+        raise ValueError(f"the sequences of one pass share one pool; these are in {len(pools)}")
+    pool = next(iter(pools.values()))
+    if not isinstance(pool, kind):
+        raise ValueError(f"this executor reads a {kind.__name__}, not a {type(pool).__name__}")
+    return pool
 
 
 def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
