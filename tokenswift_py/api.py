@@ -16,7 +16,7 @@ import torch
 
 from tokenswift_py import __version__, registry, report
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.drafters.base import Drafter
+from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
 from tokenswift_py.executors import Executor, choose_engine, load
@@ -31,8 +31,6 @@ from tokenswift_py.stopping import Stops
 from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
-
-DRAFTERS = "tokenswift_py.drafters"
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,6 @@ class TokenSwift:
         )
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
-        self.drafter(options)
         cache_bytes = checkpoint.spec.kv_bytes(pages_for(context) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
         check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
         rope = rope_tables(checkpoint.config, context)
@@ -172,20 +169,16 @@ class TokenSwift:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope)
 
-    def drafter(self, options: Options) -> Drafter:
-        name, settings = options.drafter_settings()
-        drafter: Drafter = registry.create(DRAFTERS, "DRAFTER", "drafter", name, **settings)
-        return drafter
-
     def engine(self, run: Run) -> Engine:
         options = run.options
+        drafter, settings = options.drafter_settings()
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
-            self.drafter(options),
+            create(drafter, **settings),
             self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
             Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, decode, special),
             run.turns,

@@ -11,7 +11,6 @@ import torch
 from tokenswift_py import noise
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.history import History
-from tokenswift_py.penalties import dry_powers
 from tokenswift_py.sampling import Sampler
 
 
@@ -34,11 +33,11 @@ class NativeSampler(Sampler):
             temperature=float(params.temperature),
             top_k=min(params.top_k, vocab_size),
             top_p=float(params.top_p),
-            log_min_p=float(noise.log(params.min_p)) if params.min_p > 0 else None,
+            log_min_p=self._log_min_p if params.min_p > 0 else None,
             penalty=float(params.penalty),
             penalty_window=min(params.penalty_window, 2**31 - 1),
             dry_length=params.dry_length,
-            dry_powers=dry_powers(params.dry_multiplier, params.dry_base) if params.dry_multiplier > 0 else [],
+            dry_powers=self._powers if params.dry_multiplier > 0 else [],
             dry_breakers=list(params.dry_breakers),
             ban=list(params.ban),
             eos=self._eos.tolist(),

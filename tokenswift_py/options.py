@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tokenswift_py import registry
-from tokenswift_py.core import SamplingParams
+from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
 
 AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
@@ -67,7 +67,7 @@ class Options:
         for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context"):
             value = getattr(self, name)
             optional = name == "context" and value is None
-            check(optional or (isinstance(value, int) and not isinstance(value, bool)), name, value, "a whole number")
+            check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
