@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import interpreter  # isort: skip  # noqa: F401  before anything that imports triton
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokenswift_py.core import DraftTree, Segment, TreeBuilder
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
 from tokenswift_py.kernels.sdpa import SDPA
 from tokenswift_py.kvcache.cache import KVCache
@@ -77,19 +77,25 @@ class Scene:
         shape = (len(rows.tokens), pool.kv_heads * group, pool.keys.shape[-1])
         return cls(pool, rows.segments, torch.randn(shape).to(pool.keys.dtype))
 
-    def attend(self, backend: Naive | SDPA, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, backend: AttentionBackend, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         plan = backend.prepare(self.segments, DEVICE)
         last = max(int(segment.positions.max()) for segment in self.segments)
         mass = torch.full((len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1), torch.nan, dtype=self.q.dtype)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        out = backend.attend(plan, layer, self.q, keys, values, window, mass)  # type: ignore[arg-type]
-        if isinstance(backend, SDPA):
-            assert torch.equal(out, backend.attend(plan, layer, self.q, keys, values, window))  # type: ignore[arg-type]
+        out = backend.attend(plan, layer, self.q, keys, values, window, mass)
+        if not isinstance(backend, Naive):
+            assert torch.equal(out, backend.attend(plan, layer, self.q, keys, values, window))
         return out, mass
 
-    def agree(self, window: int | None = None, tolerance: float = 1e-12) -> None:
-        for layer in range(LAYERS):
-            out, mass = self.attend(SDPA(), layer, window)
+    def agree(
+        self,
+        window: int | None = None,
+        tolerance: float = 1e-12,
+        backend: AttentionBackend = SDPA(),  # noqa: B008
+        layers: Sequence[int] = range(LAYERS),
+    ) -> None:
+        for layer in layers:
+            out, mass = self.attend(backend, layer, window)
             true, true_mass = self.attend(Naive(), layer, window)
             assert out.dtype == self.q.dtype and not true.isnan().any()
             torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)

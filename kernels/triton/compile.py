@@ -1,0 +1,154 @@
+"""Compiles every kernel for GPUs that are not here, and says what it needs of them.
+
+    python -m tokenswift_py.kernels.triton.compile [--targets sm_80,gfx942] [--kernels attend] [--dtypes bf16]
+
+Fails on registers that spill and on more shared memory than a block of the device can have: such a kernel would be
+slow, or not start at all. Needs no GPU, and must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.kernels.triton.runtime import Variant
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Shared memory a block may use, in bytes. NVIDIA: CUDA C++ Programming Guide, compute capabilities; AMD: LDS of CDNA 3.
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+MODULES = ("attention",)
+# Correct, and slow there: fp32 is for checks, and no supported family has such heads.
+MAY_SPILL = {("attend", "float32", 256), ("attend+mass", "float32", 256)}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers: of a thread. shared, spills: bytes, of a block and of a thread."""
+
+    target: str
+    name: str
+    dtype: str
+    head_dim: int | None
+    registers: int
+    shared: int
+    spills: int
+    seconds: float
+
+    @property
+    def faults(self) -> list[str]:
+        limit = SHARED_LIMITS[self.target]
+        may_spill = (self.name, self.dtype, self.head_dim) in MAY_SPILL
+        found = [f"{self.spills} bytes spill"] if self.spills and not may_spill else []
+        return found + ([f"{self.shared} bytes of shared memory, of {limit}"] if self.shared > limit else [])
+
+    def __str__(self) -> str:
+        head = "" if self.head_dim is None else self.head_dim
+        numbers = f"{self.registers:9} {self.shared:8} {self.spills:7} {self.seconds:7.1f}"
+        return f"{self.target:8} {self.name:14} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
+
+
+HEADER = f"{'target':8} {'kernel':14} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'spills':>7} {'s':>7}"
+
+
+def compile_variant(target: str, module: str, index: int) -> Compiled:
+    """Compile variant `index` of a module's for one target."""
+    variant = variants_of(module, target)[index]
+    signature = variant.signature()
+    names = list(signature)
+    constants = {(names.index(name),): value for name, value in variant.constants.items()}
+    # What a launch finds: torch's memory is aligned, so are the lists of a pass.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": False}
+    start = time.perf_counter()
+    built = triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=gpu, options=options)
+    seconds = time.perf_counter() - start
+    registers, spills = usage_amd(built.asm["amdgcn"]) if amd else usage_nvidia(built.asm["cubin"])
+    dtype = str(variant.dtype).removeprefix("torch.")
+    return Compiled(target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, seconds)
+
+
+def usage_nvidia(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes on the stack, of a thread: what spills goes to the stack, and nothing else does here."""
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump did not say what the kernel uses: {said.stdout} {said.stderr}")
+    return int(found[1]), int(found[2])
+
+
+def usage_amd(assembly: str) -> tuple[int, int]:
+    """Vector registers and bytes of scratch, of a thread. Scalar registers that spill go to vector registers."""
+    numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
+
+
+def variants_of(module: str, target: str) -> list[Variant]:
+    """Kernels of a module as they would be launched on a target."""
+    return list(importlib.import_module(f"tokenswift_py.kernels.triton.{module}").variants(target.startswith("gfx")))
+
+
+def compile_all(targets: list[str], kernels: list[str], dtypes: list[str], head_dims: list[int]) -> Iterator[Compiled]:
+    """Everything that is asked for; an empty list asks for all."""
+    jobs = [
+        (target, module, index)
+        for module in MODULES
+        for target in targets
+        for index, variant in enumerate(variants_of(module, target))
+        if (not kernels or variant.name in kernels)
+        and (not dtypes or str(variant.dtype).removeprefix("torch.") in dtypes)
+        and (not head_dims or variant.head_dim in (None, *head_dims))
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
+        yield from workers.map(compile_variant, *zip(*jobs, strict=True)) if jobs else ()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(SHARED_LIMITS))
+    parser.add_argument("--kernels", default="", help="names, as the table has them (default: all)")
+    parser.add_argument("--dtypes", default="", help="bfloat16, float16, float32 (default: all)")
+    parser.add_argument("--head-dims", default="", help="of those that have one (default: all)")
+    args = parser.parse_args()
+    targets = args.targets.split(",")
+    try:
+        for target in targets:
+            check(target in SHARED_LIMITS, "targets", target, f"known are {', '.join(SHARED_LIMITS)}")
+        interpreted = os.environ.get("TRITON_INTERPRET", "0")
+        check(interpreted == "0", "TRITON_INTERPRET", interpreted, "an interpreted kernel cannot be compiled")
+    except UserError as error:
+        print(f"compile: {error}", file=sys.stderr)
+        return 2
+    print(HEADER)
+    wanted = [int(part) for part in args.head_dims.split(",") if part]
+    count = faulty = 0
+    names = [part for part in args.kernels.split(",") if part], [part for part in args.dtypes.split(",") if part]
+    for compiled in compile_all(targets, *names, wanted):
+        print(compiled, flush=True)
+        count, faulty = count + 1, faulty + bool(compiled.faults)
+    print(f"{count} compiled, {faulty} that would not do")
+    return 1 if faulty or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

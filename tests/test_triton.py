@@ -1,0 +1,250 @@
+"""The Triton kernels compute what they should, on a GPU or, where there is none, in Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from test_kernels import LAYERS, Scene, fill, ladder, new_pool, prefilled, random_tree, random_view
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.naive import visible
+from tokenswift_py.kernels.triton import attention
+from tokenswift_py.kernels.triton.attention import TritonAttention, splits
+from tokenswift_py.kernels.triton.runtime import INTERPRET
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.view import PageView
+
+DEVICE = torch.device("cpu")
+TRITON = TritonAttention()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def agree(scene: Scene, window: int | None = None, tolerance: float = 1e-5, layer: int = 0) -> None:
+    scene.agree(window, tolerance, TRITON, [layer])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "window"), [(0, None), (1, 5), (63, None), (64, 5), (65, 100), (260, None), (260, 100)]
+)
+def test_trees_chains_and_chunks_behind_any_prefix(prefix: int, window: int | None) -> None:
+    rng = np.random.default_rng(prefix)
+    for tree, causal in ((DraftTree.chain([0]), False), (random_tree(rng, 4), False), (DraftTree.chain([0] * 9), True)):
+        cache = prefilled(new_pool(2, 16, torch.float32), prefix)
+        agree(Scene.of([Segment(tree, cache, causal=causal)], 2), window)
+    cache.drop_tail()
+    agree(Scene.of([Segment(random_tree(rng, 4), cache, random_view(rng, cache, 2))], 2), window, layer=1)
+
+
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 80), (7, 96), (2, 128), (5, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_type_head_size_and_group(group: int, head_dim: int, dtype: torch.dtype) -> None:
+    """The interpreter cuts bf16 short instead of rounding, which the tolerance allows for."""
+    cache = prefilled(new_pool(1, head_dim, dtype), 70)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
+    agree(Scene.of([Segment(ladder(1), cache)], group), tolerance=tolerance)
+
+
+def test_draft_steps_build_on_provisional_rows() -> None:
+    cache = prefilled(new_pool(2, 16, torch.float32), 62)
+    agree(Scene.of([Segment(DraftTree([0, 1, 2, 3], [-1, 0, 0, 1]), cache)], 3))
+    left = Segment(DraftTree.chain([0]), cache, tail=(0, 1, 3))
+    right = Segment(DraftTree.chain([0]), cache, tail=(0, 2))
+    agree(Scene.of([left, right], 3))
+
+
+def test_several_sequences_share_a_pass() -> None:
+    rng = np.random.default_rng(0)
+    pool = new_pool(2, 16, torch.float32)
+    first, second = prefilled(pool, 65), prefilled(pool, 200)
+    third = second.fork()
+    segments = [
+        Segment(random_tree(rng, 4), first),
+        Segment(DraftTree.chain([0] * 7), second, causal=True),
+        Segment(random_tree(rng, 3), third, random_view(rng, third, 2)),
+    ]
+    agree(Scene.of(segments, 3), layer=1)
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_lanes_that_no_row_attends_to_may_hold_anything(count: int | None) -> None:
+    rng = np.random.default_rng(3)
+    cache = prefilled(new_pool(2, 16, torch.float32), 250)
+    view = None if count is None else random_view(rng, cache, count)
+    scene = Scene.of([Segment(random_tree(rng, 4), cache, view)], 2)
+    (segment,) = scene.segments
+    for window in (150, 20, 1):
+        for head in range(2):
+            seen = np.concatenate([visible(segment, 0, head, row, window)[1] for row in range(4)])
+            unseen = np.setdiff1d(np.arange(48 * PAGE_SIZE), seen)
+            for part in (scene.pool.keys, scene.pool.values):
+                part[0, head].flatten(0, 1)[torch.from_numpy(unseen)] = torch.nan
+        agree(scene, window)
+
+
+def test_splits_are_a_function_of_absolute_pages() -> None:
+    longest = splits(5000)
+    assert longest[0] == 0 and (np.diff(longest) > 0).all() and longest[-1] >= 5000
+    for pages in (1, 4, 5, 64, 65, 192, 193, 448, 449, 1563):
+        ends = splits(pages)
+        assert (ends == longest[: len(ends)]).all()
+        assert ends[-2] < pages <= ends[-1]
+
+
+@pytest.fixture
+def fine_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits of two pages and of one, so that short texts have many."""
+    monkeypatch.setattr(attention, "SPLIT_LEVELS", ((1, 2),))
+    monkeypatch.setattr(attention, "LAST_LEVEL", 1)
+
+
+def attend(scene: Scene, window: int | None = None, view: PageView | None = None) -> torch.Tensor:
+    return scene.attend(TRITON, 0, window)[0]
+
+
+def as_if_committed(scene: Scene, segment: AttentionSegment, index: int) -> Scene:
+    """The row alone, as plain decoding would have it: everything before it committed, in other pages of the pool."""
+    pool = scene.pool
+    _, slots = visible(segment, 0, 0, index, None)
+    cache = KVCache(pool, 512)
+    fresh = cache.append(np.arange(len(slots), dtype=np.int32), True)
+    for part in (pool.keys, pool.values):
+        flat = part.flatten(2, 3)
+        flat[:, :, torch.from_numpy(fresh.astype(np.int64))] = flat[:, :, torch.from_numpy(slots)]
+    cache.commit(range(len(slots) - 1))
+    full = cache.full_pages
+    tail = fresh[None, full * PAGE_SIZE :]
+    position = np.array([len(slots) - 1], np.int32)
+    alone = AttentionSegment(
+        slice(0, 1), position, fresh[: full * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE, None, tail, False
+    )
+    return Scene(pool, (alone,), scene.q[segment.rows.start + index][None])
+
+
+@pytest.mark.usefixtures("fine_splits")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 66])
+def test_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype, window: int | None) -> None:
+    """Law 1. The tree crosses a page boundary, which is also one of splits; its siblings leave gaps between them."""
+    tree = random_tree(np.random.default_rng(2), 7).merge(DraftTree.chain(range(6)))
+    scene = Scene.of([Segment(tree, prefilled(new_pool(2, 16, dtype), 189))], 3)
+    (segment,) = scene.segments
+    assert segment.positions.min() < 192 < segment.positions.max()
+    together = attend(scene, window)
+    for index in range(len(tree)):
+        alone = as_if_committed(scene, segment, index)
+        assert torch.equal(attend(alone, window)[0], together[index])
+
+
+@pytest.mark.usefixtures("fine_splits")
+def test_a_chunks_rows_have_the_bits_of_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the workspace holds the state of four rows only, so that the chunk takes many launches."""
+    scene = Scene.of(
+        [Segment(DraftTree.chain([0] * 20), prefilled(new_pool(2, 16, torch.float32), 120), causal=True)], 3
+    )
+    (segment,) = scene.segments
+    together = attend(scene)
+    for index in (0, 6, 7, 8, 12, 19):
+        assert torch.equal(attend(as_if_committed(scene, segment, index))[0], together[index])
+    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
+    table = TRITON.prepare(scene.segments, DEVICE).table(2, 3, attention.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    assert len(table.launches) == 5
+    assert torch.equal(attend(scene), together)
+
+
+@pytest.mark.usefixtures("fine_splits")
+def test_a_rows_bits_do_not_depend_on_the_others_in_its_pass() -> None:
+    rng = np.random.default_rng(4)
+    pool = new_pool(2, 16, torch.float32)
+    segments = [Segment(random_tree(rng, 4), prefilled(pool, 100)), Segment(ladder(2), prefilled(pool, 300))]
+    scene = Scene.of(segments, 3)
+    together = attend(scene)
+    for segment in scene.segments:
+        n = len(segment.positions)
+        alone = AttentionSegment(
+            slice(0, n), segment.positions, segment.pages, segment.view, segment.tail, segment.causal
+        )
+        assert torch.equal(attend(Scene(pool, (alone,), scene.q[segment.rows])), together[segment.rows])
+
+
+@pytest.mark.usefixtures("fine_splits")
+def test_a_view_of_all_pages_and_a_wide_window_change_no_bit() -> None:
+    cache = prefilled(new_pool(2, 16, torch.float32), 250)
+    scene = Scene.of([Segment(ladder(2), cache)], 3)
+    (segment,) = scene.segments
+    view = PageView.all(LAYERS, 2, cache.full_pages).pages
+    viewed = AttentionSegment(segment.rows, segment.positions, segment.pages, view, segment.tail, segment.causal)
+    for window in (None, 90):
+        plain = scene.attend(TRITON, 0, window)
+        seen = Scene(scene.pool, (viewed,), scene.q).attend(TRITON, 0, window)
+        assert torch.equal(plain[0], seen[0]) and torch.equal(plain[1], seen[1])
+    assert torch.equal(attend(scene, 1000), attend(scene))
+
+
+def test_the_log_sum_exp_is_that_of_the_scores() -> None:
+    cache = prefilled(new_pool(2, 16, torch.float32), 100)
+    scene = Scene.of([Segment(ladder(2), cache)], 3)
+    plan = TRITON.prepare(scene.segments, DEVICE)
+    _, lse = TRITON.attend_with_lse(plan, 0, scene.q, scene.pool.keys[0], scene.pool.values[0])
+    for row in range(len(scene.q)):
+        for head in range(6):
+            _, slots = visible(scene.segments[0], 0, head // 3, row, None)
+            k = scene.pool.keys[0, head // 3].flatten(0, 1)[torch.from_numpy(slots)]
+            expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * attention.LOG2_E
+            torch.testing.assert_close(lse[row, head], expected, rtol=1e-5, atol=1e-5)
+
+
+class Reads:
+    """Bytes that interpreted kernels load from some tensors."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self.bytes = 0
+        self.spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
+
+    def count(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+        for start, stop in self.spans:
+            self.bytes += size * int(((pointers >= start) & (pointers < stop) & mask).sum())
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if not INTERPRET:
+        pytest.skip("counts loads in the interpreter")
+    counter, load = Reads(), InterpreterBuilder.create_masked_load
+
+    def counted(builder, ptrs, mask, *rest):  # type: ignore[no-untyped-def]
+        counter.count(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
+        return load(builder, ptrs, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+    return counter
+
+
+@pytest.mark.parametrize("prefix", [1000, 1984])
+def test_every_key_and_value_is_read_once(reads: Reads, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain of eight rows and four query heads a KV head reads each key once. In a tree every node gathers the tail
+    for itself: the committed lanes of the last page and its own path."""
+    pool = new_pool(1, 16, torch.bfloat16)
+    cache = KVCache(pool, 4096)
+    fill(pool, cache.append(np.arange(prefix, dtype=np.int32), True))
+    cache.commit(range(prefix))
+    for tree in (DraftTree.chain(range(8)), random_tree(np.random.default_rng(0), 8)):
+        cache.drop_tail()
+        scene = Scene.of([Segment(tree, cache)], 4)
+        reads.bytes, reads.spans = 0, Reads(pool.keys[0], pool.values[0]).spans
+        TRITON.attend(TRITON.prepare(scene.segments, DEVICE), 0, scene.q, pool.keys[0], pool.values[0])
+        token = 2 * 16 * 2
+        if tree.is_chain:
+            assert reads.bytes == token * (prefix + 8)
+        else:
+            behind = prefix % PAGE_SIZE * 8 + int((tree.depth + 1).sum())
+            assert reads.bytes == token * (prefix - prefix % PAGE_SIZE + behind)
