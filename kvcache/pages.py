@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -46,14 +48,38 @@ class Holders:
         return int((self._holders > 0).sum())
 
 
+MoveRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy rows between slots of all layers and KV heads, as if all were read before any is written.
+
+    keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]. source, target: [n] int64.
+    """
+    for pool in (keys, values):
+        flat = pool.flatten(2, 3)
+        flat[:, :, target] = flat[:, :, source]
+
+
 class TorchPagePool(Holders):
     """keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim].
 
     The memory is reserved at once and, on a CPU, taken from the system page by page as rows are written.
+    move_rows: what copies rows, for executors that have a kernel for it.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        move_rows: MoveRows = move_rows,
+    ):
         super().__init__(pages)
+        self._move_rows = move_rows
         self.layers, self.kv_heads = layers, kv_heads
         shape = (layers, kv_heads, pages, PAGE_SIZE, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
@@ -66,7 +92,5 @@ class TorchPagePool(Holders):
         self.values[layer].flatten(1, 2)[:, slots] = v.transpose(0, 1)
 
     def move(self, source: IntArray, target: IntArray) -> None:
-        for pool in (self.keys, self.values):
-            flat = pool.flatten(2, 3)
-            where = [torch.from_numpy(x.astype(np.int64)).to(pool.device) for x in (source, target)]
-            flat[:, :, where[1]] = flat[:, :, where[0]]
+        slots = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(self.keys.device)
+        self._move_rows(self.keys, self.values, slots[0], slots[1])

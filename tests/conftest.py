@@ -23,6 +23,7 @@ from transformers import (
 
 from tokenswift_py import registry
 from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import rope_tables
 
@@ -71,10 +72,10 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: state[name].detach() for name in spec.shapes()}
 
 
-def decoder_of(model: Any, context: int = 512, attention: str = "sdpa") -> TorchDecoder:
+def decoder_of(model: Any, context: int = 512, attention: str = "sdpa", ops: Ops | None = None) -> TorchDecoder:
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
     spec = ModelSpec.from_config(model.config)
-    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend)
+    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops)
 
 
 @pytest.fixture(scope="session")

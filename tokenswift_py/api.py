@@ -111,15 +111,19 @@ class TokenSwift:
         attention: str = "auto",
         device: str = "auto",
         threads: int | None = None,
+        deterministic: str = "auto",
     ) -> TokenSwift:
         """Load a model: the default's name, a folder, a .gguf file or a hub id.
 
         dtype:     bf16 or fp32, of the weights.
         kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
-        attention: auto, or a backend of kernels/, which is torch's.
+        attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU; on a GPU the first installed
+                   of triton, flash, xformers and sdpa.
         device:    auto (cuda where there is one, else cpu) or a torch device.
         threads:   CPU threads; None is what the machine gives this process.
+        deterministic: on: a row's bits do not depend on its company (native always; torch with attention triton);
+                   off: cuBLAS's products, measured; auto: on where it can be.
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """
@@ -132,7 +136,7 @@ class TokenSwift:
         chosen = choose_engine(engine, where, attention)
         checkpoint = open_checkpoint(model, revision)
         check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
-        executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads)
+        executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic)
         return cls(checkpoint, checkpoint.tokenizer(), executor)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:

@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--kv-dtype", help="bf16 or fp32, of the KV cache (default: that of the weights)")
     model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
+    model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     model.add_argument("--threads", type=int, help="CPU threads")
     source = text.add_mutually_exclusive_group()
@@ -118,6 +119,7 @@ def write(args: argparse.Namespace) -> int:
     swift = TokenSwift.from_pretrained(
         args.model, revision=args.revision, dtype=args.dtype, kv_dtype=args.kv_dtype, engine=args.engine,
         attention=args.attention, device=args.device, threads=args.threads,
+        deterministic=args.deterministic,
     )  # fmt: skip
     stream = swift.stream(prompt, **options)
     interrupted = False

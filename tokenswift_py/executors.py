@@ -4,6 +4,7 @@ and makes a `Model` for the RoPE tables of a run."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.loading import DTYPES, Checkpoint
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.native_sampling import NativeSampler
 from tokenswift_py.rope import RopeTables
 from tokenswift_py.sampling import Sampler
@@ -22,6 +24,9 @@ from tokenswift_py.sampling import Sampler
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
+DETERMINISTIC = ("auto", "on", "off")
+# What attention `auto` is on a GPU, the first that is installed: what keeps law 1 before what is measured.
+GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
@@ -47,12 +52,15 @@ class TorchExecutor:
     name = "torch"
     sampler = Sampler
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str, deterministic: str
+    ):
         self.dtype = self.kv_dtype = dtype
         self.device = device
         self._spec = checkpoint.spec
-        backend = "sdpa" if attention == "auto" else attention
+        backend = choose_attention(device) if attention == "auto" else attention
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
+        self._ops = choose_ops(backend, device, deterministic)
         self._weights = checkpoint.tensors().to(dtype, device)
 
     @property
@@ -60,7 +68,7 @@ class TorchExecutor:
         return torch.get_num_threads()
 
     def model(self, rope: RopeTables) -> Model:
-        return TorchDecoder(self._spec, self._weights, rope, self._attention)
+        return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops)
 
 
 class NativeExecutor:
@@ -78,6 +86,28 @@ class NativeExecutor:
 
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
+
+
+def choose_attention(device: torch.device) -> str:
+    """What attention `auto` means: on a GPU the first of GPU_ATTENTION that is installed, else PyTorch's own."""
+    if device.type == "cuda":
+        for backend, package in GPU_ATTENTION:
+            if importlib.util.find_spec(package) is not None:
+                return backend
+    return "sdpa"
+
+
+def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
+    """Triton's kernels with Triton's attention, else torch's. `auto` is on where that attention keeps law 1."""
+    if attention != "triton":
+        allowed = f"only with attention triton; {attention} rounds by the number of rows"
+        check(deterministic != "on", "deterministic", deterministic, allowed)
+        return TorchOps()
+    from tokenswift_py.kernels.triton.ops import TritonOps
+    from tokenswift_py.kernels.triton.runtime import check_device
+
+    check_device(device)
+    return TritonOps(deterministic != "off")
 
 
 def choose_engine(engine: str, device: torch.device, attention: str) -> str:
@@ -110,11 +140,14 @@ def load(
     device: torch.device,
     attention: str,
     threads: int | None,
+    deterministic: str = "auto",
 ) -> Executor:
     """Read the weights into the chosen executor. `engine` is native or torch."""
+    check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
+        check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
         return NativeExecutor(checkpoint, DTYPES[dtype], DTYPES[kv_dtype or dtype], threads)
     check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, f"that of the weights ({dtype}) with engine torch")
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, DTYPES[dtype], device, attention)
+    return TorchExecutor(checkpoint, DTYPES[dtype], device, attention, deterministic)

@@ -31,7 +31,7 @@ from triton.compiler import ASTSource
 
 # Shared memory a block may use, in bytes. NVIDIA: CUDA C++ Programming Guide, compute capabilities; AMD: LDS of CDNA 3.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
-MODULES = ("attention",)
+MODULES = ("attention", "fused", "matmul", "sampling")
 # Correct, and slow there: fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {("attend", "float32", 256), ("attend+mass", "float32", 256)}
 
@@ -72,7 +72,11 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     names = list(signature)
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     # What a launch finds: torch's memory is aligned, so are the lists of a pass.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name][0] == "*" or name in variant.aligned
+    }
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": False}

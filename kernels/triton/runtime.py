@@ -27,6 +27,7 @@ class Variant:
     """A kernel as some launch would compile it.
 
     kinds: Triton's types of its parameters; int32 tables, fp32 pointers and int32 scalars go without saying.
+    aligned: integers that 16 divides, which is compiled in. Pointers are aligned always.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Variant:
     constants: Mapping[str, Any]
     warps: int
     stages: int
+    aligned: tuple[str, ...] = ()
 
     def signature(self) -> dict[str, str]:
         """Type of every parameter, in order."""
@@ -48,7 +50,7 @@ class Variant:
         return self.kinds.get(name) or ("*i32" if name in TABLES else "*fp32" if name in FLOATS else "i32")
 
 
-TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges", "slots", "source", "target"}
+TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges"}
 FLOATS = {"state", "state_max", "state_sum", "page_lse", "lse", "cos", "sin"}
 
 

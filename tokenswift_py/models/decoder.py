@@ -1,7 +1,7 @@
 """One decoder for the llama, mistral, qwen2 and qwen3 families in torch, on any device.
 
 torch's matrix products round differently with the number of rows, so this executor's identity between plain and
-speculative decoding is *measured*, not bitwise.
+speculative decoding is *measured*, not bitwise, unless `ops` and attention keep law 1.
 """
 
 from __future__ import annotations
@@ -9,40 +9,48 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
 
 
 class TorchDecoder:
-    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend."""
-
-    guarantee = "measured"
+    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations."""
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], rope: RopeTables, attention: AttentionBackend
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        rope: RopeTables,
+        attention: AttentionBackend,
+        ops: Ops | None = None,
     ):
         self.spec = spec
         self.weights = weights
         self.attention = attention
+        self.ops = ops or TorchOps()
+        self.guarantee = self.ops.guarantee
         self.context = rope.context
         embedding = weights["model.embed_tokens.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         kind = str(self.dtype).removeprefix("torch.")
-        self.numerics = f"torch-{torch.__version__}/{self.device.type}/{kind}/kv-{kind}/{attention.name}/{rope.label}"
+        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kind}", attention.name, rope.label]
+        self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
 
     def new_cache(self) -> KVCache:
         spec = self.spec
         pages = pages_for(self.context)
-        pool = TorchPagePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device)
+        pool = TorchPagePool(
+            spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device, self.ops.move_rows
+        )
         return KVCache(pool, self.context)
 
     @torch.inference_mode()
@@ -55,48 +63,41 @@ class TorchDecoder:
         tokens, positions, slots = (
             torch.from_numpy(x).to(self.device, torch.int64) for x in (rows.tokens, rows.positions, rows.slots)
         )
-        cos, sin = self.cos[positions, None], self.sin[positions, None]  # [R, 1, head_dim / 2]
+        cos, sin = self.cos[positions], self.sin[positions]  # [R, head_dim / 2]
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None
-        x = self.weights["model.embed_tokens.weight"][tokens]  # [R, hidden]
+        x: torch.Tensor = self.weights["model.embed_tokens.weight"][tokens]  # [R, hidden]
+        added: torch.Tensor | None = None  # what the last block adds to x
         for layer in range(spec.layers):
             at = f"model.layers.{layer}."
-            normed = self._norm(x, f"{at}input_layernorm.weight")
-            q, k, v = self._qkv(normed, f"{at}self_attn.", cos, sin)
-            pool.write(layer, slots, k, v)
+            x, normed = self._add_norm(x, added, f"{at}input_layernorm")
+            q, k, v = self._qkv(normed, f"{at}self_attn.")
+            q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
                 None if mass is None else mass[layer],
             )  # fmt: skip
-            x = x + self._linear(attended.flatten(1), f"{at}self_attn.o_proj")
-            normed = self._norm(x, f"{at}post_attention_layernorm.weight")
-            gate = F.silu(self._linear(normed, f"{at}mlp.gate_proj"))
-            x = x + self._linear(gate * self._linear(normed, f"{at}mlp.up_proj"), f"{at}mlp.down_proj")
-        hidden = self._norm(x, "model.norm.weight")
+            x, normed = self._add_norm(x, self._linear(attended.flatten(1), f"{at}self_attn.o_proj"),
+                                       f"{at}post_attention_layernorm")  # fmt: skip
+            gate, up = (self._linear(normed, f"{at}mlp.{name}_proj") for name in ("gate", "up"))
+            added = self._linear(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
+        _, hidden = self._add_norm(x, added, "model.norm")
         wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
-        logits = F.linear(wanted, self.weights["model.embed_tokens.weight" if spec.tied else "lm_head.weight"])
+        logits = self._linear(wanted, "model.embed_tokens" if spec.tied else "lm_head")
         return Output(hidden, logits if logits.dtype == torch.float64 else logits.float(), mass)
 
-    def _qkv(
-        self, x: torch.Tensor, at: str, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[R, heads, head_dim] and twice [R, kv_heads, head_dim], rotated."""
+    def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""
         q, k, v = (self._linear(x, f"{at}{name}_proj").unflatten(1, (-1, self.spec.head_dim)) for name in "qkv")
         if self.spec.qk_norm:
-            q, k = self._norm(q, f"{at}q_norm.weight"), self._norm(k, f"{at}k_norm.weight")
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = (
+                self.ops.norm(y, self.weights[f"{at}{name}_norm.weight"], self.spec.norm_eps)
+                for y, name in ((q, "q"), (k, "k"))
+            )
+        return q, k, v
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return self.ops.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """RMSNorm; the mean in fp32 as the families were trained."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.spec.norm_eps)
-        return self.weights[name] * scaled.to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in the half-split layout of Hugging Face's checkpoints, in fp32 or better. x: [R, heads, head_dim]."""
-    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    def _add_norm(self, x: torch.Tensor, y: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.ops.add_norm(x, y, self.weights[f"{name}.weight"], self.spec.norm_eps)

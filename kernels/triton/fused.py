@@ -1,0 +1,235 @@
+"""Kernels that do in one launch what torch does in several: norms with their residual, rotation with the write to the
+KV pages, SwiGLU, and the copy of accepted rows. Each element depends on its own row only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import triton
+import triton.language as tl
+from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options
+
+BLOCK = 1024
+ROW_BYTES = 64  # of a row that a program copies at a time
+
+
+@triton.jit(do_not_specialize=["width"])
+def norm_kernel(
+    x: tl.tensor,  # [R, width]
+    y: tl.tensor,  # [R, width], added to x before; or anything
+    weight: tl.tensor,  # [width]
+    total: tl.tensor,  # [R, width], x + y; or anything
+    out: tl.tensor,  # [R, width]
+    eps: tl.tensor,
+    width: tl.tensor,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """RMSNorm of one row, its mean in fp32; lane by lane over blocks, then over lanes."""
+    at = tl.program_id(0).to(tl.int64) * width
+    lane = tl.arange(0, BLOCK)
+    squares = tl.full([BLOCK], 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + lane < width
+        row = tl.load(x + at + start + lane, mask=inside, other=0.0)
+        if ADD:
+            other = tl.load(y + at + start + lane, mask=inside, other=0.0)
+            row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
+            tl.store(total + at + start + lane, row, mask=inside)
+        row = row.to(tl.float32)
+        squares += row * row
+    scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
+    for start in range(0, width, BLOCK):
+        inside = start + lane < width
+        row = tl.load(x + at + start + lane, mask=inside, other=0.0)
+        if ADD:  # again, for what was stored may not be visible to every thread yet
+            other = tl.load(y + at + start + lane, mask=inside, other=0.0)
+            row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
+        w = tl.load(weight + start + lane, mask=inside, other=0.0)
+        scaled = (row.to(tl.float32) * scale).to(row.dtype)
+        result = (scaled.to(tl.float32) * w.to(tl.float32)).to(row.dtype)
+        tl.store(out + at + start + lane, result, mask=inside)
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    norm_kernel[(x.numel() // width,)](x, x, weight, x, out, eps, width, ADD=False, BLOCK=BLOCK, **launch_options(4, 1))
+    return out
+
+
+def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y, and its RMSNorm. x, y: [R, width], contiguous."""
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    norm_kernel[(len(x),)](
+        x, y, weight, total, out, eps, x.shape[1], ADD=True, BLOCK=BLOCK, **launch_options(4, 1)
+    )  # fmt: skip
+    return total, out
+
+
+@triton.jit
+def swiglu_kernel(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < count, other=0.0)
+    u = tl.load(up + at, mask=at < count, other=0.0)
+    wide = g.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(g.dtype)
+    tl.store(out + at, (activated.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=at < count)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, both contiguous and of one shape."""
+    out = torch.empty_like(gate)
+    grid = (triton.cdiv(gate.numel(), BLOCK),)
+    swiglu_kernel[grid](gate, up, out, gate.numel(), BLOCK=BLOCK, **launch_options(4, 1))
+    return out
+
+
+@triton.jit(do_not_specialize=["heads", "kv_heads", "pool_pages"])
+def rope_kernel(
+    q: tl.tensor,  # [R, heads, HEAD_DIM]
+    k: tl.tensor,  # [R, kv_heads, HEAD_DIM]
+    v: tl.tensor,
+    cos: tl.tensor,  # [R, HEAD_DIM / 2]
+    sin: tl.tensor,
+    slots: tl.tensor,  # [R]
+    rotated: tl.tensor,  # [R, heads, HEAD_DIM]
+    keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
+    values: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    pool_pages: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> None:
+    """One head of one row: a query head is rotated, a KV head rotated and written to its page with its value."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    lane = tl.arange(0, HALF)
+    inside = lane < HEAD_DIM // 2
+    angle = row * (HEAD_DIM // 2) + lane
+    c = tl.load(cos + angle, mask=inside, other=0.0)
+    s = tl.load(sin + angle, mask=inside, other=0.0)
+    if head < heads:
+        source = q + (row * heads + head).to(tl.int64) * HEAD_DIM
+        target = rotated + (row * heads + head).to(tl.int64) * HEAD_DIM
+    else:
+        kv_head = head - heads
+        at = (kv_head.to(tl.int64) * pool_pages * PAGE + tl.load(slots + row)) * HEAD_DIM
+        source = k + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM
+        target = keys + at
+        from_value = v + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM + lane
+        tl.store(values + at + lane, tl.load(from_value, mask=inside), mask=inside)
+        second_half = tl.load(from_value + HEAD_DIM // 2, mask=inside)
+        tl.store(values + at + HEAD_DIM // 2 + lane, second_half, mask=inside)
+    first = tl.load(source + lane, mask=inside).to(tl.float32)
+    second = tl.load(source + HEAD_DIM // 2 + lane, mask=inside).to(tl.float32)
+    kind = target.dtype.element_ty
+    tl.store(target + lane, (first * c - second * s).to(kind), mask=inside)
+    tl.store(target + HEAD_DIM // 2 + lane, (second * c + first * s).to(kind), mask=inside)
+
+
+def rope_write(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim].
+
+    q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32.
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads, pool_pages, page, _ = keys.shape
+    rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
+    rope_kernel[(rows, heads + kv_heads)](
+        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, slots, rotated, keys, values, heads,
+        kv_heads, pool_pages, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), PAGE=page,
+        **launch_options(1, 1),
+    )  # fmt: skip
+    return rotated
+
+
+@triton.jit(do_not_specialize=["count", "pool_slots"])
+def move_kernel(
+    keys: tl.tensor,  # [layers * kv_heads, pool_slots, HEAD_DIM]
+    values: tl.tensor,
+    source: tl.tensor,  # [count] slots
+    target: tl.tensor,
+    count: tl.tensor,
+    pool_slots: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """All rows' columns of one layer and KV head: everything is read before anything is written."""
+    row = tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = row < count
+    mask = there[:, None] & (column < HEAD_DIM)[None, :]
+    plane = tl.program_id(0).to(tl.int64) * pool_slots
+    reading = (plane + tl.load(source + row, mask=there, other=0))[:, None] * HEAD_DIM + column[None, :]
+    writing = (plane + tl.load(target + row, mask=there, other=0))[:, None] * HEAD_DIM + column[None, :]
+    k = tl.load(keys + reading, mask=mask)
+    v = tl.load(values + reading, mask=mask)
+    tl.debug_barrier()  # a row may be another's source, and other threads read that
+    tl.store(keys + writing, k, mask=mask)
+    tl.store(values + writing, v, mask=mask)
+
+
+def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy rows between slots of all layers and KV heads, as if all were read before any is written.
+
+    keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]. source, target: [n] int64 slots.
+    """
+    layers, kv_heads, pages, page, head_dim = keys.shape
+    columns = min(ROW_BYTES // keys.element_size(), triton.next_power_of_2(head_dim))
+    grid = (layers * kv_heads, triton.cdiv(head_dim, columns))
+    rows = triton.next_power_of_2(max(16, len(source)))
+    move_kernel[grid](
+        keys, values, source, target, len(source), pages * page, HEAD_DIM=head_dim, ROWS=rows, COLUMNS=columns,
+        **launch_options(move_warps(rows), 1),
+    )  # fmt: skip
+
+
+def move_warps(rows: int) -> int:
+    """So many that a thread holds no more than two kilobytes of the rows."""
+    return min(16, max(1, rows // 32))
+
+
+def variants(amd: bool) -> Iterator[Variant]:
+    for dtype in DTYPES:
+        data = POINTERS[dtype]
+        for add in (False, True):
+            kinds = {**dict.fromkeys(("x", "y", "weight", "total", "out"), data), "eps": "fp32"}
+            yield Variant(
+                "add_norm" if add else "norm", norm_kernel, dtype, None, kinds, {"ADD": add, "BLOCK": BLOCK}, 4, 1
+            )
+        kinds = dict.fromkeys(("gate", "up", "out"), data)
+        yield Variant("swiglu", swiglu_kernel, dtype, None, kinds, {"BLOCK": BLOCK}, 4, 1)
+        for head_dim in HEAD_DIMS:
+            kinds = {**dict.fromkeys(("q", "k", "v", "rotated", "keys", "values"), data), "slots": "*i64"}
+            half = triton.next_power_of_2(head_dim // 2)
+            yield Variant(
+                "rope_write",
+                rope_kernel,
+                dtype,
+                head_dim,
+                kinds,
+                {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64},
+                1,
+                1,
+            )
+        for rows in (16, 64, 512):  # a commit of a small tree, a fork, the deepest chain
+            constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}
+            kinds = {"keys": data, "values": data, "source": "*i64", "target": "*i64"}
+            yield Variant(f"move x{rows}", move_kernel, dtype, 128, kinds, constants, move_warps(rows), 1)

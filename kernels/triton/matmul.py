@@ -1,0 +1,119 @@
+"""Matrix products whose rows keep law 1: tiles of one size and one order of summation, however many rows there are.
+
+cuBLAS picks a kernel by shape, so that a row's bits change with its company. Here every element is the sum over K in
+blocks of `BLOCK_K`, ascending, in a tile of fixed height. Programs are persistent: each walks over tiles, those of one
+block of weights one after the other, so that weights are read from memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+import triton
+import triton.language as tl
+from tokenswift_py.kernels.triton.runtime import (
+    AMD,
+    DTYPES,
+    INTERPRET,
+    POINTERS,
+    PRECISION,
+    Variant,
+    launch_options,
+    precision,
+)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The same for every product of a type, or law 1 would not hold."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tiles(dtype: torch.dtype, amd: bool = AMD) -> Tiles:
+    """Narrow in columns, so that the products of one token still fill a GPU."""
+    if dtype == torch.float32:
+        return Tiles(16, 32, 32, 4, 2)
+    return Tiles(64, 32, 64, 4, 2 if amd else 4)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "programs"])
+def matmul_kernel(
+    x: tl.tensor,  # [rows, depth]
+    weight: tl.tensor,  # [columns, depth]
+    bias: tl.tensor,  # [columns], or anything
+    out: tl.tensor,  # [rows, columns]
+    rows: tl.tensor,
+    columns: tl.tensor,
+    depth: tl.tensor,
+    programs: tl.tensor,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    step = tl.arange(0, BLOCK_K)
+    for tile in range(tl.program_id(0), row_tiles * tl.cdiv(columns, BLOCK_N), programs):
+        row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        left = x + row.to(tl.int64)[:, None] * depth + step[None, :]
+        right = weight + column.to(tl.int64)[None, :] * depth + step[:, None]
+        acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+        for start in range(0, depth, BLOCK_K):
+            inside = start + step < depth
+            a = tl.load(left + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+            b = tl.load(right + start, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
+            if PRECISION == "interpret":
+                acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if BIAS:
+            acc += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ weight.T + bias in x's type, accumulated in fp32. x: [R, depth], weight: [columns, depth], contiguous."""
+    rows, depth = x.shape
+    columns = len(weight)
+    chosen = tiles(x.dtype)
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    count = triton.cdiv(rows, chosen.rows) * triton.cdiv(columns, chosen.columns)
+    programs = min(count, processors(x.device))
+    if not count:
+        return out
+    matmul_kernel[(programs,)](
+        x.contiguous(), weight, weight if bias is None else bias, out, rows, columns, depth, programs,
+        BIAS=bias is not None, BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, BLOCK_K=chosen.depth, PRECISION=PRECISION,
+        **launch_options(chosen.warps, chosen.stages),
+    )  # fmt: skip
+    return out
+
+
+def processors(device: torch.device) -> int:
+    """Programs that fill the GPU twice; no result depends on it."""
+    return 2 if INTERPRET else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def variants(amd: bool) -> Iterator[Variant]:
+    for dtype in DTYPES:
+        chosen = tiles(dtype, amd)
+        for bias in (False, True):
+            constants = {
+                "BIAS": bias, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth,
+                "PRECISION": precision(amd),
+            }  # fmt: skip
+            kinds = dict.fromkeys(("x", "weight", "bias", "out"), POINTERS[dtype])
+            name = "matmul+bias" if bias else "matmul"
+            aligned = ("depth",)  # every supported model's; others compile a second binary
+            yield Variant(name, matmul_kernel, dtype, None, kinds, constants, chosen.warps, chosen.stages, aligned)

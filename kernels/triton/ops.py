@@ -1,0 +1,51 @@
+"""The parts of a decoder's layer in fused kernels; see `Ops` in tokenswift_py/models/ops.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import triton
+from tokenswift_py.kernels.triton import fused
+from tokenswift_py.kernels.triton.matmul import linear
+
+
+class TritonOps:
+    """deterministic: matrix products keep law 1 too, and are not cuBLAS's."""
+
+    def __init__(self, deterministic: bool):
+        self.deterministic = deterministic
+        self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
+        self.label = f"triton-{triton.__version__}" + ("/fixed-tiles" if deterministic else "")
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, weight, bias) if self.deterministic else F.linear(x, weight, bias)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return fused.norm(x, weight, eps)
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x, fused.norm(x, weight, eps)) if y is None else fused.add_norm(x, y, weight, eps)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return fused.swiglu(gate, up)
+
+    def rope_write(
+        self,
+        pool: Any,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        return fused.rope_write(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+
+    def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        fused.move_rows(keys, values, source, target)

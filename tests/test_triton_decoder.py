@@ -1,0 +1,118 @@
+"""The whole torch executor on Triton's kernels: what it writes, and law 1 from the embedding to the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from conftest import decoder_of, tiny_config, tiny_model
+from scripted import Scripted, write
+from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.drafters.base import create
+from tokenswift_py.errors import UserError
+from tokenswift_py.executors import choose_attention, choose_ops
+from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.models.ops import TorchOps
+
+# The interpreter takes milliseconds for a program: few layers, few heads, short texts.
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+PROMPT = [3, 14, 15, 9, 26]
+
+
+def triton_decoder(dtype: torch.dtype = torch.float32, deterministic: bool = True, family: str = "llama") -> Any:
+    model = tiny_model(tiny_config(family, **SMALL), dtype)
+    return decoder_of(model, attention="triton", ops=TritonOps(deterministic)), model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(1, 33, 48), (70, 31, 65)])
+def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, depth: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    for added in (None, bias):
+        out = linear(x, weight, added)
+        expected = torch.nn.functional.linear(x.float(), weight.float(), None if added is None else added.float())
+        tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]  # bf16 is cut short
+        torch.testing.assert_close(out.float(), expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(linear(x[-1:], weight, added), out[-1:])
+    assert linear(x[:0], weight).shape == (0, columns)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+def test_it_computes_what_hugging_face_does(family: str) -> None:
+    decoder, model = triton_decoder(family=family)
+    ids = np.array(PROMPT, np.int32)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+    got = decoder.forward([Segment(DraftTree.chain(ids), decoder.new_cache(), causal=True)]).logits
+    assert (got - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype) -> None:
+    """The tree crosses the page boundary at 64; what is decoded plainly is committed token by token. What lies before
+    it is drawn, which costs nothing."""
+    decoder, _ = triton_decoder(dtype)
+    cache = decoder.new_cache()
+    for part in (cache.pool.keys, cache.pool.values):
+        part.copy_(torch.randn(part.shape))
+    cache.append(np.arange(62, dtype=np.int32), True)
+    cache.commit(range(62))
+    tree = DraftTree([9, 8, 7, 6, 5, 4], [-1, 0, 0, 2, 2, 4])
+    together = decoder.forward([Segment(tree, cache)]).logits
+    cache.drop_tail()
+    path = tree.path(5)
+    chunk = decoder.forward([Segment(DraftTree.chain(tree.tokens[path]), cache, causal=True)]).logits
+    assert torch.equal(chunk, together[path])
+    cache.drop_tail()
+    for node in path:
+        token = DraftTree.chain(tree.tokens[node : node + 1])
+        assert torch.equal(decoder.forward([Segment(token, cache)]).logits[0], together[node])
+        cache.commit([0])
+    assert cache.length == 66
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafting_changes_no_token(temperature: float) -> None:
+    decoder, model = triton_decoder()
+    params = SamplingParams(temperature=temperature, seed=1)
+    plain, _, _ = write(decoder, PROMPT, 9, params)
+    assert write(decoder_of(model, attention="naive"), PROMPT, 9, params)[0] == plain
+    right = Scripted(PROMPT + plain, 61, 0.8, width=2)
+    others = [create("ngram", shortest=1), create("partial", view_tokens=64)]
+    for drafter in [right, *(others if temperature else [])]:
+        drafted, engine, _ = write(decoder, PROMPT, 9, params, drafter, draft_tokens=4)
+        assert drafted == plain
+        assert engine.cache.pool.in_use == 0
+        assert drafter is not right or engine.stats.num_accepted_draft_tokens > 0
+
+
+def test_the_deterministic_executor_says_so() -> None:
+    decoder, _ = triton_decoder()
+    assert decoder.guarantee == "bitwise, unverified on hardware"
+    assert decoder.numerics.endswith("/fixed-tiles") and "/triton/" in decoder.numerics
+
+
+def test_cublas_is_labelled_measured() -> None:
+    decoder, _ = triton_decoder(deterministic=False)
+    assert decoder.guarantee == "measured"
+    assert "fixed-tiles" not in decoder.numerics and "triton" in decoder.numerics
+
+
+def test_what_deterministic_means() -> None:
+    cpu = torch.device("cpu")
+    assert [choose_ops("triton", cpu, wish).guarantee for wish in ("auto", "on", "off")] == [
+        "bitwise, unverified on hardware", "bitwise, unverified on hardware", "measured",
+    ]  # fmt: skip
+    assert all(isinstance(choose_ops("sdpa", cpu, wish), TorchOps) for wish in ("auto", "off"))
+    with pytest.raises(UserError, match="deterministic: 'on' is not allowed; only with attention triton"):
+        choose_ops("sdpa", cpu, "on")
+    assert choose_attention(cpu) == "sdpa"
+    assert choose_attention(torch.device("cuda")) == "triton"

@@ -1,0 +1,144 @@
+"""The fused Triton kernels compute what torch and the reference sampler do; noise and copies to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from test_kernels import LAYERS, fill, new_pool
+from tokenswift_py import noise
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.history import History
+from tokenswift_py.kernels.triton import fused
+from tokenswift_py.kernels.triton.sampling import BLOCK, choose
+from tokenswift_py.models.ops import rotate
+from tokenswift_py.sampling import Sampler
+
+# The interpreter cuts bf16 short instead of rounding.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [48, 1025])
+def test_norms_with_and_without_a_residual(dtype: torch.dtype, width: int) -> None:
+    x, y = torch.randn(3, width).to(dtype), torch.randn(3, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": 3 * TOLERANCE[dtype]}
+    for total in (x, x + y):
+        wide = total.float()
+        expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+        if total is x:
+            torch.testing.assert_close(fused.norm(x, weight, 1e-5), expected, **tolerance)
+        else:
+            added, normed = fused.add_norm(x, y, weight, 1e-5)
+            torch.testing.assert_close(added, total, **tolerance)
+            torch.testing.assert_close(normed, expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_swiglu(dtype: torch.dtype) -> None:
+    gate, up = torch.randn(3, 700).to(dtype), torch.randn(3, 700).to(dtype)
+    tolerance = {"rtol": TOLERANCE[dtype], "atol": 2 * TOLERANCE[dtype]}
+    torch.testing.assert_close(fused.swiglu(gate, up), torch.nn.functional.silu(gate) * up, **tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_rotation_and_the_write_to_the_pages_are_torchs_to_the_bit(head_dim: int) -> None:
+    pool = new_pool(2, head_dim, torch.float32)
+    before = pool.keys.clone()
+    q, k, v = torch.randn(3, 6, head_dim), torch.randn(3, 2, head_dim), torch.randn(3, 2, head_dim)
+    angles = torch.rand(40, head_dim // 2)
+    positions, slots = torch.tensor([0, 39, 7]), torch.tensor([70, 5, 3071])
+    keys, values = pool.keys[1], pool.values[1]
+    cos, sin = angles.cos()[positions], angles.sin()[positions]
+    out = fused.rope_write(q, k, v, cos, sin, slots, keys, values)
+    cos, sin = cos[:, None], sin[:, None]
+    assert torch.equal(out, rotate(q, cos, sin))
+    assert torch.equal(keys.flatten(1, 2)[:, slots], rotate(k, cos, sin).transpose(0, 1))
+    assert torch.equal(values.flatten(1, 2)[:, slots], v.transpose(0, 1))
+    untouched = torch.ones(48 * 64, dtype=torch.bool)
+    untouched[slots] = False
+    assert torch.equal(keys.flatten(1, 2)[:, untouched].isnan(), before[1].flatten(1, 2)[:, untouched].isnan())
+    assert torch.equal(pool.keys[0].isnan(), before[0].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_accepted_rows_move_as_if_read_before_any_is_written(dtype: torch.dtype, head_dim: int) -> None:
+    """Compaction, where targets are other rows' sources; and a cycle, which no order of copies gets right."""
+    pool = new_pool(2, head_dim, dtype)
+    fill(pool, np.arange(200, dtype=np.int32))
+    cases = [([130, 131, 140, 141, 170], [129, 130, 131, 132, 133]), ([3, 4, 5], [4, 5, 3]), ([7], [7])]
+    for source, target in [*cases, (list(range(100, 140)), list(range(101, 141)))]:
+        expected = [part.clone().flatten(2, 3) for part in (pool.keys, pool.values)]
+        for part in expected:
+            part[:, :, target] = part[:, :, source]
+        indices = (torch.tensor(x) for x in (source, target))
+        fused.move_rows(pool.keys, pool.values, *indices)
+        for part, wanted in zip((pool.keys, pool.values), expected, strict=True):
+            assert torch.equal(part.flatten(2, 3).view(torch.uint8), wanted.view(torch.uint8))
+    assert LAYERS > 1
+
+
+def history(length: int) -> History:
+    made = History()
+    made.extend([0] * length)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+def test_the_reference_samplers_token_is_chosen(dtype: torch.dtype, temperature: float) -> None:
+    """Sizes that are no multiple of four or of a block, exclusions, and every part of the noise's counter."""
+    vocab, lengths = 2 * BLOCK + 3, (1, 77, 2**20)
+    logits = 3 * torch.randn(3, vocab, dtype=dtype)
+    logits[:, ::5] = -torch.inf
+    for seed, stream in ((0, 0), (2**64 - 1, 3)):
+        sampler = Sampler(SamplingParams(temperature=temperature, seed=seed, stream=stream), vocab)
+        positions = torch.tensor(lengths, dtype=torch.int32)
+        tokens, scores = choose(logits, positions, temperature, seed, stream)
+        for row, length in enumerate(lengths):
+            rows = logits[row]
+            assert int(tokens[row]) == sampler.choose(rows, history(length))
+            expected = float(rows[tokens[row]].double())
+            if temperature:
+                expected = expected / temperature + noise.gumbel(seed, length, tokens[row : row + 1].numpy(), stream)[0]
+            assert float(scores[row]) == expected  # to the bit
+
+
+def test_the_noise_is_the_specification_to_the_bit() -> None:
+    """Each token alone: the score of a row with one candidate at 0 is its noise."""
+    tokens = [0, 1, 2, 3, 7, 1021, 1022, 1023]
+    scores = torch.full((len(tokens), 1024), -torch.inf)
+    scores[range(len(tokens)), tokens] = 0
+    for position in (0, 123456):
+        got = choose(scores, torch.full((len(tokens),), position, dtype=torch.int32), 1.0, seed=99)
+        assert got[0].tolist() == tokens
+        assert got[1].tolist() == noise.gumbel(99, position, np.array(tokens)).tolist()
+
+
+def test_ties_go_to_the_lowest_id_and_floors_exclude() -> None:
+    scores = torch.zeros(2, 3000, dtype=torch.float64)
+    scores[0, 1500] = scores[0, 2999] = 1
+    positions = torch.zeros(2, dtype=torch.int32)
+    assert choose(scores, positions, 0.0)[0].tolist() == [1500, 0]
+    scores = torch.randn(2, 3000)
+    for temperature, min_p in ((0.8, 0.3), (1.0, 0.9)):
+        params = SamplingParams(temperature=temperature, min_p=min_p, seed=5)
+        sampler = Sampler(params, 3000)
+        floors = scores.double().amax(1) / temperature + float(noise.log(min_p))
+        tokens, _ = choose(scores, positions + 9, temperature, 5, floors=floors)
+        assert tokens.tolist() == [sampler.choose(row, history(9)) for row in scores]
+
+
+def test_a_row_without_a_token_says_so() -> None:
+    scores = torch.full((1, 10), -torch.inf)
+    assert choose(scores, torch.zeros(1, dtype=torch.int32), 1.0)[1].item() == -torch.inf

@@ -1,0 +1,99 @@
+"""What a decoder's layer is made of, apart from attention: in torch here, in fused kernels in `kernels/triton`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
+
+
+class Ops(Protocol):
+    """R rows at a time. guarantee: what holds between plain and speculative decoding, given attention that keeps law 1.
+    label: part of the numerics contract."""
+
+    guarantee: str
+    label: str
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias. x: [R, in], weight: [out, in]."""
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """RMSNorm over the last dimension."""
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y (None is 0), and its RMSNorm. x, y: [R, hidden]."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up."""
+
+    def rope_write(
+        self,
+        pool: TorchPagePool,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotated q; k, rotated, and v are written to the layer's slots.
+
+        q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2]. slots: [R] int64.
+        """
+
+    def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        """As the function of this name in kvcache/pages.py."""
+
+
+class TorchOps:
+    """Any device and type; the families' own order of rounding."""
+
+    guarantee = "measured"
+    label = ""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """The mean in fp32 as the families were trained."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return weight * scaled.to(x.dtype)
+
+    def add_norm(
+        self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x if y is None else x + y
+        return total, self.norm(total, weight, eps)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.silu(gate) * up
+
+    def rope_write(
+        self,
+        pool: TorchPagePool,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        pool.write(layer, slots, rotate(k, cos[:, None], sin[:, None]), v)
+        return rotate(q, cos[:, None], sin[:, None])
+
+    def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+        move_rows(keys, values, source, target)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE in the half-split layout of Hugging Face's checkpoints, in fp32 or better. x: [R, heads, head_dim]."""
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
