@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test check bench sanitize clean
+.PHONY: help install demo test check bench sanitize kernels clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
@@ -22,6 +22,7 @@ help:
 	@echo "make check    ruff and mypy"
 	@echo "make bench    a short benchmark"
 	@echo "make sanitize tests of the C++ engine under ASan+UBSan and TSan"
+	@echo "make kernels  compile the Triton kernels for GPUs that are not here (make kernels ARGS='--targets sm_90')"
 	@echo "make install  only install into .venv (the others do so by themselves)"
 	@echo "make clean    remove what was built, .venv too"
 
@@ -58,6 +59,11 @@ bench: install
 sanitize: install
 	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh address
 	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh thread
+
+# Every kernel, type and head size for sm_80, sm_90, sm_100, sm_120 and gfx942; fails on spills and on shared memory.
+kernels: install
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install -c constraints.txt triton
+	env -u TRITON_INTERPRET $(BIN)/python -m tokenswift_py.kernels.triton.compile $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

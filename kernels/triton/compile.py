@@ -1,9 +1,10 @@
 """Compiles every kernel for GPUs that are not here, and says what it needs of them.
 
-    python -m tokenswift_py.kernels.triton.compile [--targets sm_80,gfx942] [--kernels attend] [--dtypes bf16]
+    python -m tokenswift_py.kernels.triton.compile [--targets sm_80,gfx942] [--kernels attend] [--dtypes bfloat16]
 
 Fails on registers that spill and on more shared memory than a block of the device can have: such a kernel would be
-slow, or not start at all. Needs no GPU, and must run without TRITON_INTERPRET.
+slow, or not start at all. On NVIDIA's GPUs also where a product and a sum were fused, which would give two kernels
+different bits for one expression. Needs no GPU, and must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ MODULES = ("attention", "fused", "matmul", "sampling")
 # Correct, and slow there: fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {("attend", "float32", 256), ("attend+mass", "float32", 256)}
 
+# These take a logarithm, whose own steps are fused multiply-adds.
+MAY_FUSE = {"attend+mass", "merge"}
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of a thread. shared, spills: bytes, of a block and of a thread."""
+    """registers: of a thread. shared, spills: bytes, of a block and of a thread. fused: multiply-adds in the PTX."""
 
     target: str
     name: str
@@ -47,6 +51,7 @@ class Compiled:
     registers: int
     shared: int
     spills: int
+    fused: int
     seconds: float
 
     @property
@@ -54,7 +59,8 @@ class Compiled:
         limit = SHARED_LIMITS[self.target]
         may_spill = (self.name, self.dtype, self.head_dim) in MAY_SPILL
         found = [f"{self.spills} bytes spill"] if self.spills and not may_spill else []
-        return found + ([f"{self.shared} bytes of shared memory, of {limit}"] if self.shared > limit else [])
+        found += [f"{self.shared} bytes of shared memory, of {limit}"] if self.shared > limit else []
+        return found + ([f"{self.fused} products fused with sums"] if self.fused and self.name not in MAY_FUSE else [])
 
     def __str__(self) -> str:
         head = "" if self.head_dim is None else self.head_dim
@@ -84,8 +90,12 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     built = triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=gpu, options=options)
     seconds = time.perf_counter() - start
     registers, spills = usage_amd(built.asm["amdgcn"]) if amd else usage_nvidia(built.asm["cubin"])
+    # Division in AMD's assembly is made of fused steps that are its own; PTX has an instruction for it.
+    fused = 0 if amd else len(re.findall(r"\bfma\.", built.asm["ptx"]))
     dtype = str(variant.dtype).removeprefix("torch.")
-    return Compiled(target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, seconds)
+    return Compiled(
+        target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, fused, seconds
+    )
 
 
 def usage_nvidia(cubin: bytes) -> tuple[int, int]:
@@ -112,17 +122,28 @@ def variants_of(module: str, target: str) -> list[Variant]:
     return list(importlib.import_module(f"tokenswift_py.kernels.triton.{module}").variants(target.startswith("gfx")))
 
 
-def compile_all(targets: list[str], kernels: list[str], dtypes: list[str], head_dims: list[int]) -> Iterator[Compiled]:
-    """Everything that is asked for; an empty list asks for all."""
-    jobs = [
-        (target, module, index)
-        for module in MODULES
-        for target in targets
-        for index, variant in enumerate(variants_of(module, target))
-        if (not kernels or variant.name in kernels)
-        and (not dtypes or str(variant.dtype).removeprefix("torch.") in dtypes)
-        and (not head_dims or variant.head_dim in (None, *head_dims))
-    ]
+def selected(kernels: list[str], dtypes: list[str], head_dims: list[int], target: str) -> Iterator[tuple[str, int]]:
+    """Module and index of the variants that are asked for; an empty list asks for all."""
+    for module in MODULES:
+        for index, variant in enumerate(variants_of(module, target)):
+            dtype = str(variant.dtype).removeprefix("torch.")
+            named = (not kernels or variant.name in kernels) and (not dtypes or dtype in dtypes)
+            if named and (not head_dims or variant.head_dim in (None, *head_dims)):
+                yield module, index
+
+
+def smoke(target: str) -> Iterator[tuple[str, int]]:
+    """The first variant of each kernel, heads of 128: a minute's work."""
+    seen = set()
+    for module, index in selected([], [], [128], target):
+        name = variants_of(module, target)[index].name
+        if name not in seen:
+            seen.add(name)
+            yield module, index
+
+
+def compile_all(jobs: list[tuple[str, str, int]]) -> Iterator[Compiled]:
+    """jobs: target, module and index of a variant, compiled side by side."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
         yield from workers.map(compile_variant, *zip(*jobs, strict=True)) if jobs else ()
 
@@ -133,6 +154,7 @@ def main() -> int:
     parser.add_argument("--kernels", default="", help="names, as the table has them (default: all)")
     parser.add_argument("--dtypes", default="", help="bfloat16, float16, float32 (default: all)")
     parser.add_argument("--head-dims", default="", help="of those that have one (default: all)")
+    parser.add_argument("--smoke", action="store_true", help="one variant of each kernel")
     args = parser.parse_args()
     targets = args.targets.split(",")
     try:
@@ -143,11 +165,17 @@ def main() -> int:
     except UserError as error:
         print(f"compile: {error}", file=sys.stderr)
         return 2
-    print(HEADER)
-    wanted = [int(part) for part in args.head_dims.split(",") if part]
+    names = [[part for part in text.split(",") if part] for text in (args.kernels, args.dtypes, args.head_dims)]
     count = faulty = 0
-    names = [part for part in args.kernels.split(",") if part], [part for part in args.dtypes.split(",") if part]
-    for compiled in compile_all(targets, *names, wanted):
+    jobs = [
+        (target, *job)
+        for target in targets
+        for job in (
+            smoke(target) if args.smoke else selected(names[0], names[1], [int(part) for part in names[2]], target)
+        )
+    ]
+    print(HEADER)
+    for compiled in compile_all(jobs):
         print(compiled, flush=True)
         count, faulty = count + 1, faulty + bool(compiled.faults)
     print(f"{count} compiled, {faulty} that would not do")

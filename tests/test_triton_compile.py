@@ -1,0 +1,68 @@
+"""The Triton kernels compile for GPUs that are not here, and what would not run there is told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from tokenswift_py.kernels.triton.compile import MODULES, SHARED_LIMITS, Compiled, variants_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str, interpret: str | None = None) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT)} | ({} if interpret is None else {"TRITON_INTERPRET": interpret})
+    command = [sys.executable, "-m", "tokenswift_py.kernels.triton.compile", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_one_variant_of_each_kernel_compiles_for_hopper() -> None:
+    done = run("--smoke", "--targets", "sm_90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    names = {variant.name for module in MODULES for variant in variants_of(module, "sm_90")}
+    assert len(lines) == len(names) + 2
+    assert {name for name in names if any(line[9:23].strip() == name for line in lines)} == names
+    assert lines[-1] == f"{len(names)} compiled, 0 that would not do"
+
+
+def test_attention_compiles_for_amd() -> None:
+    done = run("--targets", "gfx942", "--kernels", "attend", "--dtypes", "bfloat16", "--head-dims", "64")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 compiled, 0 that would not do" in done.stdout
+
+
+def test_what_would_not_do_is_told() -> None:
+    def compiled(**changes: int) -> Compiled:
+        return Compiled(
+            **{
+                "target": "sm_120", "name": "attend", "dtype": "bfloat16", "head_dim": 64, "registers": 128,
+                "shared": SHARED_LIMITS["sm_120"], "spills": 0, "fused": 0, "seconds": 1.0, **changes,
+            }
+        )  # fmt: skip
+
+    assert not compiled().faults
+    for changes in ({"spills": 8}, {"shared": SHARED_LIMITS["sm_120"] + 1}, {"fused": 1}):
+        assert len(compiled(**changes).faults) == 1
+        assert compiled(**changes).faults[0] in str(compiled(**changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "interpret", "says"),
+    [(["--targets", "sm_70"], None, "targets: 'sm_70' is not allowed"), ([], "1", "TRITON_INTERPRET")],
+)
+def test_wrong_input_is_told_in_a_line(arguments: list[str], interpret: str | None, says: str) -> None:
+    done = run(*arguments, interpret=interpret)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and says in done.stderr
+
+
+def test_a_selection_of_nothing_is_no_success() -> None:
+    assert run("--targets", "sm_90", "--kernels", "nothing").returncode == 1
