@@ -80,7 +80,8 @@ class Scene:
     def attend(self, backend: AttentionBackend, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         plan = backend.prepare(self.segments, DEVICE)
         last = max(int(segment.positions.max()) for segment in self.segments)
-        mass = torch.full((len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1), torch.nan, dtype=self.q.dtype)
+        kind = torch.promote_types(self.q.dtype, torch.float32)
+        mass = torch.full((len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1), torch.nan, dtype=kind)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         out = backend.attend(plan, layer, self.q, keys, values, window, mass)
         if not isinstance(backend, Naive):

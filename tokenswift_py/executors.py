@@ -59,6 +59,7 @@ class TorchExecutor:
         self.device = device
         self._spec = checkpoint.spec
         backend = choose_attention(device) if attention == "auto" else attention
+        check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
         self._weights = checkpoint.tensors().to(dtype, device)
@@ -95,6 +96,12 @@ def choose_attention(device: torch.device) -> str:
             if importlib.util.find_spec(package) is not None:
                 return backend
     return "sdpa"
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Raise UserError for a backend that has no kernels for the device. Triton tells by itself: it has an interpreter."""
+    needs_gpu = attention in ("flash", "xformers")
+    check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
 
 
 def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:

@@ -91,7 +91,7 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     seconds = time.perf_counter() - start
     registers, spills = usage_amd(built.asm["amdgcn"]) if amd else usage_nvidia(built.asm["cubin"])
     # Division in AMD's assembly is made of fused steps that are its own; PTX has an instruction for it.
-    fused = 0 if amd else len(re.findall(r"\bfma\.", built.asm["ptx"]))
+    fused = 0 if amd else len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f(?:32|64)\b", built.asm["ptx"]))
     dtype = str(variant.dtype).removeprefix("torch.")
     return Compiled(
         target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, fused, seconds

@@ -40,7 +40,7 @@ class Tiles:
 def tiles(dtype: torch.dtype, amd: bool = AMD) -> Tiles:
     """Narrow in columns, so that the products of one token still fill a GPU."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 32, 4, 3)
+        return Tiles(16, 32, 64, 4, 3)
     return Tiles(64, 32, 64, 4, 2 if amd else 4)
 
 
