@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -248,3 +251,20 @@ def test_every_key_and_value_is_read_once(reads: Reads, prefix: int, monkeypatch
         else:
             behind = prefix % PAGE_SIZE * 8 + int((tree.depth + 1).sum())
             assert reads.bytes == token * (prefix - prefix % PAGE_SIZE + behind)
+
+
+def test_the_roofline_counts_what_attention_reads(reads: Reads) -> None:
+    """The arithmetic of experiments/kernel_roofline.py against every byte loaded: tables of a pass, and the maxima that
+    the merge looks at twice, are the few percent it leaves out."""
+    script = runpy.run_path(str(Path(__file__).resolve().parent.parent / "experiments" / "kernel_roofline.py"))
+    shape = script["Shape"](64, 64, heads=8, kv_heads=2, head_dim=64, vocab=1)
+    pool = new_pool(2, 64, torch.bfloat16)
+    cache = KVCache(pool, 4096)
+    fill(pool, cache.append(np.arange(1000, dtype=np.int32), True))
+    cache.commit(range(1000))
+    scene = Scene.of([Segment(DraftTree.chain(range(4)), cache)], 4)
+    reads.spans = [(0, 2**63)]
+    TRITON.attend(TRITON.prepare(scene.segments, DEVICE), 0, scene.q, pool.keys[0], pool.values[0])
+    work = script["attention_work"](shape, 1000, 4)
+    assert work.read <= reads.bytes <= 1.02 * work.read
+    assert work.minimum == 2 * 2 * 64 * 2 * 1004 + 2 * 4 * 8 * 64 * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 
 from conftest import decoder_of, tiny_config, tiny_model
 from scripted import Scripted, write
+from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.errors import UserError
@@ -116,3 +119,15 @@ def test_what_deterministic_means() -> None:
         choose_ops("sdpa", cpu, "on")
     assert choose_attention(cpu) == "sdpa"
     assert choose_attention(torch.device("cuda")) == "triton"
+
+
+def test_the_command_line_reaches_the_kernels(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--raw", "--max-new-tokens", "2", "--quiet",
+                 "--dtype", "fp32", "--device", "cpu", "--attention", "triton", "--temperature", "0"]  # fmt: skip
+    for wish, guarantee in (("auto", "bitwise, unverified on hardware"), ("off", "measured")):
+        out = tmp_path / wish
+        assert main([*arguments, "--deterministic", wish, "--out", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["guarantee"] == guarantee and report["new_tokens"] == 2
+    assert main([*arguments, "--deterministic", "perhaps"]) == 2
+    assert main([*arguments, "--attention", "sdpa", "--deterministic", "on"]) == 2

@@ -99,7 +99,7 @@ def choose_attention(device: torch.device) -> str:
 
 
 def check_attention(attention: str, device: torch.device) -> None:
-    """Raise UserError for a backend that has no kernels for the device. Triton tells by itself: it has an interpreter."""
+    """Raise UserError for a backend without kernels for the device. Triton tells by itself: it has an interpreter."""
     needs_gpu = attention in ("flash", "xformers")
     check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
 

@@ -349,7 +349,7 @@ class TableBuilder:
         edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1)
         n, at_once = len(segment.positions), max(1, WORKSPACE_BYTES // (self.row_bytes * (len(edges) - 1)))
         pages = self.lists["pages"].add(segment.pages)
-        chosen = np.arange(len(segment.pages)) if segment.view is None else segment.view
+        chosen = np.arange(len(segment.pages), dtype=np.int32) if segment.view is None else segment.view
         numbers = self.lists["numbers"].add(chosen)
         if segment.causal or is_chain(segment.tail):
             tails = np.full(n, self.lists["tails"].add(segment.tail[-1]), np.int32)

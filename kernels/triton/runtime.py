@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-import triton
 from tokenswift_py.errors import check
 
 # Read when the kernels are decorated, as Triton itself does.
@@ -67,7 +66,7 @@ def launch_options(warps: int, stages: int) -> dict[str, Any]:
 
 def padded(size: int) -> int:
     """A block holds a power of two, at least 16 for the matrix units."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def precision(amd: bool) -> str:

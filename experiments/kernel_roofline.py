@@ -1,0 +1,253 @@
+"""What the Triton kernels must read, write and compute, and what a GPU's memory and matrix units allow them at best.
+
+    python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
+
+The table is arithmetic on shapes: one layer (the head: one pass), 16-bit weights and KV. What exceeds the minimum in
+attention are partial states, which a GPU's second-level cache may hold. Where there is a GPU, attention is timed too,
+Triton's beside the other backends that are installed, as a share of the bandwidth read in the same run; without one the
+script says so and times nothing. (Named kernels.py, transformers would import it as Hugging Face's package.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tokenswift_py import registry
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.kernels.base import PAGE_SIZE
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.models.rows import lay_out
+from tokenswift_py.stats import memory_bandwidth
+
+ITEM = 2  # bytes of a weight, an activation, a key
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+SHAPES = {
+    "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128, 152064),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 8, 128, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Vendors' figures: bytes a second of memory, dense bf16 FLOPs a second of the matrix units."""
+
+    bandwidth: float
+    flops: float
+
+
+DEVICES = {
+    "A100 80GB SXM": Device(2.039e12, 312e12),
+    "H100 SXM": Device(3.35e12, 989e12),
+    "B200": Device(8.0e12, 2250e12),
+    "MI300X": Device(5.3e12, 1307e12),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One launch (attention: three). read, written: bytes. minimum: the bytes no kernel for it could do without."""
+
+    kernel: str
+    rows: int
+    context: int | None
+    read: int
+    written: int
+    minimum: int
+    flops: int
+
+    def best_us(self, device: Device) -> float:
+        """Microseconds at the roofline."""
+        return 1e6 * max((self.read + self.written) / device.bandwidth, self.flops / device.flops)
+
+
+def attention_work(shape: Shape, context: int, rows: int) -> Work:
+    """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
+    states of every split written once and read once (the split at the boundary twice)."""
+    # Here, because they need triton.
+    from tokenswift_py.kernels.triton.attention import config, padded, splits
+
+    group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim).tile
+    tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE
+    token = 2 * shape.kv_heads * shape.head_dim * ITEM
+    prefix_tiles, tail_tiles = -(-rows * group // tile), -(-rows // max(1, tile // group))
+    state = shape.heads * rows * (padded(shape.head_dim) + 2) * FP32
+    count = len(splits(-(-tokens // PAGE_SIZE))) - 1
+    activations = rows * shape.heads * shape.head_dim * ITEM
+    boundary = state if full else 0
+    keys = token * (prefix_tiles * full + tail_tiles * (tokens - full))
+    flops = 4 * rows * shape.heads * shape.head_dim * tokens
+    minimum = token * tokens + 2 * activations
+    read = keys + (count + bool(full)) * activations + count * state + boundary  # q in every split
+    return Work("attention", rows, context, read, count * state + boundary + activations, minimum, flops)
+
+
+def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
+    """Everything of a layer but attention, and the head."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for name, depth, columns in (
+        ("matmul q", shape.hidden, q),
+        ("matmul k, v", shape.hidden, 2 * kv),
+        ("matmul o", q, shape.hidden),
+        ("matmul gate, up", shape.hidden, 2 * shape.intermediate),
+        ("matmul down", shape.intermediate, shape.hidden),
+        ("matmul head", shape.hidden, shape.vocab),
+    ):
+        read, written = (columns * depth + rows * depth) * ITEM, rows * columns * ITEM
+        yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
+    row = rows * shape.hidden * ITEM
+    yield Work("add_norm", rows, None, 4 * row + shape.hidden * ITEM, 2 * row, 4 * row, 5 * rows * shape.hidden)
+    heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
+    yield Work("rope_write", rows, None, moved + rows * shape.head_dim * FP32, moved, 2 * moved, 3 * heads)
+    inner = rows * shape.intermediate * ITEM
+    yield Work("swiglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
+    logits = rows * shape.vocab * FP32
+    yield Work("gumbel argmax", rows, None, logits, 0, logits, 70 * rows * shape.vocab)
+
+
+def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
+    works = [attention_work(shape, context, rows) for context in contexts for rows in row_counts]
+    return works + [work for rows in row_counts for work in dense_works(shape, rows)]
+
+
+def print_table(works: list[Work]) -> None:
+    columns = ("kernel", 16), ("rows", 4), ("context", 8), ("MB", 9), ("over min", 8), ("GFLOP", 8), ("FLOP/B", 7)
+    names = " ".join(f"{name:>14}" for name in DEVICES)
+    print(" ".join(f"{name:{width}}" for name, width in columns), "  best us:", names)
+    for work in works:
+        total = work.read + work.written
+        context = "" if work.context is None else work.context
+        over = f"{100 * (total / work.minimum - 1):7.1f}%"
+        times = " ".join(f"{work.best_us(device):14.1f}" for device in DEVICES.values())
+        print(
+            f"{work.kernel:16} {work.rows:4} {context:>8} {total / 1e6:9.2f} {over:>8} {work.flops / 1e9:8.2f} "
+            f"{work.flops / total:7.1f}           {times}"
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """bandwidth: minimum bytes over time; share: of what a plain read of memory reached in the same run."""
+
+    backend: str
+    rows: int
+    context: int
+    us: float
+    bandwidth: float
+    share: float
+
+
+def measured(shape: Shape, contexts: list[int], row_counts: list[int], device: torch.device) -> Iterator[Timing]:
+    """Attention of one layer by each backend that is installed, in turns, so that a slower clock hits all of them."""
+    backends = {}
+    for name in ("triton", "flash", "xformers", "sdpa"):
+        try:
+            backends[name] = registry.create("tokenswift_py.kernels", "BACKEND", "attention", name)
+        except UserError as error:
+            print(error)
+    limit = memory_bandwidth(1024, device)
+    for context in contexts:
+        cache = filled_cache(shape, context, max(row_counts), device)
+        pool = cache.pool
+        assert isinstance(pool, TorchPagePool)
+        for rows in row_counts:
+            cache.drop_tail()
+            segments = lay_out([Segment(DraftTree.chain(np.arange(rows)), cache)]).segments
+            q = torch.randn(rows, shape.heads, shape.head_dim, dtype=torch.bfloat16, device=device)
+            plans = {name: backend.prepare(segments, device) for name, backend in backends.items()}
+
+            def step(name: str, plans=plans, q=q, pool=pool) -> None:  # type: ignore[no-untyped-def]
+                backends[name].attend(plans[name], 0, q, pool.keys[0], pool.values[0])
+
+            times: dict[str, list[float]] = {name: [] for name in backends}
+            for _ in range(20):
+                for name in backends:
+                    times[name].append(time_us(lambda name=name: step(name)))  # type: ignore[misc]
+            for name, samples in times.items():
+                us = statistics.median(samples)
+                rate = attention_work(shape, context, rows).minimum / us * 1e6
+                yield Timing(name, rows, context, us, rate, rate / limit)
+
+
+def time_us(step: Callable[[], None]) -> float:
+    """Microseconds of the second of two runs, by the GPU's own clock."""
+    step()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * float(start.elapsed_time(stop))
+
+
+def filled_cache(shape: Shape, context: int, rows: int, device: torch.device) -> KVCache:
+    """Random keys and values; what they are does not matter to the time."""
+    room = context + rows
+    pool = TorchPagePool(1, shape.kv_heads, shape.head_dim, pages_for(room), torch.bfloat16, device)
+    pool.keys.normal_()
+    pool.values.normal_()
+    cache = KVCache(pool, room)
+    cache.append(np.arange(context, dtype=np.int32), True)
+    cache.commit(range(context))
+    return cache
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.1-8b", help=", ".join(SHAPES))
+    parser.add_argument("--contexts", type=numbers, default=numbers("4096,32768,100000"))
+    parser.add_argument("--rows", type=numbers, default=numbers("1,8,16"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    try:
+        check(args.model in SHAPES, "model", args.model, f"known are {', '.join(SHAPES)}")
+    except UserError as error:
+        parser.error(str(error))
+    shape = SHAPES[args.model]
+    works = analytical(shape, args.contexts, args.rows)
+    print_table(works)
+    timings: list[Timing] = []
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        print(f"\nmeasured on {torch.cuda.get_device_name(device)}")
+        for timing in measured(shape, args.contexts, args.rows, device):
+            timings.append(timing)
+            print(
+                f"{timing.backend:10} {timing.rows:4} rows {timing.context:8} tokens {timing.us:10.1f} us "
+                f"{timing.bandwidth / 1e9:8.0f} GB/s ({timing.share:.2f})"
+            )
+    else:
+        print("\nNo GPU here: arithmetic only, nothing was timed.")
+    if args.json:
+        record = {"model": args.model, "works": [asdict(w) for w in works], "timings": [asdict(t) for t in timings]}
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
