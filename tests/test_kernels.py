@@ -23,9 +23,11 @@ PREFIXES = (0, 1, 63, 64, 65, 200)
 DEVICE = torch.device("cpu")
 
 
-def new_pool(kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64) -> TorchPagePool:
+def new_pool(
+    kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64, device: torch.device = DEVICE
+) -> TorchPagePool:
     """All lanes NaN, and pages handed out in no order."""
-    pool = TorchPagePool(LAYERS, kv_heads, head_dim, 48, dtype, DEVICE)
+    pool = TorchPagePool(LAYERS, kv_heads, head_dim, 48, dtype, device)
     pool.keys.fill_(torch.nan)
     pool.values.fill_(torch.nan)
     np.random.default_rng(1).shuffle(pool._free)
@@ -33,10 +35,10 @@ def new_pool(kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64) -
 
 
 def fill(pool: TorchPagePool, slots: np.ndarray) -> None:
-    at = torch.from_numpy(slots.astype(np.int64))
-    for layer in range(LAYERS):
+    at = torch.from_numpy(slots.astype(np.int64)).to(pool.keys.device)
+    for layer in range(pool.layers):
         shape = (len(slots), pool.kv_heads, pool.keys.shape[-1])
-        pool.write(layer, at, torch.randn(shape).to(pool.keys.dtype), torch.randn(shape).to(pool.keys.dtype))
+        pool.write(layer, at, torch.randn(shape).to(pool.keys), torch.randn(shape).to(pool.keys))
 
 
 def prefilled(pool: TorchPagePool, length: int) -> KVCache:
@@ -75,13 +77,14 @@ class Scene:
         assert isinstance(pool, TorchPagePool)
         fill(pool, rows.slots)
         shape = (len(rows.tokens), pool.kv_heads * group, pool.keys.shape[-1])
-        return cls(pool, rows.segments, torch.randn(shape).to(pool.keys.dtype))
+        return cls(pool, rows.segments, torch.randn(shape).to(pool.keys))
 
     def attend(self, backend: AttentionBackend, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = backend.prepare(self.segments, DEVICE)
+        plan = backend.prepare(self.segments, self.q.device)
         last = max(int(segment.positions.max()) for segment in self.segments)
         kind = torch.promote_types(self.q.dtype, torch.float32)
-        mass = torch.full((len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1), torch.nan, dtype=kind)
+        shape = (len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1)
+        mass = torch.full(shape, torch.nan, dtype=kind, device=self.q.device)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         out = backend.attend(plan, layer, self.q, keys, values, window, mass)
         if not isinstance(backend, Naive):

@@ -11,23 +11,28 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
-from test_kernels import LAYERS, Scene, fill, ladder, new_pool, prefilled, random_tree, random_view
+import test_kernels
+from interpreter import DEVICE, INTERPRETED
+from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, random_view
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import visible
 from tokenswift_py.kernels.triton import attention
 from tokenswift_py.kernels.triton.attention import TritonAttention, splits
-from tokenswift_py.kernels.triton.runtime import INTERPRET
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
 
-DEVICE = torch.device("cpu")
 TRITON = TritonAttention()
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+def new_pool(kv_heads: int, head_dim: int, dtype: torch.dtype) -> TorchPagePool:
+    return test_kernels.new_pool(kv_heads, head_dim, dtype, DEVICE)
 
 
 def agree(scene: Scene, window: int | None = None, tolerance: float = 1e-5, layer: int = 0) -> None:
@@ -116,7 +121,7 @@ def as_if_committed(scene: Scene, segment: AttentionSegment, index: int) -> Scen
     """The row alone, as plain decoding would have it: everything before it committed, in other pages of the pool."""
     pool = scene.pool
     _, slots = visible(segment, 0, 0, index, None)
-    cache = KVCache(pool, 512)
+    cache = KVCache(pool, len(slots))
     fresh = cache.append(np.arange(len(slots), dtype=np.int32), True)
     for part in (pool.keys, pool.values):
         flat = part.flatten(2, 3)
@@ -220,7 +225,7 @@ class Reads:
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    if not INTERPRET:
+    if not INTERPRETED:
         pytest.skip("counts loads in the interpreter")
     counter, load = Reads(), InterpreterBuilder.create_masked_load
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
 from conftest import decoder_of, tiny_config, tiny_model
+from interpreter import DEVICE
 from scripted import Scripted, write
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
@@ -29,7 +30,7 @@ PROMPT = [3, 14, 15, 9, 26]
 
 
 def triton_decoder(dtype: torch.dtype = torch.float32, deterministic: bool = True, family: str = "llama") -> Any:
-    model = tiny_model(tiny_config(family, **SMALL), dtype)
+    model = tiny_model(tiny_config(family, **SMALL), dtype).to(DEVICE)
     return decoder_of(model, attention="triton", ops=TritonOps(deterministic)), model
 
 
@@ -38,7 +39,7 @@ def triton_decoder(dtype: torch.dtype = torch.float32, deterministic: bool = Tru
 def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, depth: int) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, depth), torch.randn(columns, depth), torch.randn(columns)
-    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    x, weight, bias = (y.to(DEVICE, dtype) for y in (x, weight, bias))
     for added in (None, bias):
         out = linear(x, weight, added)
         expected = torch.nn.functional.linear(x.float(), weight.float(), None if added is None else added.float())
@@ -53,7 +54,7 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
     decoder, model = triton_decoder(family=family)
     ids = np.array(PROMPT, np.int32)
     with torch.inference_mode():
-        expected = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0]
+        expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(DEVICE)).logits[0]
     got = decoder.forward([Segment(DraftTree.chain(ids), decoder.new_cache(), causal=True)]).logits
     assert (got - expected).abs().max() < 1e-3
 
@@ -111,7 +112,7 @@ def test_cublas_is_labelled_measured() -> None:
 
 def test_what_deterministic_means() -> None:
     cpu = torch.device("cpu")
-    assert [choose_ops("triton", cpu, wish).guarantee for wish in ("auto", "on", "off")] == [
+    assert [choose_ops("triton", DEVICE, wish).guarantee for wish in ("auto", "on", "off")] == [
         "bitwise, unverified on hardware", "bitwise, unverified on hardware", "measured",
     ]  # fmt: skip
     assert all(isinstance(choose_ops("sdpa", cpu, wish), TorchOps) for wish in ("auto", "off"))
@@ -123,7 +124,7 @@ def test_what_deterministic_means() -> None:
 
 def test_the_command_line_reaches_the_kernels(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--raw", "--max-new-tokens", "2", "--quiet",
-                 "--dtype", "fp32", "--device", "cpu", "--attention", "triton", "--temperature", "0"]  # fmt: skip
+                 "--dtype", "fp32", "--device", DEVICE.type, "--attention", "triton", "--temperature", "0"]  # fmt: skip
     for wish, guarantee in (("auto", "bitwise, unverified on hardware"), ("off", "measured")):
         out = tmp_path / wish
         assert main([*arguments, "--deterministic", wish, "--out", str(out)]) == 0

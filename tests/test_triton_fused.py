@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
+from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise
 from tokenswift_py.core import SamplingParams
@@ -22,8 +25,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def seeded() -> Iterator[None]:
     torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -52,7 +58,7 @@ def test_swiglu(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_rotation_and_the_write_to_the_pages_are_torchs_to_the_bit(head_dim: int) -> None:
-    pool = new_pool(2, head_dim, torch.float32)
+    pool = new_pool(2, head_dim, torch.float32, DEVICE)
     before = pool.keys.clone()
     q, k, v = torch.randn(3, 6, head_dim), torch.randn(3, 2, head_dim), torch.randn(3, 2, head_dim)
     angles = torch.rand(40, head_dim // 2)
@@ -74,7 +80,7 @@ def test_rotation_and_the_write_to_the_pages_are_torchs_to_the_bit(head_dim: int
 @pytest.mark.parametrize("head_dim", [16, 80])
 def test_accepted_rows_move_as_if_read_before_any_is_written(dtype: torch.dtype, head_dim: int) -> None:
     """Compaction, where targets are other rows' sources; and a cycle, which no order of copies gets right."""
-    pool = new_pool(2, head_dim, dtype)
+    pool = new_pool(2, head_dim, dtype, DEVICE)
     fill(pool, np.arange(200, dtype=np.int32))
     cases = [([130, 131, 140, 141, 170], [129, 130, 131, 132, 133]), ([3, 4, 5], [4, 5, 3]), ([7], [7])]
     for source, target in [*cases, (list(range(100, 140)), list(range(101, 141)))]:
@@ -110,7 +116,9 @@ def test_the_reference_samplers_token_is_chosen(dtype: torch.dtype, temperature:
             assert int(tokens[row]) == sampler.choose(rows, history(length))
             expected = float(rows[tokens[row]].double())
             if temperature:
-                expected = expected / temperature + noise.gumbel(seed, length, tokens[row : row + 1].numpy(), stream)[0]
+                expected = (
+                    expected / temperature + noise.gumbel(seed, length, tokens[row : row + 1].cpu().numpy(), stream)[0]
+                )
             assert float(scores[row]) == expected  # to the bit
 
 
