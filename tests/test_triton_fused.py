@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from tokenswift_py.history import History
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kernels.triton.sampling import BLOCK, choose
 from tokenswift_py.models.ops import rotate
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.triton_sampling import TritonSampler
 
 # The interpreter cuts bf16 short instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -150,3 +152,33 @@ def test_ties_go_to_the_lowest_id_and_floors_exclude() -> None:
 def test_a_row_without_a_token_says_so() -> None:
     scores = torch.full((1, 10), -torch.inf)
     assert choose(scores, torch.zeros(1, dtype=torch.int32), 1.0)[1].item() == -torch.inf
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"temperature": 0.0, "penalty": 1.3}, {"top_k": 20, "min_p": 0.1}, {"top_k": 5, "temperature": 1.7},
+        {"penalty": 1.2, "penalty_window": 3, "ban": (4, 5), "logit_bias": {9: 3.5, 11: -1.0}},
+        {"top_p": 0.8}, {"dry_multiplier": 0.8},
+    ],
+)  # fmt: skip
+def test_the_sampler_on_the_gpu_is_the_reference(changes: dict[str, Any]) -> None:
+    params = SamplingParams(**{"temperature": 0.8, "seed": 3, **changes})
+    made = history(0)
+    made.extend([1, 2, 9, 2, 1, 2])
+    for first_end in (0, 100):
+        samplers = [kind(params, 300, eos=[7, 8], first_end=first_end) for kind in (Sampler, TritonSampler)]
+        for _ in range(3):
+            logits = 2 * torch.randn(300)
+            logits[[7, 8]] = 8
+            reference, on_device = (sampler.choose(logits, made) for sampler in samplers)
+            assert reference == on_device
+            assert (reference in (7, 8)) <= (first_end == 0)
+
+
+def test_the_sampler_on_the_gpu_refuses_what_the_reference_refuses() -> None:
+    sampler = TritonSampler(SamplingParams(temperature=1.0, ban=(0, 1)), 2)
+    with pytest.raises(NumericsError, match="logits for position 4 are not finite"):
+        sampler.choose(torch.tensor([torch.nan, 1.0]), history(4))
+    with pytest.raises(NumericsError, match="no token is left to choose from at position 4"):
+        sampler.choose(torch.tensor([2.0, 1.0]), history(4))

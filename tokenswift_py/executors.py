@@ -20,6 +20,7 @@ from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.native_sampling import NativeSampler
 from tokenswift_py.rope import RopeTables
 from tokenswift_py.sampling import Sampler
+from tokenswift_py.triton_sampling import TritonSampler
 
 logger = logging.getLogger("tokenswift")
 
@@ -50,7 +51,6 @@ class Executor(Protocol):
 
 class TorchExecutor:
     name = "torch"
-    sampler = Sampler
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str, deterministic: str
@@ -62,11 +62,16 @@ class TorchExecutor:
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
+        self._sampler = TritonSampler if backend == "triton" else Sampler
         self._weights = checkpoint.tensors().to(dtype, device)
 
     @property
     def threads(self) -> int:
         return torch.get_num_threads()
+
+    @property
+    def sampler(self) -> type[Sampler]:
+        return self._sampler
 
     def model(self, rope: RopeTables) -> Model:
         return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops)
