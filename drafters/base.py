@@ -17,6 +17,8 @@ class Context:
     """What a drafter may look at. The last token of `history` is pending: it is the root of the next tree, and the
     cache holds everything before it.
 
+    draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
+
     A drafter may push guesses onto the history (to see their processed logits) and write provisional rows into the
     cache; it must cut the history back before it returns. It never commits.
     """
@@ -25,15 +27,21 @@ class Context:
     cache: KVCache
     model: Model
     sampler: Sampler
+    draft_model: Model
 
 
 class Drafter(Protocol):
-    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text."""
+    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text.
+
+    needs: of "mass" and "queries", what the passes it sees the output of must report.
+    """
 
     name: str
+    needs: frozenset[str]
 
-    def prefill(self, context: Context) -> None:
-        """The history has grown by tokens that no tree proposed."""
+    def prefill(self, context: Context, output: Output) -> None:
+        """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
+        before the pending token, up to `engine.SEEN_ROWS` of them."""
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""

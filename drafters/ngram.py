@@ -81,13 +81,14 @@ class NGram:
     """
 
     name = "ngram"
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, shortest: int = 2):
         check(shortest >= 1, "shortest", shortest, "at least 1")
         self.shortest = shortest
         self.automaton = SuffixAutomaton()
 
-    def prefill(self, context: Context) -> None:
+    def prefill(self, context: Context, output: Output) -> None:
         self._read(context.history.tokens)
 
     def propose(self, context: Context, budget: int) -> DraftTree:

@@ -8,8 +8,9 @@ from tokenswift_py.drafters.base import Context
 
 class NoDraft:
     name = "none"
+    needs: frozenset[str] = frozenset()
 
-    def prefill(self, context: Context) -> None:
+    def prefill(self, context: Context, output: Output) -> None:
         pass
 
     def propose(self, context: Context, budget: int) -> DraftTree:

@@ -6,7 +6,7 @@ from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment, TreeBuilder
 from tokenswift_py.drafters.base import Context
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PageStats
+from tokenswift_py.kvcache.base import PageStats, select
 from tokenswift_py.kvcache.view import PageView
 
 
@@ -24,10 +24,11 @@ class Partial:
         check(view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
         self.policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
+        self.needs: frozenset[str] = self.policy.needs
         self.view_tokens = view_tokens
         self.width = width
 
-    def prefill(self, context: Context) -> None:
+    def prefill(self, context: Context, output: Output) -> None:
         pass
 
     def propose(self, context: Context, budget: int) -> DraftTree:
@@ -39,7 +40,7 @@ class Partial:
         tail: tuple[int, ...] = ()
         while len(builder) < budget:
             segment = Segment(DraftTree.chain([history[-1]]), cache, view, tail)
-            logits = context.model.forward([segment]).logits
+            logits = context.draft_model.forward([segment]).logits
             guesses = context.sampler.rank(logits[0], history, self.width)
             children = [builder.add(node, guess) for guess in guesses]
             assert children[0] is not None
@@ -51,7 +52,7 @@ class Partial:
     def view(self, context: Context) -> PageView:
         pool = context.cache.pool
         stats = PageStats(context.cache.full_pages, pool.layers, pool.kv_heads)
-        return PageView(self.policy.select(stats, self.view_tokens))
+        return PageView(select(self.policy, stats, self.view_tokens))
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         pass

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
 
 IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 class PagePool(Protocol):
@@ -35,20 +36,67 @@ class PagePool(Protocol):
 
 @dataclass(frozen=True)
 class PageStats:
-    """What a policy may look at.
+    """What a policy may look at when it scores.
 
-    pages: number of full committed pages to choose from; the partial page and the tail are always attended to.
+    pages:   number of full committed pages to choose from; the partial page and the tail are always attended to.
+    queries: [layers, heads, head_dim] of the last committed row; None unless the policy needs them.
+    table:   [pages] page of the pool behind each of them.
+    pool:    where their keys lie.
     """
 
     pages: int
     layers: int
     kv_heads: int
+    queries: FloatArray | None = None
+    table: IntArray | None = None
+    pool: PagePool | None = None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Statistics of the rows that a pass has just committed, in order of position.
+
+    mass:    [layers, rows, kv_heads, pages] attention probability on every absolute page, summed over the query heads
+             of a KV head's group; None unless the policy needs it.
+    queries: [rows, layers, heads, head_dim] after RoPE; None unless the policy needs them.
+    """
+
+    rows: int
+    mass: FloatArray | None = None
+    queries: FloatArray | None = None
 
 
 class EvictionPolicy(Protocol):
-    """Chooses the pages that a draft may see; it only scores, and never touches the cache."""
+    """Scores pages by how much a draft would miss them; it never touches the cache.
 
-    def select(self, stats: PageStats, budget: int) -> IntArray:
-        """[layers, kv_heads, n] absolute page numbers, ascending, n * PAGE_SIZE <= budget unless budget is
-        smaller than one page (one page is always kept when there is one).
-        """
+    needs: of "mass" and "queries", what full-view passes must report to `observe`.
+    """
+
+    name: str
+    needs: frozenset[str]
+
+    def observe(self, committed: Committed) -> None:
+        """Learn from rows that were committed. What it learns may depend on the rows, not on how they were grouped."""
+
+    def score(self, stats: PageStats) -> FloatArray:
+        """[layers, kv_heads, pages], higher is kept first."""
+
+
+def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
+    """[layers, kv_heads, n] absolute pages, ascending, for a view of `budget` tokens.
+
+    The first page, whose tokens everything attends to, and the last ones are always in; the policy's scores choose
+    the others, of equals the later page. n * PAGE_SIZE <= budget, but one page is kept where there is one.
+    """
+    count = min(max(1, budget // PAGE_SIZE), stats.pages)
+    recent = min(count, max(1, min(RECENT_PAGES, count // 4)))
+    scores = np.array(policy.score(stats), np.float64)
+    scores[..., stats.pages - recent :] = np.inf
+    if count > recent:
+        scores[..., :1] = np.inf
+    order = np.argsort(-scores[..., ::-1], axis=-1, kind="stable")
+    chosen = stats.pages - 1 - order[..., :count]
+    return np.sort(chosen, axis=-1).astype(np.int32)
+
+
+RECENT_PAGES = 4  # the text's own last sentences, whatever a policy thinks of them

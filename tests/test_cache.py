@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kvcache.base import PageStats
+from tokenswift_py.kvcache.base import PageStats, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.policies.recent import Recent
@@ -316,7 +316,7 @@ def test_a_view_is_a_copy_that_cannot_be_changed() -> None:
 def test_recent_keeps_the_sinks_and_the_latest_pages_within_the_budget(
     pages: int, budget: int, chosen: list[int]
 ) -> None:
-    selected = Recent().select(PageStats(pages, LAYERS, KV_HEADS), budget)
+    selected = select(Recent(), PageStats(pages, LAYERS, KV_HEADS), budget)
     assert selected.shape == (LAYERS, KV_HEADS, len(chosen))
     assert (selected == np.array(chosen)).all()
     PageView(selected)

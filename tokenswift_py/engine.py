@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.core import DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.history import History
 from tokenswift_py.sampling import Sampler
@@ -37,6 +35,7 @@ class Engine:
     turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).
     draft_tokens: the most draft tokens in a tree.
     prefill_chunk: rows per prefill pass.
+    draft_model: the model with the draft's weights; None is the model itself.
     """
 
     def __init__(
@@ -49,6 +48,7 @@ class Engine:
         draft_tokens: int = 8,
         prefill_chunk: int = 512,
         want_logprobs: bool = False,
+        draft_model: Model | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
@@ -57,7 +57,7 @@ class Engine:
         self.want_logprobs = want_logprobs
         self.history = History()
         self.cache = model.new_cache()
-        self.context = Context(self.history, self.cache, model, sampler)
+        self.context = Context(self.history, self.cache, model, sampler, draft_model or model)
         self.stats = GenerationStats()
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
@@ -83,7 +83,7 @@ class Engine:
             tree = self.drafter.propose(self.context, self.budget())
         with clock("verify"):
             self.cache.drop_tail()
-            output = self.model.forward([Segment(tree, self.cache)])
+            output = self.forward(Segment(tree, self.cache))
         with clock("accept"):
             taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
         with clock("commit"):
@@ -99,23 +99,33 @@ class Engine:
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
             self.stops.start_at(len(self.history))
-            row = self.prefill()
-            taken = walk(PENDING, row, self.sampler, self.history, self.stops, self.want_logprobs)
-            self.drafter.prefill(self.context)
+            output = self.prefill()
+            taken = walk(PENDING, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+            self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
 
-    def prefill(self) -> torch.Tensor:
-        """Commit everything in the history that the cache lacks; [1, vocab_size] logits of the last row."""
-        while True:
-            chunk = self.history.tokens[self.cache.length :][: self.prefill_chunk]
-            last = self.cache.length + len(chunk) == len(self.history)
-            segment = Segment(DraftTree.chain(chunk), self.cache, causal=True)
-            output = self.model.forward([segment], [len(chunk) - 1] if last else [])
-            self.cache.commit(range(len(chunk)))
-            self.stats.prefill_tokens += len(chunk)
-            if last:
-                return output.logits
+    def prefill(self) -> Output:
+        """Commit everything in the history that the cache lacks; the output of the last rows, logits of the last."""
+        while (missing := len(self.history) - self.cache.length) > SEEN_ROWS:
+            count = min(self.prefill_chunk, missing - SEEN_ROWS)
+            self.model.forward([self.chunk(count)], [])
+            self.commit_chunk(count)
+        output = self.forward(self.chunk(missing), [missing - 1])
+        self.commit_chunk(missing)
+        return output
+
+    def chunk(self, count: int) -> Segment:
+        """The next tokens of the history that the cache lacks."""
+        return Segment(DraftTree.chain(self.history.tokens[self.cache.length :][:count]), self.cache, causal=True)
+
+    def commit_chunk(self, count: int) -> None:
+        self.cache.commit(range(count))
+        self.stats.prefill_tokens += count
+
+    def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None) -> Output:
+        """A pass of the target whose output the drafter sees."""
+        return self.model.forward([segment], logit_rows, want_mass="mass" in self.drafter.needs)
 
     def budget(self) -> int:
         """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
@@ -123,4 +133,5 @@ class Engine:
         return max(1, min(self.draft_tokens + 1, left))
 
 
+SEEN_ROWS = 32  # of a prompt or a turn: the last, of which a drafter sees the output
 PENDING = DraftTree.chain([0])  # the walk of a single row, whose token does not matter
