@@ -111,8 +111,9 @@ def test_logits_processors_from_hugging_face(swift: TokenSwift) -> None:
 
 
 def test_leaving_a_stream_early_keeps_what_was_written(swift: TokenSwift) -> None:
-    whole = swift.generate("the cat", max_new_tokens=60, seed=6, ignore_eos=True)
-    with swift.stream("the cat", max_new_tokens=60, seed=6, ignore_eos=True) as stream:
+    settings: dict[str, Any] = {"max_new_tokens": 60, "seed": 6, "ignore_eos": True, "draft_tokens": 4}
+    whole = swift.generate("the cat", **settings)
+    with swift.stream("the cat", **settings) as stream:
         for _ in stream:
             if len(stream.tokens) >= 20:
                 break

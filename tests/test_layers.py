@@ -19,7 +19,10 @@ PACKAGE = ("tokenswift_py", "drafters", "kvcache", "kernels")
 MAPPED = ("drafters", "kvcache", "kernels")  # stand at the root, are imported as tokenswift_py.*
 
 LEAVES = {"tokenswift_py.errors", "tokenswift_py.registry"}
-NOUNS = {f"tokenswift_py.{name}" for name in ("core", "history", "noise", "sampling", "penalties", "models", "loading")}
+NOUNS = {
+    f"tokenswift_py.{name}"
+    for name in ("core", "history", "noise", "planner", "sampling", "penalties", "models", "loading")
+}
 ALLOWED = {
     "kernels": LEAVES | {"tokenswift_py.kernels"},
     "kvcache": LEAVES | {"tokenswift_py.kvcache", "tokenswift_py.kernels.base"},

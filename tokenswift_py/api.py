@@ -24,7 +24,8 @@ from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
 from tokenswift_py.memory import check_memory
-from tokenswift_py.options import CHECKPOINT_DEFAULTS, Options
+from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import Stops
@@ -169,7 +170,7 @@ class TokenSwift:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope)
 
-    def engine(self, run: Run) -> Engine:
+    def engine(self, run: Run, trace: Trace | None = None) -> Engine:
         options = run.options
         drafter, settings = options.drafter_settings()
         eos = self.checkpoint.eos
@@ -184,12 +185,16 @@ class TokenSwift:
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
+            draft_model=self.executor.draft_model(run.rope, options.draft_weights)
+            if drafter in SELF_DRAFTERS
+            else None,
+            trace=trace,
         )
 
     def baseline(self, stream: Stream) -> Result:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
         run, mine = stream.run, stream.result()
-        with Stream(self, replace(run, options=replace(run.options, drafter="none"))) as plain:
+        with Stream(self, replace(run, options=replace(run.options, drafter="none", trace=None))) as plain:
             pieces = iter(plain)
             while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
                 if next(pieces, None) is None:
@@ -211,7 +216,8 @@ class Stream:
         self.run = run
         self.tokens: list[int] = []
         self._swift = swift
-        self._engine = swift.engine(run)
+        self._trace = report.Trace(run.options.trace) if run.options.trace else None
+        self._engine = swift.engine(run, self._trace)
         self._steps = self._engine.run(run.prompt)
         self._joiner = self._new_joiner()
         self._text: list[str] = []
@@ -266,6 +272,8 @@ class Stream:
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
+        if self._trace is not None:
+            self._trace.close()
         if self._joiner is None:
             return ""
         rest = self._joiner.finish()

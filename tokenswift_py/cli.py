@@ -39,10 +39,12 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", float, "its growth per repeated token"),
     "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
     "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto, none, ngram or partial"),
-    "draft_tokens": ("drafting", int, "draft tokens in a tree at the most"),
+    "drafter": ("drafting", str, "auto (the planner decides), none, ngram, partial or cascade"),
+    "draft_tokens": ("drafting", int, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
-    "draft_budget": ("drafting", int, "tokens of the cache that a partial-cache draft sees"),
+    "draft_budget": ("drafting", int, "tokens of the cache that it sees (default: what pays)"),
+    "draft_weights": ("drafting", str, "bf16 or int8, of a partial-cache draft; auto is int8 on the native engine"),
+    "trace": ("output", str, "a file that gets a JSON line for every round"),
 }
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tokenswift_py.core import DraftTree, Model, Output, Segment
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.history import History
+from tokenswift_py.planner import Planner
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.stats import GenerationStats
 from tokenswift_py.stopping import Stops
@@ -33,9 +35,10 @@ class Engine:
     """One sequence being written.
 
     turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).
-    draft_tokens: the most draft tokens in a tree.
+    draft_tokens: draft so many in every tree; None lets the planner decide.
     prefill_chunk: rows per prefill pass.
     draft_model: the model with the draft's weights; None is the model itself.
+    trace: called with a record of every round: tree, what was accepted, milliseconds, estimates.
     """
 
     def __init__(
@@ -45,19 +48,21 @@ class Engine:
         sampler: Sampler,
         stops: Stops,
         turns: Sequence[Sequence[int]] = (),
-        draft_tokens: int = 8,
+        draft_tokens: int | None = None,
         prefill_chunk: int = 512,
         want_logprobs: bool = False,
         draft_model: Model | None = None,
+        trace: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
-        self.draft_tokens = draft_tokens
+        self.planner = Planner() if draft_tokens is None else Planner(draft_tokens, fixed=True)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()
         self.cache = model.new_cache()
-        self.context = Context(self.history, self.cache, model, sampler, draft_model or model)
+        self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
+        self.trace = trace
         self.stats = GenerationStats()
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
@@ -79,6 +84,7 @@ class Engine:
     def round(self) -> Step:
         """One tree: the accepted tokens and one more."""
         clock = self.stats.clock
+        self.planner.context = self.cache.length
         with clock("draft"):
             tree = self.drafter.propose(self.context, self.budget())
         with clock("verify"):
@@ -91,6 +97,9 @@ class Engine:
         with clock("learn"):
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
+        self.planner.observe(len(tree), len(taken.tokens), self.stats.latest_ms)
+        if self.trace is not None:
+            self.trace(self.record(tree, taken))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
 
     def force(self, tokens: Sequence[int]) -> Step:
@@ -130,7 +139,21 @@ class Engine:
     def budget(self) -> int:
         """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
         left = min(self.stops.tokens_left, self.cache.context - len(self.history) + 1)
-        return max(1, min(self.draft_tokens + 1, left))
+        return max(1, min(self.planner.most + 1, left))
+
+    def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:
+        """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""
+        return {
+            "step": self.stats.num_spec_steps,
+            "position": len(self.history) - len(taken.tokens) - 1,
+            "tree": {"tokens": tree.tokens.tolist(), "parents": tree.parents.tolist()},
+            "path": list(taken.path),
+            "tokens": list(taken.tokens),
+            "ending": taken.ending,
+            "ms": {phase: round(ms, 3) for phase, ms in self.stats.latest_ms.items() if phase != "prefill"},
+            "planner": self.planner.explain(len(tree)),
+            "drafter": {"name": self.drafter.name, **self.drafter.explain()},
+        }
 
 
 SEEN_ROWS = 32  # of a prompt or a turn: the last, of which a drafter sees the output

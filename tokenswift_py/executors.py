@@ -42,6 +42,9 @@ class Executor(Protocol):
     def model(self, rope: RopeTables) -> Model:
         """The model for a run of these RoPE tables; weights are shared."""
 
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        """The same for draft passes over the same cache."""
+
 
 class TorchExecutor:
     name = "torch"
@@ -62,6 +65,9 @@ class TorchExecutor:
     def model(self, rope: RopeTables) -> Model:
         return TorchDecoder(self._spec, self._weights, rope, self._attention)
 
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        return self.model(rope)
+
 
 class NativeExecutor:
     name = "native"
@@ -78,6 +84,9 @@ class NativeExecutor:
 
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
+
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        return self.model(rope)
 
 
 def choose_engine(engine: str, device: torch.device, attention: str) -> str:

@@ -56,4 +56,6 @@ class NativeSampler(Sampler):
             found = self._native.rank(logits.detach().numpy(), history.tokens, count)
             if found:
                 return found
-        return super().ranked(logits, history, count)  # which also says what is wrong with logits nobody can choose from
+        return super().ranked(
+            logits, history, count
+        )  # which also says what is wrong with logits nobody can choose from

@@ -11,7 +11,9 @@ from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
 
-AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+AUTO_DRAFTER = "cascade"  # with a planner that uses as much of it as pays
+SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
+DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
@@ -27,8 +29,11 @@ class Options:
     raw:           the prompt is the beginning of the text itself, not a user message.
     context:       N, the positions the run is made for; None is what it needs.
     drafter:       auto, or a file name of drafters/.
-    draft_tokens:  the most draft tokens in a tree.
-    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees.
+    draft_tokens:  draft so many in every tree; None lets the planner decide.
+    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
+                   lets the planner decide.
+    draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts; auto is int8 where the engine has it.
+    trace:         a file that gets a JSON line for every round.
     logprobs:      return the model's own log-probability of each new token.
     logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
     seed:          None draws one, which the report records.
@@ -43,9 +48,11 @@ class Options:
     raw: bool = False
     context: int | None = None
     drafter: str = "auto"
-    draft_tokens: int = 8
+    draft_tokens: int | None = None
     draft_policy: str = "recent"
-    draft_budget: int = 1024
+    draft_budget: int | None = None
+    draft_weights: str = "auto"
+    trace: str | None = None
     logprobs: bool = False
     logits_processors: Sequence[Any] = ()
     temperature: float | None = None
@@ -66,14 +73,22 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context"):
             value = getattr(self, name)
-            optional = name == "context" and value is None
+            optional = name in ("draft_tokens", "draft_budget", "context") and value is None
             check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.context is None or self.context >= 2, "context", self.context, "at least 2")
-        check(1 <= self.draft_tokens <= 511, "draft_tokens", self.draft_tokens, "between 1 and 511")
-        check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
+        fine = self.draft_tokens is None or 1 <= self.draft_tokens <= 511
+        check(fine, "draft_tokens", self.draft_tokens, "between 1 and 511")
+        fine = self.draft_budget is None or self.draft_budget >= 64
+        check(fine, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
+        check(
+            self.draft_weights in DRAFT_WEIGHTS,
+            "draft_weights",
+            self.draft_weights,
+            f"one of {', '.join(DRAFT_WEIGHTS)}",
+        )
         policies = registry.names("tokenswift_py.kvcache.policies")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
         for name in ("stop", "chapters", "dry_breakers"):
@@ -116,8 +131,9 @@ class Options:
     def drafter_settings(self) -> tuple[str, dict[str, Any]]:
         """The drafter's name and what its constructor takes."""
         name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
-        if name == "partial":
-            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget}
+        if name in SELF_DRAFTERS:
+            width = {} if self.draft_tokens is None else {"width": 1}
+            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width}
         return name, {}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenswift_py.errors import check
 from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
 
 SCHEMA = 1
@@ -22,6 +25,23 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
         "looping": loop is not None,
         "loop": None if loop is None else {"start": loop.start, "stop": loop.stop, "period": loop.period},
     }
+
+
+class Trace:
+    """A file of JSON lines, one a round. Raises UserError where it cannot be written."""
+
+    def __init__(self, path: str):
+        try:
+            self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115, closed when the stream ends
+        except OSError as error:
+            check(False, "trace", path, f"a file that can be written ({error.strerror})")
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def run_figures(stats: GenerationStats) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class GenerationStats:
     first_tokens:   those of them that a prefill pass gave.
     forced_tokens:  tokens of turns put into the text; the prompt is not among them.
     phase_ms:       draft, verify, accept, commit, learn, prefill.
+    latest_ms:      of each phase, the last time it was gone through.
     """
 
     num_spec_steps: int = 0
@@ -34,6 +35,7 @@ class GenerationStats:
     prefill_tokens: int = 0
     acceptance_histogram: Counter[int] = field(default_factory=Counter)
     phase_ms: dict[str, float] = field(default_factory=dict)
+    latest_ms: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -41,7 +43,8 @@ class GenerationStats:
         try:
             yield
         finally:
-            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + 1e3 * (time.perf_counter() - start)
+            self.latest_ms[phase] = 1e3 * (time.perf_counter() - start)
+            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + self.latest_ms[phase]
 
     def record(self, tree: DraftTree, taken: Acceptance) -> None:
         accepted = len(taken.path) - 1
