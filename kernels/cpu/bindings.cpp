@@ -105,7 +105,8 @@ SegmentInput segment_input(const SegmentArrays& arrays, int start, const Pool& p
 
 void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& positions, const Ints& slots,
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
-             const Array<float, 2>& hidden, const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass) {
+             const Array<float, 2>& hidden, const Array<float, 2>& residual, const Array<float, 2>& logits,
+             const std::optional<Array<float, 4>>& mass) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.rows = size(tokens);
@@ -128,9 +129,13 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   pass.context = size(cos, 0);
   pass.cos = cos.data();
   pass.sin = sin.data();
-  require(size(hidden, 0) == pass.rows && size(hidden, 1) == shape.hidden, "hidden is [rows, hidden_size]");
+  for (const Array<float, 2>* states : {&hidden, &residual}) {
+    require(size(*states, 0) == pass.rows && size(*states, 1) == shape.hidden,
+            "hidden and residual are [rows, hidden_size]");
+  }
   require(size(logits, 0) == pass.logit_count && size(logits, 1) == shape.vocab, "logits is [logit_rows, vocab_size]");
   pass.hidden = hidden.data();
+  pass.residual = residual.data();
   pass.logits = logits.data();
   if (mass) {
     require(size(*mass, 0) == shape.layers && size(*mass, 1) == pass.rows && size(*mass, 2) == shape.kv_heads,
@@ -170,7 +175,7 @@ NB_MODULE(_native, m) {
            }, "part"_a, "layer"_a, "data"_a.noconvert())
       .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
-           "hidden"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none())
+           "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none())
       .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
       .def_prop_ro("threads", &Decoder::threads)
       .def_prop_ro("weight_bytes", &Decoder::weight_bytes);

@@ -336,6 +336,8 @@ void Decoder::finish(const Pass& pass) {
   for (int row = 0; row < pass.rows; ++row) {
     std::memcpy(pass.hidden + size_t(row) * shape_.hidden, buffers_.normed.data() + row * hidden_stride_,
                 shape_.hidden * sizeof(float));
+    std::memcpy(pass.residual + size_t(row) * shape_.hidden, buffers_.x.data() + row * hidden_stride_,
+                shape_.hidden * sizeof(float));
   }
   for (int i = 0; i < pass.logit_count; ++i) {
     arithmetic_.round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_,

@@ -35,6 +35,7 @@ struct Pass {
   const float* cos = nullptr;          // [context][head_dim / 2]
   const float* sin = nullptr;
   float* hidden = nullptr;             // [rows][hidden], after the final norm
+  float* residual = nullptr;           // [rows][hidden], before it
   float* logits = nullptr;             // [logit_count][vocab]
   float* mass = nullptr;               // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
   int mass_pages = 0;

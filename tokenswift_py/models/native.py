@@ -174,7 +174,7 @@ class NativeDecoder:
         wanted: IntArray = np.arange(len(rows.tokens), dtype=np.int32)
         if logit_rows is not None:
             wanted = np.asarray(logit_rows, np.int32).reshape(-1)
-        hidden = np.empty((len(rows.tokens), self.spec.hidden_size), np.float32)
+        hidden, residual = np.empty((2, len(rows.tokens), self.spec.hidden_size), np.float32)
         logits = np.empty((len(wanted), self.spec.vocab_size), np.float32)
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self._room_for_mass(len(rows.tokens), pages) if want_mass else None
@@ -188,11 +188,12 @@ class NativeDecoder:
             cos=self._cos,
             sin=self._sin,
             hidden=hidden,
+            residual=residual,
             logits=logits,
             mass=mass,
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
-        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass)
+        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass, torch.from_numpy(residual))
 
     def _room_for_mass(self, rows: int, pages: int) -> np.ndarray:
         padded = round_up(pages, VECTOR)
