@@ -101,7 +101,7 @@ def test_the_second_load_converts_nothing(default_model: TokenSwift, monkeypatch
     monkeypatch.setattr(loading, "default_gguf", None)
     monkeypatch.setattr(loading, "write_converted", None)
     again = TokenSwift.from_pretrained()
-    assert again.executor.dtype == torch.bfloat16
+    assert again.executor.dtype == "bf16"
     assert again.checkpoint.folder == default_model.checkpoint.folder
 
 

