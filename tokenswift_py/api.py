@@ -114,8 +114,9 @@ class TokenSwift:
     ) -> TokenSwift:
         """Load a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     bf16 or fp32, of the weights.
-        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights.
+        dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
+                   blocks of a .gguf file as they are; native).
+        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights, bf16 beside int8 and gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
         attention: auto, or a backend of kernels/, which is torch's.
         device:    auto (cuda where there is one, else cpu) or a torch device.
@@ -130,7 +131,7 @@ class TokenSwift:
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         where = find_device(device)
         chosen = choose_engine(engine, where, attention)
-        checkpoint = open_checkpoint(model, revision)
+        checkpoint = open_checkpoint(model, revision, dtype)
         check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
         executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads)
         return cls(checkpoint, checkpoint.tokenizer(), executor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.loading import DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.native_sampling import NativeSampler
@@ -94,7 +96,8 @@ class NativeExecutor:
         self.device = torch.device("cpu")
         self._checkpoint = checkpoint
         packed = DTYPES.get(dtype, torch.int8)
-        self._weights = NativeWeights(checkpoint.spec, checkpoint.tensors(), packed, threads)
+        tensors: Mapping[str, torch.Tensor | Blocks] = checkpoint.gguf or checkpoint.tensors()
+        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads)
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 
     @property

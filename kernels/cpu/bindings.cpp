@@ -102,6 +102,16 @@ void set_blocks(Decoder& decoder, const std::string& part, int layer, const std:
   decoder.set_matrix(part, layer, source);
 }
 
+void quantise(const Array<const float, 2>& weights, const Array<uint8_t, 2>& blocks) {
+  const int rows = size(weights, 0), columns = size(weights, 1), count = columns / block_size;
+  require(columns % block_size == 0, "rows must be whole blocks of 32");
+  require(size(blocks, 0) == rows && blocks.shape(1) == count * q8_row_bytes, "blocks is [rows, blocks of a row * 34]");
+  const nb::gil_scoped_release release;
+  for (size_t i = 0; i < size_t(rows) * count; ++i) {
+    quantise_weights(weights.data() + i * block_size, reinterpret_cast<char*>(blocks.data()) + i * q8_row_bytes);
+  }
+}
+
 void project(Decoder& decoder, const Table& hidden, const Array<float, 2>& logits) {
   const int rows = size(hidden, 0);
   require(size(hidden, 1) == decoder.shape().hidden, "hidden is [rows, hidden_size]");
@@ -177,6 +187,9 @@ NB_MODULE(_native, m) {
   m.def("runnable_isas", &runnable_kernels, "Names of the ISA variants this machine can run, best first.");
   m.def("chosen_isa", [] { return std::string(kernels_of_environment().name); },
         "The variant that a new decoder will use; TOKENSWIFT_ISA overrides.");
+
+  m.def("quantise", &quantise, "weights"_a.noconvert(), "blocks"_a.noconvert(),
+        "Rows of weights as blocks of 8 bits, which `set_blocks` takes.");
 
   bind_sampler(m);
   nb::class_<Pool>(m, "Pool", "Pages of 64 tokens of keys and values, all layers and heads together.")
