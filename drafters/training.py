@@ -158,7 +158,8 @@ def train(
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.tensors.items()}
     learner = replace(weights, tensors=parameters)
-    optimiser = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    groups = [{"params": [tensor], "scale": SCALE.get((weights.form, name), 1.0)} for name, tensor in parameters.items()]
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
     usable = torch.nonzero(rows.left >= len(weights)).flatten()
     check(len(usable) > 0, "tokens", len(rows), f"texts of more than {len(weights)} tokens")
@@ -171,7 +172,7 @@ def train(
         if time.monotonic() > deadline:
             break
         for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = rate * group["scale"] * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         at = order[step * batch : (step + 1) * batch]
         targets = [(rows.tokens[at + i], rows.probabilities[at + i]) for i in range(1, len(weights) + 1)]
         candidates = Candidates(lm_head, torch.cat([tokens for tokens, _ in targets]), common, generator)
@@ -185,6 +186,7 @@ def train(
     return replace(weights, tensors={name: tensor.detach() for name, tensor in parameters.items()}), losses
 
 
+SCALE = {("tokenswift", "weight"): 10.0}
 COMMON = 1024  # tokens that are candidates in every step
 LIKELY = 4  # of the model's best tokens at each row of a batch, candidates of its step
 OTHERS = 512  # tokens drawn at random, which stand for all the rest

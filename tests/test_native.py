@@ -25,7 +25,7 @@ from tokenswift_py.rope import rope_tables
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
 ISAS = _native.runnable_isas().split(", ")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 CONTEXT = 2048
 WIDE = DraftTree(np.arange(40, dtype=np.int32), np.array([-1] + [0] * 20 + [1 + i % 20 for i in range(19)], np.int32))
 

@@ -54,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")
-    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, of the weights")
-    model.add_argument("--kv-dtype", help="bf16 or fp32, of the KV cache (default: that of the weights)")
+    model.add_argument(
+        "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
+    )
+    model.add_argument(
+        "--kv-dtype", help="bf16 or fp32, of the KV cache (default: as the weights, bf16 beside int8 and gguf)"
+    )
     model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -191,6 +191,12 @@ class Model(Protocol):
         logit_rows: the rows whose logits are wanted (indices into all rows); None is all.
         """
 
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, vocab_size] logits of [R, hidden_size] rows as `Output.hidden` has them, through the LM head.
+
+        A row's logits are those that a pass gives for the same hidden state.
+        """
+
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shape, type and context."""
 
