@@ -1,18 +1,21 @@
 """Draft heads: small residual blocks on the last hidden state that guess the tokens behind the pending one.
 
-The row that gave the pending token has everything they read, so a proposal costs one product with the LM head and no
-pass of the model. Two forms of head i = 1 .. K, which guesses the i-th token behind the pending one:
+The row that gave the pending token has everything they read, so a proposal costs products with the LM head and no
+pass of the model. Head i = 1 .. K guesses the i-th token behind the pending one. Three forms:
 
 medusa (Cai et al. 2024, arXiv 2401.10774): x = final norm's output; x <- x + SiLU(W x + b), once a block; each head
     on its own, with the model's LM head or one of its own.
 tokenswift (Wu et al. 2025, arXiv 2502.18890): h_0 = residual stream before the final norm;
     h_i = h_{i-1} + W_i norm_in_i(h_{i-1}), and the model's LM head reads norm_out_i(h_i); norms are RMSNorms.
+recurrent: the same chain, which also sees the token before the one it guesses (t_1 is the pending token, known when
+    heads are asked, t_2 the first guess): h_i = h_{i-1} + W_i norm_in_i(h_{i-1}) + U_i rms(embedding(t_i)). The idea
+    of Hydra (Ankner et al. 2024, arXiv 2402.05109) and ReDrafter (Zhang et al. 2024, arXiv 2403.09919). It costs a
+    product with the LM head for every level of the tree; the other forms pay one for all.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import logging
 import re
@@ -27,27 +30,28 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.drafters.base import Context
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.loading import DEFAULT_MODEL, Checkpoint, cache_folder, one_line
+from tokenswift_py.loading import Checkpoint, cache_folder, one_line
 from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
 
 Table = npt.NDArray[np.float64]
 
-FORMS = ("medusa", "tokenswift")
+FORMS = ("medusa", "tokenswift", "recurrent")
 FORMAT = "tokenswift-heads"
 VERSION = 1
 PACKAGED = Path(__file__).parent / "data"
 
 RANKS = 8  # candidates of each head
-PRIOR = 0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5  # of heads that come without figures
+PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # of heads without figures
 UNLIKELY = 0.01  # paths below this are not proposed
 MEMORY = 0.02  # weight of the latest step in the acceptance of a head's rank
+BEAM = 3  # places of a level that get children
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ class HeadWeights:
 
     medusa:     weight [K, blocks, E, E], bias [K, blocks, E]; head [K, V, E] unless the model's LM head is shared.
     tokenswift: weight [K, E, E], norm_in [K, E], norm_out [K, E].
+    recurrent:  those and token [K, E, E].
 
     eps:         of the RMSNorms.
     model:       `fingerprint` of the model that they were made for; None is not known.
-    acceptance:  [K, RANKS] how often each candidate of each head, best first, is what the model then writes.
+    acceptance:  [K, ranks] how often each candidate of each head, best first, is what the model then writes if the
+                 tokens before it are right.
     provenance:  how they were made, accuracies included; kept as it is.
     """
 
@@ -73,64 +79,84 @@ class HeadWeights:
     def __len__(self) -> int:
         return len(self.tensors["weight"])
 
+    @property
+    def sees_tokens(self) -> bool:
+        return self.form == "recurrent"
+
     def reads(self, output: Output, row: int) -> torch.Tensor:
         """[E] what the heads read of a row of a pass."""
         states = output.hidden if self.form == "medusa" else output.residual
         assert states is not None, "this executor does not report the residual stream"
         return states[row]
 
-    def states(self, x: torch.Tensor, heads: int | None = None) -> torch.Tensor:
-        """[heads, R, E] what the LM head reads for each of the first `heads`. x: [R, E] of `reads`."""
-        found = []
-        for i in range(len(self) if heads is None else heads):
-            if self.form == "medusa":
-                state = x
-                for weight, bias in zip(self.tensors["weight"][i], self.tensors["bias"][i], strict=True):
-                    state = state + F.silu(F.linear(state, weight, bias))
-                found.append(state)
-            else:
-                x = x + F.linear(rms_norm(x, self.tensors["norm_in"][i], self.eps), self.tensors["weight"][i])
-                found.append(rms_norm(x, self.tensors["norm_out"][i], self.eps))
-        return torch.stack(found)
+    def step(self, head: int, x: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the next head reads, and what the LM head reads for this one. All [R, E].
 
-    @torch.inference_mode()
-    def logits(self, x: torch.Tensor, model: Model, heads: int | None = None) -> torch.Tensor:
-        """[heads, V] fp32 of one row. x: [E] of `reads`."""
-        states = self.states(x[None].float(), heads)[:, 0]
+        x: of `reads`, or of the head before; token: embedding of the token before the one that is guessed.
+        """
+        at = {name: tensor[head] for name, tensor in self.tensors.items()}
+        if self.form == "medusa":
+            state = x
+            for weight, bias in zip(at["weight"], at["bias"], strict=True):
+                state = state + F.silu(F.linear(state, weight, bias))
+            return x, state
+        x = x + F.linear(rms_norm(x, self.eps) * at["norm_in"], at["weight"])
+        if self.sees_tokens:
+            x = x + F.linear(rms_norm(token, self.eps), at["token"])
+        return x, rms_norm(x, self.eps) * at["norm_out"]
+
+    def project(self, states: torch.Tensor, heads: Sequence[int], model: Model) -> torch.Tensor:
+        """[R, V] fp32 logits of rows [R, E] that these heads gave, by the model's LM head or their own."""
         own = self.tensors.get("head")
         if own is None:
             return model.project(states)
-        return torch.stack([F.linear(state.to(own.dtype), head) for state, head in zip(states, own, strict=False)])
+        rows = zip(states.to(own.dtype), heads, strict=True)
+        return torch.stack([F.linear(state, own[head]).float() for state, head in rows])
 
     def to(self, device: torch.device) -> HeadWeights:
-        """On a device, in fp32 but for LM heads, which are large and stay as they are."""
+        """On a device, in fp32 but for LM heads in bf16, which are large and stay as they are."""
         wide = {
-            name: tensor.to(device, tensor.dtype if name == "head" else torch.float32)
+            name: tensor.to(device, torch.bfloat16 if (name, tensor.dtype) == BF16_HEAD else torch.float32)
             for name, tensor in self.tensors.items()
         }
         return replace(self, tensors=wide)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+BF16_HEAD = ("head", torch.bfloat16)
+
+
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A node that the tree may have. chance: that the model writes the path; x: [E] what its children's head reads."""
+
+    chance: float
+    path: tuple[int, ...]
+    x: torch.Tensor
 
 
 class Heads:
     """A tree of the heads' best guesses, by the same noise as the target's choice.
 
-    Every path of candidates, one of each head, is a node; its chance is the product of the acceptances of its ranks,
-    as Medusa's trees are grown (arXiv 2401.10774, section 2.3.3), and the most probable nodes are proposed. The
-    acceptances start at those measured in training and follow those seen.
+    The chance of a node is the product of the acceptances of the ranks on its path, as Medusa's trees are grown
+    (arXiv 2401.10774, section 2.3.3); level by level the most probable nodes get children, and the most probable of
+    all are proposed. The acceptances start at those measured in training and follow those seen.
+
+    embedding: [V, E] the model's; only heads that see tokens read it.
     """
 
     name = "heads"
     needs: frozenset[str] = frozenset()
 
-    def __init__(self, weights: HeadWeights):
-        self.weights = weights.to(torch.device("cpu"))
+    def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
+        self.weights = weights
+        self.embedding = embedding
         self.acceptance = np.array(weights.acceptance[: len(weights)])
         self._row: torch.Tensor | None = None
-        self._guesses: list[list[int]] = []
+        self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
 
     def prefill(self, context: Context, output: Output) -> None:
         self._row = self.weights.reads(output, -1)
@@ -144,50 +170,93 @@ class Heads:
         self.learn(taken.tokens)
         self._row = self.weights.reads(output, taken.path[-1])
 
+    @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
         """Up to `budget` nodes behind the history's last token. row: [E], `weights.reads` of the row that gave it."""
-        builder = TreeBuilder(context.history[-1], budget)
-        self._guesses = self.guess(row, context, min(len(self.weights), budget - 1))
-        order = 0  # of equals, the one found first
-        queue: list[tuple[float, int, int, int, int]] = []  # -chance, order, parent, head, rank
-        node, chance, head = 0, 1.0, 0
-        while len(builder) < budget:
-            for rank in range(len(self._guesses[head]) if head < len(self._guesses) else 0):
-                order += 1
-                heapq.heappush(queue, (-chance * self.acceptance[head, rank], order, node, head, rank))
-            if not queue or -queue[0][0] < UNLIKELY:
+        if self.weights.tensors["weight"].device != row.device or self.weights.tensors["weight"].dtype != torch.float32:
+            self.weights = self.weights.to(row.device)
+        self._guesses = {}
+        depth = min(len(self.weights), budget - 1)
+        same = self.same_ahead(row.float()[None], depth, context.model)
+        places = [Place(1.0, (), row.float())]
+        for head in range(depth):
+            places.sort(key=by_chance)
+            least = places[budget - 1].chance if len(places) >= budget else UNLIKELY
+            best = self.acceptance[head].max()  # a place is asked for children if one could be proposed
+            parents = [p for p in places[:budget] if len(p.path) == head and (head == 0 or p.chance * best >= least)]
+            if not parents:
                 break
-            minus, _, parent, head, rank = heapq.heappop(queue)
-            child = builder.add(parent, self._guesses[head][rank])
+            places += self.children(head, parents[:BEAM], context, None if same is None else same[head])
+        builder, nodes = TreeBuilder(context.history[-1], budget), {(): 0}
+        for place in sorted(places, key=by_chance)[1:budget]:
+            child = builder.add(nodes[place.path[:-1]], place.path[-1])
             assert child is not None
-            node, chance, head = child, -minus, head + 1
+            nodes[place.path] = child
         return builder.build()
 
-    def guess(self, row: torch.Tensor, context: Context, heads: int) -> list[list[int]]:
-        """Candidates of the first heads, best first, as the sampler would rank them behind the best of those before."""
+    def same_ahead(self, x: torch.Tensor, heads: int, model: Model) -> torch.Tensor | None:
+        """[heads, V] logits of heads that see no tokens, one product for all; None for those that do."""
+        if self.weights.sees_tokens or not heads:
+            return None
+        states = []
+        for head in range(heads):
+            x, state = self.weights.step(head, x, x)
+            states.append(state)
+        return self.weights.project(torch.cat(states), range(heads), model)
+
+    def children(self, head: int, parents: Sequence[Place], context: Context, same: torch.Tensor | None) -> list[Place]:
+        """The candidates of one head behind each of these places, as the sampler would rank them.
+
+        same: [V] logits of a head that sees no tokens: it is ranked once, behind the first place, for all of them.
+        """
         history = context.history
-        start = len(history)
-        if self.weights.tensors["weight"].device != row.device:
-            self.weights = self.weights.to(row.device)
-        guesses = []
-        for logits in self.weights.logits(row, context.model, heads) if heads else ():
-            guesses.append(context.sampler.rank(logits, history, self.acceptance.shape[1]))
-            history.append(guesses[-1][0])
-        history.truncate(start)
-        return guesses
+        x = torch.stack([place.x for place in parents])
+        if same is None:
+            tokens = [place.path[-1] if place.path else history[-1] for place in parents]
+            x, states = self.weights.step(head, x, self.embedding[tokens].to(x.device, x.dtype))
+            rows = self.weights.project(states, [head] * len(parents), context.model)
+            guesses = [self.rank(row, place.path, context) for row, place in zip(rows, parents, strict=True)]
+        else:
+            guesses = [self.rank(same, parents[0].path, context)] * len(parents)
+        found = []
+        for place, after, candidates in zip(parents, x, guesses, strict=True):
+            self._guesses[place.path] = candidates
+            for candidate, share in zip(candidates, self.acceptance[head], strict=False):
+                if place.chance * share >= UNLIKELY:
+                    found.append(Place(place.chance * share, (*place.path, candidate), after))
+        return found
+
+    def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
+        """What the target's sampler would choose of these logits behind this path, best first."""
+        start = len(context.history)
+        context.history.extend(path)
+        ranked = context.sampler.rank(logits, context.history, self.acceptance.shape[1])
+        context.history.truncate(start)
+        return ranked
 
     def learn(self, tokens: Sequence[int]) -> None:
         """What the model wrote behind the pending token of the last tree."""
-        for guesses, token, acceptance in zip(self._guesses, tokens, self.acceptance, strict=False):
-            acceptance[: len(guesses)] *= 1 - MEMORY
+        for head, token in enumerate(tokens[: len(self.weights)]):
+            guesses = self._guesses.get(tuple(tokens[:head]))
+            if guesses is None:
+                break
+            self.acceptance[head, : len(guesses)] *= 1 - MEMORY
             if token in guesses:
-                acceptance[guesses.index(token)] += MEMORY
-        self._guesses = []
+                self.acceptance[head, guesses.index(token)] += MEMORY
+        self._guesses = {}
+
+
+def by_chance(place: Place) -> tuple[float, int]:
+    """Most probable first; of equals the shallower, so that a parent comes before its children."""
+    return -place.chance, len(place.path)
 
 
 def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
     """The drafter with the heads at `path`, or with those that this model has in the cache or in the package."""
-    return Heads(find_heads(checkpoint, path))
+    blocks = "with --dtype gguf the embedding that heads read stays in blocks; bf16, fp32 and int8 are allowed"
+    check(checkpoint.gguf is None, "drafter", "heads", blocks)
+    weights = find_heads(checkpoint, path)
+    return Heads(weights, checkpoint.tensors()["model.embed_tokens.weight"])
 
 
 DRAFTER = for_checkpoint
@@ -269,7 +338,7 @@ def write_heads(weights: HeadWeights, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         fresh = Path(scratch) / file.name
-        save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, fresh, about)
+        fresh.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, about))
         fresh.replace(file)
 
 
@@ -285,6 +354,8 @@ def check_shapes(weights: HeadWeights, spec: ModelSpec) -> None:
             wanted["head"] = (heads, spec.vocab_size, hidden)
     else:
         wanted = {"weight": (heads, hidden, hidden), "norm_in": (heads, hidden), "norm_out": (heads, hidden)}
+        if weights.form == "recurrent":
+            wanted["token"] = (heads, hidden, hidden)
     check(found.keys() == wanted.keys(), "draft_heads: tensors", sorted(found), f"for {weights.form} {sorted(wanted)}")
     for name, shape in wanted.items():
         check(found[name] == shape, f"draft_heads: tensor {name}", found[name], f"for this model it must be {shape}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,11 +15,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from tokenswift_py.core import DraftTree, Model, Segment
-from tokenswift_py.drafters.heads import RANKS, HeadWeights, Table
+from tokenswift_py.drafters.heads import (
+    FORMS,
+    RANKS,
+    HeadWeights,
+    Table,
+    fingerprint,
+    heads_file,
+    rms_norm,
+    write_heads,
+)
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.sampling import Sampler
 
 
@@ -41,6 +53,7 @@ class Rows:
         return len(self.following)
 
 
+PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 TEACHER = 32  # of the model's distribution that heads learn from
 
 
@@ -75,6 +88,7 @@ def write(
     sampler_of: Callable[[int], Sampler],
     wanted: int,
     length: int,
+    context: int,
     ends: Collection[int],
     lanes: int = 16,
     deadline: float = math.inf,
@@ -83,18 +97,20 @@ def write(
     """Let the model write `wanted` tokens, in texts of at most `length` that end with a token of `ends`, several of
     them a pass. Returns the rows behind them and the texts, prompts included.
 
+    context: positions for the longest prompt and a text; the model's, or fewer.
     sampler_of: the number of a text -> its sampler. A row is a row, so text i and its rows depend on prompt i and
     sampler i only, not on how many lanes there are (bitwise so on the native engine). At `deadline`
     (time.monotonic()) all texts are cut where they are; such a run cannot be repeated bit for bit.
     """
-    pool, running, done = None, list[Text](), list[Text]()
+    lanes = min(lanes, max(1, wanted // length))
+    pool, running, done = model.new_pool(lanes * pages_for(context)), list[Text](), list[Text]()
     bar = tqdm(total=wanted, unit="tok", desc="writing", disable=quiet)
     while True:
-        while len(running) < lanes and sum(map(len, running + done)) < wanted and time.monotonic() < deadline:
-            prompt = next(prompts)
-            pool = pool or model.new_pool(lanes * pages_for(len(prompt) + 2 * length))
-            number = len(running) + len(done)
-            text = Text(number, prompt, KVCache(pool, len(prompt) + length), sampler_of(number))
+        while len(running) < lanes and sum(map(len, running + done)) < wanted:
+            if time.monotonic() > deadline and running + done:
+                break
+            number, prompt = len(running) + len(done), next(prompts)
+            text = Text(number, prompt, KVCache(pool, context), sampler_of(number))
             output = model.forward([Segment(DraftTree.chain(prompt), text.cache, causal=True)], [len(prompt) - 1])
             text.cache.commit(range(len(prompt)))
             text.take(weights.reads(output, -1), output.logits[0])
@@ -123,25 +139,65 @@ def gathered(texts: Sequence[Text], wanted: int) -> tuple[Rows, list[list[int]]]
     return Rows(*(torch.cat(column) for column in columns)), [text.history.tokens.tolist() for text in texts[:count]]
 
 
-def new_heads(form: str, heads: int, hidden: int, final_norm: torch.Tensor, eps: float, blocks: int = 1) -> HeadWeights:
-    """Heads that begin as the model's own prediction of the next token: their blocks add nothing yet."""
+def usable_rows(rows: Rows, weights: HeadWeights) -> torch.Tensor:
+    """The rows behind which every head's token was written. Raises UserError where there are none."""
+    usable = torch.nonzero(rows.left >= len(weights)).flatten()
+    check(len(usable) > 0, "tokens", len(rows), f"texts of more than {len(weights)} tokens")
+    return usable
+
+
+def new_heads(form: str, heads: int, final_norm: torch.Tensor, eps: float) -> HeadWeights:
+    """Heads whose blocks add nothing yet: what they guess is the pending token again. final_norm: [E] the model's."""
+    check(form in FORMS, "form", form, f"one of {', '.join(FORMS)}")
+    hidden = len(final_norm)
     if form == "medusa":
-        shape = (heads, blocks, hidden)
-        tensors = {"weight": torch.zeros(*shape, hidden), "bias": torch.zeros(shape)}
-    else:
-        norm = final_norm.float()
-        tensors = {
-            "weight": torch.zeros(heads, hidden, hidden),
-            "norm_in": torch.ones(heads, hidden),
-            "norm_out": norm.repeat(heads, 1),
-        }
+        return HeadWeights(
+            form, {"weight": torch.zeros(heads, 1, hidden, hidden), "bias": torch.zeros(heads, 1, hidden)}
+        )
+    tensors = {
+        "weight": torch.zeros(heads, hidden, hidden),
+        "norm_in": torch.ones(heads, hidden),
+        "norm_out": final_norm.float().repeat(heads, 1),
+    }
+    if form == "recurrent":
+        tensors["token"] = torch.zeros(heads, hidden, hidden)
     return HeadWeights(form, tensors, eps)
+
+
+def regressed(weights: HeadWeights, rows: Rows, embedding: torch.Tensor) -> HeadWeights:
+    """A start for training: head after head, the matrices that come closest to the residual stream i rows later.
+
+    Ridge regression in closed form, a second's work. Medusa's block is not linear and starts as it is.
+    """
+    if weights.form == "medusa":
+        return weights
+    at = usable_rows(rows, weights)
+    tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    fitted = replace(weights, tensors=tensors)
+    x, hidden = rows.states[at].float(), rows.states.shape[1]
+    for i in range(len(weights)):
+        token = embedding[rows.following[at + i]].float()
+        parts = [rms_norm(x, weights.eps) * tensors["norm_in"][i]]
+        if weights.sees_tokens:
+            parts.append(rms_norm(token, weights.eps))
+        inputs = torch.cat(parts, 1)
+        square = inputs.T @ inputs
+        square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
+        solved = torch.linalg.solve(square, inputs.T @ (rows.states[at + i + 1].float() - x)).T
+        for name, matrix in zip(("weight", "token"), solved.split(hidden, dim=1), strict=False):
+            tensors[name][i] = matrix
+        x, _ = fitted.step(i, x, token)
+    return fitted
+
+
+RIDGE = 1e-2
 
 
 def train(
     weights: HeadWeights,
     rows: Rows,
     lm_head: torch.Tensor,
+    embedding: torch.Tensor,
     epochs: float,
     seed: int = 0,
     rate: float = 1e-3,
@@ -158,13 +214,13 @@ def train(
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.tensors.items()}
     learner = replace(weights, tensors=parameters)
-    groups = [{"params": [tensor], "scale": SCALE.get((weights.form, name), 1.0)} for name, tensor in parameters.items()]
+    scales = {} if weights.form == "medusa" else SCALES
+    groups = [{"params": [tensor], "scale": scales.get(name, 1.0)} for name, tensor in parameters.items()]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    usable = torch.nonzero(rows.left >= len(weights)).flatten()
-    check(len(usable) > 0, "tokens", len(rows), f"texts of more than {len(weights)} tokens")
+    usable = usable_rows(rows, weights)
     steps = max(1, round(epochs * len(usable) / batch))
-    order = torch.cat([usable[torch.randperm(len(usable), generator=generator)] for _ in range(math.ceil(epochs) + 1)])
+    batches = shuffled(usable, batch, generator)
     common = torch.bincount(rows.following, minlength=len(lm_head)).topk(min(COMMON, len(lm_head))).indices
     losses: list[float] = []
     bar = tqdm(range(steps), unit="step", desc="training", disable=quiet)
@@ -173,10 +229,10 @@ def train(
             break
         for group in optimiser.param_groups:
             group["lr"] = rate * group["scale"] * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        at = order[step * batch : (step + 1) * batch]
+        at = next(batches)
         targets = [(rows.tokens[at + i], rows.probabilities[at + i]) for i in range(1, len(weights) + 1)]
         candidates = Candidates(lm_head, torch.cat([tokens for tokens, _ in targets]), common, generator)
-        states = learner.states(rows.states[at].float())
+        states = chained(learner, rows, at, embedding)
         loss = torch.stack([candidates.loss(x, *target) for x, target in zip(states, targets, strict=True)]).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -186,10 +242,23 @@ def train(
     return replace(weights, tensors={name: tensor.detach() for name, tensor in parameters.items()}), losses
 
 
-SCALE = {("tokenswift", "weight"): 10.0}
-COMMON = 1024  # tokens that are candidates in every step
-LIKELY = 4  # of the model's best tokens at each row of a batch, candidates of its step
-OTHERS = 512  # tokens drawn at random, which stand for all the rest
+SCALES = {"weight": 10.0, "token": 10.0}
+"""Of the learning rate: these lead from normed rows to the residual stream, which is some ten times larger."""
+
+
+def shuffled(rows: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Batches of rows, all in a random order, again and again."""
+    left = rows[:0]
+    while True:
+        while len(left) < batch:
+            left = torch.cat([left, rows[torch.randperm(len(rows), generator=generator)]])
+        yield left[:batch]
+        left = left[batch:]
+
+
+COMMON = 512  # tokens that are candidates in every step
+LIKELY = 2  # of the model's best tokens at each row of a batch, candidates of its step
+OTHERS = 256  # tokens drawn at random, which stand for all the rest
 
 
 class Candidates:
@@ -224,18 +293,30 @@ class Candidates:
         return -(share * logits.log_softmax(-1).gather(-1, places.clamp_min(0))).sum(-1).mean()
 
 
+def chained(weights: HeadWeights, rows: Rows, at: torch.Tensor, embedding: torch.Tensor) -> list[torch.Tensor]:
+    """For each head [len(at), E] what the LM head reads, the tokens before its guess being those that were written."""
+    x, states = rows.states[at].float(), []
+    for i in range(len(weights)):
+        x, state = weights.step(i, x, embedding[rows.following[at + i]].float())
+        states.append(state)
+    return states
+
+
 @torch.inference_mode()
-def accuracy(weights: HeadWeights, rows: Rows, lm_head: torch.Tensor, batch: int = 256) -> dict[str, list[float]]:
+def accuracy(
+    weights: HeadWeights, rows: Rows, lm_head: torch.Tensor, embedding: torch.Tensor, batch: int = 256
+) -> dict[str, list[float]]:
     """Of each head, how often the token that followed was its best (top1), or among its best three (top3)."""
     hits = torch.zeros(2, len(weights))
-    usable = torch.nonzero(rows.left >= len(weights)).flatten()
+    usable = usable_rows(rows, weights)
     matrix = lm_head.to(torch.bfloat16)
     for at in usable.split(batch):
-        for i, state in enumerate(weights.states(rows.states[at].float())):
+        for i, state in enumerate(chained(weights, rows, at, embedding)):
             best = F.linear(state.to(matrix.dtype), matrix).float().topk(3).indices
             right = best == rows.following[at + i + 1, None]
             hits[:, i] += torch.stack([right[:, 0].sum(), right.any(-1).sum()])
-    return {name: [round(x, 4) for x in (row / len(usable)).tolist()] for name, row in zip(("top1", "top3"), hits)}
+    top1, top3 = (hits / len(usable)).double().numpy().round(4).tolist()
+    return {"top1": top1, "top3": top3}
 
 
 @torch.inference_mode()
@@ -245,19 +326,20 @@ def acceptance(
     texts: Sequence[Sequence[int]],
     sampler_of: Callable[[int], Sampler],
     lm_head: torch.Tensor,
+    embedding: torch.Tensor,
     most: int = 1000,
 ) -> Table:
     """[K, RANKS] how often each candidate of each head, best first by the noise of its position, was what the model
     wrote there: what drafting would have seen, at up to `most` rows spread over the texts. texts: of `write`."""
     hits, matrix = np.zeros((len(weights), RANKS)), lm_head.to(torch.bfloat16)
-    every = max(1, int((rows.left >= len(weights)).sum()) // most)
+    every = max(1, len(usable_rows(rows, weights)) // most)
     offset = seen = 0
     for number, text in enumerate(texts):
         count = int(rows.left[offset]) + 1
         sampler, start = sampler_of(number), len(text) - count
         for row in range(0, count - len(weights), every):
             history = History(text[: start + row + 1])
-            states = weights.states(rows.states[offset + row, None].float())[:, 0]
+            states = torch.cat(chained(weights, rows, torch.tensor([offset + row]), embedding))
             for i, logits in enumerate(F.linear(states.to(matrix.dtype), matrix).float()):
                 guesses, token = sampler.rank(logits, history, RANKS), text[len(history)]
                 if token in guesses:
@@ -266,3 +348,12 @@ def acceptance(
             seen += 1
         offset += count
     return hits / max(1, seen)
+
+
+def keep(weights: HeadWeights, checkpoint: Checkpoint, file: Path | None = None) -> Path:
+    """Write heads for this model to a file, or where the drafter looks for them; what they are is told beside."""
+    key = fingerprint(checkpoint)
+    target = file or heads_file(cache_folder(), key)
+    write_heads(replace(weights, model=key), target)
+    target.with_suffix(".json").write_text(json.dumps(dict(weights.provenance), indent=1) + "\n", encoding="utf-8")
+    return target

@@ -172,7 +172,7 @@ class TokenSwift:
 
     def engine(self, run: Run) -> Engine:
         options = run.options
-        drafter, settings = options.drafter_settings()
+        drafter, settings = options.drafter_settings(self.checkpoint)
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)

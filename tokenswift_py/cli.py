@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__
+from tokenswift_py import __version__, train_heads
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options
 
@@ -39,16 +39,21 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", float, "its growth per repeated token"),
     "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
     "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto, none, ngram or partial"),
+    "drafter": ("drafting", str, "auto, none, ngram, partial or heads"),
     "draft_tokens": ("drafting", int, "draft tokens in a tree at the most"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
     "draft_budget": ("drafting", int, "tokens of the cache that a partial-cache draft sees"),
+    "draft_heads": ("drafting", str, "a file or folder of draft heads (default: those made for the model)"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag. Those of `Options` take their defaults from it."""
-    root = argparse.ArgumentParser(prog="tokenswift", description="Long text from a language model, losslessly faster.")
+    root = argparse.ArgumentParser(
+        prog="tokenswift",
+        description="Long text from a language model, losslessly faster.",
+        epilog="`tokenswift train-heads --help`: train draft heads for a model on text that it writes itself.",
+    )
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
     groups = {name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "output")}
     model, text, output = groups["model"], groups["text"], groups["output"]
@@ -90,10 +95,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
-    args = parser().parse_args(arguments)
-    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    training = given[:1] == ["train-heads"]
+    args = None if training else parser().parse_args(given)
+    quiet = args.quiet if args else "--quiet" in given
+    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
     try:
-        return write(args)
+        return write(args) if args else train_heads.main(given[1:])
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2

@@ -5,11 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
+
+if TYPE_CHECKING:
+    from tokenswift_py.loading import Checkpoint
 
 AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
@@ -29,6 +33,7 @@ class Options:
     drafter:       auto, or a file name of drafters/.
     draft_tokens:  the most draft tokens in a tree.
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees.
+    draft_heads:   a file or folder of draft heads; None is those that this model has in the cache or the package.
     logprobs:      return the model's own log-probability of each new token.
     logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
     seed:          None draws one, which the report records.
@@ -46,6 +51,7 @@ class Options:
     draft_tokens: int = 8
     draft_policy: str = "recent"
     draft_budget: int = 1024
+    draft_heads: str | None = None
     logprobs: bool = False
     logits_processors: Sequence[Any] = ()
     temperature: float | None = None
@@ -76,6 +82,9 @@ class Options:
         check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
         policies = registry.names("tokenswift_py.kvcache.policies")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
+        heads = self.draft_heads
+        there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
+        check(there, "draft_heads", heads, "an existing file or folder")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
             fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
@@ -113,11 +122,13 @@ class Options:
         values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
         return {name: value for name, value in values.items() if value is not None}
 
-    def drafter_settings(self) -> tuple[str, dict[str, Any]]:
+    def drafter_settings(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         """The drafter's name and what its constructor takes."""
         name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
         if name == "partial":
             return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget}
+        if name == "heads":
+            return name, {"checkpoint": checkpoint, "path": self.draft_heads}
         return name, {}
 
 
