@@ -48,7 +48,7 @@ VERSION = 1
 PACKAGED = Path(__file__).parent / "data"
 
 RANKS = 8  # candidates of each head
-PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # of heads without figures
+PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none was measured
 UNLIKELY = 0.01  # paths below this are not proposed
 MEMORY = 0.02  # weight of the latest step in the acceptance of a head's rank
 BEAM = 3  # places of a level that get children
@@ -131,7 +131,10 @@ def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """A node that the tree may have. chance: that the model writes the path; x: [E] what its children's head reads."""
+    """A node that the tree may have.
+
+    chance: that the model writes the path; x: [1, E] what the head that guesses its children reads.
+    """
 
     chance: float
     path: tuple[int, ...]
@@ -177,8 +180,9 @@ class Heads:
             self.weights = self.weights.to(row.device)
         self._guesses = {}
         depth = min(len(self.weights), budget - 1)
-        same = self.same_ahead(row.float()[None], depth, context.model)
-        places = [Place(1.0, (), row.float())]
+        x = row.float()[None]
+        same = self.same_ahead(x, depth, context.draft_model)
+        places = [Place(1.0, (), x)]
         for head in range(depth):
             places.sort(key=by_chance)
             least = places[budget - 1].chance if len(places) >= budget else UNLIKELY
@@ -187,7 +191,8 @@ class Heads:
             if not parents:
                 break
             places += self.children(head, parents[:BEAM], context, None if same is None else same[head])
-        builder, nodes = TreeBuilder(context.history[-1], budget), {(): 0}
+        builder = TreeBuilder(context.history[-1], budget)
+        nodes: dict[tuple[int, ...], int] = {(): 0}
         for place in sorted(places, key=by_chance)[1:budget]:
             child = builder.add(nodes[place.path[:-1]], place.path[-1])
             assert child is not None
@@ -210,21 +215,29 @@ class Heads:
         same: [V] logits of a head that sees no tokens: it is ranked once, behind the first place, for all of them.
         """
         history = context.history
-        x = torch.stack([place.x for place in parents])
+        after = [place.x for place in parents]
         if same is None:
-            tokens = [place.path[-1] if place.path else history[-1] for place in parents]
-            x, states = self.weights.step(head, x, self.embedding[tokens].to(x.device, x.dtype))
-            rows = self.weights.project(states, [head] * len(parents), context.model)
+            # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy
+            # machine for milliseconds. One row takes microseconds.
+            steps = [self.step(head, place, history[-1]) for place in parents]
+            after = [x for x, _ in steps]
+            states = torch.cat([state for _, state in steps])
+            rows = self.weights.project(states, [head] * len(parents), context.draft_model)
             guesses = [self.rank(row, place.path, context) for row, place in zip(rows, parents, strict=True)]
         else:
             guesses = [self.rank(same, parents[0].path, context)] * len(parents)
         found = []
-        for place, after, candidates in zip(parents, x, guesses, strict=True):
+        for place, x, candidates in zip(parents, after, guesses, strict=True):
             self._guesses[place.path] = candidates
             for candidate, share in zip(candidates, self.acceptance[head], strict=False):
                 if place.chance * share >= UNLIKELY:
-                    found.append(Place(place.chance * share, (*place.path, candidate), after))
+                    found.append(Place(place.chance * share, (*place.path, candidate), x))
         return found
+
+    def step(self, head: int, place: Place, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head makes of a place, which the token on its way there is the last to enter."""
+        token = self.embedding[place.path[-1] if place.path else pending]
+        return self.weights.step(head, place.x, token[None].to(place.x.device, place.x.dtype))
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
         """What the target's sampler would choose of these logits behind this path, best first."""
@@ -440,4 +453,5 @@ def stack(part: str, pieces: Mapping[tuple[int, ...], torch.Tensor]) -> torch.Te
     check(len(pieces) == np.prod(counts), f"draft_heads: pieces of {part}", sorted(pieces), f"all of {counts}")
     shapes = {tuple(piece.shape) for piece in pieces.values()}
     check(len(shapes) == 1, f"draft_heads: shapes of {part}", sorted(shapes), "all heads must have the same")
-    return torch.stack([pieces[numbers] for numbers in sorted(pieces)]).unflatten(0, counts)
+    stacked = torch.stack([pieces[numbers] for numbers in sorted(pieces)])
+    return stacked.reshape(*counts, *stacked.shape[1:])

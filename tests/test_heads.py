@@ -116,7 +116,7 @@ def test_the_first_path_is_that_of_the_papers_formulas(
         drafter = Heads(replace(weights, acceptance=np.ones((K, 1))), embedding)
         prompt = [int(t) for t in np.random.default_rng(seed).integers(0, V, 20)]
         output = model.forward([Segment(DraftTree.chain(prompt[:-1]), model.new_cache(), causal=True)])
-        context: Any = SimpleNamespace(history=History(prompt), sampler=Sampler(SamplingParams(), V), model=model)
+        context: Any = SimpleNamespace(history=History(prompt), sampler=Sampler(SamplingParams(), V), draft_model=model)
         drafter.prefill(context, output)
         tree = drafter.propose(context, 9)
         assert tree.is_chain and len(tree) == K + 1 and len(context.history) == 20
@@ -144,7 +144,7 @@ def proposal(acceptance: Any, budget: int, form: str = "tokenswift", params: Sam
     drafter = Heads(weights, torch.ones(V, E))
     logits = [float(-t) for t in range(V)]  # best tokens first: 0, 1, 2 ...
     sampler = Sampler(params or SamplingParams(), V)
-    context: Any = SimpleNamespace(history=History([7]), sampler=sampler, model=Fixed(logits))
+    context: Any = SimpleNamespace(history=History([7]), sampler=sampler, draft_model=Fixed(logits))
     return drafter, drafter.tree(torch.ones(E), context, budget), context
 
 
@@ -190,7 +190,7 @@ def test_candidates_carry_the_noise_and_penalties_of_their_position() -> None:
         _, tree, context = proposal(acceptance, 9, form, params)
         history, expected = History([7]), []
         for _ in range(3):
-            expected.append(context.sampler.rank(context.model.logits, history, 2))
+            expected.append(context.sampler.rank(context.draft_model.logits, history, 2))
             history.append(expected[-1][0])
         assert len(context.history) == 1
         assert list(tree.children[0]) == expected[0]
@@ -321,7 +321,7 @@ def test_converted_checkpoints_give_the_same_proposals(
     sampler, rows = Sampler(SamplingParams(temperature=1, seed=2), vocab), torch.randn(5, E)
     model: Any = SimpleNamespace(project=lambda x: x @ embedding.T)
     for row in rows:
-        context: Any = SimpleNamespace(history=History([3, 4]), sampler=sampler, model=model)
+        context: Any = SimpleNamespace(history=History([3, 4]), sampler=sampler, draft_model=model)
         trees = [Heads(w, embedding).tree(row, context, 12) for w in (weights, found)]
         assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and len(trees[0]) == 12
     (converted,) = (tmp_path / "cache" / "heads").glob("*.safetensors")
