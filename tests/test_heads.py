@@ -127,6 +127,16 @@ def test_the_first_path_is_that_of_the_papers_formulas(
         assert (best.values - chosen <= slack * expected.std()).all()
 
 
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_the_residual_stream_is_what_the_final_norm_reads(tiny_decoder: Any, native: Any, executor: str) -> None:
+    model, tensors = (tiny_decoder, tiny_decoder.weights) if executor == "torch" else native
+    output = model.forward([Segment(DraftTree.chain(PROMPT), model.new_cache(), causal=True)], [])
+    assert output.residual.shape == output.hidden.shape == (len(PROMPT), E)
+    normed = torch.stack([rms(row) for row in output.residual.double()]) * tensors["model.norm.weight"].double()
+    assert (normed - output.hidden.double()).abs().max() < 1e-3
+    assert output.residual.pow(2).mean(-1).min() > 0
+
+
 class Fixed:
     """A model whose LM head says the same whatever it reads: token t's logit is `logits[t]`."""
 
