@@ -29,7 +29,6 @@ from tokenswift_py.drafters.heads import (
     UNLIKELY,
     Heads,
     HeadWeights,
-    check_shapes,
     find_heads,
     fingerprint,
     heads_file,
@@ -432,12 +431,12 @@ def test_packaged_heads_guess_what_the_default_model_writes(default_model: Token
     """On a prompt that is not in the list. A chain of one guess a level: a floor for the first head alone."""
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
     checkpoint = default_model.checkpoint
-    check_shapes(find_heads(checkpoint), checkpoint.spec)
+    packaged = heads_file(heads_module.PACKAGED, fingerprint(checkpoint))
     swift = TokenSwift.from_pretrained(engine="native")
     settings: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.8, "min_p": 0.05, "seed": 3, "ignore_eos": True}
     prompt = "Write a story about two sisters who build a boat in the attic."
     plain = swift.generate(prompt, drafter="none", **settings)
-    drafted = swift.generate(prompt, drafter="heads", draft_tokens=8, **settings)
+    drafted = swift.generate(prompt, drafter="heads", draft_heads=str(packaged), draft_tokens=8, **settings)
     assert drafted.tokens == plain.tokens
     assert drafted.report["mean_acceptance_length"] > 1.5
 
