@@ -95,7 +95,7 @@ class NGram(Drafter):
         check(shortest >= 1, "shortest", shortest, "at least 1")
         self.shortest = shortest
         self.automaton = SuffixAutomaton()
-        self._odds = [[Odds((0.3 + 0.1 * i) * share) for share in PRIORS] for i in range(len(LENGTHS) + 1)]
+        self._odds = [[Odds(trust * share) for share in PRIORS] for trust in TRUST]
         self._draft: Draft | None = None
 
     def prefill(self, context: Context, output: Output) -> None:
@@ -164,6 +164,7 @@ SUFFIXES = 8  # how many shorter matches fill up the tree
 BRANCHES = 8  # continuations of one match
 LENGTHS = (3, 4, 6, 9, 17)  # of a match: 2, 3, 4-5, 6-8, 9-16, more
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # of each range of shares, for long matches
+PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # chance of each range of shares
+TRUST = (0.6, 0.75, 0.85, 0.95, 1.0, 1.0)  # in each range of lengths
 
 DRAFTER = NGram

@@ -160,7 +160,7 @@ def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
     spec = swift.checkpoint.spec
     kv = spec.kv_bytes(context, swift.executor.kv_dtype.itemsize)
     attention = 4 * spec.layers * spec.heads * spec.head_dim * context
-    return spec.multiplied * swift.executor.dtype.itemsize + kv, rows * (2.0 * spec.multiplied + attention)
+    return swift.executor.multiplied_nbytes + kv, rows * (2.0 * spec.multiplied + attention)
 
 
 @contextlib.contextmanager

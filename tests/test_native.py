@@ -25,7 +25,7 @@ from tokenswift_py.rope import rope_tables
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
 ISAS = _native.runnable_isas().split(", ")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 CONTEXT = 2048
 WIDE = DraftTree(np.arange(40, dtype=np.int32), np.array([-1] + [0] * 20 + [1 + i % 20 for i in range(19)], np.int32))
 
@@ -388,6 +388,7 @@ def malformed(name: str, value: Any) -> dict[str, Any]:
         "cos": np.ones((CONTEXT, 4), np.float32),
         "sin": np.ones((CONTEXT, 4), np.float32),
         "hidden": np.zeros((2, 48), np.float32),
+        "residual": np.zeros((2, 48), np.float32),
         "logits": np.zeros((1, 61), np.float32),
         "mass": None,
     }
@@ -434,6 +435,7 @@ BAD = {
     "short tables": ("cos", np.ones((CONTEXT - 1, 4), np.float32)),
     "tables' width": ("sin", np.ones((CONTEXT, 8), np.float32)),
     "hidden's shape": ("hidden", np.zeros((1, 48), np.float32)),
+    "residual's shape": ("residual", np.zeros((1, 48), np.float32)),
     "logits' shape": ("logits", np.zeros((1, 60), np.float32)),
     "double logits": ("logits", np.zeros((1, 61))),
     "mass's shape": ("mass", np.zeros((3, 2, 2, 0), np.float32)),

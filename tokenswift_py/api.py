@@ -22,7 +22,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
+from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
 from tokenswift_py.report import Trace
@@ -115,8 +115,9 @@ class TokenSwift:
     ) -> TokenSwift:
         """Load a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     bf16 or fp32, of the weights.
-        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights.
+        dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
+                   blocks of a .gguf file as they are; native).
+        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights, bf16 beside int8 and gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
         attention: auto, or a backend of kernels/, which is torch's.
         device:    auto (cuda where there is one, else cpu) or a torch device.
@@ -124,15 +125,15 @@ class TokenSwift:
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """
-        check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
         check(kv_dtype is None or kv_dtype in DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         where = find_device(device)
         chosen = choose_engine(engine, where, attention)
-        checkpoint = open_checkpoint(model, revision)
-        check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
+        checkpoint = open_checkpoint(model, revision, dtype)
+        check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
         executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads)
         return cls(checkpoint, checkpoint.tokenizer(), executor)
 
@@ -172,7 +173,7 @@ class TokenSwift:
 
     def engine(self, run: Run, trace: Trace | None = None) -> Engine:
         options = run.options
-        drafter, settings = options.drafter_settings()
+        drafter, settings = options.drafter_settings(self.checkpoint)
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
@@ -186,7 +187,7 @@ class TokenSwift:
             options.draft_tokens,
             want_logprobs=options.logprobs,
             draft_model=self.executor.draft_model(run.rope, options.draft_weights)
-            if drafter in SELF_DRAFTERS
+            if drafter in (*SELF_DRAFTERS, "heads")
             else None,
             trace=trace,
         )
@@ -202,8 +203,8 @@ class TokenSwift:
             theirs = plain.result()
         mean_context = len(run.prompt) + len(mine.tokens) / 2
         spec = self.checkpoint.spec
-        weights, cache = self.executor.dtype.itemsize, self.executor.kv_dtype.itemsize
-        step_bytes = spec.multiplied * weights + spec.kv_bytes(1, cache) * mean_context
+        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context
+        step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
         return replace(mine, report={**mine.report, **figures})
@@ -290,8 +291,8 @@ class Stream:
             "schema": report.SCHEMA,
             "version": __version__,
             "model": self._swift.checkpoint.name,
-            "dtype": str(self._swift.executor.dtype).removeprefix("torch."),
-            "kv_dtype": str(self._swift.executor.kv_dtype).removeprefix("torch."),
+            "dtype": self._swift.executor.dtype,
+            "kv_dtype": dtype_name(self._swift.executor.kv_dtype),
             "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
             "parameters": run.parameters(),
             "seed": run.sampling.seed,

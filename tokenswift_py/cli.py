@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__
+from tokenswift_py import __version__, train_heads
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options
 
@@ -39,25 +39,34 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", float, "its growth per repeated token"),
     "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
     "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto (the planner decides), none, ngram, partial or cascade"),
+    "drafter": ("drafting", str, "auto (the planner decides), none, ngram, partial, heads or cascade"),
     "draft_tokens": ("drafting", int, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
     "draft_budget": ("drafting", int, "tokens of the cache that it sees (default: what pays)"),
     "draft_weights": ("drafting", str, "bf16 or int8, of a partial-cache draft; auto is int8 on the native engine"),
+    "draft_heads": ("drafting", str, "a file or folder of draft heads (default: those made for the model)"),
     "trace": ("output", str, "a file that gets a JSON line for every round"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag. Those of `Options` take their defaults from it."""
-    root = argparse.ArgumentParser(prog="tokenswift", description="Long text from a language model, losslessly faster.")
+    root = argparse.ArgumentParser(
+        prog="tokenswift",
+        description="Long text from a language model, losslessly faster.",
+        epilog="`tokenswift train-heads --help`: train draft heads for a model on text that it writes itself.",
+    )
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
     groups = {name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "output")}
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")
-    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, of the weights")
-    model.add_argument("--kv-dtype", help="bf16 or fp32, of the KV cache (default: that of the weights)")
+    model.add_argument(
+        "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
+    )
+    model.add_argument(
+        "--kv-dtype", help="bf16 or fp32, of the KV cache (default: as the weights, bf16 beside int8 and gguf)"
+    )
     model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -88,10 +97,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
-    args = parser().parse_args(arguments)
-    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    training = given[:1] == ["train-heads"]
+    args = None if training else parser().parse_args(given)
+    quiet = args.quiet if args else "--quiet" in given
+    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if quiet else logging.WARNING)
     try:
-        return write(args)
+        return write(args) if args else train_heads.main(given[1:])
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2

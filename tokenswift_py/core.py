@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
+    from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.kvcache.view import PageView
 
@@ -167,11 +168,13 @@ class Output:
     logits:    [len(logit_rows), vocab_size] fp32 (fp64 for an fp64 model), rows as asked for.
     page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page,
                summed over the query heads of the KV head's group; None unless asked for.
+    residual:  [R, hidden_size] before the final norm, what TokenSwift's heads read.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     page_mass: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
 
 class Model(Protocol):
@@ -188,8 +191,17 @@ class Model(Protocol):
         logit_rows: the rows whose logits are wanted (indices into all rows); None is all.
         """
 
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, vocab_size] logits of [R, hidden_size] rows as `Output.hidden` has them, through the LM head.
+
+        A row's logits are those that a pass gives for the same hidden state.
+        """
+
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shape, type and context."""
+
+    def new_pool(self, pages: int) -> PagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Wrong input, told in one line: the field, the value and what is allowed."""
@@ -11,3 +14,15 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise the one-line `UserError` that every wrong setting gets."""
     if not condition:
         raise UserError(f"{field}: {value!r} is not allowed; {allowed}")
+
+
+@contextmanager
+def one_line(message: str) -> Iterator[None]:
+    """Turn whatever a library throws at a bad file into one line that says which file it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise every kind there is at a bad file, bare Exception included
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

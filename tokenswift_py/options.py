@@ -5,15 +5,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.executors import DRAFT_WEIGHTS
+
+if TYPE_CHECKING:
+    from tokenswift_py.loading import Checkpoint
 
 AUTO_DRAFTER = "cascade"  # with a planner that uses as much of it as pays
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
-DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
@@ -33,6 +37,7 @@ class Options:
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
                    lets the planner decide.
     draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts; auto is int8 where the engine has it.
+    draft_heads:   a file or folder of draft heads; None is those that this model has in the cache or the package.
     trace:         a file that gets a JSON line for every round.
     logprobs:      return the model's own log-probability of each new token.
     logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
@@ -52,6 +57,7 @@ class Options:
     draft_policy: str = "recent"
     draft_budget: int | None = None
     draft_weights: str = "auto"
+    draft_heads: str | None = None
     trace: str | None = None
     logprobs: bool = False
     logits_processors: Sequence[Any] = ()
@@ -91,6 +97,9 @@ class Options:
         )
         policies = registry.names("tokenswift_py.kvcache.policies")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
+        heads = self.draft_heads
+        there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
+        check(there, "draft_heads", heads, "an existing file or folder")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
             fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
@@ -128,12 +137,14 @@ class Options:
         values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
         return {name: value for name, value in values.items() if value is not None}
 
-    def drafter_settings(self) -> tuple[str, dict[str, Any]]:
+    def drafter_settings(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         """The drafter's name and what its constructor takes."""
         name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
         if name in SELF_DRAFTERS:
             width = {} if self.draft_tokens is None else {"width": 1}
             return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width}
+        if name == "heads":
+            return name, {"checkpoint": checkpoint, "path": self.draft_heads}
         return name, {}
 
 

@@ -13,7 +13,8 @@ constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to
 constexpr int longest_head = 512;     // values
 constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
 
-enum class Element { bf16, f32 };
+// q8 and q4 are weights in blocks (quant.h); the others are values of weights, keys or values.
+enum class Element { bf16, f32, q8, q4 };
 
 constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
 constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
@@ -44,19 +45,19 @@ struct PageVisit {
 
 // The arithmetic of one element type of weights or of cached keys and values.
 struct ElementKernels {
-  int operand_bytes;
-  // Rounds n floats (n a multiple of vector_multiple) to operands.
+  int operand_bytes;  // of one value
+  // Rounds n floats to operands. What is rounded value by value is read up to the next multiple of vector_multiple.
   void (*round)(const float* x, int n, void* out);
   // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
   void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
                    size_t out_stride);
-  void (*visit)(const PageVisit&);
+  void (*visit)(const PageVisit&);  // null for what keys and values cannot be
 };
 
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
-  ElementKernels bf16, f32;
+  ElementKernels bf16, f32, q8, q4;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
@@ -69,7 +70,14 @@ struct Kernels {
   void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                    float* out);
 
-  const ElementKernels& of(Element e) const { return e == Element::bf16 ? bf16 : f32; }
+  const ElementKernels& of(Element e) const {
+    switch (e) {
+      case Element::q8: return q8;
+      case Element::q4: return q4;
+      case Element::bf16: return bf16;
+      default: return f32;
+    }
+  }
 };
 
 // The best variant of this machine, or the one named by `wanted`; empty is the best.

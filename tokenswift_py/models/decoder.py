@@ -21,16 +21,25 @@ from tokenswift_py.rope import RopeTables
 
 
 class TorchDecoder:
-    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend."""
+    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend.
+
+    draft: rows are for drafts only and can never be committed.
+    """
 
     guarantee = "measured"
 
     def __init__(
-        self, spec: ModelSpec, weights: Mapping[str, torch.Tensor], rope: RopeTables, attention: AttentionBackend
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        rope: RopeTables,
+        attention: AttentionBackend,
+        draft: bool = False,
     ):
         self.spec = spec
         self.weights = weights
         self.attention = attention
+        self.draft = draft
         self.context = rope.context
         embedding = weights["model.embed_tokens.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
@@ -40,16 +49,18 @@ class TorchDecoder:
         self.numerics = f"torch-{torch.__version__}/{self.device.type}/{kind}/kv-{kind}/{attention.name}/{rope.label}"
 
     def new_cache(self) -> KVCache:
+        return KVCache(self.new_pool(pages_for(self.context)), self.context)
+
+    def new_pool(self, pages: int) -> TorchPagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
-        pages = pages_for(self.context)
-        pool = TorchPagePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device)
-        return KVCache(pool, self.context)
+        return TorchPagePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
         self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
     ) -> Output:
-        rows = lay_out(segments)
+        rows = lay_out(segments, target_weights=not self.draft)
         plan = self.attention.prepare(rows.segments, self.device)
         spec, pool = self.spec, shared_pool(segments, TorchPagePool)
         tokens, positions, slots = (
@@ -74,8 +85,13 @@ class TorchDecoder:
             x = x + self._linear(gate * self._linear(normed, f"{at}mlp.up_proj"), f"{at}mlp.down_proj")
         hidden = self._norm(x, "model.norm.weight")
         wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
-        logits = F.linear(wanted, self.weights["model.embed_tokens.weight" if spec.tied else "lm_head.weight"])
-        return Output(hidden, logits if logits.dtype == torch.float64 else logits.float(), mass)
+        return Output(hidden, self.project(wanted), mass, x)
+
+    @torch.inference_mode()
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.weights["model.embed_tokens.weight" if self.spec.tied else "lm_head.weight"]
+        logits = F.linear(hidden.to(head.device, head.dtype), head)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _qkv(
         self, x: torch.Tensor, at: str, cos: torch.Tensor, sin: torch.Tensor
