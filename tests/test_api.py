@@ -141,6 +141,29 @@ def test_the_report_says_everything(swift: TokenSwift) -> None:
     }  # fmt: skip
 
 
+def test_a_loop_is_warned_of_live_and_once_stopped_or_ignored_and_always_reported(
+    swift: TokenSwift, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 150, "logit_bias": {5: 1000.0}, "ignore_eos": True, "seed": 1}
+    with swift.stream("the cat", **settings) as stream:
+        for _ in stream:
+            assert ("the text loops" in caplog.text) == (len(stream.tokens) >= 64)
+        result = stream.result()
+    swift.baseline(stream)
+    assert caplog.text.count("from new token 0 on it is one token over and over, 64 tokens so far") == 1
+    assert result.report["loops"] == [result.report["loop"]] == [{"start": 0, "stop": 150, "period": 1}]
+    caplog.clear()
+    assert swift.generate("the cat", on_loop="ignore", **settings).report["loops"] == result.report["loops"]
+    with swift.stream("the cat", on_loop="stop", **settings) as stream:
+        list(stream)
+    assert caplog.text == ""
+    stopped = swift.baseline(stream)
+    assert stopped.tokens == result.tokens[:64]
+    assert stopped.ending == stopped.report["ending"] == "loop" and stopped.report["identical"] is True
+    assert stopped.report["loops"] == [{"start": 0, "stop": 64, "period": 1}]
+    assert swift.generate("the cat", max_new_tokens=20, seed=1).report["loops"] == []
+
+
 def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
     result = swift.generate("the cat", max_new_tokens=4, context=2500)
     assert "YaRN with factor 3" in caplog.text
@@ -155,6 +178,7 @@ def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pyt
         ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens: 9"),
         ({"context": 20, "max_new_tokens": 100}, "context: 20 .* need 1"),
         ({"drafter": "oracle"}, "drafter: 'oracle' .* ngram"),
+        ({"on_loop": "dance"}, "on_loop: 'dance' .* warn, stop, ignore"),
         ({"draft_policy": "best"}, "draft_policy: 'best' .* recent"),
         ({"draft_budget": 1}, "draft_budget: 1"),
         ({"temperature": -1}, "temperature: -1"),

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -51,7 +51,7 @@ class Result:
     tokens:   every token behind the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
     logprobs: of the chosen tokens, when asked for.
-    ending:   eos, stop, length or interrupted.
+    ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """
 
@@ -175,12 +175,13 @@ class TokenSwift:
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
+        ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
             create(drafter, **settings),
             self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
-            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, decode, special),
+            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -189,7 +190,10 @@ class TokenSwift:
     def baseline(self, stream: Stream) -> Result:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
         run, mine = stream.run, stream.result()
-        with Stream(self, replace(run, options=replace(run.options, drafter="none"))) as plain:
+        options = replace(run.options, drafter="none")
+        if options.on_loop == "warn":  # the stream has said so already
+            options = replace(options, on_loop="ignore")
+        with Stream(self, replace(run, options=options)) as plain:
             pieces = iter(plain)
             while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
                 if next(pieces, None) is None:
@@ -297,6 +301,7 @@ class Stream:
             **report.run_figures(engine.stats),
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
+            "loops": [asdict(loop) for loop in engine.stops.loops.loops],
             "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
         }
 

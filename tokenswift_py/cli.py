@@ -27,6 +27,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),
     "min_new_tokens": ("text", int, "no end-of-sequence token before so many"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
+    "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
     "context": ("model", int, "positions the run is made for (default: what it needs)"),
     "temperature": ("sampling", float, "0 is greedy (default: the checkpoint's)"),
@@ -87,9 +88,11 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     args = parser().parse_args(arguments)
-    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING)
+    lines = LogLines()
+    level = logging.ERROR if args.quiet else logging.WARNING
+    logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
     try:
-        return write(args)
+        return write(args, lines)
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2
@@ -104,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def write(args: argparse.Namespace) -> int:
+def write(args: argparse.Namespace, lines: LogLines) -> int:
     """Check, load, write, compare, report."""
     prompt = read_prompt(args)
     options = read_options(args)
@@ -121,7 +124,7 @@ def write(args: argparse.Namespace) -> int:
     )  # fmt: skip
     stream = swift.stream(prompt, **options)
     interrupted = False
-    with Output(args, options["max_new_tokens"]) as output:
+    with Output(args, options["max_new_tokens"], lines) as output:
         try:
             for piece in stream:
                 output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
@@ -145,6 +148,21 @@ def write(args: argparse.Namespace) -> int:
             interrupted = True
     note(args, summary(result.report))
     return INTERRUPTED if interrupted else 0
+
+
+class LogLines(logging.Handler):
+    """The log on standard error, by way of what else writes to the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.show: Callable[[str], None] = show_plainly
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.show(self.format(record))
+
+
+def show_plainly(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class BottomLine:
@@ -174,9 +192,11 @@ class BottomLine:
 class Output:
     """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
 
-    def __init__(self, args: argparse.Namespace, wanted: int):
+    def __init__(self, args: argparse.Namespace, wanted: int, lines: LogLines):
         self.written = 0
+        self._lines = lines
         self._saved = 0
+        self._mid_line = False
         self._file = None
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -187,9 +207,11 @@ class Output:
         self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=target, dynamic_ncols=self._bottom is None)
 
     def __enter__(self) -> Output:
+        self._lines.show = self.log
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lines.show = show_plainly
         if self._bottom:
             self._bottom.close()
         self._bar.close()
@@ -203,12 +225,19 @@ class Output:
                 self._file.flush()
                 self._saved += len(text)
             self.written += len(text)
+            self._mid_line = not text.endswith("\n")
             sys.stdout.write(text)
             sys.stdout.flush()
         if per_pass is not None:
             self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
         if self._bar.update(tokens) and self._bottom:  # true where tqdm finds it time to draw
             self._bottom.draw(self._bar)
+
+    def log(self, line: str) -> None:
+        """A line of the log, on a line of its own; a bar on standard error is drawn again below it."""
+        sys.stdout.flush()
+        tqdm.write(f"\n{line}" if self._bottom and self._mid_line else line, file=sys.stderr)
+        self._mid_line = False
 
     def save_rest(self, text: str) -> None:
         """What an interruption kept from text.txt."""

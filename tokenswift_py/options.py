@@ -12,6 +12,7 @@ from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
 
 AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
@@ -23,6 +24,7 @@ class Options:
     max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
     ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
     stop:          strings that end the text; they are not part of it.
+    on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
     context:       N, the positions the run is made for; None is what it needs.
@@ -39,6 +41,7 @@ class Options:
     min_new_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
+    on_loop: str = "warn"
     chapters: Sequence[str] = ()
     raw: bool = False
     context: int | None = None
@@ -76,6 +79,7 @@ class Options:
         check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
         policies = registry.names("tokenswift_py.kvcache.policies")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
+        check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
             fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
