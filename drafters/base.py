@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.history import History
+from tokenswift_py.kvcache.base import Committed
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.sampling import Sampler
 
@@ -48,6 +50,12 @@ class Drafter(Protocol):
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         """What verification took from the last proposal, and the pass that said so."""
+
+
+def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
+    """What a policy learns from those rows of a pass, which were committed in this order."""
+    mass = None if output.page_mass is None else output.page_mass[:, list(rows)].numpy()
+    return Committed(len(rows), mass)
 
 
 def create(name: str, **settings: Any) -> Drafter:

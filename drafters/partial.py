@@ -6,7 +6,7 @@ from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment, TreeBuilder
 from tokenswift_py.drafters.base import Context
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PageStats, select
+from tokenswift_py.kvcache.base import select
 from tokenswift_py.kvcache.view import PageView
 
 
@@ -50,9 +50,7 @@ class Partial:
         return builder.build()
 
     def view(self, context: Context) -> PageView:
-        pool = context.cache.pool
-        stats = PageStats(context.cache.full_pages, pool.layers, pool.kv_heads)
-        return PageView(select(self.policy, stats, self.view_tokens))
+        return PageView(select(self.policy, context.cache.page_stats(), self.view_tokens))
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         pass

@@ -40,7 +40,8 @@ class PageStats:
 
     pages:   number of full committed pages to choose from; the partial page and the tail are always attended to.
     queries: [layers, heads, head_dim] of the last committed row; None unless the policy needs them.
-    table:   [pages] page of the pool behind each of them.
+    table:   [pages] page of the pool behind each of them, -1 where it was evicted from the target's cache and cannot
+             be chosen; None where none was.
     pool:    where their keys lie.
     """
 
@@ -50,6 +51,12 @@ class PageStats:
     queries: FloatArray | None = None
     table: IntArray | None = None
     pool: PagePool | None = None
+
+    @property
+    def held(self) -> IntArray:
+        """[n] the pages that can be chosen, ascending."""
+        table = np.zeros(self.pages) if self.table is None else self.table
+        return np.flatnonzero(table >= 0).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -88,15 +95,28 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     The first page, whose tokens everything attends to, and the last ones are always in; the policy's scores choose
     the others, of equals the later page. n * PAGE_SIZE <= budget, but one page is kept where there is one.
     """
-    count = min(max(1, budget // PAGE_SIZE), stats.pages)
-    recent = min(count, max(1, min(RECENT_PAGES, count // 4)))
-    scores = np.array(policy.score(stats), np.float64)
-    scores[..., stats.pages - recent :] = np.inf
+    held = stats.held
+    count = min(max(1, budget // PAGE_SIZE), len(held))
+    chosen: IntArray = held[best(np.asarray(policy.score(stats))[..., held], count)]
+    return chosen
+
+
+def best(scores: FloatArray, count: int) -> IntArray:
+    """[..., count] indices into the last axis of scores [..., n], ascending: the rule by which pages are chosen."""
+    pages = scores.shape[-1]
+    recent = recent_of(count)
+    scores = np.array(scores, np.float64)
+    scores[..., pages - recent :] = np.inf
     if count > recent:
         scores[..., :1] = np.inf
     order = np.argsort(-scores[..., ::-1], axis=-1, kind="stable")
-    chosen = stats.pages - 1 - order[..., :count]
+    chosen = pages - 1 - order[..., :count]
     return np.sort(chosen, axis=-1).astype(np.int32)
 
 
-RECENT_PAGES = 4  # the text's own last sentences, whatever a policy thinks of them
+def recent_of(count: int) -> int:
+    """How many of `count` chosen pages are the last ones: the text's own last sentences, whatever a policy thinks."""
+    return min(count, max(1, min(RECENT_PAGES, count // 4)))
+
+
+RECENT_PAGES = 4

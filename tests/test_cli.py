@@ -225,6 +225,16 @@ def test_on_loop_stop_ends_the_text_there(cli: list[str], capsys: pytest.Capture
     assert "ended by: loop" in printed and "LOOPS with period 1 from token 0 on" in printed
 
 
+def test_the_lossy_mode_says_so(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    lossy = [*cli, "--prompt", "the cat", "--ignore-eos", "--kv-budget", "256", "--kv-policy", "recent"]
+    assert main([*lossy, "--max-new-tokens", "400", "--baseline"]) == 0
+    printed = capsys.readouterr().err
+    assert "LOSSY: the cache keeps 256 tokens at most (policy recent); 192 were evicted" in printed
+    assert "kv-recent-256-64 (lossy)" in printed and "plain decoding, just as lossy, " in printed
+    assert main(lossy) == 0
+    assert "the text fitted, nothing was evicted" in capsys.readouterr().err
+
+
 def test_an_error_in_the_middle_keeps_what_was_written(
     cli: list[str], tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
+from tokenswift_py.eviction import MASS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
@@ -162,8 +163,9 @@ class TokenSwift:
         )
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
-        cache_bytes = checkpoint.spec.kv_bytes(pages_for(context) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
-        check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
+        kept = min(context, options.kv_budget or context)
+        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
+        check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
@@ -175,6 +177,7 @@ class TokenSwift:
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
+        eviction = eviction_of(options)
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
@@ -185,6 +188,8 @@ class TokenSwift:
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
+            eviction=eviction,
+            **({"prefill_chunk": MASS_ROWS} if eviction and "mass" in eviction.needs else {}),
         )
 
     def baseline(self, stream: Stream) -> Result:
@@ -199,12 +204,16 @@ class TokenSwift:
                 if next(pieces, None) is None:
                     break
             theirs = plain.result()
-        mean_context = len(run.prompt) + len(mine.tokens) / 2
+        first, eviction = len(run.prompt), eviction_of(run.options)
+        positions = range(first, first + len(mine.tokens))
+        mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
         weights, cache = self.executor.dtype.itemsize, self.executor.kv_dtype.itemsize
         step_bytes = spec.multiplied * weights + spec.kv_bytes(1, cache) * mean_context
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
+        if eviction:
+            figures["baseline"]["what"] += ", evicting the same pages (lossy)"
         return replace(mine, report={**mine.report, **figures})
 
 
@@ -282,6 +291,7 @@ class Stream:
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self._engine
+        numerics, guarantee, eviction = engine.model.numerics, engine.model.guarantee, engine.eviction
         return {
             "schema": report.SCHEMA,
             "version": __version__,
@@ -293,8 +303,10 @@ class Stream:
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
             "engine": self._swift.executor.name,
-            "numerics": engine.model.numerics,
-            "guarantee": engine.model.guarantee,
+            "numerics": f"{numerics}/{eviction.label}" if eviction else numerics,
+            "guarantee": "lossy" if eviction else guarantee,
+            "lossy": eviction is not None,
+            "eviction": eviction.figures() if eviction else None,
             "prompt_tokens": len(run.prompt),
             "ending": result.ending,
             "forced": [list(span) for span in result.forced],
@@ -304,6 +316,15 @@ class Stream:
             "loops": [asdict(loop) for loop in engine.stops.loops.loops],
             "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
         }
+
+
+def eviction_of(options: Options) -> Eviction | None:
+    """Of the lossy mode, where it was asked for."""
+    if options.kv_budget is None:
+        return None
+    name = options.kv_policy or "recent"
+    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
+    return Eviction(policy, options.kv_budget)
 
 
 def find_device(name: str) -> torch.device:

@@ -43,6 +43,8 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "drafter": ("drafting", str, "auto, none, ngram or partial"),
     "draft_tokens": ("drafting", int, "draft tokens in a tree at the most"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
+    "kv_budget": ("lossy", int, "tokens the target's own cache keeps at most; the text is no longer the full cache's"),
+    "kv_policy": ("lossy", str, "by whose scores pages are evicted from it (default: recent)"),
     "draft_budget": ("drafting", int, "tokens of the cache that a partial-cache draft sees"),
 }
 
@@ -51,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     """Every flag. Those of `Options` take their defaults from it."""
     root = argparse.ArgumentParser(prog="tokenswift", description="Long text from a language model, losslessly faster.")
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
-    groups = {name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "output")}
+    groups = {
+        name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
+    }
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")

@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
+    from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.kvcache.view import PageView
 
@@ -175,10 +176,14 @@ class Output:
 
 
 class Model(Protocol):
-    """An executor: the same contract for torch on any device and for the native CPU engine."""
+    """An executor: the same contract for torch on any device and for the native CPU engine.
+
+    context: positions there are RoPE tables for.
+    """
 
     numerics: str
     guarantee: str
+    context: int
 
     def forward(
         self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
@@ -190,6 +195,9 @@ class Model(Protocol):
 
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shape, type and context."""
+
+    def new_pool(self, pages: int) -> PagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class Options:
     drafter:       auto, or a file name of drafters/.
     draft_tokens:  the most draft tokens in a tree.
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees.
+    kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
+                   are evicted (None is recent). None keeps every token.
     logprobs:      return the model's own log-probability of each new token.
     logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
     seed:          None draws one, which the report records.
@@ -49,6 +51,8 @@ class Options:
     draft_tokens: int = 8
     draft_policy: str = "recent"
     draft_budget: int = 1024
+    kv_budget: int | None = None
+    kv_policy: str | None = None
     logprobs: bool = False
     logits_processors: Sequence[Any] = ()
     temperature: float | None = None
@@ -67,9 +71,9 @@ class Options:
     stream: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context"):
+        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context", "kv_budget"):
             value = getattr(self, name)
-            optional = name == "context" and value is None
+            optional = name in ("context", "kv_budget") and value is None
             check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
@@ -78,6 +82,11 @@ class Options:
         check(1 <= self.draft_tokens <= 511, "draft_tokens", self.draft_tokens, "between 1 and 511")
         check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
         policies = registry.names("tokenswift_py.kvcache.policies")
+        check(
+            self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"
+        )
+        check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
+        check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
         check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):

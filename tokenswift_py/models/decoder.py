@@ -40,10 +40,12 @@ class TorchDecoder:
         self.numerics = f"torch-{torch.__version__}/{self.device.type}/{kind}/kv-{kind}/{attention.name}/{rope.label}"
 
     def new_cache(self) -> KVCache:
+        return KVCache(self.new_pool(pages_for(self.context)), self.context)
+
+    def new_pool(self, pages: int) -> TorchPagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
-        pages = pages_for(self.context)
-        pool = TorchPagePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device)
-        return KVCache(pool, self.context)
+        return TorchPagePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(
