@@ -48,6 +48,16 @@ class Attended:
         return self.sums[..., : stats.pages]
 
 
+class Fickle(Attended):
+    """Chooses by the last bits of what it learned: had it seen another row, or one other bit, other pages would go."""
+
+    name = "fickle"
+
+    def score(self, stats: PageStats) -> FloatArray:
+        scores: FloatArray = np.modf(super().score(stats) * 2.0**24)[0]
+        return scores
+
+
 class Scattered(Recent):
     """Pages in an order of its own, so that holes lie anywhere."""
 
@@ -59,6 +69,7 @@ class Scattered(Recent):
 
 
 POLICIES = {"recent": Recent, "attended": Attended, "scattered": Scattered}
+FICKLE = {**POLICIES, "fickle": Fickle}  # where equal means bit for bit
 drafters = st.one_of(
     st.just(("ngram", {"shortest": 1})),
     st.builds(lambda view, width: ("partial", {"view_tokens": view, "width": width}),
@@ -87,7 +98,7 @@ def in_float64() -> Any:
 
 
 def evicting(budget: int, period: int | None = None, policy: str = "recent") -> Eviction:
-    return Eviction(POLICIES[policy](), budget, period)
+    return Eviction(FICKLE[policy](), budget, period)
 
 
 def assert_same_text(
@@ -118,7 +129,7 @@ def assert_same_text(
     )
     if isinstance(model, NativeDecoder):
         assert [x for step in drafted for x in step.logprobs] == [x for step in steps for x in step.logprobs]
-    if policy == "attended":
+    if policy in ("attended", "fickle"):
         assert engine.eviction.policy.rows == length + count - 1
     assert engine.cache.pool.in_use == 0
 
@@ -147,7 +158,7 @@ def test_drafting_changes_no_token(
     size=st.integers(1, 100),
     chunk=st.integers(1, 300),
     budget=budgets,
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=st.sampled_from(sorted(FICKLE)),
     length=st.integers(1, 400),
     count=st.integers(1, 600),
 )
@@ -160,7 +171,7 @@ def test_drafting_changes_no_bit_on_the_native_engine(
 
 
 @settings(max_examples=15, deadline=None)
-@given(cut=st.integers(1, 399), budget=budgets, policy=st.sampled_from(sorted(POLICIES)))
+@given(cut=st.integers(1, 399), budget=budgets, policy=st.sampled_from(sorted(FICKLE)))
 def test_a_text_goes_on_as_it_would_have_from_any_point(native: Any, cut: int, budget: Any, policy: str) -> None:
     """What was evicted is a function of the tokens: prefilling the text up to a point evicts the same."""
     params = SamplingParams(temperature=1.0, seed=3)

@@ -133,7 +133,7 @@ def test_what_ends_inside_accepted_drafts_ends_there(tiny_decoder: Any) -> None:
     assert steps[-1].ending == "stop"
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(drafter=drafters, size=st.integers(1, 40), bias=st.sampled_from([9.0, 14.0]), seed=st.integers(0, 99))
 def test_a_loop_ends_every_drafters_text_at_the_same_token(
     tiny_decoder: Any, drafter: tuple[str, Any], size: int, bias: float, seed: int
