@@ -34,6 +34,13 @@ Element element(const std::string& dtype) {
   throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16 and fp32 are");
 }
 
+PageType page_type(const std::string& dtype) {
+  if (dtype == "bf16") return PageType::bf16;
+  if (dtype == "fp32") return PageType::f32;
+  if (dtype == "int8") return PageType::int8;
+  throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16, fp32 and int8 are");
+}
+
 void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -52,7 +59,7 @@ const Kernels& kernels_of_environment() {
 void init_pool(Pool* self, int layers, int kv_heads, int head_dim, const std::string& dtype, int pages) {
   require(layers > 0 && kv_heads > 0 && pages > 0 && pages <= INT32_MAX / page_size, "a pool's sizes must be positive");
   require(head_dim > 0 && head_dim % vector_multiple == 0, "head_dim must be a multiple of 16");
-  new (self) Pool(layers, kv_heads, head_dim, element(dtype), pages);
+  new (self) Pool(layers, kv_heads, head_dim, page_type(dtype), pages);
 }
 
 void move_slots(Pool& pool, const Ints& source, const Ints& target) {

@@ -183,7 +183,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.attended.reserve(rows * padded(q_width()));
   buffers_.activated.reserve(rows * ffn_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
-  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.element()).operand_bytes);
+  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
@@ -269,7 +269,7 @@ void Decoder::rotate_and_store(const Layer& layer, int index, const Pass& pass, 
 
 void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row) {
   const int head_dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
-  const ElementKernels& cached = kernels_.of(pool.element());
+  const PageKernels& cached = kernels_.of(pool.type());
   const float* q = buffers_.qkv.data() + row * qkv_stride_;
   const float* k = q + q_width();
   const float* v = k + kv_width();

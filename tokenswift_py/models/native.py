@@ -23,6 +23,7 @@ from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 PARTS = {
@@ -52,7 +53,7 @@ class NativePool(Holders):
 
         super().__init__(pages)
         self.layers, self.kv_heads, self.dtype = layers, kv_heads, dtype
-        self.native = _native.Pool(layers, kv_heads, round_up(head_dim, VECTOR), DTYPES[dtype], pages)
+        self.native = _native.Pool(layers, kv_heads, round_up(head_dim, VECTOR), KV_DTYPES[dtype], pages)
         self.page_bytes: int = self.native.page_bytes
 
     def allocate(self) -> int:
@@ -140,10 +141,12 @@ class NativeWeights:
 class NativeDecoder:
     """Packed weights and the RoPE tables of one context.
 
-    kv_dtype: of keys and values; None is that of the weights.
+    kv_dtype: of keys and values; None is that of the weights. int8 keeps a scale (fp32, largest magnitude / 127) for
+              each token's key and value of each head, and the nearest whole multiples of it, ties to even.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight, key or value is rounded to bf16; on the others it stays fp32. `Output.hidden` is the final norm's fp32.
+    weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. `Output.hidden` is the final
+    norm's fp32.
     """
 
     guarantee = "bitwise"
@@ -153,9 +156,9 @@ class NativeDecoder:
         self.weights = weights
         self.context = rope.context
         self.kv_dtype = kv_dtype or weights.dtype
-        check(self.kv_dtype in DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16 or torch.float32")
+        check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
-        kinds = f"{DTYPES[weights.dtype]}/kv-{DTYPES[self.kv_dtype]}"
+        kinds = f"{DTYPES[weights.dtype]}/kv-{KV_DTYPES[self.kv_dtype]}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:
