@@ -488,6 +488,7 @@ def malformed(name: str, value: Any) -> dict[str, Any]:
         "hidden": np.zeros((2, 48), np.float32),
         "logits": np.zeros((1, 61), np.float32),
         "mass": None,
+        "queries": None,
     }
     return {**call, name: value} if name else call
 
@@ -536,6 +537,8 @@ BAD = {
     "double logits": ("logits", np.zeros((1, 61))),
     "mass's shape": ("mass", np.zeros((3, 2, 2, 0), np.float32)),
     "unpadded mass": ("mass", np.zeros((3, 2, 2, 1), np.float32)),
+    "queries' shape": ("queries", np.zeros((2, 3, 6, 7), np.float32)),
+    "double queries": ("queries", np.zeros((2, 3, 6, 8))),
 }
 
 

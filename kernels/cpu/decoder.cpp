@@ -277,6 +277,10 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     rotate_head(head_q, layer.q_norm, pass, row);
+    if (pass.queries) {
+      const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
+      std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
+    }
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
   }

@@ -60,6 +60,8 @@ struct PageKernels {
   int operand_bytes;
   RoundOperands round;
   void (*visit)(const PageVisit&);
+  // The largest product of the first query with a key of the page; reads block, next, head_dim and q.
+  float (*best_score)(const PageVisit&);
 };
 
 struct Kernels {

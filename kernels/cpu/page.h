@@ -173,6 +173,13 @@ void visit_tiles(const PageVisit& visit) {
 }
 
 template <class Page>
+void ask_for_scales(const PageVisit& visit) {
+  if (!Page::scaled) return;
+  const char* scales = visit.next + 2 * Page::half_bytes(visit);
+  for (size_t at = 0; at < 2 * page_size * sizeof(float); at += line_bytes) Isa::prefetch(scales + at);
+}
+
+template <class Page>
 void copy_widened(const PageVisit& visit) {
   const auto* quants = reinterpret_cast<const int8_t*>(visit.block);
   constexpr int step = Isa::lanes * Page::Dot::step;
@@ -190,13 +197,23 @@ void visit_page(const PageVisit& visit) {
       return visit_page<typename Page::Copied>(visit);
     }
   }
-  if constexpr (Page::scaled) {
-    const char* scales = visit.next + 2 * Page::half_bytes(visit);
-    for (size_t at = 0; at < 2 * page_size * sizeof(float); at += line_bytes) Isa::prefetch(scales + at);
-  }
+  ask_for_scales<Page>(visit);
   constexpr bool can_spread = lines_ahead<Page, Isa::page_vectors, true> > 0;
   if (can_spread && visit.queries > 2 * Isa::page_rows) return visit_tiles<Page, true>(visit);
   visit_tiles<Page, false>(visit);
+}
+
+template <class Page>
+float best_score(const PageVisit& visit) {
+  ask_for_scales<Page>(visit);
+  Vec s[1][score_vectors];
+  score<Page, 1, false>(visit, 0, s);
+  if constexpr (Page::scaled) multiply(s[0], Page::key_scales(visit));
+  Vec top = s[0][0];
+  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[0][j]);
+  float best;
+  Isa::store_first(&best, Isa::max_across(top));
+  return best;
 }
 
 }  // namespace

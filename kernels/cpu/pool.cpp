@@ -22,6 +22,7 @@ struct Rounding {
   static constexpr bool scaled = false;
   Rounding(const float*, int) {}
   T operator()(float x) const { return x; }
+  static float widen(T x) { return x; }
 };
 
 template <>
@@ -30,6 +31,7 @@ struct Rounding<uint16_t> {
   static constexpr bool scaled = false;
   Rounding(const float*, int) {}
   uint16_t operator()(float x) const { return to_bf16(x); }
+  static float widen(uint16_t x) { return to_float(x); }
 };
 
 // The largest magnitude becomes 127, the others the nearest whole number, ties to even. Values too small for that are
@@ -53,6 +55,7 @@ struct Rounding<int8_t> {
   int8_t operator()(float x) const {
     return usable_ ? int8_t(int(x / scale + 12582912.0f - 12582912.0f)) : int8_t(0);
   }
+  static float widen(int8_t x) { return x; }
 
   float scale;
 
@@ -92,6 +95,27 @@ class Lane {
   void clear_value() const {
     for (int d = 0; d < head_dim_; ++d) value(d) = 0;
     if constexpr (Rounding<T>::scaled) value_scale() = 0.0f;
+  }
+
+  // Of all keys in the page whose first lane this is.
+  void key_bounds(int count, float* low, float* high) const {
+    constexpr int width = 16;
+    for (int d = 0; d < count; ++d) {
+      const T* keys = &key(d);
+      float least[width], greatest[width];
+      std::fill_n(least, width, INFINITY);
+      std::fill_n(greatest, width, -INFINITY);
+      for (int lane = 0; lane < page_size; lane += width) {
+        for (int i = 0; i < width; ++i) {
+          float x = Rounding<T>::widen(keys[(lane + i) * step]);
+          if constexpr (Rounding<T>::scaled) x *= scales_[lane + i];
+          least[i] = x < least[i] ? x : least[i];
+          greatest[i] = x > greatest[i] ? x : greatest[i];
+        }
+      }
+      low[d] = *std::min_element(least, least + width);
+      high[d] = *std::max_element(greatest, greatest + width);
+    }
   }
 
  private:
@@ -192,6 +216,10 @@ void Pool::gather(int layer, int head, const int32_t* slots, char* out) const {
       }
     }
   });
+}
+
+void Pool::key_bounds(int layer, int head, int page, int count, float* low, float* high) const {
+  with_lanes(type_, [&](auto lane_of) { lane_of(block(layer, head, page), 0, head_dim_).key_bounds(count, low, high); });
 }
 
 }  // namespace tokenswift

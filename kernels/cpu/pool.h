@@ -48,6 +48,9 @@ class Pool {
   // key whatever it may be.
   void gather(int layer, int head, const int32_t* slots, char* out) const;
 
+  // The least and the greatest of a page's keys in each of the first `count` dimensions.
+  void key_bounds(int layer, int head, int page, int count, float* low, float* high) const;
+
  private:
   size_t values_at() const;  // bytes from a block's beginning
 

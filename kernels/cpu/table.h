@@ -17,7 +17,7 @@ ElementKernels element_kernels() {
 template <class Page>
 PageKernels page_kernels() {
   using Dot = typename Page::Dot;
-  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, visit_page<Page>};
+  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, visit_page<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
