@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
 
@@ -32,6 +33,22 @@ class PagePool(Protocol):
 
     def move(self, source: IntArray, target: IntArray) -> None:
         """Copy rows between slots, as if all were read before any is written."""
+
+    def key_bounds(self, pages: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the greatest key of each page, [layers, kv_heads, n, head_dim] fp32, not to be written to.
+
+        pages: [n] pages of the pool, full and committed. A page's bounds are computed once, so this is cheap but for
+        pages that are new. They bound any query's product with the page's keys (Quest, arXiv 2406.10774, section 3):
+        q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT.
+        """
+
+    def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
+        """The largest product of a query with a key of each page, [layers, kv_heads, n] fp32, each key's products
+        summed over the query heads of its KV head (TokenSwift, arXiv 2502.18890, section 3.3).
+
+        pages: [n] pages of the pool, full and committed. queries: [layers, heads, head_dim], as in `Output.queries`.
+        Reads all their keys: half of what plain decoding reads of the KV cache for one token.
+        """
 
 
 @dataclass(frozen=True)
