@@ -55,16 +55,14 @@ class PagePool(Protocol):
 class PageStats:
     """What a policy may look at when it scores.
 
-    pages:   number of full committed pages to choose from; the partial page and the tail are always attended to.
-    queries: [layers, heads, head_dim] of the last committed row; None unless the policy needs them.
-    table:   [pages] page of the pool behind each of them.
-    pool:    where their keys lie.
+    pages: number of full committed pages to choose from; the partial page and the tail are always attended to.
+    table: [pages] page of the pool behind each of them; None unless the policy reads keys.
+    pool:  where their keys lie.
     """
 
     pages: int
     layers: int
     kv_heads: int
-    queries: FloatArray | None = None
     table: IntArray | None = None
     pool: PagePool | None = None
 
@@ -73,18 +71,24 @@ class PageStats:
 class Committed:
     """Statistics of the rows that a pass has just committed, in order of position.
 
+    start:   position of the first row; row i stands at start + i.
     mass:    [layers, rows, kv_heads, pages] attention probability on every absolute page, summed over the query heads
              of a KV head's group; None unless the policy needs it.
     queries: [rows, layers, heads, head_dim] after RoPE; None unless the policy needs them.
     """
 
+    start: int
     rows: int
     mass: FloatArray | None = None
     queries: FloatArray | None = None
 
 
 class EvictionPolicy(Protocol):
-    """Scores pages by how much a draft would miss them; it never touches the cache.
+    """Scores pages by how much a draft would miss them, for one sequence; it never touches the cache.
+
+    What it has learnt is a function of the rows, to the bit: not of how they were grouped into passes, and not of when
+    it was asked for scores. A page of which it knows nothing (no row it was shown attended to it) scores 0; before
+    the first row all pages do, and `select` keeps the latest.
 
     needs: of "mass" and "queries", what full-view passes must report to `observe`.
     """
@@ -93,7 +97,7 @@ class EvictionPolicy(Protocol):
     needs: frozenset[str]
 
     def observe(self, committed: Committed) -> None:
-        """Learn from rows that were committed. What it learns may depend on the rows, not on how they were grouped."""
+        """Learn from rows that were committed. Keeps nothing of the arrays, which the next pass may overwrite."""
 
     def score(self, stats: PageStats) -> FloatArray:
         """[layers, kv_heads, pages], higher is kept first."""
@@ -106,14 +110,18 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     the others, of equals the later page. n * PAGE_SIZE <= budget, but one page is kept where there is one.
     """
     count = min(max(1, budget // PAGE_SIZE), stats.pages)
-    recent = min(count, max(1, min(RECENT_PAGES, count // 4)))
-    scores = np.array(policy.score(stats), np.float64)
+    if count == 0:
+        return np.zeros((stats.layers, stats.kv_heads, 0), np.int32)
+    recent = max(1, min(RECENT_PAGES, count // 4))
+    scores = np.fmax(policy.score(stats), -np.inf)  # a copy; what is no number comes last
     scores[..., stats.pages - recent :] = np.inf
     if count > recent:
         scores[..., :1] = np.inf
-    order = np.argsort(-scores[..., ::-1], axis=-1, kind="stable")
-    chosen = stats.pages - 1 - order[..., :count]
-    return np.sort(chosen, axis=-1).astype(np.int32)
+    edge = np.partition(scores, stats.pages - count, axis=-1)[..., stats.pages - count, None]  # the worst score kept
+    chosen, equal = scores > edge, scores == edge
+    wanted = count - chosen.sum(-1, keepdims=True)
+    chosen |= equal & (np.cumsum(equal[..., ::-1], axis=-1, dtype=np.int32)[..., ::-1] <= wanted)
+    return (np.flatnonzero(chosen) % stats.pages).reshape(*chosen.shape[:-1], count).astype(np.int32)
 
 
 RECENT_PAGES = 4  # the text's own last sentences, whatever a policy thinks of them

@@ -125,7 +125,8 @@ class Engine:
 
     def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None) -> Output:
         """A pass of the target whose output the drafter sees."""
-        return self.model.forward([segment], logit_rows, want_mass="mass" in self.drafter.needs)
+        needs = self.drafter.needs
+        return self.model.forward([segment], logit_rows, want_mass="mass" in needs, want_queries="queries" in needs)
 
     def budget(self) -> int:
         """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
