@@ -1,0 +1,28 @@
+"""TokenSwift's importance of a token, query x key (arXiv 2502.18890, section 3.3), of a page's best token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenswift_py.kvcache.base import FloatArray, PageStats
+from tokenswift_py.kvcache.policies.base import LastQueries
+
+
+class Importance(LastQueries):
+    """The largest q.k of a page's keys, summed over the query heads of the KV head's group.
+
+    The query is that of the last row that was committed (the authors' code takes the last row of the tree, most often
+    a draft that was rejected). Every key is read, and no softmax weighs how sure a head is: an expensive policy.
+    """
+
+    name = "importance"
+
+    def score(self, stats: PageStats) -> FloatArray:
+        if self._queries is None or stats.pages == 0:
+            return np.zeros((stats.layers, stats.kv_heads, stats.pages))
+        assert stats.pool is not None and stats.table is not None
+        scores: FloatArray = stats.pool.key_scores(stats.table, self._queries).cpu().numpy()
+        return scores
+
+
+POLICY = Importance

@@ -1,0 +1,32 @@
+"""What a page could be worth at best: bounds of its keys against the query (Quest, arXiv 2406.10774)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenswift_py.kvcache.base import FloatArray, PageStats
+from tokenswift_py.kvcache.policies.base import LastQueries
+
+
+class Quest(LastQueries):
+    """An upper bound of q.k over a page's keys, for the last committed row: for each dimension the better of the
+    page's lowest and highest key, summed; the maximum over the query heads of the KV head's group.
+
+    The products are torch's in fp32: their last bits may change with the library and its threads, but not with the
+    passes that the rows came in.
+    """
+
+    name = "quest"
+
+    def score(self, stats: PageStats) -> FloatArray:
+        if self._queries is None or stats.pages == 0:
+            return np.zeros((stats.layers, stats.kv_heads, stats.pages))
+        assert stats.pool is not None and stats.table is not None
+        low, high = stats.pool.key_bounds(stats.table)  # [layers, kv_heads, pages, head_dim]
+        queries = self._queries.to(low).unflatten(1, (stats.kv_heads, -1))  # [layers, kv_heads, group, head_dim]
+        bound = high @ queries.clamp(min=0).mT + low @ queries.clamp(max=0).mT  # [layers, kv_heads, pages, group]
+        worth: FloatArray = bound.amax(3).cpu().numpy()
+        return worth
+
+
+POLICY = Quest
