@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment, TreeBuilder
-from tokenswift_py.drafters.base import Context
+from tokenswift_py.drafters.base import Context, committed
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import select
 from tokenswift_py.kvcache.view import PageView
@@ -27,13 +27,16 @@ class Partial:
         self.needs: frozenset[str] = self.policy.needs
         self.view_tokens = view_tokens
         self.width = width
+        self.length = 0  # of the cache when the last tree was proposed
 
     def prefill(self, context: Context, output: Output) -> None:
-        pass
+        rows = len(output.hidden)
+        self.policy.observe(committed(output, range(rows), context.cache.length - rows))
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         history, cache = context.history, context.cache
         start = len(history)
+        self.length = cache.length
         builder, node = TreeBuilder(history[-1], budget), 0
         view = self.view(context)
         cache.drop_tail()
@@ -53,7 +56,7 @@ class Partial:
         return PageView(select(self.policy, context.cache.page_stats(), self.view_tokens))
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        pass
+        self.policy.observe(committed(output, taken.path, self.length))
 
 
 DRAFTER = Partial

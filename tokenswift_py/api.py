@@ -19,7 +19,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
-from tokenswift_py.eviction import MASS_ROWS, Eviction
+from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
@@ -178,6 +178,7 @@ class TokenSwift:
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
         eviction = eviction_of(options)
+        chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
@@ -189,7 +190,7 @@ class TokenSwift:
             options.draft_tokens,
             want_logprobs=options.logprobs,
             eviction=eviction,
-            **({"prefill_chunk": MASS_ROWS} if eviction and "mass" in eviction.needs else {}),
+            **chunk,
         )
 
     def baseline(self, stream: Stream) -> Result:

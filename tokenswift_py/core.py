@@ -168,11 +168,14 @@ class Output:
     logits:    [len(logit_rows), vocab_size] fp32 (fp64 for an fp64 model), rows as asked for.
     page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page,
                summed over the query heads of the KV head's group; None unless asked for.
+    queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
+               unless asked for.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     page_mass: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
 
 
 class Model(Protocol):
@@ -186,7 +189,11 @@ class Model(Protocol):
     context: int
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         """Compute all rows, writing each row's KV into provisional slots behind its cache's length.
 

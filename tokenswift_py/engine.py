@@ -134,7 +134,7 @@ class Engine:
     def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Output:
         """A pass of the target. seen: by the drafter, which may need more than logits of it."""
         needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
-        return self.model.forward([segment], logit_rows, want_mass="mass" in needs)
+        return self.model.forward([segment], logit_rows, want_mass="mass" in needs, want_queries="queries" in needs)
 
     @property
     def room(self) -> int:

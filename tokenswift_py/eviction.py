@@ -16,7 +16,7 @@ from tokenswift_py.kvcache.pages import pages_for
 
 SMALLEST = 4  # pages: the first, the last, one that the policy chose, and one that is being written
 PERIOD = 4  # pages, where the budget is 16 of them or more
-MASS_ROWS = 64  # of a prefill pass that reports attention mass, which takes layers x KV heads x pages numbers a row
+STATISTICS_ROWS = 64  # of a prefill pass that reports statistics, as large as layers x KV heads x pages a row
 
 
 class Eviction:

@@ -38,6 +38,7 @@ struct Pass {
   float* logits = nullptr;             // [logit_count][vocab]
   float* mass = nullptr;               // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
   int mass_pages = 0;
+  float* queries = nullptr;            // [rows][layers][heads][head_dim] as attention takes them; null: not wanted
 };
 
 // Residual stream, norms, scores and sums are fp32. What a bf16 weight or a bf16 key or value is multiplied with is
@@ -62,6 +63,13 @@ class Decoder {
 
   // Throws std::invalid_argument before anything is computed or written. Calls from several threads take turns.
   void forward(const Pass& pass, Pool& pool);
+
+  // Statistics of `count` pages in use, on the decoder's threads.
+  // key_bounds: low, high are [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
+  // key_scores: out is [layers][kv_heads][count], the largest product of a key with the query of its layer and head;
+  // queries: [layers][kv_heads][pool.head_dim()].
+  void key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high);
+  void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
 
  private:
   struct Layer {

@@ -11,13 +11,29 @@ namespace {
 
 template <class Dot>
 ElementKernels element_kernels() {
-  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, multiply<Dot>, visit_page<Dot>};
+  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, multiply<Dot>};
+}
+
+template <class Page>
+PageKernels page_kernels() {
+  using Dot = typename Page::Dot;
+  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, visit_page<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
   constexpr int panel = Isa::gemm_vectors * Isa::lanes;
-  return {name,   panel, element_kernels<Bf16Dot>(), element_kernels<F32Dot>(), rms_norm,
-          swiglu, merge, normalise,                  add_mass};
+  return {name,
+          panel,
+          element_kernels<Bf16Dot>(),
+          element_kernels<F32Dot>(),
+          page_kernels<PageOf<Bf16Dot>>(),
+          page_kernels<PageOf<F32Dot>>(),
+          page_kernels<PageOf<Bf16Dot, int8_t>>(),
+          rms_norm,
+          swiglu,
+          merge,
+          normalise,
+          add_mass};
 }
 
 }  // namespace

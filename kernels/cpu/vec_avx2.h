@@ -58,12 +58,21 @@ struct Isa {
     return _mm256_castsi256_ps(_mm256_and_si256(bits(p), _mm256_set1_epi32(int(0xffff0000u))));
   }
 
+  // The even and the odd ones of 16 int8 values.
+  static Vec widen_even(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs(p), 8)); }
+
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
  private:
+  static __m256i pairs(const int8_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 
