@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.history import History
-from tokenswift_py.kvcache.base import Committed
+from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.planner import Odds, Planner
 from tokenswift_py.sampling import Sampler
@@ -125,10 +127,23 @@ class Candidates:
 UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, whatever it costs
 
 
-def committed(output: Output, rows: Sequence[int]) -> Committed:
-    """What a policy learns from those rows of a pass, which were committed in this order."""
-    mass = None if output.page_mass is None else output.page_mass[:, list(rows)].numpy()
-    return Committed(len(rows), mass)
+def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
+    """What a policy learns from: those rows of a pass that were committed, at positions `start` and on.
+
+    Views of the output where the rows are its first ones (every chunk of a prefill, every chain), else copies.
+    """
+    first = list(rows) == list(range(len(rows)))
+    kept = slice(len(rows)) if first else list(rows)
+    mass, queries = (None if x is None else host_array(x) for x in (output.page_mass, output.queries))
+    return Committed(
+        start, len(rows), None if mass is None else mass[:, kept], None if queries is None else queries[kept]
+    )
+
+
+def host_array(x: torch.Tensor) -> FloatArray:
+    """On the CPU, in a type that numpy has."""
+    array: FloatArray = (x if x.dtype == torch.float64 else x.float()).cpu().numpy()
+    return array
 
 
 def create(name: str, **settings: Any) -> Drafter:

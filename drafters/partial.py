@@ -14,7 +14,7 @@ from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, com
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
-from tokenswift_py.kvcache.base import PAGE_SIZE, FloatArray, PageStats, select
+from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.planner import Odds, Planner
 
@@ -49,7 +49,7 @@ class Partial(Drafter):
 
     def __init__(
         self,
-        policy: str = "recent",
+        policy: str = "mass",
         view_tokens: int | None = None,
         width: int = 3,
         refresh: int = 8,
@@ -65,7 +65,7 @@ class Partial(Drafter):
         self._now = self.views[0]
         self._chosen: PageView | None = None
         self._chosen_at = (-1, -1)  # full pages and committed tokens then
-        self._queries: FloatArray | None = None  # of the last committed row
+        self._length = 0  # of the cache when the last tree was proposed
         self._round = 0
         self._draft: Draft | None = None
         self._chain: list[int] = []
@@ -74,10 +74,11 @@ class Partial(Drafter):
         self._chosen = None
         if self.reuse is not None:
             self.reuse.prefill(context, output)
-        self.policy.observe(committed(output, range(len(output.hidden))))
+        rows = len(output.hidden)
+        self.policy.observe(committed(output, range(rows), context.cache.length - rows))
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        planner = context.planner
+        planner, self._length = context.planner, context.cache.length
         draft = Draft(context.history[-1], budget)
         candidates = Candidates(draft)
         place = self.reuse.read(context.history) if self.reuse is not None else (0, 0)
@@ -101,7 +102,7 @@ class Partial(Drafter):
             self._now.next.learn(right)
             if not right:
                 self._chosen = None
-        self.policy.observe(committed(output, taken.path))
+        self.policy.observe(committed(output, taken.path, self._length))
 
     def explain(self) -> dict[str, Any]:
         pages = 0 if self._chosen is None else int(self._chosen.pages.shape[-1])
@@ -119,7 +120,7 @@ class Partial(Drafter):
         start, tail = len(history), ()  # type: int, tuple[int, ...]
         self._chain = [0]
         self._choose_view_size(context)
-        keys = min(self._now.tokens, cache.full_pages * PAGE_SIZE) + PAGE_SIZE // 2
+        keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
         length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
         while len(self._chain) <= length:
@@ -175,21 +176,26 @@ class Partial(Drafter):
 
     def _view(self, context: Context) -> PageView | None:
         """The pages of this round; None, which is all of them, where they fit the budget."""
-        cache, pool = context.cache, context.cache.pool
+        cache = context.cache
         pages, length = cache.full_pages, cache.length
-        if pages * PAGE_SIZE <= self._now.tokens:
+        if self._held(context) <= self._now.tokens:
             return None
         if self._chosen is None or pages != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh:
-            stats = PageStats(pages, pool.layers, pool.kv_heads, self._queries, cache.pages[:pages], pool)
-            self._chosen, self._chosen_at = PageView(select(self.policy, stats, self._now.tokens)), (pages, length)
+            chosen = PageView(select(self.policy, cache.page_stats(), self._now.tokens))
+            self._chosen, self._chosen_at = chosen, (pages, length)
         return self._chosen
+
+    @staticmethod
+    def _held(context: Context) -> int:
+        """Tokens of the full pages that the target's cache still holds."""
+        return (context.cache.full_pages - context.cache.evicted) * PAGE_SIZE
 
     def _choose_view_size(self, context: Context) -> None:
         """Every so many rounds: the size whose drafts pay most, as far as is known; one that was never tried first."""
         self._round += 1
         if len(self.views) == 1 or self._round % VIEW_ROUNDS != 1:
             return
-        planner, text = context.planner, context.cache.full_pages * PAGE_SIZE
+        planner, text = context.planner, self._held(context)
         fitting = [view for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
 
         def rate(view: View) -> float:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
+from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
@@ -52,7 +53,7 @@ class Result:
     tokens:   every token behind the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
     logprobs: of the chosen tokens, when asked for.
-    ending:   eos, stop, length or interrupted.
+    ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """
 
@@ -164,8 +165,9 @@ class TokenSwift:
         )
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
-        cache_bytes = checkpoint.spec.kv_bytes(pages_for(context) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
-        check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
+        kept = min(context, options.kv_budget or context)
+        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
+        check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
@@ -177,12 +179,15 @@ class TokenSwift:
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
+        eviction = eviction_of(options)
+        chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
+        ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
             create(drafter, **settings),
             self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
-            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, decode, special),
+            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -190,23 +195,32 @@ class TokenSwift:
             if drafter in (*SELF_DRAFTERS, "heads")
             else None,
             trace=trace,
+            eviction=eviction,
+            **chunk,
         )
 
     def baseline(self, stream: Stream) -> Result:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
         run, mine = stream.run, stream.result()
-        with Stream(self, replace(run, options=replace(run.options, drafter="none", trace=None))) as plain:
+        options = replace(run.options, drafter="none", trace=None)
+        if options.on_loop == "warn":  # the stream has said so already
+            options = replace(options, on_loop="ignore")
+        with Stream(self, replace(run, options=options)) as plain:
             pieces = iter(plain)
             while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
                 if next(pieces, None) is None:
                     break
             theirs = plain.result()
-        mean_context = len(run.prompt) + len(mine.tokens) / 2
+        first, eviction = len(run.prompt), eviction_of(run.options)
+        positions = range(first, first + len(mine.tokens))
+        mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
         cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context
         step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
+        if eviction:
+            figures["baseline"]["what"] += ", evicting the same pages (lossy)"
         return replace(mine, report={**mine.report, **figures})
 
 
@@ -287,6 +301,7 @@ class Stream:
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self._engine
+        numerics, guarantee, eviction = engine.model.numerics, engine.model.guarantee, engine.eviction
         return {
             "schema": report.SCHEMA,
             "version": __version__,
@@ -298,16 +313,28 @@ class Stream:
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
             "engine": self._swift.executor.name,
-            "numerics": engine.model.numerics,
-            "guarantee": engine.model.guarantee,
+            "numerics": f"{numerics}/{eviction.label}" if eviction else numerics,
+            "guarantee": "lossy" if eviction else guarantee,
+            "lossy": eviction is not None,
+            "eviction": eviction.figures() if eviction else None,
             "prompt_tokens": len(run.prompt),
             "ending": result.ending,
             "forced": [list(span) for span in result.forced],
             **report.run_figures(engine.stats),
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
+            "loops": [asdict(loop) for loop in engine.stops.loops.loops],
             "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
         }
+
+
+def eviction_of(options: Options) -> Eviction | None:
+    """Of the lossy mode, where it was asked for."""
+    if options.kv_budget is None:
+        return None
+    name = options.kv_policy or "recent"
+    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
+    return Eviction(policy, options.kv_budget)
 
 
 def find_device(name: str) -> torch.device:

@@ -169,22 +169,33 @@ class Output:
     page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page,
                summed over the query heads of the KV head's group; None unless asked for.
     residual:  [R, hidden_size] before the final norm, what TokenSwift's heads read.
+    queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
+               unless asked for.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     page_mass: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
     residual: torch.Tensor | None = None
 
 
 class Model(Protocol):
-    """An executor: the same contract for torch on any device and for the native CPU engine."""
+    """An executor: the same contract for torch on any device and for the native CPU engine.
+
+    context: positions there are RoPE tables for.
+    """
 
     numerics: str
     guarantee: str
+    context: int
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         """Compute all rows, writing each row's KV into provisional slots behind its cache's length.
 

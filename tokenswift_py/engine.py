@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.base import Context, Drafter
+from tokenswift_py.eviction import Eviction
 from tokenswift_py.history import History
 from tokenswift_py.planner import Planner
 from tokenswift_py.sampling import Sampler
@@ -39,6 +40,7 @@ class Engine:
     prefill_chunk: rows per prefill pass.
     draft_model: the model with the draft's weights; None is the model itself.
     trace: called with a record of every round: tree, what was accepted, milliseconds, estimates.
+    eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Engine:
         want_logprobs: bool = False,
         draft_model: Model | None = None,
         trace: Callable[[dict[str, Any]], None] | None = None,
+        eviction: Eviction | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
@@ -60,7 +63,8 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()
-        self.cache = model.new_cache()
+        self.eviction = eviction
+        self.cache = eviction.new_cache(model) if eviction else model.new_cache()
         self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
         self.trace = trace
         self.stats = GenerationStats()
@@ -93,7 +97,7 @@ class Engine:
         with clock("accept"):
             taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
         with clock("commit"):
-            self.cache.commit(taken.path)
+            self.commit(taken.path, output)
         with clock("learn"):
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
@@ -116,29 +120,39 @@ class Engine:
 
     def prefill(self) -> Output:
         """Commit everything in the history that the cache lacks; the output of the last rows, logits of the last."""
-        while (missing := len(self.history) - self.cache.length) > SEEN_ROWS:
-            count = min(self.prefill_chunk, missing - SEEN_ROWS)
-            self.model.forward([self.chunk(count)], [])
-            self.commit_chunk(count)
+        while (missing := len(self.history) - self.cache.length) > min(SEEN_ROWS, self.room):
+            count = min(self.prefill_chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
+            self.commit_chunk(count, self.forward(self.chunk(count), [], seen=False))
         output = self.forward(self.chunk(missing), [missing - 1])
-        self.commit_chunk(missing)
+        self.commit_chunk(missing, output)
         return output
 
     def chunk(self, count: int) -> Segment:
         """The next tokens of the history that the cache lacks."""
         return Segment(DraftTree.chain(self.history.tokens[self.cache.length :][:count]), self.cache, causal=True)
 
-    def commit_chunk(self, count: int) -> None:
-        self.cache.commit(range(count))
+    def commit_chunk(self, count: int, output: Output) -> None:
+        self.commit(range(count), output)
         self.stats.prefill_tokens += count
 
-    def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None) -> Output:
-        """A pass of the target whose output the drafter sees."""
-        return self.model.forward([segment], logit_rows, want_mass="mass" in self.drafter.needs)
+    def commit(self, rows: Sequence[int], output: Output) -> None:
+        self.cache.commit(rows)
+        if self.eviction:
+            self.eviction.committed(self.cache, rows, output)
+
+    def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Output:
+        """A pass of the target. seen: by the drafter, which may need more than logits of it."""
+        needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
+        return self.model.forward([segment], logit_rows, want_mass="mass" in needs, want_queries="queries" in needs)
+
+    @property
+    def room(self) -> int:
+        """Rows that can be committed before the context ends or pages are evicted."""
+        return self.cache.limit - self.cache.length
 
     def budget(self) -> int:
-        """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
-        left = min(self.stops.tokens_left, self.cache.context - len(self.history) + 1)
+        """Nodes worth having in the next tree: no more than are still wanted, or can be committed."""
+        left = min(self.stops.tokens_left, self.room)
         return max(1, min(self.planner.most + 1, left))
 
     def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:

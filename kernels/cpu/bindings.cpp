@@ -36,6 +36,13 @@ Element element(const std::string& dtype) {
   throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16 and fp32 are");
 }
 
+PageType page_type(const std::string& dtype) {
+  if (dtype == "bf16") return PageType::bf16;
+  if (dtype == "fp32") return PageType::f32;
+  if (dtype == "int8") return PageType::int8;
+  throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16, fp32 and int8 are");
+}
+
 void require(bool condition, const char* what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -54,7 +61,7 @@ const Kernels& kernels_of_environment() {
 void init_pool(Pool* self, int layers, int kv_heads, int head_dim, const std::string& dtype, int pages) {
   require(layers > 0 && kv_heads > 0 && pages > 0 && pages <= INT32_MAX / page_size, "a pool's sizes must be positive");
   require(head_dim > 0 && head_dim % vector_multiple == 0, "head_dim must be a multiple of 16");
-  new (self) Pool(layers, kv_heads, head_dim, element(dtype), pages);
+  new (self) Pool(layers, kv_heads, head_dim, page_type(dtype), pages);
 }
 
 void move_slots(Pool& pool, const Ints& source, const Ints& target) {
@@ -143,7 +150,7 @@ SegmentInput segment_input(const SegmentArrays& arrays, int start, const Pool& p
 void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& positions, const Ints& slots,
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
              const Array<float, 2>& hidden, const Array<float, 2>& residual, const Array<float, 2>& logits,
-             const std::optional<Array<float, 4>>& mass) {
+             const std::optional<Array<float, 4>>& mass, const std::optional<Array<float, 4>>& queries) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.rows = size(tokens);
@@ -180,8 +187,43 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
     pass.mass = mass->data();
     pass.mass_pages = size(*mass, 3);
   }
+  if (queries) {
+    require(size(*queries, 0) == pass.rows && size(*queries, 1) == shape.layers && size(*queries, 2) == shape.heads &&
+                size(*queries, 3) == shape.head_dim,
+            "queries is [rows, layers, heads, head_dim]");
+    pass.queries = queries->data();
+  }
   const nb::gil_scoped_release release;
   decoder.forward(pass, pool);
+}
+
+void require_in_use(const Pool& pool, const Ints& pages) {
+  for (int i = 0; i < size(pages); ++i) require(pool.usable(pages.data()[i]), "a page that is not in use");
+}
+
+void key_bounds(Decoder& decoder, const Pool& pool, const Ints& pages, const Array<float, 4>& low,
+                const Array<float, 4>& high) {
+  require_in_use(pool, pages);
+  for (const auto* bounds : {&low, &high}) {
+    require(size(*bounds, 0) == pool.layers() && size(*bounds, 1) == pool.kv_heads() &&
+                size(*bounds, 2) == pool.pages() && size(*bounds, 3) == size(low, 3) && size(low, 3) <= pool.head_dim(),
+            "bounds are [layers, kv_heads, pages of the pool, head_dim]");
+  }
+  const nb::gil_scoped_release release;
+  decoder.key_bounds(pool, pages.data(), size(pages), size(low, 3), low.data(), high.data());
+}
+
+void key_scores(Decoder& decoder, const Pool& pool, const Ints& pages, const Array<const float, 3>& queries,
+                const Array<float, 3>& out) {
+  require_in_use(pool, pages);
+  require(size(queries, 0) == pool.layers() && size(queries, 1) == pool.kv_heads() &&
+              size(queries, 2) == pool.head_dim(),
+          "queries are [layers, kv_heads, padded head_dim]");
+  require(size(out, 0) == pool.layers() && size(out, 1) == pool.kv_heads() && size(out, 2) == size(pages),
+          "scores are [layers, kv_heads, pages]");
+  require(pool.head_dim() <= longest_head, "head_dim must be at most 512");
+  const nb::gil_scoped_release release;
+  decoder.key_scores(pool, pages.data(), size(pages), queries.data(), out.data());
 }
 
 }  // namespace
@@ -221,9 +263,14 @@ NB_MODULE(_native, m) {
            }, "part"_a, "layer"_a, "data"_a.noconvert())
       .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
-           "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none())
+           "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none(),
+           "queries"_a.noconvert().none())
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")
+      .def("key_bounds", &key_bounds, "pool"_a, "pages"_a.noconvert(), "low"_a.noconvert(), "high"_a.noconvert(),
+           "Write the least and greatest keys of these pages at their numbers.")
+      .def("key_scores", &key_scores, "pool"_a, "pages"_a.noconvert(), "queries"_a.noconvert(), "out"_a.noconvert(),
+           "The largest product of a query with a key of each page.")
       .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
       .def_prop_ro("weight_bytes", &Decoder::weight_bytes)
       .def_prop_ro("multiplied_bytes", &Decoder::multiplied_bytes);

@@ -174,7 +174,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.attended.reserve(rows * padded(q_width()));
   buffers_.activated.reserve(rows * ffn_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
-  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.element()).operand_bytes);
+  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
@@ -274,7 +274,7 @@ void Decoder::rotate_and_store(const Layer& layer, int index, const Pass& pass, 
 
 void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row) {
   const int head_dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
-  const ElementKernels& cached = kernels_.of(pool.element());
+  const PageKernels& cached = kernels_.of(pool.type());
   const float* q = buffers_.qkv.data() + row * qkv_stride_;
   const float* k = q + q_width();
   const float* v = k + kv_width();
@@ -282,6 +282,10 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     rotate_head(head_q, layer.q_norm, pass, row);
+    if (pass.queries) {
+      const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
+      std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
+    }
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
   }

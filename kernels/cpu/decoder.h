@@ -39,6 +39,7 @@ struct Pass {
   float* logits = nullptr;             // [logit_count][vocab]
   float* mass = nullptr;               // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
   int mass_pages = 0;
+  float* queries = nullptr;            // [rows][layers][heads][head_dim] as attention takes them; null: not wanted
 };
 
 // Residual stream, norms, scores and sums are fp32. What a bf16 weight or a bf16 key or value is multiplied with is
@@ -67,6 +68,12 @@ class Decoder {
 
   // logits [rows][vocab] of hidden [rows][hidden] as a pass returns them: a row's have the bits they had there.
   void project(const float* hidden, int rows, float* logits);
+  // Statistics of `count` pages in use, on the decoder's threads.
+  // key_bounds: low, high are [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
+  // key_scores: out is [layers][kv_heads][count], the largest product of a key with the query of its layer and head;
+  // queries: [layers][kv_heads][pool.head_dim()].
+  void key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high);
+  void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
 
  private:
   struct Linear {

@@ -13,8 +13,8 @@ constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to
 constexpr int longest_head = 512;     // values
 constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
 
-// q8 and q4 are weights in blocks (quant.h); the others are values of weights, keys or values.
-enum class Element { bf16, f32, q8, q4 };
+enum class Element { bf16, f32, q8, q4 };  // of weights; q8 and q4 are in blocks (quant.h)
+enum class PageType { bf16, f32, int8 };   // of cached keys and values
 
 constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
 constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
@@ -28,9 +28,9 @@ constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
 
 // Some queries meet one page of keys and values.
 struct PageVisit {
-  const void* keys;            // [head_dim / step][64][step]
-  const void* values;          // [64 / step][head_dim][step]
-  ptrdiff_t next;              // bytes from this page to the one visited next, for prefetching
+  const char* block;           // as Pool lays it out
+  const char* next;            // the one visited next, for prefetching; this one where there is none
+  char* copy;                  // scratch for the keys and values of an int8 page as bf16
   int head_dim;                // multiple of 16
   float scale;                 // of the scores, log2(e) included
   int queries;
@@ -43,21 +43,32 @@ struct PageVisit {
   size_t mass_stride;          // floats from one query to the next
 };
 
-// The arithmetic of one element type of weights or of cached keys and values.
+// Activations or queries as the other factor's type wants them: n floats (a multiple of vector_multiple) rounded.
+using RoundOperands = void (*)(const float* x, int n, void* out);
+
+// The arithmetic of one element type of weights.
 struct ElementKernels {
   int operand_bytes;  // of one value
-  // Rounds n floats to operands. What is rounded value by value is read up to the next multiple of vector_multiple.
-  void (*round)(const float* x, int n, void* out);
+  RoundOperands round;
   // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
   void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
                    size_t out_stride);
-  void (*visit)(const PageVisit&);  // null for what keys and values cannot be
+};
+
+// The arithmetic of one type of cached keys and values.
+struct PageKernels {
+  int operand_bytes;
+  RoundOperands round;
+  void (*visit)(const PageVisit&);
+  // The largest product of the first query with a key of the page; reads block, next, head_dim and q.
+  float (*best_score)(const PageVisit&);
 };
 
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
   ElementKernels bf16, f32, q8, q4;
+  PageKernels bf16_pages, f32_pages, int8_pages;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
@@ -77,6 +88,9 @@ struct Kernels {
       case Element::bf16: return bf16;
       default: return f32;
     }
+  }
+  const PageKernels& of(PageType type) const {
+    return type == PageType::bf16 ? bf16_pages : type == PageType::f32 ? f32_pages : int8_pages;
   }
 };
 

@@ -11,18 +11,27 @@ namespace tokenswift {
 namespace {
 
 template <class Format>
-ElementKernels element_kernels(void (*visit)(const PageVisit&)) {
-  return {Format::operand_bytes, round_operands<Format>, multiply<Format>, visit};
+ElementKernels element_kernels() {
+  return {Format::operand_bytes, round_operands<Format>, multiply<Format>};
+}
+
+template <class Page>
+PageKernels page_kernels() {
+  using Operands = Values<typename Page::Dot>;
+  return {Operands::operand_bytes, round_operands<Operands>, visit_page<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
   constexpr int panel = Isa::gemm_vectors * Isa::lanes;
   return {name,
           panel,
-          element_kernels<Values<Bf16Dot>>(visit_page<Bf16Dot>),
-          element_kernels<Values<F32Dot>>(visit_page<F32Dot>),
-          element_kernels<Blocks<Q8>>(nullptr),
-          element_kernels<Blocks<Q4>>(nullptr),
+          element_kernels<Values<Bf16Dot>>(),
+          element_kernels<Values<F32Dot>>(),
+          element_kernels<Blocks<Q8>>(),
+          element_kernels<Blocks<Q4>>(),
+          page_kernels<PageOf<Bf16Dot>>(),
+          page_kernels<PageOf<F32Dot>>(),
+          page_kernels<PageOf<Bf16Dot, int8_t>>(),
           rms_norm,
           swiglu,
           merge,

@@ -84,6 +84,11 @@ struct Isa {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
     return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
   }
+  // The even and the odd ones of 16 int8 values.
+  static Vec widen_even(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs(p), 8)); }
 
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
@@ -91,6 +96,9 @@ struct Isa {
   }
 
  private:
+  static __m256i pairs(const int8_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 

@@ -90,6 +90,14 @@ struct Isa {
     return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
   }
 #endif
+  // 16 int8 values; the even and the odd ones of 32.
+  static Vec widen(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec widen_even(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
 
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
@@ -101,6 +109,9 @@ struct Isa {
     int32_t bytes;
     std::memcpy(&bytes, x, sizeof bytes);
     return _mm512_set1_epi32(bytes);
+  }
+  static __m512i pairs(const int8_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 };
 

@@ -94,6 +94,9 @@ struct Isa {
     for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
     return a;
   }
+  // The even and the odd ones of 8 int8 values.
+  static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
+  static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
 
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }

@@ -58,7 +58,11 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         rows = lay_out(segments, target_weights=not self.draft)
         plan = self.attention.prepare(rows.segments, self.device)
@@ -69,11 +73,14 @@ class TorchDecoder:
         cos, sin = self.cos[positions, None], self.sin[positions, None]  # [R, 1, head_dim / 2]
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None
+        queries: list[torch.Tensor] = []
         x = self.weights["model.embed_tokens.weight"][tokens]  # [R, hidden]
         for layer in range(spec.layers):
             at = f"model.layers.{layer}."
             normed = self._norm(x, f"{at}input_layernorm.weight")
             q, k, v = self._qkv(normed, f"{at}self_attn.", cos, sin)
+            if want_queries:
+                queries.append(q.float())
             pool.write(layer, slots, k, v)
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
@@ -85,7 +92,7 @@ class TorchDecoder:
             x = x + self._linear(gate * self._linear(normed, f"{at}mlp.up_proj"), f"{at}mlp.down_proj")
         hidden = self._norm(x, "model.norm.weight")
         wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
-        return Output(hidden, self.project(wanted), mass, x)
+        return Output(hidden, self.project(wanted), mass, torch.stack(queries, 1) if want_queries else None, x)
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

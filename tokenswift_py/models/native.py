@@ -18,7 +18,7 @@ from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import Holders, pages_for
+from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
@@ -26,6 +26,7 @@ from tokenswift_py.rope import RopeTables
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 WEIGHTS = {**DTYPES, torch.int8: "q8"}
+KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 PARTS = {
@@ -46,17 +47,19 @@ PARTS = {
 }
 
 
-class NativePool(Holders):
+class NativePool(BoundedPages):
     """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
-    held, and nothing is ever copied to grow."""
+    held, and nothing is ever copied to grow. Statistics are computed by the threads of `weights`."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype):
+    def __init__(self, weights: NativeWeights, pages: int, dtype: torch.dtype):
         from tokenswift_py.kernels.cpu import _native
 
-        super().__init__(pages)
-        self.layers, self.kv_heads, self.dtype = layers, kv_heads, dtype
-        self.native = _native.Pool(layers, kv_heads, round_up(head_dim, VECTOR), DTYPES[dtype], pages)
+        spec = weights.spec
+        super().__init__((spec.layers, spec.kv_heads, pages, spec.head_dim), torch.device("cpu"))
+        self.layers, self.kv_heads, self.dtype = spec.layers, spec.kv_heads, dtype
+        self.native = _native.Pool(spec.layers, spec.kv_heads, round_up(spec.head_dim, VECTOR), KV_DTYPES[dtype], pages)
         self.page_bytes: int = self.native.page_bytes
+        self._engine = weights.native
 
     def allocate(self) -> int:
         page = super().allocate()
@@ -69,6 +72,17 @@ class NativePool(Holders):
 
     def move(self, source: IntArray, target: IntArray) -> None:
         self.native.move(native_ints(source), native_ints(target))
+
+    def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
+        sums = grouped(queries, self.kv_heads)
+        query = np.zeros((self.layers, self.kv_heads, round_up(sums.shape[-1], VECTOR)), np.float32)
+        query[..., : sums.shape[-1]] = sums.numpy()
+        scores = np.empty((self.layers, self.kv_heads, len(pages)), np.float32)
+        self._engine.key_scores(self.native, native_ints(pages), query, scores)
+        return torch.from_numpy(scores)
+
+    def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
+        self._engine.key_bounds(self.native, native_ints(pages), low.numpy(), high.numpy())
 
 
 class NativeWeights:
@@ -163,12 +177,14 @@ class NativeWeights:
 class NativeDecoder:
     """Packed weights and the RoPE tables of one context.
 
-    kv_dtype: of keys and values; None is that of the weights, or bfloat16 beside weights in blocks.
+    kv_dtype: of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a scale
+              (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
+              multiples of it, ties to even.
     draft:    rows are for drafts only and can never be committed.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight, key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks is rounded to
-    int8 in blocks. `Output.hidden` is the final norm's fp32.
+    weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
+    is rounded to int8 in blocks. `Output.hidden` is the final norm's fp32.
     """
 
     guarantee = "bitwise"
@@ -181,9 +197,9 @@ class NativeDecoder:
         self.context = rope.context
         self.draft = draft
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
-        check(self.kv_dtype in DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16 or torch.float32")
+        check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
-        kinds = f"{weights.label}/kv-{DTYPES[self.kv_dtype]}"
+        kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:
@@ -191,11 +207,14 @@ class NativeDecoder:
 
     def new_pool(self, pages: int) -> NativePool:
         """Room for the pages of one or several sequences, which must share a pool to share a pass."""
-        spec = self.spec
-        return NativePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype)
+        return NativePool(self.weights, pages, self.kv_dtype)
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         pool = shared_pool(segments, NativePool)
         rows = lay_out(segments, target_weights=not self.draft)
@@ -206,6 +225,9 @@ class NativeDecoder:
         logits = np.empty((len(wanted), self.spec.vocab_size), np.float32)
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self._room_for_mass(len(rows.tokens), pages) if want_mass else None
+        spec = self.spec
+        shape = (len(rows.tokens), spec.layers, spec.heads, spec.head_dim)
+        queries = np.empty(shape, np.float32) if want_queries else None
         self.weights.native.forward(
             pool=pool.native,
             tokens=native_ints(rows.tokens),
@@ -219,9 +241,11 @@ class NativeDecoder:
             residual=residual,
             logits=logits,
             mass=mass,
+            queries=queries,
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
-        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass, torch.from_numpy(residual))
+        asked = None if queries is None else torch.from_numpy(queries)
+        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass, asked, torch.from_numpy(residual))
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.detach().to("cpu", torch.float32).contiguous()
