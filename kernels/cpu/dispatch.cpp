@@ -37,7 +37,7 @@ std::vector<Variant> variants() {
   all.push_back({"avx512", avx512, kernels_avx512});
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
-  all.push_back({"generic", true, kernels_generic});
+  all.push_back({generic_name, true, kernels_generic});
   return all;
 }
 
