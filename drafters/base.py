@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from tokenswift_py import registry
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.history import History
+from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.planner import Odds, Planner
 from tokenswift_py.sampling import Sampler
 
 
@@ -16,6 +22,8 @@ from tokenswift_py.sampling import Sampler
 class Context:
     """What a drafter may look at. The last token of `history` is pending: it is the root of the next tree, and the
     cache holds everything before it.
+
+    draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
 
     A drafter may push guesses onto the history (to see their processed logits) and write provisional rows into the
     cache; it must cut the history back before it returns. It never commits.
@@ -25,21 +33,117 @@ class Context:
     cache: KVCache
     model: Model
     sampler: Sampler
+    draft_model: Model
+    planner: Planner = field(default_factory=lambda: Planner(fixed=True))
 
 
-class Drafter(Protocol):
-    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text."""
+class Drafter:
+    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text.
+
+    needs: of "mass" and "queries", what the passes it sees the output of must report.
+    """
 
     name: str
+    needs: frozenset[str] = frozenset()
 
-    def prefill(self, context: Context) -> None:
-        """The history has grown by tokens that no tree proposed."""
+    def prefill(self, context: Context, output: Output) -> None:
+        """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
+        before the pending token, up to `engine.SEEN_ROWS` of them."""
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""
+        raise NotImplementedError
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         """What verification took from the last proposal, and the pass that said so."""
+
+    def explain(self) -> dict[str, Any]:
+        """What a line of the trace says about the last proposal."""
+        return {}
+
+
+class Draft(TreeBuilder):
+    """A tree in the making that knows each node's chance of being emitted, and the odds it was guessed by."""
+
+    def __init__(self, pending: int, budget: int):
+        super().__init__(pending, budget)
+        self.chances = [1.0]
+        self.odds: list[Odds | None] = [None]
+
+    def guess(self, parent: int, token: int, odds: Odds) -> int | None:
+        """The child of `parent` that carries `token`, with the best odds it was guessed by; None when the tree is full.
+
+        odds: that the child is emitted if its parent is.
+        """
+        node = self.add(parent, token)
+        if node is None:
+            return None
+        chance = odds.chance * self.chances[parent]
+        if node == len(self.chances):
+            self.chances.append(chance)
+            self.odds.append(odds)
+        elif chance > self.chances[node]:
+            self.chances[node], self.odds[node] = chance, odds
+        return node
+
+    def learn(self, taken: Acceptance) -> None:
+        """Count every guess that was put to the test: the children of the nodes that were accepted."""
+        after = dict(zip(taken.path, taken.tokens, strict=True))
+        for node, odds in enumerate(self.odds):
+            if odds is not None and self.parents[node] in after:
+                odds.learn(self.tokens[node] == after[self.parents[node]])
+
+
+class Candidates:
+    """Guesses that could join a draft without another draft pass."""
+
+    def __init__(self, draft: Draft):
+        self.draft = draft
+        self._heap: list[tuple[float, int, int, int, Odds, Any]] = []
+        self._order = 0
+
+    def push(self, parent: int, token: int, odds: Odds, more: Any = None) -> None:
+        """more: given to `follow` when the guess is taken."""
+        chance = odds.chance * self.draft.chances[parent]
+        if chance < UNLIKELY:
+            return
+        self._order += 1  # of equals the one found first
+        heapq.heappush(self._heap, (-chance, self._order, parent, token, odds, more))
+
+    def take(self, worth: Callable[[float], bool], follow: Callable[[int, Any], None] | None = None) -> None:
+        """Add the likeliest guesses to the draft until the next is not worth it or the draft is full.
+
+        follow: called with each node added and its `more`, to push what may come behind it.
+        """
+        while self._heap and worth(-self._heap[0][0]):
+            _, _, parent, token, odds, more = heapq.heappop(self._heap)
+            node = self.draft.guess(parent, token, odds)
+            if node is None:
+                return
+            if follow is not None and more is not None:
+                follow(node, more)
+
+
+UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, whatever it costs
+
+
+def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
+    """What a policy learns from: those rows of a pass that were committed, at positions `start` and on.
+
+    Views of the output where the rows are its first ones (every chunk of a prefill, every chain), else copies.
+    """
+    first = list(rows) == list(range(len(rows)))
+    kept = slice(len(rows)) if first else list(rows)
+    mass, queries = (None if x is None else host_array(x) for x in (output.page_mass, output.queries))
+    return Committed(
+        start, len(rows), None if mass is None else mass[:, kept], None if queries is None else queries[kept]
+    )
+
+
+def host_array(x: torch.Tensor) -> FloatArray:
+    """On the CPU, in a type that numpy has."""
+    array: FloatArray = (x if x.dtype == torch.float64 else x.float()).cpu().numpy()
+    return array
 
 
 def create(name: str, **settings: Any) -> Drafter:

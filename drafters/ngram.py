@@ -7,10 +7,15 @@ amortised constant time. Using one for drafting is SuffixDecoding's idea (arXiv 
 from __future__ import annotations
 
 import heapq
+from bisect import bisect
+from collections.abc import Callable
+from functools import partial
 
-from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output, TreeBuilder
-from tokenswift_py.drafters.base import Context
+from tokenswift_py.core import Acceptance, DraftTree, Output
+from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.errors import check
+from tokenswift_py.history import History
+from tokenswift_py.planner import Odds
 
 
 class SuffixAutomaton:
@@ -73,9 +78,13 @@ class SuffixAutomaton:
 
 TALLIED = 32
 
+Place = tuple[int, int]  # a state, and how many of the latest tokens it matches
 
-class NGram:
+
+class NGram(Drafter):
     """Follows the longest suffixes of the text that occurred before, the likeliest continuations first.
+
+    A continuation's chance is learned by the length of the match behind it and its share of all continuations seen.
 
     shortest: tokens a suffix must have for its continuations to be proposed.
     """
@@ -86,53 +95,76 @@ class NGram:
         check(shortest >= 1, "shortest", shortest, "at least 1")
         self.shortest = shortest
         self.automaton = SuffixAutomaton()
+        self._odds = [[Odds(trust * share) for share in PRIORS] for trust in TRUST]
+        self._draft: Draft | None = None
 
-    def prefill(self, context: Context) -> None:
-        self._read(context.history.tokens)
+    def prefill(self, context: Context, output: Output) -> None:
+        self.read(context.history)
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        self._read(context.history.tokens)
-        builder = TreeBuilder(context.history[-1], budget)
-        state = self.automaton.link[self.automaton.last]
-        for _ in range(SUFFIXES):
-            if len(builder) >= budget or state <= 0 or self.automaton.longest[state] < self.shortest:
-                break
-            self._follow(builder, state)
-            state = self.automaton.link[state]
-        return builder.build()
+        draft, planner = Draft(context.history[-1], budget), context.planner
+        candidates = Candidates(draft)
+        self.push(candidates, 0, self.read(context.history))
+        candidates.take(lambda chance: planner.worth(chance, planner.row_ms(len(draft))), self.following(candidates))
+        self._draft = draft
+        return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        pass
+        if self._draft is not None:
+            self._draft.learn(taken)
 
-    def _read(self, tokens: IntArray) -> None:
-        for token in tokens[self.automaton.size :].tolist():
+    def read(self, history: History) -> Place:
+        """Take in what is new and say where its end occurred before."""
+        for token in history.tokens[self.automaton.size :].tolist():
             self.automaton.extend(token)
+        state = max(0, self.automaton.link[self.automaton.last])
+        return state, self.automaton.longest[state]
 
-    def _follow(self, builder: TreeBuilder, state: int) -> None:
-        """Add continuations of a state, the most probable path first, until the tree is full or they end.
+    def step(self, place: Place, token: int) -> Place:
+        """The place after one more token, which need not become part of the text."""
+        automaton, (state, matched) = self.automaton, place
+        while state > 0 and token not in automaton.next[state]:
+            state = automaton.link[state]
+            matched = automaton.longest[state]
+        target = automaton.next[state].get(token)
+        return (target, matched + 1) if target is not None else (0, 0)
 
-        A token's share of the continuations counts the less, the shorter the match behind it is.
-        """
-        automaton = self.automaton
-        order = 0  # of equals, the one found first
-        queue = [(-1.0, order, 0, state, automaton.longest[state])]
-        while queue:
-            probability, _, node, state, matched = heapq.heappop(queue)
-            following = automaton.next[state]
-            total = sum(automaton.count[target] for target in following.values()) + DOUBT / matched
-            for token, target in following.items():
-                share = -probability * automaton.count[target] / total
-                if share < UNLIKELY:
-                    continue
-                child = builder.add(node, token)
-                if child is None:
-                    return
-                order += 1
-                heapq.heappush(queue, (-share, order, child, target, matched + 1))
+    def push(self, candidates: Candidates, node: int, place: Place) -> None:
+        """Make candidates of what followed the suffixes that end at `place`, the longest SUFFIXES of them."""
+        state, matched = place
+        for _ in range(SUFFIXES):
+            if state <= 0 or matched < self.shortest:
+                return
+            self._push_followers(candidates, node, (state, matched))
+            state = self.automaton.link[state]
+            matched = self.automaton.longest[state]
+
+    def following(self, candidates: Candidates) -> Callable[[int, Place], None]:
+        """What `Candidates.take` calls with each node: what followed the match that led there comes behind it."""
+        return partial(self._push_followers, candidates)
+
+    def _push_followers(self, candidates: Candidates, node: int, place: Place) -> None:
+        automaton, (state, matched) = self.automaton, place
+        if matched < self.shortest:
+            return
+        followers, count = list(automaton.next[state].items()), automaton.count
+        total = sum(count[target] for _, target in followers) + DOUBT / matched
+        if len(followers) > BRANCHES:
+            followers = heapq.nlargest(BRANCHES, followers, key=lambda item: count[item[1]])
+        by_share = self._odds[bisect(LENGTHS, matched)]
+        for token, target in followers:
+            share = count[target] / total
+            if share >= UNLIKELY:
+                candidates.push(node, token, by_share[bisect(SHARES, share)], (target, matched + 1))
 
 
-UNLIKELY = 0.02  # paths below this are not proposed
+UNLIKELY = 0.02  # continuations with a smaller share of those seen are not proposed
 DOUBT = 2.0  # continuations never seen, as if seen so often behind a match of one token
 SUFFIXES = 8  # how many shorter matches fill up the tree
+BRANCHES = 8  # continuations of one match
+LENGTHS = (3, 4, 6, 9, 17)  # of a match: 2, 3, 4-5, 6-8, 9-16, more
+SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # chance of each range of shares
+TRUST = (0.6, 0.75, 0.85, 0.95, 1.0, 1.0)  # in each range of lengths
 
 DRAFTER = NGram

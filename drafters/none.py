@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from tokenswift_py.core import Acceptance, DraftTree, Output
-from tokenswift_py.drafters.base import Context
+from tokenswift_py.core import DraftTree
+from tokenswift_py.drafters.base import Context, Drafter
 
 
-class NoDraft:
+class NoDraft(Drafter):
     name = "none"
-
-    def prefill(self, context: Context) -> None:
-        pass
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         return DraftTree.chain([context.history[-1]])
-
-    def observe(self, taken: Acceptance, output: Output) -> None:
-        pass
 
 
 DRAFTER = NoDraft

@@ -2,59 +2,215 @@
 
 from __future__ import annotations
 
+import time
+from bisect import bisect
+from typing import Any
+
+import torch
+
 from tokenswift_py import registry
-from tokenswift_py.core import Acceptance, DraftTree, Output, Segment, TreeBuilder
-from tokenswift_py.drafters.base import Context
+from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
+from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, committed
+from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PageStats
+from tokenswift_py.history import History
+from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.planner import Odds, Planner
 
 
-class Partial:
-    """A chain of the model's own guesses under a page view, chosen with the target's noise, and beside each guess
-    the runners-up of the same perturbed scores.
+class View:
+    """What is known of drafting with views of so many tokens: how often the guesses are right.
 
-    view_tokens: budget of the view in tokens.
-    width:       children of each node of the chain; 1 is a plain chain.
+    The lead of a guess's perturbed score over the next one's says how sure the draft is of it. Full and partial cache
+    share their noise, so only the error of the draft's scores can make it wrong, and a large lead outlives that.
+    """
+
+    def __init__(self, tokens: int, width: int):
+        self.tokens = tokens
+        self.first = [Odds(1 - 0.45 * 0.6**i) for i in range(len(LEADS) + 1)]
+        self.others = [[Odds(0.25 * 0.6**i / rank) for i in range(len(LEADS) + 1)] for rank in range(1, width)]
+        self.next = Odds(0.9)  # of a guess not made yet
+
+
+class Partial(Drafter):
+    """A chain of the model's own guesses under a page view, chosen with the target's noise, and runners-up of the same
+    perturbed scores beside it where they are worth a row. The chain ends where one more guess would not pay for its
+    pass.
+
+    policy:      which pages are in the view.
+    view_tokens: budget of the view; None tries VIEWS and keeps to the one that pays most.
+    width:       guesses a node has at most, runners-up included; 1 is a plain chain.
+    refresh:     committed tokens after which the view is chosen anew; it also is after a wrong guess.
+    reuse:       repeats of the text that a draft pass checks several at a time.
     """
 
     name = "partial"
 
-    def __init__(self, policy: str = "recent", view_tokens: int = 1024, width: int = 1):
-        check(view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
+    def __init__(
+        self,
+        policy: str = "mass",
+        view_tokens: int | None = None,
+        width: int = 3,
+        refresh: int = 8,
+        reuse: NGram | None = None,
+    ):
+        check(view_tokens is None or view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
+        check(refresh >= 1, "refresh", refresh, "at least 1")
         self.policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
-        self.view_tokens = view_tokens
-        self.width = width
+        self.needs = self.policy.needs
+        self.width, self.refresh, self.reuse = width, refresh, reuse
+        self.views = [View(tokens, width) for tokens in ((view_tokens,) if view_tokens else VIEWS)]
+        self._now = self.views[0]
+        self._chosen: PageView | None = None
+        self._chosen_at = (-1, -1)  # full pages and committed tokens then
+        self._length = 0  # of the cache when the last tree was proposed
+        self._round = 0
+        self._draft: Draft | None = None
+        self._chain: list[int] = []
 
-    def prefill(self, context: Context) -> None:
-        pass
+    def prefill(self, context: Context, output: Output) -> None:
+        self._chosen = None
+        if self.reuse is not None:
+            self.reuse.prefill(context, output)
+        rows = len(output.hidden)
+        self.policy.observe(committed(output, range(rows), context.cache.length - rows))
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        history, cache = context.history, context.cache
-        start = len(history)
-        builder, node = TreeBuilder(history[-1], budget), 0
-        view = self.view(context)
-        cache.drop_tail()
-        tail: tuple[int, ...] = ()
-        while len(builder) < budget:
-            segment = Segment(DraftTree.chain([history[-1]]), cache, view, tail)
-            logits = context.model.forward([segment]).logits
-            guesses = context.sampler.rank(logits[0], history, self.width)
-            children = [builder.add(node, guess) for guess in guesses]
-            assert children[0] is not None
-            node, tail = children[0], (*tail, len(tail))
-            history.append(guesses[0])
-        history.truncate(start)
-        return builder.build()
-
-    def view(self, context: Context) -> PageView:
-        pool = context.cache.pool
-        stats = PageStats(context.cache.full_pages, pool.layers, pool.kv_heads)
-        return PageView(self.policy.select(stats, self.view_tokens))
+        planner, self._length = context.planner, context.cache.length
+        draft = Draft(context.history[-1], budget)
+        candidates = Candidates(draft)
+        place = self.reuse.read(context.history) if self.reuse is not None else (0, 0)
+        place = self._grow_chain(context, draft, candidates, place)
+        follow = None
+        if self.reuse is not None:
+            self.reuse.push(candidates, self._chain[-1], place)
+            follow = self.reuse.following(candidates)
+        candidates.take(lambda chance: planner.worth(chance, planner.row_ms(len(draft))), follow)
+        self._draft = draft
+        return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        pass
+        assert self._draft is not None
+        self._draft.learn(taken)
+        after = dict(zip(taken.path, taken.tokens, strict=True))
+        for node, guess in zip(self._chain, self._chain[1:], strict=False):
+            if node not in after:
+                break
+            right = self._draft.tokens[guess] == after[node]
+            self._now.next.learn(right)
+            if not right:
+                self._chosen = None
+        self.policy.observe(committed(output, taken.path, self._length))
 
+    def explain(self) -> dict[str, Any]:
+        pages = 0 if self._chosen is None else int(self._chosen.pages.shape[-1])
+        return {
+            "view_tokens": self._now.tokens,
+            "view_pages": pages,
+            "chain": len(self._chain) - 1,
+            "expected_acceptance": round(self._now.next.chance, 4),
+            "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
+        }
+
+    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, place: Place) -> Place:
+        """Guess on, pass by pass, as long as it pays. Returns where the chain's end occurred in the text before."""
+        history, cache, planner = context.history, context.cache, context.planner
+        start, tail = len(history), ()  # type: int, tuple[int, ...]
+        self._chain = [0]
+        self._choose_view_size(context)
+        keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
+        length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
+        cache.drop_tail()
+        while len(self._chain) <= length:
+            pass_ms = planner.draft(1, keys)
+            ms = pass_ms + planner.row_ms(len(draft))
+            chance = draft.chances[self._chain[-1]] * self._now.next.chance
+            if not planner.worth(chance, ms) and (tail or not planner.may_probe(ms)):
+                break
+            clock = time.perf_counter()
+            ahead, tree = self._look_ahead(history, place, planner, keys)
+            first = cache.tail_length
+            logits = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)]).logits
+            rows, tokens = [0], []
+            while True:
+                tail = (*tail, first + rows[-1])
+                tokens.append(self._guess(context, candidates, logits[rows[-1]], place))
+                place = self.reuse.step(place, tokens[-1]) if self.reuse is not None else place
+                child = tree.children[rows[-1]].get(tokens[-1])
+                if child is None or len(self._chain) > length:
+                    break
+                rows.append(child)
+            ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
+            planner.draft.observe(len(tree), keys, 1e3 * (time.perf_counter() - clock))
+        history.truncate(start)
+        return place
+
+    def _look_ahead(self, history: History, place: Place, planner: Planner, keys: int) -> tuple[Draft, DraftTree]:
+        """The last token and the repeats behind it that are likely enough to save a pass of their own."""
+        ahead = Draft(history[-1], 1 + AHEAD)
+        if self.reuse is not None:
+            candidates, pass_ms = Candidates(ahead), planner.draft(1, keys)
+            self.reuse.push(candidates, 0, place)
+            candidates.take(
+                lambda chance: chance * pass_ms > planner.draft(len(ahead) + 1, keys) - planner.draft(len(ahead), keys),
+                self.reuse.following(candidates),
+            )
+        return ahead, ahead.build()
+
+    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int:
+        """The best token of a row becomes the chain's next node, the runners-up become candidates beside it."""
+        end = self._chain[-1]
+        ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
+        lead = bisect(LEADS, ranked[0][1] - ranked[1][1]) if len(ranked) > 1 else len(LEADS)
+        token = ranked[0][0]
+        node = candidates.draft.guess(end, token, self._now.first[lead])
+        assert node is not None
+        for rank, (other, score) in enumerate(ranked[1 : self.width]):
+            odds = self._now.others[rank][bisect(LEADS, ranked[0][1] - score)]
+            candidates.push(end, other, odds, self.reuse.step(place, other) if self.reuse is not None else None)
+        self._chain.append(node)
+        context.history.append(token)
+        return token
+
+    def _view(self, context: Context) -> PageView | None:
+        """The pages of this round; None, which is all of them, where they fit the budget."""
+        cache = context.cache
+        pages, length = cache.full_pages, cache.length
+        if self._held(context) <= self._now.tokens:
+            return None
+        if self._chosen is None or pages != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh:
+            chosen = PageView(select(self.policy, cache.page_stats(), self._now.tokens))
+            self._chosen, self._chosen_at = chosen, (pages, length)
+        return self._chosen
+
+    @staticmethod
+    def _held(context: Context) -> int:
+        """Tokens of the full pages that the target's cache still holds."""
+        return (context.cache.full_pages - context.cache.evicted) * PAGE_SIZE
+
+    def _choose_view_size(self, context: Context) -> None:
+        """Every so many rounds: the size whose drafts pay most, as far as is known; one that was never tried first."""
+        self._round += 1
+        if len(self.views) == 1 or self._round % VIEW_ROUNDS != 1:
+            return
+        planner, text = context.planner, self._held(context)
+        fitting = [view for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
+
+        def rate(view: View) -> float:
+            if not view.next.tried:
+                return float("inf")
+            return planner.best_rate(view.next.hope, planner.draft(1, min(view.tokens, text) + PAGE_SIZE // 2))[0]
+
+        best = max(fitting, key=rate)
+        if best is not self._now:
+            self._now, self._chosen = best, None
+
+
+LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # of perturbed scores, in units of logit / temperature
+VIEWS = (1024, 2048, 4096, 8192)  # tokens
+VIEW_ROUNDS = 12
+AHEAD = 6  # repeats checked by one draft pass
 
 DRAFTER = Partial

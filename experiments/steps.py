@@ -25,7 +25,7 @@ import torch
 
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Model, Segment
-from tokenswift_py.kvcache.base import PAGE_SIZE, PageStats
+from tokenswift_py.kvcache.base import PAGE_SIZE, PageStats, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
@@ -125,7 +125,7 @@ def ours(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[
     for tokens in args.view:
         if tokens < context:
             stats = PageStats(cache.full_pages, spec.layers, spec.kv_heads)
-            segment = Segment(DraftTree.chain([5]), cache, PageView(Recent().select(stats, tokens)))
+            segment = Segment(DraftTree.chain([5]), cache, PageView(select(Recent(), stats, tokens)))
             yield Contender(
                 swift.executor.name, context, f"view {tokens}", passes(model, cache, segment), *cost(swift, tokens, 1)
             )
@@ -160,7 +160,7 @@ def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
     spec = swift.checkpoint.spec
     kv = spec.kv_bytes(context, swift.executor.kv_dtype.itemsize)
     attention = 4 * spec.layers * spec.heads * spec.head_dim * context
-    return spec.multiplied * swift.executor.dtype.itemsize + kv, rows * (2.0 * spec.multiplied + attention)
+    return swift.executor.multiplied_nbytes + kv, rows * (2.0 * spec.multiplied + attention)
 
 
 @contextlib.contextmanager

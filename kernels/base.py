@@ -26,7 +26,8 @@ class AttentionSegment:
 
     rows:      their place in the pass.
     positions: [n] absolute positions.
-    pages:     [full] page of the pool for each full committed page.
+    pages:     [full] page of the pool for each full committed page; -1 where it was evicted, which only a segment
+               with a view has, and no view names.
     view:      [layers, kv_heads, v] absolute page numbers to attend to; None is all.
     tail:      [n, t] slots in the pool of positions full * PAGE_SIZE ... positions[i], by position, -1 behind them.
                A causal segment has the last row's only ([1, t]); row i attends to its beginning.

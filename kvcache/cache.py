@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool
+from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool, PageStats
 
 
 class KVCache:
@@ -15,14 +15,20 @@ class KVCache:
     A committed row at position p lies in logical page p // PAGE_SIZE, lane p % PAGE_SIZE; the page table turns a
     logical page into a page of the pool. Provisional row r lies where position length + r would, whatever its own
     position is (siblings of a tree share one).
+
+    A full page can be evicted (the lossy mode of law 6): its logical number stays, its rows are gone for good, and
+    everything after attends to the pages that are left.
+
+    limit: nothing is committed from this position on: the context, or where pages must be evicted first.
     """
 
     def __init__(self, pool: PagePool, context: int):
         self.pool = pool
-        self.context = context
+        self.context = self.limit = context
         self.length = 0
         self._table = np.empty(-(-context // PAGE_SIZE) + 16, np.int32)
         self._held = 0
+        self.evicted = 0  # pages
         self._tail_positions: list[int] = []
         self._tail_committable: list[bool] = []
 
@@ -38,13 +44,23 @@ class KVCache:
 
     @property
     def pages(self) -> IntArray:
-        """[pages] page of the pool for each logical page held; valid until the next change."""
+        """[pages] page of the pool for each logical page, -1 where it was evicted; valid until the next change."""
         return self._table[: self._held]
+
+    @property
+    def kept(self) -> IntArray:
+        """[n] full committed pages that were not evicted, ascending."""
+        return np.flatnonzero(self.pages[: self.full_pages] >= 0).astype(np.int32)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the pages held, shared ones included."""
-        return self._held * self.pool.page_bytes
+        return (self._held - self.evicted) * self.pool.page_bytes
+
+    def page_stats(self) -> PageStats:
+        """What a policy may look at when it scores this cache's pages."""
+        pool, table = self.pool, self.pages[: self.full_pages].copy()
+        return PageStats(len(table), pool.layers, pool.kv_heads, table=table, pool=pool)
 
     def slots(self, rows: IntArray) -> IntArray:
         """Slots in the pool of rows numbered from position 0 on, the provisional ones behind `length`."""
@@ -77,13 +93,15 @@ class KVCache:
         """Keep these provisional rows, contiguous and in this order, and drop the others.
 
         Raises ValueError, with nothing changed, for rows that do not continue the committed sequence position by
-        position or that were not written by a full-view pass.
+        position, that were not written by a full-view pass, or that stand past the limit.
         """
         if any(not 0 <= row < self.tail_length for row in path):
             raise ValueError(f"rows {list(path)} are not all among {self.tail_length} provisional ones")
         positions = self.tail_positions(path)
         if positions != tuple(range(self.length, self.length + len(path))):
             raise ValueError(f"rows at positions {list(positions)} do not continue a sequence of length {self.length}")
+        if self.length + len(path) > self.limit:
+            raise ValueError(f"rows past position {self.limit} cannot be committed before pages are evicted there")
         if not self.tail_committable(path):
             raise ValueError("rows computed under a partial view, or with draft weights, cannot be committed")
         source = np.asarray(path, np.int32) + self.length
@@ -94,13 +112,29 @@ class KVCache:
         self.length += len(path)
         self.drop_tail()
 
+    def evict(self, pages: Sequence[int]) -> None:
+        """Give these full pages back to the pool.
+
+        Raises ValueError, with nothing changed, for a page that is not full or was evicted before, and while there are
+        provisional rows, which were computed from what would be gone.
+        """
+        if self.tail_length:
+            raise ValueError(f"pages cannot be evicted below {self.tail_length} provisional rows")
+        if len(set(pages)) < len(pages) or not set(pages) <= set(self.kept.tolist()):
+            raise ValueError(f"pages {list(pages)} are not all full and there")
+        for page in pages:
+            self.pool.release(int(self._table[page]))
+            self._table[page] = -1
+        self.evicted += len(pages)
+
     def drop_tail(self) -> None:
         """Forget the provisional rows; pages that only they used go back to the pool."""
         self._tail_positions.clear()
         self._tail_committable.clear()
         keep = -(-self.length // PAGE_SIZE)
         for page in self._table[keep : self._held]:
-            self.pool.release(int(page))
+            if page >= 0:
+                self.pool.release(int(page))
         self._held = min(keep, self._held)
 
     def fork(self) -> KVCache:
@@ -109,8 +143,8 @@ class KVCache:
         Raises MemoryError, with no page taken, when the pool is full.
         """
         other = KVCache(self.pool, self.context)
-        other.length = self.length
-        for page in self.pages[: self.full_pages]:
+        other.length, other.limit, other.evicted = self.length, self.limit, self.evicted
+        for page in self.pages[self.kept]:
             self.pool.share(int(page))
         other._table[: self.full_pages] = self.pages[: self.full_pages]
         other._held = self.full_pages
@@ -142,3 +176,4 @@ class KVCache:
         """Give every page back; the cache is empty afterwards."""
         self.length = 0
         self.drop_tail()
+        self.evicted = 0

@@ -22,12 +22,13 @@ class Scripted:
     """
 
     name = "scripted"
+    needs: frozenset[str] = frozenset()
 
     def __init__(self, truth: Sequence[int], vocab: int, right: float, width: int = 3, seed: int = 0):
         self.truth, self.vocab, self.right, self.width = list(truth), vocab, right, width
         self.rng = np.random.default_rng(seed)
 
-    def prefill(self, context: Context) -> None:
+    def prefill(self, context: Context, output: Output) -> None:
         pass
 
     def propose(self, context: Context, budget: int) -> DraftTree:

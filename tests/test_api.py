@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
-from tokenswift_py import TokenSwift, UserError, executors
+from tokenswift_py import TokenSwift, UserError, api, executors
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.pages import pages_for
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
@@ -111,8 +113,9 @@ def test_logits_processors_from_hugging_face(swift: TokenSwift) -> None:
 
 
 def test_leaving_a_stream_early_keeps_what_was_written(swift: TokenSwift) -> None:
-    whole = swift.generate("the cat", max_new_tokens=60, seed=6, ignore_eos=True)
-    with swift.stream("the cat", max_new_tokens=60, seed=6, ignore_eos=True) as stream:
+    settings: dict[str, Any] = {"max_new_tokens": 60, "seed": 6, "ignore_eos": True, "draft_tokens": 4}
+    whole = swift.generate("the cat", **settings)
+    with swift.stream("the cat", **settings) as stream:
         for _ in stream:
             if len(stream.tokens) >= 20:
                 break
@@ -141,6 +144,60 @@ def test_the_report_says_everything(swift: TokenSwift) -> None:
     }  # fmt: skip
 
 
+def test_a_loop_is_warned_of_live_and_once_stopped_or_ignored_and_always_reported(
+    swift: TokenSwift, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 150, "logit_bias": {5: 1000.0}, "ignore_eos": True, "seed": 1}
+    with swift.stream("the cat", **settings) as stream:
+        for _ in stream:
+            assert ("the text loops" in caplog.text) == (len(stream.tokens) >= 64)
+        result = stream.result()
+    swift.baseline(stream)
+    assert caplog.text.count("from new token 0 on it is one token over and over, 64 tokens so far") == 1
+    assert result.report["loops"] == [result.report["loop"]] == [{"start": 0, "stop": 150, "period": 1}]
+    caplog.clear()
+    assert swift.generate("the cat", on_loop="ignore", **settings).report["loops"] == result.report["loops"]
+    with swift.stream("the cat", on_loop="stop", **settings) as stream:
+        list(stream)
+    assert caplog.text == ""
+    stopped = swift.baseline(stream)
+    assert stopped.tokens == result.tokens[:64]
+    assert stopped.ending == stopped.report["ending"] == "loop" and stopped.report["identical"] is True
+    assert stopped.report["loops"] == [{"start": 0, "stop": 64, "period": 1}]
+    assert swift.generate("the cat", max_new_tokens=20, seed=1).report["loops"] == []
+
+
+def test_the_lossy_mode_is_bounded_and_called_lossy(swift: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    settings: dict[str, Any] = {"max_new_tokens": 380, "seed": 6, "ignore_eos": True}
+    whole = swift.generate("the cat", **settings)
+    with swift.stream("the cat", kv_budget=300, **settings) as stream:
+        list(stream)
+    result = swift.baseline(stream)
+    report = result.report
+    assert report["lossy"] is True and report["guarantee"] == "lossy"
+    assert report["eviction"] == {
+        "policy": "recent", "budget": 256, "period": 64, "evictions": 3, "evicted_tokens": 192
+    }  # fmt: skip
+    assert report["numerics"] == whole.report["numerics"] + "/kv-recent-256-64"
+    assert report["identical"] is True and "lossy" in report["baseline"]["what"]
+    with swift.stream("the cat", **settings) as stream:
+        list(stream)
+    lossless = swift.baseline(stream).report
+    assert report["baseline"]["bytes_per_token"] < lossless["baseline"]["bytes_per_token"]
+    same = 256 - report["prompt_tokens"] + 1
+    assert result.tokens[:same] == whole.tokens[:same] and result.tokens != whole.tokens
+    spec, size = swift.checkpoint.spec, swift.executor.kv_dtype.itemsize
+    assert needed[1] == spec.kv_bytes(pages_for(300) * PAGE_SIZE, size) < needed[0]
+    assert swift.generate("the cat", kv_budget=300, drafter="partial", **settings).tokens == result.tokens
+    again = swift.generate("the cat", **json.loads(json.dumps(report["parameters"])))
+    assert (again.tokens, again.report["eviction"]) == (result.tokens, report["eviction"])
+    fits = swift.generate("the cat", kv_budget=1000, kv_policy="recent", **settings)
+    assert fits.tokens == whole.tokens and fits.report["eviction"]["evictions"] == 0
+    assert (whole.report["lossy"], whole.report["eviction"]) == (False, None)
+
+
 def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
     result = swift.generate("the cat", max_new_tokens=4, context=2500)
     assert "YaRN with factor 3" in caplog.text
@@ -155,6 +212,11 @@ def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pyt
         ({"min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens: 9"),
         ({"context": 20, "max_new_tokens": 100}, "context: 20 .* need 1"),
         ({"drafter": "oracle"}, "drafter: 'oracle' .* ngram"),
+        ({"on_loop": "dance"}, "on_loop: 'dance' .* warn, stop, ignore"),
+        ({"kv_budget": 255}, "kv_budget: 255 .* at least 256"),
+        ({"kv_budget": 1e4}, "kv_budget: 10000.0 .* whole number"),
+        ({"kv_budget": 512, "kv_policy": "best"}, "kv_policy: 'best' .* recent"),
+        ({"kv_policy": "recent"}, "kv_policy: 'recent' .* only with kv_budget"),
         ({"draft_policy": "best"}, "draft_policy: 'best' .* recent"),
         ({"draft_budget": 1}, "draft_budget: 1"),
         ({"temperature": -1}, "temperature: -1"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kvcache.base import PageStats
+from tokenswift_py.kvcache.base import Committed, PageStats, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.policies.recent import Recent
@@ -45,8 +45,11 @@ def append(cache: KVCache, positions: Sequence[int], marks: Sequence[int], commi
 
 
 def contents(cache: KVCache) -> list[int]:
-    """The marks of the committed rows, after checking that every layer, head and both halves agree."""
-    slots = torch.from_numpy(cache.slots(np.arange(cache.length, dtype=np.int32)).astype(np.int64))
+    """The marks of the committed rows that were not evicted, after checking that every layer, head and both halves
+    agree."""
+    rows = np.arange(cache.length, dtype=np.int32)
+    there = cache.pages[rows // PAGE_SIZE] >= 0
+    slots = torch.from_numpy(cache.slots(rows[there]).astype(np.int64))
     marks: list[int] = []
     for layer in range(LAYERS):
         keys = cache.pool.keys[layer].flatten(1, 2)[:, slots].transpose(0, 1)
@@ -80,6 +83,7 @@ class CacheAgainstLists(RuleBasedStateMachine):
         self.real = [KVCache(self.pool, CONTEXT)]
         self.committed: list[list[int]] = [[]]
         self.tail: list[list[tuple[int, int, int]]] = [[]]  # (position, mark, parent row)
+        self.evicted: list[set[int]] = [set()]
         return 0
 
     def fresh(self, count: int) -> list[int]:
@@ -136,23 +140,35 @@ class CacheAgainstLists(RuleBasedStateMachine):
         self.real.append(self.real[cache].fork())
         self.committed.append(list(self.committed[cache]))
         self.tail.append([])
+        self.evicted.append(set(self.evicted[cache]))
         return len(self.real) - 1
 
     @rule(cache=caches)
     def release(self, cache: int) -> None:
         self.real[cache].release()
-        self.committed[cache], self.tail[cache] = [], []
+        self.committed[cache], self.tail[cache], self.evicted[cache] = [], [], set()
+
+    @rule(cache=caches, choice=st.integers(0, 100))
+    def evict(self, cache: int, choice: int) -> None:
+        self.drop_tail(cache)
+        left = [page for page in range(len(self.committed[cache]) // PAGE_SIZE) if page not in self.evicted[cache]]
+        if left:
+            page = left[choice % len(left)]
+            self.real[cache].evict([page])
+            self.evicted[cache].add(page)
 
     @invariant()
     def agrees(self) -> None:
         held = set()
-        for cache, committed, tail in zip(self.real, self.committed, self.tail, strict=True):
-            assert contents(cache) == committed
+        for cache, committed, tail, gone in zip(self.real, self.committed, self.tail, self.evicted, strict=True):
+            assert contents(cache) == [mark for row, mark in enumerate(committed) if row // PAGE_SIZE not in gone]
             assert cache.tail_length == len(tail)
             assert cache.full_pages == len(committed) // PAGE_SIZE
             assert len(cache.pages) == -(-(len(committed) + len(tail)) // PAGE_SIZE)
-            assert cache.nbytes == len(cache.pages) * 2 * LAYERS * KV_HEADS * PAGE_SIZE * HEAD_DIM * 4
-            held |= set(cache.pages.tolist())
+            assert cache.evicted == len(gone)
+            assert cache.kept.tolist() == [page for page in range(cache.full_pages) if page not in gone]
+            assert cache.nbytes == (len(cache.pages) - len(gone)) * 2 * LAYERS * KV_HEADS * PAGE_SIZE * HEAD_DIM * 4
+            held |= {page for page in cache.pages.tolist() if page >= 0}
         assert self.pool.in_use == len(held)
 
     def teardown(self) -> None:
@@ -261,6 +277,63 @@ def test_a_full_pool_leaves_the_cache_as_it_was() -> None:
     assert contents(cache)[PAGE_SIZE:] == [640, 641]
 
 
+def test_an_eviction_frees_the_pages_and_moves_nothing() -> None:
+    pool = new_pool()
+    cache = filled(2 * PAGE_SIZE + 9, pool)
+    cache.evict([0])
+    assert cache.pages.tolist() == [-1, 1, 2] and cache.kept.tolist() == [1] and pool.in_use == 2
+    assert contents(cache) == list(range(PAGE_SIZE, 2 * PAGE_SIZE + 9))
+    other = cache.fork()
+    cache.release()
+    assert contents(other) == list(range(PAGE_SIZE, 2 * PAGE_SIZE + 9))
+    other.release()
+    assert pool.in_use == 0
+
+
+@pytest.mark.parametrize("pages", [[2], [0, 2], [0, 0], [-1], [3], [1]])
+def test_only_full_pages_that_are_there_are_evicted(pages: list[int]) -> None:
+    cache = filled(2 * PAGE_SIZE + 9)
+    cache.evict([1])
+    before = state(cache)
+    with pytest.raises(ValueError, match="not all full and there"):
+        cache.evict(pages)
+    append(cache, [2 * PAGE_SIZE + 9], [5])
+    with pytest.raises(ValueError, match="below 1 provisional rows"):
+        cache.evict([0])
+    cache.drop_tail()
+    assert state(cache) == before
+
+
+def test_nothing_is_committed_past_the_limit() -> None:
+    cache = filled(70)
+    cache.limit = 72
+    append(cache, [70, 71, 72], [700, 701, 702])
+    with pytest.raises(ValueError, match="past position 72 cannot be committed"):
+        cache.commit([0, 1, 2])
+    cache.commit([0, 1])
+    assert contents(cache)[70:] == [700, 701]
+
+
+def test_evicted_pages_are_not_chosen() -> None:
+    class Fond:
+        """Wants what is gone."""
+
+        name, needs = "fond", frozenset[str]()
+
+        def observe(self, committed: Committed) -> None:
+            pass
+
+        def score(self, stats: PageStats) -> np.ndarray:
+            scores = np.zeros((stats.layers, stats.kv_heads, stats.pages))
+            scores[..., [1, 2]] = [9.0, np.nan]
+            return scores
+
+    table = np.array([3, -1, -1, 5, 6, -1, 7], np.int32)
+    stats = PageStats(7, LAYERS, KV_HEADS, table=table)
+    for budget, chosen in ((9 * PAGE_SIZE, [0, 3, 4, 6]), (3 * PAGE_SIZE, [0, 4, 6]), (PAGE_SIZE, [6])):
+        assert (select(Fond(), stats, budget) == np.array(chosen)).all()
+
+
 def test_a_pool_refuses_to_release_twice_or_share_a_free_page() -> None:
     pool = new_pool()
     page = pool.allocate()
@@ -316,7 +389,7 @@ def test_a_view_is_a_copy_that_cannot_be_changed() -> None:
 def test_recent_keeps_the_sinks_and_the_latest_pages_within_the_budget(
     pages: int, budget: int, chosen: list[int]
 ) -> None:
-    selected = Recent().select(PageStats(pages, LAYERS, KV_HEADS), budget)
+    selected = select(Recent(), PageStats(pages, LAYERS, KV_HEADS), budget)
     assert selected.shape == (LAYERS, KV_HEADS, len(chosen))
     assert (selected == np.array(chosen)).all()
     PageView(selected)

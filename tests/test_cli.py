@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -172,15 +175,7 @@ def test_help_is_quick_and_names_every_flag() -> None:
 def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
     """The bar is drawn on the last line, between saving the cursor and restoring it: without that, the text stands
     in what the terminal received as it is."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, command(*cli, "--prompt", "the cat", "--max-new-tokens", "900", "--ignore-eos"))
-    received = b""
-    with contextlib.suppress(OSError):  # the end of a terminal whose process is gone
-        while chunk := os.read(terminal, 4096):
-            received += chunk
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    received = on_terminal(*cli, "--prompt", "the cat", "--max-new-tokens", "900", "--ignore-eos")
     swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
     text = swift.generate("the cat", max_new_tokens=900, seed=3, ignore_eos=True).text
     bars = re.findall(rb"\x1b7.*?\x1b8", received, re.DOTALL)
@@ -188,6 +183,56 @@ def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
     for bar in bars:
         received = received.replace(bar, b"")
     assert text.encode() in received.replace(b"\r\n", b"\n")
+
+
+def on_terminal(*arguments: str, stdout: int | None = None) -> bytes:
+    """What a terminal receives from the command line."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        if stdout is not None:
+            os.dup2(stdout, 1)
+        os.execv(sys.executable, command(*arguments))
+    received = b""
+    with contextlib.suppress(OSError):  # the end of a terminal whose process is gone
+        while chunk := os.read(terminal, 4096):
+            received += chunk
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return received
+
+
+LOOPING = ["--prompt", "the cat", "--ignore-eos", "--logit-bias", "68=1000", "--max-new-tokens", "300"]
+WARNING = b"tokenswift: the text loops: from new token 0 on it is one token over and over, 64 tokens so far\r\n"
+
+
+def test_a_warning_stands_on_a_line_of_its_own_between_text_and_bar(cli: list[str], tmp_path: Path) -> None:
+    received = re.sub(rb"\x1b7.*?\x1b8", b"", on_terminal(*cli, *LOOPING), flags=re.DOTALL)
+    before, after = received.split(b"\r\n" + WARNING)
+    text = TokenSwift.from_pretrained(cli[1]).tokenizer.decode([68]).encode()
+    assert before.endswith(10 * text) and after.startswith(10 * text)
+    with (tmp_path / "text").open("wb") as file:
+        received = on_terminal(*cli, *LOOPING, stdout=file.fileno())
+    assert (tmp_path / "text").read_bytes() == 300 * text + b"\n"
+    before, after = received.split(WARNING)
+    assert before.endswith(b"\r" + 99 * b" " + b"\r")  # the bar's line was cleared
+    assert b"tok/s" in after
+
+
+def test_on_loop_stop_ends_the_text_there(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*cli, *LOOPING, "--on-loop", "stop"]) == 0
+    assert "64 new tokens after a prompt of" in (printed := capsys.readouterr().err)
+    assert "ended by: loop" in printed and "LOOPS with period 1 from token 0 on" in printed
+
+
+def test_the_lossy_mode_says_so(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    lossy = [*cli, "--prompt", "the cat", "--ignore-eos", "--kv-budget", "256", "--kv-policy", "recent"]
+    assert main([*lossy, "--max-new-tokens", "400", "--baseline"]) == 0
+    printed = capsys.readouterr().err
+    assert "LOSSY: the cache keeps 256 tokens at most (policy recent); 192 were evicted" in printed
+    assert "kv-recent-256-64 (lossy)" in printed and "plain decoding, just as lossy, " in printed
+    assert main(lossy) == 0
+    assert "the text fitted, nothing was evicted" in capsys.readouterr().err
 
 
 def test_an_error_in_the_middle_keeps_what_was_written(

@@ -36,7 +36,11 @@ class MarkovModel:
         return KVCache(pool, context)
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         logits = self.table[torch.from_numpy(lay_out(segments).tokens.astype(np.int64))]
         return Output(logits, logits if logit_rows is None else logits[list(logit_rows)])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from conftest import FAMILIES, decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py.core import DraftTree, Output, Segment
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights, available_threads
 from tokenswift_py.models.spec import ModelSpec
@@ -25,7 +26,8 @@ from tokenswift_py.rope import rope_tables
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
 ISAS = _native.runnable_isas().split(", ")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+TYPES = {"bf16": (torch.bfloat16, None), "fp32": (torch.float32, None), "kv-int8": (torch.bfloat16, torch.int8)}
 CONTEXT = 2048
 WIDE = DraftTree(np.arange(40, dtype=np.int32), np.array([-1] + [0] * 20 + [1 + i % 20 for i in range(19)], np.int32))
 
@@ -47,9 +49,9 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> NativeDecoder:
-    return native_of(config_of())
+@pytest.fixture(scope="module", params=[None, torch.int8], ids=["kv-bf16", "kv-int8"])
+def decoder(request: pytest.FixtureRequest) -> NativeDecoder:
+    return native_of(config_of(), kv_dtype=request.param)
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -103,26 +105,29 @@ def assert_row_law(decoder: Any, prefix: int, tree: DraftTree) -> None:
         assert torch.equal(output.hidden[path], alone.hidden)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("types", TYPES)
 @pytest.mark.parametrize("prefix", [60, 1020])
-def test_tree_rows_have_the_bits_of_tokens_decoded_one_by_one(isa: str, dtype: str, prefix: int) -> None:
-    decoder = native_of(config_of(), DTYPES[dtype])
+def test_tree_rows_have_the_bits_of_tokens_decoded_one_by_one(isa: str, types: str, prefix: int) -> None:
+    dtype, kv_dtype = TYPES[types]
+    decoder = native_of(config_of(), dtype, kv_dtype=kv_dtype)
     assert_row_law(decoder, prefix, random_tree(prefix, 100, 0.06))  # deep: crosses one page border or two
     assert_row_law(decoder, prefix, random_tree(prefix, 50, 0.7))
     assert_row_law(decoder, prefix, WIDE)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("window", [5, 64, 100])
-def test_row_law_with_a_sliding_window(isa: str, window: int) -> None:
-    decoder = native_of(config_of(family="mistral", sliding_window=window))
+def test_row_law_with_a_sliding_window(isa: str, window: int, kv_dtype: torch.dtype | None) -> None:
+    decoder = native_of(config_of(family="mistral", sliding_window=window), kv_dtype=kv_dtype)
     assert_row_law(decoder, 190, random_tree(3, 90, 0.1))
 
 
 @pytest.mark.parametrize("head_dim", [32, 80, 128, 256])
 @pytest.mark.parametrize("kv_heads", [1, 6])
 def test_row_law_with_other_heads(head_dim: int, kv_heads: int) -> None:
-    decoder = native_of(config_of(family="qwen3", head_dim=head_dim, num_key_value_heads=kv_heads))
-    assert_row_law(decoder, 120, random_tree(4, 40, 0.3))
+    for kv_dtype in (None, torch.int8):
+        config = config_of(family="qwen3", head_dim=head_dim, num_key_value_heads=kv_heads)
+        assert_row_law(native_of(config, kv_dtype=kv_dtype), 120, random_tree(4, 40, 0.3))
 
 
 def test_a_tree_of_512_rows_keeps_the_row_law(decoder: NativeDecoder) -> None:
@@ -130,11 +135,17 @@ def test_a_tree_of_512_rows_keeps_the_row_law(decoder: NativeDecoder) -> None:
 
 
 @settings(max_examples=15, deadline=None)
-@given(sizes=st.lists(st.integers(1, 400), max_size=6), threads=st.integers(1, 4))
-def test_prefill_has_the_same_bits_in_any_chunks_on_any_threads(sizes: list[int], threads: int) -> None:
-    ids, expected = tokens(1100), CHUNKS_REFERENCE.logits()
+@given(
+    sizes=st.lists(st.integers(1, 400), max_size=6),
+    threads=st.integers(1, 4),
+    kv_dtype=st.sampled_from([torch.bfloat16, torch.int8]),
+)
+def test_prefill_has_the_same_bits_in_any_chunks_on_any_threads(
+    sizes: list[int], threads: int, kv_dtype: torch.dtype
+) -> None:
+    ids, expected = tokens(1100), CHUNKS_REFERENCE.logits(kv_dtype)
     chunks = [size for i, size in enumerate(sizes) if sum(sizes[: i + 1]) <= len(ids)]
-    _, logits = prefill(CHUNKS_REFERENCE.decoder(threads), ids, chunks)
+    _, logits = prefill(CHUNKS_REFERENCE.decoder(threads, kv_dtype), ids, chunks)
     assert torch.equal(logits, expected)
 
 
@@ -142,27 +153,29 @@ class ChunksReference:
     """One token at a time, made once for all examples."""
 
     def __init__(self) -> None:
-        self._decoders: dict[int, NativeDecoder] = {}
-        self._logits: torch.Tensor | None = None
+        self._decoders: dict[tuple[int, torch.dtype], NativeDecoder] = {}
+        self._logits: dict[torch.dtype, torch.Tensor] = {}
 
-    def decoder(self, threads: int) -> NativeDecoder:
-        if threads not in self._decoders:
-            self._decoders[threads] = native_of(config_of(), threads=threads)
-        return self._decoders[threads]
+    def decoder(self, threads: int, kv_dtype: torch.dtype) -> NativeDecoder:
+        key = threads, kv_dtype
+        if key not in self._decoders:
+            self._decoders[key] = native_of(config_of(), threads=threads, kv_dtype=kv_dtype)
+        return self._decoders[key]
 
-    def logits(self) -> torch.Tensor:
-        if self._logits is None:
-            decoder = self.decoder(1)
-            self._logits = one_by_one(decoder, decoder.new_cache(), tokens(1100).tolist()).logits
-        return self._logits
+    def logits(self, kv_dtype: torch.dtype) -> torch.Tensor:
+        if kv_dtype not in self._logits:
+            decoder = self.decoder(1, kv_dtype)
+            self._logits[kv_dtype] = one_by_one(decoder, decoder.new_cache(), tokens(1100).tolist()).logits
+        return self._logits[kv_dtype]
 
 
 CHUNKS_REFERENCE = ChunksReference()
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_sequences_in_one_pass_have_the_bits_of_each_alone(threads: int) -> None:
-    decoder = native_of(config_of(), threads=threads)
+def test_sequences_in_one_pass_have_the_bits_of_each_alone(threads: int, kv_dtype: torch.dtype | None) -> None:
+    decoder = native_of(config_of(), threads=threads, kv_dtype=kv_dtype)
     pool = decoder.new_pool(200)
     segments, alone = [], []
     for seed, length in enumerate([3, 64, 130, 1100]):
@@ -174,7 +187,7 @@ def test_sequences_in_one_pass_have_the_bits_of_each_alone(threads: int) -> None
         segments.append(Segment(tree, cache))
     together = decoder.forward(segments).logits
     assert torch.equal(together, torch.cat(alone))
-    single = native_of(config_of(), threads=1)
+    single = native_of(config_of(), threads=1, kv_dtype=kv_dtype)
     cache, _ = prefill(single, tokens(1100, 3))
     assert torch.equal(together[-len(segments[3].tree) :], single.forward([Segment(segments[3].tree, cache)]).logits)
 
@@ -264,9 +277,10 @@ def test_mass_is_an_option_that_changes_no_bit(window: int | None) -> None:
     torch.testing.assert_close(with_mass.page_mass, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
 @pytest.mark.parametrize("window", [None, 5, 100])
-def test_memory_that_nobody_attends_to_may_hold_nan(window: int | None, isa: str) -> None:
-    decoder = native_of(config_of(family="mistral", sliding_window=window))
+def test_memory_that_nobody_attends_to_may_hold_nan(window: int | None, kv_dtype: torch.dtype | None, isa: str) -> None:
+    decoder = native_of(config_of(family="mistral", sliding_window=window), kv_dtype=kv_dtype)
     ids, tree = tokens(200), random_tree(6, 30, 0.3)
     expected = run_and_draft(decoder, decoder.new_cache(), ids, tree)
     poisoned = decoder.new_cache()
@@ -284,19 +298,19 @@ def run_and_draft(decoder: NativeDecoder, cache: KVCache, ids: np.ndarray, tree:
     return decoder.forward([Segment(tree, cache)]).logits
 
 
-def test_lanes_behind_a_sliding_window_may_hold_nan() -> None:
-    decoder = native_of(config_of(family="mistral", sliding_window=40))
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_lanes_behind_a_sliding_window_may_hold_nan(kv_dtype: torch.dtype | None) -> None:
+    decoder = native_of(config_of(family="mistral", sliding_window=40), kv_dtype=kv_dtype)
     cache, _ = prefill(decoder, tokens(200))
     tree = random_tree(6, 30, 0.3)
     expected = decoder.forward([Segment(tree, cache)]).logits
     cache.drop_tail()
     first = 200 - 40 + 1  # the oldest position that the first row sees, in page 2
-    nan = np.full(60, np.nan, np.float32)
-    poison_positions(decoder, cache, range(first), nan)
+    poison_positions(decoder, cache, range(first))
     assert torch.equal(decoder.forward([Segment(tree, cache)]).logits, expected)
 
 
-def poison_positions(decoder: NativeDecoder, cache: KVCache, positions: range, values: np.ndarray) -> None:
+def poison_positions(decoder: NativeDecoder, cache: KVCache, positions: range) -> None:
     """Copies slots of a page of NaN over these positions."""
     pool: Any = cache.pool
     page = pool.allocate()
@@ -354,6 +368,91 @@ def test_a_view_agrees_with_torch() -> None:
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
+def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 and its scale, by the last dimension: what kv_dtype int8 promises."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).nan_to_num().round().to(torch.int8), scale
+
+
+def cached(decoder: NativeDecoder, cache: KVCache, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [tokens, head_dim] as they are read back, from an fp32 or int8 cache."""
+    pool: Any = cache.pool
+    size = decoder.spec.head_dim
+    blocks = [torch.from_numpy(pool.native.block(layer, head, page)) for page in cache.pages]
+    pages = []
+    for block in blocks:
+        if decoder.kv_dtype == torch.float32:
+            keys, values = block.view(torch.float32).view(2, -1)
+            pages.append((keys.view(-1, 64).T, values.view(64, -1)))
+        else:
+            scales = block[-512:].view(torch.float32).view(2, 64, 1)
+            keys, values = block[:-512].view(torch.int8).view(2, -1)
+            rows = keys.view(-1, 64, 2).transpose(0, 1).flatten(1), values.view(32, -1, 2).transpose(1, 2).flatten(0, 1)
+            pages.append((rows[0] * scales[0], rows[1] * scales[1]))
+    k, v = (torch.cat(parts)[: cache.length, :size] for parts in zip(*pages, strict=True))
+    return k, v
+
+
+def test_int8_keys_and_values_are_the_nearest_multiples_of_their_own_scale(isa: str) -> None:
+    config = config_of()
+    weights = weights_of(tiny_model(config, torch.float32))
+    weights["model.layers.0.self_attn.v_proj.weight"][:8] = 0  # of KV head 0: its values are zeros
+    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.float32, 2)
+    exact, int8 = (NativeDecoder(packed, rope_tables(config, CONTEXT), kind) for kind in (torch.float32, torch.int8))
+    caches = [prefill(decoder, tokens(150))[0] for decoder in (exact, int8)]
+    for head in range(2):  # of layer 0, whose keys and values do not depend on the cache
+        for wanted, found in zip(cached(exact, caches[0], 0, head), cached(int8, caches[1], 0, head), strict=True):
+            quants, scale = quantised(wanted)
+            assert torch.equal(found, quants * scale)
+            assert (found - wanted).abs().max() <= wanted.abs().max() / 254 * 1.0001
+
+
+class QuantisedPool(TorchPagePool):
+    """What is written is rounded as an int8 cache rounds it."""
+
+    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().write(layer, slots, *(quants * scale for quants, scale in map(quantised, (k, v))))
+
+
+@pytest.mark.parametrize("head_dim", [8, 48, 64, 80, 128])
+@pytest.mark.parametrize("kv_heads", [1, 6])
+def test_attention_over_int8_agrees_with_torch_over_the_same_quants(isa: str, head_dim: int, kv_heads: int) -> None:
+    config = config_of(family="qwen3", head_dim=head_dim, num_key_value_heads=kv_heads)
+    reference = decoder_of(tiny_model(config, torch.float32), CONTEXT, "naive")
+    decoder = native_of(config, torch.float32, kv_dtype=torch.int8)
+    cache, _ = prefill(decoder, tokens(300))
+    spec, tree = decoder.spec, random_tree(1, 30, 0.4)
+    pool = QuantisedPool(spec.layers, spec.kv_heads, head_dim, 16, torch.float32, torch.device("cpu"))
+    copy = KVCache(pool, CONTEXT)
+    slots = copy.append(np.arange(300, dtype=np.int32), True)
+    for layer in range(spec.layers):
+        heads = [torch.stack(cached(decoder, cache, layer, head)) for head in range(kv_heads)]
+        TorchPagePool.write(pool, layer, torch.from_numpy(slots).long(), *torch.stack(heads, 2))
+    copy.commit(range(300))
+    view = random_view(spec, cache, 2)
+    for limited in (None, view):
+        expected = reference.forward([Segment(tree, copy, view=limited)], want_mass=True)
+        output = decoder.forward([Segment(tree, cache, view=limited)], want_mass=True)
+        error = output.logits - expected.logits
+        rounds_queries = isa == "avx512bf16"
+        assert error.pow(2).mean() < (0.02 if rounds_queries else 2e-5) ** 2 * expected.logits.pow(2).mean()
+        assert output.page_mass is not None and expected.page_mass is not None
+        assert (output.page_mass - expected.page_mass).abs().max() < (0.05 if rounds_queries else 1e-4)
+        cache.drop_tail()
+        copy.drop_tail()
+
+
+def test_what_is_not_a_number_stays_so_in_an_int8_cache() -> None:
+    config = config_of()
+    weights = weights_of(tiny_model(config, torch.float32))
+    weights["model.embed_tokens.weight"][60] = torch.nan
+    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.float32, 1)
+    decoder = NativeDecoder(packed, rope_tables(config, CONTEXT), torch.int8)
+    cache, _ = prefill(decoder, np.arange(40, dtype=np.int32))
+    logits = one_by_one(decoder, cache, [1, 60, 2]).logits
+    assert logits.isnan().all(1).tolist() == [False, True, True]
+
+
 def test_logits_come_for_the_rows_asked_for(decoder: NativeDecoder) -> None:
     cache, _ = prefill(decoder, tokens(20))
     every = decoder.forward([Segment(WIDE, cache)])
@@ -388,8 +487,10 @@ def malformed(name: str, value: Any) -> dict[str, Any]:
         "cos": np.ones((CONTEXT, 4), np.float32),
         "sin": np.ones((CONTEXT, 4), np.float32),
         "hidden": np.zeros((2, 48), np.float32),
+        "residual": np.zeros((2, 48), np.float32),
         "logits": np.zeros((1, 61), np.float32),
         "mass": None,
+        "queries": None,
     }
     return {**call, name: value} if name else call
 
@@ -434,10 +535,13 @@ BAD = {
     "short tables": ("cos", np.ones((CONTEXT - 1, 4), np.float32)),
     "tables' width": ("sin", np.ones((CONTEXT, 8), np.float32)),
     "hidden's shape": ("hidden", np.zeros((1, 48), np.float32)),
+    "residual's shape": ("residual", np.zeros((1, 48), np.float32)),
     "logits' shape": ("logits", np.zeros((1, 60), np.float32)),
     "double logits": ("logits", np.zeros((1, 61))),
     "mass's shape": ("mass", np.zeros((3, 2, 2, 0), np.float32)),
     "unpadded mass": ("mass", np.zeros((3, 2, 2, 1), np.float32)),
+    "queries' shape": ("queries", np.zeros((2, 3, 6, 7), np.float32)),
+    "double queries": ("queries", np.zeros((2, 3, 6, 8))),
 }
 
 

@@ -45,7 +45,7 @@ params = st.builds(
     coarse=st.booleans(),
     alphabet=st.sampled_from([2, 4, VOCAB]),
     length=st.integers(1, 300),
-    count=st.sampled_from([1, 1, 1, 3, 2000]),
+    count=st.sampled_from([1, 1, 2, 3, 2000]),
 )
 def test_every_choice_is_the_references(
     params: SamplingParams, row: int, spread: float, coarse: bool, alphabet: int, length: int, count: int
@@ -59,7 +59,7 @@ def test_every_choice_is_the_references(
     arguments: Any = (params, VOCAB, [7, 9], int(rng.integers(0, 400)))
     kept = torch.from_numpy(logits.copy())
     given = torch.from_numpy(logits)
-    assert NativeSampler(*arguments).rank(given, history, count) == Sampler(*arguments).rank(kept, history, count)
+    assert NativeSampler(*arguments).ranked(given, history, count) == Sampler(*arguments).ranked(kept, history, count)
     assert torch.equal(given, kept)  # the logits are put back
 
 

@@ -14,6 +14,9 @@ from tokenswift_py.core import DraftTree
 from tokenswift_py.drafters.ngram import TALLIED, NGram, SuffixAutomaton
 from tokenswift_py.errors import UserError
 from tokenswift_py.history import History
+from tokenswift_py.planner import Planner
+
+NO_OUTPUT: Any = None  # this drafter reads the history only
 
 texts = st.one_of(
     st.lists(st.integers(0, 2), max_size=30),
@@ -100,7 +103,7 @@ def test_a_hundred_thousand_tokens_of_one_kind_are_read_in_linear_time() -> None
 
 
 def propose(text: list[int], budget: int, drafter: NGram | None = None) -> DraftTree:
-    context: Any = SimpleNamespace(history=History(text))
+    context: Any = SimpleNamespace(history=History(text), planner=Planner(fixed=True))
     return (drafter or NGram()).propose(context, budget)
 
 
@@ -153,8 +156,8 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
 ) -> None:
     """The history may grow by any number of tokens between proposals, as it does by a forced turn."""
     drafter, history = NGram(shortest), History([4])
-    context: Any = SimpleNamespace(history=history)
-    drafter.prefill(context)
+    context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
+    drafter.prefill(context, NO_OUTPUT)
     for part in parts:
         history.extend(part)
         tree = drafter.propose(context, budget)
@@ -169,7 +172,7 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
 
 def test_a_forced_turn_is_read_too() -> None:
     drafter, history = NGram(), History([1, 2, 3])
-    context: Any = SimpleNamespace(history=history)
-    drafter.prefill(context)
+    context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
+    drafter.prefill(context, NO_OUTPUT)
     history.extend([10, 11, 12, 13, 20, 10, 11])
     assert drafter.propose(context, 3).tokens.tolist() == [11, 12, 13]

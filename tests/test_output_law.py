@@ -15,6 +15,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine
 from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.stats import find_loop
 from tokenswift_py.stopping import Stops
 
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
@@ -130,6 +131,27 @@ def test_what_ends_inside_accepted_drafts_ends_there(tiny_decoder: Any) -> None:
     drafted, _, steps = write(tiny_decoder, PROMPT, 60, params, right, stops=stops, draft_tokens=20)
     assert drafted == plain[:end]
     assert steps[-1].ending == "stop"
+
+
+@settings(max_examples=5, deadline=None)
+@given(drafter=drafters, size=st.integers(1, 40), bias=st.sampled_from([9.0, 14.0]), seed=st.integers(0, 99))
+def test_a_loop_ends_every_drafters_text_at_the_same_token(
+    tiny_decoder: Any, drafter: tuple[str, Any], size: int, bias: float, seed: int
+) -> None:
+    params = SamplingParams(temperature=1.0, seed=seed, logit_bias={5: bias})
+    endless, _, _ = write(tiny_decoder, PROMPT, 160, params)
+
+    def stopped(drafter: Any) -> tuple[list[int], Any]:
+        stops = Stops(160, on_loop="stop")
+        text, _, steps = write(tiny_decoder, PROMPT, 160, params, drafter, stops=stops, draft_tokens=size)
+        return text, steps[-1].ending
+
+    plain = stopped(None)
+    end = next((n for n in range(1, 251) if find_loop(endless[:n])), None)
+    assert plain == (endless[:end], "loop" if end else "length")
+    name, config = drafter
+    assert stopped(create(name, **config)) == plain
+    assert stopped(Scripted(PROMPT + endless, 61, 0.9, seed=seed)) == plain
 
 
 def test_no_end_before_min_new_tokens(tiny_decoder: Any) -> None:

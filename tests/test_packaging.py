@@ -142,7 +142,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     engine = {n for n in names if n.startswith("tokenswift_py/kernels/cpu/_native.")} - {stub}
     sources = {p.relative_to(ROOT).as_posix() for p in modules(ROOT).values()}
     expected = {n if n.startswith("tokenswift_py/") else f"tokenswift_py/{n}" for n in sources}
-    assert {n for n in names if not n.startswith(info)} - engine == expected | {"tokenswift_py/py.typed", stub}
+    data = {f"tokenswift_py/drafters/data/{p.name}" for p in (ROOT / "drafters" / "data").iterdir()}
+    assert "tokenswift_py/drafters/data/prompts.json" in data
+    assert {n for n in names if not n.startswith(info)} - engine == expected | data | {"tokenswift_py/py.typed", stub}
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/licenses/nanobind.txt"} <= names
     assert len(engine) == (HAVE_COMPILER and (ROOT / "kernels/cpu/CMakeLists.txt").exists())
 
@@ -157,7 +159,7 @@ def test_wheel_in_an_empty_environment(wheel, python, tmp_path):
     assert {name for name, file in files.items() if site not in file.parents} == set()
     assert not {name for name in finders if "Redirecting" in name}
     names = "from tokenswift_py import registry; print(*registry.names('tokenswift_py.drafters'))"
-    here = {p.stem for p in (ROOT / "drafters").glob("[!_]*.py")} - {"base"}
+    here = {p.stem for p in (ROOT / "drafters").glob("[!_]*.py")} - {"base", "training"}
     assert here
     assert set(run([python, "-c", names], tmp_path).split()) == here
     assert "--max-new-tokens" in run([python.parent / "tokenswift", "--help"], tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenswift_py.core import Acceptance, DraftTree
-from tokenswift_py.stats import GenerationStats, Loop, distinct_n, find_loop, memory_bandwidth
+from tokenswift_py.stats import GenerationStats, Loop, LoopDetector, distinct_n, find_loop, memory_bandwidth
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
@@ -62,6 +62,52 @@ def test_what_counts_as_a_loop_can_be_chosen() -> None:
     assert find_loop(text, least=10, rounds=3) is None
     assert find_loop(text, least=9, rounds=4) is None
     assert find_loop(text, least=9, rounds=3, longest_period=2) is None
+
+
+loopy_texts = st.lists(
+    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(1, 9)), max_size=12
+).map(lambda parts: [token for block, rounds in parts for token in block * rounds])
+
+
+@given(loopy_texts, st.integers(1, 20), st.integers(2, 5), st.integers(1, 12))
+def test_token_by_token_the_verdict_is_find_loops_on_every_prefix(
+    text: list[int], least: int, rounds: int, longest_period: int
+) -> None:
+    detector = LoopDetector(least, rounds, longest_period)
+    for count, token in enumerate(text, start=1):
+        known = len(detector.loops)
+        found = detector.push(token)
+        assert detector.longest == find_loop(text[:count], least, rounds, longest_period)
+        assert (found is not None) == (len(detector.loops) > known)
+        if found:
+            assert found.stop == count and found == detector.loops[-1]
+    for loop in detector.loops:
+        stretch, period = text[loop.start : loop.stop], loop.period
+        assert len(stretch) >= max(least, rounds * period) and period <= longest_period
+        assert stretch[period:] == stretch[:-period]
+        # It begins where it begins, and as long as it was followed nothing shorter explained it.
+        assert loop.start == 0 or text[loop.start - 1] != text[loop.start - 1 + period]
+        assert all(stretch[shorter:] != stretch[:-shorter] for shorter in range(1, period))
+
+
+@pytest.mark.parametrize(("period", "rounds"), [(1, 64), (7, 10), (130, 5), (512, 4)])
+def test_a_loop_is_told_once_at_the_first_token_that_makes_it_one(period: int, rounds: int) -> None:
+    before, block = noise_of(100, 1), list(range(period))
+    detector = LoopDetector()
+    found = [detector.push(token) for token in [*before, *(block * rounds), *noise_of(100, 2)]]
+    told = [loop for loop in found if loop]
+    least = max(64, 4 * period)
+    assert told == [Loop(100, 100 + least, period)] and found[100 + least - 1]
+    assert detector.loops == [Loop(100, 100 + period * rounds, period)] == [detector.longest]
+
+
+def test_a_loop_that_comes_again_is_told_again_and_one_inside_another_is_not() -> None:
+    block = [*([7] * 80), *range(20)]  # itself a loop of one token, until the block is seen to come round
+    detector = LoopDetector()
+    for token in [*(block * 6), *noise_of(50, 1), *([7] * 90)]:
+        detector.push(token)
+    assert [loop.period for loop in detector.loops] == [1, 1, 1, 1, 100, 1]
+    assert detector.loops[4] == Loop(0, 600, 100) and detector.loops[5] == Loop(650, 740, 1)
 
 
 def test_acceptance_is_counted_by_vllms_names() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenswift_py.history import History
+from tokenswift_py.stats import Loop
 from tokenswift_py.stopping import Stops
 
 EOS = 0
@@ -17,6 +18,32 @@ WORDS = ["", "a", "b", "c", "ab", "bc", "aSTOPb", "ST", "OP", "STOP", "S", "TO",
 
 def decode(tokens: Sequence[int]) -> str:
     return "".join(WORDS[token] for token in tokens)
+
+
+def test_a_loop_ends_the_text_only_if_it_is_to(caplog: pytest.LogCaptureFixture) -> None:
+    text = [3, 4, *([1, 2] * 60)]
+    assert ending_of(text, Stops(1000, [EOS], on_loop="stop")) == (66, "loop")
+    assert caplog.text == ""
+    assert ending_of(text, Stops(1000, [EOS], on_loop="ignore")) == (122, None)
+    assert caplog.text == ""
+    assert ending_of(text, Stops(1000, [EOS], on_loop="warn")) == (122, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the text loops: from new token 2 on it is a block of 2 tokens over and over, 64 tokens so far"
+    ]
+
+
+def test_loops_are_seen_in_the_new_tokens_across_turns_and_not_in_the_prompt() -> None:
+    assert ending_of([1] * 40, Stops(1000, on_loop="stop"), prompt=[1] * 400) == (40, None)
+    stops, history = Stops(1000, [EOS], on_loop="stop"), History([5])
+    answer, endings = [1, 2, 3, 4, 6, 7, 8, EOS], []
+    for number in range(9):
+        history.extend([9, 10 + number])
+        stops.start_at(len(history))
+        for token in answer:
+            history.append(token)
+            endings.append(stops(history))
+    assert set(endings[:63]) == {None, "eos"} and stops.loops.loops == [Loop(0, 72, 8)]
+    assert endings[63:65] == ["eos", "loop"]  # an EOS is the better reason; where a turn follows, the loop waits
 
 
 def ending_of(tokens: Sequence[int], stops: Stops, prompt: Sequence[int] = ()) -> tuple[int, str | None]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,12 +19,14 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import check
+from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, Checkpoint, open_checkpoint
+from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
 from tokenswift_py.memory import check_memory
-from tokenswift_py.options import CHECKPOINT_DEFAULTS, Options
+from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import Stops
@@ -51,7 +53,7 @@ class Result:
     tokens:   every token behind the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
     logprobs: of the chosen tokens, when asked for.
-    ending:   eos, stop, length or interrupted.
+    ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """
 
@@ -115,8 +117,9 @@ class TokenSwift:
     ) -> TokenSwift:
         """Load a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     bf16 or fp32, of the weights.
-        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights.
+        dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
+                   blocks of a .gguf file as they are; native).
+        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights, bf16 beside int8 and gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
         attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU; on a GPU the first installed
                    of triton, flash, xformers and sdpa.
@@ -127,15 +130,15 @@ class TokenSwift:
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """
-        check(dtype in DTYPES, "dtype", dtype, f"one of {', '.join(DTYPES)}")
+        check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
         check(kv_dtype is None or kv_dtype in DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         where = find_device(device)
         chosen = choose_engine(engine, where, attention)
-        checkpoint = open_checkpoint(model, revision)
-        check_memory(checkpoint.spec.parameters * DTYPES[dtype].itemsize, where, f"the weights of {model} in {dtype}")
+        checkpoint = open_checkpoint(model, revision, dtype)
+        check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
         executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic)
         return cls(checkpoint, checkpoint.tokenizer(), executor)
 
@@ -166,45 +169,62 @@ class TokenSwift:
         )
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
-        cache_bytes = checkpoint.spec.kv_bytes(pages_for(context) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
-        check_memory(cache_bytes, self.executor.device, f"a KV cache of {context} tokens")
+        kept = min(context, options.kv_budget or context)
+        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
+        check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope)
 
-    def engine(self, run: Run) -> Engine:
+    def engine(self, run: Run, trace: Trace | None = None) -> Engine:
         options = run.options
-        drafter, settings = options.drafter_settings()
+        drafter, settings = options.drafter_settings(self.checkpoint)
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
+        eviction = eviction_of(options)
+        chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
+        ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
             create(drafter, **settings),
             self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
-            Stops(options.max_new_tokens, () if options.ignore_eos else eos, options.stop, decode, special),
+            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
+            draft_model=self.executor.draft_model(run.rope, options.draft_weights)
+            if drafter in (*SELF_DRAFTERS, "heads")
+            else None,
+            trace=trace,
+            eviction=eviction,
+            **chunk,
         )
 
     def baseline(self, stream: Stream) -> Result:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
         run, mine = stream.run, stream.result()
-        with Stream(self, replace(run, options=replace(run.options, drafter="none"))) as plain:
+        options = replace(run.options, drafter="none", trace=None)
+        if options.on_loop == "warn":  # the stream has said so already
+            options = replace(options, on_loop="ignore")
+        with Stream(self, replace(run, options=options)) as plain:
             pieces = iter(plain)
             while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
                 if next(pieces, None) is None:
                     break
             theirs = plain.result()
-        mean_context = len(run.prompt) + len(mine.tokens) / 2
+        first, eviction = len(run.prompt), eviction_of(run.options)
+        positions = range(first, first + len(mine.tokens))
+        mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
-        weights, cache = self.executor.dtype.itemsize, self.executor.kv_dtype.itemsize
-        step_bytes = spec.multiplied * weights + spec.kv_bytes(1, cache) * mean_context
+        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context
+        step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
+        if eviction:
+            figures["baseline"]["what"] += ", evicting the same pages (lossy)"
         return replace(mine, report={**mine.report, **figures})
 
 
@@ -215,7 +235,8 @@ class Stream:
         self.run = run
         self.tokens: list[int] = []
         self._swift = swift
-        self._engine = swift.engine(run)
+        self._trace = report.Trace(run.options.trace) if run.options.trace else None
+        self._engine = swift.engine(run, self._trace)
         self._steps = self._engine.run(run.prompt)
         self._joiner = self._new_joiner()
         self._text: list[str] = []
@@ -270,6 +291,8 @@ class Stream:
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
+        if self._trace is not None:
+            self._trace.close()
         if self._joiner is None:
             return ""
         rest = self._joiner.finish()
@@ -282,27 +305,40 @@ class Stream:
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self._engine
+        numerics, guarantee, eviction = engine.model.numerics, engine.model.guarantee, engine.eviction
         return {
             "schema": report.SCHEMA,
             "version": __version__,
             "model": self._swift.checkpoint.name,
-            "dtype": str(self._swift.executor.dtype).removeprefix("torch."),
-            "kv_dtype": str(self._swift.executor.kv_dtype).removeprefix("torch."),
+            "dtype": self._swift.executor.dtype,
+            "kv_dtype": dtype_name(self._swift.executor.kv_dtype),
             "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
             "parameters": run.parameters(),
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
             "engine": self._swift.executor.name,
-            "numerics": engine.model.numerics,
-            "guarantee": engine.model.guarantee,
+            "numerics": f"{numerics}/{eviction.label}" if eviction else numerics,
+            "guarantee": "lossy" if eviction else guarantee,
+            "lossy": eviction is not None,
+            "eviction": eviction.figures() if eviction else None,
             "prompt_tokens": len(run.prompt),
             "ending": result.ending,
             "forced": [list(span) for span in result.forced],
             **report.run_figures(engine.stats),
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
+            "loops": [asdict(loop) for loop in engine.stops.loops.loops],
             "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
         }
+
+
+def eviction_of(options: Options) -> Eviction | None:
+    """Of the lossy mode, where it was asked for."""
+    if options.kv_budget is None:
+        return None
+    name = options.kv_policy or "recent"
+    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
+    return Eviction(policy, options.kv_budget)
 
 
 def find_device(name: str) -> torch.device:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__
+from tokenswift_py import __version__, train_heads
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options
 
@@ -27,6 +27,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),
     "min_new_tokens": ("text", int, "no end-of-sequence token before so many"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
+    "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
     "context": ("model", int, "positions the run is made for (default: what it needs)"),
     "temperature": ("sampling", float, "0 is greedy (default: the checkpoint's)"),
@@ -39,23 +40,38 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", float, "its growth per repeated token"),
     "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
     "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto, none, ngram or partial"),
-    "draft_tokens": ("drafting", int, "draft tokens in a tree at the most"),
+    "drafter": ("drafting", str, "auto (the planner decides), none, ngram, partial, heads or cascade"),
+    "draft_tokens": ("drafting", int, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
-    "draft_budget": ("drafting", int, "tokens of the cache that a partial-cache draft sees"),
+    "draft_budget": ("drafting", int, "tokens of the cache that it sees (default: what pays)"),
+    "draft_weights": ("drafting", str, "bf16 or int8, of a partial-cache draft; auto is int8 on the native engine"),
+    "draft_heads": ("drafting", str, "a file or folder of draft heads (default: those made for the model)"),
+    "trace": ("output", str, "a file that gets a JSON line for every round"),
+    "kv_budget": ("lossy", int, "tokens the target's own cache keeps at most; the text is no longer the full cache's"),
+    "kv_policy": ("lossy", str, "by whose scores pages are evicted from it (default: recent)"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag. Those of `Options` take their defaults from it."""
-    root = argparse.ArgumentParser(prog="tokenswift", description="Long text from a language model, losslessly faster.")
+    root = argparse.ArgumentParser(
+        prog="tokenswift",
+        description="Long text from a language model, losslessly faster.",
+        epilog="`tokenswift train-heads --help`: train draft heads for a model on text that it writes itself.",
+    )
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
-    groups = {name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "output")}
+    groups = {
+        name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
+    }
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")
-    model.add_argument("--dtype", default="bf16", help="bf16 or fp32, of the weights")
-    model.add_argument("--kv-dtype", help="bf16 or fp32, of the KV cache (default: that of the weights)")
+    model.add_argument(
+        "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
+    )
+    model.add_argument(
+        "--kv-dtype", help="bf16 or fp32, of the KV cache (default: as the weights, bf16 beside int8 and gguf)"
+    )
     model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
     model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
@@ -87,10 +103,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
-    args = parser().parse_args(arguments)
-    logging.basicConfig(format="tokenswift: %(message)s", level=logging.ERROR if args.quiet else logging.WARNING)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    training = given[:1] == ["train-heads"]
+    args = None if training else parser().parse_args(given)
+    quiet = args.quiet if args else "--quiet" in given
+    lines = LogLines()
+    level = logging.ERROR if quiet else logging.WARNING
+    logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
     try:
-        return write(args)
+        return write(args, lines) if args else train_heads.main(given[1:])
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2
@@ -105,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def write(args: argparse.Namespace) -> int:
+def write(args: argparse.Namespace, lines: LogLines) -> int:
     """Check, load, write, compare, report."""
     prompt = read_prompt(args)
     options = read_options(args)
@@ -123,7 +144,7 @@ def write(args: argparse.Namespace) -> int:
     )  # fmt: skip
     stream = swift.stream(prompt, **options)
     interrupted = False
-    with Output(args, options["max_new_tokens"]) as output:
+    with Output(args, options["max_new_tokens"], lines) as output:
         try:
             for piece in stream:
                 output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
@@ -147,6 +168,21 @@ def write(args: argparse.Namespace) -> int:
             interrupted = True
     note(args, summary(result.report))
     return INTERRUPTED if interrupted else 0
+
+
+class LogLines(logging.Handler):
+    """The log on standard error, by way of what else writes to the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.show: Callable[[str], None] = show_plainly
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.show(self.format(record))
+
+
+def show_plainly(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class BottomLine:
@@ -176,9 +212,11 @@ class BottomLine:
 class Output:
     """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
 
-    def __init__(self, args: argparse.Namespace, wanted: int):
+    def __init__(self, args: argparse.Namespace, wanted: int, lines: LogLines):
         self.written = 0
+        self._lines = lines
         self._saved = 0
+        self._mid_line = False
         self._file = None
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -189,9 +227,11 @@ class Output:
         self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=target, dynamic_ncols=self._bottom is None)
 
     def __enter__(self) -> Output:
+        self._lines.show = self.log
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lines.show = show_plainly
         if self._bottom:
             self._bottom.close()
         self._bar.close()
@@ -205,12 +245,19 @@ class Output:
                 self._file.flush()
                 self._saved += len(text)
             self.written += len(text)
+            self._mid_line = not text.endswith("\n")
             sys.stdout.write(text)
             sys.stdout.flush()
         if per_pass is not None:
             self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
         if self._bar.update(tokens) and self._bottom:  # true where tqdm finds it time to draw
             self._bottom.draw(self._bar)
+
+    def log(self, line: str) -> None:
+        """A line of the log, on a line of its own; a bar on standard error is drawn again below it."""
+        sys.stdout.flush()
+        tqdm.write(f"\n{line}" if self._bottom and self._mid_line else line, file=sys.stderr)
+        self._mid_line = False
 
     def save_rest(self, text: str) -> None:
         """What an interruption kept from text.txt."""

@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
+    from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.kvcache.view import PageView
 
@@ -167,29 +168,51 @@ class Output:
     logits:    [len(logit_rows), vocab_size] fp32 (fp64 for an fp64 model), rows as asked for.
     page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page,
                summed over the query heads of the KV head's group; None unless asked for.
+    residual:  [R, hidden_size] before the final norm, what TokenSwift's heads read.
+    queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
+               unless asked for.
     """
 
     hidden: torch.Tensor
     logits: torch.Tensor
     page_mass: torch.Tensor | None = None
+    queries: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
 
 
 class Model(Protocol):
-    """An executor: the same contract for torch on any device and for the native CPU engine."""
+    """An executor: the same contract for torch on any device and for the native CPU engine.
+
+    context: positions there are RoPE tables for.
+    """
 
     numerics: str
     guarantee: str
+    context: int
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         """Compute all rows, writing each row's KV into provisional slots behind its cache's length.
 
         logit_rows: the rows whose logits are wanted (indices into all rows); None is all.
         """
 
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, vocab_size] logits of [R, hidden_size] rows as `Output.hidden` has them, through the LM head.
+
+        A row's logits are those that a pass gives for the same hidden state.
+        """
+
     def new_cache(self) -> KVCache:
         """An empty cache of this model's shape, type and context."""
+
+    def new_pool(self, pages: int) -> PagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.base import Context, Drafter
+from tokenswift_py.eviction import Eviction
 from tokenswift_py.history import History
+from tokenswift_py.planner import Planner
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.stats import GenerationStats
 from tokenswift_py.stopping import Stops
@@ -35,8 +36,11 @@ class Engine:
     """One sequence being written.
 
     turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).
-    draft_tokens: the most draft tokens in a tree.
+    draft_tokens: draft so many in every tree; None lets the planner decide.
     prefill_chunk: rows per prefill pass.
+    draft_model: the model with the draft's weights; None is the model itself.
+    trace: called with a record of every round: tree, what was accepted, milliseconds, estimates.
+    eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
     """
 
     def __init__(
@@ -46,18 +50,23 @@ class Engine:
         sampler: Sampler,
         stops: Stops,
         turns: Sequence[Sequence[int]] = (),
-        draft_tokens: int = 8,
+        draft_tokens: int | None = None,
         prefill_chunk: int = 512,
         want_logprobs: bool = False,
+        draft_model: Model | None = None,
+        trace: Callable[[dict[str, Any]], None] | None = None,
+        eviction: Eviction | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
-        self.draft_tokens = draft_tokens
+        self.planner = Planner() if draft_tokens is None else Planner(draft_tokens, fixed=True)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()
-        self.cache = model.new_cache()
-        self.context = Context(self.history, self.cache, model, sampler)
+        self.eviction = eviction
+        self.cache = eviction.new_cache(model) if eviction else model.new_cache()
+        self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
+        self.trace = trace
         self.stats = GenerationStats()
 
     def run(self, prompt: Sequence[int]) -> Iterator[Step]:
@@ -79,18 +88,22 @@ class Engine:
     def round(self) -> Step:
         """One tree: the accepted tokens and one more."""
         clock = self.stats.clock
+        self.planner.context = self.cache.length
         with clock("draft"):
             tree = self.drafter.propose(self.context, self.budget())
         with clock("verify"):
             self.cache.drop_tail()
-            output = self.model.forward([Segment(tree, self.cache)])
+            output = self.forward(Segment(tree, self.cache))
         with clock("accept"):
             taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
         with clock("commit"):
-            self.cache.commit(taken.path)
+            self.commit(taken.path, output)
         with clock("learn"):
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
+        self.planner.observe(len(tree), len(taken.tokens), self.stats.latest_ms)
+        if self.trace is not None:
+            self.trace(self.record(tree, taken))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
 
     def force(self, tokens: Sequence[int]) -> Step:
@@ -99,28 +112,63 @@ class Engine:
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
             self.stops.start_at(len(self.history))
-            row = self.prefill()
-            taken = walk(PENDING, row, self.sampler, self.history, self.stops, self.want_logprobs)
-            self.drafter.prefill(self.context)
+            output = self.prefill()
+            taken = walk(PENDING, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+            self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
 
-    def prefill(self) -> torch.Tensor:
-        """Commit everything in the history that the cache lacks; [1, vocab_size] logits of the last row."""
-        while True:
-            chunk = self.history.tokens[self.cache.length :][: self.prefill_chunk]
-            last = self.cache.length + len(chunk) == len(self.history)
-            segment = Segment(DraftTree.chain(chunk), self.cache, causal=True)
-            output = self.model.forward([segment], [len(chunk) - 1] if last else [])
-            self.cache.commit(range(len(chunk)))
-            self.stats.prefill_tokens += len(chunk)
-            if last:
-                return output.logits
+    def prefill(self) -> Output:
+        """Commit everything in the history that the cache lacks; the output of the last rows, logits of the last."""
+        while (missing := len(self.history) - self.cache.length) > min(SEEN_ROWS, self.room):
+            count = min(self.prefill_chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
+            self.commit_chunk(count, self.forward(self.chunk(count), [], seen=False))
+        output = self.forward(self.chunk(missing), [missing - 1])
+        self.commit_chunk(missing, output)
+        return output
+
+    def chunk(self, count: int) -> Segment:
+        """The next tokens of the history that the cache lacks."""
+        return Segment(DraftTree.chain(self.history.tokens[self.cache.length :][:count]), self.cache, causal=True)
+
+    def commit_chunk(self, count: int, output: Output) -> None:
+        self.commit(range(count), output)
+        self.stats.prefill_tokens += count
+
+    def commit(self, rows: Sequence[int], output: Output) -> None:
+        self.cache.commit(rows)
+        if self.eviction:
+            self.eviction.committed(self.cache, rows, output)
+
+    def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Output:
+        """A pass of the target. seen: by the drafter, which may need more than logits of it."""
+        needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
+        return self.model.forward([segment], logit_rows, want_mass="mass" in needs, want_queries="queries" in needs)
+
+    @property
+    def room(self) -> int:
+        """Rows that can be committed before the context ends or pages are evicted."""
+        return self.cache.limit - self.cache.length
 
     def budget(self) -> int:
-        """Nodes worth having in the next tree: no more than are still wanted, or fit the context."""
-        left = min(self.stops.tokens_left, self.cache.context - len(self.history) + 1)
-        return max(1, min(self.draft_tokens + 1, left))
+        """Nodes worth having in the next tree: no more than are still wanted, or can be committed."""
+        left = min(self.stops.tokens_left, self.room)
+        return max(1, min(self.planner.most + 1, left))
+
+    def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:
+        """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""
+        return {
+            "step": self.stats.num_spec_steps,
+            "position": len(self.history) - len(taken.tokens) - 1,
+            "tree": {"tokens": tree.tokens.tolist(), "parents": tree.parents.tolist()},
+            "path": list(taken.path),
+            "tokens": list(taken.tokens),
+            "ending": taken.ending,
+            "ms": {phase: round(ms, 3) for phase, ms in self.stats.latest_ms.items() if phase != "prefill"},
+            "planner": self.planner.explain(len(tree)),
+            "drafter": {"name": self.drafter.name, **self.drafter.explain()},
+        }
 
 
+SEEN_ROWS = 32  # of a prompt or a turn: the last, of which a drafter sees the output
 PENDING = DraftTree.chain([0])  # the walk of a single row, whose token does not matter

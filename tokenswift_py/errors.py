@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -23,3 +25,15 @@ def need_extra(field: str, value: str, package: str) -> None:
     except ImportError as error:
         allowed = f"it needs {package}: pip install 'tokenswift-py[{value}]'"
         raise UserError(f"{field}: {value!r} is not allowed; {allowed} ({' '.join(str(error).split())})") from error
+
+
+@contextmanager
+def one_line(message: str) -> Iterator[None]:
+    """Turn whatever a library throws at a bad file into one line that says which file it was."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise every kind there is at a bad file, bare Exception included
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -14,6 +15,8 @@ from tokenswift_py import registry
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.loading import DTYPES, Checkpoint
+from tokenswift_py.memory import check_memory
+from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.ops import Ops, TorchOps
@@ -25,6 +28,7 @@ from tokenswift_py.triton_sampling import TritonSampler
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
+DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DETERMINISTIC = ("auto", "on", "off")
 # What attention `auto` is on a GPU, the first that is installed: what keeps law 1 before what is measured.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
@@ -32,10 +36,11 @@ EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
 class Executor(Protocol):
-    """name, dtype, kv_dtype, device, threads: what the report says. sampler: how rows of its logits become tokens."""
+    """name, dtype (as --dtype names it), kv_dtype, device, threads: what the report says. multiplied_nbytes: of the
+    weights that every token is multiplied with. sampler: how rows of its logits become tokens."""
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     kv_dtype: torch.dtype
     device: torch.device
 
@@ -43,19 +48,28 @@ class Executor(Protocol):
     def threads(self) -> int: ...
 
     @property
+    def multiplied_nbytes(self) -> int: ...
+
+    @property
     def sampler(self) -> type[Sampler]: ...
 
     def model(self, rope: RopeTables) -> Model:
         """The model for a run of these RoPE tables; weights are shared."""
 
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        """The same model for draft passes over the same cache, whose rows can never be committed.
+
+        weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, packed at first use;
+                 auto is int8 where the engine has it.
+        Raises UserError for others, and for weights that this executor has not or memory has no room for.
+        """
+
 
 class TorchExecutor:
     name = "torch"
 
-    def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attention: str, deterministic: str
-    ):
-        self.dtype = self.kv_dtype = dtype
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device, attention: str, deterministic: str):
+        self.dtype, self.kv_dtype = dtype, DTYPES[dtype]
         self.device = device
         self._spec = checkpoint.spec
         backend = choose_attention(device) if attention == "auto" else attention
@@ -63,7 +77,7 @@ class TorchExecutor:
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
         self._sampler = TritonSampler if backend == "triton" else Sampler
-        self._weights = checkpoint.tensors().to(dtype, device)
+        self._weights = checkpoint.tensors().to(self.kv_dtype, device)
 
     @property
     def threads(self) -> int:
@@ -73,25 +87,59 @@ class TorchExecutor:
     def sampler(self) -> type[Sampler]:
         return self._sampler
 
+    @property
+    def multiplied_nbytes(self) -> int:
+        return self._spec.multiplied * self.kv_dtype.itemsize
+
     def model(self, rope: RopeTables) -> Model:
         return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops)
+
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        check_draft_weights(weights)
+        check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+        return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops, draft=True)
 
 
 class NativeExecutor:
     name = "native"
     sampler = NativeSampler
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, kv_dtype: torch.dtype, threads: int | None):
+    def __init__(self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None):
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
-        self._weights = NativeWeights(checkpoint.spec, checkpoint.tensors(), dtype, threads)
+        self._checkpoint = checkpoint
+        packed = DTYPES.get(dtype, torch.int8)
+        tensors: Mapping[str, torch.Tensor | Blocks] = checkpoint.gguf or checkpoint.tensors()
+        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads)
+        self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 
     @property
     def threads(self) -> int:
         return self._weights.threads
 
+    @property
+    def multiplied_nbytes(self) -> int:
+        return self._weights.multiplied_nbytes
+
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
+
+    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+        check_draft_weights(weights)
+        chosen = self._weights if weights == "bf16" else self._int8_weights()
+        return NativeDecoder(chosen, rope, self.kv_dtype, draft=True)
+
+    def _int8_weights(self) -> NativeWeights:
+        if self._draft_weights is None:
+            checkpoint = self._checkpoint
+            check_memory(checkpoint.weight_bytes("int8"), self.device, "int8 weights for drafts")
+            tensors = checkpoint.tensors()
+            self._draft_weights = NativeWeights(checkpoint.spec, tensors, torch.int8, team=self._weights.team)
+        return self._draft_weights
+
+
+def check_draft_weights(weights: str) -> None:
+    check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
 
 
 def choose_attention(device: torch.device) -> str:
@@ -158,8 +206,9 @@ def load(
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
-        return NativeExecutor(checkpoint, DTYPES[dtype], DTYPES[kv_dtype or dtype], threads)
+        return NativeExecutor(checkpoint, dtype, DTYPES[kv_dtype or (dtype if dtype in DTYPES else "bf16")], threads)
+    check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")
     check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, f"that of the weights ({dtype}) with engine torch")
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, DTYPES[dtype], device, attention, deterministic)
+    return TorchExecutor(checkpoint, dtype, device, attention, deterministic)

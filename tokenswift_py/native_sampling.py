@@ -50,10 +50,12 @@ class NativeSampler(Sampler):
             lowest=noise.LOWEST,
         )
 
-    def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
+    def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
         usable = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
         if usable and not self.processors:
-            tokens: list[int] = self._native.rank(logits.detach().numpy(), history.tokens, count)
-            if tokens:
-                return tokens
-        return super().rank(logits, history, count)  # which also says what is wrong with logits nobody can choose from
+            found = self._native.rank(logits.detach().numpy(), history.tokens, count)
+            if found:
+                return found
+        return super().ranked(
+            logits, history, count
+        )  # which also says what is wrong with logits nobody can choose from

@@ -5,13 +5,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.executors import DRAFT_WEIGHTS
 
-AUTO_DRAFTER = "ngram"  # what `auto` means until there is a planner
+if TYPE_CHECKING:
+    from tokenswift_py.loading import Checkpoint
+
+AUTO_DRAFTER = "cascade"  # with a planner that uses as much of it as pays
+SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
+ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
@@ -23,12 +30,19 @@ class Options:
     max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
     ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
     stop:          strings that end the text; they are not part of it.
+    on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
     context:       N, the positions the run is made for; None is what it needs.
     drafter:       auto, or a file name of drafters/.
-    draft_tokens:  the most draft tokens in a tree.
-    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees.
+    draft_tokens:  draft so many in every tree; None lets the planner decide.
+    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
+                   lets the planner decide.
+    draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts; auto is int8 where the engine has it.
+    draft_heads:   a file or folder of draft heads; None is those that this model has in the cache or the package.
+    trace:         a file that gets a JSON line for every round.
+    kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
+                   are evicted (None is recent). None keeps every token.
     logprobs:      return the model's own log-probability of each new token.
     logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
     seed:          None draws one, which the report records.
@@ -39,13 +53,19 @@ class Options:
     min_new_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
+    on_loop: str = "warn"
     chapters: Sequence[str] = ()
     raw: bool = False
     context: int | None = None
     drafter: str = "auto"
-    draft_tokens: int = 8
-    draft_policy: str = "recent"
-    draft_budget: int = 1024
+    draft_tokens: int | None = None
+    draft_policy: str = "mass"
+    draft_budget: int | None = None
+    draft_weights: str = "auto"
+    draft_heads: str | None = None
+    trace: str | None = None
+    kv_budget: int | None = None
+    kv_policy: str | None = None
     logprobs: bool = False
     logits_processors: Sequence[Any] = ()
     temperature: float | None = None
@@ -64,18 +84,35 @@ class Options:
     stream: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context"):
+        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context", "kv_budget"):
             value = getattr(self, name)
-            optional = name == "context" and value is None
+            optional = name in ("draft_tokens", "draft_budget", "context", "kv_budget") and value is None
             check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.context is None or self.context >= 2, "context", self.context, "at least 2")
-        check(1 <= self.draft_tokens <= 511, "draft_tokens", self.draft_tokens, "between 1 and 511")
-        check(self.draft_budget >= 64, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
+        fine = self.draft_tokens is None or 1 <= self.draft_tokens <= 511
+        check(fine, "draft_tokens", self.draft_tokens, "between 1 and 511")
+        fine = self.draft_budget is None or self.draft_budget >= 64
+        check(fine, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
+        check(
+            self.draft_weights in DRAFT_WEIGHTS,
+            "draft_weights",
+            self.draft_weights,
+            f"one of {', '.join(DRAFT_WEIGHTS)}",
+        )
         policies = registry.names("tokenswift_py.kvcache.policies")
+        check(
+            self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"
+        )
+        check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
+        check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
+        heads = self.draft_heads
+        there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
+        check(there, "draft_heads", heads, "an existing file or folder")
+        check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
             fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
@@ -113,11 +150,14 @@ class Options:
         values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
         return {name: value for name, value in values.items() if value is not None}
 
-    def drafter_settings(self) -> tuple[str, dict[str, Any]]:
+    def drafter_settings(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
         """The drafter's name and what its constructor takes."""
         name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
-        if name == "partial":
-            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget}
+        if name in SELF_DRAFTERS:
+            width = {} if self.draft_tokens is None else {"width": 1}
+            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width}
+        if name == "heads":
+            return name, {"checkpoint": checkpoint, "path": self.draft_heads}
         return name, {}
 
 

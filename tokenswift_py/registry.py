@@ -8,11 +8,13 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
+SHARED = ("base", "training")  # what implementations have in common, and what trains them
+
 
 def names(package: str) -> list[str]:
-    """The files of a folder of implementations, `base` left out, the public ones only."""
+    """The files of a folder of implementations, the public ones only; `SHARED` ones implement nothing."""
     path = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
+    return sorted(m.name for m in pkgutil.iter_modules(path) if m.name not in SHARED and not m.name.startswith("_"))
 
 
 def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:

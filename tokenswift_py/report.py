@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenswift_py.errors import check
 from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
 
 SCHEMA = 1
@@ -22,6 +25,23 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
         "looping": loop is not None,
         "loop": None if loop is None else {"start": loop.start, "stop": loop.stop, "period": loop.period},
     }
+
+
+class Trace:
+    """A file of JSON lines, one a round. Raises UserError where it cannot be written."""
+
+    def __init__(self, path: str):
+        try:
+            self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115, closed when the stream ends
+        except OSError as error:
+            check(False, "trace", path, f"a file that can be written ({error.strerror})")
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def run_figures(stats: GenerationStats) -> dict[str, Any]:
@@ -106,6 +126,8 @@ def summary(report: dict[str, Any]) -> str:
         f"model {report['model']}, drafter {report['drafter']}, seed {report['parameters']['seed']}",
         f"numerics {report['numerics']} ({report['guarantee']})",
     ]
+    if report["lossy"]:
+        lines.append(lossy_note(report["eviction"]))
     if ms is not None:
         length = report["mean_acceptance_length"]
         lines.append(f"{ms:.2f} ms a token ({1e3 / ms:.1f} tokens/s), {length:.2f} tokens a pass")
@@ -115,8 +137,17 @@ def summary(report: dict[str, Any]) -> str:
         share = f"{100 * baseline['share_of_memory_limit']:.0f} % of the memory limit"
         doubt = " (more than the passes allow: the machine was busy)" if report["timing_doubtful"] else ""
         speedup = f"speed-up {report['speedup']:.2f}x{doubt}"
-        lines.append(f"plain decoding {ar:.2f} ms a token ({share}): {speedup}, output {same}")
+        plain = "plain decoding, just as lossy," if report["lossy"] else "plain decoding"
+        lines.append(f"{plain} {ar:.2f} ms a token ({share}): {speedup}, output {same}")
     diversity = ", ".join(f"distinct-{n} {report[f'distinct_{n}']}" for n in (1, 4))
     loop = report["loop"]
     verdict = f"LOOPS with period {loop['period']} from token {loop['start']} on" if loop else "does not loop"
     return "\n".join([*lines, f"{diversity}; the text {verdict}"])
+
+
+def lossy_note(eviction: dict[str, Any]) -> str:
+    """What the lossy mode did to the text."""
+    mode = f"LOSSY: the cache keeps {eviction['budget']} tokens at most (policy {eviction['policy']})"
+    if not eviction["evictions"]:
+        return f"{mode}; the text fitted, nothing was evicted"
+    return f"{mode}; {eviction['evicted_tokens']} were evicted, and the text may differ from the full cache's"

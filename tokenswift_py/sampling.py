@@ -69,6 +69,10 @@ class Sampler:
 
     def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
         """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
+        return [token for token, _ in self.ranked(logits, history, count)]
+
+    def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
+        """As `rank`, each token with its perturbed score (greedy: with its processed logit)."""
         scores = self.process(logits, history)
         if self.params.temperature == 0:
             return best(scores, np.arange(len(scores)), min(count, int((scores > -np.inf).sum()) if count > 1 else 1))
@@ -136,16 +140,17 @@ def nucleus_floor(scores: Doubles, top_p: float) -> float:
         head *= 8
 
 
-def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[int]:
-    """The `count` tokens of highest score; of equals the lowest id. tokens: [n] ascending."""
+def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[tuple[int, float]]:
+    """The `count` tokens of highest score, with it; of equals the lowest id. tokens: [n] ascending."""
     if count == 1:
-        return [int(tokens[scores.argmax()])]
+        place = scores.argmax()
+        return [(int(tokens[place]), float(scores[place]))]
     if count < len(scores):
         edge = np.partition(scores, -count)[-count]
         keep = np.flatnonzero(scores >= edge)
         scores, tokens = scores[keep], tokens[keep]
     order = np.lexsort((tokens, -scores))[:count]
-    return [int(token) for token in tokens[order]]
+    return [(int(tokens[place]), float(scores[place])) for place in order]
 
 
 def log_probability(logits: torch.Tensor, token: int) -> float:

@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tokenswift_py.core import Acceptance, DraftTree
@@ -23,6 +24,7 @@ class GenerationStats:
     first_tokens:   those of them that a prefill pass gave.
     forced_tokens:  tokens of turns put into the text; the prompt is not among them.
     phase_ms:       draft, verify, accept, commit, learn, prefill.
+    latest_ms:      of each phase, the last time it was gone through.
     """
 
     num_spec_steps: int = 0
@@ -34,6 +36,7 @@ class GenerationStats:
     prefill_tokens: int = 0
     acceptance_histogram: Counter[int] = field(default_factory=Counter)
     phase_ms: dict[str, float] = field(default_factory=dict)
+    latest_ms: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -41,7 +44,8 @@ class GenerationStats:
         try:
             yield
         finally:
-            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + 1e3 * (time.perf_counter() - start)
+            self.latest_ms[phase] = 1e3 * (time.perf_counter() - start)
+            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + self.latest_ms[phase]
 
     def record(self, tree: DraftTree, taken: Acceptance) -> None:
         accepted = len(taken.path) - 1
@@ -109,6 +113,55 @@ def find_loop(tokens: Sequence[int], least: int = 64, rounds: int = 4, longest_p
             if found is None or end + period - begin > found.stop - found.start:
                 found = Loop(begin, end + period, period)
     return found
+
+
+class LoopDetector:
+    """`find_loop` fed token by token, about 5 us each.
+
+    following: whether the latest token is in a loop.
+    longest: the longest loop so far: after every token what `find_loop` says of the tokens until then.
+    loops:   every loop, in order of discovery. One at a time is followed: it is found at the first token that makes it
+             long enough, under its shortest period, and grows until a token breaks it; what loops inside it (the same
+             block twice over, a run of one token within the block) is not told again.
+    """
+
+    def __init__(self, least: int = 64, rounds: int = 4, longest_period: int = 512):
+        self.longest: Loop | None = None
+        self.loops: list[Loop] = []
+        self.following = False
+        self._length = 0
+        self._periods = np.arange(1, longest_period + 1)
+        self._needed = np.maximum(least, rounds * self._periods) - self._periods
+        self._broken = np.zeros(longest_period, np.int64)  # by period: as many tokens there were at the last break
+        self._latest = np.full(longest_period, -1, np.int32)  # the last tokens, the newest first
+
+    def push(self, token: int) -> Loop | None:
+        """One token more; the loop that it brings to light, or None."""
+        self._length += 1
+        np.copyto(self._broken, self._length, where=self._latest != token)
+        self._latest[1:] = self._latest[:-1]
+        self._latest[0] = token
+        run = self._length - self._broken  # latest tokens, each equal to the one a period before
+        looping = run >= self._needed
+        if not looping.any():
+            self.following = False
+            return None
+        self._keep_longest(np.where(looping, run + self._periods, 0))
+        if self.following and looping[self.loops[-1].period - 1]:
+            self.loops[-1] = replace(self.loops[-1], stop=self._length)
+            return None
+        self.following = True
+        self.loops.append(self._loop(int(looping.argmax()) + 1))
+        return self.loops[-1]
+
+    def _keep_longest(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Of equally long loops the one of the shortest period, then the first, as `find_loop` has it."""
+        loop, best = self._loop(int(lengths.argmax()) + 1), self.longest
+        if best is None or (loop.stop - loop.start, -loop.period) > (best.stop - best.start, -best.period):
+            self.longest = loop
+
+    def _loop(self, period: int) -> Loop:
+        return Loop(int(self._broken[period - 1]) - period, self._length, period)
 
 
 def memory_bandwidth(megabytes: int = 256, device: torch.device | None = None, threads: int | None = None) -> float:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 
 from tokenswift_py.history import History
+from tokenswift_py.stats import Loop, LoopDetector
+
+logger = logging.getLogger("tokenswift")
 
 
 class Stops:
-    """End-of-sequence tokens, stop strings and the number of new tokens.
+    """End-of-sequence tokens, stop strings, loops and the number of new tokens.
 
     decode:  token ids -> text, needed for stop strings only.
     special: ids that decode to nothing.
+    on_loop: what to do where the text begins to repeat itself: warn (a line to the log), stop or ignore.
 
-    Called with a history it returns "eos", "stop", "length" or None; tokens that were forced do not count as new, and
-    no stop string begins in them.
+    Called with a history it returns "eos", "stop", "loop", "length" or None. Forced tokens do not count as new, and no
+    stop string begins in them. Loops are looked for in the new tokens alone, joined across what was forced: a model
+    that answers every turn with the same words loops.
     """
 
     def __init__(
@@ -24,10 +30,13 @@ class Stops:
         strings: Sequence[str] = (),
         decode: Callable[[Sequence[int]], str] | None = None,
         special: Collection[int] = (),
+        on_loop: str = "ignore",
     ):
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
         self.tokens_left = max_new_tokens
+        self.loops = LoopDetector()
+        self._on_loop = on_loop
         self._eos = frozenset(eos)
         self._strings = tuple(strings)
         self._decode = decode
@@ -42,12 +51,17 @@ class Stops:
 
     def __call__(self, history: History) -> str | None:
         self.tokens_left -= 1
+        loop = self.loops.push(history[-1])
+        if loop and self._on_loop == "warn":
+            logger.warning(loop_note(loop))
         if history[-1] in self._eos:
             return "eos"
         if self._strings and self._decode is not None:
             text = self._decode(self._recent(history))
             if any(string in text for string in self._strings):
                 return "stop"
+        if self.loops.following and self._on_loop == "stop":
+            return "loop"
         return "length" if self.tokens_left <= 0 else None
 
     def _recent(self, history: History) -> list[int]:
@@ -59,3 +73,9 @@ class Stops:
             if history[position] not in self._special:
                 recent.append(history[position])
         return recent[::-1]
+
+
+def loop_note(loop: Loop) -> str:
+    block = "one token" if loop.period == 1 else f"a block of {loop.period} tokens"
+    length = loop.stop - loop.start
+    return f"the text loops: from new token {loop.start} on it is {block} over and over, {length} tokens so far"

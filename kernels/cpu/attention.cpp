@@ -10,11 +10,6 @@ namespace {
 constexpr int split_pages = 16;    // part of the numerics contract
 constexpr int block_queries = 48;  // queries whose states stay in the first-level cache beside a page
 
-// Bytes between two addresses of different allocations.
-ptrdiff_t distance(const char* from, const char* to) {
-  return ptrdiff_t(reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from));
-}
-
 int rows_a_block(int group) { return std::max(1, block_queries / group); }
 
 }  // namespace
@@ -41,6 +36,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, int
   for (Scratch& scratch : scratch_) {
     const size_t block = size_t(rows_a_block(group_)) * group_;
     scratch.page.reserve(pool.block_bytes());
+    scratch.copy.reserve(pool.copy_bytes());
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
@@ -147,7 +143,7 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
       here = gather(layer, piece, slots, visible - page * page_size, scratch);
     }
-    visit(layer, piece, piece.rows, page, here, i + 1 < end ? distance(here, block(i + 1)) : 0, states, scratch);
+    visit(layer, piece, piece.rows, page, here, i + 1 < end ? block(i + 1) : here, states, scratch);
   }
 }
 
@@ -170,7 +166,7 @@ void Attention::visit_tail(const AttentionLayer& layer, const Piece& piece, int 
       const RowRun rows{std::max(run.begin, piece.rows.begin), std::min(run.end, piece.rows.end)};
       if (rows.begin >= rows.end) continue;
       if (!block) block = gather(layer, piece, group.slots, visible, scratch);
-      visit(layer, piece, rows, page, block, 0, states, scratch);
+      visit(layer, piece, rows, page, block, block, states, scratch);
     }
   }
 }
@@ -190,14 +186,14 @@ bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int win
 }
 
 void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,
-                      ptrdiff_t next, float* states, Scratch& scratch) {
+                      const char* next, float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
-  const ElementKernels& kernels = kernels_.of(pool_->element());
+  const PageKernels& kernels = kernels_.of(pool_->type());
   const size_t query = (size_t(piece.head) * rows_ + in.start + rows.begin) * group_;
   PageVisit visit{};
-  visit.keys = block;
-  visit.values = block + pool_->half_bytes();
+  visit.block = block;
   visit.next = next;
+  visit.copy = scratch.copy.data();
   visit.head_dim = head_dim_;
   visit.scale = float(1.4426950408889634 / std::sqrt(double(values_)));
   visit.queries = (rows.end - rows.begin) * group_;

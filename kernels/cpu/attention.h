@@ -14,7 +14,7 @@ namespace tokenswift {
 struct AttentionLayer {
   int layer;
   int window;        // a row at p sees (p - window, p]; 0 is everything
-  const char* q;     // operands of the pool's element type, [queries][padded head_dim]
+  const char* q;     // operands of the pool's page type, [queries][padded head_dim]
   float* out;        // [rows][out_stride], query head h at h * head_dim
   size_t out_stride;
   float* mass;       // [rows][kv_heads][pages]; null when not wanted
@@ -51,6 +51,7 @@ class Attention {
 
   struct Scratch {
     Buffer<char> page;          // a gathered page
+    Buffer<char> copy;          // an int8 page as bf16
     Buffer<float> states;       // the current split's, where parts == 1
     std::vector<int> first, last;
     std::vector<const char*> pages;
@@ -61,8 +62,8 @@ class Attention {
   void run_split(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
   void visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
-  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block, ptrdiff_t next,
-             float* states, Scratch& scratch);
+  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,
+             const char* next, float* states, Scratch& scratch);
   void finish(const AttentionLayer& layer, int segment, int row, int head);
   const char* gather(const AttentionLayer& layer, const Piece& piece, Slots slots, int visible, Scratch& scratch) const;
   bool set_lanes(const SegmentInput& in, RowRun rows, int page, int window, Scratch& scratch) const;

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
@@ -47,11 +48,15 @@ void init_sampler(Sampler* self, int vocab, double temperature, int top_k, doubl
   new (self) Sampler(params, vocab);
 }
 
-Tokens rank(Sampler& sampler, const Logits& logits, const History& history, int count) {
+std::vector<std::pair<int32_t, double>> rank(Sampler& sampler, const Logits& logits, const History& history, int count) {
   if (logits.shape(0) != size_t(sampler.vocab())) throw std::invalid_argument("logits are [vocab]");
   if (history.shape(0) > size_t(INT32_MAX)) throw std::invalid_argument("the history is too long");
   if (count < 1) throw std::invalid_argument("count must be at least 1");
-  return sampler.rank(logits.data(), history.data(), int(history.shape(0)), count);
+  std::vector<std::pair<int32_t, double>> ranked;
+  for (const auto& [token, score] : sampler.rank(logits.data(), history.data(), int(history.shape(0)), count)) {
+    ranked.emplace_back(token, score);
+  }
+  return ranked;
 }
 
 }  // namespace
@@ -62,7 +67,7 @@ void bind_sampler(nb::module_& m) {
            "penalty_window"_a, "dry_length"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "eos"_a, "first_end"_a,
            "bias_tokens"_a, "bias"_a, "seed"_a, "stream"_a, "highest"_a, "lowest"_a)
       .def("rank", &rank, "logits"_a.noconvert(), "history"_a.noconvert(), "count"_a,
-           "Up to `count` tokens, the best first; none where no finite logit is left.");
+           "Up to `count` (token, perturbed score), the best first; none where no finite logit is left.");
 }
 
 }  // namespace tokenswift

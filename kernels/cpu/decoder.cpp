@@ -30,21 +30,15 @@ void rotate(float* x, const float* cos, const float* sin, int half) {
   }
 }
 
-void add_bias(float* block, const std::vector<float>& bias, int column, int columns, int rows) {
-  if (bias.empty()) return;
-  for (int row = 0; row < rows; ++row)
-    for (int i = 0; i < columns; ++i) block[row * columns + i] += bias[column + i];
-}
-
 }  // namespace
 
-Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, int threads)
+Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team)
     : shape_(shape),
       weights_(weights),
       kernels_(kernels),
       arithmetic_(kernels.of(weights)),
       attention_(kernels, shape.heads, shape.head_dim),
-      team_(threads) {
+      team_(std::move(team)) {
   for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
     require(n > 0, "a model's sizes must be positive");
   }
@@ -57,17 +51,20 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, in
   ffn_stride_ = padded(shape.ffn);
   operand_stride_ = std::max({hidden_stride_, padded(q_width()), ffn_stride_});
 
-  const auto matrix = [&](int rows, int columns) { return Matrix(weights, kernels.panel, rows, columns); };
-  head_ = matrix(shape.vocab, shape.hidden);
-  if (!shape.tied) embed_ = matrix(shape.vocab, shape.hidden);
+  const auto linear = [&](int rows, int columns) { return Linear{Matrix(weights, kernels.panel, rows, columns), {}}; };
+  head_ = linear(shape.vocab, shape.hidden);
+  if (!shape.tied) embed_ = linear(shape.vocab, shape.hidden);
   final_norm_.assign(hidden_stride_, 0.0f);
   layers_.resize(shape.layers);
   for (int i = 0; i < shape.layers; ++i) {
     Layer& layer = layers_[i];
-    layer.qkv = matrix(q_width() + 2 * kv_width(), shape.hidden);
-    layer.o = matrix(shape.hidden, q_width());
-    layer.gate_up = matrix(2 * round_up(shape.ffn, kernels.panel), shape.hidden);
-    layer.down = matrix(shape.hidden, shape.ffn);
+    layer.q = linear(q_width(), shape.hidden);
+    layer.k = linear(kv_width(), shape.hidden);
+    layer.v = linear(kv_width(), shape.hidden);
+    layer.o = linear(shape.hidden, q_width());
+    layer.gate = linear(shape.ffn, shape.hidden);
+    layer.up = linear(shape.ffn, shape.hidden);
+    layer.down = linear(shape.hidden, shape.ffn);
     layer.input_norm.assign(hidden_stride_, 0.0f);
     layer.post_norm.assign(hidden_stride_, 0.0f);
     if (shape.qk_norm) {
@@ -79,10 +76,12 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, in
   }
 }
 
-size_t Decoder::weight_bytes() const {
-  size_t bytes = head_.bytes() + embed_.bytes();
+size_t Decoder::multiplied_bytes() const {
+  size_t bytes = head_.weight.bytes();
   for (const Layer& layer : layers_) {
-    bytes += layer.qkv.bytes() + layer.o.bytes() + layer.gate_up.bytes() + layer.down.bytes();
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      bytes += linear->weight.bytes();
+    }
   }
   return bytes;
 }
@@ -92,58 +91,50 @@ Decoder::Layer& Decoder::layer_at(int layer) {
   return layers_[layer];
 }
 
-Decoder::Place<Matrix> Decoder::matrix_place(const std::string& part, int index) {
-  if (part == "head" || (part == "embed" && shape_.tied)) return {&head_, shape_.vocab, 0, 1};
-  if (part == "embed") return {&embed_, shape_.vocab, 0, 1};
+Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
+  if (part == "head" || (part == "embed" && shape_.tied)) return head_;
+  if (part == "embed") return embed_;
   Layer& layer = layer_at(index);
-  if (part == "q") return {&layer.qkv, q_width(), 0, 1};
-  if (part == "k") return {&layer.qkv, kv_width(), q_width(), 1};
-  if (part == "v") return {&layer.qkv, kv_width(), q_width() + kv_width(), 1};
-  if (part == "o") return {&layer.o, shape_.hidden, 0, 1};
-  if (part == "gate") return {&layer.gate_up, shape_.ffn, 0, 2};
-  if (part == "up") return {&layer.gate_up, shape_.ffn, kernels_.panel, 2};
-  if (part == "down") return {&layer.down, shape_.hidden, 0, 1};
-  throw std::invalid_argument("unknown matrix '" + part + "'");
+  if (part == "q") return layer.q;
+  if (part == "k") return layer.k;
+  if (part == "v") return layer.v;
+  if (part == "o") return layer.o;
+  if (part == "gate") return layer.gate;
+  if (part == "up") return layer.up;
+  if (part == "down") return layer.down;
+  throw std::invalid_argument("unknown part '" + part + "'");
 }
 
-Decoder::Place<std::vector<float>> Decoder::vector_place(const std::string& part, int index) {
-  if (part == "final_norm") return {&final_norm_, shape_.hidden, 0, 1};
-  Layer& layer = layer_at(index);
-  if (part == "input_norm") return {&layer.input_norm, shape_.hidden, 0, 1};
-  if (part == "post_norm") return {&layer.post_norm, shape_.hidden, 0, 1};
-  if (part == "q_norm" && shape_.qk_norm) return {&layer.q_norm, shape_.head_dim, 0, 1};
-  if (part == "k_norm" && shape_.qk_norm) return {&layer.k_norm, shape_.head_dim, 0, 1};
-  if (part == "q_bias") return {&layer.qkv_bias, q_width(), 0, 1};
-  if (part == "k_bias") return {&layer.qkv_bias, kv_width(), q_width(), 1};
-  if (part == "v_bias") return {&layer.qkv_bias, kv_width(), q_width() + kv_width(), 1};
-  if (part == "o_bias") return {&layer.o_bias, shape_.hidden, 0, 1};
-  if (part == "gate_bias") return {&layer.gate_up_bias, shape_.ffn, 0, 2};
-  if (part == "up_bias") return {&layer.gate_up_bias, shape_.ffn, kernels_.panel, 2};
-  if (part == "down_bias") return {&layer.down_bias, shape_.hidden, 0, 1};
-  throw std::invalid_argument("unknown vector '" + part + "'");
-}
-
-// Gate and up alternate panel by panel, so that one piece of work holds both factors of SwiGLU.
-int Decoder::interleaved(int row, int first, int panel_stride) const {
-  return first + row / kernels_.panel * kernels_.panel * panel_stride + row % kernels_.panel;
-}
-
-void Decoder::set_matrix(const std::string& part, int layer, const void* data, int rows, int columns) {
-  const std::lock_guard<std::mutex> turn(one_pass_);
-  const Place<Matrix> place = matrix_place(part, layer);
-  require(rows == place.rows && columns == place.whole->columns(),
-          part + " is [" + std::to_string(place.rows) + ", " + std::to_string(place.whole->columns()) + "], not [" +
-              std::to_string(rows) + ", " + std::to_string(columns) + "]");
-  place.whole->pack(team_, data, rows, [&](int row) { return interleaved(row, place.first, place.panel_stride); });
+void Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  Matrix& matrix = linear_at(part, layer).weight;
+  const bool other_blocks = weights_ == Element::q8 && source.element == Element::q4;
+  Matrix packed(other_blocks ? Element::q4 : weights_, kernels_.panel, matrix.rows(), matrix.columns());
+  try {
+    packed.pack(*team_, source);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(part + ": " + error.what());
+  }
+  matrix = std::move(packed);
 }
 
 void Decoder::set_vector(const std::string& part, int layer, const float* data, int rows) {
-  const std::lock_guard<std::mutex> turn(one_pass_);
-  const Place<std::vector<float>> place = vector_place(part, layer);
-  require(rows == place.rows, part + " has " + std::to_string(place.rows) + " values, not " + std::to_string(rows));
-  // Norms exist from the start; a bias that is never set costs nothing.
-  if (place.whole->empty()) place.whole->assign(std::max({hidden_stride_, qkv_stride_, 2 * ffn_stride_}), 0.0f);
-  for (int row = 0; row < rows; ++row) (*place.whole)[interleaved(row, place.first, place.panel_stride)] = data[row];
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const auto copy = [&](std::vector<float>& whole, int expected) {
+    require(rows == expected, part + " has " + std::to_string(expected) + " values, not " + std::to_string(rows));
+    std::copy_n(data, rows, whole.begin());
+  };
+  if (part == "final_norm") return copy(final_norm_, shape_.hidden);
+  if (part == "input_norm") return copy(layer_at(layer).input_norm, shape_.hidden);
+  if (part == "post_norm") return copy(layer_at(layer).post_norm, shape_.hidden);
+  if (part == "q_norm" && shape_.qk_norm) return copy(layer_at(layer).q_norm, shape_.head_dim);
+  if (part == "k_norm" && shape_.qk_norm) return copy(layer_at(layer).k_norm, shape_.head_dim);
+  const size_t stem = part.rfind("_bias");
+  require(stem != std::string::npos && stem + 5 == part.size() && part != "embed_bias" && part != "head_bias",
+          "unknown vector '" + part + "'");
+  Linear& linear = linear_at(part.substr(0, stem), layer);
+  linear.bias.assign(size_t(linear.weight.panels()) * kernels_.panel, 0.0f);
+  copy(linear.bias, linear.weight.rows());
 }
 
 void Decoder::check(const Pass& pass, const Pool& pool) const {
@@ -183,17 +174,17 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.attended.reserve(rows * padded(q_width()));
   buffers_.activated.reserve(rows * ffn_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
-  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.element()).operand_bytes);
+  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
-  const std::lock_guard<std::mutex> turn(one_pass_);
+  const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
   check(pass, pool);
   std::vector<SegmentPlan> plans;
   for (const SegmentInput& segment : pass.segments) plans.push_back(plan_segment(segment, pool, pass.context));
   reserve(pass, pool);
-  attention_.prepare(std::move(plans), pool, pass.rows, pass.mass ? pass.mass_pages : 0, team_.size());
+  attention_.prepare(std::move(plans), pool, pass.rows, pass.mass ? pass.mass_pages : 0, team_->size());
   embed(pass);
   for (int i = 0; i < shape_.layers; ++i) {
     const Layer& layer = layers_[i];
@@ -201,34 +192,43 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
     project_qkv(layer, pass.rows);
     rotate_and_store(layer, i, pass, pool);
     attend(layer, i, pass);
-    add_projected(layer.o, layer.o_bias, pass.rows);
+    add_projected(layer.o, pass.rows);
     normalise(layer.post_norm.data(), pass.rows);
     feed_forward(layer, pass.rows);
-    add_projected(layer.down, layer.down_bias, pass.rows);
+    add_projected(layer.down, pass.rows);
   }
   finish(pass);
 }
 
-// epilogue(first row, rows, first panel, products [panels][rows][panel]) for every block of rows and group of panels.
-template <class Epilogue>
-void Decoder::multiply(const Matrix& matrix, int rows, int panels_a_piece, const Epilogue& epilogue) {
-  const int groups = matrix.panels() / panels_a_piece;
-  team_.run(groups * ((rows + row_block - 1) / row_block), [&](int piece, int) {
+// work(panel, first row, rows, room for the products of two panels), for every panel and block of rows.
+template <class Work>
+void Decoder::share(int rows, int panels, const Work& work) {
+  team_->run(panels * ((rows + row_block - 1) / row_block), [&](int piece, int) {
     alignas(64) float products[2 * row_block * widest_panel];
-    const int first = piece / groups * row_block, count = std::min(row_block, rows - first);
-    const int panel = piece % groups * panels_a_piece;
-    const char* x = buffers_.operands.data() + first * operand_stride_ * arithmetic_.operand_bytes;
-    for (int i = 0; i < panels_a_piece; ++i) {
-      arithmetic_.multiply(matrix.panel_data(panel + i), matrix.steps(), x, operand_stride_, count,
-                           products + size_t(i) * count * kernels_.panel, kernels_.panel);
-    }
-    epilogue(first, count, panel, products);
+    const int first = piece / panels * row_block;
+    work(piece % panels, first, std::min(row_block, rows - first), products);
   });
 }
 
+// products [rows][panel] of operand rows with one panel, bias added.
+void Decoder::multiply(const Linear& linear, int panel, int first, int rows, float* products) const {
+  const int width = kernels_.panel;
+  const Matrix& weight = linear.weight;
+  kernels_.of(weight.element())
+      .multiply(weight.panel_data(panel), weight.steps(), operands(first), operand_stride_, rows, products, width);
+  if (linear.bias.empty()) return;
+  const float* bias = linear.bias.data() + panel * width;
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < width; ++i) products[row * width + i] += bias[i];
+}
+
+char* Decoder::operands(int row) const {
+  return buffers_.operands.data() + row * operand_stride_ * arithmetic_.operand_bytes;
+}
+
 void Decoder::embed(const Pass& pass) {
-  const Matrix& table = shape_.tied ? head_ : embed_;
-  team_.run(pass.rows, size_t(pass.rows) * shape_.hidden * 16, [&](int row, int) {
+  const Matrix& table = (shape_.tied ? head_ : embed_).weight;
+  team_->run(pass.rows, size_t(pass.rows) * shape_.hidden * 16, [&](int row, int) {
     float* x = buffers_.x.data() + row * hidden_stride_;
     table.unpack_row(pass.tokens[row], x);
     std::fill(x + shape_.hidden, x + hidden_stride_, 0.0f);
@@ -237,39 +237,44 @@ void Decoder::embed(const Pass& pass) {
 
 // The residual stream normalised, as operands of the next multiplication.
 void Decoder::normalise(const float* weight, int rows) {
-  team_.run(rows, rows * hidden_stride_, [&](int row, int) {
+  team_->run(rows, rows * hidden_stride_, [&](int row, int) {
     float* normed = buffers_.normed.data() + row * hidden_stride_;
     kernels_.rms_norm(buffers_.x.data() + row * hidden_stride_, weight, shape_.hidden, shape_.norm_eps, normed);
-    arithmetic_.round(normed, round_up(shape_.hidden, vector_multiple),
-                      buffers_.operands.data() + row * operand_stride_ * arithmetic_.operand_bytes);
+    round(normed, shape_.hidden, row);
   });
 }
 
 void Decoder::round_rows(const float* x, size_t stride, int columns, int rows) {
-  team_.run(rows, size_t(rows) * columns, [&](int row, int) {
-    arithmetic_.round(x + row * stride, round_up(columns, vector_multiple),
-                      buffers_.operands.data() + row * operand_stride_ * arithmetic_.operand_bytes);
-  });
+  team_->run(rows, size_t(rows) * columns, [&](int row, int) { round(x + row * stride, columns, row); });
 }
 
 void Decoder::project_qkv(const Layer& layer, int rows) {
   const int width = kernels_.panel;
-  multiply(layer.qkv, rows, 1, [&](int first, int count, int panel, float* products) {
-    add_bias(products, layer.qkv_bias, panel * width, width, count);
+  const Linear* const parts[] = {&layer.q, &layer.k, &layer.v};
+  int panels = 0;
+  for (const Linear* part : parts) panels += part->weight.panels();
+  share(rows, panels, [&](int panel, int first, int count, float* products) {
+    int part = 0, column = 0;
+    for (; panel >= parts[part]->weight.panels(); ++part) {
+      panel -= parts[part]->weight.panels();
+      column += parts[part]->weight.rows();
+    }
+    multiply(*parts[part], panel, first, count, products);
+    const int columns = std::min(width, parts[part]->weight.rows() - panel * width);
     for (int row = 0; row < count; ++row) {
-      std::memcpy(buffers_.qkv.data() + (first + row) * qkv_stride_ + panel * width, products + row * width,
-                  width * sizeof(float));
+      std::memcpy(buffers_.qkv.data() + (first + row) * qkv_stride_ + column + panel * width, products + row * width,
+                  columns * sizeof(float));
     }
   });
 }
 
 void Decoder::rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool) {
-  team_.run(pass.rows, pass.rows * qkv_stride_ * 4, [&](int row, int) { rotate_row(layer, index, pass, pool, row); });
+  team_->run(pass.rows, pass.rows * qkv_stride_ * 4, [&](int row, int) { rotate_row(layer, index, pass, pool, row); });
 }
 
 void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row) {
   const int head_dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
-  const ElementKernels& cached = kernels_.of(pool.element());
+  const PageKernels& cached = kernels_.of(pool.type());
   const float* q = buffers_.qkv.data() + row * qkv_stride_;
   const float* k = q + q_width();
   const float* v = k + kv_width();
@@ -277,6 +282,10 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     rotate_head(head_q, layer.q_norm, pass, row);
+    if (pass.queries) {
+      const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
+      std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
+    }
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
   }
@@ -299,15 +308,15 @@ void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   const size_t stride = padded(q_width());
   float* mass = pass.mass;
   if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
-  attention_.run(team_, {index, layer.window, buffers_.queries.data(), buffers_.attended.data(), stride, mass});
+  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.attended.data(), stride, mass});
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }
 
-// The operands times `matrix`, added to the residual stream.
-void Decoder::add_projected(const Matrix& matrix, const std::vector<float>& bias, int rows) {
+// The operands times `linear`, added to the residual stream.
+void Decoder::add_projected(const Linear& linear, int rows) {
   const int width = kernels_.panel;
-  multiply(matrix, rows, 1, [&](int first, int count, int panel, float* products) {
-    add_bias(products, bias, panel * width, width, count);
+  share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
+    multiply(linear, panel, first, count, products);
     for (int row = 0; row < count; ++row) {
       float* x = buffers_.x.data() + (first + row) * hidden_stride_ + panel * width;
       for (int i = 0; i < width; ++i) x[i] += products[row * width + i];
@@ -318,13 +327,13 @@ void Decoder::add_projected(const Matrix& matrix, const std::vector<float>& bias
 // SwiGLU, as operands of the down projection.
 void Decoder::feed_forward(const Layer& layer, int rows) {
   const int width = kernels_.panel;
-  multiply(layer.gate_up, rows, 2, [&](int first, int count, int panel, float* products) {
+  share(rows, layer.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
     float* up = products + size_t(count) * width;
-    add_bias(products, layer.gate_up_bias, panel * width, width, count);
-    add_bias(up, layer.gate_up_bias, (panel + 1) * width, width, count);
+    multiply(layer.gate, panel, first, count, products);
+    multiply(layer.up, panel, first, count, up);
     kernels_.swiglu(products, up, count * width, products);
     for (int row = 0; row < count; ++row) {
-      std::memcpy(buffers_.activated.data() + (first + row) * ffn_stride_ + panel / 2 * width, products + row * width,
+      std::memcpy(buffers_.activated.data() + (first + row) * ffn_stride_ + panel * width, products + row * width,
                   width * sizeof(float));
     }
   });
@@ -336,17 +345,35 @@ void Decoder::finish(const Pass& pass) {
   for (int row = 0; row < pass.rows; ++row) {
     std::memcpy(pass.hidden + size_t(row) * shape_.hidden, buffers_.normed.data() + row * hidden_stride_,
                 shape_.hidden * sizeof(float));
+    std::memcpy(pass.residual + size_t(row) * shape_.hidden, buffers_.x.data() + row * hidden_stride_,
+                shape_.hidden * sizeof(float));
   }
   for (int i = 0; i < pass.logit_count; ++i) {
-    arithmetic_.round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_,
-                      round_up(shape_.hidden, vector_multiple),
-                      buffers_.operands.data() + i * operand_stride_ * arithmetic_.operand_bytes);
+    round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_, shape_.hidden, i);
   }
+  project_rounded(pass.logit_count, pass.logits);
+}
+
+void Decoder::project(const float* hidden, int rows, float* logits) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const FlushDenormals flush;
+  buffers_.operands.reserve(size_t(rows) * operand_stride_ * arithmetic_.operand_bytes);
+  std::vector<float> row(hidden_stride_, 0.0f);  // zero behind
+  for (int i = 0; i < rows; ++i) {
+    std::copy_n(hidden + size_t(i) * shape_.hidden, shape_.hidden, row.begin());
+    round(row.data(), shape_.hidden, i);
+  }
+  project_rounded(rows, logits);
+}
+
+// The operands times the head.
+void Decoder::project_rounded(int rows, float* logits) {
   const int width = kernels_.panel;
-  multiply(head_, pass.logit_count, 1, [&](int first, int count, int panel, float* products) {
+  share(rows, head_.weight.panels(), [&](int panel, int first, int count, float* products) {
+    multiply(head_, panel, first, count, products);
     const int columns = std::min(width, shape_.vocab - panel * width);
     for (int row = 0; row < count; ++row) {
-      std::memcpy(pass.logits + size_t(first + row) * shape_.vocab + panel * width, products + row * width,
+      std::memcpy(logits + size_t(first + row) * shape_.vocab + panel * width, products + row * width,
                   columns * sizeof(float));
     }
   });

@@ -1,7 +1,7 @@
 // The whole decoder pass of the llama, mistral, qwen2 and qwen3 families.
 #pragma once
 
-#include <mutex>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -35,48 +35,56 @@ struct Pass {
   const float* cos = nullptr;          // [context][head_dim / 2]
   const float* sin = nullptr;
   float* hidden = nullptr;             // [rows][hidden], after the final norm
+  float* residual = nullptr;           // [rows][hidden], before it
   float* logits = nullptr;             // [logit_count][vocab]
   float* mass = nullptr;               // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
   int mass_pages = 0;
+  float* queries = nullptr;            // [rows][layers][heads][head_dim] as attention takes them; null: not wanted
 };
 
 // Residual stream, norms, scores and sums are fp32. What a bf16 weight or a bf16 key or value is multiplied with is
 // rounded to bf16 on the ISA that has bf16 dot products, and stays fp32 on the others.
 class Decoder {
  public:
-  // Throws std::invalid_argument for shapes that the kernels cannot run.
-  Decoder(const Shape& shape, Element weights, const Kernels& kernels, int threads);
+  // weights: q8 for those in blocks, each matrix q8 or q4 as it was set. Throws std::invalid_argument for shapes that
+  // the kernels cannot run.
+  Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team);
   Decoder(const Decoder&) = delete;
 
   const Kernels& kernels() const { return kernels_; }
   const Shape& shape() const { return shape_; }
-  Element element() const { return weights_; }
-  int threads() const { return team_.size(); }
-  size_t weight_bytes() const;
+  // Of the packed matrices: all, and those that every token is multiplied with.
+  size_t weight_bytes() const { return multiplied_bytes() + embed_.weight.bytes(); }
+  size_t multiplied_bytes() const;
 
-  // part: embed, head, q, k, v, o, gate, up, down; data: [rows, columns] in the decoder's element type.
+  // part: embed, head, q, k, v, o, gate, up, down; values in the decoder's element type, or what q8 can be made from.
   // part: input_norm, post_norm, final_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias,
   // down_bias; data: [rows] fp32. Throw std::invalid_argument for unknown parts and wrong shapes.
-  void set_matrix(const std::string& part, int layer, const void* data, int rows, int columns);
+  void set_matrix(const std::string& part, int layer, const MatrixSource& source);
   void set_vector(const std::string& part, int layer, const float* data, int rows);
 
   // Throws std::invalid_argument before anything is computed or written. Calls from several threads take turns.
   void forward(const Pass& pass, Pool& pool);
 
+  // logits [rows][vocab] of hidden [rows][hidden] as a pass returns them: a row's have the bits they had there.
+  void project(const float* hidden, int rows, float* logits);
+  // Statistics of `count` pages in use, on the decoder's threads.
+  // key_bounds: low, high are [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
+  // key_scores: out is [layers][kv_heads][count], the largest product of a key with the query of its layer and head;
+  // queries: [layers][kv_heads][pool.head_dim()].
+  void key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high);
+  void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
+
  private:
-  struct Layer {
-    Matrix qkv, o, gate_up, down;
-    std::vector<float> input_norm, post_norm, q_norm, k_norm, qkv_bias, o_bias, gate_up_bias, down_bias;
-    int window = 0;
+  struct Linear {
+    Matrix weight;
+    std::vector<float> bias;  // padded to whole panels; empty where there is none
   };
 
-  // Where a checkpoint's tensor goes in the packed one that may hold several.
-  template <class Whole>
-  struct Place {
-    Whole* whole;
-    int rows;
-    int first;         // row of the whole
-    int panel_stride;  // 2 where the panels of two tensors alternate
+  struct Layer {
+    Linear q, k, v, o, gate, up, down;
+    std::vector<float> input_norm, post_norm, q_norm, k_norm;
+    int window = 0;
   };
 
   // Activations of one pass, rows padded to whole panels.
@@ -86,13 +94,13 @@ class Decoder {
     Buffer<char> queries;   // of the pool's
   };
 
-  Place<Matrix> matrix_place(const std::string& part, int layer);
-  Place<std::vector<float>> vector_place(const std::string& part, int layer);
   Layer& layer_at(int layer);
-  int interleaved(int row, int first, int panel_stride) const;
+  Linear& linear_at(const std::string& part, int layer);
 
   void check(const Pass& pass, const Pool& pool) const;
   void reserve(const Pass& pass, const Pool& pool);
+  char* operands(int row) const;
+  void round(const float* x, int columns, int row) { arithmetic_.round(x, columns, operands(row)); }
   void embed(const Pass& pass);
   void normalise(const float* weight, int rows);
   void round_rows(const float* x, size_t stride, int columns, int rows);
@@ -101,12 +109,14 @@ class Decoder {
   void rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row);
   void rotate_head(float* x, const std::vector<float>& norm, const Pass& pass, int row) const;
   void attend(const Layer& layer, int index, const Pass& pass);
-  void add_projected(const Matrix& matrix, const std::vector<float>& bias, int rows);
+  void add_projected(const Linear& linear, int rows);
   void feed_forward(const Layer& layer, int rows);
   void finish(const Pass& pass);
+  void project_rounded(int rows, float* logits);
 
-  template <class Epilogue>
-  void multiply(const Matrix& matrix, int rows, int panels_a_piece, const Epilogue& epilogue);
+  template <class Work>
+  void share(int rows, int panels, const Work& work);
+  void multiply(const Linear& linear, int panel, int first, int rows, float* products) const;
 
   int padded_head() const { return round_up(shape_.head_dim, vector_multiple); }
   int q_width() const { return shape_.heads * shape_.head_dim; }
@@ -116,14 +126,13 @@ class Decoder {
   Element weights_;
   const Kernels& kernels_;
   const ElementKernels& arithmetic_;
-  Matrix embed_, head_;  // a tied head serves as the embedding too
+  Linear embed_, head_;  // a tied head serves as the embedding too
   std::vector<float> final_norm_;
   std::vector<Layer> layers_;
   size_t hidden_stride_, qkv_stride_, ffn_stride_, operand_stride_;  // elements from row to row
   Buffers buffers_;
   Attention attention_;
-  Team team_;
-  std::mutex one_pass_;
+  std::shared_ptr<Team> team_;
 };
 
 }  // namespace tokenswift

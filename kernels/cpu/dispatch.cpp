@@ -4,6 +4,10 @@
 #include "kernels.h"
 #include "variants.h"
 
+#ifdef TOKENSWIFT_X86
+#include <cpuid.h>
+#endif
+
 namespace tokenswift {
 namespace {
 
@@ -13,18 +17,27 @@ struct Variant {
   const Kernels& (*kernels)();
 };
 
+#ifdef TOKENSWIFT_X86
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<Variant> variants() {
   std::vector<Variant> all;
 #ifdef TOKENSWIFT_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  all.push_back({"avx512bf16", avx512 && __builtin_cpu_supports("avx512bf16"), kernels_avx512bf16});
+  const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  all.push_back({"avx512bf16", avx512 && dots, kernels_avx512bf16});
   all.push_back({"avx512", avx512, kernels_avx512});
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
-  all.push_back({"generic", true, kernels_generic});
+  all.push_back({generic_name, true, kernels_generic});
   return all;
 }
 

@@ -36,7 +36,11 @@ struct WidenedBf16Dot {
   };
   static constexpr int step = 2;
 
-  static Columns columns(const Weight* w) { return {Isa::widen_even(w), Isa::widen_odd(w)}; }
+  // w: bf16, or int8, which is widened exactly too.
+  template <class T>
+  static Columns columns(const T* w) {
+    return {Isa::widen_even(w), Isa::widen_odd(w)};
+  }
   static Vec add(Vec acc, Columns w, const Operand* x) {
     acc = Isa::fma(w.even, Isa::splat(x[0]), acc);
     return Isa::fma(w.odd, Isa::splat(x[1]), acc);
@@ -54,6 +58,8 @@ struct NativeBf16Dot {
   static constexpr int step = 2;
 
   static Columns columns(const Weight* w) { return (__m512bh)_mm512_loadu_si512(w); }
+  // bf16 holds every int8 exactly.
+  static Columns columns(const int8_t* w) { return _mm512_cvtne2ps_pbh(Isa::widen(w + Isa::lanes), Isa::widen(w)); }
   static Vec add(Vec acc, Columns w, const Operand* x) {
     int pair;
     std::memcpy(&pair, x, sizeof pair);
@@ -86,8 +92,8 @@ inline __attribute__((always_inline)) void each(F f) {
 // acc[i][j] += the product of row i of x and vector j of the columns, over all steps in order.
 // `ahead` is prefetched, `lines` cache lines a step. Rows are addressed from every third one, which leaves x86 three
 // rows a register (base, base + s, base + 2 s).
-template <class Dot, int M, int V, int lines>
-inline __attribute__((always_inline)) void accumulate(Vec (&acc)[M][V], const typename Dot::Weight* w, size_t w_stride,
+template <class Dot, int M, int V, int lines, class W>
+inline __attribute__((always_inline)) void accumulate(Vec (&acc)[M][V], const W* w, size_t w_stride,
                                                       const typename Dot::Operand* x, size_t x_stride, int steps,
                                                       uintptr_t& ahead) {
   const typename Dot::Operand* base[(M + 2) / 3];

@@ -6,7 +6,7 @@
 namespace tokenswift {
 
 const Kernels& kernels_generic() {
-  static const Kernels kernels = make_kernels("generic");
+  static const Kernels kernels = make_kernels(generic_name);
   return kernels;
 }
 

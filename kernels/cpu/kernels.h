@@ -13,7 +13,8 @@ constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to
 constexpr int longest_head = 512;     // values
 constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
 
-enum class Element { bf16, f32 };
+enum class Element { bf16, f32, q8, q4 };  // of weights; q8 and q4 are in blocks (quant.h)
+enum class PageType { bf16, f32, int8 };   // of cached keys and values
 
 constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
 constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
@@ -27,9 +28,9 @@ constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
 
 // Some queries meet one page of keys and values.
 struct PageVisit {
-  const void* keys;            // [head_dim / step][64][step]
-  const void* values;          // [64 / step][head_dim][step]
-  ptrdiff_t next;              // bytes from this page to the one visited next, for prefetching
+  const char* block;           // as Pool lays it out
+  const char* next;            // the one visited next, for prefetching; this one where there is none
+  char* copy;                  // scratch for the keys and values of an int8 page as bf16
   int head_dim;                // multiple of 16
   float scale;                 // of the scores, log2(e) included
   int queries;
@@ -42,21 +43,32 @@ struct PageVisit {
   size_t mass_stride;          // floats from one query to the next
 };
 
-// The arithmetic of one element type of weights or of cached keys and values.
+// Activations or queries as the other factor's type wants them: n floats (a multiple of vector_multiple) rounded.
+using RoundOperands = void (*)(const float* x, int n, void* out);
+
+// The arithmetic of one element type of weights.
 struct ElementKernels {
-  int operand_bytes;
-  // Rounds n floats (n a multiple of vector_multiple) to operands.
-  void (*round)(const float* x, int n, void* out);
+  int operand_bytes;  // of one value
+  RoundOperands round;
   // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
   void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
                    size_t out_stride);
+};
+
+// The arithmetic of one type of cached keys and values.
+struct PageKernels {
+  int operand_bytes;
+  RoundOperands round;
   void (*visit)(const PageVisit&);
+  // The largest product of the first query with a key of the page; reads block, next, head_dim and q.
+  float (*best_score)(const PageVisit&);
 };
 
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
-  ElementKernels bf16, f32;
+  ElementKernels bf16, f32, q8, q4;
+  PageKernels bf16_pages, f32_pages, int8_pages;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
@@ -69,7 +81,17 @@ struct Kernels {
   void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                    float* out);
 
-  const ElementKernels& of(Element e) const { return e == Element::bf16 ? bf16 : f32; }
+  const ElementKernels& of(Element e) const {
+    switch (e) {
+      case Element::q8: return q8;
+      case Element::q4: return q4;
+      case Element::bf16: return bf16;
+      default: return f32;
+    }
+  }
+  const PageKernels& of(PageType type) const {
+    return type == PageType::bf16 ? bf16_pages : type == PageType::f32 ? f32_pages : int8_pages;
+  }
 };
 
 // The best variant of this machine, or the one named by `wanted`; empty is the best.

@@ -1,4 +1,4 @@
-// A weight matrix packed once for the kernels: [rows / panel][columns / step][panel][step].
+// A weight matrix packed once for the kernels: [rows / panel][columns / step][panel][step], or in blocks (quant.h).
 #pragma once
 
 #include "kernels.h"
@@ -6,6 +6,15 @@
 #include "team.h"
 
 namespace tokenswift {
+
+// A matrix as it comes in, row after row: values, or blocks as GGUF has them.
+struct MatrixSource {
+  Element element;
+  const void* data;
+  int rows, columns;  // columns of blocks are a multiple of 32
+
+  size_t row_bytes() const;
+};
 
 // rows are output features, columns input features (Hugging Face's [out, in]). Padding is zero.
 class Matrix {
@@ -22,27 +31,23 @@ class Matrix {
   const char* panel_data(int panel) const { return data_.data() + panel * panel_bytes(); }
   explicit operator bool() const { return bool(data_); }
 
-  // Packs `count` rows of [count, columns] values; row i becomes row place(i). The element type is the matrix's own.
-  template <class Place>
-  void pack(Team& team, const void* source, int count, const Place& place) {
-    constexpr int block = 64;
-    team.run((count + block - 1) / block, [&](int piece, int) {
-      for (int i = piece * block; i < count && i < (piece + 1) * block; ++i) {
-        pack_row(static_cast<const char*>(source) + size_t(i) * columns_ * bytes_of(element_), place(i));
-      }
-    });
-  }
+  // Takes over all rows. Values of another type become this matrix's own if that is q8; throws std::invalid_argument
+  // for other sizes and types.
+  void pack(Team& team, const MatrixSource& source);
 
-  // Row `row` as fp32, what an embedding look-up reads. out: [columns]
+  // Row `row` as fp32, what an embedding look-up reads. out: [columns], and room up to a multiple of 32
   void unpack_row(int row, float* out) const;
 
  private:
-  size_t panel_bytes() const { return size_t(steps_) * panel_ * step_of(element_) * bytes_of(element_); }
-  char* cell(int row, int step) const;
-  void pack_row(const char* source, int row);
+  size_t panel_bytes() const { return size_t(steps_) * step_bytes_; }
+  char* step_at(int row, int step) const;
+  void pack_values(const char* source, int row);
+  void pack_blocks(const char* source, int row);
+  void quantise(const MatrixSource& source, const char* values, int row);
 
   Element element_ = Element::bf16;
   int panel_ = 1, rows_ = 0, columns_ = 0, steps_ = 0;
+  size_t step_bytes_ = 0;  // of a panel
   Mapping data_;
 };
 

@@ -4,6 +4,8 @@
 // leaves its state as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, every weight exactly 0.
 #pragma once
 
+#include <type_traits>
+
 #include "dot.h"
 #include "kernels.h"
 #include "rowwise.h"
@@ -11,16 +13,48 @@
 namespace tokenswift {
 namespace {
 
+// S is what lies in memory (see Pool): what Dot multiplies with, or int8 quants, which become just that on the way.
+// Their scales multiply the scores, and the weights before they meet the values. `copied` reads a widened copy instead:
+// the same bits, cheaper where many queries share it.
+template <class D, class S = typename D::Weight, bool copied = false>
+struct PageOf {
+  using Dot = D;
+  using Operand = typename D::Operand;
+  using Element = std::conditional_t<copied, typename D::Weight, S>;
+  using Copied = PageOf<D, S, true>;
+  static constexpr bool scaled = sizeof(S) == 1;
+
+  static size_t half(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
+  static size_t half_bytes(const PageVisit& visit) { return half(visit) * sizeof(S); }
+  static const Element* keys(const PageVisit& visit) {
+    return reinterpret_cast<const Element*>(copied ? visit.copy : visit.block);
+  }
+  static const Element* values(const PageVisit& visit) { return keys(visit) + half(visit); }
+  static const float* key_scales(const PageVisit& visit) {
+    return reinterpret_cast<const float*>(visit.block + 2 * half_bytes(visit));
+  }
+  static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
+
+  // Whether widening costs enough to be done once for all tiles: where two products a lane leave it little company.
+  static constexpr bool worth_copying = scaled && !copied && sizeof(Operand) == 2;
+  static constexpr int bytes_a_step = Dot::step * sizeof(S);
+};
+
 constexpr int score_vectors = page_size / Isa::lanes;  // vectors that hold a score for every lane of a page
 constexpr float hidden_score = -3e38f;                // stays below no_maximum when scaled, and finite
 
+inline __attribute__((always_inline)) void multiply(Vec (&s)[score_vectors], const float* scales) {
+  for (int j = 0; j < score_vectors; ++j) s[j] = Isa::mul(s[j], Isa::load(scales + j * Isa::lanes));
+}
+
 // A query's scores become its weights; updates its maximum and sums, writes the weights as operands, and returns the
 // factor by which everything accumulated so far has to be scaled.
-template <class Dot>
+template <class Page>
 inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors],
-                                                  typename Dot::Operand* weights) {
+                                                  typename Page::Operand* weights) {
   float* sums = visit.state + size_t(query) * state_floats(visit.head_dim) + visit.head_dim;
   float* maximum = sums + sums_width;
+  if constexpr (Page::scaled) multiply(s, Page::key_scales(visit));
   if (visit.first) {
     for (int j = 0; j < score_vectors; ++j) {
       s[j] = Isa::keep(s[j], Isa::splat(hidden_score), j * Isa::lanes, visit.first[query], visit.last[query]);
@@ -33,10 +67,9 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   const Vec now = Isa::max(old, Isa::mul(Isa::max_across(top), scale));
   const Vec rescale = exp2(Isa::sub(old, now));
   const Vec offset = Isa::sub(Isa::zero(), now);
-  constexpr Precision precision = sizeof(typename Dot::Operand) == 2 ? Precision::short_ : Precision::full;
+  constexpr Precision precision = sizeof(typename Page::Operand) == 2 ? Precision::short_ : Precision::full;
   for (int j = 0; j < score_vectors; ++j) s[j] = exp2<precision>(Isa::fma(s[j], scale, offset));
   Isa::store_first(maximum, now);
-  for (int j = 0; j < score_vectors; ++j) Dot::round(s[j], weights + j * Isa::lanes);
   // Sum i of the 16 holds the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
   constexpr int parts = sums_width / Isa::lanes;
   Vec page_sum = Isa::zero();
@@ -50,90 +83,137 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
     visit.mass[query * visit.mass_stride] = Isa::sum(page_sum);
     visit.mass_maximum[query * visit.mass_stride] = *maximum;
   }
+  if constexpr (Page::scaled) multiply(s, Page::value_scales(visit));
+  for (int j = 0; j < score_vectors; ++j) Page::Dot::round(s[j], weights + j * Isa::lanes);
   return rescale;
 }
 
-// The next page is asked for while this one is computed with. A visit of one or two tiles asks for all of it in each;
-// one of many spreads it over four, a quarter each: else it would wait for memory in the first tile and leave memory
-// idle in the others.
-template <int V, bool spread>
-constexpr int lines_ahead = V * Isa::lanes * int(sizeof(float)) / line_bytes / (spread ? 4 : 1);
+template <class Page>
+constexpr int parts_ahead = Page::bytes_a_step;
 
-template <bool spread>
-uintptr_t quarter_ahead(const PageVisit& visit, const void* half, int query) {
-  const size_t bytes = static_cast<const char*>(visit.values) - static_cast<const char*>(visit.keys);
-  const int quarter = spread ? query / Isa::page_rows % 4 : 0;
-  return reinterpret_cast<uintptr_t>(half) + visit.next + quarter * (bytes / 4);
+// The next page is asked for while this one is computed with. A visit of one or two tiles asks for all of it in each;
+// one of many spreads it over several, a part each (one line a step): else it would wait for memory in the first tile
+// and leave memory idle in the others.
+template <class Page, int V, bool spread>
+constexpr int lines_ahead = V * Isa::lanes * Page::bytes_a_step / line_bytes / (spread ? parts_ahead<Page> : 1);
+
+// Where the part of the next page's keys (`half` 0) or values (1) begins that a query's tile asks for.
+template <class Page, bool spread>
+uintptr_t part_ahead(const PageVisit& visit, int half, int query) {
+  const size_t bytes = Page::half_bytes(visit);
+  const int part = spread ? query / Isa::page_rows % parts_ahead<Page> : 0;
+  return reinterpret_cast<uintptr_t>(visit.next) + half * bytes + part * (bytes / parts_ahead<Page>);
 }
 
-template <class Dot, int M, bool spread>
+template <class Page, int M, bool spread>
 inline __attribute__((always_inline)) void score(const PageVisit& visit, int query, Vec (&s)[M][score_vectors]) {
+  using Dot = typename Page::Dot;
   constexpr int V = Isa::page_vectors;
-  const auto* keys = static_cast<const typename Dot::Weight*>(visit.keys);
+  const auto* keys = Page::keys(visit);
   const auto* q = static_cast<const typename Dot::Operand*>(visit.q) + size_t(query) * visit.head_dim;
-  uintptr_t ahead = quarter_ahead<spread>(visit, keys, query);
+  uintptr_t ahead = part_ahead<Page, spread>(visit, 0, query);
   for (int block = 0; block < score_vectors; block += V) {
     Vec acc[M][V];
     each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
-    accumulate<Dot, M, V, lines_ahead<V, spread>>(acc, keys + block * Isa::lanes * Dot::step, page_size * Dot::step, q,
-                                                  visit.head_dim, visit.head_dim / Dot::step, ahead);
+    accumulate<Dot, M, V, lines_ahead<Page, V, spread>>(acc, keys + block * Isa::lanes * Dot::step,
+                                                        page_size * Dot::step, q, visit.head_dim,
+                                                        visit.head_dim / Dot::step, ahead);
     each<M, V>([&](int i, int j) { s[i][block + j] = acc[i][j]; });
   }
 }
 
 // V vectors of the values' columns from `column` on.
-template <class Dot, int M, int V, bool spread>
+template <class Page, int M, int V, bool spread>
 inline __attribute__((always_inline)) void add_values(const PageVisit& visit, int query, int column,
-                                                      const typename Dot::Operand* weights, const Vec (&rescale)[M],
+                                                      const typename Page::Operand* weights, const Vec (&rescale)[M],
                                                       uintptr_t& ahead) {
-  const auto* values = static_cast<const typename Dot::Weight*>(visit.values) + column * Dot::step;
+  using Dot = typename Page::Dot;
+  const auto* values = Page::values(visit) + column * Dot::step;
   const size_t stride = state_floats(visit.head_dim);
   float* state = visit.state + query * stride + column;
   Vec acc[M][V];
   each<M, V>([&](int i, int j) {
     acc[i][j] = Isa::mul(Isa::load(state + i * stride + j * Isa::lanes), rescale[i]);
   });
-  accumulate<Dot, M, V, lines_ahead<V, spread>>(acc, values, visit.head_dim * Dot::step, weights, page_size,
-                                                page_size / Dot::step, ahead);
+  accumulate<Dot, M, V, lines_ahead<Page, V, spread>>(acc, values, visit.head_dim * Dot::step, weights, page_size,
+                                                      page_size / Dot::step, ahead);
   each<M, V>([&](int i, int j) { Isa::store(state + i * stride + j * Isa::lanes, acc[i][j]); });
 }
 
-template <class Dot, int M, bool spread>
+template <class Page, int M, bool spread>
 void visit_tile(const PageVisit& visit, int query) {
-  alignas(64) typename Dot::Operand weights[M][page_size];
+  alignas(64) typename Page::Operand weights[M][page_size];
   Vec s[M][score_vectors], rescale[M];
-  score<Dot, M, spread>(visit, query, s);
+  score<Page, M, spread>(visit, query, s);
 #pragma GCC unroll 6
-  for (int i = 0; i < M; ++i) rescale[i] = softmax<Dot>(visit, query + i, s[i], weights[i]);
+  for (int i = 0; i < M; ++i) rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
   constexpr int block = Isa::page_vectors * Isa::lanes;
-  uintptr_t ahead = quarter_ahead<spread>(visit, visit.values, query);
+  uintptr_t ahead = part_ahead<Page, spread>(visit, 1, query);
   int column = 0;
   for (; column + block <= visit.head_dim; column += block) {
-    add_values<Dot, M, Isa::page_vectors, spread>(visit, query, column, weights[0], rescale, ahead);
+    add_values<Page, M, Isa::page_vectors, spread>(visit, query, column, weights[0], rescale, ahead);
   }
   for (; column < visit.head_dim; column += Isa::lanes) {
-    add_values<Dot, M, 1, spread>(visit, query, column, weights[0], rescale, ahead);
+    add_values<Page, M, 1, spread>(visit, query, column, weights[0], rescale, ahead);
   }
 }
 
-template <class Dot, int M, bool spread>
+template <class Page, int M, bool spread>
 void visit_queries(int m, const PageVisit& visit, int query) {
-  if (m == M) return visit_tile<Dot, M, spread>(visit, query);
-  if constexpr (M > 1) visit_queries<Dot, M - 1, spread>(m, visit, query);
+  if (m == M) return visit_tile<Page, M, spread>(visit, query);
+  if constexpr (M > 1) visit_queries<Page, M - 1, spread>(m, visit, query);
 }
 
-template <class Dot, bool spread>
+template <class Page, bool spread>
 void visit_tiles(const PageVisit& visit) {
   constexpr int tile = Isa::page_rows;
   for (int query = 0; query < visit.queries; query += tile) {
-    visit_queries<Dot, tile, spread>(visit.queries - query < tile ? visit.queries - query : tile, visit, query);
+    visit_queries<Page, tile, spread>(visit.queries - query < tile ? visit.queries - query : tile, visit, query);
   }
 }
 
-template <class Dot>
+template <class Page>
+void ask_for_scales(const PageVisit& visit) {
+  if (!Page::scaled) return;
+  const char* scales = visit.next + 2 * Page::half_bytes(visit);
+  for (size_t at = 0; at < 2 * page_size * sizeof(float); at += line_bytes) Isa::prefetch(scales + at);
+}
+
+template <class Page>
+void copy_widened(const PageVisit& visit) {
+  const auto* quants = reinterpret_cast<const int8_t*>(visit.block);
+  constexpr int step = Isa::lanes * Page::Dot::step;
+  for (size_t i = 0; i < 2 * Page::half(visit); i += step) {
+    const auto columns = Page::Dot::columns(quants + i);
+    std::memcpy(visit.copy + i * sizeof(typename Page::Dot::Weight), &columns, sizeof columns);
+  }
+}
+
+template <class Page>
 void visit_page(const PageVisit& visit) {
-  if (lines_ahead<Isa::page_vectors, true> && visit.queries > 2 * Isa::page_rows) return visit_tiles<Dot, true>(visit);
-  visit_tiles<Dot, false>(visit);
+  if constexpr (Page::worth_copying) {
+    if (visit.queries > Isa::page_rows) {
+      copy_widened<Page>(visit);
+      return visit_page<typename Page::Copied>(visit);
+    }
+  }
+  ask_for_scales<Page>(visit);
+  constexpr bool can_spread = lines_ahead<Page, Isa::page_vectors, true> > 0;
+  if (can_spread && visit.queries > 2 * Isa::page_rows) return visit_tiles<Page, true>(visit);
+  visit_tiles<Page, false>(visit);
+}
+
+template <class Page>
+float best_score(const PageVisit& visit) {
+  ask_for_scales<Page>(visit);
+  Vec s[1][score_vectors];
+  score<Page, 1, false>(visit, 0, s);
+  if constexpr (Page::scaled) multiply(s[0], Page::key_scales(visit));
+  Vec top = s[0][0];
+  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[0][j]);
+  float best;
+  Isa::store_first(&best, Isa::max_across(top));
+  return best;
 }
 
 }  // namespace

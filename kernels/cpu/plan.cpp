@@ -21,6 +21,7 @@ void check_view(const SegmentInput& in, const Pool& pool) {
     const int32_t* pages = in.view + size_t(list) * in.view_pages;
     for (int i = 0; i < in.view_pages; ++i) {
       require(pages[i] >= 0 && pages[i] < in.full, "a view names a page that is not full", pages[i]);
+      require(in.pages[pages[i]] >= 0, "a view names a page that was evicted", pages[i]);
       require(i == 0 || pages[i] > pages[i - 1], "a view's pages must be ascending", pages[i]);
     }
   }
@@ -29,7 +30,10 @@ void check_view(const SegmentInput& in, const Pool& pool) {
 void check(const SegmentInput& in, const Pool& pool, int context) {
   require(in.rows > 0, "a segment without rows", in.rows);
   require(in.tail_rows == 1 || in.tail_rows == in.rows, "tail rows", in.tail_rows);
-  for (int i = 0; i < in.full; ++i) require(pool.usable(in.pages[i]), "a page that is not in use", in.pages[i]);
+  for (int i = 0; i < in.full; ++i) {
+    const bool evicted = in.view && in.pages[i] == -1;
+    require(evicted || pool.usable(in.pages[i]), "a page that is not in use", in.pages[i]);
+  }
   const int boundary = in.full * page_size;
   for (int row = 0; row < in.rows; ++row) {
     const int position = in.positions[row];

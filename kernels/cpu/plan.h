@@ -14,7 +14,7 @@ struct SegmentInput {
   int start = 0;                       // first row in the pass
   int rows = 0;
   const int32_t* positions = nullptr;  // [rows]
-  const int32_t* pages = nullptr;      // [full] pages of the pool
+  const int32_t* pages = nullptr;      // [full] pages of the pool; -1 for an evicted one, which no view may name
   int full = 0;
   const int32_t* view = nullptr;       // [layers][kv_heads][view_pages] absolute pages; null is all
   int view_pages = 0;

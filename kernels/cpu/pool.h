@@ -9,37 +9,36 @@
 
 namespace tokenswift {
 
-// A page holds 64 tokens of every (layer, KV head): keys [head_dim / step][64][step], then values
-// [64 / step][head_dim][step]. Pages come in slabs; within a slab a (layer, KV head) has its pages side by side.
-// A slot is page * 64 + lane.
+// A page holds 64 tokens. A block is what it holds of one (layer, KV head): keys [head_dim / step][64][step], values
+// [64 / step][head_dim][step], step 2 for bf16 and int8, 1 for fp32; then, for int8, what the quants of each token are
+// to be multiplied with, fp32: [64] for keys, [64] for values. Pages come in slabs; within a slab a (layer, KV head)
+// has its blocks side by side. A slot is page * 64 + lane.
 class Pool {
  public:
-  Pool(int layers, int kv_heads, int head_dim, Element element, int pages);
+  Pool(int layers, int kv_heads, int head_dim, PageType type, int pages);
   Pool(const Pool&) = delete;
 
   int layers() const { return layers_; }
   int kv_heads() const { return kv_heads_; }
   int head_dim() const { return head_dim_; }
-  Element element() const { return element_; }
+  PageType type() const { return type_; }
   int pages() const { return pages_; }
-  // All layers and heads of a page.
   size_t page_bytes() const { return size_t(layers_) * kv_heads_ * block_bytes(); }
-  // One (layer, head) of a page: keys and values.
-  size_t block_bytes() const { return 2 * half_bytes(); }
-  size_t half_bytes() const { return size_t(page_size) * head_dim_ * bytes_of(element_); }
+  size_t block_bytes() const;
+  // Scratch for a block's keys and values as bf16, where the kernels need that.
+  size_t copy_bytes() const { return type_ == PageType::int8 ? size_t(4) * page_size * head_dim_ : 0; }
 
   // Makes a page usable, its slab with it; nothing is copied. Throws std::bad_alloc, std::out_of_range.
   void reserve(int page);
   bool usable(int page) const { return page >= 0 && page < pages_ && bool(slabs_[page / slab_pages_]); }
   bool usable_slot(int slot) const { return slot >= 0 && usable(slot / page_size); }
 
-  // Keys of a (layer, head) of a page; its values lie half_bytes() behind.
   char* block(int layer, int head, int page) const {
     const size_t at = (size_t(layer) * kv_heads_ + head) * slab_pages_ + page % slab_pages_;
     return slabs_[page / slab_pages_].data() + at * block_bytes();
   }
 
-  // k, v: [head_dim], rounded to the pool's element type.
+  // k, v: [head_dim], rounded to the pool's type.
   void write(int layer, int head, int slot, const float* k, const float* v);
 
   // Copies all layers and heads of slots, as if all were read before any is written. Throws std::out_of_range.
@@ -49,9 +48,14 @@ class Pool {
   // key whatever it may be.
   void gather(int layer, int head, const int32_t* slots, char* out) const;
 
+  // The least and the greatest of a page's keys in each of the first `count` dimensions.
+  void key_bounds(int layer, int head, int page, int count, float* low, float* high) const;
+
  private:
+  size_t values_at() const;  // bytes from a block's beginning
+
   int layers_, kv_heads_, head_dim_;
-  Element element_;
+  PageType type_;
   int pages_, slab_pages_;
   std::vector<Mapping> slabs_;
 };

@@ -57,6 +57,9 @@ float largest(const float* logits, int count, bool& bad) {
   return *std::max_element(top, top + lanes);
 }
 
+// By far more than rounding.
+double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(score); }
+
 }  // namespace
 
 Sampler::Sampler(const SamplerParams& params, int vocab) : params_(params), vocab_(vocab), place_(vocab), stamp_(vocab), block_top_((vocab + block - 1) / block) {
@@ -76,7 +79,7 @@ bool Sampler::breaks(int32_t token) const {
   return std::binary_search(params_.dry_breakers.begin(), params_.dry_breakers.end(), token);
 }
 
-std::vector<int32_t> Sampler::rank(float* logits, const int32_t* history, int length, int count) {
+std::vector<Sampler::Scored> Sampler::rank(float* logits, const int32_t* history, int length, int count) {
   scored_.clear();
   changes_.clear();
   originals_.clear();
@@ -93,9 +96,7 @@ std::vector<int32_t> Sampler::rank(float* logits, const int32_t* history, int le
   };
   const size_t wanted = std::min(scored_.size(), size_t(count));
   std::partial_sort(scored_.begin(), scored_.begin() + wanted, scored_.end(), better);
-  std::vector<int32_t> tokens(wanted);
-  for (size_t i = 0; i < wanted; ++i) tokens[i] = scored_[i].token;
-  return tokens;
+  return {scored_.begin(), scored_.begin() + wanted};
 }
 
 Sampler::Restore::~Restore() {
@@ -181,7 +182,10 @@ void Sampler::collect(const float* logits, int count) {
   }
   if (bad || !std::isfinite(best)) return;
   const double divisor = params_.temperature > 0 ? params_.temperature : 1.0;
-  const double floor = count > 1 ? -std::numeric_limits<double>::max() : deepest(best, divisor);
+  double floor = std::max(deepest(reached(count), divisor), -std::numeric_limits<double>::max());
+  if (params_.temperature > 0 && params_.has_min_p && params_.top_p == 1) {
+    floor = std::max(floor, slightly_below(best + params_.log_min_p * divisor));
+  }
   for (int i = 0; i < int(block_top_.size()); ++i) {
     if (!(double(block_top_[i]) >= floor)) continue;
     for (int token = i * block; token < std::min(vocab_, (i + 1) * block); ++token) {
@@ -193,13 +197,19 @@ void Sampler::collect(const float* logits, int count) {
   }
 }
 
-// What scores below this, before the temperature, can neither be chosen nor count in a nucleus. The slack is far above
-// rounding.
+// A score that at least `count` tokens have: the count-th largest of the blocks' largest and the changed ones.
+double Sampler::reached(int count) {
+  scratch_.clear();
+  for (const float top : block_top_) scratch_.push_back(double(top));
+  for (const Scored& change : changes_) scratch_.push_back(change.score);
+  return size_t(count) > scratch_.size() ? -infinity : nth_largest(scratch_, count);
+}
+
+// What scores below this, before the temperature, can neither be chosen nor count in a nucleus.
 double Sampler::deepest(double best, double divisor) const {
   double depth = params_.temperature > 0 ? params_.highest - params_.lowest : 0.0;
   if (params_.top_p < 1) depth = std::max(depth, -negligible);
-  const double floor = best - depth * divisor;
-  return floor - 1e-3 - 1e-6 * std::fabs(floor);
+  return slightly_below(best - depth * divisor);
 }
 
 // Top-k, then top-p, then min-p, and what the noise cannot lift among the first `count`. Equal scores stay or go

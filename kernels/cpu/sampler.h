@@ -21,21 +21,21 @@ struct SamplerParams {
 
 class Sampler {
  public:
-  // Throws std::invalid_argument for token ids outside the vocabulary.
-  Sampler(const SamplerParams& params, int vocab);
-
-  int vocab() const { return vocab_; }
-
-  // Up to `count` tokens for position `length`, best perturbed score first; empty where no finite logit is left.
-  // `logits` [vocab] are changed and restored. history: [length], every id in the vocabulary.
-  std::vector<int32_t> rank(float* logits, const int32_t* history, int length, int count);
-
- private:
   struct Scored {
     int32_t token;
     double score;
   };
 
+  // Throws std::invalid_argument for token ids outside the vocabulary.
+  Sampler(const SamplerParams& params, int vocab);
+
+  int vocab() const { return vocab_; }
+
+  // Up to `count` tokens for position `length` and their perturbed scores, the best first; empty where no finite logit is left.
+  // `logits` [vocab] are changed and restored. history: [length], every id in the vocabulary.
+  std::vector<Scored> rank(float* logits, const int32_t* history, int length, int count);
+
+ private:
   // Puts the logits back, whatever happens.
   struct Restore {
     Sampler& sampler;
@@ -48,6 +48,7 @@ class Sampler {
   void penalise_context(float* logits, const int32_t* history, int length);
   void penalise_repeats(float* logits, const int32_t* history, int length);
   void collect(const float* logits, int count);
+  double reached(int count);
   double deepest(double best, double divisor) const;
   void filter(int count);
   double nucleus_floor(double floor, double top);

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs tests/test_native*.py against an engine built with sanitizers, in a copy of the checkout.
+# Runs the native engine's tests against an engine built with sanitizers, in a copy of the checkout.
 #   kernels/cpu/sanitize.sh address|thread [pytest arguments]
 # PYTHON names the interpreter (python3), SANITIZE_DIR the folder for build and copy (build/sanitize).
 set -eu
@@ -29,4 +29,5 @@ cd "$work/checkout"
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
-  "$python" -m pytest tests/test_native.py tests/test_native_sampling.py -q -p no:cacheprovider "$@"
+  "$python" -m pytest tests/test_native.py tests/test_native_sampling.py tests/test_quantised.py \
+  tests/test_gguf.py -q -p no:cacheprovider "$@"

@@ -1,6 +1,7 @@
 // The table of this translation unit's ISA.
 #pragma once
 
+#include "blocks.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "page.h"
@@ -9,15 +10,33 @@
 namespace tokenswift {
 namespace {
 
-template <class Dot>
+template <class Format>
 ElementKernels element_kernels() {
-  return {int(sizeof(typename Dot::Operand)), round_operands<Dot>, multiply<Dot>, visit_page<Dot>};
+  return {Format::operand_bytes, round_operands<Format>, multiply<Format>};
+}
+
+template <class Page>
+PageKernels page_kernels() {
+  using Operands = Values<typename Page::Dot>;
+  return {Operands::operand_bytes, round_operands<Operands>, visit_page<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
   constexpr int panel = Isa::gemm_vectors * Isa::lanes;
-  return {name,   panel, element_kernels<Bf16Dot>(), element_kernels<F32Dot>(), rms_norm,
-          swiglu, merge, normalise,                  add_mass};
+  return {name,
+          panel,
+          element_kernels<Values<Bf16Dot>>(),
+          element_kernels<Values<F32Dot>>(),
+          element_kernels<Blocks<Q8>>(),
+          element_kernels<Blocks<Q4>>(),
+          page_kernels<PageOf<Bf16Dot>>(),
+          page_kernels<PageOf<F32Dot>>(),
+          page_kernels<PageOf<Bf16Dot, int8_t>>(),
+          rms_norm,
+          swiglu,
+          merge,
+          normalise,
+          add_mass};
 }
 
 }  // namespace

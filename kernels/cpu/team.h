@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -20,6 +21,9 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return int(threads_.size()) + 1; }
+
+  // Held by whoever runs jobs, from the first to the last of a pass: several decoders may share a team.
+  std::mutex& turn() { return turn_; }
 
   // work(piece, worker) for every piece in [0, count); `worker` < size() names the scratch a piece may use.
   template <class F>
@@ -56,6 +60,7 @@ class Team {
   std::atomic<uint32_t> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::vector<std::thread> threads_;
+  std::mutex turn_;
 };
 
 // While it lives, the thread's denormal results and operands are zero, as they are for every worker.

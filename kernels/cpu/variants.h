@@ -10,4 +10,11 @@ const Kernels& kernels_avx512();
 const Kernels& kernels_avx2();
 const Kernels& kernels_generic();
 
+// Two names, for where the compiler's target fuses products with sums (aarch64) the bits are others.
+#ifdef __FP_FAST_FMAF
+constexpr const char* generic_name = "generic-fma";
+#else
+constexpr const char* generic_name = "generic";
+#endif
+
 }  // namespace tokenswift

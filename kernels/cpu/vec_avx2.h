@@ -1,10 +1,11 @@
-// Vectors of 8 floats: AVX2 and FMA.
+// Vectors of 8 floats: AVX2, FMA and F16C.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace tokenswift {
 namespace {
@@ -12,6 +13,7 @@ namespace {
 struct Isa {
   static constexpr int lanes = 8;
   static constexpr int gemm_rows = 4, gemm_vectors = 2;  // 8 accumulators and 4 widened columns of the 16 registers
+  static constexpr int block_rows = 4;
   static constexpr int page_rows = 4, page_vectors = 2;
 
   using Vec = __m256;
@@ -58,12 +60,45 @@ struct Isa {
     return _mm256_castsi256_ps(_mm256_and_si256(bits(p), _mm256_set1_epi32(int(0xffff0000u))));
   }
 
+  // Dot products of bytes, as in vec_avx512.h.
+  using Wholes = __m256i;
+  using Bytes = __m256i;
+  struct Quads {
+    __m256i even, odd;
+  };
+  using Factors = Quads;
+  static Wholes wholes(int32_t x) { return _mm256_set1_epi32(x); }
+  static Vec to_floats(Wholes a) { return _mm256_cvtepi32_ps(a); }
+  static Vec load_halfs(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Bytes low_halves(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+  static Bytes high_halves(Bytes a) { return low_halves(_mm256_srli_epi16(a, 4)); }
+  static Quads quads(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
+  static Factors factors(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    const __m256i bytes = _mm256_set1_epi32(four);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+  }
+  static Wholes dot(Wholes a, Quads w, Factors x) {
+    const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
+    return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
+  }
+  // The even and the odd ones of 16 int8 values.
+  static Vec widen_even(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs(p), 8)); }
+
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }
 
  private:
+  static __m256i pairs(const int8_t* p) {
+    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace tokenswift {
 namespace {  // internal linkage: no variant's inline functions may be merged with another's by the linker
@@ -12,6 +13,7 @@ namespace {  // internal linkage: no variant's inline functions may be merged wi
 struct Isa {
   static constexpr int lanes = 16;
   static constexpr int gemm_rows = 12, gemm_vectors = 2;  // 24 accumulators of the 32 registers
+  static constexpr int block_rows = 6;                        // as many sums of whole numbers beside them
   static constexpr int page_rows = 6, page_vectors = 4;
 
   using Vec = __m512;
@@ -57,9 +59,59 @@ struct Isa {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))));
   }
 
+  // Dot products of bytes: four k of every column against the four factors of one row.
+  using Wholes = __m512i;
+  using Bytes = __m512i;
+  static Wholes wholes(int32_t x) { return _mm512_set1_epi32(x); }
+  static Vec to_floats(Wholes a) { return _mm512_cvtepi32_ps(a); }
+  static Vec load_halfs(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Bytes low_halves(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static Bytes high_halves(Bytes a) { return low_halves(_mm512_srli_epi16(a, 4)); }
+#ifdef __AVX512VNNI__
+  using Quads = __m512i;
+  using Factors = __m512i;
+  static Quads quads(Bytes a) { return a; }
+  static Factors factors(const int8_t* x) { return four(x); }
+  static Wholes dot(Wholes a, Quads w, Factors x) { return _mm512_dpbusd_epi32(a, w, x); }
+#else
+  // By 16-bit products, for those of 8 bits saturate.
+  struct Quads {
+    __m512i even, odd;
+  };
+  using Factors = Quads;
+  static Quads quads(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
+  static Factors factors(const int8_t* x) {
+    const __m512i bytes = four(x);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
+  }
+  static Wholes dot(Wholes a, Quads w, Factors x) {
+    const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
+    return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
+  }
+#endif
+  // 16 int8 values; the even and the odd ones of 32.
+  static Vec widen(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec widen_even(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
+
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
+
+ private:
+  static __m512i four(const int8_t* x) {
+    int32_t bytes;
+    std::memcpy(&bytes, x, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+  static __m512i pairs(const int8_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 };
 

@@ -6,12 +6,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace tokenswift {
 namespace {
 
 struct Isa {
   static constexpr int lanes = 4;
   static constexpr int gemm_rows = 4, gemm_vectors = 2;
+  static constexpr int block_rows = 4;
   static constexpr int page_rows = 4, page_vectors = 2;
 
   typedef float Vec __attribute__((vector_size(16)));
@@ -68,10 +71,41 @@ struct Isa {
     return from<Vec>(&wide);
   }
 
+  // Dot products of bytes. Whole numbers this small are exact as floats, which are multiplied faster than integers.
+  using Wholes = Vec;
+  using Bytes = Words;
+  struct Quads {
+    Vec of[4];
+  };
+  struct Factors {
+    Vec of[4];
+  };
+  static Wholes wholes(int32_t x) { return splat(float(x)); }
+  static Vec to_floats(Wholes a) { return a; }
+  static Vec load_halfs(const uint16_t* p) {
+    return Vec{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
+  }
+  static Bytes load_bytes(const uint8_t* p) { return from<Words>(p); }
+  static Bytes low_halves(Bytes a) { return a & 0x0f0f0f0fu; }
+  static Bytes high_halves(Bytes a) { return a >> 4 & 0x0f0f0f0fu; }
+  static Quads quads(Bytes a) { return {{byte<0>(a), byte<1>(a), byte<2>(a), byte<3>(a)}}; }
+  static Factors factors(const int8_t* x) { return {{splat(x[0]), splat(x[1]), splat(x[2]), splat(x[3])}}; }
+  static Wholes dot(Wholes a, const Quads& w, const Factors& x) {
+    for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
+    return a;
+  }
+  // The even and the odd ones of 8 int8 values.
+  static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
+  static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
+
   // Inlined early, or GCC takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }
 
  private:
+  template <int index>
+  static Vec byte(Bytes a) {
+    return __builtin_convertvector(Ints(a >> (8 * index) & 0xffu), Vec);
+  }
   template <class T>
   static T from(const void* p) {
     T value;

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PageStats
+from tokenswift_py.kvcache.base import Committed, FloatArray, PageStats
 
 
-@dataclass(frozen=True)
 class Recent:
-    """The first page, whose tokens everything attends to, and as many of the latest pages as the budget holds."""
+    """The later a page, the better; the first one is in every view."""
 
     name = "recent"
+    needs: frozenset[str] = frozenset()
 
-    def select(self, stats: PageStats, budget: int) -> IntArray:
-        count = min(max(1, budget // PAGE_SIZE), stats.pages)
-        chosen = np.arange(stats.pages - count, stats.pages, dtype=np.int32)
-        if count > 1:
-            chosen[0] = 0
-        return np.broadcast_to(chosen, (stats.layers, stats.kv_heads, count))
+    def observe(self, committed: Committed) -> None:
+        pass
+
+    def score(self, stats: PageStats) -> FloatArray:
+        later = np.arange(stats.pages, dtype=np.float32)
+        return np.broadcast_to(later, (stats.layers, stats.kv_heads, stats.pages))
 
 
 POLICY = Recent

@@ -21,7 +21,10 @@ from tokenswift_py.rope import RopeTables
 
 
 class TorchDecoder:
-    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations."""
+    """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations.
+
+    draft: rows are for drafts only and can never be committed.
+    """
 
     def __init__(
         self,
@@ -30,10 +33,12 @@ class TorchDecoder:
         rope: RopeTables,
         attention: AttentionBackend,
         ops: Ops | None = None,
+        draft: bool = False,
     ):
         self.spec = spec
         self.weights = weights
         self.attention = attention
+        self.draft = draft
         self.ops = ops or TorchOps()
         self.guarantee = self.ops.guarantee
         self.context = rope.context
@@ -46,18 +51,24 @@ class TorchDecoder:
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
 
     def new_cache(self) -> KVCache:
+        return KVCache(self.new_pool(pages_for(self.context)), self.context)
+
+    def new_pool(self, pages: int) -> TorchPagePool:
+        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
-        pages = pages_for(self.context)
-        pool = TorchPagePool(
+        return TorchPagePool(
             spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device, self.ops.move_rows
         )
-        return KVCache(pool, self.context)
 
     @torch.inference_mode()
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
-        rows = lay_out(segments)
+        rows = lay_out(segments, target_weights=not self.draft)
         plan = self.attention.prepare(rows.segments, self.device)
         spec, pool = self.spec, shared_pool(segments, TorchPagePool)
         tokens, positions, slots = (
@@ -66,6 +77,7 @@ class TorchDecoder:
         cos, sin = self.cos[positions], self.sin[positions]  # [R, head_dim / 2]
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None
+        queries: list[torch.Tensor] = []
         x: torch.Tensor = self.weights["model.embed_tokens.weight"][tokens]  # [R, hidden]
         added: torch.Tensor | None = None  # what the last block adds to x
         for layer in range(spec.layers):
@@ -73,6 +85,8 @@ class TorchDecoder:
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             q, k, v = self._qkv(normed, f"{at}self_attn.")
             q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
+            if want_queries:
+                queries.append(q.float())
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
                 None if mass is None else mass[layer],
@@ -81,10 +95,17 @@ class TorchDecoder:
                                        f"{at}post_attention_layernorm")  # fmt: skip
             gate, up = (self._linear(normed, f"{at}mlp.{name}_proj") for name in ("gate", "up"))
             added = self._linear(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
-        _, hidden = self._add_norm(x, added, "model.norm")
+        stream, hidden = self._add_norm(x, added, "model.norm")
         wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
-        logits = self._linear(wanted, "model.embed_tokens" if spec.tied else "lm_head")
-        return Output(hidden, logits if logits.dtype == torch.float64 else logits.float(), mass)
+        asked = torch.stack(queries, 1) if want_queries else None
+        return Output(hidden, self.project(wanted), mass, asked, stream)
+
+    @torch.inference_mode()
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        name = "model.embed_tokens" if self.spec.tied else "lm_head"
+        head = self.weights[f"{name}.weight"]
+        logits = self._linear(hidden.to(head.device, head.dtype), name)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""

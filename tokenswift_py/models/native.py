@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,15 @@ from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import Holders, pages_for
+from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
+from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import RopeTables
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+WEIGHTS = {**DTYPES, torch.int8: "q8"}
+KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 PARTS = {
@@ -43,17 +47,19 @@ PARTS = {
 }
 
 
-class NativePool(Holders):
+class NativePool(BoundedPages):
     """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
-    held, and nothing is ever copied to grow."""
+    held, and nothing is ever copied to grow. Statistics are computed by the threads of `weights`."""
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, pages: int, dtype: torch.dtype):
+    def __init__(self, weights: NativeWeights, pages: int, dtype: torch.dtype):
         from tokenswift_py.kernels.cpu import _native
 
-        super().__init__(pages)
-        self.layers, self.kv_heads, self.dtype = layers, kv_heads, dtype
-        self.native = _native.Pool(layers, kv_heads, round_up(head_dim, VECTOR), DTYPES[dtype], pages)
+        spec = weights.spec
+        super().__init__((spec.layers, spec.kv_heads, pages, spec.head_dim), torch.device("cpu"))
+        self.layers, self.kv_heads, self.dtype = spec.layers, spec.kv_heads, dtype
+        self.native = _native.Pool(spec.layers, spec.kv_heads, round_up(spec.head_dim, VECTOR), KV_DTYPES[dtype], pages)
         self.page_bytes: int = self.native.page_bytes
+        self._engine = weights.native
 
     def allocate(self) -> int:
         page = super().allocate()
@@ -67,29 +73,45 @@ class NativePool(Holders):
     def move(self, source: IntArray, target: IntArray) -> None:
         self.native.move(native_ints(source), native_ints(target))
 
+    def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
+        sums = grouped(queries, self.kv_heads)
+        query = np.zeros((self.layers, self.kv_heads, round_up(sums.shape[-1], VECTOR)), np.float32)
+        query[..., : sums.shape[-1]] = sums.numpy()
+        scores = np.empty((self.layers, self.kv_heads, len(pages)), np.float32)
+        self._engine.key_scores(self.native, native_ints(pages), query, scores)
+        return torch.from_numpy(scores)
+
+    def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
+        self._engine.key_bounds(self.native, native_ints(pages), low.numpy(), high.numpy())
+
 
 class NativeWeights:
     """Weights packed from Hugging Face's names, and the team of threads that multiplies with them.
 
-    weights: read once, tensor by tensor, and not kept.
-    dtype:   of the packed weights, bfloat16 or float32; None is the embedding's.
+    weights: read once, tensor by tensor, and not kept. Norms and biases are tensors and stay fp32; a matrix is a
+             tensor, or with dtype int8 also `Blocks`, which are packed as they are.
+    dtype:   of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
     threads: None is what the affinity mask and the cgroup's quota allow.
+    team:    of other weights, to be shared: passes take turns, and no two teams wait for each other's cores.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        weights: Mapping[str, torch.Tensor],
-        dtype: torch.dtype | None = None,
+        weights: Mapping[str, torch.Tensor | Blocks],
+        dtype: torch.dtype,
         threads: int | None = None,
+        team: Any = None,
     ):
         from tokenswift_py.kernels.cpu import _native
 
         self.spec = spec
-        self.dtype = dtype or weights["model.embed_tokens.weight"].dtype
-        check(self.dtype in DTYPES, "dtype", self.dtype, "torch.bfloat16 or torch.float32")
+        self.dtype = dtype
+        check(self.dtype in WEIGHTS, "dtype", self.dtype, "torch.bfloat16, torch.float32 or torch.int8")
         check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
+        self.team = team or _native.Team(threads or available_threads())
+        self._kinds: set[str] = set()
         self.native = _native.Decoder(
             vocab=spec.vocab_size,
             hidden=spec.hidden_size,
@@ -102,8 +124,8 @@ class NativeWeights:
             tied=spec.tied,
             qk_norm=spec.qk_norm,
             windows=[window or 0 for window in spec.windows],
-            dtype=DTYPES[self.dtype],
-            threads=threads or available_threads(),
+            dtype=WEIGHTS[self.dtype],
+            team=self.team,
         )
         for name, shape in spec.shapes().items():
             tensor = weights[name]
@@ -113,14 +135,24 @@ class NativeWeights:
 
     @property
     def threads(self) -> int:
-        return int(self.native.threads)
+        return int(self.team.threads)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed matrices."""
         return int(self.native.weight_bytes)
 
-    def _pack(self, name: str, tensor: torch.Tensor) -> None:
+    @property
+    def multiplied_nbytes(self) -> int:
+        """Bytes of those that every token is multiplied with: of an untied embedding only rows are read."""
+        return int(self.native.multiplied_bytes)
+
+    @property
+    def label(self) -> str:
+        """The numerics of a multiplication: bf16, fp32, or which kinds of blocks there are."""
+        return "+".join(sorted(self._kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
+
+    def _pack(self, name: str, tensor: torch.Tensor | Blocks) -> None:
         stem, kind = name.rsplit(".", 1)
         layer = -1
         if stem.startswith("model.layers."):
@@ -129,33 +161,45 @@ class NativeWeights:
         part = PARTS[stem]
         if kind == "bias":
             part += "_bias"
+        if isinstance(tensor, Blocks):
+            self._kinds.add(tensor.kind)
+            self.native.set_blocks(part, layer, tensor.kind, np.ascontiguousarray(tensor.data))
+            return
         if tensor.ndim == 1:
             self.native.set_vector(part, layer, tensor.detach().float().contiguous().numpy())
             return
-        matrix = tensor.detach().to(self.dtype).contiguous()
-        bits = matrix.view(torch.uint16) if self.dtype == torch.bfloat16 else matrix
-        self.native.set_matrix(part, layer, bits.numpy())
+        self._kinds.add(WEIGHTS[self.dtype])
+        half = torch.bfloat16 in (self.dtype, tensor.dtype) and self.dtype != torch.float32
+        matrix = tensor.detach().to(torch.bfloat16 if half else torch.float32).contiguous()
+        self.native.set_matrix(part, layer, (matrix.view(torch.uint16) if half else matrix).numpy())
 
 
 class NativeDecoder:
     """Packed weights and the RoPE tables of one context.
 
-    kv_dtype: of keys and values; None is that of the weights.
+    kv_dtype: of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a scale
+              (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
+              multiples of it, ties to even.
+    draft:    rows are for drafts only and can never be committed.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight, key or value is rounded to bf16; on the others it stays fp32. `Output.hidden` is the final norm's fp32.
+    weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
+    is rounded to int8 in blocks. `Output.hidden` is the final norm's fp32.
     """
 
     guarantee = "bitwise"
 
-    def __init__(self, weights: NativeWeights, rope: RopeTables, kv_dtype: torch.dtype | None = None):
+    def __init__(
+        self, weights: NativeWeights, rope: RopeTables, kv_dtype: torch.dtype | None = None, draft: bool = False
+    ):
         self.spec = weights.spec
         self.weights = weights
         self.context = rope.context
-        self.kv_dtype = kv_dtype or weights.dtype
-        check(self.kv_dtype in DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16 or torch.float32")
+        self.draft = draft
+        self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
+        check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
-        kinds = f"{DTYPES[weights.dtype]}/kv-{DTYPES[self.kv_dtype]}"
+        kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:
@@ -163,21 +207,27 @@ class NativeDecoder:
 
     def new_pool(self, pages: int) -> NativePool:
         """Room for the pages of one or several sequences, which must share a pool to share a pass."""
-        spec = self.spec
-        return NativePool(spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype)
+        return NativePool(self.weights, pages, self.kv_dtype)
 
     def forward(
-        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
     ) -> Output:
         pool = shared_pool(segments, NativePool)
-        rows = lay_out(segments)
+        rows = lay_out(segments, target_weights=not self.draft)
         wanted: IntArray = np.arange(len(rows.tokens), dtype=np.int32)
         if logit_rows is not None:
             wanted = np.asarray(logit_rows, np.int32).reshape(-1)
-        hidden = np.empty((len(rows.tokens), self.spec.hidden_size), np.float32)
+        hidden, residual = np.empty((2, len(rows.tokens), self.spec.hidden_size), np.float32)
         logits = np.empty((len(wanted), self.spec.vocab_size), np.float32)
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self._room_for_mass(len(rows.tokens), pages) if want_mass else None
+        spec = self.spec
+        shape = (len(rows.tokens), spec.layers, spec.heads, spec.head_dim)
+        queries = np.empty(shape, np.float32) if want_queries else None
         self.weights.native.forward(
             pool=pool.native,
             tokens=native_ints(rows.tokens),
@@ -188,11 +238,20 @@ class NativeDecoder:
             cos=self._cos,
             sin=self._sin,
             hidden=hidden,
+            residual=residual,
             logits=logits,
             mass=mass,
+            queries=queries,
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
-        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass)
+        asked = None if queries is None else torch.from_numpy(queries)
+        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass, asked, torch.from_numpy(residual))
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.detach().to("cpu", torch.float32).contiguous()
+        logits = np.empty((len(rows), self.spec.vocab_size), np.float32)
+        self.weights.native.project(rows.numpy(), logits)
+        return torch.from_numpy(logits)
 
     def _room_for_mass(self, rows: int, pages: int) -> np.ndarray:
         padded = round_up(pages, VECTOR)

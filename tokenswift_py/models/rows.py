@@ -71,6 +71,7 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
     """Law 1: from the last committed page boundary on, keys are listed by position, in path order."""
     cache, tree = segment.cache, segment.tree
     pages = cache.pages[: cache.full_pages].copy()
+    held = pages >= 0
     before = np.concatenate(
         [np.arange(cache.full_pages * PAGE_SIZE, cache.length), np.array(segment.tail) + cache.length]
     )
@@ -88,11 +89,17 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
             if node:
                 tail[node, len(common) : place] = tail[tree.parents[node], len(common) : place]
             tail[node, place] = own[node]
+    heads = (cache.pool.layers, cache.pool.kv_heads)
     view = None
     if segment.view is not None:
         view = segment.view.pages
-        if view.shape[:2] != (cache.pool.layers, cache.pool.kv_heads):
+        if view.shape[:2] != heads:
             raise ValueError(f"the view is for {view.shape[:2]} layers and KV heads")
         if view.size and int(view.max()) >= len(pages):
             raise ValueError(f"the view names page {int(view.max())} of {len(pages)} full pages")
+        if not held[view].all():
+            raise ValueError(f"the view names page {int(view[~held[view]][0])}, which was evicted")
+    elif not held.all():
+        # What eviction left is the full view: all rows see the same, so they are the target's and can be committed.
+        view = np.broadcast_to(cache.kept, (*heads, len(cache.kept)))
     return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)

@@ -1,0 +1,58 @@
+"""What policies share: numbers per page of a text that grows, and the queries of its last row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tokenswift_py.kvcache.base import Committed, FloatArray, IntArray, PagePool, PageStats
+
+Array = npt.NDArray[Any]
+ROOM = 64  # pages to begin with
+
+
+class PerPage:
+    """[..., pages] numbers, zero until they are written. The length doubles, so that growing costs little."""
+
+    def __init__(self, dtype: npt.DTypeLike = np.float64):
+        self._dtype = np.dtype(dtype)
+        self._array: Array | None = None
+
+    def window(self, *shape: int) -> Array:
+        """The first `shape[-1]` pages, to be read or written in place; the other axes are the same in every call."""
+        held = self._array
+        if held is None or held.shape[-1] < shape[-1]:
+            before = 0 if held is None else held.shape[-1]
+            self._array = np.zeros((*shape[:-1], max(ROOM, shape[-1], 2 * before)), self._dtype)
+            if held is not None:
+                self._array[..., :before] = held
+            held = self._array
+        return held[..., : shape[-1]]
+
+
+class LastQueries:
+    """Asks the queries of the last committed row about the keys of every page there is."""
+
+    needs = frozenset({"queries"})
+
+    def __init__(self) -> None:
+        self._queries: torch.Tensor | None = None
+
+    def observe(self, committed: Committed) -> None:
+        assert committed.queries is not None
+        self._queries = torch.tensor(committed.queries[-1])  # a copy
+
+    def score(self, stats: PageStats) -> FloatArray:
+        scores = np.zeros((stats.layers, stats.kv_heads, stats.pages), np.float32)
+        held = stats.held
+        if self._queries is not None and len(held):
+            assert stats.pool is not None and stats.table is not None
+            scores[..., held] = self.worth(stats.pool, stats.table[held], self._queries).cpu().numpy()
+        return scores
+
+    def worth(self, pool: PagePool, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
+        """[layers, kv_heads, n] of these pages of the pool; queries: [layers, heads, head_dim]."""
+        raise NotImplementedError

@@ -1,0 +1,44 @@
+"""Heavy hitters: what was attended to all along (H2O, arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokenswift_py.kvcache.base import PAGE_SIZE, Committed, FloatArray, PageStats
+from tokenswift_py.kvcache.policies.base import PerPage
+
+
+class H2O:
+    """The cumulative attention probability on a page, per row that could have put some there.
+
+    The paper ranks tokens by the plain sum, which favours whatever has been there longest (it holds half of the
+    budget for recent tokens against that). In a long text that is a matter of pages with ten times the rows of
+    others, so here the sum is divided by its rows: the rate at which a page is hit over its life, all rows alike.
+    A page's life starts when it is full. Its own 64 rows attend to it because it is where they stand, which says
+    nothing about later ones, and a page of the prompt, whose rows ran unseen, would have nothing to set against it.
+    Sums are float64, row by row.
+    """
+
+    name = "h2o"
+    needs = frozenset({"mass"})
+
+    def __init__(self) -> None:
+        self._sums = PerPage()
+        self._rows = PerPage()
+
+    def observe(self, committed: Committed) -> None:
+        mass = committed.mass
+        assert mass is not None
+        layers, rows, kv_heads, _ = mass.shape
+        for row in range(rows):
+            full = (committed.start + row) // PAGE_SIZE
+            sums = self._sums.window(layers, kv_heads, full)
+            sums += mass[:, row, :, :full]
+            self._rows.window(full)[:] += 1
+
+    def score(self, stats: PageStats) -> FloatArray:
+        sums: FloatArray = self._sums.window(stats.layers, stats.kv_heads, stats.pages)
+        return sums / np.maximum(self._rows.window(stats.pages), 1)
+
+
+POLICY = H2O

@@ -1,0 +1,28 @@
+"""What a page could be worth at best: bounds of its keys against the query (Quest, arXiv 2406.10774)."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenswift_py.kvcache.base import IntArray, PagePool
+from tokenswift_py.kvcache.policies.base import LastQueries
+
+
+class Quest(LastQueries):
+    """An upper bound of q.k over a page's keys, for the last committed row: for each dimension the better of the
+    page's lowest and highest key, summed; the maximum over the query heads of the KV head's group.
+
+    The products are torch's in fp32: their last bits may change with the library and its threads, but not with the
+    passes that the rows came in.
+    """
+
+    name = "quest"
+
+    def worth(self, pool: PagePool, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
+        low, high = pool.key_bounds(pages)  # [layers, kv_heads, pages, head_dim]
+        queries = queries.to(low).unflatten(1, (low.shape[1], -1))  # [layers, kv_heads, group, head_dim]
+        bound = high @ queries.clamp(min=0).mT + low @ queries.clamp(max=0).mT  # [layers, kv_heads, pages, group]
+        return bound.amax(3)
+
+
+POLICY = Quest

@@ -1,0 +1,356 @@
+"""--dtype gguf: the file's own blocks reach the engine unchanged, in Hugging Face's order, and a broken file is told in
+one line."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFWriter,
+    TokenType,
+    get_tensor_name_map,
+)
+from gguf.quants import dequantize, quantize
+
+from conftest import decoder_of, tiny_config, tiny_model, tiny_tokenizer
+from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.gguf_tensors import GgufTensors
+from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.rope import rope_tables
+
+pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
+
+Floats = npt.NDArray[np.float32]
+ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32}
+# Where the fp16 scales lie in a block, for types that gguf.quants reads but does not write.
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
+VALUES = ("F32", "F16", "BF16")
+EXACT = ("Q4_0", "Q4_1", "Q8_0", *VALUES)
+KINDS = (*EXACT, "Q5_0", "Q5_1", *SCALES)
+
+
+def gguf_config(family: str, **changes: Any) -> Any:
+    return tiny_config(family, **{**SIZES, "vocab_size": len(tiny_tokenizer()), **changes})
+
+
+def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
+    """`weights` in this type; a K-quant gets random blocks of about their size instead."""
+    if kind == "F16":
+        return weights.astype(np.float16)
+    if kind == "F32":
+        return weights
+    if kind not in SCALES:
+        return quantize(weights, GGMLQuantizationType[kind])
+    columns, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (len(weights), weights.shape[1] // columns, block_bytes)).astype(np.uint8)
+    for at in SCALES[kind]:
+        scale = rng.uniform(1, 3, raw.shape[:2]) * {"Q4_K": 1e-4, "Q5_K": 5e-5, "Q6_K": 4e-5}.get(kind, 1e-3)
+        raw[..., at : at + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(len(weights), -1)
+
+
+def write_gguf(path: Path, config: Any, kinds: Mapping[str, str], default: str = "F32") -> Path:
+    """A random model of this config. kinds: GGML type by the last parts of Hugging Face's names."""
+    family, spec = config.model_type, ModelSpec.from_config(config)
+    writer = GGUFWriter(path, family)
+    writer.add_block_count(spec.layers)
+    writer.add_context_length(1024)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.heads)
+    writer.add_head_count_kv(spec.kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_layer_norm_rms_eps(spec.norm_eps)
+    writer.add_vocab_size(spec.vocab_size)
+    add_tokenizer(writer)
+    names = get_tensor_name_map(ARCHITECTURES[family], spec.layers)
+    state = tiny_model(config, torch.float32).state_dict()
+    for seed, (name, shape) in enumerate(spec.shapes().items()):
+        stem, suffix = name.rsplit(".", 1)
+        weights = state[name].numpy()
+        part = stem.split(".")[-1]
+        if family == "llama" and part in ("q_proj", "k_proj"):
+            heads = spec.heads if part == "q_proj" else spec.kv_heads
+            weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)  # as llama.cpp does
+        kind = kinds.get(part, default) if len(shape) == 2 else "F32"
+        data = encoded(np.ascontiguousarray(weights), kind, seed)
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_tokenizer(writer: GGUFWriter) -> None:
+    tokenizer = tiny_tokenizer()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    special = set(tokenizer.all_special_tokens) | {"<|endoftext|>", "<|im_start|>"}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def reference(path: Path, config: Any) -> dict[str, torch.Tensor]:
+    """The file's weights by the gguf package's own dequantisation, in Hugging Face's order."""
+    spec, found = ModelSpec.from_config(config), {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    names = get_tensor_name_map(ARCHITECTURES[config.model_type], spec.layers)
+    weights = {}
+    for name, shape in spec.shapes().items():
+        stem, suffix = name.rsplit(".", 1)
+        tensor = found[f"{names.get_name(stem)}.{suffix}"]
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        part = stem.split(".")[-1]
+        if config.model_type == "llama" and part in ("q_proj", "k_proj"):
+            heads = spec.heads if part == "q_proj" else spec.kv_heads
+            values = values.reshape(heads, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        weights[name] = torch.from_numpy(np.ascontiguousarray(values))
+    return weights
+
+
+def unpacked(tensor: torch.Tensor | Blocks) -> Floats:
+    if isinstance(tensor, torch.Tensor):
+        return tensor.float().numpy()
+    raw = tensor.data.reshape(len(tensor.data), -1, BLOCK_BYTES[tensor.kind])
+    d = raw[..., :2].copy().view(np.float16).astype(np.float32)
+    if tensor.kind == "q8":
+        return (d * raw[..., 2:].view(np.int8)).reshape(tensor.shape)
+    m = raw[..., 2:4].copy().view(np.float16).astype(np.float32)
+    return (d * np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], -1) + m).reshape(tensor.shape)
+
+
+def decoder(path: Path, config: Any, threads: int = 2) -> NativeDecoder:
+    spec = ModelSpec.from_config(config)
+    return NativeDecoder(NativeWeights(spec, GgufTensors(path, spec), torch.int8, threads), rope_tables(config, 512))
+
+
+def forward(model: Any, count: int = 90) -> torch.Tensor:
+    tokens = np.random.default_rng(0).integers(0, 250, count)
+    logits: torch.Tensor = model.forward([Segment(DraftTree.chain(tokens), model.new_cache(), causal=True)]).logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_keeps_the_files_weights(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that the engine has, to the bit; scales of Q4_K to fp16; other types to blocks of 8 bits."""
+    monkeypatch.setattr("tokenswift_py.gguf_tensors.ROUNDED_AT_ONCE", 10_000)  # in several pieces
+    config = gguf_config("llama", tie_word_embeddings=False)
+    path = write_gguf(tmp_path / "tiny.gguf", config, {}, kind)
+    tensors, expected = GgufTensors(path, ModelSpec.from_config(config)), reference(path, config)
+    for name, tensor in tensors.items():
+        values, theirs = unpacked(tensor), expected[name].numpy()
+        largest = np.abs(theirs).max(-1, keepdims=True)
+        if kind in EXACT or tensor.shape[0] == theirs.size:
+            assert np.array_equal(values, theirs), name
+        elif kind == "Q4_K":
+            assert np.abs(values - theirs).max() < 2**-10 * largest.max() * 2
+        else:
+            assert (np.abs(values - theirs) <= largest / 253).all(), name
+    if kind not in VALUES:
+        kinds = {tensor.kind for tensor in tensors.values() if isinstance(tensor, Blocks)}
+        assert kinds == {"q4" if kind in ("Q4_0", "Q4_1", "Q4_K") else "q8"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_logits_are_those_of_the_dequantised_weights(tmp_path: Path, family: str, tied: bool) -> None:
+    """Types mixed as llama.cpp mixes them, within one attention layer too."""
+    mixed = {"q_proj": "Q4_K", "k_proj": "Q4_0", "v_proj": "Q6_K", "gate_proj": "Q4_1", "up_proj": "Q5_0"}
+    mixed |= {"down_proj": "Q8_0", "embed_tokens": "Q8_0", "lm_head": "F16"}
+    config = gguf_config(family, tie_word_embeddings=tied)
+    path = write_gguf(tmp_path / "tiny.gguf", config, mixed, "BF16")
+    exact = tiny_model(config, torch.float32)
+    weights = reference(path, config)
+    exact.load_state_dict(weights | ({"lm_head.weight": weights["model.embed_tokens.weight"]} if tied else {}))
+    logits, expected = forward(decoder(path, config)), forward(decoder_of(exact, 512))
+    assert (logits - expected).pow(2).mean() < 0.15**2 * expected.pow(2).mean()
+    assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.8
+
+
+def test_rows_keep_the_row_law_in_mixed_types(tmp_path: Path) -> None:
+    config = gguf_config("qwen3")
+    path = write_gguf(tmp_path / "tiny.gguf", config, {"v_proj": "Q6_K", "down_proj": "Q8_0"}, "Q4_K")
+    models = [decoder(path, config, threads) for threads in (1, 2, 3, 4)]
+    tokens = np.random.default_rng(1).integers(0, 250, 150)
+    cache, rows = models[0].new_cache(), []
+    for token in tokens:
+        rows.append(models[0].forward([Segment(DraftTree.chain([token]), cache)]).logits)
+        cache.commit([0])
+    alone = torch.cat(rows)
+    for model, size in zip(models, (150, 7, 64, 33), strict=True):
+        cache, rows = model.new_cache(), []
+        for start in range(0, 150, size):
+            chunk = tokens[start : start + size]
+            rows.append(model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)]).logits)
+            cache.commit(range(len(chunk)))
+        assert torch.equal(torch.cat(rows), alone)
+
+
+def test_packed_blocks_take_the_bits_they_have(tmp_path: Path) -> None:
+    config = gguf_config("llama", vocab_size=len(tiny_tokenizer()))
+    path = write_gguf(tmp_path / "tiny.gguf", config, {"embed_tokens": "Q8_0"}, "Q4_0")
+    spec = ModelSpec.from_config(config)
+    tensors = GgufTensors(path, spec)
+    weights = NativeWeights(spec, tensors, torch.int8)
+    embedding = spec.vocab_size * spec.hidden_size
+    expected = (5 * (spec.parameters - embedding) + 8.5 * embedding) / 8
+    assert weights.nbytes == pytest.approx(expected, rel=0.02)  # norms are not in it, a last panel is filled up
+    assert tensors.nbytes == pytest.approx(expected, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kinds = {"v_proj": "Q6_K", "down_proj": "Q8_0", "embed_tokens": "Q8_0"}
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", gguf_config("llama"), kinds, "Q4_K")
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_file_is_run_without_being_converted(
+    tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "write_converted", None)
+    swift = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf")
+    assert sum(file.stat().st_size for file in own_cache.rglob("*")) < 200_000
+    settings: dict[str, Any] = {"max_new_tokens": 120, "ignore_eos": True, "temperature": 0.7, "seed": 5}
+    plain = swift.generate("the cat and the dog", drafter="none", **settings)
+    for drafter in ("ngram", "partial"):
+        assert swift.generate("the cat and the dog", drafter=drafter, **settings).tokens == plain.tokens
+    assert plain.report["dtype"] == "gguf"
+    assert "/q4+q8-block32/kv-bf16/" in plain.report["numerics"]
+    assert swift.checkpoint.eos == (2,)
+    monkeypatch.setattr(loading, "write_described", None)
+    again = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf", kv_dtype="fp32")
+    assert "/kv-fp32/" in again.generate("the cat", max_new_tokens=3).report["numerics"]
+
+
+def test_config_and_tokenizer_are_those_of_the_converted_file(tiny_gguf: Path, own_cache: Path) -> None:
+    own, converted = (TokenSwift.from_pretrained(str(tiny_gguf), dtype=dtype) for dtype in ("gguf", "fp32"))
+    assert own.checkpoint.spec == converted.checkpoint.spec
+    assert own.checkpoint.eos == converted.checkpoint.eos
+    assert own.checkpoint.defaults == converted.checkpoint.defaults
+    text = "the cat <|im_end|> sat\n"
+    assert own.tokenizer(text)["input_ids"] == converted.tokenizer(text)["input_ids"]
+    assert own.tokenizer.chat_template == converted.tokenizer.chat_template
+    rope = rope_tables(own.checkpoint.config, 512)
+    logits, expected = (forward(swift.executor.model(rope)) for swift in (own, converted))
+    assert (logits - expected).pow(2).mean() < 0.15**2 * expected.pow(2).mean()
+
+
+def refused(path: Path | str, **settings: Any) -> str:
+    with pytest.raises(UserError) as error:
+        TokenSwift.from_pretrained(str(path), **{"dtype": "gguf", "engine": "native", **settings})
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_checkpoint_that_is_no_gguf_is_refused(tiny_folder: Path) -> None:
+    assert "dtype: 'gguf' is not allowed; only for a .gguf file" in refused(tiny_folder)
+    assert "dtype: 'gguf' is not allowed; only for a .gguf file" in refused("some-owner/some-model")
+    assert "existing .gguf file" in refused("missing.gguf")
+
+
+def test_blocks_need_the_native_engine(tiny_gguf: Path, own_cache: Path) -> None:
+    assert "with engine torch one of bf16, fp32; engine native has gguf" in refused(tiny_gguf, engine="torch")
+
+
+def test_memory_is_asked_for_what_the_blocks_take(
+    tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 2**28)
+    packed = loading.open_checkpoint(str(tiny_gguf), dtype="gguf").weight_bytes("gguf")
+    assert packed < tiny_gguf.stat().st_size * 1.2
+    assert f"memory: '{packed / 2**20:.0f} MiB'" in refused(tiny_gguf)
+
+
+def copy_of(source: Path, target: Path, content: bytes) -> Path:
+    target.mkdir(exist_ok=True)
+    (target / "broken.gguf").write_bytes(content)
+    return target / "broken.gguf"
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.99, 0.9999])
+def test_a_file_that_was_cut(tiny_gguf: Path, own_cache: Path, tmp_path: Path, share: float) -> None:
+    content = tiny_gguf.read_bytes()
+    assert "broken.gguf" in refused(copy_of(tiny_gguf, tmp_path / "cut", content[: int(share * len(content))]))
+
+
+def test_a_file_cut_after_it_was_opened(tiny_gguf: Path, own_cache: Path, tmp_path: Path) -> None:
+    path = copy_of(tiny_gguf, tmp_path / "late", tiny_gguf.read_bytes())
+    checkpoint = loading.open_checkpoint(str(path), dtype="gguf")
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert checkpoint.gguf is not None
+    with pytest.raises(UserError, match=r"broken\.gguf"):
+        dict(checkpoint.gguf)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bytes_of_the_header_that_changed_never_crash(
+    tiny_gguf: Path, own_cache: Path, tmp_path: Path, seed: int
+) -> None:
+    rng, content = random.Random(seed), bytearray(tiny_gguf.read_bytes())
+    first = min(tensor.data_offset for tensor in GGUFReader(tiny_gguf).tensors)
+    for _ in range(3):  # the part behind the tokens describes the tensors
+        content[rng.randrange(4, 400) if rng.random() < 0.3 else rng.randrange(first - 1200, first)] = rng.randrange(
+            256
+        )
+    try:
+        swift = TokenSwift.from_pretrained(str(copy_of(tiny_gguf, tmp_path / "changed", content)), dtype="gguf")
+        swift.generate("the cat", max_new_tokens=2)
+        message = ""
+    except UserError as error:
+        message = str(error)
+    except RuntimeError as error:  # the engine ran, on weights that make no sense
+        message = str(error)
+        assert "finite" in message
+    assert "\n" not in message
+
+
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path, own_cache: Path) -> None:
+    config = gguf_config("llama")
+    path = write_gguf(tmp_path / "tiny.gguf", config, {}, "Q4_1")
+    tensor = next(tensor for tensor in GGUFReader(path).tensors if tensor.name == "blk.1.ffn_up.weight")
+    content = bytearray(path.read_bytes())
+    content[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(content)
+    assert "up_proj" in refused(path) and "finite" in refused(path)
+
+
+def test_a_tensor_of_another_shape_or_missing(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama", tie_word_embeddings=True), {}, "Q8_0")
+    with pytest.raises(UserError, match=r"ffn_gate\.weight"):
+        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", intermediate_size=544)))
+    with pytest.raises(UserError, match=r"blk\.2\.attn_q\.weight"):
+        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", num_hidden_layers=3)))
+    with pytest.raises(UserError, match=r"output\.weight"):
+        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", tie_word_embeddings=False)))

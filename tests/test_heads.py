@@ -1,0 +1,474 @@
+"""Draft heads: their formulas, their trees, the files they come from; they change no token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from conftest import tiny_config, tiny_model, weights_of
+from scripted import write
+from test_output_law import PROMPT, samplers
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.drafters import heads as heads_module
+from tokenswift_py.drafters.heads import (
+    FORMS,
+    MEMORY,
+    RANKS,
+    UNLIKELY,
+    Heads,
+    HeadWeights,
+    find_heads,
+    fingerprint,
+    heads_file,
+    read_heads,
+    write_heads,
+)
+from tokenswift_py.history import History
+from tokenswift_py.loading import Checkpoint, open_checkpoint
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.rope import rope_tables
+from tokenswift_py.sampling import Sampler
+
+E, V, K = 48, 61, 3
+
+
+def random_heads(form: str, own_head: bool = False, hidden: int = E, vocab: int = V, seed: int = 0) -> HeadWeights:
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw)
+
+    if form == "medusa":
+        tensors = {"weight": normal(K, 2, hidden, hidden) / 7, "bias": normal(K, 2, hidden)}
+        if own_head:
+            tensors["head"] = normal(K, vocab, hidden)
+    else:
+        tensors = {"weight": normal(K, hidden, hidden), "norm_in": normal(K, hidden), "norm_out": normal(K, hidden)}
+        if form == "recurrent":
+            tensors["token"] = normal(K, hidden, hidden)
+    return HeadWeights(form, tensors, 1e-5)
+
+
+def embedding_of(decoder: Any) -> torch.Tensor:
+    return decoder.weights["model.embed_tokens.weight"]
+
+
+@pytest.fixture(scope="module")
+def native() -> tuple[NativeDecoder, dict[str, torch.Tensor]]:
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    config = tiny_config()
+    weights = weights_of(tiny_model(config, torch.float32))
+    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.bfloat16, 2)
+    return NativeDecoder(packed, rope_tables(config, 512)), weights
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).mean() + 1e-5)
+
+
+def plain_logits(weights: HeadWeights, output: Output, embedded: list[torch.Tensor], lm_head: Any) -> torch.Tensor:
+    """[K, V] by the papers' formulas, a vector at a time in double. embedded: of the token before each guess."""
+    t = {name: tensor.double() for name, tensor in weights.tensors.items()}
+    assert output.residual is not None
+    rows, h = [], output.residual[-1].double()
+    for i in range(K):
+        if weights.form == "medusa":
+            x = output.hidden[-1].double()
+            for block in range(2):
+                x = x + silu(t["weight"][i, block] @ x + t["bias"][i, block])
+            rows.append((t["head"][i] if "head" in t else lm_head) @ x)
+            continue
+        h = h + t["weight"][i] @ (t["norm_in"][i] * rms(h))
+        if weights.form == "recurrent":
+            h = h + t["token"][i] @ rms(embedded[i].double())
+        rows.append(lm_head @ (t["norm_out"][i] * rms(h)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("form", "own"), [*((form, False) for form in FORMS), ("medusa", True)])
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_the_first_path_is_that_of_the_papers_formulas(
+    tiny_decoder: Any, native: Any, executor: str, form: str, own: bool
+) -> None:
+    """Greedy, one candidate a head: the tree is a chain of the argmax of every head."""
+    model, tensors = (tiny_decoder, tiny_decoder.weights) if executor == "torch" else native
+    embedding, lm_head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"].double()
+    for seed in range(6):
+        weights = random_heads(form, own, seed=seed)
+        drafter = Heads(replace(weights, acceptance=np.ones((K, 1))), embedding)
+        prompt = [int(t) for t in np.random.default_rng(seed).integers(0, V, 20)]
+        output = model.forward([Segment(DraftTree.chain(prompt[:-1]), model.new_cache(), causal=True)])
+        context: Any = SimpleNamespace(history=History(prompt), sampler=Sampler(SamplingParams(), V), draft_model=model)
+        drafter.prefill(context, output)
+        tree = drafter.propose(context, 9)
+        assert tree.is_chain and len(tree) == K + 1 and len(context.history) == 20
+        expected = plain_logits(weights, output, [embedding[t] for t in tree.tokens[:K].tolist()], lm_head)
+        best = expected.max(-1)
+        chosen = expected[torch.arange(K), torch.tensor(tree.tokens[1:].tolist())]
+        slack = 1e-4 if executor == "torch" else 0.02  # of the scores' spread: bf16 operands
+        assert (best.values - chosen <= slack * expected.std()).all()
+
+
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_the_residual_stream_is_what_the_final_norm_reads(tiny_decoder: Any, native: Any, executor: str) -> None:
+    model, tensors = (tiny_decoder, tiny_decoder.weights) if executor == "torch" else native
+    output = model.forward([Segment(DraftTree.chain(PROMPT), model.new_cache(), causal=True)], [])
+    assert output.residual.shape == output.hidden.shape == (len(PROMPT), E)
+    normed = torch.stack([rms(row) for row in output.residual.double()]) * tensors["model.norm.weight"].double()
+    assert (normed - output.hidden.double()).abs().max() < 1e-3
+    assert output.residual.pow(2).mean(-1).min() > 0
+
+
+class Fixed:
+    """A model whose LM head says the same whatever it reads: token t's logit is `logits[t]`."""
+
+    def __init__(self, logits: list[float]):
+        self.logits = torch.tensor(logits)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits.repeat(len(hidden), 1)
+
+
+def proposal(acceptance: Any, budget: int, form: str = "tokenswift", params: SamplingParams | None = None) -> Any:
+    table = np.array(acceptance, np.float64)
+    weights = random_heads(form)
+    weights = replace(weights, tensors={name: t[: len(table)] for name, t in weights.tensors.items()}, acceptance=table)
+    drafter = Heads(weights, torch.ones(V, E))
+    logits = [float(-t) for t in range(V)]  # best tokens first: 0, 1, 2 ...
+    sampler = Sampler(params or SamplingParams(), V)
+    context: Any = SimpleNamespace(history=History([7]), sampler=sampler, draft_model=Fixed(logits))
+    return drafter, drafter.tree(torch.ones(E), context, budget), context
+
+
+def paths(tree: DraftTree) -> list[tuple[int, ...]]:
+    return [tuple(tree.tokens[node] for node in tree.path(n)[1:]) for n in range(1, len(tree))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_most_probable_paths_are_proposed_first(form: str) -> None:
+    acceptance = [[0.5, 0.3], [0.6, 0.2]]
+    chances = {(0,): 0.5, (1,): 0.3, (0, 0): 0.3, (1, 0): 0.18, (0, 1): 0.1, (1, 1): 0.06}
+    for budget in range(1, 9):
+        _, tree, _ = proposal(acceptance, budget, form)
+        assert paths(tree) == list(chances)[: min(budget - 1, 6)]
+        assert tree.tokens[0] == 7
+
+
+def test_hopeless_paths_are_left_out() -> None:
+    _, tree, _ = proposal([[0.5, 0.009], [0.6, 0.019]], 9)
+    assert paths(tree) == [(0,), (0, 0)]
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=3), st.integers(1, 12))
+def test_any_acceptances_give_a_tree_of_the_likeliest_nodes(acceptance: list[list[float]], budget: int) -> None:
+    """Likeliest first; and as only BEAM places a level get children, at least the likeliest path is there whole."""
+    _, tree, _ = proposal(acceptance, budget)
+    assert 1 <= len(tree) <= budget
+    taken = [float(np.prod([acceptance[d][rank] for d, rank in enumerate(path)])) for path in paths(tree)]
+    assert taken == sorted(taken, reverse=True)
+    assert all(chance >= UNLIKELY for chance in taken)
+    likeliest = np.cumprod([max(row) for row in acceptance])
+    if len(tree) < budget:
+        assert sum(chance >= UNLIKELY for chance in likeliest) == tree.depth.max()
+    first = sorted((share for share in acceptance[0] if share >= UNLIKELY), reverse=True)
+    assert taken[:1] == first[: budget - 1][:1]
+
+
+def test_candidates_carry_the_noise_and_penalties_of_their_position() -> None:
+    """Every level is ranked as the target would choose there: history, noise and penalties of the best path before."""
+    params = SamplingParams(temperature=1.5, penalty=1.3, seed=5)
+    acceptance = [[0.5, 0.3], [0.5, 0.3], [0.5, 0.3]]
+    for form in FORMS:
+        _, tree, context = proposal(acceptance, 9, form, params)
+        history, expected = History([7]), []
+        for _ in range(3):
+            expected.append(context.sampler.rank(context.draft_model.logits, history, 2))
+            history.append(expected[-1][0])
+        assert len(context.history) == 1
+        assert list(tree.children[0]) == expected[0]
+        node = tree.children[0][expected[0][0]]
+        assert list(tree.children[node]) == expected[1]
+        assert expected[2][0] in tree.children[tree.children[node][expected[1][0]]]
+
+
+def test_acceptances_follow_what_is_written() -> None:
+    drafter, _, context = proposal([[0.5, 0.5], [0.5, 0.5]], 9)
+    for _ in range(400):  # the first head's second candidate is always right, then the second head's first
+        drafter.tree(torch.ones(E), context, 9)
+        drafter.learn([1, 0, 9])
+    assert np.allclose(drafter.acceptance, [[0, 1], [1, 0]], atol=1e-3)
+    before = drafter.acceptance.copy()
+    drafter.learn([1, 0, 9])  # nothing was proposed since: nothing is learned
+    assert (drafter.acceptance == before).all()
+    drafter.tree(torch.ones(E), context, 9)
+    drafter.learn([30])  # neither candidate; of the second head nothing is known
+    assert np.allclose(drafter.acceptance, [before[0] * (1 - MEMORY), before[1]])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    params=samplers,
+    form=st.sampled_from(FORMS),
+    own=st.booleans(),
+    seed=st.integers(0, 50),
+    size=st.integers(1, 12),
+    count=st.integers(1, 90),
+)
+def test_heads_change_no_token(
+    tiny_decoder: Any, params: SamplingParams, form: str, own: bool, seed: int, size: int, count: int
+) -> None:
+    plain, _, _ = write(tiny_decoder, PROMPT, count, params)
+    drafter = Heads(random_heads(form, own, seed=seed), embedding_of(tiny_decoder))
+    drafted, engine, _ = write(tiny_decoder, PROMPT, count, params, drafter, draft_tokens=size)
+    assert drafted == plain
+    assert engine.cache.pool.in_use == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(params=samplers, form=st.sampled_from(FORMS), size=st.integers(1, 12))
+def test_heads_change_no_token_on_the_native_engine(native: Any, params: SamplingParams, form: str, size: int) -> None:
+    decoder, tensors = native
+    plain, _, _ = write(decoder, PROMPT, 80, params)
+    drafter = Heads(random_heads(form), tensors["model.embed_tokens.weight"])
+    assert write(decoder, PROMPT, 80, params, drafter, draft_tokens=size)[0] == plain
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_chapters_and_accepted_drafts(tiny_decoder: Any, form: str) -> None:
+    """Behind a forced turn the heads read its last row; with 8 candidates of 61 tokens some drafts are right."""
+    params = SamplingParams(temperature=1.0, seed=4)
+    plain, _, _ = write(tiny_decoder, PROMPT, 120, params)
+    eos, turn = plain[12], [5, 6, 7, 8]
+    whole, reference, _ = write(tiny_decoder, PROMPT, 120, params, eos=[eos], turns=[turn, turn])
+    drafter = Heads(random_heads(form), embedding_of(tiny_decoder))
+    drafted, engine, _ = write(tiny_decoder, PROMPT, 120, params, drafter, eos=[eos], turns=[turn, turn])
+    assert drafted == whole
+    assert len(engine.turns) == len(reference.turns) < 2
+    assert engine.stats.num_accepted_draft_tokens > 0
+
+
+# Files
+
+
+@pytest.fixture
+def checkpoint(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    return open_checkpoint(str(tiny_folder))
+
+
+def foreign(weights: HeadWeights, prefix: str) -> dict[str, torch.Tensor]:
+    """The names that Medusa and TokenSwift give these tensors."""
+    t, named = weights.tensors, {}
+    for i in range(len(weights)):
+        if weights.form == "tokenswift":
+            at = f"{prefix}medusa_layers.{i}."
+            named[f"{at}linear.weight"] = t["weight"][i].clone()
+            named[f"{at}input_layernorm.weight"] = t["norm_in"][i].clone()
+            named[f"{at}post_layernorm.weight"] = t["norm_out"][i].clone()
+            continue
+        for block in range(t["weight"].shape[1]):
+            named[f"{prefix}{i}.{block}.linear.weight"] = t["weight"][i, block].clone()
+            named[f"{prefix}{i}.{block}.linear.bias"] = t["bias"][i, block].clone()
+        if "head" in t:
+            named[f"{prefix}{i}.{t['weight'].shape[1]}.weight"] = t["head"][i].clone()
+    return named
+
+
+def same_tensors(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("form", "own", "prefix"),
+    [
+        ("tokenswift", False, "model."),
+        ("tokenswift", False, ""),
+        ("medusa", True, ""),
+        ("medusa", False, "medusa_head."),
+    ],
+)
+@pytest.mark.parametrize("kind", [".pt", ".bin", ".safetensors", "folder"])
+def test_converted_checkpoints_give_the_same_proposals(
+    checkpoint: Checkpoint, tmp_path: Path, form: str, own: bool, prefix: str, kind: str
+) -> None:
+    vocab = checkpoint.spec.vocab_size
+    weights = replace(random_heads(form, own, vocab=vocab), eps=checkpoint.spec.norm_eps)
+    tensors = foreign(weights, prefix)
+    if form == "tokenswift":
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(2, 2)  # it keeps heads and model in one file
+    path = tmp_path / ("heads" + kind)
+    if kind == "folder":
+        path.mkdir()
+        names = sorted(tensors)
+        save_file({name: tensors[name] for name in names[::2]}, path / "model-1.safetensors")
+        save_file({name: tensors[name] for name in names[1::2]}, path / "model-2.safetensors")
+    elif kind == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    found = find_heads(checkpoint, str(path))
+    assert found.form == form and found.eps == weights.eps
+    assert same_tensors(found.tensors, weights.tensors)
+    embedding = checkpoint.tensors()["model.embed_tokens.weight"]
+    sampler, rows = Sampler(SamplingParams(temperature=1, seed=2), vocab), torch.randn(5, E)
+    model: Any = SimpleNamespace(project=lambda x: x @ embedding.T)
+    for row in rows:
+        context: Any = SimpleNamespace(history=History([3, 4]), sampler=sampler, draft_model=model)
+        trees = [Heads(w, embedding).tree(row, context, 12) for w in (weights, found)]
+        assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and len(trees[0]) == 12
+    (converted,) = (tmp_path / "cache" / "heads").glob("*.safetensors")
+    stamp = converted.stat().st_mtime_ns
+    find_heads(checkpoint, str(path))
+    assert converted.stat().st_mtime_ns == stamp, "converted once"
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_malformed_files_are_refused_in_one_line(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    medusa = foreign(random_heads("medusa"), "")
+    swift = foreign(random_heads("tokenswift"), "model.")
+    torch.save({"weights": Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({"lm_head.weight": torch.ones(2)}, "nothing.pt")
+    torch.save({name: t for name, t in medusa.items() if name != "1.0.linear.bias"}, "gap.pt")
+    torch.save({**medusa, "0.0.linear.weight": torch.zeros(3, 3)}, "uneven.pt")
+    torch.save({name: t for name, t in swift.items() if "post" not in name}, "nonorm.pt")
+    torch.save({name: torch.zeros(7, 7) if t.ndim == 2 else torch.zeros(7) for name, t in swift.items()}, "small.pt")
+    torch.save({**medusa, "0.0.linear.bias": torch.full((E,), torch.nan)}, "nan.pt")
+    Path("cut.pt").write_bytes(Path("nan.pt").read_bytes()[:500])
+    Path("noise.safetensors").write_bytes(b"\xff" * 100)
+    Path("empty").mkdir()
+    for version, form in (("2", "medusa"), ("1", "eagle")):
+        about = {"format": "tokenswift-heads", "version": version, "form": form}
+        save_file({"weight": torch.zeros(1)}, f"{form}.safetensors", about)
+    save_file({"weight": torch.zeros(1)}, "bare.safetensors", {"format": "tokenswift-heads", "version": "1"})
+    for name, says in [
+        ("nowhere.pt", "an existing file or folder"),
+        ("evil.pt", "evil.pt is not a readable file of tensors"),
+        ("list.pt", "a pickle of a dictionary of tensors"),
+        ("nothing.pt", "the names of Medusa's or TokenSwift's tensors"),
+        ("gap.pt", "pieces of bias"),
+        ("uneven.pt", "all heads must have the same"),
+        ("nonorm.pt", "for tokenswift"),
+        ("small.pt", f"for this model it must be (3, {E}, {E})"),
+        ("nan.pt", "finite"),
+        ("cut.pt", "cut.pt is not a readable"),
+        ("noise.safetensors", "noise.safetensors is not a readable"),
+        ("empty", "a folder needs"),
+        ("medusa.safetensors", "version"),
+        ("eagle.safetensors", "form"),
+        ("bare.safetensors", "bare.safetensors is not a readable file of heads"),
+    ]:
+        with pytest.raises(UserError) as error:
+            find_heads(checkpoint, name)
+        assert says in str(error.value) and str(error.value).startswith("draft_heads"), (name, str(error.value))
+        assert "\n" not in str(error.value)
+    assert not Path("executed").exists()
+
+
+def test_our_file_keeps_everything(checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for form in FORMS:
+        acceptance = np.arange(K * RANKS).reshape(K, RANKS) / 100
+        weights = replace(
+            random_heads(form), model=fingerprint(checkpoint), acceptance=acceptance, provenance={"seed": 1}
+        )
+        write_heads(weights, tmp_path / "a.safetensors")
+        found = find_heads(checkpoint, str(tmp_path / "a.safetensors"))
+        assert same_tensors(found.tensors, weights.tensors)
+        assert (found.acceptance == acceptance).all()
+        assert (found.form, found.eps, found.model, found.provenance) == (form, 1e-5, weights.model, {"seed": 1})
+    assert not caplog.records
+    write_heads(replace(weights, model="0" * 16), tmp_path / "a.safetensors")
+    find_heads(checkpoint, str(tmp_path / "a.safetensors"))
+    assert "another model" in caplog.text
+
+
+def test_heads_are_found_by_their_model(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^draft_heads: None .*tokenswift train-heads --model"):
+        find_heads(checkpoint)
+    write_heads(random_heads("medusa"), heads_file(tmp_path / "cache", fingerprint(checkpoint)))
+    assert find_heads(checkpoint).form == "medusa"
+
+
+def test_packaged_heads_fit_the_package() -> None:
+    """Under 5 MB, with the figures and the command beside."""
+    files = sorted(heads_module.PACKAGED.glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert file.stat().st_size < 5_000_000
+        weights = read_heads(file)
+        beside = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        assert beside == weights.provenance
+        assert {"command", "seed", "tokens", "held_out_tokens", "top1", "top3"} <= beside.keys()
+        assert file.name == f"heads-{weights.model}.safetensors"
+
+
+@pytest.mark.model
+def test_packaged_heads_guess_what_the_default_model_writes(default_model: TokenSwift) -> None:
+    """On a prompt that is not in the list. A chain of one guess a level: a floor for the first head alone."""
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    checkpoint = default_model.checkpoint
+    packaged = heads_file(heads_module.PACKAGED, fingerprint(checkpoint))
+    swift = TokenSwift.from_pretrained(engine="native")
+    settings: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.8, "min_p": 0.05, "seed": 3, "ignore_eos": True}
+    prompt = "Write a story about two sisters who build a boat in the attic."
+    plain = swift.generate(prompt, drafter="none", **settings)
+    drafted = swift.generate(prompt, drafter="heads", draft_heads=str(packaged), draft_tokens=8, **settings)
+    assert drafted.tokens == plain.tokens
+    assert drafted.report["mean_acceptance_length"] > 1.5
+
+
+def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "h.safetensors"
+    write_heads(random_heads("recurrent"), file)
+    for engine in ("native", "torch"):
+        swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine=engine)
+        plain = swift.generate("the cat", max_new_tokens=60, seed=1, ignore_eos=True, drafter="none")
+        heads = swift.generate(
+            "the cat", max_new_tokens=60, seed=1, ignore_eos=True, drafter="heads", draft_heads=str(file)
+        )
+        assert heads.tokens == plain.tokens
+        assert heads.report["drafter"] == "heads"
+        assert heads.report["parameters"]["draft_heads"] == str(file)
+        with pytest.raises(UserError, match="draft_heads"):
+            swift.generate("the cat", drafter="heads", draft_heads=str(tmp_path / "nowhere"))
+        with pytest.raises(UserError, match="train-heads"):
+            swift.generate("the cat", drafter="heads")
+
+
+def test_a_step_without_rows_proposes_nothing() -> None:
+    context: Any = SimpleNamespace(history=History([9]))
+    assert Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8).tokens.tolist() == [9]
+
+
+def test_what_verification_took_is_learned() -> None:
+    """`observe` reads the row of the last accepted node and counts the tokens behind the pending one."""
+    drafter, tree, context = proposal([[0.5, 0.5]], 3, "medusa")
+    hidden = torch.arange(3 * E).reshape(3, E).float()
+    drafter.observe(Acceptance((0, 2), (int(tree.tokens[2]), 4)), Output(hidden, hidden))
+    assert drafter.acceptance[0, 1] == 0.5 * (1 - MEMORY) + MEMORY
+    drafter.propose(context, 3)
+    assert torch.equal(drafter._row, hidden[2])

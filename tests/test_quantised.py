@@ -1,0 +1,350 @@
+"""Weights in blocks: products have the bits of the documented formula, rows keep the row law, and drafts with int8
+weights leave nothing in the cache that could be committed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import decoder_of, tiny_config, tiny_model, weights_of
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.rope import rope_tables
+
+_native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
+
+ISAS = _native.runnable_isas().split(", ")
+VOCAB = 83  # panels of every width, the last one not full
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TOKENSWIFT_ISA", request.param)
+    return str(request.param)
+
+
+def decoder_with(head: torch.Tensor | Blocks, threads: int = 2) -> NativeDecoder:
+    """A model whose LM head is `head`; `project` is then one product with it."""
+    config = tiny_config(hidden_size=head.shape[1], vocab_size=VOCAB, num_attention_heads=2, tie_word_embeddings=False)
+    weights: dict[str, Any] = weights_of(tiny_model(config, torch.float32))
+    packed = NativeWeights(ModelSpec.from_config(config), weights | {"lm_head.weight": head}, torch.int8, threads)
+    return NativeDecoder(packed, rope_tables(config, 512))
+
+
+def fma(a: Floats, b: Floats, c: Floats) -> Floats:
+    """a b + c rounded once: the product is exact in double; its sum with c is rounded to odd, then to fp32."""
+    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + c
+    of_c = total - product
+    rest = (product - (total - of_c)) + (c - of_c)
+    even = (total.view(np.int64) & 1) == 0
+    odd = np.nextafter(total, np.where(rest > 0, np.inf, -np.inf))
+    return np.where((rest != 0) & even, odd, total).astype(np.float32)
+
+
+def split(blocks: Blocks) -> tuple[Floats, Floats | None, npt.NDArray[np.int64]]:
+    """d and m [rows, blocks], and the quants [rows, blocks, 32] without their offset."""
+    raw = blocks.data.reshape(len(blocks.data), -1, BLOCK_BYTES[blocks.kind])
+    d = raw[..., :2].copy().view(np.float16)[..., 0].astype(np.float32)
+    if blocks.kind == "q8":
+        return d, None, raw[..., 2:].view(np.int8).astype(np.int64)
+    m = raw[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float32)
+    return d, m, np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], -1).astype(np.int64)
+
+
+def quantised(weights: Floats) -> Blocks:
+    """--dtype int8 as its documentation has it."""
+    padded = np.zeros((len(weights), -(-weights.shape[1] // 32) * 32), np.float32)
+    padded[:, : weights.shape[1]] = weights
+    blocks = padded.reshape(len(weights), -1, 32)
+    d = (np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float16)
+    inverse = np.divide(np.float32(1), d.astype(np.float32), out=np.zeros(d.shape, np.float32), where=d > 0)
+    quants = np.clip(np.rint(blocks * inverse), -127, 127).astype(np.int8)
+    data = np.concatenate([d.view(np.uint8), quants.view(np.uint8)], -1)
+    return Blocks("q8", data.reshape(len(weights), -1))
+
+
+def product(blocks: Blocks, x: Floats) -> Floats:
+    """The documented formula, block after block."""
+    d, m, quants = split(blocks)
+    padded = np.zeros((len(x), quants.shape[1] * 32), np.float32)
+    padded[:, : x.shape[1]] = x
+    rows = padded.reshape(len(x), -1, 32)
+    top = np.abs(rows).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
+    factors = np.rint(rows * inverse).astype(np.int64)
+    scale, total = (top / np.float32(127))[..., 0], factors.sum(-1)
+    acc = np.zeros((len(x), len(d)), np.float32)
+    for block in range(d.shape[1]):
+        dot = (factors[:, block] @ quants[:, block].T).astype(np.float32)
+        acc = fma(d[None, :, block] * scale[:, block, None], dot, acc)
+        if m is not None:
+            acc = fma(m[None, :, block], (scale[:, block] * total[:, block].astype(np.float32))[:, None], acc)
+    return acc
+
+
+def random_blocks(kind: str, columns: int, seed: int) -> Blocks:
+    """Scales from subnormal to large, every quant there is."""
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (VOCAB, columns // 32, BLOCK_BYTES[kind])).astype(np.uint8)
+    halves = 2 if kind == "q4" else 1
+    scales = (rng.normal(size=(VOCAB, columns // 32, halves)) * 10.0 ** rng.integers(-7, 3, halves)).astype(np.float16)
+    raw[..., : 2 * halves] = scales.view(np.uint8)
+    return Blocks(kind, raw.reshape(VOCAB, -1))
+
+
+def assert_product(isa: str, decoder: NativeDecoder, blocks: Blocks, x: Floats) -> None:
+    logits, expected = decoder.project(torch.from_numpy(x)).numpy(), product(blocks, x)
+    if isa != "generic":  # which rounds products on machines without fused multiply-add
+        assert np.array_equal(logits, expected)
+    assert np.allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("columns", [32, 128, 352])
+def test_products_have_the_bits_of_the_formula(isa: str, kind: str, columns: int) -> None:
+    blocks = random_blocks(kind, columns, columns)
+    x = np.random.default_rng(1).normal(size=(29, columns)).astype(np.float32)
+    x[3] = 0
+    x[5] *= 1e-12
+    x[7, 3] = 1e6
+    assert_product(isa, decoder_with(blocks), blocks, x)
+
+
+@pytest.mark.parametrize("columns", [32, 48, 112])
+def test_a_checkpoints_weights_are_rounded_as_documented(isa: str, columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    weights = (rng.normal(size=(VOCAB, columns)) * 10.0 ** rng.integers(-8, 3, (VOCAB, 1))).astype(np.float32)
+    weights[4] = 0
+    x = rng.normal(size=(7, columns)).astype(np.float32)
+    assert_product(isa, decoder_with(torch.from_numpy(weights)), quantised(weights), x)
+    halves = torch.from_numpy(weights).bfloat16()
+    assert_product(isa, decoder_with(halves), quantised(halves.float().numpy()), x)
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+def test_the_largest_products_do_not_saturate(isa: str, kind: str) -> None:
+    blocks = random_blocks(kind, 64, 0)
+    raw = blocks.data.reshape(VOCAB, 2, -1)
+    raw[..., 2 if kind == "q8" else 4 :] = 0x80 if kind == "q8" else 0xFF  # -128, or 15 twice
+    x = np.full((4, 64), 3.0, np.float32) * np.array([[1], [-1], [0.5], [2]], np.float32)
+    assert_product(isa, decoder_with(blocks), blocks, x)
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.integers(0, 199), min_size=1, max_size=120), threads=st.integers(1, 4))
+def test_a_projected_row_has_the_same_bits_whatever_travels_with_it(kind: str, rows: list[int], threads: int) -> None:
+    decoder = PROJECTORS.setdefault((kind, threads), decoder_with(random_blocks(kind, 96, 5), threads))
+    hidden = torch.randn(200, 96, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([decoder.project(hidden[row : row + 1]) for row in rows])
+    assert torch.equal(decoder.project(hidden[rows]), alone)
+
+
+PROJECTORS: dict[tuple[str, int], NativeDecoder] = {}
+
+
+def test_what_is_not_finite_shows() -> None:
+    decoder = decoder_with(random_blocks("q8", 96, 5))
+    hidden = torch.ones(3, 96)
+    hidden[1, 40], hidden[2, 90] = torch.nan, torch.inf
+    finite = decoder.project(hidden).isfinite()
+    assert finite[0].all() and not finite[1].any() and not finite[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+def test_projecting_a_passs_hidden_states_gives_its_logits(isa: str, dtype: torch.dtype) -> None:
+    config = tiny_config(hidden_size=42, head_dim=14)
+    decoder = native(config, dtype)
+    output = decoder.forward([Segment(DraftTree.chain(range(30)), decoder.new_cache(), causal=True)])
+    assert torch.equal(decoder.project(output.hidden), output.logits)
+    assert torch.equal(decoder.project(output.hidden[[7]]), output.logits[[7]])
+    assert decoder.project(output.hidden[:0]).shape == (0, 61)
+
+
+def native(config: Any, dtype: torch.dtype = torch.int8, threads: int = 2, **options: Any) -> NativeDecoder:
+    weights = weights_of(tiny_model(config, torch.float32))
+    return NativeDecoder(
+        NativeWeights(ModelSpec.from_config(config), weights, dtype, threads), tables(config), **options
+    )
+
+
+def tables(config: Any) -> Any:
+    return rope_tables(config, 512)
+
+
+def test_torch_projects_too() -> None:
+    decoder = decoder_of(tiny_model(tiny_config()))
+    output = decoder.forward([Segment(DraftTree.chain(range(9)), decoder.new_cache())])
+    assert torch.equal(decoder.project(output.hidden), output.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_int8_is_near_the_weights_it_was_made_from(isa: str, family: str) -> None:
+    config = tiny_config(family=family, hidden_size=96, intermediate_size=160, tie_word_embeddings=family == "qwen2")
+    half, whole = native(config), decoder_of(tiny_model(config, torch.float32), 512)
+    tokens = np.random.default_rng(0).integers(0, 61, 100)
+    logits, expected = (
+        model.forward([Segment(DraftTree.chain(tokens), model.new_cache(), causal=True)]).logits
+        for model in (half, whole)
+    )
+    assert (logits - expected).pow(2).mean() < 0.15**2 * expected.pow(2).mean()
+
+
+def test_packed_weights_take_eight_and_a_half_bits() -> None:
+    config = tiny_config(hidden_size=256, intermediate_size=512, head_dim=64, vocab_size=1024, num_attention_heads=4)
+    weights = native(config).weights
+    spec = weights.spec
+    assert weights.nbytes == pytest.approx(spec.parameters * 8.5 / 8, rel=0.01)
+    assert weights.multiplied_nbytes == pytest.approx(spec.multiplied * 8.5 / 8, rel=0.01)
+    assert weights.multiplied_nbytes < weights.nbytes
+    assert native(config).numerics.split("/")[2:4] == ["q8-block32", "kv-bf16"]
+
+
+BAD_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "rows": ("head", "q8", np.zeros((60, 34), np.uint8)),
+    "columns": ("head", "q8", np.zeros((61, 34), np.uint8)),
+    "half a block": ("head", "q4", np.zeros((61, 30), np.uint8)),
+    "kind": ("head", "q5", np.zeros((61, 68), np.uint8)),
+    "type": ("head", "q8", np.zeros((61, 68), np.int8)),
+    "strided": ("head", "q8", np.zeros((61, 136), np.uint8)[:, ::2]),
+    "flat": ("head", "q8", np.zeros(68, np.uint8)),
+    "part": ("neck", "q8", np.zeros((61, 68), np.uint8)),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BLOCKS)
+def test_malformed_blocks_are_refused(case: str) -> None:
+    decoder = native(tiny_config(hidden_size=64, num_attention_heads=4)).weights.native
+    part, kind, data = BAD_BLOCKS[case]
+    with pytest.raises((ValueError, TypeError)):
+        decoder.set_blocks(part, 0, kind, data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_of_values_hold_no_blocks(dtype: torch.dtype) -> None:
+    decoder = native(tiny_config(hidden_size=64, num_attention_heads=4), dtype).weights.native
+    with pytest.raises(ValueError, match="head"):
+        decoder.set_blocks("head", -1, "q8", np.zeros((61, 68), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "logits"),
+    [
+        (np.zeros((2, 47), np.float32), np.zeros((2, 61), np.float32)),
+        (np.zeros((2, 48), np.float32), np.zeros((1, 61), np.float32)),
+        (np.zeros((2, 48), np.float64), np.zeros((2, 61), np.float32)),
+        (np.zeros((48, 2), np.float32).T, np.zeros((2, 61), np.float32)),
+        (None, np.zeros((2, 61), np.float32)),
+    ],
+)
+def test_malformed_projections_are_refused(hidden: Any, logits: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        native(tiny_config()).weights.native.project(hidden, logits)
+
+
+@pytest.fixture(scope="module")
+def swift(tiny_folder: Path) -> TokenSwift:
+    return TokenSwift.from_pretrained(str(tiny_folder), engine="native")
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_a_draft_models_rows_are_never_committed(tiny_folder: Path, engine: str, weights: str) -> None:
+    executor = TokenSwift.from_pretrained(str(tiny_folder), engine=engine).executor
+    rope = tables(tiny_config())
+    if (engine, weights) == ("torch", "int8"):
+        with pytest.raises(UserError, match=r"draft_weights: 'int8' is not allowed; .* engine native"):
+            executor.draft_model(rope, weights)
+        return
+    target, draft = executor.model(rope), executor.draft_model(rope, weights)
+    cache = target.new_cache()
+    prompt = DraftTree.chain(range(70))
+    target.forward([Segment(prompt, cache, causal=True)])
+    cache.commit(range(70))
+    expected = target.forward([Segment(DraftTree.chain([5]), cache)]).logits
+    cache.drop_tail()
+    drafted = draft.forward([Segment(DraftTree.chain([5]), cache)]).logits
+    assert (drafted - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.equal(drafted, expected) == (weights == "bf16")
+    with pytest.raises(ValueError, match="commit"):
+        cache.commit([0])
+    target.forward([Segment(DraftTree.chain([6]), cache, tail=(0,))])
+    with pytest.raises(ValueError, match="commit"):  # it stands on the draft's row
+        cache.commit([0, 1])
+    cache.drop_tail()
+    assert torch.equal(target.forward([Segment(DraftTree.chain([5]), cache)]).logits, expected)
+
+
+def test_int8_drafts_share_the_team_and_are_packed_once(swift: TokenSwift) -> None:
+    rope = tables(tiny_config())
+    first, second = (swift.executor.draft_model(rope, "int8") for _ in range(2))
+    target = swift.executor.model(rope)
+    assert isinstance(first, NativeDecoder) and isinstance(second, NativeDecoder) and isinstance(target, NativeDecoder)
+    assert first.weights is second.weights
+    assert first.weights.team is target.weights.team
+    assert swift.executor.draft_model(rope, "bf16").weights is target.weights  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="draft_weights: 'fp4'"):
+        swift.executor.draft_model(rope, "fp4")
+
+
+def test_int8_drafts_that_cannot_fit_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), engine="native")
+    monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"memory: .* int8 weights for drafts"):
+        swift.executor.draft_model(tables(tiny_config()), "int8")
+
+
+def test_an_int8_target_drafts_with_its_own_weights(tiny_folder: Path) -> None:
+    executor = TokenSwift.from_pretrained(str(tiny_folder), engine="native", dtype="int8").executor
+    rope = tables(tiny_config())
+    assert executor.draft_model(rope, "int8").weights is executor.model(rope).weights  # type: ignore[attr-defined]
+
+
+def test_two_decoders_of_one_team_take_turns(swift: TokenSwift) -> None:
+    """Their passes run in different threads, with one set of workers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    rope = tables(tiny_config())
+    models = [swift.executor.model(rope), swift.executor.draft_model(rope, "int8")]
+
+    def logits(model: Any) -> torch.Tensor:
+        cache = model.new_cache()
+        return torch.cat([model.forward([Segment(DraftTree.chain(range(40)), cache)]).logits for _ in range(5)])
+
+    alone = [logits(model) for model in models]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(logits, models * 8))
+    assert all(torch.equal(found, expected) for found, expected in zip(together, alone * 8, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["int8"])
+@pytest.mark.parametrize("drafter", ["ngram", "partial"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_quantised_targets_write_what_plain_decoding_writes(
+    tiny_folder: Path, dtype: str, drafter: str, temperature: float
+) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), engine="native", dtype=dtype)
+    settings: dict[str, Any] = {"max_new_tokens": 150, "temperature": temperature, "seed": 3, "ignore_eos": True}
+    plain = swift.generate("the cat and the dog and the cat", drafter="none", **settings)
+    drafted = swift.generate("the cat and the dog and the cat", drafter=drafter, **settings)
+    assert drafted.tokens == plain.tokens
+    assert drafted.report["guarantee"] == "bitwise"
+    assert "-block32/kv-bf16/" in drafted.report["numerics"]
+    assert drafted.report["dtype"] == dtype
+
+
+def test_quantised_weights_need_the_native_engine(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match="dtype: 'int8' is not allowed; with engine torch one of bf16, fp32"):
+        TokenSwift.from_pretrained(str(tiny_folder), engine="torch", dtype="int8")

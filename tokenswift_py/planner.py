@@ -1,0 +1,202 @@
+"""How much is worth drafting now: measured cost of a pass, learned chances of a guess, and one rule to join them.
+
+Rounds of drafting and verifying follow one another, so a text is written at E[tokens of a round] / E[time of a round].
+The policy that maximises such a ratio maximises E[tokens] - rate * E[time], `rate` being the best ratio itself (renewal
+reward; Dinkelbach 1967). So each node of a tree stands alone: with chance p of being emitted, and for c more
+milliseconds of drafting and verifying, it pays exactly if p > rate * c. Plain decoding is what remains when none does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+
+
+class PassCost:
+    """Milliseconds of a pass: a + b rows + c extra + context (d + e rows + f extra), extra = max(0, rows - KNEE).
+
+    The coefficients are at least 0, so more rows never cost less, and cost the more the more there are: a few rows
+    hide behind the memory that any pass reads, many are bound by arithmetic. They are fitted to the latest passes by
+    least absolute relative deviations, which a burst on a busy machine moves little.
+    """
+
+    def __init__(self) -> None:
+        self._samples: dict[int, deque[tuple[int, int, float]]] = {}
+        self._coefficients: Doubles | None = None
+        self._unread = 0
+        self._count = 0
+
+    @property
+    def measured(self) -> bool:
+        return self._count > 0
+
+    def observe(self, rows: int, context: int, ms: float) -> None:
+        group = rows if rows <= 16 else 16 + (rows - 13) // 4
+        self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
+        self._unread += 1
+        self._count += 1
+
+    def __call__(self, rows: int, context: int) -> float:
+        """Expected milliseconds; 0 before anything was measured."""
+        if not self.measured:
+            return 0.0
+        if self._coefficients is None or self._unread >= min(REFIT, 1 + self._count // 8):
+            self._coefficients = self._fit()
+            self._unread = 0
+        return float(features(rows, context) @ self._coefficients)
+
+    def _fit(self) -> Doubles:
+        samples = [sample for group in self._samples.values() for sample in group]
+        if max(rows for rows, _, _ in samples) <= 4:  # nothing says what many rows cost: assume that they are not free
+            rows, context, ms = min(samples, key=lambda sample: sample[2])
+            samples.append((rows + 7, context, 1.6 * ms))
+        x = np.array([features(rows, context) for rows, context, _ in samples])
+        x /= np.array([ms for _, _, ms in samples])[:, None]
+        weights = np.ones(len(x))
+        solution = np.zeros(x.shape[1])
+        for _ in range(4):  # iteratively reweighted least squares, towards least absolute deviations
+            solution = non_negative(x, weights)
+            weights = 1 / np.maximum(np.abs(x @ solution - 1), 0.02)
+        return solution
+
+
+KNEE = 4
+SAMPLES = 12  # a row count
+REFIT = 64  # passes between fits
+
+
+def features(rows: int, context: int) -> Doubles:
+    extra = max(0, rows - KNEE)
+    return np.array([1.0, rows, extra, context, context * rows, context * extra])
+
+
+def non_negative(x: Doubles, weights: Doubles) -> Doubles:
+    """The b >= 0 that minimises sum(weights * (x b - 1)^2), by coordinate descent. x: [n, k], weights: [n]."""
+    scale = np.maximum(np.abs(x).max(0), 1e-300)
+    x = x / scale
+    gram, target = (x * weights[:, None]).T @ x, x.T @ weights
+    gram[np.diag_indices_from(gram)] += 1e-9 * weights.sum()
+    b, size = [0.0] * len(target), range(len(target))
+    rows, wanted = gram.tolist(), target.tolist()
+    for _ in range(200):
+        moved = 0.0
+        for i in size:
+            row = rows[i]
+            new = max(0.0, b[i] + (wanted[i] - sum(row[j] * b[j] for j in size)) / row[i])
+            moved = max(moved, abs(new - b[i]))
+            b[i] = new
+        if moved < 1e-6:
+            break
+    return np.array(b) / scale
+
+
+class Odds:
+    """How often guesses of some kind were right, recent ones counting more.
+
+    prior:  the chance assumed before any was tried, counting as `weight` guesses.
+    memory: guesses after which one counts 1/e.
+    """
+
+    __slots__ = ("memory", "prior", "right", "tried", "weight")
+
+    def __init__(self, prior: float, weight: float = 4.0, memory: float = 200.0):
+        self.prior, self.weight, self.memory = prior, weight, memory
+        self.right = self.tried = 0.0
+
+    def learn(self, hit: bool) -> None:
+        keep = 1 - 1 / self.memory
+        self.right = self.right * keep + hit
+        self.tried = self.tried * keep + 1
+
+    @property
+    def chance(self) -> float:
+        return (self.right + self.prior * self.weight) / (self.tried + self.weight)
+
+    @property
+    def hope(self) -> float:
+        """The chance with a bonus for having been tried little (an upper confidence bound)."""
+        n = self.tried + self.weight
+        return min(1.0, self.chance + float(np.sqrt(max(self.chance * (1 - self.chance), 0.01) / n)))
+
+
+class Planner:
+    """Says what is worth drafting.
+
+    most:  nodes of a tree at most, the pending token not counted.
+    fixed: draft `most` nodes always, whatever they cost; what sweeps and tests ask for.
+    """
+
+    def __init__(self, most: int = 64, fixed: bool = False):
+        self.most, self.fixed = most, fixed
+        self.target, self.draft = PassCost(), PassCost()
+        self.context = 0
+        self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
+        self._total_ms = 0.0
+        self._probe_ms = 0.0
+        self._overhead_ms = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give."""
+        plain = self.target(1, self.context) + self._overhead_ms
+        if not plain:
+            return 0.0
+        return max(1 / plain, self._tokens / self._ms if self._ms else 0.0)
+
+    def worth(self, chance: float, ms: float) -> bool:
+        """Whether a node that is emitted with this chance pays for its milliseconds."""
+        return self.fixed or chance > self.rate * ms
+
+    def row_ms(self, rows: int) -> float:
+        """What one more row costs in a verify pass of `rows`."""
+        return self.target(rows + 1, self.context) - self.target(rows, self.context)
+
+    def best_rate(self, chance: float, draft_ms: float, most: int = 32) -> tuple[float, int]:
+        """Tokens per millisecond of a chain whose every guess is right with this chance, at the best length of
+        the chain, and that length."""
+        best, tokens = (1 / max(self.target(1, self.context) + self._overhead_ms, 1e-9), 0), 1.0
+        for length in range(1, min(most, self.most) + 1):
+            tokens += chance**length
+            ms = length * draft_ms + self.target(length + 1, self.context) + self._overhead_ms
+            if tokens / ms > best[0]:
+                best = (tokens / ms, length)
+        return best
+
+    def may_probe(self, ms: float) -> bool:
+        """Whether a guess that does not look worth it may be tried all the same, to learn whether it still is not.
+
+        Probes take PROBES of all time, and a few are free at the beginning."""
+        if self._probe_ms + ms > PROBES * self._total_ms + FREE_PROBES * ms:
+            return False
+        self._probe_ms += ms
+        return True
+
+    def observe(self, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
+        """One round: rows verified, tokens it gave, milliseconds of its phases."""
+        self.target.observe(rows, self.context, phase_ms["verify"])
+        verify_ms = self.target(rows, self.context)
+        self._total_ms += sum(phase_ms.values()) - phase_ms.get("prefill", 0.0)
+        other_ms = min(verify_ms, phase_ms["accept"] + phase_ms["commit"] + phase_ms["learn"])
+        self._overhead_ms += (other_ms - self._overhead_ms) / 32
+        keep = 1 - 1 / ROUNDS
+        self._tokens = self._tokens * keep + tokens
+        self._ms = self._ms * keep + min(phase_ms["draft"], 4 * verify_ms) + verify_ms + self._overhead_ms
+
+    def explain(self, rows: int) -> dict[str, float]:
+        """What a line of the trace says of the plan: tokens per second aimed at, and what the passes should cost."""
+        return {
+            "tokens_per_s": round(1e3 * self.rate, 3),
+            "verify_ms": round(self.target(rows, self.context), 3),
+            "plain_ms": round(self.target(1, self.context), 3),
+            "next_row_ms": round(self.row_ms(rows), 3),
+        }
+
+
+PROBES = 0.01
+FREE_PROBES = 8
+ROUNDS = 48  # rounds after which one counts 1/e in the rate

@@ -1,0 +1,184 @@
+"""`tokenswift train-heads`: the model writes, and heads learn to guess what it writes next."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenswift_py import __version__
+from tokenswift_py.errors import UserError, check
+
+if TYPE_CHECKING:
+    from tokenswift_py.sampling import Sampler
+
+WRITING = 0.6  # of the time that --minutes allows
+HELD_OUT = 1_000_000  # number of the first held-out text, so that its noise is its own
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="tokenswift train-heads",
+        description="Train draft heads for a model on text that it writes itself. The model stays as it is.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    root.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
+    root.add_argument("--revision", help="of a hub id")
+    root.add_argument("--dtype", default="bf16", help="bf16, fp32 or int8 (native), of the model's weights")
+    root.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
+    root.add_argument("--device", default="auto", help="auto, cpu, cuda, ...: where the model writes")
+    root.add_argument("--threads", type=int, help="CPU threads")
+    root.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, at least two (default: built in)")
+    root.add_argument("--form", default="recurrent", help="recurrent, tokenswift or medusa")
+    root.add_argument("--heads", type=int, default=3, help="how many tokens ahead")
+    root.add_argument("--tokens", type=int, default=60_000, help="tokens the model writes to learn from")
+    root.add_argument("--held-out", type=int, default=6_000, help="tokens it writes to other prompts, for the figures")
+    root.add_argument("--length", type=int, default=768, help="tokens of a text at the most")
+    root.add_argument("--temperature", type=float, default=0.8, help="of the writing")
+    root.add_argument("--min-p", type=float, default=0.05, help="of the writing")
+    root.add_argument("--epochs", type=float, default=2.0, help="how often the heads see each token")
+    root.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    root.add_argument("--minutes", type=float, help="stop by then, with what there is; such a run is not repeatable")
+    root.add_argument("--seed", type=int, default=0, help="of the noise and of the training")
+    root.add_argument("--out", type=Path, metavar="FILE", help="a .safetensors file (default: the cache, found there)")
+    root.add_argument("--quiet", action="store_true", help="no bars, no figures")
+    return root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises UserError for wrong input."""
+    args = parser().parse_args(arguments)
+    check_arguments(args)
+    training_lines, held_lines = read_prompts(args.prompts)
+    began = time.monotonic()
+    limit = 60 * args.minutes if args.minutes else math.inf
+
+    # Here, because torch and transformers take seconds to import.
+    import torch
+
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.core import SamplingParams
+    from tokenswift_py.drafters import training
+    from tokenswift_py.rope import rope_tables
+
+    params = SamplingParams(temperature=args.temperature, min_p=args.min_p, seed=args.seed)
+    swift = TokenSwift.from_pretrained(
+        args.model, revision=args.revision, dtype=args.dtype, engine=args.engine, device=args.device,
+        threads=args.threads,
+    )  # fmt: skip
+    checkpoint, executor, spec = swift.checkpoint, swift.executor, swift.checkpoint.spec
+    check(checkpoint.gguf is None, "dtype", args.dtype, "bf16, fp32 or int8: heads read the embedding as a table")
+    stored = checkpoint.tensors()
+    embedding = stored["model.embed_tokens.weight"]
+    lm_head = embedding if spec.tied else stored["lm_head.weight"]
+    fresh = training.new_heads(args.form, args.heads, stored["model.norm.weight"], spec.norm_eps)
+    longest = max(len(prompt) for lines in (training_lines, held_lines) for prompt in encode(swift, lines))
+    model = executor.model(rope_tables(checkpoint.config, longest + args.length))
+
+    def sampler_of(first: int) -> Callable[[int], Sampler]:
+        return lambda number: executor.sampler(replace(params, stream=first + number), spec.vocab_size, checkpoint.eos)
+
+    def write(lines: list[tuple[str, bool]], first: int, wanted: int, deadline: float) -> Any:
+        return training.write(
+            model, fresh, endless(encode(swift, lines), args.seed), sampler_of(first), wanted, args.length,
+            longest + args.length, checkpoint.eos, deadline=deadline, quiet=args.quiet,
+        )  # fmt: skip
+
+    held, held_texts = write(held_lines, HELD_OUT, args.held_out, began + 0.2 * WRITING * limit)
+    rows, _ = write(training_lines, 0, args.tokens, began + WRITING * limit)
+    heads, losses = training.train(
+        training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, args.rate,
+        deadline=began + 0.95 * limit, quiet=args.quiet,
+    )  # fmt: skip
+    heads = replace(heads, tensors={name: tensor.to(torch.bfloat16) for name, tensor in heads.tensors.items()})
+    used = heads.to(torch.device("cpu"))  # fp32, rounded as they are kept
+    figures = training.accuracy(used, held, lm_head, embedding)
+    provenance = {
+        "command": shlex.join(["tokenswift", "train-heads", *arguments]),
+        "version": __version__,
+        "model": checkpoint.name,
+        "numerics": model.numerics,
+        "seed": args.seed,
+        "tokens": len(rows),
+        "held_out_tokens": len(held),
+        "steps": len(losses),
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        **figures,
+    }
+    heads = replace(
+        heads,
+        acceptance=training.acceptance(used, held, held_texts, sampler_of(HELD_OUT), lm_head, embedding),
+        provenance=provenance,
+    )
+    target = training.keep(heads, checkpoint, args.out)
+    if not args.quiet:
+        print(f"{target}\n{json.dumps(provenance, indent=1)}\n{table(heads, figures)}")
+    return 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """What needs no model. Raises UserError."""
+    for name, least in (("heads", 1), ("tokens", 1), ("held_out", 1), ("length", 2)):
+        check(getattr(args, name) >= least, name, getattr(args, name), f"at least {least}")
+    check(args.heads <= 16, "heads", args.heads, "at most 16")
+    check(args.length > args.heads + 1, "length", args.length, f"more than heads + 1 ({args.heads + 1})")
+    check(0 < args.epochs < math.inf, "epochs", args.epochs, "above 0")
+    check(0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
+    check(args.minutes is None or args.minutes > 0, "minutes", args.minutes, "above 0")
+    check(0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
+    fine = args.out is None or (args.out.suffix == ".safetensors" and not args.out.exists())
+    check(fine, "out", str(args.out), "a new file that ends in .safetensors")
+
+
+def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+    """Prompts to learn from and prompts held out for the figures, each with whether it is raw text.
+
+    Of the built-in list whole subjects are held out, of a file the last tenth of its lines.
+    """
+    if path is None:
+        from tokenswift_py.drafters.training import PROMPTS
+
+        listed = json.loads(PROMPTS.read_text(encoding="utf-8"))
+        forms = [(form, False) for form in listed["chat"]] + [(form, True) for form in listed["raw"]]
+        held = listed["held_out"]
+        return tuple(  # type: ignore[return-value]
+            [(form.format(subject), raw) for subject in subjects for form, raw in forms]
+            for subjects in (listed["subjects"][:-held], listed["subjects"][-held:])
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {str(path)!r} is not allowed; a readable UTF-8 file is ({error})") from error
+    lines = [(line.strip(), False) for line in text.splitlines() if line.strip()]
+    check(len(lines) >= 2, "prompts", str(path), "a file with at least two lines")
+    held = max(1, len(lines) // 10)
+    return lines[:-held], lines[-held:]
+
+
+def encode(swift: Any, lines: list[tuple[str, bool]]) -> list[list[int]]:
+    from tokenswift_py.text import prompt_tokens
+
+    return [prompt_tokens(swift.tokenizer, text, raw) for text, raw in lines]
+
+
+def endless(prompts: list[list[int]], seed: int) -> Iterator[list[int]]:
+    """All of them in a random order, again and again."""
+    rng = np.random.default_rng(seed)
+    while True:
+        for i in rng.permutation(len(prompts)):
+            yield prompts[i]
+
+
+def table(heads: Any, figures: dict[str, list[float]]) -> str:
+    lines = ["head   top-1   top-3   accepted as best, as one of the best three"]
+    for i, (top1, top3, ranks) in enumerate(zip(figures["top1"], figures["top3"], heads.acceptance, strict=True)):
+        lines.append(f"{i + 1:4}   {top1:5.3f}   {top3:5.3f}   {ranks[0]:5.3f}   {sum(ranks[:3]):5.3f}")
+    return "\n".join(lines)
