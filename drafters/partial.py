@@ -17,6 +17,7 @@ from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.planner import Odds, Planner
+from tokenswift_py.sampling import NumericsError
 
 
 class View:
@@ -130,13 +131,18 @@ class Partial(Drafter):
             if not planner.worth(chance, ms) and (tail or not planner.may_probe(ms)):
                 break
             clock = time.perf_counter()
-            ahead, tree = self._look_ahead(history, place, planner, keys)
+            room = cache.limit - cache.length - len(tail)
+            ahead, tree = self._look_ahead(history, place, planner, keys, room)
             first = cache.tail_length
             logits = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)]).logits
-            rows, tokens = [0], []
+            rows, tokens = [0], []  # type: list[int], list[int]
             while True:
+                token = self._guess(context, candidates, logits[rows[-1]], place)
+                if token is None:
+                    history.truncate(start)
+                    return place
                 tail = (*tail, first + rows[-1])
-                tokens.append(self._guess(context, candidates, logits[rows[-1]], place))
+                tokens.append(token)
                 place = self.reuse.step(place, tokens[-1]) if self.reuse is not None else place
                 child = tree.children[rows[-1]].get(tokens[-1])
                 if child is None or len(self._chain) > length:
@@ -147,9 +153,11 @@ class Partial(Drafter):
         history.truncate(start)
         return place
 
-    def _look_ahead(self, history: History, place: Place, planner: Planner, keys: int) -> tuple[Draft, DraftTree]:
-        """The last token and the repeats behind it that are likely enough to save a pass of their own."""
-        ahead = Draft(history[-1], 1 + AHEAD)
+    def _look_ahead(
+        self, history: History, place: Place, planner: Planner, keys: int, room: int
+    ) -> tuple[Draft, DraftTree]:
+        """The last token and the repeats behind it that are likely enough to save a pass of their own, up to `room`."""
+        ahead = Draft(history[-1], min(1 + AHEAD, room))
         if self.reuse is not None:
             candidates, pass_ms = Candidates(ahead), planner.draft(1, keys)
             self.reuse.push(candidates, 0, place)
@@ -159,10 +167,14 @@ class Partial(Drafter):
             )
         return ahead, ahead.build()
 
-    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int:
-        """The best token of a row becomes the chain's next node, the runners-up become candidates beside it."""
+    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int | None:
+        """The best token of a row becomes the chain's next node, the runners-up become candidates beside it. None for
+        logits that nobody can choose from: whether the text comes that far is for the target to say."""
         end = self._chain[-1]
-        ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
+        try:
+            ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
+        except NumericsError:
+            return None
         lead = bisect(LEADS, ranked[0][1] - ranked[1][1]) if len(ranked) > 1 else len(LEADS)
         token = ranked[0][0]
         node = candidates.draft.guess(end, token, self._now.first[lead])

@@ -70,7 +70,7 @@ def expected(params: SamplingParams, table: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
 def test_transitions_have_the_exact_distribution(drafter: str, params: SamplingParams) -> None:
     model = MarkovModel()
-    settings: dict[str, Any] = {"width": 2} if drafter == "partial" else {}
+    settings: dict[str, Any] = {"policy": "recent", "width": 2} if drafter == "partial" else {}
     made: Drafter = create(drafter, **settings)
     tokens, _, _ = write(model, [0], SAMPLES, params, made, vocab=VOCAB, draft_tokens=6)
     text = [0, *tokens]

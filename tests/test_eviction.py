@@ -285,7 +285,7 @@ def test_chapters_are_forced_across_evictions(native: Any, turn: int, policy: st
 
 def test_sliding_windows_and_evictions(native: Any) -> None:
     config = tiny_config("mistral", sliding_window=100, max_position_embeddings=CONTEXT)
-    weights = NativeWeights(ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)))
+    weights = NativeWeights(ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32)
     model, params = NativeDecoder(weights, rope_tables(config, CONTEXT)), SamplingParams(temperature=1.0, seed=4)
     full, _, _ = write(model, PROMPT[:200], 300, params)
     # What recent pages hold reaches further back than the windows do, so nothing that is seen is ever lost ...

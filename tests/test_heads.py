@@ -39,10 +39,16 @@ from tokenswift_py.history import History
 from tokenswift_py.loading import Checkpoint, open_checkpoint
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.planner import Planner
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.sampling import Sampler
 
 E, V, K = 48, 61, 3
+
+
+def drafting(**parts: Any) -> Any:
+    """A context of which only these parts are looked at."""
+    return SimpleNamespace(planner=Planner(fixed=True), **parts)
 
 
 def random_heads(form: str, own_head: bool = False, hidden: int = E, vocab: int = V, seed: int = 0) -> HeadWeights:
@@ -115,7 +121,12 @@ def test_the_first_path_is_that_of_the_papers_formulas(
         drafter = Heads(replace(weights, acceptance=np.ones((K, 1))), embedding)
         prompt = [int(t) for t in np.random.default_rng(seed).integers(0, V, 20)]
         output = model.forward([Segment(DraftTree.chain(prompt[:-1]), model.new_cache(), causal=True)])
-        context: Any = SimpleNamespace(history=History(prompt), sampler=Sampler(SamplingParams(), V), draft_model=model)
+        context: Any = SimpleNamespace(
+            planner=Planner(fixed=True),
+            history=History(prompt),
+            sampler=Sampler(SamplingParams(), V),
+            draft_model=model,
+        )
         drafter.prefill(context, output)
         tree = drafter.propose(context, 9)
         assert tree.is_chain and len(tree) == K + 1 and len(context.history) == 20
@@ -153,7 +164,9 @@ def proposal(acceptance: Any, budget: int, form: str = "tokenswift", params: Sam
     drafter = Heads(weights, torch.ones(V, E))
     logits = [float(-t) for t in range(V)]  # best tokens first: 0, 1, 2 ...
     sampler = Sampler(params or SamplingParams(), V)
-    context: Any = SimpleNamespace(history=History([7]), sampler=sampler, draft_model=Fixed(logits))
+    context: Any = SimpleNamespace(
+        planner=Planner(fixed=True), history=History([7]), sampler=sampler, draft_model=Fixed(logits)
+    )
     return drafter, drafter.tree(torch.ones(E), context, budget), context
 
 
@@ -330,7 +343,9 @@ def test_converted_checkpoints_give_the_same_proposals(
     sampler, rows = Sampler(SamplingParams(temperature=1, seed=2), vocab), torch.randn(5, E)
     model: Any = SimpleNamespace(project=lambda x: x @ embedding.T)
     for row in rows:
-        context: Any = SimpleNamespace(history=History([3, 4]), sampler=sampler, draft_model=model)
+        context: Any = SimpleNamespace(
+            planner=Planner(fixed=True), history=History([3, 4]), sampler=sampler, draft_model=model
+        )
         trees = [Heads(w, embedding).tree(row, context, 12) for w in (weights, found)]
         assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and len(trees[0]) == 12
     (converted,) = (tmp_path / "cache" / "heads").glob("*.safetensors")
@@ -460,7 +475,7 @@ def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint
 
 
 def test_a_step_without_rows_proposes_nothing() -> None:
-    context: Any = SimpleNamespace(history=History([9]))
+    context: Any = drafting(history=History([9]))
     assert Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8).tokens.tolist() == [9]
 
 

@@ -21,6 +21,7 @@ from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.native_sampling import NativeSampler
+from tokenswift_py.options import DRAFT_WEIGHTS
 from tokenswift_py.rope import RopeTables
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.triton_sampling import TritonSampler
@@ -28,7 +29,6 @@ from tokenswift_py.triton_sampling import TritonSampler
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
-DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DETERMINISTIC = ("auto", "on", "off")
 # What attention `auto` is on a GPU, the first that is installed: what keeps law 1 before what is measured.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))

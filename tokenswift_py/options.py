@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.executors import DRAFT_WEIGHTS
 
 if TYPE_CHECKING:
     from tokenswift_py.loading import Checkpoint
 
 AUTO_DRAFTER = "cascade"  # with a planner that uses as much of it as pays
+DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
