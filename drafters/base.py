@@ -67,6 +67,7 @@ class Draft(TreeBuilder):
 
     def __init__(self, pending: int, budget: int):
         super().__init__(pending, budget)
+        self.room = budget
         self.chances = [1.0]
         self.odds: list[Odds | None] = [None]
 

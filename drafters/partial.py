@@ -122,7 +122,7 @@ class Partial(Drafter):
         self._chain = [0]
         self._choose_view_size(context)
         keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
-        length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
+        length = (draft.room - 1) // self.width if planner.fixed else draft.room - 1
         cache.drop_tail()
         while len(self._chain) <= length:
             pass_ms = planner.draft(1, keys)

@@ -92,7 +92,8 @@ class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
         if not self._permuted or heads is None:
             return data
         rows = data.reshape(self._places[name].shape[0], -1)  # a bias has a value a row
-        return rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        paired: npt.NDArray[np.uint8] = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        return paired
 
 
 def place(tensor: Any, shape: tuple[int, ...]) -> Place:

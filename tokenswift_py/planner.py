@@ -92,7 +92,8 @@ def non_negative(x: Doubles, weights: Doubles) -> Doubles:
             b[i] = new
         if moved < 1e-6:
             break
-    return np.array(b) / scale
+    solution: Doubles = np.array(b) / scale
+    return solution
 
 
 class Odds:
