@@ -12,7 +12,7 @@ from tokenswift_py.drafters.partial import Partial
 
 
 class Cascade(Partial):
-    """What `auto` is: each tier is used as far as the planner finds it worth its milliseconds, down to none at all."""
+    """Each tier is used as far as the planner finds it worth its milliseconds, down to none at all."""
 
     name = "cascade"
 

@@ -40,7 +40,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", float, "its growth per repeated token"),
     "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
     "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto (the planner decides), none, ngram, partial, heads or cascade"),
+    "drafter": ("drafting", str, "auto (ngram), none, ngram, partial, heads or cascade"),
     "draft_tokens": ("drafting", int, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
     "draft_budget": ("drafting", int, "tokens of the cache that it sees (default: what pays)"),

@@ -15,7 +15,7 @@ from tokenswift_py.errors import UserError, check
 if TYPE_CHECKING:
     from tokenswift_py.loading import Checkpoint
 
-AUTO_DRAFTER = "cascade"  # with a planner that uses as much of it as pays
+AUTO_DRAFTER = "ngram"  # under the planner; cascade drafts too far before it has learned a text
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 ON_LOOP = ("warn", "stop", "ignore")
