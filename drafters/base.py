@@ -65,9 +65,10 @@ class Drafter:
 class Draft(TreeBuilder):
     """A tree in the making that knows each node's chance of being emitted, and the odds it was guessed by."""
 
+    budget: int
+
     def __init__(self, pending: int, budget: int):
         super().__init__(pending, budget)
-        self.room = budget
         self.chances = [1.0]
         self.odds: list[Odds | None] = [None]
 
@@ -89,10 +90,9 @@ class Draft(TreeBuilder):
 
     def learn(self, taken: Acceptance) -> None:
         """Count every guess that was put to the test: the children of the nodes that were accepted."""
-        after = dict(zip(taken.path, taken.tokens, strict=True))
         for node, odds in enumerate(self.odds):
-            if odds is not None and self.parents[node] in after:
-                odds.learn(self.tokens[node] == after[self.parents[node]])
+            if odds is not None and self.parents[node] in taken.after:
+                odds.learn(self.tokens[node] == taken.after[self.parents[node]])
 
 
 class Candidates:

@@ -34,8 +34,8 @@ from safetensors.torch import save
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.drafters.base import Context, Drafter
-from tokenswift_py.errors import UserError, check
-from tokenswift_py.loading import Checkpoint, cache_folder, one_line
+from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
@@ -152,7 +152,6 @@ class Heads(Drafter):
     """
 
     name = "heads"
-    needs: frozenset[str] = frozenset()
 
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
         self.weights = weights
@@ -193,9 +192,8 @@ class Heads(Drafter):
             places += self.children(head, parents[:BEAM], context, None if same is None else same[head])
         builder = TreeBuilder(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
-        planner = context.planner
         for place in sorted(places, key=by_chance)[1:budget]:
-            if not planner.worth(place.chance, planner.row_ms(len(builder))):
+            if not context.planner.worth_row(place.chance, len(builder)):
                 break
             child = builder.add(nodes[place.path[:-1]], place.path[-1])
             assert child is not None

@@ -105,7 +105,7 @@ class NGram(Drafter):
         draft, planner = Draft(context.history[-1], budget), context.planner
         candidates = Candidates(draft)
         self.push(candidates, 0, self.read(context.history))
-        candidates.take(lambda chance: planner.worth(chance, planner.row_ms(len(draft))), self.following(candidates))
+        candidates.take(lambda chance: planner.worth_row(chance, len(draft)), self.following(candidates))
         self._draft = draft
         return draft.build()
 

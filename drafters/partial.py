@@ -88,18 +88,17 @@ class Partial(Drafter):
         if self.reuse is not None:
             self.reuse.push(candidates, self._chain[-1], place)
             follow = self.reuse.following(candidates)
-        candidates.take(lambda chance: planner.worth(chance, planner.row_ms(len(draft))), follow)
+        candidates.take(lambda chance: planner.worth_row(chance, len(draft)), follow)
         self._draft = draft
         return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         assert self._draft is not None
         self._draft.learn(taken)
-        after = dict(zip(taken.path, taken.tokens, strict=True))
         for node, guess in zip(self._chain, self._chain[1:], strict=False):
-            if node not in after:
+            if node not in taken.after:
                 break
-            right = self._draft.tokens[guess] == after[node]
+            right = self._draft.tokens[guess] == taken.after[node]
             self._now.next.learn(right)
             if not right:
                 self._chosen = None
@@ -122,7 +121,7 @@ class Partial(Drafter):
         self._chain = [0]
         self._choose_view_size(context)
         keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
-        length = (draft.room - 1) // self.width if planner.fixed else draft.room - 1
+        length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
         while len(self._chain) <= length:
             pass_ms = planner.draft(1, keys)
@@ -213,7 +212,7 @@ class Partial(Drafter):
         def rate(view: View) -> float:
             if not view.next.tried:
                 return float("inf")
-            return planner.best_rate(view.next.hope, planner.draft(1, min(view.tokens, text) + PAGE_SIZE // 2))[0]
+            return planner.best_rate(view.next.hope, planner.draft(1, min(view.tokens, text) + PAGE_SIZE // 2))
 
         best = max(fitting, key=rate)
         if best is not self._now:

@@ -25,7 +25,7 @@ import torch
 
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Model, Segment
-from tokenswift_py.kvcache.base import PAGE_SIZE, PageStats, select
+from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
@@ -113,7 +113,6 @@ def interleave(contenders: list[Contender], rounds: int) -> list[float]:
 
 
 def ours(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[Contender]:
-    spec = swift.checkpoint.spec
     room = context + max(args.rows) + 1
     model = swift.executor.model(rope_tables(swift.checkpoint.config, room))
     cache = filled_cache(model, context)
@@ -124,8 +123,8 @@ def ours(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[
         )
     for tokens in args.view:
         if tokens < context:
-            stats = PageStats(cache.full_pages, spec.layers, spec.kv_heads)
-            segment = Segment(DraftTree.chain([5]), cache, PageView(select(Recent(), stats, tokens)))
+            view = PageView(select(Recent(), cache.page_stats(), tokens))
+            segment = Segment(DraftTree.chain([5]), cache, view)
             yield Contender(
                 swift.executor.name, context, f"view {tokens}", passes(model, cache, segment), *cost(swift, tokens, 1)
             )

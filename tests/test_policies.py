@@ -26,7 +26,6 @@ from tokenswift_py.engine import Engine
 from tokenswift_py.errors import UserError
 from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, RECENT_PAGES, Committed, FloatArray, PageStats, select
-from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.mass import Mass
 from tokenswift_py.kvcache.policies.snapkv import SnapKV
 from tokenswift_py.kvcache.view import PageView
@@ -370,7 +369,7 @@ def test_no_bit_of_a_score_depends_on_the_trees_that_were_drafted() -> None:
             written += len(step.tokens)
             if written == 90:  # before the cache is given back
                 for name, policy in drafter.policies.items():
-                    learnt[name].append(policy.score(stats_of(engine.cache)))
+                    learnt[name].append(policy.score(engine.cache.page_stats()))
     for scores in learnt.values():
         assert len(scores) == 5
         assert all(np.array_equal(s, scores[0]) for s in scores)
@@ -395,7 +394,7 @@ def test_mass_drafts_better_than_recent_on_source_code() -> None:
     cache.commit(range(2968))
     for start, stop in [(2968, 3000), *((at, at + 4) for at in range(3000, 3400, 4))]:
         tree, rows = DraftTree.chain(tokens[start:stop]), range(stop - start)
-        views = {name: PageView(select(policy, stats_of(cache), 512)) for name, policy in policies.items()}
+        views = {name: PageView(select(policy, cache.page_stats(), 512)) for name, policy in policies.items()}
         drafts = {}
         for name, view in views.items():
             drafts[name] = model.forward([Segment(tree, cache, view)]).logits
@@ -410,11 +409,6 @@ def test_mass_drafts_better_than_recent_on_source_code() -> None:
         for policy in policies.values():
             policy.observe(committed(output, rows, start))
     assert agreed["mass"] > agreed["recent"], agreed
-
-
-def stats_of(cache: KVCache) -> PageStats:
-    full = cache.full_pages
-    return PageStats(full, cache.pool.layers, cache.pool.kv_heads, cache.pages[:full], cache.pool)
 
 
 def test_committed_rows_are_the_path_through_the_tree() -> None:

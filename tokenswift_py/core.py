@@ -230,6 +230,11 @@ class Acceptance:
     ending: str | None = None
     logprobs: tuple[float, ...] | None = None
 
+    @cached_property
+    def after(self) -> dict[int, int]:
+        """For each accepted node the token that was chosen behind it."""
+        return dict(zip(self.path, self.tokens, strict=True))
+
 
 def is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -153,19 +153,21 @@ class Planner:
         """Whether a node that is emitted with this chance pays for its milliseconds."""
         return self.fixed or chance > self.rate * ms
 
+    def worth_row(self, chance: float, rows: int) -> bool:
+        """The same for a node that only makes the verify pass, `rows` so far, one row longer."""
+        return self.worth(chance, 0.0 if self.fixed else self.row_ms(rows))
+
     def row_ms(self, rows: int) -> float:
         """What one more row costs in a verify pass of `rows`."""
         return self.target(rows + 1, self.context) - self.target(rows, self.context)
 
-    def best_rate(self, chance: float, draft_ms: float, most: int = 32) -> tuple[float, int]:
-        """Tokens per millisecond of a chain whose every guess is right with this chance, at the best length of
-        the chain, and that length."""
-        best, tokens = (1 / max(self.target(1, self.context) + self._overhead_ms, 1e-9), 0), 1.0
-        for length in range(1, min(most, self.most) + 1):
+    def best_rate(self, chance: float, draft_ms: float) -> float:
+        """Tokens per millisecond of a chain whose every guess is right with this chance, at the best length."""
+        best, tokens = 1 / max(self.target(1, self.context) + self._overhead_ms, 1e-9), 1.0
+        for length in range(1, min(LONGEST_CHAIN, self.most) + 1):
             tokens += chance**length
             ms = length * draft_ms + self.target(length + 1, self.context) + self._overhead_ms
-            if tokens / ms > best[0]:
-                best = (tokens / ms, length)
+            best = max(best, tokens / ms)
         return best
 
     def may_probe(self, ms: float) -> bool:
@@ -181,9 +183,9 @@ class Planner:
         """One round: rows verified, tokens it gave, milliseconds of its phases."""
         self.target.observe(rows, self.context, phase_ms["verify"])
         verify_ms = self.target(rows, self.context)
-        self._total_ms += sum(phase_ms.values()) - phase_ms.get("prefill", 0.0)
-        other_ms = min(verify_ms, phase_ms["accept"] + phase_ms["commit"] + phase_ms["learn"])
-        self._overhead_ms += (other_ms - self._overhead_ms) / 32
+        other_ms = phase_ms["accept"] + phase_ms["commit"] + phase_ms["learn"]
+        self._total_ms += phase_ms["draft"] + phase_ms["verify"] + other_ms
+        self._overhead_ms += (min(verify_ms, other_ms) - self._overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens
         self._ms = self._ms * keep + min(phase_ms["draft"], 4 * verify_ms) + verify_ms + self._overhead_ms
@@ -198,6 +200,7 @@ class Planner:
         }
 
 
+LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
 PROBES = 0.01
 FREE_PROBES = 8
 ROUNDS = 48  # rounds after which one counts 1/e in the rate
