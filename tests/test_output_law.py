@@ -35,16 +35,26 @@ samplers = st.builds(
 drafters = st.one_of(
     st.builds(lambda n: ("ngram", {"shortest": n}), st.integers(1, 3)),
     st.builds(
-        lambda v, w: ("partial", {"view_tokens": v, "width": w}), st.sampled_from([64, 128, 999]), st.integers(1, 3)
+        lambda name, v, w: (name, {"view_tokens": v, "width": w}),
+        st.sampled_from(["partial", "cascade"]),
+        st.sampled_from([64, 128, 999, None]),
+        st.integers(1, 3),
     ),
 )
 
 
 @settings(max_examples=40, deadline=None)
-@given(params=samplers, drafter=drafters, size=st.integers(1, 12), chunk=st.integers(1, 80), count=st.integers(1, 120))
+@given(
+    params=samplers,
+    drafter=drafters,
+    size=st.none() | st.integers(1, 12),
+    chunk=st.integers(1, 80),
+    count=st.integers(1, 120),
+)
 def test_drafting_changes_no_token(
-    tiny_decoder: Any, params: SamplingParams, drafter: tuple[str, Any], size: int, chunk: int, count: int
+    tiny_decoder: Any, params: SamplingParams, drafter: tuple[str, Any], size: int | None, chunk: int, count: int
 ) -> None:
+    """A size of None leaves it to the planner, whose choices depend on the clock."""
     plain, _, _ = write(tiny_decoder, PROMPT, count, params)
     name, config = drafter
     drafted, engine, _ = write(
