@@ -8,10 +8,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -146,8 +149,13 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
     interrupted = False
     with Output(args, options["max_new_tokens"], lines) as output:
         try:
-            for piece in stream:
-                output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
+            with CtrlC() as ctrl_c:
+                for piece in stream:
+                    ctrl_c.hold()
+                    output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
+                    if ctrl_c.pressed:
+                        interrupted = True
+                        break
         except KeyboardInterrupt:
             interrupted = True
         finally:  # whatever happens, what was written is kept
@@ -168,6 +176,33 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
             interrupted = True
     note(args, summary(result.report))
     return INTERRUPTED if interrupted else 0
+
+
+class CtrlC:
+    """From `hold` on, Ctrl-C is a question that the loop asks between two pieces: in the middle of one, the engine has
+    counted tokens that the text has not. Before that (a long prompt is being read), and the second time, it interrupts
+    at once, as it does anywhere else.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> CtrlC:
+        return self
+
+    def hold(self) -> None:
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        main = threading.current_thread() is threading.main_thread()  # where alone Python lets signals be handled
+        if usual and main and not self.pressed:
+            signal.signal(signal.SIGINT, self._press)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *raised: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._press:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class LogLines(logging.Handler):
