@@ -103,9 +103,7 @@ class NGram(Drafter):
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         draft, planner = Draft(context.history[-1], budget), context.planner
-        candidates = Candidates(draft)
-        self.push(candidates, 0, self.read(context.history))
-        candidates.take(lambda chance: planner.worth_row(chance, len(draft)), self.following(candidates))
+        self.extend(draft, self.read(context.history), lambda chance: planner.worth_row(chance, len(draft)))
         self._draft = draft
         return draft.build()
 
@@ -129,18 +127,21 @@ class NGram(Drafter):
         target = automaton.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
-    def push(self, candidates: Candidates, node: int, place: Place) -> None:
-        """Make candidates of what followed the suffixes that end at `place`, the longest SUFFIXES of them."""
+    def extend(self, draft: Draft, place: Place, worth: Callable[[float], bool]) -> None:
+        """Hang repeats of what followed `place` from a draft's root, the likeliest first, while they are worth it."""
+        candidates = Candidates(draft)
+        candidates.take(worth, self.push(candidates, 0, place))
+
+    def push(self, candidates: Candidates, node: int, place: Place) -> Callable[[int, Place], None]:
+        """Make candidates of what followed the suffixes that end at `place`, the longest SUFFIXES of them. Returns what
+        `Candidates.take` has to call with each node, for what followed the match that led there."""
         state, matched = place
         for _ in range(SUFFIXES):
             if state <= 0 or matched < self.shortest:
-                return
+                break
             self._push_followers(candidates, node, (state, matched))
             state = self.automaton.link[state]
             matched = self.automaton.longest[state]
-
-    def following(self, candidates: Candidates) -> Callable[[int, Place], None]:
-        """What `Candidates.take` calls with each node: what followed the match that led there comes behind it."""
         return partial(self._push_followers, candidates)
 
     def _push_followers(self, candidates: Candidates, node: int, place: Place) -> None:

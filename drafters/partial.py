@@ -86,8 +86,7 @@ class Partial(Drafter):
         place = self._grow_chain(context, draft, candidates, place)
         follow = None
         if self.reuse is not None:
-            self.reuse.push(candidates, self._chain[-1], place)
-            follow = self.reuse.following(candidates)
+            follow = self.reuse.push(candidates, self._chain[-1], place)
         candidates.take(lambda chance: planner.worth_row(chance, len(draft)), follow)
         self._draft = draft
         return draft.build()
@@ -124,14 +123,13 @@ class Partial(Drafter):
         length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
         while len(self._chain) <= length:
-            pass_ms = planner.draft(1, keys)
-            ms = pass_ms + planner.row_ms(len(draft))
-            chance = draft.chances[self._chain[-1]] * self._now.next.chance
-            if not planner.worth(chance, ms) and (tail or not planner.may_probe(ms)):
-                break
-            clock = time.perf_counter()
             room = cache.limit - cache.length - len(tail)
-            ahead, tree = self._look_ahead(history, place, planner, keys, room)
+            ahead = self._look_ahead(history, place, planner, keys, room)
+            ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
+            gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
+            if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
+                break
+            clock, tree = time.perf_counter(), ahead.build()
             first = cache.tail_length
             logits = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)]).logits
             rows, tokens = [0], []  # type: list[int], list[int]
@@ -152,19 +150,32 @@ class Partial(Drafter):
         history.truncate(start)
         return place
 
-    def _look_ahead(
-        self, history: History, place: Place, planner: Planner, keys: int, room: int
-    ) -> tuple[Draft, DraftTree]:
+    def _look_ahead(self, history: History, place: Place, planner: Planner, keys: int, room: int) -> Draft:
         """The last token and the repeats behind it that are likely enough to save a pass of their own, up to `room`."""
         ahead = Draft(history[-1], min(1 + AHEAD, room))
-        if self.reuse is not None:
-            candidates, pass_ms = Candidates(ahead), planner.draft(1, keys)
-            self.reuse.push(candidates, 0, place)
-            candidates.take(
+        if self.reuse is not None and planner.draft.measured:
+            pass_ms = planner.draft(1, keys)
+            self.reuse.extend(
+                ahead,
+                place,
                 lambda chance: chance * pass_ms > planner.draft(len(ahead) + 1, keys) - planner.draft(len(ahead), keys),
-                self.reuse.following(candidates),
             )
-        return ahead, ahead.build()
+        return ahead
+
+    def _gain(self, ahead: Draft, planner: Planner, place: Place) -> float:
+        """Tokens that one more draft pass should bring, less those that repeats would bring without it, if the text
+        comes as far as the chain does.
+
+        A pass makes a guess at its first row, and at each row behind it that the guesses lead to.
+        """
+        chance = self._now.next.chance
+        if self.reuse is None or planner.fixed:
+            return chance
+        depths = ahead.build().depth
+        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, depths, strict=True))
+        free = Draft(ahead.tokens[0], FREE)
+        self.reuse.extend(free, place, lambda chance: planner.worth_row(chance, len(free)))
+        return float(gain - (sum(free.chances) - 1))
 
     def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int | None:
         """The best token of a row becomes the chain's next node, the runners-up become candidates beside it. None for
@@ -204,24 +215,28 @@ class Partial(Drafter):
     def _choose_view_size(self, context: Context) -> None:
         """Every so many rounds: the size whose drafts pay most, as far as is known; one that was never tried first."""
         self._round += 1
-        if len(self.views) == 1 or self._round % VIEW_ROUNDS != 1:
+        if len(self.views) == 1 or self._round % VIEW_ROUNDS or not context.planner.draft.measured:
             return
         planner, text = context.planner, self._held(context)
         fitting = [view for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
 
-        def rate(view: View) -> float:
-            if not view.next.tried:
-                return float("inf")
-            return planner.best_rate(view.next.hope, planner.draft(1, min(view.tokens, text) + PAGE_SIZE // 2))
+        hopes: list[float] = []
+        for view in fitting:  # a larger view never tried is hoped to miss fewer guesses than the smaller one before it
+            hopes.append(view.next.hope if view.next.tried or not hopes else 1 - HOPE * (1 - hopes[-1]))
 
-        best = max(fitting, key=rate)
+        def rate(i: int) -> float:
+            return planner.best_rate(hopes[i], planner.draft_ms(1, min(fitting[i].tokens, text) + PAGE_SIZE // 2))
+
+        best = fitting[max(range(len(fitting)), key=rate)]
         if best is not self._now:
             self._now, self._chosen = best, None
 
 
 LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # of perturbed scores, in units of logit / temperature
 VIEWS = (1024, 2048, 4096, 8192)  # tokens
-VIEW_ROUNDS = 12
+VIEW_ROUNDS = 8
+HOPE = 0.6  # of the wrong guesses of a view, those still wrong under the next larger one
 AHEAD = 6  # repeats checked by one draft pass
+FREE = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
 
 DRAFTER = Partial

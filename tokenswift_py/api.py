@@ -22,6 +22,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
 from tokenswift_py.memory import check_memory
@@ -177,7 +178,7 @@ class TokenSwift:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope)
 
-    def engine(self, run: Run, trace: Trace | None = None) -> Engine:
+    def engine(self, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> Engine:
         options = run.options
         drafter, settings = options.drafter_settings(self.checkpoint)
         eos = self.checkpoint.eos
@@ -200,6 +201,7 @@ class TokenSwift:
             else None,
             trace=trace,
             eviction=eviction,
+            cache=cache,
             **chunk,
         )
 

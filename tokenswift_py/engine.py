@@ -10,6 +10,7 @@ from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.eviction import Eviction
 from tokenswift_py.history import History
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.planner import Planner
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.stats import GenerationStats
@@ -41,6 +42,8 @@ class Engine:
     draft_model: the model with the draft's weights; None is the model itself.
     trace: called with a record of every round: tree, what was accepted, milliseconds, estimates.
     eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
+    cache: one that holds rows of the prompt's first tokens already, written by the same model; at least one token of
+        the prompt must be missing. Of rows it holds the drafter sees nothing.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         draft_model: Model | None = None,
         trace: Callable[[dict[str, Any]], None] | None = None,
         eviction: Eviction | None = None,
+        cache: KVCache | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
@@ -64,7 +68,7 @@ class Engine:
         self.want_logprobs = want_logprobs
         self.history = History()
         self.eviction = eviction
-        self.cache = eviction.new_cache(model) if eviction else model.new_cache()
+        self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
         self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
         self.trace = trace
         self.stats = GenerationStats()
@@ -153,7 +157,7 @@ class Engine:
     def budget(self) -> int:
         """Nodes worth having in the next tree: no more than are still wanted, or can be committed."""
         left = min(self.stops.tokens_left, self.room)
-        return max(1, min(self.planner.most + 1, left))
+        return max(1, min(self.planner.rows_at_most, left))
 
     def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:
         """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""

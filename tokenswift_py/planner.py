@@ -23,13 +23,15 @@ class PassCost:
     The coefficients are at least 0, so more rows never cost less, and cost the more the more there are: a few rows
     hide behind the memory that any pass reads, many are bound by arithmetic. They are fitted to the latest passes by
     least absolute relative deviations, which a burst on a busy machine moves little.
+
+    largest: rows of the largest pass measured. What lies far beyond is a guess, and not to be trusted.
     """
 
     def __init__(self) -> None:
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
-        self._coefficients: Doubles | None = None
-        self._unread = 0
-        self._count = 0
+        self._coefficients = np.zeros(len(features(1, 0)))
+        self._count = self._due = 0
+        self.largest = 0
 
     @property
     def measured(self) -> bool:
@@ -38,31 +40,25 @@ class PassCost:
     def observe(self, rows: int, context: int, ms: float) -> None:
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
-        self._unread += 1
+        self._due = min(self._due, self._count) if rows > self.largest else self._due
+        self.largest = max(self.largest, rows)
         self._count += 1
 
     def __call__(self, rows: int, context: int) -> float:
         """Expected milliseconds; 0 before anything was measured."""
-        if not self.measured:
-            return 0.0
-        if self._coefficients is None or self._unread >= min(REFIT, 1 + self._count // 8):
-            self._coefficients = self._fit()
-            self._unread = 0
+        if self._count > self._due:
+            self._fit()
+            self._due = self._count + min(REFIT, self._count // 4)
         return float(features(rows, context) @ self._coefficients)
 
-    def _fit(self) -> Doubles:
+    def _fit(self) -> None:
         samples = [sample for group in self._samples.values() for sample in group]
-        if max(rows for rows, _, _ in samples) <= 4:  # nothing says what many rows cost: assume that they are not free
-            rows, context, ms = min(samples, key=lambda sample: sample[2])
-            samples.append((rows + 7, context, 1.6 * ms))
         x = np.array([features(rows, context) for rows, context, _ in samples])
         x /= np.array([ms for _, _, ms in samples])[:, None]
         weights = np.ones(len(x))
-        solution = np.zeros(x.shape[1])
-        for _ in range(4):  # iteratively reweighted least squares, towards least absolute deviations
-            solution = non_negative(x, weights)
-            weights = 1 / np.maximum(np.abs(x @ solution - 1), 0.02)
-        return solution
+        for _ in range(3):  # iteratively reweighted least squares, towards least absolute deviations
+            self._coefficients = non_negative(x, weights, self._coefficients)
+            weights = 1 / np.maximum(np.abs(x @ self._coefficients - 1), 0.02)
 
 
 KNEE = 4
@@ -75,13 +71,13 @@ def features(rows: int, context: int) -> Doubles:
     return np.array([1.0, rows, extra, context, context * rows, context * extra])
 
 
-def non_negative(x: Doubles, weights: Doubles) -> Doubles:
+def non_negative(x: Doubles, weights: Doubles, start: Doubles) -> Doubles:
     """The b >= 0 that minimises sum(weights * (x b - 1)^2), by coordinate descent. x: [n, k], weights: [n]."""
     scale = np.maximum(np.abs(x).max(0), 1e-300)
     x = x / scale
     gram, target = (x * weights[:, None]).T @ x, x.T @ weights
     gram[np.diag_indices_from(gram)] += 1e-9 * weights.sum()
-    b, size = [0.0] * len(target), range(len(target))
+    b, size = (start * scale).tolist(), range(len(target))
     rows, wanted = gram.tolist(), target.tolist()
     for _ in range(200):
         moved = 0.0
@@ -140,6 +136,16 @@ class Planner:
         self._total_ms = 0.0
         self._probe_ms = 0.0
         self._overhead_ms = 0.0
+
+    @property
+    def rows_at_most(self) -> int:
+        """Rows of the next tree at most: a first pass is plain, and no tree is far larger than those whose cost is
+        known."""
+        return self.most + 1 if self.fixed else min(self.most + 1, 1 + 2 * self.target.largest)
+
+    def draft_ms(self, rows: int, context: int) -> float:
+        """What a draft pass costs; no less than a plain pass of the target as long as none was measured."""
+        return self.draft(rows, context) if self.draft.measured else self.target(rows, self.context)
 
     @property
     def rate(self) -> float:
