@@ -188,14 +188,63 @@ def test_the_lossy_mode_is_bounded_and_called_lossy(swift: TokenSwift, monkeypat
     assert report["baseline"]["bytes_per_token"] < lossless["baseline"]["bytes_per_token"]
     same = 256 - report["prompt_tokens"] + 1
     assert result.tokens[:same] == whole.tokens[:same] and result.tokens != whole.tokens
-    spec, size = swift.checkpoint.spec, swift.executor.kv_dtype.itemsize
-    assert needed[1] == spec.kv_bytes(pages_for(300) * PAGE_SIZE, size) < needed[0]
+    spec, kv_dtype = swift.checkpoint.spec, swift.executor.kv_dtype
+    assert needed[1] == spec.kv_bytes(pages_for(300) * PAGE_SIZE, kv_dtype) < needed[0]
     assert swift.generate("the cat", kv_budget=300, drafter="partial", **settings).tokens == result.tokens
     again = swift.generate("the cat", **json.loads(json.dumps(report["parameters"])))
     assert (again.tokens, again.report["eviction"]) == (result.tokens, report["eviction"])
     fits = swift.generate("the cat", kv_budget=1000, kv_policy="recent", **settings)
     assert fits.tokens == whole.tokens and fits.report["eviction"]["evictions"] == 0
     assert (whole.report["lossy"], whole.report["eviction"]) == (False, None)
+
+
+@pytest.fixture(scope="module")
+def over_int8(tiny_folder: Path) -> TokenSwift:
+    """The native engine with an int8 KV cache."""
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", kv_dtype="int8", engine="native")
+
+
+@pytest.mark.parametrize("kv_budget", [None, 256])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_no_drafter_changes_the_text_over_an_int8_cache(
+    over_int8: TokenSwift, temperature: float, kv_budget: int | None
+) -> None:
+    settings: dict[str, Any] = {
+        "max_new_tokens": 350, "seed": 3, "temperature": temperature, "kv_budget": kv_budget, "ignore_eos": True
+    }  # fmt: skip
+    plain = over_int8.generate("the cat and the dog and the cat", drafter="none", **settings)
+    for drafter in ("ngram", "partial", "cascade"):
+        drafted = over_int8.generate(
+            "the cat and the dog and the cat", drafter=drafter, draft_budget=128, draft_tokens=6, **settings
+        )
+        assert drafted.tokens == plain.tokens
+        assert drafted.report["num_accepted_draft_tokens"] > 0 or drafter == "ngram"  # random weights repeat little
+        assert drafted.report["guarantee"] == ("lossy" if kv_budget else "bitwise")
+
+
+def test_an_int8_cache_is_named_and_counted_with_its_scales(
+    swift: TokenSwift, over_int8: TokenSwift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    reports = []
+    for model in (swift, over_int8):
+        with model.stream("the cat", max_new_tokens=100, seed=2, ignore_eos=True) as stream:
+            list(stream)
+        reports.append(model.baseline(stream).report)
+    fp32, int8 = reports
+    assert (fp32["kv_dtype"], int8["kv_dtype"]) == ("fp32", "int8")
+    assert "/fp32/kv-int8/" in int8["numerics"] and "/kv-int8" not in fp32["numerics"]
+    assert int8["identical"] is True
+    spec = over_int8.checkpoint.spec
+    a_head, heads = spec.head_dim + 4, 2 * spec.layers * spec.kv_heads  # a byte an element, and the scale
+    positions = range(fp32["prompt_tokens"], fp32["prompt_tokens"] + 100)
+    for model, report, bytes_of_head in [(swift, fp32, 4 * spec.head_dim), (over_int8, int8, a_head)]:
+        expected = model.executor.multiplied_nbytes + heads * bytes_of_head * sum(positions) / 100
+        assert report["baseline"]["bytes_per_token"] == pytest.approx(expected, abs=1)
+    tokens = pages_for(fp32["prompt_tokens"] + 100) * PAGE_SIZE
+    assert set(needed) == {heads * 4 * spec.head_dim * tokens, heads * a_head * tokens}
 
 
 def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +305,8 @@ def test_prompts_that_cannot_be(swift: TokenSwift, prompt: Any) -> None:
         ({"engine": "steam"}, "engine: 'steam'"),
         ({"engine": "native", "attention": "sdpa"}, "attention: 'sdpa'"),
         ({"engine": "torch", "kv_dtype": "fp32"}, "kv_dtype: 'fp32'"),
-        ({"kv_dtype": "int3"}, "kv_dtype: 'int3'"),
+        ({"engine": "torch", "kv_dtype": "int8"}, r"kv_dtype: 'int8' .* engine torch .* \(bf16\); engine native has int8"),
+        ({"kv_dtype": "int3"}, "kv_dtype: 'int3' .* bf16, fp32, int8"),
     ],
 )
 def test_wrong_ways_to_load(tiny_folder: Path, settings: dict[str, Any], says: str) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from conftest import FAMILIES, decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py.core import DraftTree, Output, Segment
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
@@ -412,6 +413,13 @@ class QuantisedPool(TorchPagePool):
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         super().write(layer, slots, *(quants * scale for quants, scale in map(quantised, (k, v))))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("kv_dtype", DTYPES.values(), ids=DTYPES)
+def test_a_page_takes_the_memory_that_is_asked_for(kv_dtype: torch.dtype, head_dim: int) -> None:
+    decoder = native_of(config_of(head_dim=head_dim), kv_dtype=kv_dtype)
+    assert decoder.new_pool(3).page_bytes == decoder.spec.kv_bytes(PAGE_SIZE, kv_dtype)
 
 
 @pytest.mark.parametrize("head_dim", [8, 48, 64, 80, 128])

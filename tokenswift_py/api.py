@@ -24,7 +24,7 @@ from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
+from tokenswift_py.loading import DEFAULT_MODEL, KV_DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
 from tokenswift_py.report import Trace
@@ -120,7 +120,8 @@ class TokenSwift:
 
         dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
                    blocks of a .gguf file as they are; native).
-        kv_dtype:  bf16 or fp32, of the KV cache; None is that of the weights, bf16 beside int8 and gguf.
+        kv_dtype:  of the KV cache: bf16, fp32 or int8 (with an fp32 scale for each token's key and value of each head;
+                   native); None is that of the weights, bf16 beside int8 and gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
         attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU; on a GPU the first installed
                    of triton, flash, xformers and sdpa.
@@ -132,7 +133,7 @@ class TokenSwift:
         are read.
         """
         check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
-        check(kv_dtype is None or kv_dtype in DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(DTYPES)}")
+        check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
@@ -171,7 +172,7 @@ class TokenSwift:
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
         kept = min(context, options.kv_budget or context)
-        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
+        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype)
         check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
@@ -221,7 +222,7 @@ class TokenSwift:
         positions = range(first, first + len(mine.tokens))
         mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
-        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context
+        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype) * mean_context
         step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)

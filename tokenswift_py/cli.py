@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
     )
     model.add_argument(
-        "--kv-dtype", help="bf16 or fp32, of the KV cache (default: as the weights, bf16 beside int8 and gguf)"
+        "--kv-dtype", help="of the KV cache: bf16, fp32 or int8 (default: as the weights, bf16 beside int8 and gguf)"
     )
     model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")

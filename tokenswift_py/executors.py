@@ -14,7 +14,7 @@ import torch
 from tokenswift_py import registry
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.loading import DTYPES, Checkpoint
+from tokenswift_py.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder
@@ -206,9 +206,11 @@ def load(
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
-        return NativeExecutor(checkpoint, dtype, DTYPES[kv_dtype or (dtype if dtype in DTYPES else "bf16")], threads)
+        kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
+        return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")
-    check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, f"that of the weights ({dtype}) with engine torch")
+    allowed = f"with engine torch only that of the weights ({dtype}); engine native has {kv_dtype}"
+    check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, allowed)
     if threads is not None:
         torch.set_num_threads(threads)
     return TorchExecutor(checkpoint, dtype, device, attention, deterministic)

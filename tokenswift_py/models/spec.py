@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tokenswift_py.errors import UserError, check
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -102,9 +104,10 @@ class ModelSpec:
         """Parameters that every token is multiplied with; of an untied embedding only rows are read."""
         return self.parameters - (0 if self.tied else self.vocab_size * self.hidden_size)
 
-    def kv_bytes(self, tokens: int, itemsize: int) -> int:
-        """Bytes of keys and values of `tokens` tokens, all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize * tokens
+    def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of keys and values of `tokens` tokens, all layers; of int8 with the scale beside each."""
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return 2 * self.layers * self.kv_heads * (self.head_dim * dtype.itemsize + scale) * tokens
 
 
 def windows(config: Any) -> tuple[int | None, ...]:
