@@ -137,9 +137,7 @@ def test_no_drafter_changes_the_text_over_an_int8_cache() -> None:
     plain = swift.generate(STORY, drafter="none", ignore_eos=True, **settings)
     assert plain.report["kv_dtype"] == "int8" and "/bf16/kv-int8/" in plain.report["numerics"]
     for drafter in ("ngram", "partial", "cascade"):
-        drafted = swift.generate(
-            STORY, drafter=drafter, draft_budget=128, draft_tokens=5, ignore_eos=True, **settings
-        )
+        drafted = swift.generate(STORY, drafter=drafter, draft_budget=128, draft_tokens=5, ignore_eos=True, **settings)
         assert drafted.tokens == plain.tokens
         assert drafted.report["num_accepted_draft_tokens"] > 0
 

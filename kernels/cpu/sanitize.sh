@@ -29,5 +29,5 @@ cd "$work/checkout"
 LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
-  "$python" -m pytest tests/test_native.py tests/test_native_sampling.py tests/test_quantised.py \
-  tests/test_gguf.py -q -p no:cacheprovider "$@"
+  "$python" -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_sampling.py \
+  tests/test_statistics.py tests/test_quantised.py tests/test_gguf.py -q -p no:cacheprovider "$@"
