@@ -179,7 +179,7 @@ def race(
     tokens = plain.tokens[: args.new]
     loop = find_loop(tokens)
     spec = swift.checkpoint.spec
-    kv = spec.kv_bytes(1, swift.executor.kv_dtype.itemsize)
+    kv = spec.kv_bytes(1, swift.executor.kv_dtype)
     ar_ms = plain.at[-1] / (len(plain.at) - 1)
     reads = swift.executor.multiplied_nbytes + kv * (len(run.prompt) + len(tokens) / 2)
     return {
