@@ -96,9 +96,9 @@ class DraftModel(Drafter):
         assert self._draft is not None
         chance = self._draft.chances[self._chain[-1]] * self._confidence.next.chance
         row_ms = planner.row_ms(len(self._draft))
-        if planner.worth(chance, planner.draft(1, self._kept) + row_ms):
+        if planner.worth(chance, planner.draft_ms(1, self._kept) + row_ms):
             return True
-        return len(self._chain) == 1 and planner.may_probe(planner.draft(self._read, self._kept) + row_ms)
+        return len(self._chain) == 1 and planner.may_probe(planner.draft_ms(self._read, self._kept) + row_ms)
 
     def _guess(self, context: Context, candidates: Candidates) -> int | None:
         """One pass: the rows that the cache lacks, and what the last of them guesses."""

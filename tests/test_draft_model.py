@@ -60,7 +60,7 @@ def written(target: Model, count: int, params: SamplingParams, drafter: Any = No
     return tokens, engine.stats
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     params=samplers,
     keep=st.sampled_from([None, 64, 200]),

@@ -68,14 +68,24 @@ def test_the_cost_follows_a_machine_that_became_slower() -> None:
     assert cost(8, 5000) == pytest.approx(2 * true_cost(8, 5000), rel=0.15)
 
 
-def test_rows_that_were_never_measured_are_not_free() -> None:
-    cost = PassCost()
-    assert (cost.measured, cost(1, 100)) == (False, 0.0)
-    for _ in range(20):
-        cost.observe(1, 1000, 10.0)
-    assert cost.measured
-    assert cost(1, 1000) == pytest.approx(10, rel=0.05)
-    assert cost(8, 1000) > 12
+def test_no_tree_is_far_larger_than_those_whose_cost_is_known() -> None:
+    planner = Planner(most=40)
+    assert (planner.target.measured, planner.target(1, 100), planner.rows_at_most) == (False, 0.0, 1)
+    grown = []
+    for _ in range(6):
+        planner.observe(planner.rows_at_most, 1, phases(0.0, 10.0))
+        grown.append(planner.rows_at_most)
+    assert grown == [3, 7, 15, 31, 41, 41]
+    assert Planner(most=40, fixed=True).rows_at_most == 41
+
+
+def test_a_draft_pass_that_was_never_measured_costs_a_plain_one() -> None:
+    planner = Planner()
+    planner.context = 5000
+    planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
+    assert planner.draft_ms(1, 1000) == planner.target(1, 5000) == pytest.approx(true_cost(1, 5000))
+    planner.draft.observe(1, 1000, 2.0)
+    assert planner.draft_ms(1, 1000) == pytest.approx(2.0)
 
 
 def test_odds_start_at_the_prior_and_learn() -> None:
@@ -171,8 +181,8 @@ def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = N
     written, total = 0, 0.0
     while written < tokens:
         guesses, spent, path = 0, 0.0, 1.0
-        while guesses < (32 if length is None else length):
-            ms = planner.draft(1, 1000) + planner.row_ms(1 + guesses)
+        while guesses < (planner.rows_at_most - 1 if length is None else length):
+            ms = planner.draft_ms(1, 1000) + planner.row_ms(1 + guesses)
             path *= odds.chance
             if length is None and not planner.worth(path, ms) and (guesses or not planner.may_probe(ms)):
                 break
