@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from bisect import bisect
 from typing import Any
 
 import torch
@@ -11,27 +10,21 @@ import torch
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, committed
+from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.planner import Odds, Planner
-from tokenswift_py.sampling import NumericsError
+from tokenswift_py.planner import Planner
 
 
-class View:
-    """What is known of drafting with views of so many tokens: how often the guesses are right.
-
-    The lead of a guess's perturbed score over the next one's says how sure the draft is of it. Full and partial cache
-    share their noise, so only the error of the draft's scores can make it wrong, and a large lead outlives that.
-    """
+class View(Confidence):
+    """What is known of drafting with views of so many tokens."""
 
     def __init__(self, tokens: int, width: int):
+        super().__init__(width)
         self.tokens = tokens
-        self.first = [Odds(1 - 0.45 * 0.6**i) for i in range(len(LEADS) + 1)]
-        self.others = [[Odds(0.25 * 0.6**i / rank) for i in range(len(LEADS) + 1)] for rank in range(1, width)]
-        self.next = Odds(0.9)  # of a guess not made yet
 
 
 class Partial(Drafter):
@@ -94,13 +87,8 @@ class Partial(Drafter):
     def observe(self, taken: Acceptance, output: Output) -> None:
         assert self._draft is not None
         self._draft.learn(taken)
-        for node, guess in zip(self._chain, self._chain[1:], strict=False):
-            if node not in taken.after:
-                break
-            right = self._draft.tokens[guess] == taken.after[node]
-            self._now.next.learn(right)
-            if not right:
-                self._chosen = None
+        if not self._now.learn(self._draft, self._chain, taken):
+            self._chosen = None
         self.policy.observe(committed(output, taken.path, self._length))
 
     def explain(self) -> dict[str, Any]:
@@ -178,23 +166,14 @@ class Partial(Drafter):
         return float(gain - (sum(free.chances) - 1))
 
     def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int | None:
-        """The best token of a row becomes the chain's next node, the runners-up become candidates beside it. None for
-        logits that nobody can choose from: whether the text comes that far is for the target to say."""
-        end = self._chain[-1]
-        try:
-            ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
-        except NumericsError:
+        """One more token of the chain, as `Confidence.guess` finds it."""
+        reuse = self.reuse
+        more = None if reuse is None else lambda other: reuse.step(place, other)
+        node = self._now.guess(context, candidates, self._chain[-1], logits, more)
+        if node is None:
             return None
-        lead = bisect(LEADS, ranked[0][1] - ranked[1][1]) if len(ranked) > 1 else len(LEADS)
-        token = ranked[0][0]
-        node = candidates.draft.guess(end, token, self._now.first[lead])
-        assert node is not None
-        for rank, (other, score) in enumerate(ranked[1 : self.width]):
-            odds = self._now.others[rank][bisect(LEADS, ranked[0][1] - score)]
-            candidates.push(end, other, odds, self.reuse.step(place, other) if self.reuse is not None else None)
         self._chain.append(node)
-        context.history.append(token)
-        return token
+        return candidates.draft.tokens[node]
 
     def _view(self, context: Context) -> PageView | None:
         """The pages of this round; None, which is all of them, where they fit the budget."""
@@ -232,7 +211,6 @@ class Partial(Drafter):
             self._now, self._chosen = best, None
 
 
-LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # of perturbed scores, in units of logit / temperature
 VIEWS = (1024, 2048, 4096, 8192)  # tokens
 VIEW_ROUNDS = 8
 HOPE = 0.6  # of the wrong guesses of a view, those still wrong under the next larger one

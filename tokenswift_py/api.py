@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -18,13 +18,21 @@ from tokenswift_py import __version__, registry, report
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
-from tokenswift_py.errors import check
+from tokenswift_py.errors import about, check
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import DEFAULT_MODEL, KV_DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
+from tokenswift_py.loading import (
+    DEFAULT_MODEL,
+    KV_DTYPES,
+    WEIGHTS,
+    Checkpoint,
+    dtype_name,
+    open_checkpoint,
+    open_draft_checkpoint,
+)
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
 from tokenswift_py.report import Trace
@@ -75,7 +83,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that passed every check and has not begun."""
+    """A run that passed every check and has not begun. draft_model: what the drafter of this name is made with."""
 
     options: Options
     prompt: list[int]
@@ -83,6 +91,7 @@ class Run:
     sampling: SamplingParams
     context: int
     rope: RopeTables
+    draft_model: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self) -> dict[str, Any]:
         """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
@@ -101,6 +110,7 @@ class TokenSwift:
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.executor = executor
+        self._draft: tuple[tuple[str, str], TokenSwift] | None = None  # the last one, and how it was asked for
 
     @classmethod
     def from_pretrained(
@@ -172,16 +182,46 @@ class TokenSwift:
         allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
         check(needed <= context, "context", context, allowed)
         kept = min(context, options.kv_budget or context)
-        cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype)
-        check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
+        draft = self.draft(options)
+        draft_bytes = draft.kv_bytes(min(kept, options.draft_budget or kept)) if draft else 0
+        what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
+        check_memory(self.kv_bytes(kept) + draft_bytes, self.executor.device, what)
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
-        return Run(options, tokens, turns, sampling, context, rope)
+        return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Of a KV cache with room for so many."""
+        return self.checkpoint.spec.kv_bytes(pages_for(tokens) * PAGE_SIZE, self.executor.kv_dtype)
+
+    def draft(self, options: Options) -> TokenSwift | None:
+        """The smaller model of drafter draft_model, loaded at its first use. Raises UserError."""
+        if options.chosen_drafter != "draft_model":
+            return None
+        assert options.draft_model is not None
+        key = (options.draft_model, options.draft_weights)
+        if self._draft is None or self._draft[0] != key:
+            self._draft = None  # its weights make room
+            checkpoint, tokenizer = open_draft_checkpoint(options.draft_model, self.tokenizer)
+            executor = self.executor.beside(checkpoint, options.draft_weights)
+            self._draft = key, TokenSwift(checkpoint, tokenizer, executor)
+        return self._draft[1]
+
+    def as_draft(self, context: int, target_vocab: int) -> Mapping[str, Any]:
+        """What drafter draft_model takes of this model, for a run of a target over so many positions."""
+        with about(f"draft_model {self.checkpoint.name}"):
+            rope = rope_tables(self.checkpoint.config, context)
+        if rope.note:
+            logger.warning("draft model: %s", rope.note)
+        sizes = self.checkpoint.spec.vocab_size, target_vocab
+        return {"model": self.executor.model(rope), "vocab_sizes": sizes if sizes[0] != sizes[1] else None}
 
     def engine(self, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> Engine:
         options = run.options
         drafter, settings = options.drafter_settings(self.checkpoint)
+        if drafter == "draft_model":
+            settings |= run.draft_model
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)

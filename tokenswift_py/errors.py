@@ -28,6 +28,15 @@ def need_extra(field: str, value: str, package: str) -> None:
 
 
 @contextmanager
+def about(field: str) -> Iterator[None]:
+    """Put the parameter that led there in front of whatever `UserError` is raised."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+
+
+@contextmanager
 def one_line(message: str) -> Iterator[None]:
     """Turn whatever a library throws at a bad file into one line that says which file it was."""
     try:

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -64,6 +64,14 @@ class Executor(Protocol):
         Raises UserError for others, and for weights that this executor has not or memory has no room for.
         """
 
+    def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
+        """An executor of another model that drafts for this one, on the same device, threads and kernels, with the same
+        type of KV cache.
+
+        weights: bf16 are of the type that the target's were asked for in (bf16 where those are in blocks); int8 and
+                 auto, and what is raised, as in `draft_model`.
+        """
+
 
 class TorchExecutor:
     name = "torch"
@@ -76,6 +84,7 @@ class TorchExecutor:
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
+        self._kernels = (backend, deterministic)
         self._sampler = TritonSampler if backend == "triton" else Sampler
         self._weights = checkpoint.tensors().to(self.kv_dtype, device)
 
@@ -95,22 +104,28 @@ class TorchExecutor:
         return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops)
 
     def draft_model(self, rope: RopeTables, weights: str) -> Model:
-        check_draft_weights(weights)
-        check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+        check_torch_draft_weights(weights)
         return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops, draft=True)
+
+    def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
+        check_torch_draft_weights(weights)
+        check_draft_memory(checkpoint, self.dtype, self.device)
+        return TorchExecutor(checkpoint, self.dtype, self.device, *self._kernels)
 
 
 class NativeExecutor:
     name = "native"
     sampler = NativeSampler
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None):
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None
+    ):
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
         self._checkpoint = checkpoint
         packed = DTYPES.get(dtype, torch.int8)
         tensors: Mapping[str, torch.Tensor | Blocks] = checkpoint.gguf or checkpoint.tensors()
-        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads)
+        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads, team)
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 
     @property
@@ -129,6 +144,13 @@ class NativeExecutor:
         chosen = self._weights if weights == "bf16" else self._int8_weights()
         return NativeDecoder(chosen, rope, self.kv_dtype, draft=True)
 
+    def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
+        check_draft_weights(weights)
+        own = self.dtype if self.dtype in DTYPES else "bf16"
+        dtype = own if weights == "bf16" else "int8"
+        check_draft_memory(checkpoint, dtype, self.device)
+        return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
+
     def _int8_weights(self) -> NativeWeights:
         if self._draft_weights is None:
             checkpoint = self._checkpoint
@@ -140,6 +162,15 @@ class NativeExecutor:
 
 def check_draft_weights(weights: str) -> None:
     check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
+
+
+def check_torch_draft_weights(weights: str) -> None:
+    check_draft_weights(weights)
+    check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+
+
+def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
+    check_memory(checkpoint.weight_bytes(dtype), device, f"the draft model {checkpoint.name} in {dtype}")
 
 
 def choose_attention(device: torch.device) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.errors import UserError, about, check, one_line
 from tokenswift_py.gguf_tensors import GgufTensors
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
@@ -156,6 +156,28 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
         return Checkpoint(model, folder, config, spec, defaults, eos)
     with one_line(f"model: {gguf.name} is not a readable GGUF file"):
         return Checkpoint(model, folder, config, spec, defaults, eos, GgufTensors(gguf, spec))
+
+
+def open_draft_checkpoint(model: str, target: Any) -> tuple[Checkpoint, Any]:
+    """As `open_checkpoint`, for a model that drafts for another, whose tokenizer is `target`, and the model's own one.
+
+    A guess is a token id, so the same ids must stand for the same texts. Raises UserError, also where they do not.
+    """
+    with about("draft_model"):
+        checkpoint = open_checkpoint(model)
+        tokenizer = checkpoint.tokenizer()
+    check_same_vocabulary(model, tokenizer.get_vocab(), target.get_vocab())
+    return checkpoint, tokenizer
+
+
+def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[str, int]) -> None:
+    """Raise UserError, with the first token that differs, for a draft model of another vocabulary."""
+    if own != target:
+        texts, wanted = ({token: text for text, token in vocab.items()} for vocab in (own, target))
+        token = min(token for _, token in own.items() ^ target.items())
+        differs = f"token {token} is {texts.get(token)!r} there and {wanted.get(token)!r} here"
+        sizes = f"it has {len(own)} tokens, the target {len(target)}"
+        check(False, "draft_model", model, f"its vocabulary must be the target's: {differs} ({sizes})")
 
 
 def locate(model: str, revision: str | None = None) -> Path:

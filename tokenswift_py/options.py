@@ -38,7 +38,10 @@ class Options:
     draft_tokens:  draft so many in every tree; None lets the planner decide.
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
                    lets the planner decide.
-    draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts; auto is int8 where the engine has it.
+    draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts and of a draft model; auto is int8
+                   where the engine has it.
+    draft_model:   a smaller model with the same vocabulary, named as `TokenSwift.from_pretrained` takes it; auto drafts
+                   with it where there is one. Of its own cache it keeps the latest `draft_budget` tokens (None: all).
     draft_heads:   a file or folder of draft heads; None is those that this model has in the cache or the package.
     trace:         a file that gets a JSON line for every round.
     kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
@@ -62,6 +65,7 @@ class Options:
     draft_policy: str = "mass"
     draft_budget: int | None = None
     draft_weights: str = "auto"
+    draft_model: str | None = None
     draft_heads: str | None = None
     trace: str | None = None
     kv_budget: int | None = None
@@ -112,6 +116,10 @@ class Options:
         heads = self.draft_heads
         there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
         check(there, "draft_heads", heads, "an existing file or folder")
+        model = self.draft_model
+        wanted = "a folder, a .gguf file or a hub id of a smaller model"
+        check(model is None or (isinstance(model, str) and model != ""), "draft_model", model, wanted)
+        check(self.drafter != "draft_model" or model is not None, "draft_model", model, f"name {wanted}")
         check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
@@ -150,11 +158,20 @@ class Options:
         values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def chosen_drafter(self) -> str:
+        """What auto stands for, else what was asked for."""
+        if self.drafter != "auto":
+            return self.drafter
+        return "draft_model" if self.draft_model is not None else AUTO_DRAFTER
+
     def drafter_settings(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-        """The drafter's name and what its constructor takes."""
-        name = AUTO_DRAFTER if self.drafter == "auto" else self.drafter
+        """The drafter's name and what its constructor takes, but for the model of a draft model."""
+        name = self.chosen_drafter
+        width = {} if self.draft_tokens is None else {"width": 1}
+        if name == "draft_model":
+            return name, {"keep_tokens": self.draft_budget or self.kv_budget, **width}
         if name in SELF_DRAFTERS:
-            width = {} if self.draft_tokens is None else {"width": 1}
             return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width}
         if name == "heads":
             return name, {"checkpoint": checkpoint, "path": self.draft_heads}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-SHARED = ("base", "training")  # what implementations have in common, and what trains them
+SHARED = ("base", "chain", "training")  # what implementations have in common, and what trains them
 
 
 def names(package: str) -> list[str]:

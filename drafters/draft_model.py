@@ -1,0 +1,157 @@
+"""A smaller model with the same vocabulary drafts, over its own KV cache (Leviathan et al. 2023, arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
+from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
+from tokenswift_py.drafters.chain import Confidence
+from tokenswift_py.errors import check
+from tokenswift_py.history import History
+from tokenswift_py.kvcache.base import PAGE_SIZE, select
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.kvcache.policies.recent import Recent
+from tokenswift_py.planner import Planner
+
+
+class DraftModel(Drafter):
+    """A chain of the draft model's guesses, chosen with the target's noise and processors, and runners-up beside it
+    where they are worth a row. The chain ends where one more guess would not pay for its pass.
+
+    The draft's cache holds the text as far as the draft has read it. What it has not (forced tokens, what the target
+    chose instead of a guess, the pending token) is read in the pass that makes the first guess; while no draft pays,
+    nothing is read. Rows of accepted guesses stay, those of the others are dropped.
+
+    model:       the draft, with RoPE tables for the target's context.
+    keep_tokens: rows that its cache keeps, its first page and the latest ones (StreamingLLM); None is all.
+    width:       guesses a node has at most, runners-up included; 1 is a plain chain.
+    vocab_sizes: rows of the draft's and of the target's embedding, which padding may set apart; None is no matter.
+    """
+
+    name = "draft_model"
+
+    def __init__(
+        self,
+        model: Model,
+        keep_tokens: int | None = None,
+        width: int = 3,
+        vocab_sizes: tuple[int, int] | None = None,
+    ):
+        check(keep_tokens is None or keep_tokens >= PAGE_SIZE, "draft_budget", keep_tokens, "at least 64, one page")
+        check(width >= 1, "width", width, "at least 1")
+        self.model, self.keep_tokens, self.width, self.vocab_sizes = model, keep_tokens, width, vocab_sizes
+        self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
+        self._policy = Recent()
+        self._confidence = Confidence(width)
+        self._draft: Draft | None = None
+        self._chain: list[int] = []
+        self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
+
+    def prefill(self, context: Context, output: Output) -> None:
+        self._catch_up(context.history)
+
+    def propose(self, context: Context, budget: int) -> DraftTree:
+        planner, history = context.planner, context.history
+        draft = Draft(history[-1], budget)
+        candidates = Candidates(draft)
+        self._draft, self._chain = draft, [0]
+        self.cache.drop_tail()
+        start = len(history)
+        self._read = start - self.cache.length
+        length = (budget - 1) // self.width if planner.fixed else budget - 1
+        while len(self._chain) <= length and self._pays(planner):
+            node = self._guess(context, candidates)
+            if node is None:
+                break
+            self._chain.append(node)
+        history.truncate(start)
+        candidates.take(lambda chance: planner.worth_row(chance, len(draft)))
+        return draft.build()
+
+    def observe(self, taken: Acceptance, output: Output) -> None:
+        assert self._draft is not None
+        self._draft.learn(taken)
+        self._confidence.learn(self._draft, self._chain, taken)
+        accepted = sum(node in taken.after for node in self._chain[1:])
+        self._commit(min(self._read + accepted, self.cache.tail_length))
+
+    def explain(self) -> dict[str, Any]:
+        return {
+            "kept_tokens": self._kept,
+            "chain": len(self._chain) - 1,
+            "expected_acceptance": round(self._confidence.next.chance, 4),
+            "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
+        }
+
+    def _pays(self, planner: Planner) -> bool:
+        """Whether the next guess pays for its pass. The text has to be read for any later draft as well, so that is no
+        cost of this one; but for a mere probe it is."""
+        assert self._draft is not None
+        chance = self._draft.chances[self._chain[-1]] * self._confidence.next.chance
+        row_ms = planner.row_ms(len(self._draft))
+        if planner.worth(chance, planner.draft_ms(1, self._kept) + row_ms):
+            return True
+        return len(self._chain) == 1 and planner.may_probe(planner.draft_ms(self._read, self._kept) + row_ms)
+
+    def _guess(self, context: Context, candidates: Candidates) -> int | None:
+        """One pass: the rows that the cache lacks, and what the last of them guesses."""
+        if len(self._chain) == 1:
+            self._catch_up(context.history)
+        clock = time.perf_counter()
+        rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
+        logits = self._forward(context.history, rows)
+        node = self._confidence.guess(context, candidates, self._chain[-1], logits)
+        context.planner.draft.observe(rows, kept, 1e3 * (time.perf_counter() - clock))
+        return node
+
+    def _catch_up(self, history: History) -> None:
+        """Read the text but for so few rows that the pass of the first guess takes them along."""
+        while (missing := len(history) - self.cache.length) > JOINED:
+            rows = min(CHUNK, missing - JOINED)
+            self._forward(history, rows)
+            self._commit(rows)
+        self._read = missing
+
+    def _forward(self, history: History, rows: int) -> torch.Tensor:
+        """Compute the next rows that the cache lacks: [vocab_size] logits of the last, in the target's vocabulary."""
+        cache = self.cache
+        known = cache.length + cache.tail_length
+        tokens = history.tokens[known : known + rows]
+        if self.vocab_sizes is not None:  # in the target's padding, which means no text; any row will do for a guess
+            tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
+        segment = Segment(DraftTree.chain(tokens), cache, tail=tuple(range(cache.tail_length)), causal=True)
+        logits = self.model.forward([segment], [rows - 1]).logits[0]
+        if self.vocab_sizes is None:
+            return logits
+        return F.pad(logits, (0, self.vocab_sizes[1] - len(logits)), value=-torch.inf)
+
+    def _commit(self, rows: int) -> None:
+        """Keep the first provisional rows, and of the pages that are full then only the budget's."""
+        cache = self.cache
+        cache.commit(range(rows))
+        if self.keep_tokens is not None and (cache.full_pages - cache.evicted) * PAGE_SIZE > self.keep_tokens:
+            chosen = select(self._policy, cache.page_stats(), self.keep_tokens)[0, 0]  # alike for all layers and heads
+            cache.evict(np.setdiff1d(cache.kept, chosen).tolist())
+
+    @property
+    def _kept(self) -> int:
+        """Committed rows that the draft attends to."""
+        return self.cache.length - self.cache.evicted * PAGE_SIZE
+
+
+def bounded_cache(model: Model, tokens: int) -> KVCache:
+    """A cache whose pool has room for so many rows and a chunk, whatever the context."""
+    return KVCache(model.new_pool(pages_for(min(tokens + CHUNK, model.context))), model.context)
+
+
+CHUNK = 512  # rows of a pass that only reads
+JOINED = 32  # rows that the first guess's pass reads beside the pending token's
+
+DRAFTER = DraftModel

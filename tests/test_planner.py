@@ -1,0 +1,252 @@
+"""The planner's parts: what it learns of costs and chances, what it then finds worth drafting, and the trace of it.
+
+Passes are simulated: their milliseconds come from a formula and a seeded generator, not from a clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.planner import Odds, PassCost, Planner
+
+CONTEXTS = (200, 1000, 5000, 20_000)
+Cost = Callable[[int, int], float]
+
+
+def true_cost(rows: int, context: int) -> float:
+    """A pass that reads weights and cache whatever it does; rows beyond four are bound by arithmetic."""
+    extra = max(0, rows - 4)
+    return 8 + 0.2 * rows + 0.9 * extra + context * (6e-4 + 2e-5 * rows + 1.5e-4 * extra)
+
+
+def noisy(rng: np.random.Generator, ms: float) -> float:
+    """Some percent of jitter, and now and then a burst of whatever else the machine does."""
+    return float(ms * np.exp(0.04 * rng.standard_normal()) * (3 if rng.random() < 0.08 else 1))
+
+
+def fitted(seed: int = 0, passes: int = 600) -> PassCost:
+    rng = np.random.default_rng(seed)
+    cost = PassCost()
+    for _ in range(passes):
+        rows, context = int(rng.integers(1, 25)), int(rng.choice(CONTEXTS))
+        cost.observe(rows, context, noisy(rng, true_cost(rows, context)))
+    return cost
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
+    """At contexts and row counts that were measured, and at others between them."""
+    cost = fitted(seed)
+    for rows in (1, 2, 4, 6, 9, 16, 24):
+        for context in (*CONTEXTS, 600, 12_000):
+            assert cost(rows, context) == pytest.approx(true_cost(rows, context), rel=0.12)
+
+
+def test_rows_and_context_never_make_a_pass_cheaper() -> None:
+    rng = np.random.default_rng(3)
+    cost = PassCost()
+    for _ in range(100):  # nothing in these depends on anything
+        cost.observe(int(rng.integers(1, 9)), int(rng.choice(CONTEXTS)), float(rng.uniform(5, 15)))
+    table = np.array([[cost(rows, context) for context in CONTEXTS] for rows in range(1, 65)])
+    assert (np.diff(table, axis=0) >= 0).all()
+    assert (np.diff(table, axis=1) >= 0).all()
+    assert (np.diff(np.diff(table, axis=0), axis=0) >= -1e-9).all(), "each row costs no less than the one before"
+
+
+def test_the_cost_follows_a_machine_that_became_slower() -> None:
+    cost, rng = fitted(), np.random.default_rng(5)
+    for _ in range(600):
+        rows, context = int(rng.integers(1, 25)), int(rng.choice(CONTEXTS))
+        cost.observe(rows, context, noisy(rng, 2 * true_cost(rows, context)))
+    assert cost(8, 5000) == pytest.approx(2 * true_cost(8, 5000), rel=0.15)
+
+
+def test_no_tree_is_far_larger_than_those_whose_cost_is_known() -> None:
+    planner = Planner(most=40)
+    assert (planner.target.measured, planner.target(1, 100), planner.rows_at_most) == (False, 0.0, 1)
+    grown = []
+    for _ in range(6):
+        planner.observe(planner.rows_at_most, 1, phases(0.0, 10.0))
+        grown.append(planner.rows_at_most)
+    assert grown == [3, 7, 15, 31, 41, 41]
+    assert Planner(most=40, fixed=True).rows_at_most == 41
+
+
+def test_a_draft_pass_that_was_never_measured_costs_a_plain_one() -> None:
+    planner = Planner()
+    planner.context = 5000
+    planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
+    assert planner.draft_ms(1, 1000) == planner.target(1, 5000) == pytest.approx(true_cost(1, 5000))
+    planner.draft.observe(1, 1000, 2.0)
+    assert planner.draft_ms(1, 1000) == pytest.approx(2.0)
+
+
+def test_odds_start_at_the_prior_and_learn() -> None:
+    rng, odds = np.random.default_rng(0), Odds(0.9)
+    assert odds.chance == pytest.approx(0.9)
+    for _ in range(2000):
+        odds.learn(bool(rng.random() < 0.3))
+    assert odds.chance == pytest.approx(0.3, abs=0.08)
+    for _ in range(400):  # the text changes: what is long ago counts little
+        odds.learn(True)
+    assert odds.chance > 0.85
+
+
+def test_hope_is_the_greater_the_less_was_tried() -> None:
+    odds = Odds(0.5)
+    hopes = [odds.hope - odds.chance]
+    for i in range(100):
+        odds.learn(i % 2 == 0)
+        hopes.append(odds.hope - odds.chance)
+    assert hopes[0] > hopes[10] > hopes[100] > 0
+    sure = Odds(1.0)
+    assert sure.hope <= 1
+
+
+def planner_of(cost: Cost = true_cost, context: int = 5000, rounds: int = 200, most: int = 64) -> Planner:
+    """One that has seen plain rounds, and passes of more rows without noise."""
+    planner = Planner(most)
+    planner.context = context
+    for rows in range(1, 17):
+        for other in CONTEXTS:
+            planner.target.observe(rows, other, cost(rows, other))
+            planner.draft.observe(rows, other, 0.1 * cost(rows, other))
+    for _ in range(rounds):
+        planner.observe(1, 1, phases(0.0, cost(1, context)))
+    return planner
+
+
+def phases(draft: float, verify: float) -> dict[str, float]:
+    return {"draft": draft, "verify": verify, "accept": 0.2, "commit": 0.05, "learn": 0.05}
+
+
+def test_a_node_is_worth_what_plain_decoding_would_write_in_its_time() -> None:
+    planner = planner_of()
+    plain = true_cost(1, 5000) + 0.3
+    assert planner.rate == pytest.approx(1 / plain, rel=0.05)
+    assert planner.worth(0.5, 0.45 * plain) and not planner.worth(0.5, 0.55 * plain)
+    row = true_cost(2, 5000) - true_cost(1, 5000)
+    assert planner.row_ms(1) == pytest.approx(row, rel=0.3)
+    assert planner.worth_row(0.2, 1) and not planner.worth_row(0.01, 20)
+    assert Planner(fixed=True).worth(0.0, 1e9), "a fixed one drafts whatever it costs"
+    assert Planner().worth(0.01, 1.0), "before anything was measured everything is worth a try"
+
+
+def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
+    planner = planner_of()
+    before = planner.rate
+    for _ in range(200):
+        planner.observe(4, 3, phases(5.0, true_cost(4, 5000)))
+    assert planner.rate > 1.3 * before
+    for _ in range(400):  # and one whose drafts stopped being right no less than plain decoding
+        planner.observe(16, 1, phases(30.0, true_cost(16, 5000)))
+    assert planner.rate == pytest.approx(before, rel=0.1)
+
+
+def test_the_best_rate_is_that_of_the_best_length() -> None:
+    planner = planner_of()
+    overhead, chance, draft_ms = planner._overhead_ms, 0.8, 2.0
+    rates = [1 / (planner.target(1, 5000) + overhead)]
+    for length in range(1, 33):
+        tokens = sum(chance**n for n in range(length + 1))
+        rates.append(tokens / (length * draft_ms + planner.target(length + 1, 5000) + overhead))
+    assert planner.best_rate(chance, draft_ms) == pytest.approx(max(rates))
+    assert 1 < np.argmax(rates) < 32
+    assert planner.best_rate(0.05, 50.0) == pytest.approx(rates[0]), "plain decoding, where no length pays"
+
+
+def test_probes_take_a_hundredth_of_the_time() -> None:
+    planner = planner_of(rounds=0)
+    for _ in range(1000):
+        planner.observe(1, 1, phases(0.0, 10.0))
+    allowed = sum(planner.may_probe(3.0) for _ in range(1000))
+    assert 3 * allowed == pytest.approx(0.01 * 1000 * 10.3 + 8 * 3, rel=0.1)
+    assert not planner.may_probe(3.0)
+
+
+def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:
+    """Milliseconds a token of a text whose every guess is right with one chance and costs one draft pass.
+
+    length: draft always so many; None asks the planner before every guess.
+    """
+    rng, planner, odds = np.random.default_rng(seed), Planner(), Odds(0.9)
+    planner.context = 5000
+    written, total = 0, 0.0
+    while written < tokens:
+        guesses, spent, path = 0, 0.0, 1.0
+        while guesses < (planner.rows_at_most - 1 if length is None else length):
+            ms = planner.draft_ms(1, 1000) + planner.row_ms(1 + guesses)
+            path *= odds.chance
+            if length is None and not planner.worth(path, ms) and (guesses or not planner.may_probe(ms)):
+                break
+            measured = noisy(rng, draft_ms)
+            planner.draft.observe(1, 1000, measured)
+            spent, guesses = spent + measured, guesses + 1
+        right = 0
+        while right < guesses and rng.random() < chance:
+            right += 1
+        for i in range(min(right + 1, guesses)):
+            odds.learn(i < right)
+        verify = noisy(rng, true_cost(1 + guesses, 5000))
+        planner.observe(1 + guesses, right + 1, phases(spent, verify))
+        written, total = written + right + 1, total + spent + verify + 0.3
+    return total / written
+
+
+@pytest.mark.parametrize(("chance", "draft_ms"), [(0.02, 4.0), (0.5, 9.0), (0.3, 4.0)])
+def test_drafting_that_does_not_pay_is_left_alone(chance: float, draft_ms: float) -> None:
+    """Probes and the first attempts included, 2 000 tokens take no more than 3 % longer than plain decoding does."""
+    plain = np.mean([simulate(chance, draft_ms, 2000, length=0, seed=seed) for seed in range(4)])
+    planned = np.mean([simulate(chance, draft_ms, 2000, seed=seed) for seed in range(4)])
+    assert planned < 1.03 * plain
+
+
+@pytest.mark.parametrize(("chance", "draft_ms"), [(0.95, 1.0), (0.8, 1.0), (0.9, 4.0)])
+def test_drafting_that_pays_comes_near_the_best_length(chance: float, draft_ms: float) -> None:
+    best = min(simulate(chance, draft_ms, 3000, length=length, seed=7) for length in range(16))
+    assert best < 0.8 * simulate(chance, draft_ms, 3000, length=0, seed=7)
+    assert best / simulate(chance, draft_ms, 3000, seed=7) > 0.9
+
+
+STEP = {"step", "position", "tree", "path", "tokens", "ending", "ms", "planner", "drafter"}
+PLAN = {"tokens_per_s", "verify_ms", "plain_ms", "next_row_ms"}
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "partial", "draft_model"])
+def test_the_trace_has_a_line_a_step(tiny_folder: Path, tmp_path: Path, drafter: str) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="torch")
+    settings: dict[str, Any] = {"max_new_tokens": 60, "seed": 1, "ignore_eos": True, "draft_model": str(tiny_folder)}
+    file = tmp_path / "trace.jsonl"
+    result = swift.generate("the cat", drafter=drafter, trace=str(file), **settings)
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert result.tokens == swift.generate("the cat", drafter=drafter, **settings).tokens
+    assert len(lines) == result.report["num_spec_steps"]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [token for line in lines for token in line["tokens"]] == result.tokens[1:]
+    assert sum(len(line["tree"]["tokens"]) - 1 for line in lines) == result.report["num_draft_tokens"]
+    assert [line["ending"] for line in lines] == [None] * (len(lines) - 1) + ["length"]
+    position = result.report["prompt_tokens"]
+    for line in lines:
+        assert set(line) == STEP
+        assert set(line["planner"]) == PLAN
+        assert set(line["ms"]) == {"draft", "verify", "accept", "commit", "learn"}
+        assert line["drafter"]["name"] == drafter
+        assert line["position"] == position
+        tree, path = line["tree"], line["path"]
+        assert tree["tokens"][0] == result.tokens[position - result.report["prompt_tokens"]]
+        assert [tree["tokens"][node] for node in path[1:]] == line["tokens"][:-1]
+        assert [tree["parents"][node] for node in path[1:]] == path[:-1]
+        position += len(line["tokens"])
+
+
+def test_a_trace_that_cannot_be_written_is_told_in_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), engine="torch")
+    with pytest.raises(UserError, match=r"trace: .* is not allowed; a file that can be written"):
+        swift.generate("the cat", max_new_tokens=2, trace=str(tmp_path / "missing" / "trace.jsonl"))
