@@ -310,11 +310,11 @@ class Stream:
         self.journal: Journal | None = None
         self._recorded = 0
         self._trace = report.Trace(run.options.trace) if run.options.trace else None
-        self._engine = swift.engine(run, self._trace)
-        self._steps = self._engine.run(run.prompt)
+        self.engine = swift.engine(run, self._trace)
+        self._steps = self.engine.run(run.prompt)
         self._joiner = self._new_joiner()
         self._text: list[str] = []
-        self._forced: list[tuple[int, int]] = []
+        self.forced: list[tuple[int, int]] = []
         self._logprobs: list[float] = []
         self.ending = "interrupted"
 
@@ -327,11 +327,11 @@ class Stream:
     def replay(self, tokens: Sequence[int]) -> None:
         """Begin behind recorded tokens instead of behind the prompt. Raises ReplayError."""
         step = None
-        for step in self._engine.replay(self.run.prompt, tokens):
+        for step in self.engine.replay(self.run.prompt, tokens):
             self._take(step)
         self._recorded = len(tokens)
         if step is not None:
-            self._steps = self._engine.run(self.run.prompt, step)
+            self._steps = self.engine.run(self.run.prompt, step)
 
     def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
         """Compute the KV of a replayed text now rather than with the first piece.
@@ -339,7 +339,7 @@ class Stream:
         progress: called with the number of rows of each pass.
         """
         if self.ending == "interrupted":
-            self._engine.catch_up(progress)
+            self.engine.catch_up(progress)
 
     def close(self) -> None:
         """Stop writing; what was written stays."""
@@ -356,13 +356,13 @@ class Stream:
         """The text so far, `ending` "interrupted" unless something ended it."""
         text = self.text + (self._joiner.finish() if self._joiner else "")
         logprobs = list(self._logprobs) if self.run.options.logprobs else None
-        tokens, forced, stats = list(self.tokens), list(self._forced), copy.deepcopy(self.stats)
+        tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
         result = Result(text, tokens, forced, logprobs, self.ending, stats, {})
         return replace(result, report=self._report(result))
 
     @property
     def stats(self) -> GenerationStats:
-        return self._engine.stats
+        return self.engine.stats
 
     @property
     def text(self) -> str:
@@ -372,12 +372,12 @@ class Stream:
     @property
     def numerics(self) -> str:
         """The contract under which the text is reproducible."""
-        model, eviction = self._engine.model, self._engine.eviction
+        model, eviction = self.engine.model, self.engine.eviction
         return f"{model.numerics}/{eviction.label}" if eviction else model.numerics
 
     @property
     def guarantee(self) -> str:
-        return "lossy" if self._engine.eviction else self._engine.model.guarantee
+        return "lossy" if self.engine.eviction else self.engine.model.guarantee
 
     def _take(self, step: Step) -> Piece:
         text = ""
@@ -386,7 +386,7 @@ class Stream:
             forced = step.forced
             text = (self._joiner.finish() if self._joiner else "") + "\n\n"
             self._joiner = self._new_joiner()
-            self._forced.append((len(self.tokens), len(self.tokens) + len(forced)))
+            self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
         assert self._joiner is not None
         text += self._joiner.push(step.tokens)
@@ -395,7 +395,7 @@ class Stream:
         if self.journal is not None:
             self.journal.append(step.tokens, forced)
         self._logprobs.extend(step.logprobs or ())
-        self.ending = "interrupted" if step.ending == "eos" and self._engine.goes_on else step.ending or "interrupted"
+        self.ending = "interrupted" if step.ending == "eos" and self.engine.goes_on else step.ending or "interrupted"
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
@@ -414,7 +414,7 @@ class Stream:
         return TextJoiner(self.swift.tokenizer, self.run.options.stop)
 
     def _report(self, result: Result) -> dict[str, Any]:
-        run, engine = self.run, self._engine
+        run, engine = self.run, self.engine
         eviction = engine.eviction
         return {
             "schema": report.SCHEMA,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__, train_heads
+from tokenswift_py import __version__, audit, train_heads
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.journal import Journal, JournalError
 from tokenswift_py.options import Options
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tokenswift_py.api import Stream, TokenSwift
 
 INTERRUPTED = 130
-COMMANDS = {"train-heads": train_heads.main}
+COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Options that change how fast a text is written, never the text.
 FREE = ("drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_heads", "trace")
+LARGE = 16 * 2**20  # bytes; less is hashed in no time
 # Keys of config.json that say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
 TOKENIZER_FILES = (
@@ -83,7 +84,9 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def kept_sha256(path: Path) -> str:
-    """SHA-256 of a large file, kept in the cache folder under the file's path, size and time of change."""
+    """SHA-256 of a file; of a large one it is kept in the cache folder under path, size and time of change."""
+    if path.stat().st_size < LARGE:
+        return sha256(path)
     kept = cache_folder() / "sha256" / cache_name(path)
     try:
         known = kept.read_text()
