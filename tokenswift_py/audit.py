@@ -161,6 +161,8 @@ class Pass:
         return {**dict.fromkeys(timed, TIMED), **dict.fromkeys(chosen, WINDOW)}
 
     def run(self) -> None:
+        if self.total == self.prompt:
+            return
         cache = self.engine.cache
         try:
             while cache.length < self.total - 1 and self.found.mismatch is None:

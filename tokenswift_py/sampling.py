@@ -128,11 +128,11 @@ class Sampler:
             floor = self.floor(scores)
             tokens = np.arange(len(scores))
             perturbed = scores + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)
-        lead = perturbed - perturbed[token] if perturbed[token] > -np.inf else np.full(len(scores), np.inf)
         allowed = scores >= max(floor, np.finfo(np.float64).min)
-        slack = np.minimum(lead, scores - floor)[allowed].max()
+        lead = perturbed[allowed] - perturbed[token]
+        slack = np.minimum(lead, scores[allowed] - floor).max()
         short = floor - scores[token] if floor > -np.inf else 0.0
-        return float(lead[allowed][perturbed[allowed].argmax()]), float(max(slack, short))
+        return float(lead.max()), float(max(slack, short))
 
     def candidates(self, scores: Doubles, count: int = 1) -> npt.NDArray[np.int64]:
         """Tokens that survive top-k, top-p and min-p, in this order, ascending.
