@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenswift_py import __version__, contract, registry, report
+from tokenswift_py import __version__, contract, registry, report, snapshot
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
@@ -167,22 +167,29 @@ class TokenSwift:
                 pass
             return stream.result()
 
-    def stream(self, prompt: Prompt, *, out: str | Path | None = None, **settings: Any) -> Stream:
+    def stream(
+        self, prompt: Prompt, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
+    ) -> Stream:
         """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far.
 
-        out: a new or empty folder that gets a journal, from which `resume` goes on and `tokenswift audit` proves.
+        out:         a new or empty folder that gets a journal, from which `resume` goes on, and which an audit proves.
+        kv_snapshot: when the stream ends or is closed, full pages of its KV cache go there, too, for `resume`.
         """
         stream = Stream(self, self.prepare(prompt, Options.of(**settings)))
+        check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
         if out is not None:
             logprobs = stream.run.options.logprobs
             check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
-            stream.journal = Journal.create(Path(out), contract.header(stream))
+            stream.record(Journal.create(Path(out), contract.header(stream)), kv_snapshot)
         return stream
 
-    def resume(self, journal: str | Path | Journal, extend: int = 0, **settings: Any) -> Stream:
+    def resume(
+        self, journal: str | Path | Journal, extend: int = 0, kv_snapshot: bool = False, **settings: Any
+    ) -> Stream:
         """Go on with a recorded run: the stream has its text so far, and its pieces are those behind it.
 
         journal:  the run's folder, or its journal opened.
+        kv_snapshot: as for `stream`; one that is there is used in any case.
         extend:   write so many tokens more than were asked for, within the recorded context; of a finished run only.
         settings: fields of `Options`, `logits_processors` foremost, which a journal names only. One that the text
                   depends on must be as recorded.
@@ -203,7 +210,7 @@ class TokenSwift:
         except BaseException:
             journal.close()
             raise
-        stream.journal = journal
+        stream.record(journal, kv_snapshot)
         return stream
 
     def recorded_run(self, record: Record, extend: int = 0, **settings: Any) -> Run:
@@ -309,6 +316,7 @@ class Stream:
         self.tokens: list[int] = []
         self.journal: Journal | None = None
         self._recorded = 0
+        self._cold = False  # whether there is a text whose KV is not in the cache
         self._trace = report.Trace(run.options.trace) if run.options.trace else None
         self.engine = swift.engine(run, self._trace)
         self._steps = self.engine.run(run.prompt)
@@ -319,6 +327,7 @@ class Stream:
         self.ending = "interrupted"
 
     def __iter__(self) -> Iterator[Piece]:
+        self.catch_up()
         for step in self._steps:
             yield self._take(step)
         if rest := self._finish():
@@ -329,7 +338,7 @@ class Stream:
         step = None
         for step in self.engine.replay(self.run.prompt, tokens):
             self._take(step)
-        self._recorded = len(tokens)
+        self._recorded, self._cold = len(tokens), bool(tokens)
         if step is not None:
             self._steps = self.engine.run(self.run.prompt, step)
 
@@ -338,8 +347,31 @@ class Stream:
 
         progress: called with the number of rows of each pass.
         """
-        if self.ending == "interrupted":
+        if self._cold and self.ending == "interrupted":
+            self._cold = False
+            self._restore(progress or (lambda rows: None))
             self.engine.catch_up(progress)
+
+    def record(self, journal: Journal, kv_snapshot: bool) -> None:
+        """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
+        lossy = self.run.options.kv_budget
+        check(not (kv_snapshot and lossy), "kv_snapshot", kv_snapshot, "not with kv_budget: policies are not kept")
+        self.journal = journal
+        if kv_snapshot:
+            self.engine.keep = self._snapshot
+
+    def _snapshot(self) -> None:
+        assert self.journal is not None
+        self.journal.sync()
+        engine = self.engine
+        snapshot.save(self.journal.record.path.parent, engine.cache, engine.history.tokens, self.numerics)
+
+    def _restore(self, progress: Callable[[int], None]) -> None:
+        """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
+        engine, stop = self.engine, len(self.engine.history) - 2
+        if self.journal is not None and engine.eviction is None:
+            folder = self.journal.record.path.parent
+            snapshot.load(folder, engine.cache, engine.history.tokens, self.numerics, stop, progress)
 
     def close(self) -> None:
         """Stop writing; what was written stays."""

@@ -108,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument("--out", type=Path, metavar="DIR", help="journal, text and report go there; new or empty")
     output.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run that was written to DIR")
     output.add_argument("--extend", type=int, default=0, metavar="N", help="with --resume: N tokens more")
+    output.add_argument("--kv-snapshot", action="store_true", help="keep the KV cache in DIR too, for a quick resume")
     output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
     output.add_argument("--quiet", action="store_true", help="no bar, no summary")
     return root
@@ -155,6 +156,7 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
     options = read_options(args)
     Options.of(**options)  # everything that needs no model is refused before one is loaded
     check_out(args.out)
+    check(not args.kv_snapshot or args.out is not None, "kv_snapshot", True, "only with out or resume")
     check(args.extend == 0, "extend", args.extend, "only with resume")
 
     # Here, because torch and transformers take seconds to import.
@@ -165,7 +167,8 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
         attention=args.attention, device=args.device, threads=args.threads,
         deterministic=args.deterministic,
     )  # fmt: skip
-    return write_out(args, swift, swift.stream(prompt, out=args.out, **options), args.out, lines)
+    stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
+    return write_out(args, swift, stream, args.out, lines)
 
 
 def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> int:
@@ -185,7 +188,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
     settings = {name: value for name, value in read_options(args).items() if name in given}
-    stream = swift.resume(journal, args.extend, **settings)
+    stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
     if stream.ending != "interrupted" and (args.resume / "report.json").is_file():
         note(args, f"the run is finished, ended by: {stream.ending}")
         return 0

@@ -80,6 +80,7 @@ class Engine:
         self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
         self.trace = trace
         self.stats = GenerationStats()
+        self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
 
     def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
         """Write until something ends the text; every step's tokens are final when it is yielded.
@@ -96,6 +97,8 @@ class Engine:
                 step = self.round() if step.ending is None else self.force(self.turns.pop(0))
                 yield step
         finally:
+            if self.keep is not None:
+                self.keep()
             self.cache.release()
 
     def replay(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Step]:
