@@ -200,6 +200,8 @@ def test_a_run_that_was_killed_is_audited_as_far_as_it_got(swift: TokenSwift, ho
     for name, change, count in (("stopped", stop, 20), ("nothing", nothing, 0)):
         found = audit.audit(swift, forged(honest[0], tmp_path / name, change))
         assert (found.passed, found.checked, found.ending) == (True, count, "interrupted")
+    np.save(tmp_path / "stopped" / "tokens.npy", np.array(honest[1].tokens[:23], np.int32))
+    assert audit.audit(swift, tmp_path / "stopped").passed
 
 
 def test_a_lossy_run_is_proven_with_its_evictions(swift: TokenSwift, tmp_path: Path) -> None:

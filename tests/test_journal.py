@@ -373,8 +373,13 @@ def test_parameters_given_again_must_be_the_recorded_ones(swift: TokenSwift, run
         swift.resume(folder, seed=3)
     with pytest.raises(UserError, match="logits_processors: "):
         swift.resume(folder, logits_processors=[print])
-    with pytest.raises(UserError, match="logprobs: True is not allowed; not with out"):
-        swift.stream("x", out=folder.parent / "other", logprobs=True)
+    for wrong, says in (
+        ({"logprobs": True}, "logprobs: True is not allowed; not with out"),
+        ({"kv_snapshot": True, "kv_budget": 256}, "kv_snapshot: True is not allowed; not with kv_budget"),
+    ):
+        with pytest.raises(UserError, match=says):
+            swift.stream("x", out=folder.parent / "other", **wrong)
+        assert not (folder.parent / "other").exists()
 
 
 def test_a_weights_file_is_hashed_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,7 @@ class TokenSwift:
         """
         stream = Stream(self, self.prepare(prompt, Options.of(**settings)))
         check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
+        check_snapshot(kv_snapshot, stream.run.options)
         if out is not None:
             logprobs = stream.run.options.logprobs
             check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
@@ -199,6 +200,7 @@ class TokenSwift:
         try:
             record = journal.record
             stream = Stream(self, self.recorded_run(record, extend, **settings))
+            check_snapshot(kv_snapshot, stream.run.options)
             contract.check_same(record.header, contract.header(stream))
             with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
                 stream.replay(record.tokens)
@@ -354,8 +356,6 @@ class Stream:
 
     def record(self, journal: Journal, kv_snapshot: bool) -> None:
         """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
-        lossy = self.run.options.kv_budget
-        check(not (kv_snapshot and lossy), "kv_snapshot", kv_snapshot, "not with kv_budget: policies are not kept")
         self.journal = journal
         if kv_snapshot:
             self.engine.keep = self._snapshot
@@ -473,6 +473,11 @@ class Stream:
             "loops": [asdict(loop) for loop in engine.stops.loops.loops],
             "peak_memory_bytes": report.peak_memory(self.swift.executor.device),
         }
+
+
+def check_snapshot(wanted: bool, options: Options) -> None:
+    lossy = wanted and options.kv_budget is not None
+    check(not lossy, "kv_snapshot", wanted, "not with kv_budget: what its policy learnt is not kept")
 
 
 def eviction_of(options: Options) -> Eviction | None:

@@ -192,6 +192,8 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     if stream.ending != "interrupted" and (args.resume / "report.json").is_file():
         note(args, f"the run is finished, ended by: {stream.ending}")
         return 0
+    for name in ("tokens.npy", "report.json"):  # of an earlier session; they are written again at the end
+        (args.resume / name).unlink(missing_ok=True)
     rows = len(stream.run.prompt) + len(stream.tokens)
     with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
         stream.catch_up(progress)

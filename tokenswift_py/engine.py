@@ -97,9 +97,11 @@ class Engine:
                 step = self.round() if step.ending is None else self.force(self.turns.pop(0))
                 yield step
         finally:
-            if self.keep is not None:
-                self.keep()
-            self.cache.release()
+            try:
+                if self.keep is not None:
+                    self.keep()
+            finally:
+                self.cache.release()
 
     def replay(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Step]:
         """Bring history, stops and turns to where they stood when `tokens` had been written behind the prompt, without
