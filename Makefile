@@ -14,11 +14,12 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test check bench sanitize aarch64 kernels clean
+.PHONY: help install demo test soak check bench sanitize aarch64 kernels clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
 	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
+	@echo "make soak     the tests that take minutes: kills at random moments"
 	@echo "make check    ruff and mypy"
 	@echo "make bench    a short benchmark"
 	@echo "make sanitize tests of the C++ engine under ASan+UBSan and TSan"
@@ -44,6 +45,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+soak: install
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 # mypy needs the package as installed, without the editable install's redirections; nothing is compiled for it.
 check: install

@@ -12,6 +12,7 @@ import torch
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
 
 IntArray = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
@@ -33,6 +34,12 @@ class PagePool(Protocol):
 
     def move(self, source: IntArray, target: IntArray) -> None:
         """Copy rows between slots, as if all were read before any is written."""
+
+    def dump(self, page: int) -> Bytes:
+        """[page_bytes] a copy of a full page's keys and values, in the layout of this pool's numerics."""
+
+    def restore(self, page: int, data: Bytes) -> None:
+        """Write into a page that was just allocated what `dump` gave, of a pool of the same shape and numerics."""
 
     def key_bounds(self, pages: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         """The least and the greatest key of each page, [layers, kv_heads, n, head_dim] fp32, not to be written to.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray, PagePool, PageStats
+from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray, PagePool, PageStats
 
 
 class KVCache:
@@ -111,6 +111,19 @@ class KVCache:
             self.pool.move(self.slots(source[moved]), self.slots(target[moved]))
         self.length += len(path)
         self.drop_tail()
+
+    def adopt(self, pages: Bytes) -> None:
+        """Commit full pages dumped from a cache of the same tokens and numerics, behind the full pages there are.
+
+        pages: [n, page_bytes]. Raises ValueError, with nothing changed, behind a page that is not full, below
+        provisional rows, and past the limit.
+        """
+        if self.tail_length or self.length % PAGE_SIZE or self.length + len(pages) * PAGE_SIZE > self.limit:
+            raise ValueError(f"{len(pages)} pages do not continue {self.length} rows below the limit of {self.limit}")
+        for data in pages:
+            self._grow(self._held + 1)
+            self.pool.restore(int(self._table[self._held - 1]), data)
+            self.length += PAGE_SIZE
 
     def evict(self, pages: Sequence[int]) -> None:
         """Give these full pages back to the pool.

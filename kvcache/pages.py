@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
 SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context
 
@@ -142,6 +142,15 @@ class TorchPagePool(BoundedPages):
     def move(self, source: IntArray, target: IntArray) -> None:
         slots = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(self.keys.device)
         self._move_rows(self.keys, self.values, slots[0], slots[1])
+
+    def dump(self, page: int) -> Bytes:
+        keys, values = (pool[:, :, page].contiguous().cpu().view(torch.uint8) for pool in (self.keys, self.values))
+        return np.asarray(torch.cat([keys.reshape(-1), values.reshape(-1)]).numpy())
+
+    def restore(self, page: int, data: Bytes) -> None:
+        for pool, half in zip((self.keys, self.values), np.split(data, 2), strict=True):
+            stored = pool[:, :, page]
+            stored.copy_(torch.from_numpy(half.copy()).view(stored.dtype).view(stored.shape))
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         query = grouped(queries, self.kv_heads).to(self.keys.device)[..., None]  # [layers, kv_heads, head_dim, 1]

@@ -48,7 +48,7 @@ def test_out_holds_text_tokens_and_report(cli: list[str], tmp_path: Path, capsys
     assert len(tokens) == report["new_tokens"]
     assert "speed-up" in printed.err
     assert "distinct-4" in printed.err
-    assert sorted(path.name for path in out.iterdir()) == ["report.json", "text.txt", "tokens.npy"]
+    assert sorted(path.name for path in out.iterdir()) == ["journal.bin", "report.json", "text.txt", "tokens.npy"]
 
 
 def test_prompts_from_argument_file_and_standard_input_are_one(

@@ -46,7 +46,12 @@ THIRD_PARTY = {
     "kernels": {"numpy", "torch", "triton", "flash_attn", "xformers"},
     "kvcache": {"numpy", "torch"},
 }
-DISTRIBUTIONS = {"flash_attn": "flash-attn", "huggingface_hub": "huggingface-hub", "llama_cpp": "llama-cpp-python"}
+DISTRIBUTIONS = {
+    "flash_attn": "flash-attn",
+    "google_crc32c": "google-crc32c",
+    "huggingface_hub": "huggingface-hub",
+    "llama_cpp": "llama-cpp-python",
+}
 
 
 def within(name: str, allowed: set[str]) -> bool:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenswift_py import __version__, registry, report
+from tokenswift_py import __version__, contract, registry, report, snapshot
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.engine import Engine, Step
-from tokenswift_py.errors import about, check
+from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
+from tokenswift_py.journal import Journal, Record
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -104,13 +106,17 @@ class Run:
 
 
 class TokenSwift:
-    """A model with its tokenizer, ready to write. Make it with `from_pretrained`."""
+    """A model with its tokenizer, ready to write. Make it with `from_pretrained`.
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor):
+    origin: the arguments of `from_pretrained` that load it again, as a journal records them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
         self.checkpoint = checkpoint
         self.tokenizer = tokenizer
         self.executor = executor
         self._draft: tuple[tuple[str, str], TokenSwift] | None = None  # the last one, and how it was asked for
+        self.origin = origin
 
     @classmethod
     def from_pretrained(
@@ -152,7 +158,18 @@ class TokenSwift:
         checkpoint = open_checkpoint(model, revision, dtype)
         check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
         executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic)
-        return cls(checkpoint, checkpoint.tokenizer(), executor)
+        there = Path(model).expanduser()
+        origin = {
+            "model": str(there.resolve()) if there.exists() and model != DEFAULT_MODEL else model,
+            "revision": revision,
+            "dtype": dtype,
+            "kv_dtype": kv_dtype,
+            "engine": chosen,
+            "attention": attention,
+            "device": str(where),
+            "deterministic": deterministic,
+        }
+        return cls(checkpoint, checkpoint.tokenizer(), executor, origin)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
         """Write a text and return it whole. Settings: the fields of `Options`."""
@@ -161,9 +178,71 @@ class TokenSwift:
                 pass
             return stream.result()
 
-    def stream(self, prompt: Prompt, **settings: Any) -> Stream:
-        """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far."""
-        return Stream(self, self.prepare(prompt, Options.of(**settings)))
+    def stream(
+        self, prompt: Prompt, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
+    ) -> Stream:
+        """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far.
+
+        out:         a new or empty folder that gets a journal, from which `resume` goes on, and which an audit proves.
+        kv_snapshot: when the stream ends or is closed, full pages of its KV cache go there, too, for `resume`.
+        """
+        stream = Stream(self, self.prepare(prompt, Options.of(**settings)))
+        check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
+        check_snapshot(kv_snapshot, stream.run.options)
+        if out is not None:
+            logprobs = stream.run.options.logprobs
+            check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
+            stream.record(Journal.create(Path(out), contract.header(stream)), kv_snapshot)
+        return stream
+
+    def resume(
+        self, journal: str | Path | Journal, extend: int = 0, kv_snapshot: bool = False, **settings: Any
+    ) -> Stream:
+        """Go on with a recorded run: the stream has its text so far, and its pieces are those behind it.
+
+        journal:  the run's folder, or its journal opened.
+        kv_snapshot: as for `stream`; one that is there is used in any case.
+        extend:   write so many tokens more than were asked for, within the recorded context; of a finished run only.
+        settings: fields of `Options`, `logits_processors` foremost, which a journal names only. One that the text
+                  depends on must be as recorded.
+        Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
+        """
+        journal = journal if isinstance(journal, Journal) else Journal.open(Path(journal))
+        try:
+            record = journal.record
+            stream = Stream(self, self.recorded_run(record, extend, **settings))
+            check_snapshot(kv_snapshot, stream.run.options)
+            contract.check_same(record.header, contract.header(stream))
+            with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
+                stream.replay(record.tokens)
+            if extend:
+                why = f"the run is not finished ({record.chosen} of {record.max_new_tokens} tokens): resume it first"
+                check(stream.ending == "interrupted", "extend", extend, f"the text has ended ({stream.ending})")
+                check(record.chosen >= record.max_new_tokens, "extend", extend, why)
+                journal.extend(extend)
+        except BaseException:
+            journal.close()
+            raise
+        stream.record(journal, kv_snapshot)
+        return stream
+
+    def recorded_run(self, record: Record, extend: int = 0, **settings: Any) -> Run:
+        """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
+        recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+        processors = settings.pop("logits_processors", ())
+        names = [type(processor).__name__ for processor in processors]
+        contract.check_parameter("logits_processors", names, recorded["logits_processors"])
+        for name, value in settings.items():
+            if name in recorded and name not in contract.FREE:
+                contract.check_parameter(name, value, recorded[name])
+        options = Options.of(**{**recorded, **settings, "logits_processors": processors})
+        run = self.prepare(record.header["prompt"], options)
+        outside = [token for token in record.tokens if not 0 <= token < self.checkpoint.spec.vocab_size]
+        check(not outside, "journal: token", outside[:1], "the model knows no such id")
+        room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
+        check(extend >= 0, "extend", extend, "a number of tokens")
+        check(extend <= room, "extend", extend, f"the recorded context of {run.context} has room for {room} more")
+        return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:
         """Check everything that can be checked before any work. Raises UserError."""
@@ -276,22 +355,64 @@ class Stream:
 
     def __init__(self, swift: TokenSwift, run: Run):
         self.run = run
+        self.swift = swift
         self.tokens: list[int] = []
-        self._swift = swift
+        self.journal: Journal | None = None
+        self._recorded = 0
+        self._cold = False  # whether there is a text whose KV is not in the cache
         self._trace = report.Trace(run.options.trace) if run.options.trace else None
-        self._engine = swift.engine(run, self._trace)
-        self._steps = self._engine.run(run.prompt)
+        self.engine = swift.engine(run, self._trace)
+        self._steps = self.engine.run(run.prompt)
         self._joiner = self._new_joiner()
         self._text: list[str] = []
-        self._forced: list[tuple[int, int]] = []
+        self.forced: list[tuple[int, int]] = []
         self._logprobs: list[float] = []
-        self._ending = "interrupted"
+        self.ending = "interrupted"
 
     def __iter__(self) -> Iterator[Piece]:
+        self.catch_up()
         for step in self._steps:
             yield self._take(step)
         if rest := self._finish():
             yield Piece((), (), rest)
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Begin behind recorded tokens instead of behind the prompt. Raises ReplayError."""
+        step = None
+        for step in self.engine.replay(self.run.prompt, tokens):
+            self._take(step)
+        self._recorded, self._cold = len(tokens), bool(tokens)
+        if step is not None:
+            self._steps = self.engine.run(self.run.prompt, step)
+
+    def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
+        """Compute the KV of a replayed text now rather than with the first piece.
+
+        progress: called with the number of rows of each pass.
+        """
+        if self._cold and self.ending == "interrupted":
+            self._cold = False
+            self._restore(progress or (lambda rows: None))
+            self.engine.catch_up(progress)
+
+    def record(self, journal: Journal, kv_snapshot: bool) -> None:
+        """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
+        self.journal = journal
+        if kv_snapshot:
+            self.engine.keep = self._snapshot
+
+    def _snapshot(self) -> None:
+        assert self.journal is not None
+        self.journal.sync()
+        engine = self.engine
+        snapshot.save(self.journal.record.path.parent, engine.cache, engine.history.tokens, self.numerics)
+
+    def _restore(self, progress: Callable[[int], None]) -> None:
+        """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
+        engine, stop = self.engine, len(self.engine.history) - 2
+        if self.journal is not None and engine.eviction is None:
+            folder = self.journal.record.path.parent
+            snapshot.load(folder, engine.cache, engine.history.tokens, self.numerics, stop, progress)
 
     def close(self) -> None:
         """Stop writing; what was written stays."""
@@ -306,15 +427,30 @@ class Stream:
 
     def result(self) -> Result:
         """The text so far, `ending` "interrupted" unless something ended it."""
-        text = "".join(self._text) + (self._joiner.finish() if self._joiner else "")
+        text = self.text + (self._joiner.finish() if self._joiner else "")
         logprobs = list(self._logprobs) if self.run.options.logprobs else None
-        tokens, forced, stats = list(self.tokens), list(self._forced), copy.deepcopy(self.stats)
-        result = Result(text, tokens, forced, logprobs, self._ending, stats, {})
+        tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
+        result = Result(text, tokens, forced, logprobs, self.ending, stats, {})
         return replace(result, report=self._report(result))
 
     @property
     def stats(self) -> GenerationStats:
-        return self._engine.stats
+        return self.engine.stats
+
+    @property
+    def text(self) -> str:
+        """The text that is certain so far."""
+        return "".join(self._text)
+
+    @property
+    def numerics(self) -> str:
+        """The contract under which the text is reproducible."""
+        model, eviction = self.engine.model, self.engine.eviction
+        return f"{model.numerics}/{eviction.label}" if eviction else model.numerics
+
+    @property
+    def guarantee(self) -> str:
+        return "lossy" if self.engine.eviction else self.engine.model.guarantee
 
     def _take(self, step: Step) -> Piece:
         text = ""
@@ -323,19 +459,23 @@ class Stream:
             forced = step.forced
             text = (self._joiner.finish() if self._joiner else "") + "\n\n"
             self._joiner = self._new_joiner()
-            self._forced.append((len(self.tokens), len(self.tokens) + len(forced)))
+            self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
         assert self._joiner is not None
         text += self._joiner.push(step.tokens)
         self._text.append(text)
         self.tokens.extend(step.tokens)
+        if self.journal is not None:
+            self.journal.append(step.tokens, forced)
         self._logprobs.extend(step.logprobs or ())
-        self._ending = "interrupted" if step.ending == "eos" and self._engine.goes_on else step.ending or "interrupted"
+        self.ending = "interrupted" if step.ending == "eos" and self.engine.goes_on else step.ending or "interrupted"
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
         if self._trace is not None:
             self._trace.close()
+        if self.journal is not None:
+            self.journal.close()
         if self._joiner is None:
             return ""
         rest = self._joiner.finish()
@@ -344,35 +484,41 @@ class Stream:
         return rest
 
     def _new_joiner(self) -> TextJoiner | None:
-        return TextJoiner(self._swift.tokenizer, self.run.options.stop)
+        return TextJoiner(self.swift.tokenizer, self.run.options.stop)
 
     def _report(self, result: Result) -> dict[str, Any]:
-        run, engine = self.run, self._engine
-        numerics, guarantee, eviction = engine.model.numerics, engine.model.guarantee, engine.eviction
+        run, engine = self.run, self.engine
+        eviction = engine.eviction
         return {
             "schema": report.SCHEMA,
             "version": __version__,
-            "model": self._swift.checkpoint.name,
-            "dtype": self._swift.executor.dtype,
-            "kv_dtype": dtype_name(self._swift.executor.kv_dtype),
+            "model": self.swift.checkpoint.name,
+            "dtype": self.swift.executor.dtype,
+            "kv_dtype": dtype_name(self.swift.executor.kv_dtype),
             "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
             "parameters": run.parameters(),
             "seed": run.sampling.seed,
             "drafter": engine.drafter.name,
-            "engine": self._swift.executor.name,
-            "numerics": f"{numerics}/{eviction.label}" if eviction else numerics,
-            "guarantee": "lossy" if eviction else guarantee,
+            "engine": self.swift.executor.name,
+            "numerics": self.numerics,
+            "guarantee": self.guarantee,
             "lossy": eviction is not None,
             "eviction": eviction.figures() if eviction else None,
             "prompt_tokens": len(run.prompt),
+            "resumed_behind": self._recorded or None,
             "ending": result.ending,
             "forced": [list(span) for span in result.forced],
             **report.run_figures(engine.stats),
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
             "loops": [asdict(loop) for loop in engine.stops.loops.loops],
-            "peak_memory_bytes": report.peak_memory(self._swift.executor.device),
+            "peak_memory_bytes": report.peak_memory(self.swift.executor.device),
         }
+
+
+def check_snapshot(wanted: bool, options: Options) -> None:
+    lossy = wanted and options.kv_budget is not None
+    check(not lossy, "kv_snapshot", wanted, "not with kv_budget: what its policy learnt is not kept")
 
 
 def eviction_of(options: Options) -> Eviction | None:

@@ -12,19 +12,25 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__, train_heads
+from tokenswift_py import __version__, audit, train_heads
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.journal import Journal, JournalError
 from tokenswift_py.options import Options
 
+if TYPE_CHECKING:
+    from tokenswift_py.api import Stream, TokenSwift
+
 INTERRUPTED = 130
+COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),
@@ -61,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
         prog="tokenswift",
         description="Long text from a language model, losslessly faster.",
-        epilog="`tokenswift train-heads --help`: train draft heads for a model on text that it writes itself.",
+        epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
+        "what plain decoding writes. `tokenswift train-heads --help`: train draft heads on text that the model writes.",
     )
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
     groups = {
@@ -99,7 +106,10 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--dry-breakers", nargs="*", metavar="TEXT", help="no repeat is counted across these")
     sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
     sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
-    output.add_argument("--out", type=Path, metavar="DIR", help="text.txt, tokens.npy, report.json; new or empty")
+    output.add_argument("--out", type=Path, metavar="DIR", help="journal, text and report go there; new or empty")
+    output.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run that was written to DIR")
+    output.add_argument("--extend", type=int, default=0, metavar="N", help="with --resume: N tokens more")
+    output.add_argument("--kv-snapshot", action="store_true", help="keep the KV cache in DIR too, for a quick resume")
     output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
     output.add_argument("--quiet", action="store_true", help="no bar, no summary")
     return root
@@ -108,17 +118,25 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    training = given[:1] == ["train-heads"]
-    args = None if training else parser().parse_args(given)
+    if given[:1] == ["resume"]:
+        given = ["--resume", *given[1:]] if len(given) > 1 and not given[1].startswith("-") else ["--help"]
+    command = COMMANDS.get(given[0]) if given else None
+    args = None if command else parser().parse_args(given)
     quiet = args.quiet if args else "--quiet" in given
     lines = LogLines()
     level = logging.ERROR if quiet else logging.WARNING
     logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
     try:
-        return write(args, lines) if args else train_heads.main(given[1:])
+        if command:
+            return command(given[1:])
+        assert args is not None
+        return resume(args, given_options(given), lines) if args.resume else write(args, lines)
     except UserError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2
+    except JournalError as error:
+        print(f"tokenswift: {error}", file=sys.stderr)
+        return 1
     except (RuntimeError, MemoryError) as error:  # logits that are not finite, memory that ran out
         print(f"tokenswift: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -128,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; what else is buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a disk that is full
+        print(f"tokenswift: {error.strerror}: {error.filename or 'no file could be written'}", file=sys.stderr)
+        return 1
 
 
 def write(args: argparse.Namespace, lines: LogLines) -> int:
@@ -136,19 +157,66 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
     options = read_options(args)
     Options.of(**options)  # everything that needs no model is refused before one is loaded
     check_out(args.out)
+    check(not args.kv_snapshot or args.out is not None, "kv_snapshot", True, "only with out or resume")
+    check(args.extend == 0, "extend", args.extend, "only with resume")
 
     # Here, because torch and transformers take seconds to import.
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.report import summary
 
     swift = TokenSwift.from_pretrained(
         args.model, revision=args.revision, dtype=args.dtype, kv_dtype=args.kv_dtype, engine=args.engine,
         attention=args.attention, device=args.device, threads=args.threads,
         deterministic=args.deterministic,
     )  # fmt: skip
-    stream = swift.stream(prompt, **options)
-    interrupted = False
-    with Output(args, options["max_new_tokens"], lines) as output:
+    stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
+    return write_out(args, swift, stream, args.out, lines)
+
+
+def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> int:
+    """Go on with a recorded run. given: the flags that were given; the others are as recorded."""
+    for name in ("prompt", "prompt_file", "out", "baseline"):
+        check(name not in given, name, given.get(name), "not with resume")
+    check(args.extend >= 0, "extend", args.extend, "at least 0")
+    journal = Journal.open(args.resume)
+    record = journal.record
+    if record.torn:
+        note(args, f"{record.torn} bytes behind token {len(record.tokens)} are torn and were cut off")
+    note(args, f"{len(record.tokens)} tokens are recorded")
+
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.progress import work_bar
+
+    origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
+    swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
+    settings = {name: value for name, value in read_options(args).items() if name in given}
+    stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
+    if stream.ending != "interrupted" and (args.resume / "report.json").is_file():
+        note(args, f"the run is finished, ended by: {stream.ending}")
+        return 0
+    for name in ("tokens.npy", "report.json"):  # of an earlier session; they are written again at the end
+        (args.resume / name).unlink(missing_ok=True)
+    rows = len(stream.run.prompt) + len(stream.tokens)
+    with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
+        stream.catch_up(progress)
+    return write_out(args, swift, stream, args.resume, lines)
+
+
+def given_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the command line says itself, without defaults."""
+    root = parser()
+    nothing = argparse.Namespace(**{action.dest: None for action in root._actions})
+    given = vars(root.parse_args(arguments, nothing))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def write_out(
+    args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines
+) -> int:
+    """Write, compare, report. folder: what gets the files."""
+    from tokenswift_py.report import summary
+
+    interrupted, failure = False, None
+    with Output(args, stream, folder, lines) as output:
         try:
             with CtrlC() as ctrl_c:
                 for piece in stream:
@@ -159,20 +227,27 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
                         break
         except KeyboardInterrupt:
             interrupted = True
-        finally:  # whatever happens, what was written is kept
+        except Exception as error:
+            failure = error
+        try:  # whatever happened, what was written is kept
             stream.close()
             result = stream.result()
-            if args.out:
+            if folder:
                 output.save_rest(result.text)
-                np.save(args.out / "tokens.npy", np.array(result.tokens, np.int32), allow_pickle=False)
-                save_report(args.out, result.report)
+                save_tokens(folder, result.tokens)
+                save_report(folder, result.report)
+        except OSError:
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
         output.end(result.text)
     if args.baseline and not interrupted:
         note(args, "decoding again without drafts, to compare")
         try:
             result = swift.baseline(stream)
-            if args.out:
-                save_report(args.out, result.report)
+            if folder:
+                save_report(folder, result.report)
         except KeyboardInterrupt:
             interrupted = True
     note(args, summary(result.report))
@@ -248,31 +323,33 @@ class BottomLine:
 class Output:
     """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
 
-    def __init__(self, args: argparse.Namespace, wanted: int, lines: LogLines):
-        self.written = 0
+    def __init__(self, args: argparse.Namespace, stream: Stream, folder: Path | None, lines: LogLines):
+        self.written = self._saved = len(stream.text)  # of a resumed text only what is new is shown
         self._lines = lines
-        self._saved = 0
         self._mid_line = False
         self._file = None
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            self._file = (args.out / "text.txt").open("x", encoding="utf-8", newline="")
-        hidden = args.quiet or not sys.stderr.isatty()
-        self._bottom = None if hidden or not sys.stdout.isatty() else BottomLine()
-        target = sys.stderr if self._bottom is None else io.StringIO()
-        self._bar = tqdm(total=wanted, unit="tok", disable=hidden, file=target, dynamic_ncols=self._bottom is None)
+        if folder:
+            mode = "w" if args.resume else "x"
+            self._file = (folder / "text.txt").open(mode, encoding="utf-8", newline="")
+            self._file.write(stream.text)
+        self._bottom = None if no_bar(args) or not sys.stdout.isatty() else BottomLine()
+        self._bar = tqdm(
+            initial=stream.stats.new_tokens, total=stream.run.options.max_new_tokens, unit="tok", disable=no_bar(args),
+            file=sys.stderr if self._bottom is None else io.StringIO(), dynamic_ncols=self._bottom is None,
+        )  # fmt: skip
 
     def __enter__(self) -> Output:
         self._lines.show = self.log
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lines.show = show_plainly
         if self._bottom:
             self._bottom.close()
         self._bar.close()
         if self._file:
-            self._file.close()
+            with suppress(*([OSError] if kind else [])):  # what went wrong first is told
+                self._file.close()
 
     def write(self, text: str, tokens: int, per_pass: float | None) -> None:
         if text:
@@ -307,6 +384,10 @@ class Output:
         if sys.stdout.isatty() or not text.endswith("\n"):
             sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def no_bar(args: argparse.Namespace) -> bool:
+    return bool(args.quiet) or not sys.stderr.isatty()
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -383,6 +464,10 @@ def check_out(folder: Path | None) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"out: {str(folder)!r} is not allowed; a writable folder is ({error.strerror})") from error
+
+
+def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
+    np.save(folder / "tokens.npy", np.array(tokens, np.int32), allow_pickle=False)
 
 
 def save_report(folder: Path, report: dict[str, Any]) -> None:

@@ -33,6 +33,14 @@ class Step:
     logprobs: tuple[float, ...] | None = None
 
 
+class ReplayError(ValueError):
+    """Recorded tokens that no run of these parameters writes. position: of the first of them, behind the prompt."""
+
+    def __init__(self, position: int, reason: str):
+        super().__init__(f"token {position}: {reason}")
+        self.position, self.reason = position, reason
+
+
 class Engine:
     """One sequence being written.
 
@@ -72,17 +80,72 @@ class Engine:
         self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
         self.trace = trace
         self.stats = GenerationStats()
+        self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
 
-    def run(self, prompt: Sequence[int]) -> Iterator[Step]:
-        """Write until something ends the text; every step's tokens are final when it is yielded."""
+    def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
+        """Write until something ends the text; every step's tokens are final when it is yielded.
+
+        after: the last step of a replay, behind which the text goes on.
+        """
         try:
-            step = self.force(prompt)
-            yield step
+            step = after or self.force(prompt)
+            if after is None:
+                yield step
+            elif after.ending is None:
+                self.catch_up()
             while step.ending is None or (step.ending == "eos" and self.goes_on):
                 step = self.round() if step.ending is None else self.force(self.turns.pop(0))
                 yield step
         finally:
-            self.cache.release()
+            try:
+                if self.keep is not None:
+                    self.keep()
+            finally:
+                self.cache.release()
+
+    def replay(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Step]:
+        """Bring history, stops and turns to where they stood when `tokens` had been written behind the prompt, without
+        a pass of the model; the steps that wrote them, one a chosen token. What is forced is told by the chapter rule.
+
+        Raises ReplayError, the history grown up to there, for tokens behind the end of the text, and for forced ones
+        that are not the turn's.
+        """
+        forced, place = tuple(prompt), 0
+        if tokens:
+            self.history.extend(prompt)
+        while place < len(tokens):
+            self.stops.start_at(len(self.history))
+            ending = None
+            while ending is None and place < len(tokens):
+                self.history.append(tokens[place])
+                place += 1
+                self.stats.recorded_tokens += 1
+                ending = self.stops(self.history)
+                yield Step((tokens[place - 1],), forced, ending)
+                forced = ()
+            if place == len(tokens):
+                return
+            if ending != "eos" or not self.goes_on:
+                raise ReplayError(place, f"behind the end of the text ({ending})")
+            forced = tuple(self.turns.pop(0))
+            for token in forced:
+                if place == len(tokens) or tokens[place] != token:
+                    raise ReplayError(place, f"the turn forced there has {token}")
+                self.history.append(token)
+                place += 1
+            self.stats.forced_tokens += len(forced)
+            if place == len(tokens):
+                raise ReplayError(place, "a turn without a token behind it")
+
+    def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
+        """After a replay: compute the KV of everything but the pending token, and show the drafter the text.
+
+        progress: called with the number of rows of each pass.
+        """
+        if len(self.history) - 1 > self.cache.length:
+            with self.stats.clock("prefill"):
+                output = self.prefill(len(self.history) - 1, progress)
+                self.drafter.prefill(self.context, output)
 
     @property
     def goes_on(self) -> bool:
@@ -116,19 +179,23 @@ class Engine:
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
             self.stops.start_at(len(self.history))
-            output = self.prefill()
+            output = self.prefill(len(self.history))
             taken = walk(PENDING, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
             self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
 
-    def prefill(self) -> Output:
-        """Commit everything in the history that the cache lacks; the output of the last rows, logits of the last."""
-        while (missing := len(self.history) - self.cache.length) > min(SEEN_ROWS, self.room):
+    def prefill(self, stop: int, progress: Callable[[int], None] | None = None) -> Output:
+        """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the
+        last."""
+        progress = progress or (lambda rows: None)
+        while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(self.prefill_chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
             self.commit_chunk(count, self.forward(self.chunk(count), [], seen=False))
+            progress(count)
         output = self.forward(self.chunk(missing), [missing - 1])
         self.commit_chunk(missing, output)
+        progress(missing)
         return output
 
     def chunk(self, count: int) -> Segment:

@@ -54,7 +54,7 @@ class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
         check(architecture in known, "general.architecture", architecture, "one that the gguf package knows")
         names = get_tensor_name_map(known[architecture], spec.layers)
         found = {tensor.name: tensor for tensor in reader.tensors}
-        self._path, self._spec = path, spec
+        self.path, self._spec = path, spec
         self._permuted = architecture == "llama"
         self._places: dict[str, Place] = {}
         for name, shape in spec.shapes().items():
@@ -69,9 +69,9 @@ class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
         return sum(packed_bytes(place) for place in self._places.values())
 
     def __getitem__(self, name: str) -> torch.Tensor | Blocks:
-        at, where = self._places[name], f"model: tensor {name} of {self._path.name}"
+        at, where = self._places[name], f"model: tensor {name} of {self.path.name}"
         with one_line(f"{where} cannot be read"):
-            data: Bytes = np.memmap(self._path, np.uint8, "r", at.offset, (at.rows, at.row_bytes))
+            data: Bytes = np.memmap(self.path, np.uint8, "r", at.offset, (at.rows, at.row_bytes))
             data = self._in_order(name, data)
             if at.kind in VALUES:
                 return torch.from_numpy(np.array(data)).view(VALUES[at.kind]).reshape(at.shape)

@@ -126,6 +126,8 @@ def summary(report: dict[str, Any]) -> str:
         f"model {report['model']}, drafter {report['drafter']}, seed {report['parameters']['seed']}",
         f"numerics {report['numerics']} ({report['guarantee']})",
     ]
+    if report["resumed_behind"]:
+        lines.append(f"resumed behind {report['resumed_behind']} recorded tokens; the milliseconds are of the others")
     if report["lossy"]:
         lines.append(lossy_note(report["eviction"]))
     if ms is not None:

@@ -102,12 +102,8 @@ class Sampler:
             raise NumericsError(f"no token is left to choose from at position {len(history)}")
         return np.asarray(scores)
 
-    def candidates(self, scores: Doubles, count: int = 1) -> npt.NDArray[np.int64]:
-        """Tokens that survive top-k, top-p and min-p, in this order, ascending.
-
-        scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count`
-        are left out. Tokens of equal score stay or go together, so no order of summation matters.
-        """
+    def floor(self, scores: Doubles) -> float:
+        """The least score that survives top-k, top-p and min-p. scores: [vocab_size], divided by the temperature."""
         params, top = self.params, scores.max()
         floor = -np.inf
         if 0 < params.top_k < len(scores):
@@ -115,7 +111,36 @@ class Sampler:
         if params.top_p < 1:
             massive = scores[scores >= max(floor, top + NEGLIGIBLE)]
             floor = max(floor, nucleus_floor(massive, params.top_p))
-        floor = max(floor, top + self._log_min_p)
+        return float(max(floor, top + self._log_min_p))
+
+    def behind(self, logits: torch.Tensor, history: History, token: int) -> tuple[float, float]:
+        """How far `token` is from being the choice: its margin and its slack, both 0 for the choice itself.
+
+        margin: the choice's perturbed score minus the token's (greedy: processed logits).
+        slack:  the least error of scores, divided by the temperature, that makes the token the choice: it lifts the
+                token over the floor of top-k, top-p and min-p, and every other token of a better perturbed score below
+                either that floor or the token. The floor itself is taken as it is.
+        """
+        scores = self.process(logits, history)
+        perturbed, floor = scores, -np.inf
+        if self.params.temperature > 0:
+            scores = scores / self.params.temperature
+            floor = self.floor(scores)
+            tokens = np.arange(len(scores))
+            perturbed = scores + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)
+        allowed = scores >= max(floor, np.finfo(np.float64).min)
+        lead = perturbed[allowed] - perturbed[token]
+        slack = np.minimum(lead, scores[allowed] - floor).max()
+        short = floor - scores[token] if floor > -np.inf else 0.0
+        return float(lead.max()), float(max(slack, short))
+
+    def candidates(self, scores: Doubles, count: int = 1) -> npt.NDArray[np.int64]:
+        """Tokens that survive top-k, top-p and min-p, in this order, ascending.
+
+        scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count`
+        are left out. Tokens of equal score stay or go together, so no order of summation matters.
+        """
+        floor, top = self.floor(scores), scores.max()
         reach = top if count == 1 else np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
         hopeless = reach - (noise.HIGHEST - noise.LOWEST) - 1e-6
         return np.flatnonzero((scores >= floor) & (scores >= hopeless) & (scores > -np.inf))

@@ -21,6 +21,7 @@ class GenerationStats:
     """Counts and milliseconds of one run. A step is one verify pass; prefill passes are counted apart.
 
     new_tokens:     tokens the model chose.
+    recorded_tokens: those of them that a resumed run found in its journal; nothing else here counts them.
     first_tokens:   those of them that a prefill pass gave.
     forced_tokens:  tokens of turns put into the text; the prompt is not among them.
     phase_ms:       draft, verify, accept, commit, learn, prefill.
@@ -32,6 +33,7 @@ class GenerationStats:
     num_accepted_draft_tokens: int = 0
     step_tokens: int = 0
     first_tokens: int = 0
+    recorded_tokens: int = 0
     forced_tokens: int = 0
     prefill_tokens: int = 0
     acceptance_histogram: Counter[int] = field(default_factory=Counter)
@@ -57,7 +59,7 @@ class GenerationStats:
 
     @property
     def new_tokens(self) -> int:
-        return self.first_tokens + self.step_tokens
+        return self.recorded_tokens + self.first_tokens + self.step_tokens
 
     @property
     def decode_ms(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from tokenswift_py import __version__
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
@@ -72,6 +72,18 @@ class NativePool(BoundedPages):
 
     def move(self, source: IntArray, target: IntArray) -> None:
         self.native.move(native_ints(source), native_ints(target))
+
+    def dump(self, page: int) -> Bytes:
+        return np.concatenate(self._blocks(page))
+
+    def restore(self, page: int, data: Bytes) -> None:
+        blocks = self._blocks(page)
+        for block, part in zip(blocks, np.split(data, len(blocks)), strict=True):
+            block[:] = part
+
+    def _blocks(self, page: int) -> list[Bytes]:
+        """The memory of a page, a block for each layer and KV head."""
+        return [self.native.block(layer, head, page) for layer in range(self.layers) for head in range(self.kv_heads)]
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         sums = grouped(queries, self.kv_heads)

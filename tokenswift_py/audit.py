@@ -1,0 +1,358 @@
+"""`tokenswift audit`: proof that a recorded text is what plain decoding writes, without decoding it.
+
+The token at position p is a function of the row at p - 1 and of the tokens before p (laws 1 and 2). So one parallel
+pass over the recorded tokens, in chunks, gives every row that chose a token, and the sampler is asked for its choice at
+each. If all are the recorded ones, plain decoding writes this text, token by token: by induction, as each row depends
+on its own ancestors only. That last is law 1, which the tests carry and `sample` looks at in place. Forced tokens are
+derived again by the chapter rule, and so is what ends the text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenswift_py import journal
+from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.history import History
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenswift_py.api import Stream, TokenSwift
+    from tokenswift_py.journal import Record
+
+LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
+WINDOW = 32  # tokens that --sample decodes at a place
+TIMED = 4  # places and tokens at each where steps are timed, so that plain decoding's time can be estimated
+ROUNDING = {"fp32": 2e-3, "bf16": 0.5}  # errors of logits that are taken for rounding between two arithmetics
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """index: of the token behind the prompt. margin, slack: see `Sampler.behind`."""
+
+    index: int
+    recorded: int
+    chosen: int
+    margin: float
+    slack: float
+
+
+@dataclass
+class Audit:
+    """What an audit found.
+
+    proof:     the arithmetic is the run's own, and a row's bits are its own: a mismatch is one. Else it is a
+               cross-check, in which a slack below `rounding` is a tie.
+    checked:   tokens whose choice was checked; forced: tokens derived from the chapter rule.
+    faults:    what else is wrong with the record or the files beside it.
+    windows:   where the random windows begin that were decoded token by token too.
+    decoded:   tokens decoded one by one, those of the timed places among them; unequal_rows: those of them whose
+               logits are not bit for bit the chunk's.
+    ar_seconds: what plain decoding of the checked tokens would take, estimated from steps here and there.
+    """
+
+    folder: str
+    numerics: str
+    recorded_numerics: str
+    guarantee: str
+    proof: bool
+    rounding: float
+    prompt_tokens: int
+    ending: str
+    checked: int = 0
+    forced: int = 0
+    mismatch: Mismatch | None = None
+    ties: list[Mismatch] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    decoded: int = 0
+    unequal_rows: int = 0
+    seconds: float = 0.0
+    ar_seconds: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.mismatch is None and not self.faults and not (self.proof and self.unequal_rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, **asdict(self)}
+
+
+def audit(
+    swift: TokenSwift,
+    folder: str | Path,
+    sample: int = 0,
+    progress: Callable[[int], None] = lambda rows: None,
+    logits_processors: Sequence[Any] = (),
+) -> Audit:
+    """Check every recorded token of a run's folder.
+
+    sample:   how many random windows of WINDOW tokens are decoded token by token, too.
+    progress: called with the number of rows of each pass.
+    Raises UserError for another model, tokenizer or parameters than the recorded ones.
+    """
+    from tokenswift_py import contract
+    from tokenswift_py.api import Stream
+    from tokenswift_py.engine import ReplayError
+
+    record = journal.read(Path(folder))
+    run = swift.recorded_run(record, logits_processors=logits_processors)
+    quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
+    stream = Stream(swift, replace(run, options=replace(run.options, drafter="none", on_loop=quiet)))
+    same = {**contract.header(stream), "parameters": run.parameters()}
+    contract.check_same(record.header, same, numerics=False)
+    found = Audit(
+        str(folder), stream.numerics, record.header["numerics"], stream.guarantee,
+        proof=stream.numerics == record.header["numerics"] and stream.engine.model.guarantee.startswith("bitwise"),
+        rounding=rounding(record.header["origin"]["dtype"], swift.executor.dtype, run.sampling.temperature),
+        prompt_tokens=len(run.prompt), ending="interrupted",
+    )  # fmt: skip
+    try:
+        stream.replay(record.tokens)
+    except ReplayError as error:
+        found.faults.append(f"token {error.position}: {error.reason}")
+    found.ending = stream.ending
+    found.faults += marks_faults(stream, record)
+    began = time.perf_counter()
+    Pass(stream, found, sample, progress).run()
+    found.seconds = time.perf_counter() - began
+    if not found.faults:
+        found.faults += file_faults(stream, Path(folder))
+    return found
+
+
+class Pass:
+    """The pass over the recorded tokens. Position p of the text is chosen by row p - 1."""
+
+    def __init__(self, stream: Stream, found: Audit, sample: int, progress: Callable[[int], None]):
+        self.engine, self.found, self.progress = stream.engine, found, progress
+        self.prompt = len(stream.run.prompt)
+        self.total = self.prompt + len(stream.tokens)
+        self.chosen = np.ones(self.total, np.bool_)
+        self.chosen[: self.prompt] = False
+        for start, stop in stream.forced:
+            self.chosen[self.prompt + start : self.prompt + stop] = False
+        found.forced = int((~self.chosen).sum()) - self.prompt
+        self.tokens = self.engine.history.tokens[: self.total].copy()
+        self.seen = History()
+        vocab_bytes = 4 * stream.swift.checkpoint.spec.vocab_size
+        self.most = max(1, min(self.engine.prefill_chunk, LOGITS_BYTES // vocab_bytes))
+        self.step_ms: list[list[float]] = []
+        self.windows = self.places(sample)
+
+    def places(self, sample: int) -> dict[int, int]:
+        """First row of each window -> how many tokens it has."""
+        first, last = self.prompt - 1, self.total - 1
+        starts = range(first, last, WINDOW)
+        chosen = sorted(random.SystemRandom().sample(starts, min(sample, len(starts))))
+        self.found.windows = [start + 1 - self.prompt for start in chosen]
+        timed = starts[:: max(1, len(starts) // TIMED)]
+        return {**dict.fromkeys(timed, TIMED), **dict.fromkeys(chosen, WINDOW)}
+
+    def run(self) -> None:
+        if self.total == self.prompt:
+            return
+        cache = self.engine.cache
+        try:
+            while cache.length < self.total - 1 and self.found.mismatch is None:
+                at = cache.length
+                later = [start for start in self.windows if start > at]
+                count = min(self.most, self.engine.room, min([self.total - 1, *later]) - at)
+                if at in self.windows:
+                    self.decode(min(count, self.windows[at]))
+                else:
+                    self.check(at, self.rows(count), commit=count)
+                self.progress(cache.length - at)
+        finally:
+            cache.release()
+        if self.step_ms:
+            step = np.mean([np.median(times) for times in self.step_ms])
+            self.found.ar_seconds = float(step) * self.found.checked / 1e3
+
+    def rows(self, count: int) -> torch.Tensor:
+        """[n, vocab_size] logits of those of the next `count` rows that chose a token; the rows are provisional."""
+        at = self.engine.cache.length
+        wanted = np.flatnonzero(self.chosen[at + 1 : at + 1 + count]).tolist()
+        self.output = self.engine.forward(self.engine.chunk(count), wanted, seen=False)
+        return self.output.logits
+
+    def check(self, at: int, logits: torch.Tensor, commit: int) -> None:
+        """Commit `commit` rows from position `at` on, and hold the choices of their logits against the record."""
+        self.engine.commit_chunk(commit, self.output)
+        for row, position in zip(logits, at + 1 + np.flatnonzero(self.chosen[at + 1 : at + 1 + commit]), strict=True):
+            self.seen.extend(self.tokens[len(self.seen) : position].tolist())
+            self.found.checked += 1
+            choice, recorded = self.engine.sampler.choose(row, self.seen), int(self.tokens[position])
+            if choice != recorded:
+                self.differ(Mismatch(int(position) - self.prompt, recorded, choice, *self.behind(row, recorded)))
+            if self.found.mismatch is not None:
+                return
+
+    def behind(self, row: torch.Tensor, token: int) -> tuple[float, float]:
+        return self.engine.sampler.behind(row, self.seen, token)
+
+    def differ(self, mismatch: Mismatch) -> None:
+        if not self.found.proof and mismatch.slack <= self.found.rounding:
+            self.found.ties.append(mismatch)
+        else:
+            self.found.mismatch = mismatch
+
+    def decode(self, count: int) -> None:
+        """The next tokens one by one, as plain decoding has them, beside the same rows computed together."""
+        at, times = self.engine.cache.length, []
+        together = iter(self.rows(count))
+        self.engine.cache.drop_tail()
+        for place in range(at, at + count):
+            began = time.perf_counter()
+            alone = self.rows(1)
+            self.check(place, alone, commit=1)
+            times.append(1e3 * (time.perf_counter() - began))
+            if len(alone):
+                self.found.decoded += 1
+                self.found.unequal_rows += not bool((alone[0] == next(together)).all())
+            if self.found.mismatch is not None:
+                break
+        self.step_ms.append(times)
+
+
+def rounding(recorded: str, audited: str, temperature: float) -> float:
+    """What errors of scores are taken for rounding, between weights of two types."""
+    return max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in (recorded, audited)) / (temperature or 1.0)
+
+
+def marks_faults(stream: Stream, record: Record) -> list[str]:
+    """Where the record's marks of forced tokens are not the chapter rule's."""
+    forced = np.zeros(len(stream.tokens), np.bool_)
+    for start, stop in stream.forced:
+        forced[start:stop] = True
+    wrong = np.flatnonzero(forced != np.array(record.forced[: len(forced)], np.bool_))
+    return [f"token {i}: it is{'' if forced[i] else ' not'} forced by the chapter rule" for i in wrong[:1]]
+
+
+def file_faults(stream: Stream, folder: Path) -> list[str]:
+    """Where tokens.npy and text.txt do not say what the journal says. A run that was killed may have neither, and one
+    that was interrupted a step more or less."""
+    if not (folder / "tokens.npy").is_file():
+        return []
+    with one_line("tokens.npy cannot be read"):
+        tokens = np.load(folder / "tokens.npy", allow_pickle=False).tolist()
+    least = min(len(tokens), len(stream.tokens))
+    wrong = [i for i in range(least) if tokens[i] != stream.tokens[i]]
+    if wrong:
+        return [f"tokens.npy differs from the journal at token {wrong[0]}"]
+    if len(tokens) != len(stream.tokens):
+        short = f"tokens.npy has {len(tokens)} tokens, the journal {len(stream.tokens)}"
+        return [] if stream.ending == "interrupted" else [short]
+    with one_line("text.txt cannot be read"):
+        text = (folder / "text.txt").read_bytes()
+    return [] if text == stream.result().text.encode() else ["text.txt is not the text of the recorded tokens"]
+
+
+def verdict(found: Audit, decode: Callable[[int], str]) -> str:
+    """The audit as a person wants it."""
+    lines = [
+        f"audit of {found.folder}: {found.checked} choices checked, {found.forced} forced tokens derived again, "
+        f"behind a prompt of {found.prompt_tokens}; ended by: {found.ending}",
+    ]
+    if found.numerics == found.recorded_numerics:
+        lines.append(f"numerics {found.numerics} ({found.guarantee})")
+    else:
+        lines.append(f"cross-check: numerics {found.numerics}, recorded under {found.recorded_numerics}")
+    lines += [f"FAULT: {fault}" for fault in found.faults]
+    if (worst := found.mismatch) is not None:
+        lines.append(
+            f"MISMATCH at token {worst.index}: recorded is {worst.recorded} {decode(worst.recorded)!r}, chosen "
+            f"{worst.chosen} {decode(worst.chosen)!r} by a margin of {worst.margin:.4g} (slack {worst.slack:.4g})"
+        )
+    if found.ties:
+        margin, slack = max(tie.margin for tie in found.ties), max(tie.slack for tie in found.ties)
+        lines.append(
+            f"{len(found.ties)} choices differ within rounding ({found.rounding:.3g}): largest slack {slack:.3g}, "
+            f"largest margin {margin:.3g}, the first at token {found.ties[0].index}"
+        )
+    if found.decoded:
+        bits = f"{found.unequal_rows} with other bits" if found.unequal_rows else "with the same bits"
+        lines.append(f"{found.decoded} tokens were decoded one by one too ({len(found.windows)} windows), {bits}")
+    if found.ar_seconds is not None:
+        lines.append(
+            f"{found.seconds:.1f} s; plain decoding would take about {found.ar_seconds:.1f} s "
+            f"(from single steps at several places)"
+        )
+    return "\n".join([*lines, conclusion(found)])
+
+
+def conclusion(found: Audit) -> str:
+    if not found.passed:
+        return "FAILED: this is not what plain decoding writes with these parameters"
+    if not found.proof:
+        return "CONSISTENT, measured: this arithmetic finds nothing that rounding does not explain; it proves nothing"
+    lossy = ", evicting the same pages (lossy)" if found.guarantee == "lossy" else ""
+    return f"PROVEN: every token is the one that plain decoding{lossy} writes there, given law 1 (a row is a row)"
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(
+        prog="tokenswift audit",
+        description="Prove that a recorded text is what plain decoding writes, without decoding it. "
+        "Exit code 0: it is; 1: it is not; 2: it cannot be told.",
+    )
+    root.add_argument("folder", type=Path, metavar="DIR", help="what --out wrote")
+    root.add_argument("--sample", type=int, default=0, metavar="K", help=f"decode K windows of {WINDOW} tokens too")
+    root.add_argument("--model", help="where the model lies now (default: as recorded)")
+    root.add_argument("--engine", help="native or torch: another arithmetic cross-checks (default: as recorded)")
+    root.add_argument("--dtype", help="of the weights, as --engine")
+    root.add_argument("--attention", help="a backend of kernels/ (torch engine), as --engine")
+    root.add_argument("--device", help="auto, cpu, cuda, ..., as --engine")
+    root.add_argument("--threads", type=int, help="CPU threads")
+    root.add_argument("--json", type=Path, metavar="FILE", help="the findings as JSON")
+    root.add_argument("--quiet", action="store_true", help="no bar, no words: the exit code alone")
+    return root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises UserError for wrong input."""
+    args = parser().parse_args(arguments)
+    check(args.sample >= 0, "sample", args.sample, "at least 0")
+    record = journal.read(args.folder)
+    check(not record.header["parameters"]["logits_processors"], "journal", str(args.folder), "processors need Python")
+
+    # Here, because torch and transformers take seconds to import.
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.progress import work_bar
+
+    swift = TokenSwift.from_pretrained(**origin(record, args), threads=args.threads)
+    rows = len(record.header["prompt"]) + len(record.tokens)
+    hidden = args.quiet or not sys.stderr.isatty()
+    with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
+        found = audit(swift, args.folder, args.sample, progress)
+    if args.json:
+        try:
+            args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            allowed = f"a file that can be written ({error.strerror})"
+            raise UserError(f"json: {str(args.json)!r} is not allowed; {allowed}") from error
+    if not args.quiet:
+        print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))))
+    return 0 if found.passed else 1
+
+
+def origin(record: Record, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `from_pretrained`: those recorded, but for what was given. Another engine goes without what is
+    the recorded one's own."""
+    given = {name: getattr(args, name) for name in ("model", "engine", "dtype", "attention", "device")}
+    given = {name: value for name, value in given.items() if value is not None}
+    recorded = dict(record.header["origin"])
+    if {"engine", "dtype", "attention", "device"} & given.keys():
+        recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
+    return {**recorded, **given}

@@ -1,0 +1,106 @@
+"""What a run's text is a function of, as its journal records it; and what differs when it is taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenswift_py import __version__
+from tokenswift_py.errors import check
+from tokenswift_py.loading import Checkpoint, cache_folder, cache_name, sha256, weight_files
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import Stream
+
+# Options that change how fast a text is written, never the text.
+FREE = ("drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_heads", "trace")
+LARGE = 16 * 2**20  # bytes; less is hashed in no time
+# Keys of config.json that say who wrote the file.
+UNREAD = ("_name_or_path", "transformers_version")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def header(stream: Stream) -> dict[str, Any]:
+    """What the journal of a run begins with: everything that is needed to write its text again."""
+    swift, run = stream.swift, stream.run
+    return {
+        "program": f"tokenswift-py {__version__}",
+        "origin": dict(swift.origin),
+        "model": model_fingerprint(swift.checkpoint),
+        "tokenizer": tokenizer_fingerprint(swift.checkpoint),
+        "eos": list(swift.checkpoint.eos),
+        "numerics": stream.numerics,
+        "guarantee": stream.guarantee,
+        "parameters": run.parameters(),
+        "prompt": run.prompt,
+    }
+
+
+def check_same(recorded: Mapping[str, Any], now: Mapping[str, Any], numerics: bool = True) -> None:
+    """Raise UserError with the first difference between two headers that can change the text.
+
+    numerics: whether the arithmetic must be the same, too.
+    """
+    theirs, ours = recorded["model"], now["model"]
+    for name in (*theirs, *(name for name in ours if name not in theirs)):
+        then = theirs.get(name)
+        check(ours.get(name) == then, f"model: {name}", ours.get(name), f"the run was written with {then!r} (SHA-256)")
+    for name in ("tokenizer", "eos", *(("numerics",) if numerics else ())):
+        check(now[name] == recorded[name], name, now[name], f"the run was written with {recorded[name]!r}")
+    for name, value in recorded["parameters"].items():
+        if name not in (*FREE, "max_new_tokens"):
+            check_parameter(name, now["parameters"].get(name), value)
+
+
+def check_parameter(name: str, value: Any, recorded: Any) -> None:
+    plain = json.loads(json.dumps(value, default=list))
+    check(plain == recorded, name, value, f"the run was written with {recorded!r}")
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of every file of weights, and of what config.json says."""
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    said = json.dumps({name: value for name, value in config.items() if name not in UNREAD}, sort_keys=True)
+    files = [checkpoint.gguf.path] if checkpoint.gguf else weight_files(checkpoint.folder)
+    return {"config": hashlib.sha256(said.encode()).hexdigest(), **{file.name: kept_sha256(file) for file in files}}
+
+
+def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of the tokenizer's files, names included."""
+    digest = hashlib.sha256()
+    for path in (checkpoint.folder / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def kept_sha256(path: Path) -> str:
+    """SHA-256 of a file; of a large one it is kept in the cache folder under path, size and time of change."""
+    if path.stat().st_size < LARGE:
+        return sha256(path)
+    kept = cache_folder() / "sha256" / cache_name(path)
+    try:
+        known = kept.read_text()
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return known
+    except OSError:
+        pass
+    digest = sha256(path)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        handle, fresh = tempfile.mkstemp(dir=kept.parent)
+        with os.fdopen(handle, "w") as file:
+            file.write(digest)
+        os.replace(fresh, kept)
+    except OSError:
+        pass  # a cache that cannot be written: it is hashed again next time
+    return digest

@@ -1,0 +1,285 @@
+"""The record of a run: what it was asked for, then every token, in a file that outlives whatever ends the process.
+
+The file is MAGIC, then frames: MARKER, kind, length of the payload and CRC32C (little-endian 32-bit numbers), payload.
+The CRC is of kind, length and payload; behind the header it goes on from the header's, so that no frame of another run
+is taken for one of this. Kinds: HEADER, JSON; TOKENS, the number of tokens before it, how many it holds, their ids
+(int32) and a bit for each, set where the token was forced; EXTEND, how many tokens more were asked for.
+
+A frame is written at once and holds whole steps, so that what a kill or a power cut leaves is whole frames and, at the
+most, one torn behind them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import google_crc32c
+import numpy as np
+
+from tokenswift_py.errors import UserError, check
+
+NAME = "journal.bin"
+MAGIC = b"tokenswift journal\n"
+VERSION = 1
+MARKER = b"\xf5TSj"
+FRAME = struct.Struct("<4sIII")
+COUNTS = struct.Struct("<II")
+EXTENSION = struct.Struct("<Q")
+HEADER, TOKENS, EXTEND = 1, 2, 3
+
+SYNC_TOKENS = 256
+SYNC_SECONDS = 1.0
+
+
+class JournalError(RuntimeError):
+    """The journal can no longer be written: a full disk, most often."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a journal holds.
+
+    header: what the run was asked for (see contract.py).
+    tokens: every token behind the prompt; forced: for each, whether it was forced.
+    extended: tokens asked for later, beyond the header's max_new_tokens.
+    size:   bytes of the file that are whole; torn: bytes behind them.
+    seed:   CRC that the frames behind the header go on from.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    tokens: list[int]
+    forced: list[bool]
+    extended: int
+    size: int
+    torn: int
+    seed: int
+
+    @property
+    def chosen(self) -> int:
+        """How many of the tokens the model chose."""
+        return len(self.forced) - sum(self.forced)
+
+    @property
+    def max_new_tokens(self) -> int:
+        return int(self.header["parameters"]["max_new_tokens"]) + self.extended
+
+
+def read(folder: Path) -> Record:
+    """The journal of a folder, as far as it is whole. Reads without the lock, so that a run can be looked at.
+
+    Raises UserError where there is none, where its header is not whole, and where it is damaged before its last frame.
+    """
+    path = folder / NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"journal: {str(path)!r} is not allowed; a run's folder has one ({error.strerror})") from error
+    return parse(data, path)
+
+
+def parse(data: bytes, path: Path) -> Record:
+    """As `read`, of the file's bytes."""
+    name = str(path)
+    check(data[: len(MAGIC)] == MAGIC[: len(data)], "journal", name, "this file does not begin as one")
+    first = whole_frame(data, len(MAGIC), 0)
+    check(first is not None and first.kind == HEADER, "journal", name, "its header is not whole: nothing was recorded")
+    assert first is not None
+    header = json.loads(first.payload)
+    version = header.get("version")
+    check(version == VERSION, "journal version", version, f"this program reads version {VERSION}")
+
+    tokens: list[int] = []
+    forced: list[bool] = []
+    extended, end = 0, first.end
+    while (frame := whole_frame(data, end, first.crc)) is not None:
+        check(frame.kind in (TOKENS, EXTEND), "journal", name, f"a frame of kind {frame.kind} at byte {end} is unknown")
+        if frame.kind == EXTEND:
+            extended += EXTENSION.unpack(frame.payload)[0]
+        else:
+            start, count = COUNTS.unpack_from(frame.payload)
+            check(start == len(tokens), "journal", name, f"its block at byte {end} follows token {start}")
+            ids = np.frombuffer(frame.payload, "<i4", count, COUNTS.size)
+            marks = np.frombuffer(frame.payload, np.uint8, -1, COUNTS.size + ids.nbytes)
+            tokens += ids.tolist()
+            forced += np.unpackbits(marks, count=count).astype(bool).tolist()
+        end = frame.end
+    check(
+        not whole_frame_behind(data, end, first.crc), "journal", name,
+        f"it is damaged at byte {end}, behind {len(tokens)} tokens, and whole blocks follow: "
+        f"`truncate -s {end}` of a copy keeps those tokens",
+    )  # fmt: skip
+    return Record(path, header, tokens, forced, extended, end, len(data) - end, first.crc)
+
+
+@dataclass(frozen=True)
+class Frame:
+    kind: int
+    payload: bytes
+    crc: int
+    end: int
+
+
+def whole_frame(data: bytes, start: int, seed: int) -> Frame | None:
+    """The frame that begins at byte `start`; None where no whole one does."""
+    if start + FRAME.size > len(data):
+        return None
+    marker, kind, length, crc = FRAME.unpack_from(data, start)
+    end = start + FRAME.size + length
+    if marker != MARKER or end > len(data):
+        return None
+    payload = data[start + FRAME.size : end]
+    return Frame(kind, payload, crc, end) if crc == checksum(kind, payload, seed) else None
+
+
+def whole_frame_behind(data: bytes, start: int, seed: int) -> bool:
+    """Whether a whole frame begins anywhere behind byte `start`: what is between is damage then, and no torn end."""
+    while (start := data.find(MARKER, start + 1)) >= 0:
+        if whole_frame(data, start, seed):
+            return True
+    return False
+
+
+def frame_bytes(kind: int, payload: bytes, seed: int) -> bytes:
+    return FRAME.pack(MARKER, kind, len(payload), checksum(kind, payload, seed)) + payload
+
+
+def checksum(kind: int, payload: bytes, seed: int) -> int:
+    """CRC32C that goes on from `seed`."""
+    return int(google_crc32c.extend(seed, COUNTS.pack(kind, len(payload)) + payload))
+
+
+def token_payload(start: int, tokens: Sequence[int], forced: Sequence[bool]) -> bytes:
+    ids = np.asarray(tokens, "<i4").tobytes()
+    return COUNTS.pack(start, len(tokens)) + ids + np.packbits(np.asarray(forced, np.bool_)).tobytes()
+
+
+class Journal:
+    """Writes the record of one run and holds its lock. Make it with `create` or `open`.
+
+    Tokens are written and fsynced at the first step that brings SYNC_TOKENS of them, or SYNC_SECONDS after the last
+    time. What is not on the disk yet is lost with the process; a resumed run writes the same tokens again.
+    """
+
+    def __init__(self, file: BinaryIO, record: Record, clock: Callable[[], float] = time.monotonic):
+        self.record = record
+        self._file = file
+        self._size = record.size
+        self._safe = len(record.tokens)  # tokens on the disk
+        self._pending: list[tuple[int, bool]] = []
+        self._clock = clock
+        self._synced = clock()
+
+    @classmethod
+    def create(cls, folder: Path, header: dict[str, Any]) -> Journal:
+        """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be."""
+        path = folder / NAME
+        header = {"version": VERSION, **header}
+        payload = json.dumps(header, ensure_ascii=False).encode()
+        seed = checksum(HEADER, payload, 0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("xb", buffering=0)
+        except OSError as error:
+            allowed = f"a new or empty folder is ({error.strerror})"
+            raise UserError(f"out: {str(folder)!r} is not allowed; {allowed}") from error
+        lock(file, path)
+        journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
+        journal._write(MAGIC + frame_bytes(HEADER, payload, 0))
+        sync_folder(folder)
+        return journal
+
+    @classmethod
+    def open(cls, folder: Path) -> Journal:
+        """Go on with a folder's journal; a torn end is cut off. Raises UserError as `read` does, and where another
+        process writes it."""
+        path = folder / NAME
+        try:
+            file = path.open("r+b", buffering=0)
+        except OSError as error:
+            allowed = f"a run's folder holds one that can be written ({error.strerror})"
+            raise UserError(f"journal: {str(path)!r} is not allowed; {allowed}") from error
+        try:
+            lock(file, path)
+            journal = cls(file, parse(file.read(), path))
+            if journal.record.torn:
+                os.ftruncate(file.fileno(), journal.record.size)
+                os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            raise
+        return journal
+
+    def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
+        """One step of the text: tokens that were forced, then those the model chose. Raises JournalError."""
+        self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
+        if len(self._pending) >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS:
+            self.sync()
+
+    def extend(self, count: int) -> None:
+        """Record that `count` tokens more were asked for. Raises JournalError."""
+        self.sync()
+        self._write(frame_bytes(EXTEND, EXTENSION.pack(count), self.record.seed))
+
+    def sync(self) -> None:
+        """Put everything appended so far on the disk. Raises JournalError."""
+        if self._pending and not self._file.closed:
+            tokens, forced = zip(*self._pending, strict=True)
+            payload = token_payload(self._safe, tokens, forced)
+            self._write(frame_bytes(TOKENS, payload, self.record.seed))
+            self._safe, self._pending = self._safe + len(tokens), []
+        self._synced = self._clock()
+
+    def close(self) -> None:
+        """Sync, and let another process write. Raises JournalError."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+
+    def _write(self, frame: bytes) -> None:
+        """Behind what is safe, always at that place: a write that was interrupted is written over by the next."""
+        file, at = self._file.fileno(), 0
+        try:
+            while at < len(frame):
+                at += os.pwrite(file, frame[at:], self._size + at)
+            os.fsync(file)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(file, self._size)
+                os.fsync(file)
+            self._file.close()
+            folder = self.record.path.parent
+            raise JournalError(
+                f"out: {error.strerror}: {self._safe} tokens are safe in {self.record.path}; "
+                f"`tokenswift resume {folder}` goes on from there"
+            ) from error
+        self._size += len(frame)
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Until the file is closed, or the process ends in whatever way."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        allowed = f"another process writes it ({error.strerror})"
+        raise UserError(f"journal: {str(path)!r} is not allowed; {allowed}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the folder's own entries on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,98 @@
+"""Full pages of a run's KV cache beside its journal, so that a resumed run need not compute them again.
+
+A committed page never changes: shards of SHARD pages are written once, and what a later session brings comes behind
+them. Each is a safetensors file with a CRC32C for every page; its metadata name the numerics and the hash of all tokens
+up to its end, which are what its bits depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tokenswift_py.core import IntArray
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.cache import KVCache
+
+logger = logging.getLogger("tokenswift")
+
+FOLDER = "kv"
+SHARD = 16  # pages
+ROWS = SHARD * PAGE_SIZE
+
+
+def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str) -> None:
+    """Write the shards that a run's folder lacks. What cannot be written is left out, in one line of the log."""
+    folder = run / FOLDER
+    for shard in range(cache.length // ROWS):
+        path = shard_path(folder, shard)
+        fresh = path.with_suffix(".new")
+        if path.exists():
+            continue
+        pages = np.stack([cache.pool.dump(int(page)) for page in cache.pages[shard * SHARD : (shard + 1) * SHARD]])
+        try:
+            folder.mkdir(exist_ok=True)
+            metadata = identity(tokens, shard, numerics)
+            save_file({"pages": pages, "crc32c": checksums(pages)}, fresh, metadata)
+            fresh.replace(path)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+            with suppress(OSError):
+                fresh.unlink()
+            logger.warning("the KV snapshot ends at token %d: %s", shard * ROWS, " ".join(str(error).split()))
+            return
+
+
+def load(
+    run: Path, cache: KVCache, tokens: IntArray, numerics: str, stop: int, progress: Callable[[int], None]
+) -> None:
+    """Fill an empty cache with the rows before position `stop`, as far as there are whole shards of these very tokens.
+
+    What is broken, or of other tokens or numerics, is told in the log and removed with all behind it.
+    """
+    for shard in range(stop // ROWS):
+        path = shard_path(run / FOLDER, shard)
+        if not path.exists():
+            return
+        pages = read(path, identity(tokens, shard, numerics), cache.pool.page_bytes)
+        if pages is None:
+            logger.warning("%s is not of this run, or damaged: computing the KV from token %d on", path, shard * ROWS)
+            for later in sorted((run / FOLDER).glob("*.safetensors"))[shard:]:
+                later.unlink()
+            return
+        cache.adopt(pages)
+        progress(ROWS)
+
+
+def read(path: Path, identity: dict[str, str], page_bytes: int) -> np.ndarray | None:
+    """[SHARD, page_bytes] of a file; None unless all of it is as it was written."""
+    try:
+        with safe_open(path, "np") as file:
+            if file.metadata() != identity:
+                return None
+            pages, sums = file.get_tensor("pages"), file.get_tensor("crc32c")
+    except (OSError, SafetensorError):
+        return None
+    whole = pages.shape == (SHARD, page_bytes) and pages.dtype == np.uint8
+    return pages if whole and np.array_equal(sums, checksums(pages)) else None
+
+
+def checksums(pages: np.ndarray) -> np.ndarray:
+    """[n] CRC32C of each page."""
+    return np.array([google_crc32c.value(page.tobytes()) for page in pages], np.int64)
+
+
+def identity(tokens: IntArray, shard: int, numerics: str) -> dict[str, str]:
+    prefix = np.ascontiguousarray(tokens[: (shard + 1) * ROWS], "<i4").tobytes()
+    return {"numerics": numerics, "tokens": hashlib.sha256(prefix).hexdigest(), "shard": str(shard)}
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:06d}.safetensors"
