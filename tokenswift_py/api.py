@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -27,6 +28,7 @@ from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.loading import DEFAULT_MODEL, DTYPES, WEIGHTS, Checkpoint, dtype_name, open_checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
@@ -128,20 +130,29 @@ class TokenSwift:
         threads:   CPU threads; None is what the machine gives this process.
         deterministic: on: a row's bits do not depend on its company (native always; torch with attention triton);
                    off: cuBLAS's products, measured; auto: on where it can be.
+        Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights, and
+        must run the same program on the same arguments.
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """
+        ranks = join()
         check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
         check(kv_dtype is None or kv_dtype in DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
-        where = find_device(device)
-        chosen = choose_engine(engine, where, attention)
-        checkpoint = open_checkpoint(model, revision, dtype)
-        check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
-        executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic)
-        return cls(checkpoint, checkpoint.tokenizer(), executor)
+        with ranks.same_fate():
+            where = find_device(device, ranks)
+            chosen = choose_engine(engine, where, attention, ranks.world)
+            checkpoint = open_checkpoint(model, revision, dtype) if ranks.leads else None
+        ranks.place(where)
+        with ranks.same_fate():  # what rank 0 had to fetch or convert is there now
+            checkpoint = checkpoint or open_checkpoint(model, revision, dtype)
+            needed = checkpoint.weight_bytes(dtype) // ranks.world
+            check_memory(needed, where, f"the weights of {model} in {dtype}")
+            executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic, ranks)
+            tokenizer = checkpoint.tokenizer()
+        return cls(checkpoint, tokenizer, executor)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
         """Write a text and return it whole. Settings: the fields of `Options`."""
@@ -152,7 +163,14 @@ class TokenSwift:
 
     def stream(self, prompt: Prompt, **settings: Any) -> Stream:
         """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far."""
-        return Stream(self, self.prepare(prompt, Options.of(**settings)))
+        ranks = self.executor.ranks
+        with ranks.same_fate():
+            run = self.prepare(prompt, Options.of(**settings))
+        if run.options.seed is None:  # each rank has drawn one
+            seed = int(ranks.first(np.array([run.sampling.seed]))[0])
+            run = replace(run, sampling=replace(run.sampling, seed=seed))
+        ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters()))
+        return Stream(self, run)
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:
         """Check everything that can be checked before any work. Raises UserError."""
@@ -172,6 +190,7 @@ class TokenSwift:
         check(needed <= context, "context", context, allowed)
         kept = min(context, options.kv_budget or context)
         cache_bytes = checkpoint.spec.kv_bytes(pages_for(kept) * PAGE_SIZE, self.executor.kv_dtype.itemsize)
+        cache_bytes //= self.executor.ranks.world
         check_memory(cache_bytes, self.executor.device, f"a KV cache of {kept} tokens")
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
@@ -184,7 +203,7 @@ class TokenSwift:
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
-        eviction = eviction_of(options)
+        eviction = eviction_of(options, self.executor.ranks)
         chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
@@ -202,6 +221,7 @@ class TokenSwift:
             trace=trace,
             eviction=eviction,
             cache=cache,
+            ranks=self.executor.ranks,
             **chunk,
         )
 
@@ -221,7 +241,7 @@ class TokenSwift:
         positions = range(first, first + len(mine.tokens))
         mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
-        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context
+        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype.itemsize) * mean_context / self.executor.ranks.world
         step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
@@ -237,7 +257,9 @@ class Stream:
         self.run = run
         self.tokens: list[int] = []
         self._swift = swift
-        self._trace = report.Trace(run.options.trace) if run.options.trace else None
+        with swift.executor.ranks.same_fate():
+            traced = run.options.trace if swift.executor.ranks.leads else None
+            self._trace = report.Trace(traced) if traced else None
         self._engine = swift.engine(run, self._trace)
         self._steps = self._engine.run(run.prompt)
         self._joiner = self._new_joiner()
@@ -334,18 +356,22 @@ class Stream:
         }
 
 
-def eviction_of(options: Options) -> Eviction | None:
+def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
     """Of the lossy mode, where it was asked for."""
     if options.kv_budget is None:
         return None
     name = options.kv_policy or "recent"
     policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
-    return Eviction(policy, options.kv_budget)
+    return Eviction(policy, options.kv_budget, ranks=ranks)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """Raises UserError for a device that is not there. Several ranks have a GPU each, by torchrun's LOCAL_RANK."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1:
+        check(":" not in name, "device", name, f"each of {ranks.world} ranks has one of its own: cuda or cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import FrameType
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from tokenswift_py import __version__, train_heads
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.options import Options
+from tokenswift_py.options import Options, world_size
 
 INTERRUPTED = 130
 
@@ -105,9 +106,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C.
+
+    Of several processes that torchrun started only rank 0 prints, writes files and hears Ctrl-C.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    training = given[:1] == ["train-heads"]
+    if not follows():
+        return run(given)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return run(given)
+
+
+def follows() -> bool:
+    """Whether this is one of torchrun's processes, and not rank 0."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
+def run(given: Sequence[str]) -> int:
+    training = list(given[:1]) == ["train-heads"]
     args = None if training else parser().parse_args(given)
     quiet = args.quiet if args else "--quiet" in given
     lines = LogLines()
@@ -119,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:  # logits that are not finite, memory that ran out
-        print(f"tokenswift: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        # On another rank it may be that rank's alone, and rank 0 only waits for it.
+        where = f"rank {os.environ.get('RANK')}: " if follows() else ""
+        line = f"tokenswift: {where}{type(error).__name__}: {' '.join(str(error).split())}"
+        print(line, file=sys.__stderr__ if follows() else sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -131,10 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, lines: LogLines) -> int:
     """Check, load, write, compare, report."""
-    prompt = read_prompt(args)
-    options = read_options(args)
-    Options.of(**options)  # everything that needs no model is refused before one is loaded
-    check_out(args.out)
+    prompt, options = read_input(args) if world_size() == 1 else shared_input(args)
 
     # Here, because torch and transformers take seconds to import.
     from tokenswift_py.api import TokenSwift
@@ -166,6 +183,7 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
                 np.save(args.out / "tokens.npy", np.array(result.tokens, np.int32), allow_pickle=False)
                 save_report(args.out, result.report)
         output.end(result.text)
+        interrupted |= result.ending == "interrupted"  # on other ranks, by rank 0
     if args.baseline and not interrupted:
         note(args, "decoding again without drafts, to compare")
         try:
@@ -306,6 +324,26 @@ class Output:
         if sys.stdout.isatty() or not text.endswith("\n"):
             sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The prompt and the options. Everything that needs no model is refused before one is loaded."""
+    prompt, options = read_prompt(args), read_options(args)
+    Options.of(**options)
+    check_out(args.out)
+    return prompt, options
+
+
+def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
+    from tokenswift_py.ranks import join
+
+    ranks = join()
+    with ranks.same_fate():
+        if not ranks.leads:
+            args.prompt, args.prompt_file, args.out = "of rank 0", None, None
+        prompt, options = read_input(args)
+    return ranks.first_text(prompt), options
 
 
 def read_prompt(args: argparse.Namespace) -> str:
