@@ -29,7 +29,7 @@ from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.errors import UserError
-from tokenswift_py.eviction import Eviction
+from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.executors import choose_engine
 from tokenswift_py.loading import StoredTensors, open_checkpoint, weight_files
 from tokenswift_py.models.ops import Ops
@@ -40,9 +40,16 @@ from tokenswift_py.rope import rope_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
+LONG_PROMPT = (PROMPT * 3)[:130]
 LOCAL = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
 Pair = Callable[..., list[Any]]
 ranks: Ranks  # in the processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def begin(rank: int, port: int) -> None:
@@ -55,9 +62,7 @@ def begin(rank: int, port: int) -> None:
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     """Runs a function in both processes; what each returned, or the first one's exception."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pools = [ProcessPoolExecutor(1, get_context("spawn"), begin, (rank, port)) for rank in (0, 1)]
 
     def run(function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
@@ -83,44 +88,55 @@ def share_of(model: Any, attention: str = "sdpa", ops: Ops | None = None, gather
 
 def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[int]]:
     decoder = share_of(tiny_model(config))
-    drafted = [(create("none"), {}), (create("ngram"), {}), (create("ngram"), {"draft_tokens": 6}),
+    drafted = [(create("none"), {}), (create("ngram"), {"draft_tokens": 6}), (create("cascade", policy="quest"), {}),
                (create("partial", view_tokens=64), {}), (create("partial", view_tokens=64), {"draft_tokens": 5}),
-               (create("partial"), {}), (create("cascade", policy="quest", view_tokens=64), {}),
-               (Scripted(PROMPT + truth, 61, 0.7), {"draft_tokens": 30})]  # fmt: skip
-    return [write(decoder, PROMPT, 100, params, d, prefill_chunk=23, ranks=ranks, **more)[0] for d, more in drafted]
+               (Scripted(LONG_PROMPT + truth, 61, 0.7), {"draft_tokens": 30})]  # fmt: skip
+    return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
 
 
 @pytest.mark.parametrize(("family", "temperature"), [("llama", 0.0), ("qwen3", 0.9)])
 def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, temperature: float) -> None:
-    """Measured: in float64 no rounding comes near a choice. The planner's choices depend on rank 0's clock."""
+    """Measured: in float64 no rounding comes near a choice. Where no number is given, rank 0's clock plans for both."""
     config = tiny_config(family)
     params = SamplingParams(temperature=temperature, seed=5, penalty=1.1, min_p=0.02)
-    alone, _, _ = write(decoder_of(tiny_model(config)), PROMPT, 100, params)
+    alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 40, params)
     for by_rank in pair(texts, config, params, alone):
-        assert by_rank == [alone] * 8
+        assert by_rank == [alone] * 6
 
 
-def evicting(policy: str) -> list[list[int]]:
-    decoder = share_of(tiny_model(tiny_config()))
-    made = [create("none"), create("ngram"), create("partial", view_tokens=64)]
-    evictions = [Eviction(registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", policy), 256,
-                          ranks=ranks) for _ in made]  # fmt: skip
-    return [write(decoder, PROMPT, 330, None, d, eviction=e, ranks=ranks, prefill_chunk=64)[0]
-            for d, e in zip(made, evictions, strict=True)]  # fmt: skip
+def evicting() -> tuple[list[list[int]], int]:
+    decoder, texts = share_of(tiny_model(tiny_config())), []
+    for drafter in (create("none"), create("ngram"), create("partial", view_tokens=64)):
+        policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", "mass")
+        eviction = Eviction(policy, 256, ranks=ranks)
+        texts.append(write(decoder, LONG_PROMPT, 140, None, drafter, eviction=eviction, ranks=ranks)[0])
+    return texts, eviction.evictions
+
+
+def pooled_scores(scores: np.ndarray) -> np.ndarray:
+    return sum(ranks.all(pooled(scores[:, ranks.rank :: 2], 10)))
 
 
 def test_all_heads_have_a_say_in_what_is_evicted(pair: Pair) -> None:
-    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", "mass")
-    alone, _, _ = write(decoder_of(tiny_model(tiny_config())), PROMPT, 330, eviction=Eviction(policy, 256),
-                        prefill_chunk=64)  # fmt: skip
-    assert pair(evicting, "mass") == [[alone] * 3] * 2
+    (texts, evictions), (others, _) = pair(evicting)
+    assert texts == others == [texts[0]] * 3 and evictions == 1
+    scores = np.random.default_rng(0).random((3, 4, 12))
+    for mine in pair(pooled_scores, scores):
+        np.testing.assert_allclose(mine, pooled(scores, 10), rtol=1e-12)
 
 
-def passes(decoder: Any) -> torch.Tensor:
-    """Logits of a prompt, of a tree that crosses the page boundary at 64, and of a row alone."""
+def passes(decoder: Any, heads: slice = slice(None)) -> torch.Tensor:
+    """Logits of a chunk, of a tree that crosses the page boundary at 64, and of a row alone. What lies before is drawn,
+    for both KV heads, of which the decoder has these."""
     cache, tree = decoder.new_cache(), DraftTree([9, 8, 7, 6, 5, 4], [-1, 0, 0, 2, 2, 4])
-    first = decoder.forward([Segment(DraftTree.chain(PROMPT + PROMPT[:12]), cache, causal=True)], [0, 61]).logits
-    cache.commit(range(62))
+    torch.manual_seed(0)
+    for part in (cache.pool.keys, cache.pool.values):
+        layers, _, _, lanes, size = part.shape
+        part[:, :, 0] = torch.randn(layers, 2, lanes, size)[:, heads].to(part)
+    cache.append(np.arange(58, dtype=np.int32), True)
+    cache.commit(range(58))
+    first = decoder.forward([Segment(DraftTree.chain(PROMPT[:4]), cache, causal=True)], [0, 3]).logits
+    cache.commit(range(4))
     together = decoder.forward([Segment(tree, cache)]).logits
     cache.drop_tail()
     alone = decoder.forward([Segment(DraftTree.chain(tree.tokens[:1]), cache)]).logits
@@ -129,7 +145,8 @@ def passes(decoder: Any) -> torch.Tensor:
 
 def shared_passes(config: Any, gather: bool, dtype: torch.dtype) -> tuple[torch.Tensor, str, str, tuple[int, ...]]:
     decoder = share_of(tiny_model(config, dtype), gather=gather)
-    return passes(decoder), decoder.numerics, decoder.guarantee, tuple(decoder.new_pool(4).keys.shape)
+    logits = passes(decoder, slice(ranks.rank, ranks.rank + 1))
+    return logits, decoder.numerics, decoder.guarantee, tuple(decoder.new_pool(4).keys.shape)
 
 
 @pytest.mark.parametrize("gather", [False, True])
@@ -153,7 +170,8 @@ def test_bf16_travels_too(pair: Pair) -> None:
         assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-TRITON = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+TRITON = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+          "hidden_size": 64, "intermediate_size": 128}  # fmt: skip  # every share begins at a tile's edge
 
 
 def triton_decoder(make: Callable[..., Any], dtype: torch.dtype, **more: Any) -> Any:
@@ -165,7 +183,7 @@ def triton_decoder(make: Callable[..., Any], dtype: torch.dtype, **more: Any) ->
 
 def triton_passes(dtype: torch.dtype) -> tuple[torch.Tensor, str]:
     decoder = triton_decoder(share_of, dtype, gather=True)
-    return passes(decoder), decoder.guarantee
+    return passes(decoder, slice(ranks.rank, ranks.rank + 1)), decoder.guarantee
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: tokenswift-py[triton]")
@@ -192,7 +210,7 @@ def test_a_share_is_read_alone_and_shares_make_the_whole(tiny_folder: Path) -> N
             else:
                 along = 1 if not gather and any(kind in name for kind in ("o_proj.w", "down_proj.w")) else 0
                 assert torch.equal(torch.cat(shares, along), tensor)
-                assert shares[0].numel() <= tensor.numel() // 2 + tensor[0].numel()
+                assert shares[0].numel() < 0.6 * tensor.numel() + 1000
 
 
 def test_what_cannot_be_shared_out_is_refused() -> None:
@@ -292,16 +310,19 @@ def test_torchrun_writes_one_text(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(tiny_folder), "--dtype", "fp32", "--raw", "--max-new-tokens", "24", "--seed", "3",
                  "--ignore-eos"]  # fmt: skip
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-                "--master-port", "0", str(ROOT / "generate.py")]  # fmt: skip
-    done = subprocess.run(
+                "--master-port", str(free_port()), str(ROOT / "generate.py")]  # fmt: skip
+    started = subprocess.Popen(
         [*launcher, *arguments, "--trace", str(tmp_path / "trace"), "--baseline", "--out", str(out)],
-        input="the cat and", capture_output=True, text=True, timeout=150, cwd=tmp_path,
-        env={**os.environ, **LOCAL, "OMP_NUM_THREADS": "1"},
+        stdin=-1, stdout=-1, stderr=-1, text=True, cwd=tmp_path, env={**os.environ, **LOCAL, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    try:
+        said, noted = started.communicate("the cat and", timeout=150)
+    finally:
+        started.terminate()  # and with it what it started
+    assert started.returncode == 0, noted
     report = json.loads((out / "report.json").read_text())
-    assert done.stdout.strip() == (out / "text.txt").read_text().strip()
-    assert done.stderr.count("24 new tokens after a prompt") == 1
+    assert said.strip() == (out / "text.txt").read_text().strip()
+    assert noted.count("24 new tokens after a prompt") == 1
     assert report["numerics"].endswith("/tp-2-all-reduce") and report["guarantee"] == "measured"
     assert report["identical"] is True
     assert len((tmp_path / "trace").read_text().splitlines()) == report["num_spec_steps"]

@@ -130,8 +130,8 @@ class TokenSwift:
         threads:   CPU threads; None is what the machine gives this process.
         deterministic: on: a row's bits do not depend on its company (native always; torch with attention triton);
                    off: cuBLAS's products, measured; auto: on where it can be.
-        Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights, and
-        must run the same program on the same arguments.
+        Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights,
+        and must run the same program on the same arguments.
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """

@@ -25,6 +25,7 @@ from tokenswift_py.errors import UserError, one_line
 from tokenswift_py.options import world_size
 
 Array = npt.NDArray[Any]
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the latter until torch 2.12
 
 
 class RanksError(RuntimeError):
@@ -48,8 +49,8 @@ class Ranks:
         """Of all ranks' tensors, in an order that depends on their shape. May overwrite x."""
         return x
 
-    def gather(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        """[R, size]: all ranks' columns side by side. x: [R, ceil(size / world)], or less on the last ranks."""
+    def gather(self, x: torch.Tensor, width: int, size: int) -> torch.Tensor:
+        """[R, size]: all ranks' columns side by side. x: [R, width], or less on the last ranks."""
         return x
 
     def all(self, values: Array) -> Array:
@@ -108,16 +109,16 @@ class ProcessGroup(Ranks):
         dist.all_reduce(x, group=self._data)
         return x
 
-    def gather(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        padded = F.pad(x, (0, -(-size // self.world) - x.shape[-1])).contiguous()
+    def gather(self, x: torch.Tensor, width: int, size: int) -> torch.Tensor:
+        padded = F.pad(x, (0, width - x.shape[1])).contiguous()
         parts = padded.new_empty(self.world * len(padded), padded.shape[1])
-        dist.all_gather_into_tensor(parts, padded, group=self._data)
+        all_gather(parts, padded, group=self._data)
         return parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1)[:, :size].contiguous()
 
     def all(self, values: Array) -> Array:
         mine = torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
         parts = mine.new_empty(self.world * len(mine))
-        dist.all_gather_into_tensor(parts, mine, group=self._control)
+        all_gather(parts, mine, group=self._control)
         return parts.numpy().view(values.dtype).reshape(self.world, *values.shape)
 
     def first(self, values: Array) -> Array:

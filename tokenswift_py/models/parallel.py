@@ -4,7 +4,8 @@ computes all rows.
 q, k, v, gate and up are split by their outputs (column-parallel), the embedding and the LM head by tokens. o and down
 either sum what ranks have partial products of (row-parallel, `all-reduce`), in an order that changes with the shape; or
 (`gather`) ranks exchange their columns and each computes its share of the outputs over the whole depth. Then every
-element is summed as in one process, in its order, and a row keeps the bits that it has there (law 1).
+element is summed as in one process and in its order: a row keeps the bits that it has there (law 1), given products
+whose elements do not depend on the others of their tile, or shares that begin at a tile's edge.
 
 Logits are gathered whole: top-p, log-probabilities and Hugging Face's processors need the row, and in the weights' type
 it is a few MB a pass at the most.
@@ -28,8 +29,10 @@ from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.ranks import Ranks
 from tokenswift_py.rope import RopeTables
 
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+BY_TOKENS = ("embed_tokens", "lm_head")
 JOINED = ("o_proj", "down_proj")
+TILE = 32  # columns
 
 
 @dataclass(frozen=True)
@@ -47,18 +50,28 @@ class Shard:
             check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")
         return replace(spec, **{field: getattr(spec, field) // self.world for field in FIELDS.values()})
 
-    def part(self, size: int) -> slice:
-        """Of so many rows or columns: equal parts, the last ones shorter where they do not divide."""
-        each = -(-size // self.world)
-        return slice(min(self.rank * each, size), min((self.rank + 1) * each, size))
+    def even(self, size: int) -> slice:
+        """Of heads or the feed-forward, which divide."""
+        return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+
+    def width(self, size: int) -> int:
+        """Of so many tokens or hidden columns the most that a rank holds: whole tiles."""
+        return -(-size // (self.world * TILE)) * TILE
+
+    def tiles(self, size: int) -> slice:
+        """Of so many tokens or hidden columns; the last ranks hold less where they do not divide."""
+        width = self.width(size)
+        return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
 
     def of(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
         """Of the tensor of this name (Hugging Face's) and shape."""
         module = name.split(".")[-2]
-        if module in BY_OUTPUTS or (module in JOINED and self.gather):
-            return (self.part(shape[0]),)
+        if module in BY_OUTPUTS:
+            return (self.even(shape[0]),)
+        if module in BY_TOKENS or (module in JOINED and self.gather):
+            return (self.tiles(shape[0]),)
         if module in JOINED and len(shape) == 2:
-            return slice(None), self.part(shape[1])
+            return slice(None), self.even(shape[1])
         return (slice(None),)
 
 
@@ -66,8 +79,8 @@ FIELDS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "in
 
 
 class ParallelDecoder(TorchDecoder):
-    """A decoder whose weights are spread over ranks. Caches, views, page masses and queries are of the rank's own heads;
-    hidden states and logits are whole, and the same bits on every rank.
+    """A decoder whose weights are spread over ranks. Caches, views, page masses and queries are of the rank's own
+    heads; hidden states and logits are whole, and the same bits on every rank.
 
     spec: of the whole model. weights: those of the shard.
     """
@@ -105,18 +118,21 @@ class ParallelDecoder(TorchDecoder):
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = self.weights["model.embed_tokens.weight"]
-        place = tokens - self.shard.part(self.spec.vocab_size).start
+        place = tokens - self.shard.tiles(self.spec.vocab_size).start
         own = (place >= 0) & (place < len(weight))
         x = weight[place.where(own, 0)].masked_fill(~own[:, None], 0)
         return self.ranks.sum(x)  # one of them is not 0, so nothing rounds
 
     def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.shard.gather:
-            x = self.ranks.gather(x, x.shape[1] * self.shard.world)
-            return self.ranks.gather(self._linear(x, name), self.spec.hidden_size)
+            x = self.ranks.gather(x, x.shape[1], x.shape[1] * self.shard.world)
+            return self._whole(self._linear(x, name), self.spec.hidden_size)
         total = self.ranks.sum(self.ops.linear(x, self.weights[f"{name}.weight"], None))
         bias = self.weights.get(f"{name}.bias")
         return total if bias is None else total + bias
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.ranks.gather(super()._head(hidden), self.spec.vocab_size)
+        return self._whole(super()._head(hidden), self.spec.vocab_size)
+
+    def _whole(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        return self.ranks.gather(x, self.shard.width(size), size)
