@@ -114,7 +114,7 @@ def evicting() -> tuple[list[list[int]], int]:
 
 
 def pooled_scores(scores: np.ndarray) -> np.ndarray:
-    return sum(ranks.all(pooled(scores[:, ranks.rank :: 2], 10)))
+    return ranks.all(pooled(scores[:, ranks.rank :: 2], 10)).sum(0)
 
 
 def test_all_heads_have_a_say_in_what_is_evicted(pair: Pair) -> None:

@@ -58,7 +58,7 @@ class Eviction:
             held = stats.held
             keep = len(held) - self.period
             scores = pooled(np.asarray(self.policy.score(stats), np.float64)[..., held], keep)
-            scores = sum(self._ranks.all(scores))
+            scores = self._ranks.all(scores).sum(0)
             cache.evict(np.delete(held, best(scores, keep)).tolist())
             cache.limit = min(cache.limit + self.period * PAGE_SIZE, cache.context)
             self.evictions += 1

@@ -113,7 +113,8 @@ class ProcessGroup(Ranks):
         padded = F.pad(x, (0, width - x.shape[1])).contiguous()
         parts = padded.new_empty(self.world * len(padded), padded.shape[1])
         all_gather(parts, padded, group=self._data)
-        return parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1)[:, :size].contiguous()
+        whole: torch.Tensor = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1)[:, :size].contiguous()
+        return whole
 
     def all(self, values: Array) -> Array:
         mine = torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
