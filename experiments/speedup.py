@@ -222,8 +222,10 @@ def summary(results: list[dict[str, Any]]) -> None:
             rows = [r for r in results if r["length"] // 4096 == bucket]
             ups = [r["drafters"][name]["speedup"] for r in rows]
             late = [r["drafters"][name]["second_half"] for r in rows]
-            print(f"{name:>24} {rows[0]['length']:>7} {statistics.mean(ups):.3f} late {statistics.mean(late):.3f}"
-                  f" same {all(r['drafters'][name]['identical'] for r in rows)} {ups}")
+            print(
+                f"{name:>24} {rows[0]['length']:>7} {statistics.mean(ups):.3f} late {statistics.mean(late):.3f}"
+                f" same {all(r['drafters'][name]['identical'] for r in rows)} {ups}"
+            )
 
 
 if __name__ == "__main__":

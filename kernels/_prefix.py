@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import AttentionSegment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import accumulator
 from tokenswift_py.kernels.sdpa import SegmentPlan, columns, page_mass, plan_segment
 
@@ -23,13 +23,22 @@ class PrefixKernel(Protocol):
         Scores are scaled by head_dim ** -0.5. Returns [kv_heads, n, head_dim] and [kv_heads, n] fp32, natural log."""
 
 
+class PagedKernel(Protocol):
+    """The same, to pages where they lie."""
+
+    def __call__(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """keys, values: [kv_heads * pages, PAGE_SIZE, head_dim], a layer's whole pool. table: [kv_heads, n] int32,
+        n > 0: the pages in it of each KV head, full and in order."""
+
+
 @dataclass(frozen=True)
 class Pieces:
-    """k, v: [kv_heads, T, head_dim] what every row attends to; masked_k, masked_v, mask: what only some do. mask is
-    [n, t] or [kv_heads, n, t]."""
+    """prefix: what every row attends to, as the kernel takes it; empty where there is nothing. masked_k, masked_v
+    [kv_heads, t, head_dim] and mask: what only some rows do. mask is [n, t] or [kv_heads, n, t]."""
 
-    k: torch.Tensor
-    v: torch.Tensor
+    prefix: tuple[torch.Tensor, ...]
     masked_k: torch.Tensor
     masked_v: torch.Tensor
     mask: torch.Tensor
@@ -37,11 +46,15 @@ class Pieces:
 
 class PrefixAndTail:
     """The query heads of a KV head are rows to `kernel`, so that each key is read once; KV heads are its batch, so that
-    each has pages of its own. The pages of a lone sequence lie in one run of the pool and are read in place; those of
-    others, and those of a view, are gathered first, for no vendor's kernel takes pages of 64 tokens."""
+    each has pages of its own. Without page tables (`paged`) the pages of a lone sequence, which lie in one run of the
+    pool, are read in place; those of others, and those of a view, are gathered first.
+    """
 
-    def __init__(self, name: str, kernel: PrefixKernel, dtypes: Sequence[torch.dtype]):
+    def __init__(
+        self, name: str, kernel: PrefixKernel | PagedKernel, dtypes: Sequence[torch.dtype], paged: bool = False
+    ):
         self.name, self.kernel, self.dtypes = name, kernel, tuple(dtypes)
+        self.pieces = paged_pieces if paged else pieces
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
         return [plan_segment(segment, device) for segment in segments]
@@ -64,10 +77,10 @@ class PrefixAndTail:
         for part in plan:
             n, rows = len(part.segment.positions), part.segment.rows
             packed = q[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, head_dim)
-            cut = pieces(part, layer, keys, values, window)
+            cut = self.pieces(part, layer, keys, values, window)
             attended, lse = masked_attention(packed, cut, group)
-            if cut.k.shape[1]:
-                attended = merge(attended, lse, *self.kernel(packed, cut.k, cut.v))
+            if cut.prefix:
+                attended = merge(attended, lse, *self.kernel(packed, *cut.prefix))
             out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim).to(q.dtype)
             if mass is not None:
                 k, _, positions, mask = columns(part, layer, keys, values, window)
@@ -81,21 +94,52 @@ def pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tens
     if window is not None and part.view is not None:  # each head has other pages at the window's edge
         k, v, _, mask = columns(part, layer, keys, values, window)
         assert mask is not None
-        return Pieces(k[:, :0], v[:, :0], k, v, mask)
+        return Pieces((), k, v, mask)
     k, v, _, _ = columns(part, layer, keys, values, None)
     prefix, tail = k.shape[1] - len(part.tail.slots), part.tail.mask
     if window is None:
-        return Pieces(k[:, :prefix], v[:, :prefix], k[:, prefix:], v[:, prefix:], tail)
+        return Pieces((k[:, :prefix], v[:, :prefix]) if prefix else (), k[:, prefix:], v[:, prefix:], tail)
+    first, common = (min(prefix, position) for position in window_starts(part, window))
+    some_k, some_v = (torch.cat([x[:, first:common], x[:, prefix:]], dim=1) for x in (k, v))
+    masked = windowed(part, window, torch.arange(first, common, device=k.device), some_k, some_v)
+    return Pieces((k[:, common:prefix], v[:, common:prefix]) if common < prefix else (), *masked)
+
+
+def paged_pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> Pieces:
+    """The same with a page table: whole pages that all rows of a segment attend to, and the rest."""
+    if window is not None and part.view is not None:
+        return pieces(part, layer, keys, values, window)
+    kv_heads, pages = keys.shape[:2]
+    chosen = part.pages.expand(kv_heads, -1) if part.view is None else part.pages[part.view[layer]]
+    common, slots, edge = 0, part.tail.slots, part.tail.slots[:0]
+    if window is not None:
+        first, start = window_starts(part, window)
+        common = min(chosen.shape[1], -(-start // PAGE_SIZE))
+        edge = torch.arange(min(first, common * PAGE_SIZE), common * PAGE_SIZE, device=keys.device)
+        slots = torch.cat([part.pages[edge // PAGE_SIZE] * PAGE_SIZE + edge % PAGE_SIZE, slots])
+    some_k, some_v = (x.flatten(1, 2)[:, slots] for x in (keys, values))
+    masked = (some_k, some_v, part.tail.mask) if window is None else windowed(part, window, edge, some_k, some_v)
+    heads = torch.arange(kv_heads, device=keys.device)[:, None]
+    table = (heads * pages + chosen[:, common:]).to(torch.int32)
+    return Pieces((keys.flatten(0, 1), values.flatten(0, 1), table) if table.shape[1] else (), *masked)
+
+
+def window_starts(part: SegmentPlan, window: int) -> tuple[int, int]:
+    """The first positions that any row of a segment sees, and that all rows see."""
     positions = part.segment.positions
-    first = min(prefix, max(0, int(positions.min()) - window + 1))  # of what any row sees
-    common = min(prefix, max(0, int(positions.max()) - window + 1))  # of what all rows see
-    edge = torch.arange(first, common, device=k.device)
-    at = torch.cat([edge, part.tail.positions])
-    mask = torch.cat([tail.new_ones(len(positions), len(edge)), tail], dim=1)
+    return max(0, int(positions.min()) - window + 1), max(0, int(positions.max()) - window + 1)
+
+
+def windowed(
+    part: SegmentPlan, window: int, edge: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v [kv_heads, t, head_dim] of the positions `edge` and of the tail, and who sees which: [n, t]."""
+    tail = part.tail
+    at = torch.cat([edge, tail.positions])
+    mask = torch.cat([tail.mask.new_ones(len(tail.mask), len(edge)), tail.mask], dim=1)
     mask = mask & (at[None, :] > part.positions[:, None] - window)
     unseen = ~mask.any(0)[:, None]  # what lies there must not become 0 * NaN
-    some_k, some_v = (torch.cat([x[:, first:common], x[:, prefix:]], dim=1).masked_fill(unseen, 0) for x in (k, v))
-    return Pieces(k[:, common:prefix], v[:, common:prefix], some_k, some_v, mask)
+    return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask
 
 
 def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[torch.Tensor, torch.Tensor]:

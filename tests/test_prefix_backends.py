@@ -4,6 +4,8 @@ them, naively, so that packing, cutting at windows and merging are what is teste
 from __future__ import annotations
 
 import importlib.util
+import sys
+import types
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,35 @@ def memory_efficient_attention_partial(
     return out, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
 
 
-FLASH, XFORMERS = (
-    flash.with_function(flash_attn_with_kvcache),
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    num_splits: int = 1,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand-in by docstring and assertions of flash-attn 4.0.0b36, in the layout (batch, seqlen, heads, hdim)."""
+    assert return_lse and q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    if page_table is None:
+        return documented(q, k, v)
+    assert k.shape == v.shape and k.is_contiguous() and v.is_contiguous()  # or the whole pool would be copied
+    assert page_table.dtype == torch.int32 and page_table.stride(-1) == 1 and len(page_table) == len(q)
+    assert seqused_k is not None and seqused_k.dtype == torch.int32 and seqused_k.shape == (len(q),)
+    runs = [
+        [x[table.long()].flatten(0, 1)[:used] for x in (k, v)]
+        for table, used in zip(page_table, seqused_k.tolist(), strict=True)
+    ]
+    keys, values = (torch.stack(x) for x in zip(*runs, strict=True))
+    return documented(q, keys, values)
+
+
+FLASH, FLASH4, FLASH4_UNPAGED, XFORMERS = (
+    flash.with_kvcache(flash_attn_with_kvcache),
+    flash.with_varlen(flash_attn_varlen_func, 9),
+    flash.with_varlen(flash_attn_varlen_func, 8),
     xformers.with_function(memory_efficient_attention_partial),
 )
 
@@ -58,7 +87,14 @@ def seeded() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),
-    [(XFORMERS, torch.float32, 2e-6), (XFORMERS, torch.bfloat16, 2e-2), (FLASH, torch.bfloat16, 2e-2)],
+    [
+        (XFORMERS, torch.float32, 2e-6),
+        (XFORMERS, torch.bfloat16, 2e-2),
+        (FLASH, torch.bfloat16, 2e-2),
+        (FLASH4, torch.bfloat16, 2e-2),
+        (FLASH4, torch.float16, 4e-3),
+        (FLASH4_UNPAGED, torch.bfloat16, 2e-2),
+    ],
 )
 @pytest.mark.parametrize("prefix", [0, 63, 64, 200])
 @pytest.mark.parametrize("window", [None, 5, 100])
@@ -95,6 +131,53 @@ def test_a_lone_sequence_is_read_in_place(window: int | None) -> None:
     assert set(storages) == pools
 
 
+@pytest.mark.parametrize("window", [None, 90])
+def test_pages_are_read_where_they_lie(window: int | None) -> None:
+    """flash-attn 4: scattered pages, and those of a view, go in as a table into the layer's pool; none is copied."""
+    cache = prefilled(new_pool(2, 16, torch.bfloat16), 200)
+    tables, storages = [], set()
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **more: Any) -> Any:
+        storages.update({k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()})
+        tables.append(more["page_table"])
+        return flash_attn_varlen_func(q, k, v, **more)
+
+    Scene.of([Segment(ladder(3), cache)], 3).agree(window, 2e-2, flash.with_varlen(spy, 10))
+    assert storages == {part.untyped_storage().data_ptr() for part in (cache.pool.keys, cache.pool.values)}
+    whole = cache.pages[0 if window is None else 2 : 3]  # of the window's edge no page is seen whole
+    for table in tables:
+        assert (table % cache.pool.keys.shape[2]).tolist() == [whole.tolist()] * 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "name"),
+    [(9, "24", "flash-2"), (10, "24", "flash-4"), (12, "24", "flash-2"), (9, "4", "flash-4"), (10, "2", "flash-2"),
+     (9, "2old", "flash-2"), (10, "2old", "flash-2"), (9, "old", None)],
+)  # fmt: skip
+def test_which_flash_attention_is_taken(
+    capability: int, installed: str, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash-attn 4 first where it splits keys, 2 first elsewhere, the other where only that is there. flash-attn 2.8
+    brings an early flash_attn.cute without page tables."""
+    two, four = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
+    if "2" in installed:
+        two.flash_attn_with_kvcache = flash_attn_with_kvcache
+    if "4" in installed:
+        four.flash_attn_varlen_func = flash_attn_varlen_func
+    if "old" in installed:
+        four.flash_attn_varlen_func = lambda q, k, v, seqused_k=None: None
+    two.cute = four
+    monkeypatch.setitem(sys.modules, "flash_attn", two)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", four)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    if name is not None:
+        assert flash.create().name == name
+    else:
+        with pytest.raises(UserError, match=r"py\[flash4\]' for 4 .*has no num_splits, page_table, return_lse"):
+            flash.create()
+
+
 def test_merging_weighs_by_mass() -> None:
     a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     even, none = torch.tensor([0.0]), torch.tensor([-torch.inf])
@@ -116,8 +199,6 @@ def test_a_backend_that_is_not_installed_says_how_it_would_be(
 ) -> None:
     assert name in registry.names("tokenswift_py.kernels")
     if importlib.util.find_spec(package):
-        import sys
-
         for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
             monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=rf"attention: '{name}' .*pip install 'tokenswift-py\[{name}\]'"):

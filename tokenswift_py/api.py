@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -37,6 +38,7 @@ from tokenswift_py.loading import (
 )
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
@@ -145,19 +147,28 @@ class TokenSwift:
         threads:   CPU threads; None is what the machine gives this process.
         deterministic: on: a row's bits do not depend on its company (native always; torch with attention triton);
                    off: cuBLAS's products, measured; auto: on where it can be.
+        Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights,
+        and must run the same program on the same arguments.
         Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
         are read.
         """
+        ranks = join()
         check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
-        where = find_device(device)
-        chosen = choose_engine(engine, where, attention)
-        checkpoint = open_checkpoint(model, revision, dtype)
-        check_memory(checkpoint.weight_bytes(dtype), where, f"the weights of {model} in {dtype}")
-        executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic)
+        with ranks.same_fate():
+            where = find_device(device, ranks)
+            chosen = choose_engine(engine, where, attention, ranks.world)
+            checkpoint = open_checkpoint(model, revision, dtype) if ranks.leads else None
+        ranks.place(where)
+        with ranks.same_fate():  # what rank 0 had to fetch or convert is there now
+            checkpoint = checkpoint or open_checkpoint(model, revision, dtype)
+            needed = checkpoint.weight_bytes(dtype) // ranks.world
+            check_memory(needed, where, f"the weights of {model} in {dtype}")
+            executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic, ranks)
+            tokenizer = checkpoint.tokenizer()
         there = Path(model).expanduser()
         origin = {
             "model": str(there.resolve()) if there.exists() and model != DEFAULT_MODEL else model,
@@ -169,7 +180,7 @@ class TokenSwift:
             "device": str(where),
             "deterministic": deterministic,
         }
-        return cls(checkpoint, checkpoint.tokenizer(), executor, origin)
+        return cls(checkpoint, tokenizer, executor, origin)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
         """Write a text and return it whole. Settings: the fields of `Options`."""
@@ -186,13 +197,22 @@ class TokenSwift:
         out:         a new or empty folder that gets a journal, from which `resume` goes on, and which an audit proves.
         kv_snapshot: when the stream ends or is closed, full pages of its KV cache go there, too, for `resume`.
         """
-        stream = Stream(self, self.prepare(prompt, Options.of(**settings)))
-        check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
-        check_snapshot(kv_snapshot, stream.run.options)
-        if out is not None:
-            logprobs = stream.run.options.logprobs
-            check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
-            stream.record(Journal.create(Path(out), contract.header(stream)), kv_snapshot)
+        ranks = self.executor.ranks
+        with ranks.same_fate():
+            run = self.prepare(prompt, Options.of(**settings))
+        if run.options.seed is None:  # each rank has drawn one
+            seed = int(ranks.first(np.array([run.sampling.seed]))[0])
+            run = replace(run, sampling=replace(run.sampling, seed=seed))
+        ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters()))
+        stream = Stream(self, run)
+        with ranks.same_fate():  # rank 0 alone has a folder
+            check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
+            check(not kv_snapshot or ranks.world == 1, "kv_snapshot", kv_snapshot, "not with several ranks")
+            check_snapshot(kv_snapshot, run.options)
+            if out is not None:
+                logprobs = run.options.logprobs
+                check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
+                stream.record(Journal.create(Path(out), contract.header(stream)), kv_snapshot)
         return stream
 
     def resume(
@@ -207,6 +227,7 @@ class TokenSwift:
                   depends on must be as recorded.
         Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
         """
+        check(self.executor.ranks.world == 1, "resume", str(journal), "not with several ranks yet")
         journal = journal if isinstance(journal, Journal) else Journal.open(Path(journal))
         try:
             record = journal.record
@@ -264,7 +285,7 @@ class TokenSwift:
         draft = self.draft(options)
         draft_bytes = draft.kv_bytes(min(kept, options.draft_budget or kept)) if draft else 0
         what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
-        check_memory(self.kv_bytes(kept) + draft_bytes, self.executor.device, what)
+        check_memory(self.kv_bytes(kept) // self.executor.ranks.world + draft_bytes, self.executor.device, what)
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
@@ -279,12 +300,13 @@ class TokenSwift:
         if options.chosen_drafter != "draft_model":
             return None
         assert options.draft_model is not None
+        check(self.executor.ranks.world == 1, "draft_model", options.draft_model, "not with several ranks yet")
         key = (options.draft_model, options.draft_weights)
         if self._draft is None or self._draft[0] != key:
             self._draft = None  # its weights make room
             checkpoint, tokenizer = open_draft_checkpoint(options.draft_model, self.tokenizer)
             executor = self.executor.beside(checkpoint, options.draft_weights)
-            self._draft = key, TokenSwift(checkpoint, tokenizer, executor)
+            self._draft = key, TokenSwift(checkpoint, tokenizer, executor, {})
         return self._draft[1]
 
     def as_draft(self, context: int, target_vocab: int) -> Mapping[str, Any]:
@@ -304,7 +326,7 @@ class TokenSwift:
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
-        eviction = eviction_of(options)
+        eviction = eviction_of(options, self.executor.ranks)
         chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
@@ -322,6 +344,7 @@ class TokenSwift:
             trace=trace,
             eviction=eviction,
             cache=cache,
+            ranks=self.executor.ranks,
             **chunk,
         )
 
@@ -341,7 +364,7 @@ class TokenSwift:
         positions = range(first, first + len(mine.tokens))
         mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
         spec = self.checkpoint.spec
-        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype) * mean_context
+        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype) * mean_context / self.executor.ranks.world
         step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
         figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
@@ -360,7 +383,9 @@ class Stream:
         self.journal: Journal | None = None
         self._recorded = 0
         self._cold = False  # whether there is a text whose KV is not in the cache
-        self._trace = report.Trace(run.options.trace) if run.options.trace else None
+        with swift.executor.ranks.same_fate():
+            traced = run.options.trace if swift.executor.ranks.leads else None
+            self._trace = report.Trace(traced) if traced else None
         self.engine = swift.engine(run, self._trace)
         self._steps = self.engine.run(run.prompt)
         self._joiner = self._new_joiner()
@@ -521,18 +546,22 @@ def check_snapshot(wanted: bool, options: Options) -> None:
     check(not lossy, "kv_snapshot", wanted, "not with kv_budget: what its policy learnt is not kept")
 
 
-def eviction_of(options: Options) -> Eviction | None:
+def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
     """Of the lossy mode, where it was asked for."""
     if options.kv_budget is None:
         return None
     name = options.kv_policy or "recent"
     policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
-    return Eviction(policy, options.kv_budget)
+    return Eviction(policy, options.kv_budget, ranks=ranks)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """Raises UserError for a device that is not there. Several ranks have a GPU each, by torchrun's LOCAL_RANK."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1:
+        check(":" not in name, "device", name, f"each of {ranks.world} ranks has one of its own: cuda or cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tokenswift_py import __version__, audit, train_heads
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.journal import Journal, JournalError
-from tokenswift_py.options import Options
+from tokenswift_py.options import Options, world_size
 
 if TYPE_CHECKING:
     from tokenswift_py.api import Stream, TokenSwift
@@ -116,8 +116,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C.
+
+    Of several processes that torchrun started only rank 0 prints, writes files and hears Ctrl-C.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if not follows():
+        return run(given)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return run(given)
+
+
+def follows() -> bool:
+    """Whether this is one of torchrun's processes, and not rank 0."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
+def run(given: Sequence[str]) -> int:
     if given[:1] == ["resume"]:
         given = ["--resume", *given[1:]] if len(given) > 1 and not given[1].startswith("-") else ["--help"]
     command = COMMANDS.get(given[0]) if given else None
@@ -138,7 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"tokenswift: {error}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:  # logits that are not finite, memory that ran out
-        print(f"tokenswift: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        # On another rank it may be that rank's alone, and rank 0 only waits for it.
+        where = f"rank {os.environ.get('RANK')}: " if follows() else ""
+        line = f"tokenswift: {where}{type(error).__name__}: {' '.join(str(error).split())}"
+        print(line, file=sys.__stderr__ if follows() else sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -153,11 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def write(args: argparse.Namespace, lines: LogLines) -> int:
     """Check, load, write, compare, report."""
-    prompt = read_prompt(args)
-    options = read_options(args)
-    Options.of(**options)  # everything that needs no model is refused before one is loaded
-    check_out(args.out)
-    check(not args.kv_snapshot or args.out is not None, "kv_snapshot", True, "only with out or resume")
+    prompt, options = read_input(args) if world_size() == 1 else shared_input(args)
+    nowhere = args.kv_snapshot and args.out is None and world_size() == 1
+    check(not nowhere, "kv_snapshot", True, "only with out or resume")
     check(args.extend == 0, "extend", args.extend, "only with resume")
 
     # Here, because torch and transformers take seconds to import.
@@ -209,9 +226,7 @@ def given_options(arguments: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def write_out(
-    args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines
-) -> int:
+def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines) -> int:
     """Write, compare, report. folder: what gets the files."""
     from tokenswift_py.report import summary
 
@@ -242,6 +257,7 @@ def write_out(
         if failure is not None:
             raise failure
         output.end(result.text)
+        interrupted |= result.ending == "interrupted"  # on other ranks, by rank 0
     if args.baseline and not interrupted:
         note(args, "decoding again without drafts, to compare")
         try:
@@ -388,6 +404,26 @@ class Output:
 
 def no_bar(args: argparse.Namespace) -> bool:
     return bool(args.quiet) or not sys.stderr.isatty()
+
+
+def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The prompt and the options. Everything that needs no model is refused before one is loaded."""
+    prompt, options = read_prompt(args), read_options(args)
+    Options.of(**options)
+    check_out(args.out)
+    return prompt, options
+
+
+def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
+    from tokenswift_py.ranks import join
+
+    ranks = join()
+    with ranks.same_fate():
+        if not ranks.leads:
+            args.prompt, args.prompt_file, args.out = "of rank 0", None, None
+        prompt, options = read_input(args)
+    return ranks.first_text(prompt), options
 
 
 def read_prompt(args: argparse.Namespace) -> str:

@@ -12,6 +12,7 @@ from tokenswift_py.eviction import Eviction
 from tokenswift_py.history import History
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.planner import Planner
+from tokenswift_py.ranks import ALONE, Ranks
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.stats import GenerationStats
 from tokenswift_py.stopping import Stops
@@ -52,6 +53,8 @@ class Engine:
     eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
     cache: one that holds rows of the prompt's first tokens already, written by the same model; at least one token of
         the prompt must be missing. Of rows it holds the drafter sees nothing.
+    ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
+           that are verified, and all must choose the same tokens.
     """
 
     def __init__(
@@ -68,10 +71,12 @@ class Engine:
         trace: Callable[[dict[str, Any]], None] | None = None,
         eviction: Eviction | None = None,
         cache: KVCache | None = None,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
-        self.planner = Planner() if draft_tokens is None else Planner(draft_tokens, fixed=True)
+        plan: dict[str, Any] = {} if draft_tokens is None else {"most": draft_tokens, "fixed": True}
+        self.planner, self.ranks = Planner(**plan, times=ranks.first), ranks
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()
@@ -93,9 +98,13 @@ class Engine:
                 yield step
             elif after.ending is None:
                 self.catch_up()
-            while step.ending is None or (step.ending == "eos" and self.goes_on):
+            while self.unfinished(step) and self.ranks.go_on():
                 step = self.round() if step.ending is None else self.force(self.turns.pop(0))
                 yield step
+        except GeneratorExit:
+            if self.unfinished(step):
+                self.ranks.go_on(False)
+            raise
         finally:
             try:
                 if self.keep is not None:
@@ -147,6 +156,9 @@ class Engine:
                 output = self.prefill(len(self.history) - 1, progress)
                 self.drafter.prefill(self.context, output)
 
+    def unfinished(self, step: Step) -> bool:
+        return step.ending is None or (step.ending == "eos" and self.goes_on)
+
     @property
     def goes_on(self) -> bool:
         """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
@@ -157,12 +169,13 @@ class Engine:
         clock = self.stats.clock
         self.planner.context = self.cache.length
         with clock("draft"):
-            tree = self.drafter.propose(self.context, self.budget())
+            budget = self.budget()
+            tree = self.ranks.first_tree(self.drafter.propose(self.context, budget), budget)
         with clock("verify"):
             self.cache.drop_tail()
             output = self.forward(Segment(tree, self.cache))
         with clock("accept"):
-            taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+            taken = self.walk(tree, output)
         with clock("commit"):
             self.commit(taken.path, output)
         with clock("learn"):
@@ -180,10 +193,16 @@ class Engine:
             self.history.extend(tokens)
             self.stops.start_at(len(self.history))
             output = self.prefill(len(self.history))
-            taken = walk(PENDING, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+            taken = self.walk(PENDING, output)
             self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
+
+    def walk(self, tree: DraftTree, output: Output) -> Acceptance:
+        taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+        at = len(self.history) - len(taken.tokens)
+        self.ranks.agree(f"the tokens from position {at} on", (taken.tokens, taken.path, taken.ending))
+        return taken
 
     def prefill(self, stop: int, progress: Callable[[int], None] | None = None) -> Output:
         """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the

@@ -13,6 +13,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, FloatArray, best, recent_of
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.ranks import ALONE, Ranks
 
 SMALLEST = 4  # pages: the first, the last, one that the policy chose, and one that is being written
 PERIOD = 4  # pages, where the budget is 16 of them or more
@@ -30,12 +31,13 @@ class Eviction:
     policy: fresh, and this sequence's alone.
     budget: committed tokens that the cache holds at most; rounded down to whole pages.
     period: pages evicted at a time; None is 4, or a quarter of a small budget.
+    ranks:  those that hold the model's heads, all of which have a say.
     """
 
-    def __init__(self, policy: EvictionPolicy, budget: int, period: int | None = None):
+    def __init__(self, policy: EvictionPolicy, budget: int, period: int | None = None, ranks: Ranks = ALONE):
         pages = budget // PAGE_SIZE
         check(pages >= SMALLEST, "kv_budget", budget, f"at least {SMALLEST * PAGE_SIZE} tokens, {SMALLEST} pages")
-        self.policy, self.needs = policy, policy.needs
+        self.policy, self.needs, self._ranks = policy, policy.needs, ranks
         self.period = min(PERIOD, pages // 4) if period is None else period
         check(1 <= self.period <= pages - 3, "period", self.period, f"between 1 and {pages - 3} pages of {pages}")
         self.budget = pages * PAGE_SIZE
@@ -56,6 +58,7 @@ class Eviction:
             held = stats.held
             keep = len(held) - self.period
             scores = pooled(np.asarray(self.policy.score(stats), np.float64)[..., held], keep)
+            scores = self._ranks.all(scores).sum(0)
             cache.evict(np.delete(held, best(scores, keep)).tolist())
             cache.limit = min(cache.limit + self.period * PAGE_SIZE, cache.context)
             self.evictions += 1

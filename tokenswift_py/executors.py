@@ -20,8 +20,10 @@ from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.parallel import ParallelDecoder, Shard
 from tokenswift_py.native_sampling import NativeSampler
 from tokenswift_py.options import DRAFT_WEIGHTS
+from tokenswift_py.ranks import ALONE, Ranks
 from tokenswift_py.rope import RopeTables
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.triton_sampling import TritonSampler
@@ -37,12 +39,14 @@ EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 class Executor(Protocol):
     """name, dtype (as --dtype names it), kv_dtype, device, threads: what the report says. multiplied_nbytes: of the
-    weights that every token is multiplied with. sampler: how rows of its logits become tokens."""
+    weights that every token is multiplied with (this rank's). sampler: how rows of its logits become tokens. ranks: the
+    processes that hold the model."""
 
     name: str
     dtype: str
     kv_dtype: torch.dtype
     device: torch.device
+    ranks: Ranks
 
     @property
     def threads(self) -> int: ...
@@ -76,9 +80,17 @@ class Executor(Protocol):
 class TorchExecutor:
     name = "torch"
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, device: torch.device, attention: str, deterministic: str):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        device: torch.device,
+        attention: str,
+        deterministic: str,
+        ranks: Ranks = ALONE,
+    ):
         self.dtype, self.kv_dtype = dtype, DTYPES[dtype]
-        self.device = device
+        self.device, self.ranks = device, ranks
         self._spec = checkpoint.spec
         backend = choose_attention(device) if attention == "auto" else attention
         check_attention(backend, device)
@@ -86,7 +98,12 @@ class TorchExecutor:
         self._ops = choose_ops(backend, device, deterministic)
         self._kernels = (backend, deterministic)
         self._sampler = TritonSampler if backend == "triton" else Sampler
-        self._weights = checkpoint.tensors().to(self.kv_dtype, device)
+        self._shard: Shard | None = None
+        if ranks.world > 1:
+            self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
+            self._shard.spec(self._spec)  # refuses what cannot be shared out
+        part = self._shard.of if self._shard else None
+        self._weights = checkpoint.tensors(part).to(self.kv_dtype, device)
 
     @property
     def threads(self) -> int:
@@ -98,14 +115,18 @@ class TorchExecutor:
 
     @property
     def multiplied_nbytes(self) -> int:
-        return self._spec.multiplied * self.kv_dtype.itemsize
+        return self._spec.multiplied * self.kv_dtype.itemsize // self.ranks.world
 
     def model(self, rope: RopeTables) -> Model:
-        return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops)
+        return self._decoder(rope, draft=False)
 
     def draft_model(self, rope: RopeTables, weights: str) -> Model:
         check_torch_draft_weights(weights)
-        return TorchDecoder(self._spec, self._weights, rope, self._attention, self._ops, draft=True)
+        return self._decoder(rope, draft=True)
+
+    def _decoder(self, rope: RopeTables, draft: bool) -> Model:
+        parts = (self._spec, self._weights, rope, self._attention, self._ops, draft)
+        return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts)
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_torch_draft_weights(weights)
@@ -116,6 +137,7 @@ class TorchExecutor:
 class NativeExecutor:
     name = "native"
     sampler = NativeSampler
+    ranks = ALONE
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None
@@ -201,8 +223,9 @@ def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
     return TritonOps(deterministic != "off")
 
 
-def choose_engine(engine: str, device: torch.device, attention: str) -> str:
-    """native or torch. `auto` is native on a CPU, unless an attention backend of torch's was asked for.
+def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
+    """native or torch. `auto` is native on a CPU, unless an attention backend of torch's was asked for or several
+    processes share the model.
 
     Raises UserError where native was asked for and cannot be.
     """
@@ -210,7 +233,8 @@ def choose_engine(engine: str, device: torch.device, attention: str) -> str:
     if engine == "native":
         check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
         check(attention == "auto", "attention", attention, "the native engine has its own; engine torch takes it")
-    if engine == "torch" or device.type != "cpu" or attention != "auto":
+        check(world == 1, "engine", engine, f"it runs in one process, not in torchrun's {world}; engine torch does")
+    if engine == "torch" or device.type != "cpu" or attention != "auto" or world > 1:
         return "torch"
     try:
         importlib.import_module(EXTENSION)
@@ -232,6 +256,7 @@ def load(
     attention: str,
     threads: int | None,
     deterministic: str = "auto",
+    ranks: Ranks = ALONE,
 ) -> Executor:
     """Read the weights into the chosen executor. `engine` is native or torch."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
@@ -244,4 +269,4 @@ def load(
     check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, allowed)
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, dtype, device, attention, deterministic)
+    return TorchExecutor(checkpoint, dtype, device, attention, deterministic, ranks)

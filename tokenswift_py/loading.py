@@ -74,9 +74,12 @@ class Checkpoint:
     eos: tuple[int, ...]
     gguf: GgufTensors | None = None
 
-    def tensors(self) -> StoredTensors:
-        """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one."""
-        return StoredTensors(weight_files(self.folder), self.spec.shapes())
+    def tensors(self, part: Part | None = None) -> StoredTensors:
+        """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one.
+
+        part: of each tensor's name and shape, what is read of it; None is everything.
+        """
+        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part)
 
     def weight_bytes(self, dtype: str) -> int:
         """What the weights take in memory, as --dtype names them."""
@@ -94,14 +97,17 @@ class Checkpoint:
         return tokenizer
 
 
+Part = Callable[[str, Sequence[int]], tuple[slice, ...]]
+
+
 class StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors under Hugging Face's names, read when they are asked for and not kept.
+    """Tensors under Hugging Face's names, or a part of each, read when they are asked for and not kept.
 
     A file is mapped for one tensor at a time, so that reading all of them never holds them twice.
     """
 
-    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]]):
-        self._shapes = dict(shapes)
+    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], part: Part | None = None):
+        self._shapes, self._part = dict(shapes), part
         self._file: dict[str, Path] = {}
         for path in files:
             with one_line(f"model: {path.name} is not a readable safetensors file"), safe_open(path, "pt") as tensors:
@@ -117,7 +123,10 @@ class StoredTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with safe_open(self._file[name], "pt") as tensors:
-            tensor: torch.Tensor = tensors.get_tensor(name)
+            if self._part is None:
+                tensor: torch.Tensor = tensors.get_tensor(name)
+            else:
+                tensor = tensors.get_slice(name)[self._part(name, self._shapes[name])]
         return tensor
 
     def __iter__(self) -> Iterator[str]:

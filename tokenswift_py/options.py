@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -176,6 +177,13 @@ class Options:
         if name == "heads":
             return name, {"checkpoint": checkpoint, "path": self.draft_heads}
         return name, {}
+
+
+def world_size() -> int:
+    """How many processes torchrun started to hold the model together (WORLD_SIZE): 1 without it."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    check(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", world, "a whole number, as torchrun sets it")
+    return int(world)
 
 
 def whole(token: Any) -> Any:

@@ -9,12 +9,17 @@ milliseconds of drafting and verifying, it pays exactly if p > rate * c. Plain d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
+Times = Callable[[Doubles], Doubles]
+
+
+def as_measured(times: Doubles) -> Doubles:
+    return times
 
 
 class PassCost:
@@ -25,9 +30,11 @@ class PassCost:
     least absolute relative deviations, which a burst on a busy machine moves little.
 
     largest: rows of the largest pass measured. What lies far beyond is a guess, and not to be trusted.
+    times: what is taken for measured milliseconds; processes that must plan alike take those of one of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: Times = as_measured) -> None:
+        self._times = times
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
         self._coefficients = np.zeros(len(features(1, 0)))
         self._count = self._due = 0
@@ -38,6 +45,7 @@ class PassCost:
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:
+        ms = float(self._times(np.array([ms]))[0])
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
         self._due = min(self._due, self._count) if rows > self.largest else self._due
@@ -126,11 +134,13 @@ class Planner:
 
     most:  nodes of a tree at most, the pending token not counted.
     fixed: draft `most` nodes always, whatever they cost; what sweeps and tests ask for.
+    times: see `PassCost`.
     """
 
-    def __init__(self, most: int = 64, fixed: bool = False):
+    def __init__(self, most: int = 64, fixed: bool = False, times: Times = as_measured):
         self.most, self.fixed = most, fixed
-        self.target, self.draft = PassCost(), PassCost()
+        self.target, self.draft = PassCost(), PassCost(times)
+        self._times = times
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
         self._total_ms = 0.0
@@ -187,14 +197,15 @@ class Planner:
 
     def observe(self, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
         """One round: rows verified, tokens it gave, milliseconds of its phases."""
-        self.target.observe(rows, self.context, phase_ms["verify"])
+        draft, verify, *others = self._times(np.array([phase_ms[phase] for phase in PHASES])).tolist()
+        self.target.observe(rows, self.context, verify)
         verify_ms = self.target(rows, self.context)
-        other_ms = phase_ms["accept"] + phase_ms["commit"] + phase_ms["learn"]
-        self._total_ms += phase_ms["draft"] + phase_ms["verify"] + other_ms
+        other_ms = sum(others)
+        self._total_ms += draft + verify + other_ms
         self._overhead_ms += (min(verify_ms, other_ms) - self._overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens
-        self._ms = self._ms * keep + min(phase_ms["draft"], 4 * verify_ms) + verify_ms + self._overhead_ms
+        self._ms = self._ms * keep + min(draft, 4 * verify_ms) + verify_ms + self._overhead_ms
 
     def explain(self, rows: int) -> dict[str, float]:
         """What a line of the trace says of the plan: tokens per second aimed at, and what the passes should cost."""
@@ -206,6 +217,7 @@ class Planner:
         }
 
 
+PHASES = ("draft", "verify", "accept", "commit", "learn")
 LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
 PROBES = 0.01
 FREE_PROBES = 8

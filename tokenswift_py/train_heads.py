@@ -16,6 +16,7 @@ import numpy as np
 
 from tokenswift_py import __version__
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.options import world_size
 
 if TYPE_CHECKING:
     from tokenswift_py.sampling import Sampler
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Run the command; raises UserError for wrong input."""
     args = parser().parse_args(arguments)
+    check(world_size() == 1, "WORLD_SIZE", world_size(), "train-heads runs in one process")
     check_arguments(args)
     training_lines, held_lines = read_prompts(args.prompts)
     began = time.monotonic()

@@ -78,7 +78,7 @@ class TorchDecoder:
         pages = int(rows.positions.max()) // PAGE_SIZE + 1
         mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None
         queries: list[torch.Tensor] = []
-        x: torch.Tensor = self.weights["model.embed_tokens.weight"][tokens]  # [R, hidden]
+        x = self._embed(tokens)  # [R, hidden]
         added: torch.Tensor | None = None  # what the last block adds to x
         for layer in range(spec.layers):
             at = f"model.layers.{layer}."
@@ -91,10 +91,10 @@ class TorchDecoder:
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
                 None if mass is None else mass[layer],
             )  # fmt: skip
-            x, normed = self._add_norm(x, self._linear(attended.flatten(1), f"{at}self_attn.o_proj"),
+            x, normed = self._add_norm(x, self._join(attended.flatten(1), f"{at}self_attn.o_proj"),
                                        f"{at}post_attention_layernorm")  # fmt: skip
             gate, up = (self._linear(normed, f"{at}mlp.{name}_proj") for name in ("gate", "up"))
-            added = self._linear(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
+            added = self._join(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
         stream, hidden = self._add_norm(x, added, "model.norm")
         wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
         asked = torch.stack(queries, 1) if want_queries else None
@@ -102,10 +102,18 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        name = "model.embed_tokens" if self.spec.tied else "lm_head"
-        head = self.weights[f"{name}.weight"]
-        logits = self._linear(hidden.to(head.device, head.dtype), name)
+        logits = self._head(hidden.to(self.device, self.dtype))
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.weights["model.embed_tokens.weight"][tokens]
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._linear(hidden, "model.embed_tokens" if self.spec.tied else "lm_head")
+
+    def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """What brings heads, or the feed-forward's columns, back to the residual stream."""
+        return self._linear(x, name)
 
     def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""

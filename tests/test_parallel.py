@@ -1,0 +1,331 @@
+"""One model held by two processes: what they write, what they share out, and what they refuse.
+
+The processes are started once and asked to run functions of this file, both the same one at the same time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import decoder_of, tiny_config, tiny_model, weights_of
+from interpreter import DEVICE
+from scripted import Scripted, write
+from tokenswift_py import TokenSwift, registry
+from tokenswift_py.cli import main
+from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.drafters.base import create
+from tokenswift_py.errors import UserError
+from tokenswift_py.eviction import Eviction, pooled
+from tokenswift_py.executors import choose_engine
+from tokenswift_py.loading import StoredTensors, open_checkpoint, weight_files
+from tokenswift_py.models.ops import Ops
+from tokenswift_py.models.parallel import ParallelDecoder, Shard
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.ranks import Ranks, RanksError, join
+from tokenswift_py.rope import rope_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
+LONG_PROMPT = (PROMPT * 3)[:130]
+LOCAL = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+Pair = Callable[..., list[Any]]
+ranks: Ranks  # in the processes
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def begin(rank: int, port: int) -> None:
+    global ranks
+    os.environ |= {**LOCAL, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    ranks = join()
+    ranks.place(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """Runs a function in both processes; what each returned, or the first one's exception."""
+    port = free_port()
+    pools = [ProcessPoolExecutor(1, get_context("spawn"), begin, (rank, port)) for rank in (0, 1)]
+
+    def run(function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
+        waiting = [pool.submit(function, *arguments, **settings) for pool in pools]
+        failed = [f.exception(timeout=120) for f in waiting]
+        if any(failed):
+            raise next(error for error in failed if error)
+        return [f.result() for f in waiting]
+
+    yield run
+    for pool in pools:
+        pool.shutdown()
+
+
+def share_of(model: Any, attention: str = "sdpa", ops: Ops | None = None, gather: bool = False) -> ParallelDecoder:
+    """This process's part of a model of Hugging Face's."""
+    shard = Shard(ranks.rank, ranks.world, gather)
+    weights = {n: t[shard.of(n, t.shape)].contiguous() for n, t in weights_of(model).items()}
+    backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
+    spec, rope = ModelSpec.from_config(model.config), rope_tables(model.config, 512)
+    return ParallelDecoder(spec, weights, rope, backend, ops, False, shard, ranks)
+
+
+def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[int]]:
+    decoder = share_of(tiny_model(config))
+    drafted = [(create("none"), {}), (create("ngram"), {"draft_tokens": 6}), (create("cascade", policy="quest"), {}),
+               (create("partial", view_tokens=64), {}), (create("partial", view_tokens=64), {"draft_tokens": 5}),
+               (Scripted(LONG_PROMPT + truth, 61, 0.7), {"draft_tokens": 30})]  # fmt: skip
+    return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
+
+
+@pytest.mark.parametrize(("family", "temperature"), [("llama", 0.0), ("qwen3", 0.9)])
+def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, temperature: float) -> None:
+    """Measured: in float64 no rounding comes near a choice. Where no number is given, rank 0's clock plans for both."""
+    config = tiny_config(family)
+    params = SamplingParams(temperature=temperature, seed=5, penalty=1.1, min_p=0.02)
+    alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 40, params)
+    for by_rank in pair(texts, config, params, alone):
+        assert by_rank == [alone] * 6
+
+
+def evicting() -> tuple[list[list[int]], int]:
+    decoder, texts = share_of(tiny_model(tiny_config())), []
+    for drafter in (create("none"), create("ngram"), create("partial", view_tokens=64)):
+        policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", "mass")
+        eviction = Eviction(policy, 256, ranks=ranks)
+        texts.append(write(decoder, LONG_PROMPT, 140, None, drafter, eviction=eviction, ranks=ranks)[0])
+    return texts, eviction.evictions
+
+
+def pooled_scores(scores: np.ndarray) -> np.ndarray:
+    return ranks.all(pooled(scores[:, ranks.rank :: 2], 10)).sum(0)
+
+
+def test_all_heads_have_a_say_in_what_is_evicted(pair: Pair) -> None:
+    (texts, evictions), (others, _) = pair(evicting)
+    assert texts == others == [texts[0]] * 3 and evictions == 1
+    scores = np.random.default_rng(0).random((3, 4, 12))
+    for mine in pair(pooled_scores, scores):
+        np.testing.assert_allclose(mine, pooled(scores, 10), rtol=1e-12)
+
+
+def passes(decoder: Any, heads: slice = slice(None)) -> torch.Tensor:
+    """Logits of a chunk, of a tree that crosses the page boundary at 64, and of a row alone. What lies before is drawn,
+    for both KV heads, of which the decoder has these."""
+    cache, tree = decoder.new_cache(), DraftTree([9, 8, 7, 6, 5, 4], [-1, 0, 0, 2, 2, 4])
+    torch.manual_seed(0)
+    for part in (cache.pool.keys, cache.pool.values):
+        layers, _, _, lanes, size = part.shape
+        part[:, :, 0] = torch.randn(layers, 2, lanes, size)[:, heads].to(part)
+    cache.append(np.arange(58, dtype=np.int32), True)
+    cache.commit(range(58))
+    first = decoder.forward([Segment(DraftTree.chain(PROMPT[:4]), cache, causal=True)], [0, 3]).logits
+    cache.commit(range(4))
+    together = decoder.forward([Segment(tree, cache)]).logits
+    cache.drop_tail()
+    alone = decoder.forward([Segment(DraftTree.chain(tree.tokens[:1]), cache)]).logits
+    return torch.cat([first, together, alone])
+
+
+def shared_passes(config: Any, gather: bool, dtype: torch.dtype) -> tuple[torch.Tensor, str, str, tuple[int, ...]]:
+    decoder = share_of(tiny_model(config, dtype), gather=gather)
+    logits = passes(decoder, slice(ranks.rank, ranks.rank + 1))
+    return logits, decoder.numerics, decoder.guarantee, tuple(decoder.new_pool(4).keys.shape)
+
+
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: bool) -> None:
+    """A vocabulary of 61 and biases everywhere."""
+    config = tiny_config(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    expected = passes(decoder_of(tiny_model(config)))
+    (logits, numerics, guarantee, pool), (others, *_) = pair(shared_passes, config, gather, torch.float64)
+    assert torch.equal(logits, others), "every rank has the same bits"
+    assert (logits - expected).abs().max() < 1e-9
+    assert numerics.endswith("/tp-2-gather" if gather else "/tp-2-all-reduce") and guarantee == "measured"
+    assert pool == (3, 1, 4, 64, 8), "pages of its own KV head only"
+
+
+def test_bf16_travels_too(pair: Pair) -> None:
+    config = tiny_config("qwen2")
+    expected = passes(decoder_of(tiny_model(config, torch.bfloat16)))
+    for gather in (False, True):
+        logits = pair(shared_passes, config, gather, torch.bfloat16)[0][0]
+        assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+TRITON = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+          "hidden_size": 64, "intermediate_size": 128}  # fmt: skip  # every share begins at a tile's edge
+
+
+def triton_decoder(make: Callable[..., Any], dtype: torch.dtype, **more: Any) -> Any:
+    from tokenswift_py.kernels.triton.ops import TritonOps
+
+    model = tiny_model(tiny_config("qwen3", **TRITON), dtype).to(DEVICE)
+    return make(model, attention="triton", ops=TritonOps(True), **more)
+
+
+def triton_passes(dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+    decoder = triton_decoder(share_of, dtype, gather=True)
+    return passes(decoder, slice(ranks.rank, ranks.rank + 1)), decoder.guarantee
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: tokenswift-py[triton]")
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="two processes of this test have no GPU each")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_fixed_order_the_bits_are_those_of_one_process(pair: Pair, dtype: torch.dtype) -> None:
+    """Law 1, and more: a row's logits do not depend on how many processes computed them."""
+    expected = passes(triton_decoder(decoder_of, dtype))
+    for logits, guarantee in pair(triton_passes, dtype):
+        assert torch.equal(logits, expected)
+        assert torch.equal(logits[2], logits[-1]), "in a tree and alone"
+        assert guarantee == "bitwise, unverified on hardware"
+
+
+def test_a_share_is_read_alone_and_shares_make_the_whole(tiny_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_folder))
+    whole, files = checkpoint.tensors(), weight_files(tiny_folder)
+    for gather in (False, True):
+        parts = [StoredTensors(files, checkpoint.spec.shapes(), Shard(r, 2, gather).of) for r in (0, 1)]
+        for name, tensor in whole.items():
+            shares = [part[name] for part in parts]
+            if any(kind in name for kind in ("norm",)):
+                assert all(torch.equal(share, tensor) for share in shares)
+            else:
+                along = 1 if not gather and any(kind in name for kind in ("o_proj.w", "down_proj.w")) else 0
+                assert torch.equal(torch.cat(shares, along), tensor)
+                assert shares[0].numel() < 0.6 * tensor.numel() + 1000
+
+
+def test_what_cannot_be_shared_out_is_refused() -> None:
+    spec = ModelSpec.from_config(tiny_config())  # 6 heads, 2 KV heads, a feed-forward of 80
+    with pytest.raises(UserError, match="num_key_value_heads: 2 is not allowed; 3 ranks must divide it"):
+        Shard(0, 3, False).spec(spec)
+    with pytest.raises(UserError, match="num_attention_heads: 6 is not allowed; 4 ranks"):
+        Shard(0, 4, False).spec(spec)
+    with pytest.raises(UserError, match="intermediate_size: 81 is not allowed; 2 ranks"):
+        Shard(0, 2, True).spec(ModelSpec.from_config(tiny_config(intermediate_size=81)))
+    with pytest.raises(UserError, match="engine: 'native' is not allowed; it runs in one process"):
+        choose_engine("native", torch.device("cpu"), "auto", 2)
+    assert choose_engine("auto", torch.device("cpu"), "auto", 2) == "torch"
+
+
+def other_choices() -> None:
+    params = SamplingParams(temperature=1.0, seed=ranks.rank)
+    write(share_of(tiny_model(tiny_config())), PROMPT, 20, params, ranks=ranks)
+
+
+def other_rows() -> None:
+    decoder = share_of(tiny_model(tiny_config()))
+    decoder.forward([Segment(DraftTree.chain([1, 2, ranks.rank]), decoder.new_cache())])
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        (other_choices, r"ranks disagree on the tokens from position \d+ on: \[1\] differ from rank 0"),
+        (other_rows, r"ranks disagree on a pass \(draft, rows\)"),
+    ],
+)
+def test_ranks_that_disagree_stop(pair: Pair, function: Callable[[], None], says: str) -> None:
+    with pytest.raises(RanksError, match=says):
+        pair(function)
+
+
+def other_trees() -> tuple[list[int], int]:
+    """Rank 1 proposes what rank 0 does not."""
+    truth = write(share_of(tiny_model(tiny_config())), PROMPT, 60, ranks=ranks)[0]
+    drafter = Scripted(PROMPT + truth, 61, 0.9, seed=ranks.rank)
+    text, engine, _ = write(share_of(tiny_model(tiny_config())), PROMPT, 60, None, drafter, ranks=ranks, draft_tokens=9)
+    assert text == truth
+    return text, engine.stats.num_accepted_draft_tokens
+
+
+def test_rank_0_proposes(pair: Pair) -> None:
+    first, second = pair(other_trees)
+    assert first == second and first[1] > 0
+
+
+def stopped_by_rank_0(folder: str) -> tuple[list[int], str]:
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with swift.stream("the cat", max_new_tokens=40, ignore_eos=True, raw=True) as stream:
+        for _ in stream:
+            if ranks.leads and len(stream.tokens) >= 5:
+                break
+    return stream.tokens, stream.result().ending
+
+
+def test_where_rank_0_stops_all_stop(pair: Pair, tiny_folder: Path) -> None:
+    """The seed is drawn, by rank 0 for all."""
+    first, second = pair(stopped_by_rank_0, str(tiny_folder))
+    assert first == second and len(first[0]) >= 5 and first[1] == "interrupted"
+
+
+def leave_alone() -> bool:
+    return ranks.go_on(ranks.leads)
+
+
+def refused_by_rank_1() -> None:
+    with ranks.same_fate():
+        if not ranks.leads:
+            raise UserError("memory: too little")
+
+
+def refused(**settings: Any) -> str:
+    with pytest.raises(UserError) as error:
+        TokenSwift.from_pretrained(**settings)
+    return str(error.value)
+
+
+def test_errors_of_one_are_errors_of_all(pair: Pair, tiny_folder: Path) -> None:
+    with pytest.raises(RanksError, match="rank 1 stopped while rank 0 goes on"):
+        pair(leave_alone)
+    with pytest.raises(UserError, match=r"^memory: too little \(rank 1\)$"):
+        pair(refused_by_rank_1)
+    for settings, says in (({"engine": "native"}, "engine: 'native'"), ({"device": "cuda:0"}, "device: 'cuda:0'"),
+                           ({"dtype": "int8"}, "dtype: 'int8'"), ({"model": "no/such/folder"}, "model: ")):  # fmt: skip
+        first, second = pair(refused, **{"model": str(tiny_folder), **settings})
+        assert first == second and first.startswith(says)
+
+
+def test_torchrun_writes_one_text(tiny_folder: Path, tmp_path: Path) -> None:
+    """The prompt comes by standard input, which is rank 0's; files and output are rank 0's too."""
+    out = tmp_path / "out"
+    arguments = ["--model", str(tiny_folder), "--dtype", "fp32", "--raw", "--max-new-tokens", "24", "--seed", "3",
+                 "--ignore-eos"]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+                "--master-port", str(free_port()), str(ROOT / "generate.py")]  # fmt: skip
+    started = subprocess.Popen(
+        [*launcher, *arguments, "--trace", str(tmp_path / "trace"), "--baseline", "--out", str(out)],
+        stdin=-1, stdout=-1, stderr=-1, text=True, cwd=tmp_path, env={**os.environ, **LOCAL, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        said, noted = started.communicate("the cat and", timeout=150)
+    finally:
+        started.terminate()  # and with it what it started
+    assert started.returncode == 0, noted
+    report = json.loads((out / "report.json").read_text())
+    assert said.strip() == (out / "text.txt").read_text().strip()
+    assert noted.count("24 new tokens after a prompt") == 1
+    assert report["numerics"].endswith("/tp-2-all-reduce") and report["guarantee"] == "measured"
+    assert report["identical"] is True
+    assert len((tmp_path / "trace").read_text().splitlines()) == report["num_spec_steps"]
+    assert main([*arguments, "--engine", "torch", "--prompt", "the cat and", "--out", str(tmp_path / "alone"),
+                 "--quiet"]) == 0  # fmt: skip
+    assert np.array_equal(np.load(tmp_path / "alone" / "tokens.npy"), np.load(out / "tokens.npy"))

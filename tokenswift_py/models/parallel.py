@@ -1,0 +1,138 @@
+"""Tensor parallelism: every rank holds some of the heads, of the feed-forward's columns and of the vocabulary, and
+computes all rows.
+
+q, k, v, gate and up are split by their outputs (column-parallel), the embedding and the LM head by tokens. o and down
+either sum what ranks have partial products of (row-parallel, `all-reduce`), in an order that changes with the shape; or
+(`gather`) ranks exchange their columns and each computes its share of the outputs over the whole depth. Then every
+element is summed as in one process and in its order: a row keeps the bits that it has there (law 1), given products
+whose elements do not depend on the others of their tile, or shares that begin at a tile's edge.
+
+Logits are gathered whole: top-p, log-probabilities and Hugging Face's processors need the row, and in the weights' type
+it is a few MB a pass at the most.
+
+Source: Megatron-LM (arXiv 1909.08053), section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from tokenswift_py.core import Output, Segment
+from tokenswift_py.errors import check
+from tokenswift_py.kernels.base import AttentionBackend
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.ops import Ops
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.ranks import Ranks
+from tokenswift_py.rope import RopeTables
+
+BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+BY_TOKENS = ("embed_tokens", "lm_head")
+JOINED = ("o_proj", "down_proj")
+TILE = 32  # columns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What one of `world` ranks holds. gather: o and down are split by their outputs too."""
+
+    rank: int
+    world: int
+    gather: bool
+
+    def spec(self, spec: ModelSpec) -> ModelSpec:
+        """The rank's own heads and feed-forward. Raises UserError where they cannot be shared out evenly."""
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            count = getattr(spec, FIELDS[name])
+            check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")
+        return replace(spec, **{field: getattr(spec, field) // self.world for field in FIELDS.values()})
+
+    def even(self, size: int) -> slice:
+        """Of heads or the feed-forward, which divide."""
+        return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+
+    def width(self, size: int) -> int:
+        """Of so many tokens or hidden columns the most that a rank holds: whole tiles."""
+        return -(-size // (self.world * TILE)) * TILE
+
+    def tiles(self, size: int) -> slice:
+        """Of so many tokens or hidden columns; the last ranks hold less where they do not divide."""
+        width = self.width(size)
+        return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
+
+    def of(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
+        """Of the tensor of this name (Hugging Face's) and shape."""
+        module = name.split(".")[-2]
+        if module in BY_OUTPUTS:
+            return (self.even(shape[0]),)
+        if module in BY_TOKENS or (module in JOINED and self.gather):
+            return (self.tiles(shape[0]),)
+        if module in JOINED and len(shape) == 2:
+            return slice(None), self.even(shape[1])
+        return (slice(None),)
+
+
+FIELDS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "intermediate_size"}
+
+
+class ParallelDecoder(TorchDecoder):
+    """A decoder whose weights are spread over ranks. Caches, views, page masses and queries are of the rank's own
+    heads; hidden states and logits are whole, and the same bits on every rank.
+
+    spec: of the whole model. weights: those of the shard.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, torch.Tensor],
+        rope: RopeTables,
+        attention: AttentionBackend,
+        ops: Ops | None,
+        draft: bool,
+        shard: Shard,
+        ranks: Ranks,
+    ):
+        super().__init__(shard.spec(spec), weights, rope, attention, ops, draft)
+        self.shard, self.ranks = shard, ranks
+        self.numerics += f"/tp-{shard.world}-{'gather' if shard.gather else 'all-reduce'}"
+        if not shard.gather:
+            self.guarantee = "measured"
+
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        logit_rows: Sequence[int] | None = None,
+        want_mass: bool = False,
+        want_queries: bool = False,
+    ) -> Output:
+        """Raises RanksError where ranks would not compute the same rows: sums over different ones look like any other,
+        and all ranks would choose the same wrong tokens of them."""
+        rows = [(s.tree.tokens.tobytes(), s.tree.parents.tobytes(), s.cache.length, s.tail, s.view is None)
+                for s in segments]  # fmt: skip
+        self.ranks.agree("a pass (draft, rows)", (self.draft, rows, logit_rows))
+        return super().forward(segments, logit_rows, want_mass, want_queries)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        weight = self.weights["model.embed_tokens.weight"]
+        place = tokens - self.shard.tiles(self.spec.vocab_size).start
+        own = (place >= 0) & (place < len(weight))
+        x = weight[place.where(own, 0)].masked_fill(~own[:, None], 0)
+        return self.ranks.sum(x)  # one of them is not 0, so nothing rounds
+
+    def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        if self.shard.gather:
+            x = self.ranks.gather(x, x.shape[1], x.shape[1] * self.shard.world)
+            return self._whole(self._linear(x, name), self.spec.hidden_size)
+        total = self.ranks.sum(self.ops.linear(x, self.weights[f"{name}.weight"], None))
+        bias = self.weights.get(f"{name}.bias")
+        return total if bias is None else total + bias
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._whole(super()._head(hidden), self.spec.vocab_size)
+
+    def _whole(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        return self.ranks.gather(x, self.shard.width(size), size)

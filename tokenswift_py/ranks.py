@@ -1,0 +1,182 @@
+"""The processes that hold one model between them, as torchrun starts them. One process alone is the usual case.
+
+Ranks run the same program over the same text, so their collective calls meet. What would come out differently in each
+process is rank 0's to say (measured times, a random seed, Ctrl-C), and what must be alike is compared. Only numbers
+and text travel, nothing pickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from tokenswift_py.core import DraftTree
+from tokenswift_py.errors import UserError, one_line
+from tokenswift_py.options import world_size
+
+Array = npt.NDArray[Any]
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the latter until torch 2.12
+
+
+class RanksError(RuntimeError):
+    """Ranks went different ways, and what they would compute together would be wrong."""
+
+
+class Ranks:
+    """One process: there is nobody to ask."""
+
+    rank, world = 0, 1
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 reads, prints and writes files for all."""
+        return self.rank == 0
+
+    def place(self, device: torch.device) -> None:
+        """Where the tensors will be: the CPU, or each rank's on a GPU of its own."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Of all ranks' tensors, in an order that depends on their shape. May overwrite x."""
+        return x
+
+    def gather(self, x: torch.Tensor, width: int, size: int) -> torch.Tensor:
+        """[R, size]: all ranks' columns side by side. x: [R, width], or less on the last ranks."""
+        return x
+
+    def all(self, values: Array) -> Array:
+        """[world, ...] every rank's array; all have one shape and type."""
+        return values[None]
+
+    def first(self, values: Array) -> Array:
+        """Rank 0's array; the others give one of the same shape and type."""
+        return values
+
+    def first_text(self, text: str) -> str:
+        """Rank 0's."""
+        return text
+
+    def agree(self, what: str, value: object) -> None:
+        """Raise RanksError, on all ranks, unless all have the same value (told by its `repr`)."""
+
+    def first_tree(self, tree: DraftTree, budget: int) -> DraftTree:
+        """Rank 0's tree of at most `budget` nodes."""
+        return tree
+
+    def go_on(self, wanted: bool = True) -> bool:
+        """Whether rank 0 wants to. Raises RanksError on another rank that does not although rank 0 does."""
+        return wanted
+
+    @contextmanager
+    def same_fate(self) -> Iterator[None]:
+        """A UserError in here is raised on all ranks: none waits for one that left, and rank 0 can tell it."""
+        yield
+
+
+ALONE = Ranks()
+
+
+class ProcessGroup(Ranks):
+    """torch.distributed's default group, joined if nobody did yet. Numbers go over gloo, and so do tensors until
+    `place` says that they are on GPUs."""
+
+    def __init__(self) -> None:
+        if not dist.is_initialized():
+            with one_line("WORLD_SIZE: the processes did not find one another; start them with torchrun"):
+                dist.init_process_group("gloo")
+            atexit.register(leave)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self._control = self._data = dist.new_group(backend="gloo")
+        if not self.leads:
+            logging.getLogger("tokenswift").setLevel(logging.CRITICAL)
+
+    def place(self, device: torch.device) -> None:
+        self.agree("the kind of device", device.type)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            self._data = dist.new_group(backend="nccl")
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self._data)
+        return x
+
+    def gather(self, x: torch.Tensor, width: int, size: int) -> torch.Tensor:
+        padded = F.pad(x, (0, width - x.shape[1])).contiguous()
+        parts = padded.new_empty(self.world * len(padded), padded.shape[1])
+        all_gather(parts, padded, group=self._data)
+        whole: torch.Tensor = parts.unflatten(0, (self.world, -1)).transpose(0, 1).flatten(1)[:, :size].contiguous()
+        return whole
+
+    def all(self, values: Array) -> Array:
+        mine = torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
+        parts = mine.new_empty(self.world * len(mine))
+        all_gather(parts, mine, group=self._control)
+        return parts.numpy().view(values.dtype).reshape(self.world, *values.shape)
+
+    def first(self, values: Array) -> Array:
+        data = torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
+        dist.broadcast(data, src=0, group=self._control)
+        return data.numpy().view(values.dtype).reshape(values.shape)
+
+    def first_text(self, text: str) -> str:
+        data = np.frombuffer(text.encode(), np.uint8)
+        size = int(self.first(np.array([len(data)]))[0])
+        return self.first(np.resize(data, size) if self.leads else np.zeros(size, np.uint8)).tobytes().decode()
+
+    def agree(self, what: str, value: object) -> None:
+        prints = self.all(np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8))
+        others = np.flatnonzero((prints != prints[0]).any(1)).tolist()
+        if others:
+            mine = f"rank {self.rank} has {repr(value)[:200]}"
+            raise RanksError(f"ranks disagree on {what}: {others} differ from rank 0; {mine}")
+
+    def first_tree(self, tree: DraftTree, budget: int) -> DraftTree:
+        nodes = np.full((2, budget), UNUSED, np.int32)
+        nodes[:, : len(tree)] = tree.tokens, tree.parents
+        tokens, parents = self.first(nodes)
+        used = parents != UNUSED
+        return DraftTree(tokens[used], parents[used])
+
+    def go_on(self, wanted: bool = True) -> bool:
+        goes = bool(self.first(np.array([wanted]))[0])
+        if goes and not wanted:
+            raise RanksError(f"rank {self.rank} stopped while rank 0 goes on; all must run the same program")
+        return goes
+
+    @contextmanager
+    def same_fate(self) -> Iterator[None]:
+        said, mine = "", None
+        try:
+            yield
+        except UserError as error:
+            said, mine = str(error), error
+        text = np.zeros(LONGEST_ERROR, np.uint8)
+        data = said.encode()[:LONGEST_ERROR]
+        text[: len(data)] = np.frombuffer(data, np.uint8)
+        for rank, line in enumerate(self.all(text)):
+            if line.any():
+                told = line.tobytes().rstrip(b"\0").decode(errors="replace")
+                raise UserError(told if rank == 0 else f"{told} (rank {rank})") from mine
+
+
+UNUSED = -2  # neither a parent nor the root's -1
+LONGEST_ERROR = 2000  # bytes
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join() -> Ranks:
+    """The ranks that torchrun started, this process among them."""
+    return ProcessGroup() if world_size() > 1 else ALONE
