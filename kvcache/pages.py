@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context
@@ -140,7 +141,7 @@ class TorchPagePool(BoundedPages):
         self.values[layer].flatten(1, 2)[:, slots] = v.transpose(0, 1)
 
     def move(self, source: IntArray, target: IntArray) -> None:
-        slots = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(self.keys.device)
+        slots = on_device(np.stack([source, target]).astype(np.int64), self.keys.device)
         self._move_rows(self.keys, self.values, slots[0], slots[1])
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:

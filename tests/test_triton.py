@@ -17,8 +17,9 @@ from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, ra
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import visible
-from tokenswift_py.kernels.triton import attention
-from tokenswift_py.kernels.triton.attention import TritonAttention, splits
+from tokenswift_py.kernels.triton import tables
+from tokenswift_py.kernels.triton.attention import LOG2_E, TritonAttention
+from tokenswift_py.kernels.triton.tables import splits
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
@@ -109,8 +110,8 @@ def test_splits_are_a_function_of_absolute_pages() -> None:
 @pytest.fixture
 def fine_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two pages and of one, so that short texts have many."""
-    monkeypatch.setattr(attention, "SPLIT_LEVELS", ((1, 2),))
-    monkeypatch.setattr(attention, "LAST_LEVEL", 1)
+    monkeypatch.setattr(tables, "SPLIT_LEVELS", ((1, 2),))
+    monkeypatch.setattr(tables, "LAST_LEVEL", 1)
 
 
 def attend(scene: Scene, window: int | None = None, view: PageView | None = None) -> torch.Tensor:
@@ -161,8 +162,9 @@ def test_a_chunks_rows_have_the_bits_of_plain_decoding(monkeypatch: pytest.Monke
     together = attend(scene)
     for index in (0, 6, 7, 8, 12, 19):
         assert torch.equal(attend(as_if_committed(scene, segment, index))[0], together[index])
-    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
-    table = TRITON.prepare(scene.segments, DEVICE).table(2, 3, attention.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    monkeypatch.setattr(tables, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
+    heads = tables.Heads(2, 3, tables.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    table = TRITON.prepare(scene.segments, DEVICE).table(heads)
     assert len(table.launches) == 5
     assert torch.equal(attend(scene), together)
 
@@ -205,7 +207,7 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
         for head in range(6):
             _, slots = visible(scene.segments[0], 0, head // 3, row, None)
             k = scene.pool.keys[0, head // 3].flatten(0, 1)[torch.from_numpy(slots)]
-            expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * attention.LOG2_E
+            expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * LOG2_E
             torch.testing.assert_close(lse[row, head], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -11,14 +11,13 @@ key is read once and the tensor cores see the same shape however many rows there
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, IntArray
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, Room
 from tokenswift_py.kernels.triton.runtime import (
     AMD,
     DTYPES,
@@ -31,32 +30,10 @@ from tokenswift_py.kernels.triton.runtime import (
     padded,
     precision,
 )
+from tokenswift_py.kernels.triton.tables import EVERYTHING, FIELDS, MOST_STATES, FixedPlan, Heads, Plan, splits
 
 LOG2_E = 1.4426950408889634
-EVERYTHING = 1 << 30  # a window no position is outside of
-WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several
 MERGED_AT_ONCE = 16  # splits in a step of the merge
-SPLIT_LEVELS = ((16, 4), (16, 8), (16, 16))  # so many splits of so many pages, from position 0 on
-LAST_LEVEL = 32  # pages of all further splits
-
-# Fields of a work item, int32 each: a tile of packed rows (row * group + query head of the KV head) and the pages of
-# one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones. See `prefix_items` and
-# `tail_items` for the others.
-FIELDS = 10
-
-
-def splits(pages: int) -> IntArray:
-    """[n + 1] first page of each split that begins before `pages`, and of the one behind.
-
-    Short at the beginning, so that a short context has splits enough to fill a GPU, longer later, so that the partial
-    states cost little beside the keys. A function of absolute pages only.
-    """
-    starts = [0]
-    for count, size in SPLIT_LEVELS:
-        starts.extend(range(starts[-1] + size, starts[-1] + count * size + 1, size))
-    starts.extend(range(starts[-1] + LAST_LEVEL, max(pages, starts[-1]) + LAST_LEVEL, LAST_LEVEL))
-    ends = np.array(starts, np.int32)
-    return ends[: int(np.searchsorted(ends, max(pages, 1))) + 1]
 
 
 @dataclass(frozen=True)
@@ -123,6 +100,8 @@ def attend_kernel(
     source = tl.load(item)
     first = tl.load(item + 1)
     count = tl.load(item + 2)
+    if count == 0:  # room for longer texts
+        return
     split = tl.load(item + 3)
     resume = tl.load(item + 4)
     a = tl.load(item + 5)
@@ -221,9 +200,14 @@ def merge_kernel(
     row = packed // group
     start = tl.load(ranges + 2 * row)
     stop = tl.load(ranges + 2 * row + 1)
+    column = tl.arange(0, D)
+    at_row = (row * heads + head).to(tl.int64) * group + packed % group
+    if start == stop:  # a row that only pads the pass
+        tl.store(out + at_row * HEAD_DIM + column, tl.zeros([D], out.dtype.element_ty), mask=column < HEAD_DIM)
+        tl.store(lse + at_row, 0.0)
+        return
     aligned = start // AT_ONCE * AT_ONCE
     step = tl.arange(0, AT_ONCE)
-    column = tl.arange(0, D)
 
     tops = tl.full([AT_ONCE], float("-inf"), tl.float32)
     for split in range(aligned, stop, AT_ONCE):
@@ -242,7 +226,6 @@ def merge_kernel(
         part = tl.load(state + at[:, None] * D + column[None, :], mask=there[:, None], other=0.0)
         acc += tl.sum(weight[:, None] * part, 0)
 
-    at_row = (row * heads + head).to(tl.int64) * group + packed % group
     tl.store(out + at_row * HEAD_DIM + column, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_DIM)
     tl.store(lse + at_row, top + tl.log2(total))
 
@@ -273,163 +256,6 @@ def mass_kernel(
     tl.store(at_mass, acc.to(mass.dtype.element_ty), mask=page < mass_pages)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Rows [first, stop) of a pass and their items: [prefix, tail) read committed pages, [tail, end) gather."""
-
-    first: int
-    stop: int
-    prefix: int
-    tail: int
-    end: int
-    splits: int
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Launches of a pass for one window, and their tables in one buffer on the device."""
-
-    launches: tuple[Launch, ...]
-    buffer: torch.Tensor
-    offsets: dict[str, int]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.buffer[self.offsets[name] :]
-
-
-@dataclass
-class Plan:
-    """What all layers share. Tables depend on the group and the window, which the first layer that has them tells."""
-
-    segments: Sequence[AttentionSegment]
-    device: torch.device
-    tables: dict[tuple[int, ...], Tables] = field(default_factory=dict)
-
-    def table(self, kv_heads: int, group: int, window: int, tile: int, row_bytes: int) -> Tables:
-        key = (kv_heads, group, window, tile, row_bytes)
-        if key not in self.tables:
-            builder = TableBuilder(kv_heads, group, window, tile, row_bytes)
-            for segment in self.segments:
-                builder.add(segment)
-            self.tables[key] = builder.build(self.device)
-        return self.tables[key]
-
-
-class Lists:
-    """Integer lists laid one behind the other."""
-
-    def __init__(self) -> None:
-        self.parts: list[IntArray] = []
-        self.length = 0
-
-    def add(self, values: np.ndarray) -> int:
-        """Where the list begins."""
-        start = self.length
-        self.parts.append(np.ascontiguousarray(values, np.int32).ravel())
-        self.length += values.size
-        return start
-
-
-class TableBuilder:
-    """Turns segments into work items.
-
-    tile: packed rows of an item. row_bytes: of a row's state, all heads of one split.
-    """
-
-    def __init__(self, kv_heads: int, group: int, window: int, tile: int, row_bytes: int):
-        if group > tile:
-            raise ValueError(f"{group} query heads a KV head do not fit a tile of {tile}")
-        self.kv_heads, self.group, self.window, self.tile, self.row_bytes = kv_heads, group, window, tile, row_bytes
-        self.lists = {name: Lists() for name in ("positions", "numbers", "bounds", "pages", "tails", "ranges")}
-        self.items: list[tuple[int, ...]] = []
-        self.launches: list[Launch] = []
-
-    def add(self, segment: AttentionSegment) -> None:
-        """Rows in as many launches as the workspace asks for."""
-        edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1)
-        n, at_once = len(segment.positions), max(1, WORKSPACE_BYTES // (self.row_bytes * (len(edges) - 1)))
-        pages = self.lists["pages"].add(segment.pages)
-        chosen = np.arange(len(segment.pages), dtype=np.int32) if segment.view is None else segment.view
-        numbers = self.lists["numbers"].add(chosen)
-        if segment.causal or is_chain(segment.tail):
-            tails = np.full(n, self.lists["tails"].add(segment.tail[-1]), np.int32)
-            together = max(1, self.tile // self.group)
-        else:
-            tails = self.lists["tails"].add(segment.tail) + np.arange(n) * segment.tail.shape[1]
-            together = 1
-        self.lists["positions"].add(segment.positions)
-        for begin in range(0, n, at_once):
-            rows = range(begin, min(begin + at_once, n))
-            self.add_launch(segment, rows, edges, chosen, numbers, pages, tails, together)
-
-    def add_launch(
-        self,
-        segment: AttentionSegment,
-        rows: range,
-        edges: IntArray,
-        chosen: IntArray,
-        numbers: int,
-        pages: int,
-        tails: IntArray,
-        together: int,
-    ) -> None:
-        """edges: [splits + 1]. chosen: page numbers, [full] or [layers, kv_heads, v]. numbers, pages: where these lists
-        begin. tails: [n] where each row's does. together: rows that share a tile when they gather."""
-        full, positions = len(segment.pages), segment.positions[rows.start : rows.stop]
-        first_page = max(0, (int(positions.min()) - self.window + 1) // PAGE_SIZE)
-        place = segment.rows.start * self.group
-        prefix = len(self.items)
-        after = first_split = int(np.searchsorted(edges, first_page, "right")) - 1
-        if first_page < full:
-            after = int(np.searchsorted(edges, full - 1, "right"))
-            limits = np.clip(edges, first_page, full)
-            lists = chosen.reshape(-1, chosen.shape[-1])
-            found = np.stack([np.searchsorted(part, limits) for part in lists])
-            bounds = self.lists["bounds"].add(found)
-            strides = (0, 0) if chosen.ndim == 1 else (chosen.shape[-1], len(edges))
-            packed = range(rows.start * self.group, rows.stop * self.group)
-            for split in range(first_split, after):
-                for start in packed[:: self.tile]:
-                    count = min(self.tile, packed.stop - start)
-                    self.items.append(
-                        (0, place + start, count, split, 0, numbers, strides[0], bounds + split, strides[1], pages)
-                    )
-        tail = len(self.items)
-        for start in range(rows.start, rows.stop, together):
-            stop = min(start + together, rows.stop)
-            last = int(segment.positions[start:stop].max())
-            page = max(full, first_page)
-            for split in range(int(np.searchsorted(edges, page, "right")) - 1, len(edges) - 1):
-                begin, end = max(page, int(edges[split])), min(int(edges[split + 1]), last // PAGE_SIZE + 1)
-                if begin < end:
-                    resume = int(first_page < full and split < after)
-                    tile = (1, place + start * self.group, (stop - start) * self.group, split, resume)
-                    self.items.append((*tile, int(tails[stop - 1]) - segment.boundary, last + 1, begin, end, 0))
-        behind = np.searchsorted(edges, positions // PAGE_SIZE, "right")
-        self.lists["ranges"].add(np.stack([np.full(len(positions), first_split), behind], 1))
-        start = segment.rows.start
-        self.launches.append(
-            Launch(start + rows.start, start + rows.stop, prefix, tail, len(self.items), len(edges) - 1)
-        )
-
-    def build(self, device: torch.device) -> Tables:
-        self.lists["items"] = Lists()
-        self.lists["items"].add(np.array(self.items, np.int32))
-        offsets, parts, length = {}, [], 0
-        for name, lists in self.lists.items():
-            offsets[name] = length
-            room = -(-(lists.length + 1) // 16) * 16  # each begins at 64 bytes, whatever the others hold
-            parts.extend([*lists.parts, np.zeros(room - lists.length, np.int32)])
-            length += room
-        buffer = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-        return Tables(tuple(self.launches), buffer, offsets)
-
-
-def is_chain(tail: IntArray) -> bool:
-    """Whether every row's slots begin the last row's."""
-    return bool(((tail == tail[-1]) | (tail < 0)).all())
-
-
 class TritonAttention:
     name = "triton"
 
@@ -437,9 +263,13 @@ class TritonAttention:
         check_device(device)
         return Plan(segments, device)
 
+    def prepare_fixed(self, room: Room, device: torch.device) -> FixedPlan | None:
+        check_device(device)
+        return FixedPlan(room, device) if room.rows * (len(splits(room.pages)) - 1) <= MOST_STATES else None
+
     def attend(
         self,
-        plan: Plan,
+        plan: Plan | FixedPlan,
         layer: int,
         q: torch.Tensor,
         keys: torch.Tensor,
@@ -451,7 +281,7 @@ class TritonAttention:
 
     def attend_with_lse(
         self,
-        plan: Plan,
+        plan: Plan | FixedPlan,
         layer: int,
         q: torch.Tensor,
         keys: torch.Tensor,
@@ -466,7 +296,7 @@ class TritonAttention:
         group, depth = q.shape[1] // kv_heads, padded(head_dim)
         chosen = config(q.dtype, head_dim)
         width = EVERYTHING if window is None else window
-        tables = plan.table(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth)
+        tables = plan.table(Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth))
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         scale = head_dim**-0.5 * LOG2_E

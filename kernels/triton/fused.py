@@ -96,7 +96,7 @@ def rope_kernel(
     v: tl.tensor,
     cos: tl.tensor,  # [R, HEAD_DIM / 2]
     sin: tl.tensor,
-    slots: tl.tensor,  # [R]
+    slots: tl.tensor,  # [R], -1 is nowhere
     rotated: tl.tensor,  # [R, heads, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
@@ -120,7 +120,10 @@ def rope_kernel(
         target = rotated + (row * heads + head).to(tl.int64) * HEAD_DIM
     else:
         kv_head = head - heads
-        at = (kv_head.to(tl.int64) * pool_pages * PAGE + tl.load(slots + row)) * HEAD_DIM
+        slot = tl.load(slots + row)
+        if slot < 0:
+            return
+        at = (kv_head.to(tl.int64) * pool_pages * PAGE + slot) * HEAD_DIM
         source = k + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM
         target = keys + at
         from_value = v + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM + lane
@@ -144,7 +147,8 @@ def rope_write(
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim].
+    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim],
+    those of slot -1 nowhere.
 
     q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32.
     """

@@ -15,6 +15,8 @@ from tokenswift_py.kernels.triton.matmul import linear
 class TritonOps:
     """deterministic: matrix products keep law 1 too, and are not cuBLAS's."""
 
+    pads = True
+
     def __init__(self, deterministic: bool):
         self.deterministic = deterministic
         self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
