@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise
-from tokenswift_py.core import SamplingParams
+from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.history import History
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kernels.triton.sampling import BLOCK, choose
@@ -174,6 +174,37 @@ def test_the_sampler_on_the_gpu_is_the_reference(changes: dict[str, Any]) -> Non
             reference, on_device = (sampler.choose(logits, made) for sampler in samplers)
             assert reference == on_device
             assert (reference in (7, 8)) <= (first_end == 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"temperature": 0.0}, {"penalty": 1.4, "penalty_window": 3, "top_k": 30}, {"top_p": 0.8},
+        {"min_p": 0.05, "ban": (4, 5), "logit_bias": {9: 3.5}},
+    ],
+)  # fmt: skip
+def test_the_nodes_of_a_tree_are_chosen_for_as_each_would_be(changes: dict[str, Any]) -> None:
+    """Each behind its own path, which penalties see; where the text may not end yet depends on its depth."""
+    params = SamplingParams(**{"temperature": 0.8, "seed": 3, **changes})
+    tree = DraftTree([2, 9, 7, 9, 3], [-1, 0, 0, 2, 3])
+    logits = 2 * torch.randn(len(tree), 300)
+    logits[:, [7, 8]] = 8
+    made = history(0)
+    made.extend([1, 2, 9, 2])
+    reference, on_device = (kind(params, 300, eos=[7, 8], first_end=6) for kind in (Sampler, TritonSampler))
+    choose = on_device.chooser(tree, logits, made)
+    for node in range(len(tree)):
+        made.extend(tree.tokens[tree.path(node)[1:]])
+        assert choose(node) == reference.choose(logits[node], made)
+        made.truncate(4)
+
+
+def test_only_nodes_that_are_asked_for_can_be_refused() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
+    choose = TritonSampler(SamplingParams(), 2).chooser(DraftTree.chain([1, 0]), logits, history(4))
+    assert choose(0) == 1
+    with pytest.raises(NumericsError, match="logits for position 5 are not finite"):
+        choose(1)
 
 
 def test_the_sampler_on_the_gpu_refuses_what_the_reference_refuses() -> None:
