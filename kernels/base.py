@@ -98,7 +98,8 @@ class AttentionBackend(Protocol):
     """One file a backend. `prepare` runs once a pass, `attend` once a layer.
 
     One whose launches can be those of any text of a shape has `prepare_fixed(room, device) -> FixedPlan` too; None is
-    for a room that is too large.
+    for a room that is too large. One with a true `reads_int8` also takes int8 keys and values, with
+    `scales=(of keys, of values)`, each [kv_heads, pages, PAGE_SIZE] fp32.
     """
 
     name: str

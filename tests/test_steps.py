@@ -37,7 +37,10 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="records launches in the interpreter; test_triton_gpu.py replays"
 )
 
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+SMALL = {
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32,
+    "intermediate_size": 32, "vocab_size": 61,
+}  # fmt: skip
 TREES = {
     "three nodes": DraftTree([9, 8, 7], [-1, 0, 0]),
     "four nodes": DraftTree([1, 5, 6, 7], [-1, 0, 1, 1]),
@@ -106,18 +109,16 @@ def test_a_step_recorded_once_serves_every_text_of_its_shape(deterministic: bool
     cache = drawn_cache(decoder, 62)
     fresh = decoder.new_pool(80)
     decoder.steps_over(cache.pool).recorder = Recorder(noted)
-    for length in (62, 62, 65, 130, 700):
-        for tree in TREES.values():
-            if length != cache.length:
-                cache.release()
-                cache = drawn_cache(decoder, length, cache.pool)
-            again = drawn_cache(decoder, length, fresh)
-            got = decoder.forward([Segment(tree, cache)], want_mass=True)
-            step, rows = step_of(decoder, Segment(tree, again), mass=True)
-            assert step.replayed.recorder.record is None
-            assert_same(got, step.run(rows))
-            cache.drop_tail()
-            again.release()
+    passes = ((62, "three nodes"), (62, "four nodes"), (65, "a chain"), (130, "three nodes"), (700, "four nodes"))
+    for length, name in passes if deterministic else passes[1:4]:
+        cache.release()
+        cache = drawn_cache(decoder, length, cache.pool)
+        again = drawn_cache(decoder, length, fresh)
+        got = decoder.forward([Segment(TREES[name], cache)], want_mass=True)
+        step, rows = step_of(decoder, Segment(TREES[name], again), mass=True)
+        assert step.replayed.recorder.record is None
+        assert_same(got, step.run(rows))
+        again.release()
     assert len(tapes) == 1
     names = [launch.name for launch in tapes[0].launches]
     assert names.count("attend_kernel") == 4 and names.count("rope_kernel") == 2
@@ -134,8 +135,9 @@ def test_what_a_step_launches_does_not_depend_on_the_text() -> None:
         step, rows = step_of(decoder, Segment(tree, cache))
         steps.append(step)
         if length < 4094:
+            step.run(rows)  # which fills the memory that is read
             with Tape() as tape:
-                step.run(rows)
+                step.replayed.function()
             launched.append([(launch.name, launch.grid, launch.numbers) for launch in tape.launches])
         cache.release()
     assert steps[0] is steps[1] and launched[0] == launched[1]
@@ -208,10 +210,9 @@ def test_what_stays_as_it_is() -> None:
     assert other.length == 0
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_text_written_by_recorded_steps(temperature: float) -> None:
+def test_a_text_written_by_recorded_steps() -> None:
     """The loop with drafts of changing shapes: recorded at their second run, launched again from the third on."""
-    params = SamplingParams(temperature=temperature, seed=1)
+    params = SamplingParams(temperature=0.9, seed=1)
     prompt = [3, 14, 15, 9, 26]
     plain = write(new_decoder("llama"), prompt, 14, params)[0]
     decoder = new_decoder("llama")

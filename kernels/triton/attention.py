@@ -65,6 +65,8 @@ def attend_kernel(
     q: tl.tensor,  # [R, kv_heads * group, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
+    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32, of int8 keys; or anything
+    value_scales: tl.tensor,
     items: tl.tensor,  # [items, FIELDS]
     positions: tl.tensor,  # [R]
     numbers: tl.tensor,  # absolute numbers of the pages to attend to, lists of all segments, layers and heads
@@ -92,6 +94,7 @@ def attend_kernel(
     PAGE: tl.constexpr,
     FIELDS: tl.constexpr,
     MASS: tl.constexpr,
+    INT8: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of rows, one KV head, one split: updates (max, sum, sum of p v) of the split, base 2."""
@@ -130,7 +133,7 @@ def attend_kernel(
     q_tile = tl.load(q + at_q[:, None] * HEAD_DIM + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
     if PRECISION == "interpret":  # whose own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
-    base = (head * pool_pages).to(tl.int64) * (PAGE * HEAD_DIM)
+    plane = (head * pool_pages).to(tl.int64) * PAGE
     local = (head * split_count + split).to(tl.int64) * rows + (packed - first_row)
     resumed = valid & (resume == 1)
     top = tl.load(state_max + local, mask=resumed, other=float("-inf"))
@@ -145,13 +148,17 @@ def attend_kernel(
         slot = tl.where(tail, by_position, page * PAGE + lane)
         # What no row of the tile sees may be NaN, and 0 * NaN is not 0.
         seen = (slot >= 0) & (at > lowest - window)
-        where = base + slot.to(tl.int64) * HEAD_DIM
-        k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0.0)
+        where = (plane + slot) * HEAD_DIM
+        k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0)
+        if INT8:
+            k = k.to(q_tile.dtype)
         if PRECISION == "interpret":
             scores = tl.dot(q_tile, k.to(tl.float32))
         else:
             scores = tl.dot(q_tile, k, input_precision=PRECISION)
         scores *= scale
+        if INT8:
+            scores *= tl.load(key_scales + plane + slot, mask=seen, other=0.0)[None, :]
         visible = seen[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
         above = tl.maximum(top, tl.max(scores, 1))
@@ -160,7 +167,10 @@ def attend_kernel(
         alpha = tl.exp2(top - finite)
         p_sum = tl.sum(p, 1)
         total = total * alpha + p_sum
-        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
+        if INT8:  # a weight meets the value's scale before it is rounded
+            v = v.to(q_tile.dtype)
+            p *= tl.load(value_scales + plane + slot, mask=seen, other=0.0)[None, :]
         acc *= alpha[:, None]
         if PRECISION == "interpret":
             acc += tl.dot(p, v.to(tl.float32))
@@ -258,6 +268,7 @@ def mass_kernel(
 
 class TritonAttention:
     name = "triton"
+    reads_int8 = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Plan:
         check_device(device)
@@ -276,8 +287,9 @@ class TritonAttention:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        return self.attend_with_lse(plan, layer, q, keys, values, window, mass)[0]
+        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales)[0]
 
     def attend_with_lse(
         self,
@@ -288,6 +300,7 @@ class TritonAttention:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
         if q.dtype not in DTYPES:
@@ -310,11 +323,13 @@ class TritonAttention:
             for first, last in ((launch.prefix, launch.tail), (launch.tail, launch.end)):
                 if first < last:
                     attend_kernel[(last - first, kv_heads)](
-                        q, keys, values, tables["items"], tables["positions"], tables["numbers"], tables["bounds"],
-                        tables["pages"], tables["tails"], state, state_max, state_sum, page_lse, scale, first,
+                        q, keys, values, *(scales or (lse, lse)), tables["items"], tables["positions"],
+                        tables["numbers"], tables["bounds"], tables["pages"], tables["tails"], state, state_max,
+                        state_sum, page_lse, scale, first,
                         launch.first * group, rows, launch.splits, layer, width, pool_pages, kv_heads, group,
                         mass_pages, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile, PAGE=PAGE_SIZE, FIELDS=FIELDS,
-                        MASS=mass is not None, PRECISION=PRECISION, **launch_options(chosen.warps, chosen.stages),
+                        MASS=mass is not None, INT8=scales is not None, PRECISION=PRECISION,
+                        **launch_options(chosen.warps, chosen.stages),
                     )  # fmt: skip
             merge_kernel[(rows, kv_heads)](
                 state, state_max, state_sum, tables["ranges"], out, lse, launch.first * group, rows, launch.splits,
@@ -335,13 +350,14 @@ def variants(amd: bool) -> Iterator[Variant]:
         for head_dim in HEAD_DIMS:
             chosen, depth = config(dtype, head_dim, amd), padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
-            for mass in (False, True):
+            for mass, int8 in ((False, False), (True, False), (False, True), (True, True)):
                 constants = {
-                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass,
+                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass, "INT8": int8,
                     "PRECISION": precision(amd),
                 }  # fmt: skip
-                kinds = {**dict.fromkeys(("q", "keys", "values"), data), "scale": "fp32"}
-                name = "attend+mass" if mass else "attend"
+                pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
+                kinds = {"q": data, **pool, "scale": "fp32"}
+                name = "attend" + ("+int8" if int8 else "") + ("+mass" if mass else "")
                 yield Variant(name, attend_kernel, dtype, head_dim, kinds, constants, chosen.warps, chosen.stages)
             yield Variant(
                 "merge", merge_kernel, dtype, head_dim, {"out": data}, {**shape, "AT_ONCE": MERGED_AT_ONCE}, 4, 2

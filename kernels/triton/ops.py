@@ -47,7 +47,7 @@ class TritonOps:
         sin: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        return fused.rope_write(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+        return fused.rope_write(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer], pool.scales_of(layer))
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         fused.move_rows(keys, values, source, target)

@@ -14,20 +14,23 @@ from weakref import WeakKeyDictionary, proxy
 import torch
 
 from tokenswift_py.core import Output, Segment
+from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.models.steps import Recorder, Steps, cuda_graphs
+from tokenswift_py.models.steps import Steps, recorder_for
 from tokenswift_py.rope import RopeTables
 
 
 class TorchDecoder:
     """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations.
 
-    draft: rows are for drafts only and can never be committed.
+    draft:    rows are for drafts only and can never be committed.
+    kv_dtype: of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
+              attention that reads it, and the ops that go with it.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class TorchDecoder:
         attention: AttentionBackend,
         ops: Ops | None = None,
         draft: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ):
         self.spec = spec
         self.weights = weights
@@ -50,10 +54,14 @@ class TorchDecoder:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
-        kind = str(self.dtype).removeprefix("torch.")
-        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kind}", attention.name, rope.label]
+        self.kv_dtype = kv_dtype or self.dtype
+        int8 = self.ops.pads and getattr(attention, "reads_int8", False)
+        allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
+        check(self.kv_dtype == self.dtype or (int8 and self.kv_dtype == torch.int8), "kv_dtype", kv_dtype, allowed)
+        kind, kv = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
+        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
-        self.recorder = Recorder(cuda_graphs() if self.device.type == "cuda" else None)
+        self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
     def new_cache(self) -> KVCache:
@@ -63,7 +71,7 @@ class TorchDecoder:
         """Room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
         return TorchPagePool(
-            spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device, self.ops.move_rows
+            spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype, self.device, self.ops.move_rows
         )
 
     @torch.inference_mode()
@@ -118,9 +126,10 @@ class TorchDecoder:
             q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
             if want_queries:
                 queries.append(q.float())
+            scales = pool.scales_of(layer)
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
-                None if mass is None else mass[layer],
+                None if mass is None else mass[layer], **({} if scales is None else {"scales": scales}),
             )  # fmt: skip
             x, normed = self._add_norm(x, self._linear(attended.flatten(1), f"{at}self_attn.o_proj"),
                                        f"{at}post_attention_layernorm")  # fmt: skip

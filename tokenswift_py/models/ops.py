@@ -13,7 +13,7 @@ from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 class Ops(Protocol):
     """R rows at a time. guarantee: what holds between plain and speculative decoding, given attention that keeps law 1.
     label: part of the numerics contract. pads: whether `rope_write` writes rows of slot -1, which pad a pass to a fixed
-    shape, nowhere."""
+    shape, nowhere; and rows of int8 pages with their scales."""
 
     guarantee: str
     label: str

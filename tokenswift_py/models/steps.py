@@ -10,6 +10,7 @@ by law 1 they change no bit of the others.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -65,6 +66,12 @@ class Recorder:
             logger.warning("CUDA graphs are off, for one could not be captured, which makes passes slower: %s", reason)
             self.record = None
             return None
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    """CUDA graphs on a GPU, unless TOKENSWIFT_GRAPHS is 0."""
+    wanted = device.type == "cuda" and os.environ.get("TOKENSWIFT_GRAPHS") != "0"
+    return Recorder(cuda_graphs() if wanted else None)
 
 
 class Replayed(Generic[T]):
