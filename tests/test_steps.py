@@ -19,6 +19,7 @@ from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE, INTERPRETED
 from recording import Tape, record
 from scripted import Scripted, write
+from test_triton import Reads, reads
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.engine import Engine
@@ -33,6 +34,8 @@ from tokenswift_py.models.steps import Recorder, Replayed, Step
 from tokenswift_py.stopping import Stops
 from tokenswift_py.triton_sampling import TritonSampler
 
+__all__ = ["reads"]  # the fixture
+
 pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="records launches in the interpreter; test_triton_gpu.py replays"
 )
@@ -46,6 +49,7 @@ TREES = {
     "four nodes": DraftTree([1, 5, 6, 7], [-1, 0, 1, 1]),
     "a chain": DraftTree.chain([2, 3, 4]),
 }
+CHAIN, BUSH = DraftTree.chain(range(8)), DraftTree(range(8), [-1, 0, 0, 1, 1, 2, 2, 3])
 
 
 def new_decoder(family: str = "qwen3", deterministic: bool = True, **changes: Any) -> TorchDecoder:
@@ -157,6 +161,23 @@ def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) ->
         for name in ("keys", "values"):
             a, b = (getattr(cache.pool, name) for cache in caches)
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])
+def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int, tree: DraftTree) -> None:
+    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself behind the
+    last full page: within 2 % of the minimum. Rows and pages that pad cost nothing."""
+    decoder = new_decoder("llama")
+    cache = drawn_cache(decoder, length)
+    step, rows = step_of(decoder, Segment(tree, cache))
+    matrices = [weight for weight in decoder.weights.values() if weight.ndim == 2]
+    reads.spans = Reads(*matrices, cache.pool.keys, cache.pool.values).spans
+    step.run(rows)
+    read_once = sum(weight.nbytes for weight in matrices)
+    if not decoder.spec.tied:
+        read_once -= decoder.weights["model.embed_tokens.weight"].nbytes
+    minimum = read_once + 2 * 2 * 16 * 4 * (length + len(tree))
+    assert minimum <= reads.bytes <= 1.02 * minimum
 
 
 def test_views_and_tails_of_draft_passes(monkeypatch: pytest.MonkeyPatch) -> None:

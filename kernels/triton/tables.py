@@ -295,7 +295,7 @@ def find_all(chosen: IntArray, limits: IntArray) -> IntArray:
 
     chosen: [..., pages]. limits: ascending.
     """
-    lists = chosen.reshape(-1, chosen.shape[-1])
+    lists = chosen.reshape(int(np.prod(chosen.shape[:-1])), chosen.shape[-1])
     apart = np.arange(len(lists), dtype=np.int64)[:, None] * (int(limits[-1]) + 1)  # each list's numbers to themselves
     found = np.searchsorted((np.minimum(lists, limits[-1]) + apart).ravel(), limits + apart)
     return (found - np.arange(len(lists))[:, None] * lists.shape[1]).astype(np.int32)
