@@ -45,13 +45,13 @@ class Config:
     stages: int
 
 
-def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD) -> Config:
-    """The largest tile whose registers do not spill on the targets of `compile.py`."""
+def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD, int8: bool = False) -> Config:
+    """The largest tile whose registers do not spill on the targets of `compile.py`. int8: of the keys and values."""
     if dtype == torch.float32:  # for checks rather than for speed
         return Config(16, 4 if head_dim <= 64 or (amd and head_dim > 128) else 8, 1)
     if head_dim > 128:
         return Config(16, 4, 1)
-    return Config(64, 4 if amd or head_dim <= 64 else 8, 2)
+    return Config(64, 4 if amd or head_dim <= 64 else 8, 1 if int8 else 2)
 
 
 # A value of 1, or one that 16 divides, must not make another binary: row counts and layers change from pass to pass.
@@ -103,8 +103,6 @@ def attend_kernel(
     source = tl.load(item)
     first = tl.load(item + 1)
     count = tl.load(item + 2)
-    if count == 0:  # room for longer texts
-        return
     split = tl.load(item + 3)
     resume = tl.load(item + 4)
     a = tl.load(item + 5)
@@ -134,6 +132,7 @@ def attend_kernel(
     if PRECISION == "interpret":  # whose own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
     plane = (head * pool_pages).to(tl.int64) * PAGE
+    base = plane * HEAD_DIM
     local = (head * split_count + split).to(tl.int64) * rows + (packed - first_row)
     resumed = valid & (resume == 1)
     top = tl.load(state_max + local, mask=resumed, other=float("-inf"))
@@ -148,7 +147,7 @@ def attend_kernel(
         slot = tl.where(tail, by_position, page * PAGE + lane)
         # What no row of the tile sees may be NaN, and 0 * NaN is not 0.
         seen = (slot >= 0) & (at > lowest - window)
-        where = (plane + slot) * HEAD_DIM
+        where = base + slot.to(tl.int64) * HEAD_DIM
         k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0)
         if INT8:
             k = k.to(q_tile.dtype)
@@ -307,7 +306,7 @@ class TritonAttention:
             raise TypeError(f"Triton attention computes in {', '.join(map(str, DTYPES))}, not in {q.dtype}")
         kv_heads, pool_pages, _, head_dim = keys.shape
         group, depth = q.shape[1] // kv_heads, padded(head_dim)
-        chosen = config(q.dtype, head_dim)
+        chosen = config(q.dtype, head_dim, int8=scales is not None)
         width = EVERYTHING if window is None else window
         tables = plan.table(Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth))
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -348,9 +347,10 @@ def variants(amd: bool) -> Iterator[Variant]:
     """What `compile.py` compiles: every type and head size, as `attend_with_lse` launches it."""
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            chosen, depth = config(dtype, head_dim, amd), padded(head_dim)
+            depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
             for mass, int8 in ((False, False), (True, False), (False, True), (True, True)):
+                chosen = config(dtype, head_dim, amd, int8)
                 constants = {
                     **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass, "INT8": int8,
                     "PRECISION": precision(amd),

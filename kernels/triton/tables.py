@@ -24,6 +24,7 @@ MOST_STATES = 1 << 13  # rows x splits of a fixed shape, whose partial states st
 # one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones. The others are where
 # `TableBuilder.add_launch` makes them.
 FIELDS = 10
+COMMITTED, GATHERED = 0, 1
 
 LISTS = ("positions", "numbers", "bounds", "pages", "tails", "ranges", "items")
 
@@ -162,6 +163,7 @@ class FixedTables:
         builder.add(segment)
         (launch,) = builder.launches
         self.host[:] = 0
+        self.host[self.tables.offsets["items"] :: FIELDS] = GATHERED  # of no rows and no pages
         for name, lists in builder.lists.items():
             self.write(name, 0, lists.joined())
         items = np.array(builder.items, np.int32)
@@ -260,7 +262,18 @@ class TableBuilder:
                 for start in packed[:: self.tile]:
                     count = min(self.tile, packed.stop - start)
                     self.items.append(
-                        (0, place + start, count, split, 0, numbers, strides[0], bounds + split, strides[1], pages)
+                        (
+                            COMMITTED,
+                            place + start,
+                            count,
+                            split,
+                            0,
+                            numbers,
+                            strides[0],
+                            bounds + split,
+                            strides[1],
+                            pages,
+                        )
                     )
         tail = len(self.items)
         for start in range(rows.start, rows.stop, together):
@@ -271,7 +284,7 @@ class TableBuilder:
                 begin, end = max(page, int(edges[split])), min(int(edges[split + 1]), last // PAGE_SIZE + 1)
                 if begin < end:
                     resume = int(first_page < full and split < after)
-                    tile = (1, place + start * self.group, (stop - start) * self.group, split, resume)
+                    tile = (GATHERED, place + start * self.group, (stop - start) * self.group, split, resume)
                     self.items.append((*tile, int(tails[stop - 1]) - segment.boundary, last + 1, begin, end, 0))
         behind = np.searchsorted(edges, positions // PAGE_SIZE, "right")
         self.lists["ranges"].add(np.stack([np.full(len(positions), first_split), behind], 1))
