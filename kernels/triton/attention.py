@@ -51,7 +51,9 @@ def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD, int8: bool = Fals
         return Config(16, 4 if head_dim <= 64 or (amd and head_dim > 128) else 8, 1)
     if head_dim > 128:
         return Config(16, 4, 1)
-    return Config(64, 4 if amd or head_dim <= 64 else 8, 1 if int8 else 2)
+    if int8:  # widening takes registers of its own
+        return Config(32, 4, 1)
+    return Config(64, 4 if amd or head_dim <= 64 else 8, 2)
 
 
 # A value of 1, or one that 16 divides, must not make another binary: row counts and layers change from pass to pass.
@@ -209,14 +211,9 @@ def merge_kernel(
     row = packed // group
     start = tl.load(ranges + 2 * row)
     stop = tl.load(ranges + 2 * row + 1)
-    column = tl.arange(0, D)
-    at_row = (row * heads + head).to(tl.int64) * group + packed % group
-    if start == stop:  # a row that only pads the pass
-        tl.store(out + at_row * HEAD_DIM + column, tl.zeros([D], out.dtype.element_ty), mask=column < HEAD_DIM)
-        tl.store(lse + at_row, 0.0)
-        return
     aligned = start // AT_ONCE * AT_ONCE
     step = tl.arange(0, AT_ONCE)
+    column = tl.arange(0, D)
 
     tops = tl.full([AT_ONCE], float("-inf"), tl.float32)
     for split in range(aligned, stop, AT_ONCE):
@@ -235,6 +232,10 @@ def merge_kernel(
         part = tl.load(state + at[:, None] * D + column[None, :], mask=there[:, None], other=0.0)
         acc += tl.sum(weight[:, None] * part, 0)
 
+    if start == stop:  # a row that only pads the pass gets zeros
+        top = 0.0
+        total = 1.0
+    at_row = (row * heads + head).to(tl.int64) * group + packed % group
     tl.store(out + at_row * HEAD_DIM + column, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_DIM)
     tl.store(lse + at_row, top + tl.log2(total))
 
