@@ -87,7 +87,8 @@ def attention_work(shape: Shape, context: int, rows: int) -> Work:
     """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
     states of every split written once and read once (the split at the boundary twice)."""
     # Here, because they need triton.
-    from tokenswift_py.kernels.triton.attention import config, padded, splits
+    from tokenswift_py.kernels.triton.attention import config, padded
+    from tokenswift_py.kernels.triton.tables import splits
 
     group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim).tile
     tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE

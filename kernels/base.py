@@ -20,6 +20,21 @@ PAGE_SIZE = 64
 IntArray = npt.NDArray[np.int32]
 
 
+def upload(target: torch.Tensor, values: np.ndarray) -> None:
+    """Copy an array of the tensor's shape and type to it; the host does not wait for the device."""
+    source = torch.from_numpy(values)
+    if target.is_cuda:
+        source = source.pin_memory()  # which torch keeps until the copy is over
+    target.copy_(source, non_blocking=True)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of an array on a device; the host does not wait for it."""
+    target = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device)
+    upload(target, values)
+    return target
+
+
 @dataclass(frozen=True)
 class AttentionSegment:
     """What n rows of one sequence attend to, the same for every layer.
@@ -52,8 +67,40 @@ class AttentionSegment:
         return slots[: int(self.positions[row]) - self.boundary + 1]
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a pass of fixed shape has room for: rows of one sequence, which are no prefill.
+
+    pages:  up to that of the last row. viewed: of a view, for each layer and KV head; None is no view.
+    layers: of the model.
+    """
+
+    rows: int
+    pages: int
+    viewed: int | None
+    layers: int
+
+    @property
+    def tail(self) -> int:
+        """Slots by position that a row can gather: a page's committed lanes, as many earlier drafts, its ancestors."""
+        return 2 * PAGE_SIZE + self.rows
+
+
+class FixedPlan(Protocol):
+    """What `attend` takes for passes of one shape: its memory stays in place, its launches are always the same. Rows
+    that the segment does not have attend to nothing and get zeros."""
+
+    def fill(self, segment: AttentionSegment) -> None:
+        """Before each pass. The segment fits the room, the length of its tail included."""
+
+
 class AttentionBackend(Protocol):
-    """One file a backend. `prepare` runs once a pass, `attend` once a layer."""
+    """One file a backend. `prepare` runs once a pass, `attend` once a layer.
+
+    One whose launches can be those of any text of a shape has `prepare_fixed(room, device) -> FixedPlan` too; None is
+    for a room that is too large. One with a true `reads_int8` also takes int8 keys and values, with
+    `scales=(of keys, of values)`, each [kv_heads, pages, PAGE_SIZE] fp32.
+    """
 
     name: str
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
 SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context
@@ -109,8 +110,24 @@ def grouped(queries: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return sums
 
 
+def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 values and each head's fp32 scale, as the native engine has them: the largest magnitude becomes 127, others
+    the nearest whole number, ties to even. Values too small for that are zero; where one is infinite or NaN, the scale
+    is too, and with it everything that is computed from them.
+
+    x: [..., head_dim]. Returns [..., head_dim] and [...].
+    """
+    limits = torch.finfo(torch.float32)
+    scale = x.float().abs().amax(-1) / 127
+    usable = (scale >= limits.tiny) & (scale <= limits.max)
+    whole = (x.float() / torch.where(usable, scale, 1)[..., None]).round()
+    values = torch.where(usable[..., None], whole, 0).to(torch.int8)
+    return values, torch.where(scale < limits.tiny, 0, scale)
+
+
 class TorchPagePool(BoundedPages):
-    """keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim].
+    """keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]; of int8 also key_scales and value_scales, the same
+    without head_dim, fp32.
 
     The memory is reserved at once and, on a CPU, taken from the system page by page as rows are written.
     move_rows: what copies rows, for executors that have a kernel for it.
@@ -132,36 +149,65 @@ class TorchPagePool(BoundedPages):
         shape = (layers, kv_heads, pages, PAGE_SIZE, head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.page_bytes = 2 * layers * kv_heads * PAGE_SIZE * head_dim * dtype.itemsize
+        self.scaled = dtype == torch.int8
+        self.key_scales, self.value_scales = (
+            torch.empty(shape[:-1] if self.scaled else 0, dtype=torch.float32, device=device) for _ in range(2)
+        )
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        self.page_bytes = sum(tensor.nbytes for tensor in tensors) // pages
+
+    def scales_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """[kv_heads, pages, PAGE_SIZE] fp32 of a layer's keys and values; None unless they are int8."""
+        return (self.key_scales[layer], self.value_scales[layer]) if self.scaled else None
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v: [R, kv_heads, head_dim] into slots [R] of one layer."""
-        self.keys[layer].flatten(1, 2)[:, slots] = k.transpose(0, 1)
-        self.values[layer].flatten(1, 2)[:, slots] = v.transpose(0, 1)
+        parts = ((self.keys, self.key_scales, k), (self.values, self.value_scales, v))
+        for pool, scales, rows in parts:
+            rows = rows.transpose(0, 1)
+            if self.scaled:
+                rows, scales[layer].flatten(1, 2)[:, slots] = quantise(rows)
+            pool[layer].flatten(1, 2)[:, slots] = rows
 
     def move(self, source: IntArray, target: IntArray) -> None:
-        slots = torch.from_numpy(np.stack([source, target]).astype(np.int64)).to(self.keys.device)
+        slots = on_device(np.stack([source, target]).astype(np.int64), self.keys.device)
         self._move_rows(self.keys, self.values, slots[0], slots[1])
+        if self.scaled:
+            self._move_rows(self.key_scales[..., None], self.value_scales[..., None], slots[0], slots[1])
 
     def dump(self, page: int) -> Bytes:
-        keys, values = (pool[:, :, page].contiguous().cpu().view(torch.uint8) for pool in (self.keys, self.values))
-        return np.asarray(torch.cat([keys.reshape(-1), values.reshape(-1)]).numpy())
+        parts = (pool[:, :, page].contiguous().cpu().view(torch.uint8).reshape(-1) for pool in self._stored)
+        return np.asarray(torch.cat(list(parts)).numpy())
 
     def restore(self, page: int, data: Bytes) -> None:
-        for pool, half in zip((self.keys, self.values), np.split(data, 2), strict=True):
+        start = 0
+        for pool in self._stored:
             stored = pool[:, :, page]
-            stored.copy_(torch.from_numpy(half.copy()).view(stored.dtype).view(stored.shape))
+            part = torch.from_numpy(data[start : start + stored.nbytes].copy())
+            stored.copy_(part.view(stored.dtype).view(stored.shape))
+            start += stored.nbytes
+
+    @property
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        """All that a page is made of."""
+        scales = (self.key_scales, self.value_scales) if self.scaled else ()
+        return (self.keys, self.values, *scales)
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         query = grouped(queries, self.kv_heads).to(self.keys.device)[..., None]  # [layers, kv_heads, head_dim, 1]
-        chosen = index(pages, self.keys.device)
         best = []
-        for keys, q in zip(self.keys, query, strict=True):
-            products = keys[:, chosen].flatten(1, 2).float() @ q  # [kv_heads, n * PAGE_SIZE, 1]
+        for layer, q in enumerate(query):
+            products = self._wide_keys(layer, pages).flatten(1, 2) @ q  # [kv_heads, n * PAGE_SIZE, 1]
             best.append(products.view(self.kv_heads, len(pages), PAGE_SIZE).amax(2))
         return torch.stack(best)
 
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
         chosen = index(pages, self.keys.device)
-        for layer, keys in enumerate(self.keys):
-            low[layer][:, chosen], high[layer][:, chosen] = keys[:, chosen].float().aminmax(dim=2)
+        for layer in range(self.layers):
+            low[layer][:, chosen], high[layer][:, chosen] = self._wide_keys(layer, pages).aminmax(dim=2)
+
+    def _wide_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
+        """[kv_heads, n, PAGE_SIZE, head_dim] fp32."""
+        chosen = index(pages, self.keys.device)
+        keys = self.keys[layer][:, chosen].float()
+        return keys * self.key_scales[layer][:, chosen, :, None] if self.scaled else keys

@@ -72,10 +72,16 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
     return {name: state[name].detach() for name in spec.shapes()}
 
 
-def decoder_of(model: Any, context: int = 512, attention: str = "sdpa", ops: Ops | None = None) -> TorchDecoder:
+def decoder_of(
+    model: Any,
+    context: int = 512,
+    attention: str = "sdpa",
+    ops: Ops | None = None,
+    kv_dtype: torch.dtype | None = None,
+) -> TorchDecoder:
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
     spec = ModelSpec.from_config(model.config)
-    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops)
+    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops, kv_dtype=kv_dtype)
 
 
 @pytest.fixture(scope="session")

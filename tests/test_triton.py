@@ -16,12 +16,14 @@ from interpreter import DEVICE, INTERPRETED
 from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, random_view
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
-from tokenswift_py.kernels.naive import visible
-from tokenswift_py.kernels.triton import attention
-from tokenswift_py.kernels.triton.attention import TritonAttention, splits
+from tokenswift_py.kernels.naive import Naive, visible
+from tokenswift_py.kernels.triton import tables
+from tokenswift_py.kernels.triton.attention import LOG2_E, TritonAttention
+from tokenswift_py.kernels.triton.tables import splits
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.rows import lay_out
 
 TRITON = TritonAttention()
 
@@ -58,6 +60,37 @@ def test_every_type_head_size_and_group(group: int, head_dim: int, dtype: torch.
     cache = prefilled(new_pool(1, head_dim, dtype), 70)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
     agree(Scene.of([Segment(ladder(1), cache)], group), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_pages_read_as_what_they_stand_for(dtype: torch.dtype) -> None:
+    """Against the textbook on keys and values times their scales; lanes that nobody attends to have NaN for theirs."""
+    wide = new_pool(2, 16, dtype)
+    pool = TorchPagePool(LAYERS, 2, 16, 48, torch.int8, DEVICE)
+    pool._free = wide._free
+    for scales in (pool.key_scales, pool.value_scales):
+        scales.fill_(torch.nan)
+    cache = KVCache(pool, 512)
+    tree = ladder(1)
+    for part in (DraftTree.chain([0] * 130), tree):
+        rows = lay_out([Segment(part, cache)])
+        k, v = torch.randn(2, len(part), 2, 16, device=DEVICE)
+        pool.write(0, torch.from_numpy(rows.slots.astype(np.int64)), k, 3 * v)
+        if part is not tree:
+            cache.commit(range(130))
+    for full, quants, scales in (
+        (wide.keys, pool.keys, pool.key_scales),
+        (wide.values, pool.values, pool.value_scales),
+    ):
+        full.copy_(quants * scales[..., None])
+    scene = Scene(wide, rows.segments, torch.randn(len(tree), 6, 16, device=DEVICE).to(dtype))
+    true, true_mass = scene.attend(Naive(), 0, None)
+    mass = torch.full_like(true_mass, torch.nan)
+    plan = TRITON.prepare(rows.segments, DEVICE)
+    out = TRITON.attend(plan, 0, scene.q, pool.keys[0], pool.values[0], None, mass, pool.scales_of(0))
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(mass, true_mass, rtol=tolerance, atol=tolerance)
 
 
 def test_draft_steps_build_on_provisional_rows() -> None:
@@ -109,8 +142,8 @@ def test_splits_are_a_function_of_absolute_pages() -> None:
 @pytest.fixture
 def fine_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two pages and of one, so that short texts have many."""
-    monkeypatch.setattr(attention, "SPLIT_LEVELS", ((1, 2),))
-    monkeypatch.setattr(attention, "LAST_LEVEL", 1)
+    monkeypatch.setattr(tables, "SPLIT_LEVELS", ((1, 2),))
+    monkeypatch.setattr(tables, "LAST_LEVEL", 1)
 
 
 def attend(scene: Scene, window: int | None = None, view: PageView | None = None) -> torch.Tensor:
@@ -161,8 +194,9 @@ def test_a_chunks_rows_have_the_bits_of_plain_decoding(monkeypatch: pytest.Monke
     together = attend(scene)
     for index in (0, 6, 7, 8, 12, 19):
         assert torch.equal(attend(as_if_committed(scene, segment, index))[0], together[index])
-    monkeypatch.setattr(attention, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
-    table = TRITON.prepare(scene.segments, DEVICE).table(2, 3, attention.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    monkeypatch.setattr(tables, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
+    heads = tables.Heads(2, 3, tables.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    table = TRITON.prepare(scene.segments, DEVICE).table(heads)
     assert len(table.launches) == 5
     assert torch.equal(attend(scene), together)
 
@@ -205,7 +239,7 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
         for head in range(6):
             _, slots = visible(scene.segments[0], 0, head // 3, row, None)
             k = scene.pool.keys[0, head // 3].flatten(0, 1)[torch.from_numpy(slots)]
-            expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * attention.LOG2_E
+            expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * LOG2_E
             torch.testing.assert_close(lse[row, head], expected, rtol=1e-5, atol=1e-5)
 
 

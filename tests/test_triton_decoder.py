@@ -29,9 +29,14 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads"
 PROMPT = [3, 14, 15, 9, 26]
 
 
-def triton_decoder(dtype: torch.dtype = torch.float32, deterministic: bool = True, family: str = "llama") -> Any:
+def triton_decoder(
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = True,
+    family: str = "llama",
+    kv_dtype: torch.dtype | None = None,
+) -> Any:
     model = tiny_model(tiny_config(family, **SMALL), dtype).to(DEVICE)
-    return decoder_of(model, attention="triton", ops=TritonOps(deterministic)), model
+    return decoder_of(model, attention="triton", ops=TritonOps(deterministic), kv_dtype=kv_dtype), model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -59,14 +64,16 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
     assert (got - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.int8)]
+)
+def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
     """The tree crosses the page boundary at 64; what is decoded plainly is committed token by token. What lies before
     it is drawn, which costs nothing."""
-    decoder, _ = triton_decoder(dtype)
+    decoder, _ = triton_decoder(dtype, kv_dtype=kv_dtype)
     cache = decoder.new_cache()
-    for part in (cache.pool.keys, cache.pool.values):
-        part.copy_(torch.randn(part.shape))
+    for layer in range(2):
+        cache.pool.write(layer, torch.arange(62), *torch.randn(2, 62, 1, 16).to(DEVICE, dtype))
     cache.append(np.arange(62, dtype=np.int32), True)
     cache.commit(range(62))
     tree = DraftTree([9, 8, 7, 6, 5, 4], [-1, 0, 0, 2, 2, 4])
@@ -96,6 +103,17 @@ def test_drafting_changes_no_token(temperature: float) -> None:
         assert drafted == plain
         assert engine.cache.pool.in_use == 0
         assert drafter is not right or engine.stats.num_accepted_draft_tokens > 0
+
+
+def test_int8_keys_and_values_are_close_and_refused_where_nothing_reads_them() -> None:
+    (int8, model), (full, _) = triton_decoder(kv_dtype=torch.int8), triton_decoder()
+    ids = DraftTree.chain(np.array(PROMPT, np.int32))
+    got, true = (decoder.forward([Segment(ids, decoder.new_cache())]).logits for decoder in (int8, full))
+    assert 0 < (got - true).abs().max() < 0.05 * true.abs().max()
+    assert "/kv-int8/" in int8.numerics
+    for attention, ops in (("sdpa", None), ("triton", None)):
+        with pytest.raises(UserError, match=r"kv_dtype: torch\.int8 is not allowed"):
+            decoder_of(model, attention=attention, ops=ops, kv_dtype=torch.int8)
 
 
 def test_the_deterministic_executor_says_so() -> None:

@@ -14,10 +14,11 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise
-from tokenswift_py.core import SamplingParams
+from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.history import History
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kernels.triton.sampling import BLOCK, choose
+from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.ops import rotate
 from tokenswift_py.sampling import NumericsError, Sampler
 from tokenswift_py.triton_sampling import TritonSampler
@@ -76,6 +77,36 @@ def test_rotation_and_the_write_to_the_pages_are_torchs_to_the_bit(head_dim: int
     untouched[slots] = False
     assert torch.equal(keys.flatten(1, 2)[:, untouched].isnan(), before[1].flatten(1, 2)[:, untouched].isnan())
     assert torch.equal(pool.keys[0].isnan(), before[0].isnan())
+
+
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_int8_pages_get_what_torch_makes_of_the_rows(head_dim: int) -> None:
+    """To the bit; also of zeros, of what is too small for a scale, and of what is not finite. Slot -1 is nowhere."""
+    pool, expected = (TorchPagePool(1, 2, head_dim, 3, torch.int8, DEVICE) for _ in range(2))
+    for part in (pool, expected):
+        part.keys.fill_(99)
+        part.values.fill_(99)
+        part.key_scales.fill_(-1)
+        part.value_scales.fill_(-1)
+    q, k, v = torch.randn(7, 4, head_dim), torch.randn(7, 2, head_dim), 100 * torch.randn(7, 2, head_dim)
+    v[0, 0] = 0
+    v[1, 0] = 1e-38
+    k[2, 0, 3], v[2, 1, 5] = torch.inf, torch.nan
+    angles = torch.rand(7, head_dim // 2)
+    slots = torch.tensor([5, 64, 66, 190, 191, 0, -1])
+    fused.rope_write(q, k, v, angles.cos(), angles.sin(), slots, pool.keys[0], pool.values[0], pool.scales_of(0))
+    rotated = rotate(k, angles.cos()[:, None], angles.sin()[:, None])
+    expected.write(0, slots[:6], rotated[:6], v[:6])
+    for name in ("keys", "values", "key_scales", "value_scales"):
+        got, true = getattr(pool, name), getattr(expected, name)
+        assert torch.equal(got.nan_to_num(nan=7.0), true.nan_to_num(nan=7.0)), name
+        assert (name == "keys") or (got != -1).any()
+    back = pool.values[0].flatten(1, 2)[:, 5].float() * pool.value_scales[0].flatten(1, 2)[:, 5, None]
+    assert (back - v[0]).abs().max() <= v[0].abs().max() / 127 / 2 * 1.001
+    before = [part.clone().flatten(2, 3) for part in (pool.keys, pool.key_scales[..., None])]
+    pool.move(np.array([5, 64]), np.array([64, 5]))
+    for part, kept in zip((pool.keys, pool.key_scales[..., None]), before, strict=True):
+        assert torch.equal(part.flatten(2, 3)[:, :, [64, 5]], kept[:, :, [5, 64]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -174,6 +205,37 @@ def test_the_sampler_on_the_gpu_is_the_reference(changes: dict[str, Any]) -> Non
             reference, on_device = (sampler.choose(logits, made) for sampler in samplers)
             assert reference == on_device
             assert (reference in (7, 8)) <= (first_end == 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"temperature": 0.0}, {"penalty": 1.4, "penalty_window": 3, "top_k": 30}, {"top_p": 0.8},
+        {"min_p": 0.05, "ban": (4, 5), "logit_bias": {9: 3.5}},
+    ],
+)  # fmt: skip
+def test_the_nodes_of_a_tree_are_chosen_for_as_each_would_be(changes: dict[str, Any]) -> None:
+    """Each behind its own path, which penalties see; where the text may not end yet depends on its depth."""
+    params = SamplingParams(**{"temperature": 0.8, "seed": 3, **changes})
+    tree = DraftTree([2, 9, 7, 9, 3], [-1, 0, 0, 2, 3])
+    logits = 2 * torch.randn(len(tree), 300)
+    logits[:, [7, 8]] = 8
+    made = history(0)
+    made.extend([1, 2, 9, 2])
+    reference, on_device = (kind(params, 300, eos=[7, 8], first_end=6) for kind in (Sampler, TritonSampler))
+    choose = on_device.chooser(tree, logits, made)
+    for node in range(len(tree)):
+        made.extend(tree.tokens[tree.path(node)[1:]])
+        assert choose(node) == reference.choose(logits[node], made)
+        made.truncate(4)
+
+
+def test_only_nodes_that_are_asked_for_can_be_refused() -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
+    choose = TritonSampler(SamplingParams(), 2).chooser(DraftTree.chain([1, 0]), logits, history(4))
+    assert choose(0) == 1
+    with pytest.raises(NumericsError, match="logits for position 5 are not finite"):
+        choose(1)
 
 
 def test_the_sampler_on_the_gpu_refuses_what_the_reference_refuses() -> None:

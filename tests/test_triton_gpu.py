@@ -8,14 +8,17 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
+from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import INTERPRETED
 from test_kernels import Scene, fill, random_tree
 from test_triton import TRITON, as_if_committed
-from tokenswift_py.core import Segment
+from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.naive import Naive
 from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
+from tokenswift_py.models.steps import Recorder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a GPU")]
 
@@ -52,3 +55,28 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
     for rows in (1, 16, 65):
         assert torch.equal(linear(x[:rows], weight), together[:rows])
         assert torch.equal(linear(x[-rows:], weight), together[-rows:])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool) -> None:
+    """Behind texts of other lengths and for other trees of its shape, without one wait of the host for the GPU."""
+    model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
+    captured, plain = (decoder_of(model, attention="triton", ops=TritonOps(deterministic)) for _ in range(2))
+    plain.recorder = Recorder(None)
+    caches = [decoder.new_cache() for decoder in (captured, plain)]
+    for round_ in range(4):
+        outputs = []
+        for decoder, cache in zip((captured, plain), caches, strict=True):
+            segment = Segment(random_tree(np.random.default_rng(round_), 5 + round_ % 3), cache)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if round_ == 3 else "default")
+            outputs.append(decoder.forward([segment], want_mass=True))
+            torch.cuda.set_sync_debug_mode("default")
+            cache.drop_tail()
+            decoder.forward([Segment(DraftTree.chain(np.arange(30, dtype=np.int32)), cache, causal=True)])
+            cache.commit(range(30))
+        for name in ("hidden", "logits", "page_mass", "residual"):
+            assert torch.equal(*(getattr(output, name) for output in outputs))
+    for decoder, cache, graphs in zip((captured, plain), caches, (1, 0), strict=True):
+        steps = decoder.steps_over(cache.pool).steps.values()
+        assert sum(step is not None and step.replayed.recorded is not None for step in steps) == graphs

@@ -6,7 +6,7 @@ the logits, the parameters and the seed, never on the drafter or the shape of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from tokenswift_py import noise
-from tokenswift_py.core import SamplingParams
+from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
 from tokenswift_py.penalties import contextual_penalty, dry_penalty, dry_powers
@@ -66,6 +66,13 @@ class Sampler:
     def choose(self, logits: torch.Tensor, history: History) -> int:
         """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
         return self.rank(logits, history, 1)[0]
+
+    def chooser(self, tree: DraftTree, logits: torch.Tensor, history: History) -> Callable[[int], int]:
+        """What chooses the token behind a node of the tree, once the history holds the tokens on the way there.
+
+        logits: [len(tree), vocab_size]. history: its last token is the tree's root. Raises as `choose` does.
+        """
+        return lambda node: self.choose(logits[node], history)
 
     def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
         """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""

@@ -1,67 +1,108 @@
-"""The sampler of the verify walk on the GPU: the rules of `sampling.Sampler`, token for token, and one number to fetch
-instead of a row of logits."""
+"""The sampler of the verify walk on the GPU: the rules of `sampling.Sampler`, token for token, and three numbers to
+fetch instead of a row of logits."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from tokenswift_py.core import DraftTree, IntArray
 from tokenswift_py.history import History
-from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.kernels.base import on_device
+from tokenswift_py.sampling import Doubles, NumericsError, Sampler
 
 
 class TritonSampler(Sampler):
     """For everything that is exact in double on any device. top-p, whose sums are of the reference's own exponential,
     DRY and Hugging Face's processors go the way of the reference."""
 
+    @property
+    def exact(self) -> bool:
+        return self.params.top_p >= 1 and self.params.dry_multiplier <= 0 and not self.processors
+
     def choose(self, logits: torch.Tensor, history: History) -> int:
-        params = self.params
-        if params.top_p < 1 or params.dry_multiplier > 0 or self.processors:
-            return super().choose(logits, history)
+        return self.chooser(PENDING, logits[None], history)(0)
+
+    def chooser(self, tree: DraftTree, logits: torch.Tensor, history: History) -> Callable[[int], int]:
+        """All nodes' tokens at once: the walk waits for the device once, not for every token."""
+        if not self.exact:
+            return lambda node: super(TritonSampler, self).choose(logits[node], history)
+        positions = len(history) + tree.depth
+        found = self._chosen(logits.detach(), positions, self._recent(tree, history))
+        return lambda node: checked(found[node], int(positions[node]))
+
+    def _recent(self, tree: DraftTree, history: History) -> list[IntArray]:
+        """For each node the tokens, each once, that the penalty looks at."""
+        window = self.params.penalty_window
+        if self.params.penalty == 1:
+            return []
+        committed = history.tokens[-window:]
+        paths = [tree.tokens[tree.path(node)[1:]] for node in range(len(tree))]
+        return [np.unique(np.concatenate([committed, path])[-window:]) for path in paths]
+
+    def _chosen(self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray]) -> Doubles:
+        """[R, 3] highest logit, token, and the token's perturbed score, of rows [R, vocab]."""
         from tokenswift_py.kernels.triton.sampling import choose
 
-        scores = logits.detach().to(torch.float64, copy=True)
-        highest = scores.max()
-        self._change(scores, history)
-        floor, temperature = self._floor(scores), params.temperature
-        position = torch.full((1,), len(history), dtype=torch.int32, device=scores.device)
-        token, top = choose(scores[None], position, temperature, params.seed, params.stream, floor)
-        finite, chosen, score = torch.stack([highest, token[0].double(), top[0]]).tolist()  # the one transfer
-        if not np.isfinite(finite):
-            raise NumericsError(f"the model's logits for position {len(history)} are not finite")
-        if not np.isfinite(score):
-            raise NumericsError(f"no token is left to choose from at position {len(history)}")
-        return int(chosen)
+        params, device = self.params, logits.device
+        scores = self._changed(logits, positions, recent)
+        at, floors = on_device(positions, device), self._floors(scores)
+        tokens, tops = choose(scores, at, params.temperature, params.seed, params.stream, floors)
+        found: Doubles = torch.stack([logits.amax(1).double(), tokens.double(), tops], 1).cpu().numpy()  # one transfer
+        return found
 
-    def _change(self, scores: torch.Tensor, history: History) -> None:
-        """Penalty, bias and bans, in place."""
+    def _changed(self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray]) -> torch.Tensor:
+        """The logits after penalty, bias and bans: a copy in double, or themselves where there are none."""
+        params = self.params
+        early = np.flatnonzero(positions < self.first_end)
+        ends = len(early) and len(self._eos)
+        if params.penalty == 1 and not len(self._bias_ids) and not len(self._ban) and not ends:
+            return logits
+        scores = logits.to(torch.float64, copy=True)
 
         def there(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values).to(scores.device)
+            return on_device(values, scores.device)
 
-        params = self.params
         if params.penalty != 1:
-            recent = there(np.unique(history.tokens[-params.penalty_window :]).astype(np.int64))
-            values = scores[recent]
-            scores[recent] = torch.where(values > 0, divided(values, params.penalty), values * params.penalty)
+            rows = np.repeat(np.arange(len(recent)), [len(tokens) for tokens in recent])
+            at = tuple(there(np.stack([rows, np.concatenate(recent)]).astype(np.int64)).unbind())
+            values = scores[at]
+            scores[at] = torch.where(values > 0, divided(values, params.penalty), values * params.penalty)
         if len(self._bias_ids):
-            scores[there(self._bias_ids)] += there(self._bias)
+            scores[:, there(self._bias_ids)] += there(self._bias)
         if len(self._ban):
-            scores[there(self._ban)] = -torch.inf
-        if len(history) < self.first_end and len(self._eos):
-            scores[there(self._eos)] = -torch.inf
+            scores[:, there(self._ban)] = -torch.inf
+        if ends:
+            scores[there(early)[:, None], there(self._eos)] = -torch.inf
+        return scores
 
-    def _floor(self, scores: torch.Tensor) -> torch.Tensor:
-        """[1] what scores / T must reach by top-k and min-p."""
+    def _floors(self, scores: torch.Tensor) -> torch.Tensor:
+        """[R] what scores / T must reach by top-k and min-p."""
         params = self.params
-        floor = scores.new_full((1,), -torch.inf)
+        floors = torch.full((len(scores),), -torch.inf, dtype=torch.float64, device=scores.device)
         if params.temperature == 0:
-            return floor
-        if 0 < params.top_k < len(scores):
-            floor = torch.maximum(floor, divided(torch.topk(scores, params.top_k).values[-1:], params.temperature))
+            return floors
+        if 0 < params.top_k < scores.shape[1]:
+            last = torch.topk(scores, params.top_k).values[:, -1].double()
+            floors = torch.maximum(floors, divided(last, params.temperature))
         if params.min_p > 0:
-            floor = torch.maximum(floor, divided(scores.max()[None], params.temperature) + self._log_min_p)
-        return floor
+            floors = torch.maximum(floors, divided(scores.amax(1).double(), params.temperature) + self._log_min_p)
+        return floors
+
+
+def checked(found: Doubles, position: int) -> int:
+    """The token of a row, or NumericsError."""
+    highest, token, score = found
+    if not np.isfinite(highest):
+        raise NumericsError(f"the model's logits for position {position} are not finite")
+    if not np.isfinite(score):
+        raise NumericsError(f"no token is left to choose from at position {position}")
+    return int(token)
+
+
+PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
 
 
 def divided(values: torch.Tensor, by: float) -> torch.Tensor:

@@ -25,13 +25,13 @@ def walk(
     every token, and nothing past an ending is chosen.
     """
     path, tokens, logprobs = [0], [], []
+    choose = sampler.chooser(tree, logits, history)
     while True:
-        row = logits[path[-1]]
-        token = sampler.choose(row, history)
+        token = choose(path[-1])
         history.append(token)
         tokens.append(token)
         if want_logprobs:
-            logprobs.append(log_probability(row, token))
+            logprobs.append(log_probability(logits[path[-1]], token))
         reason = ending(history)
         child = tree.children[path[-1]].get(token)
         if reason is not None or child is None:

@@ -11,14 +11,13 @@ key is read once and the tensor cores see the same shape however many rows there
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, IntArray
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, Room
 from tokenswift_py.kernels.triton.runtime import (
     AMD,
     DTYPES,
@@ -31,32 +30,10 @@ from tokenswift_py.kernels.triton.runtime import (
     padded,
     precision,
 )
+from tokenswift_py.kernels.triton.tables import EVERYTHING, FIELDS, MOST_STATES, FixedPlan, Heads, Plan, splits
 
 LOG2_E = 1.4426950408889634
-EVERYTHING = 1 << 30  # a window no position is outside of
-WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several
 MERGED_AT_ONCE = 16  # splits in a step of the merge
-SPLIT_LEVELS = ((16, 4), (16, 8), (16, 16))  # so many splits of so many pages, from position 0 on
-LAST_LEVEL = 32  # pages of all further splits
-
-# Fields of a work item, int32 each: a tile of packed rows (row * group + query head of the KV head) and the pages of
-# one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones. See `prefix_items` and
-# `tail_items` for the others.
-FIELDS = 10
-
-
-def splits(pages: int) -> IntArray:
-    """[n + 1] first page of each split that begins before `pages`, and of the one behind.
-
-    Short at the beginning, so that a short context has splits enough to fill a GPU, longer later, so that the partial
-    states cost little beside the keys. A function of absolute pages only.
-    """
-    starts = [0]
-    for count, size in SPLIT_LEVELS:
-        starts.extend(range(starts[-1] + size, starts[-1] + count * size + 1, size))
-    starts.extend(range(starts[-1] + LAST_LEVEL, max(pages, starts[-1]) + LAST_LEVEL, LAST_LEVEL))
-    ends = np.array(starts, np.int32)
-    return ends[: int(np.searchsorted(ends, max(pages, 1))) + 1]
 
 
 @dataclass(frozen=True)
@@ -68,12 +45,14 @@ class Config:
     stages: int
 
 
-def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD) -> Config:
-    """The largest tile whose registers do not spill on the targets of `compile.py`."""
+def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD, int8: bool = False) -> Config:
+    """The largest tile whose registers do not spill on the targets of `compile.py`. int8: of the keys and values."""
     if dtype == torch.float32:  # for checks rather than for speed
         return Config(16, 4 if head_dim <= 64 or (amd and head_dim > 128) else 8, 1)
     if head_dim > 128:
         return Config(16, 4, 1)
+    if int8:  # widening takes registers of its own
+        return Config(32, 4, 1)
     return Config(64, 4 if amd or head_dim <= 64 else 8, 2)
 
 
@@ -88,6 +67,8 @@ def attend_kernel(
     q: tl.tensor,  # [R, kv_heads * group, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
+    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32, of int8 keys; or anything
+    value_scales: tl.tensor,
     items: tl.tensor,  # [items, FIELDS]
     positions: tl.tensor,  # [R]
     numbers: tl.tensor,  # absolute numbers of the pages to attend to, lists of all segments, layers and heads
@@ -115,6 +96,7 @@ def attend_kernel(
     PAGE: tl.constexpr,
     FIELDS: tl.constexpr,
     MASS: tl.constexpr,
+    INT8: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of rows, one KV head, one split: updates (max, sum, sum of p v) of the split, base 2."""
@@ -151,7 +133,8 @@ def attend_kernel(
     q_tile = tl.load(q + at_q[:, None] * HEAD_DIM + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
     if PRECISION == "interpret":  # whose own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
-    base = (head * pool_pages).to(tl.int64) * (PAGE * HEAD_DIM)
+    plane = (head * pool_pages).to(tl.int64) * PAGE
+    base = plane * HEAD_DIM
     local = (head * split_count + split).to(tl.int64) * rows + (packed - first_row)
     resumed = valid & (resume == 1)
     top = tl.load(state_max + local, mask=resumed, other=float("-inf"))
@@ -167,12 +150,16 @@ def attend_kernel(
         # What no row of the tile sees may be NaN, and 0 * NaN is not 0.
         seen = (slot >= 0) & (at > lowest - window)
         where = base + slot.to(tl.int64) * HEAD_DIM
-        k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0.0)
+        k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0)
+        if INT8:
+            k = k.to(q_tile.dtype)
         if PRECISION == "interpret":
             scores = tl.dot(q_tile, k.to(tl.float32))
         else:
             scores = tl.dot(q_tile, k, input_precision=PRECISION)
         scores *= scale
+        if INT8:
+            scores *= tl.load(key_scales + plane + slot, mask=seen, other=0.0)[None, :]
         visible = seen[None, :] & (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, float("-inf"))
         above = tl.maximum(top, tl.max(scores, 1))
@@ -181,7 +168,10 @@ def attend_kernel(
         alpha = tl.exp2(top - finite)
         p_sum = tl.sum(p, 1)
         total = total * alpha + p_sum
-        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
+        if INT8:  # a weight meets the value's scale before it is rounded
+            v = v.to(q_tile.dtype)
+            p *= tl.load(value_scales + plane + slot, mask=seen, other=0.0)[None, :]
         acc *= alpha[:, None]
         if PRECISION == "interpret":
             acc += tl.dot(p, v.to(tl.float32))
@@ -242,6 +232,9 @@ def merge_kernel(
         part = tl.load(state + at[:, None] * D + column[None, :], mask=there[:, None], other=0.0)
         acc += tl.sum(weight[:, None] * part, 0)
 
+    if start == stop:  # a row that only pads the pass gets zeros
+        top = 0.0
+        total = 1.0
     at_row = (row * heads + head).to(tl.int64) * group + packed % group
     tl.store(out + at_row * HEAD_DIM + column, (acc / total).to(out.dtype.element_ty), mask=column < HEAD_DIM)
     tl.store(lse + at_row, top + tl.log2(total))
@@ -273,200 +266,50 @@ def mass_kernel(
     tl.store(at_mass, acc.to(mass.dtype.element_ty), mask=page < mass_pages)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Rows [first, stop) of a pass and their items: [prefix, tail) read committed pages, [tail, end) gather."""
-
-    first: int
-    stop: int
-    prefix: int
-    tail: int
-    end: int
-    splits: int
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Launches of a pass for one window, and their tables in one buffer on the device."""
-
-    launches: tuple[Launch, ...]
-    buffer: torch.Tensor
-    offsets: dict[str, int]
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.buffer[self.offsets[name] :]
-
-
-@dataclass
-class Plan:
-    """What all layers share. Tables depend on the group and the window, which the first layer that has them tells."""
-
-    segments: Sequence[AttentionSegment]
-    device: torch.device
-    tables: dict[tuple[int, ...], Tables] = field(default_factory=dict)
-
-    def table(self, kv_heads: int, group: int, window: int, tile: int, row_bytes: int) -> Tables:
-        key = (kv_heads, group, window, tile, row_bytes)
-        if key not in self.tables:
-            builder = TableBuilder(kv_heads, group, window, tile, row_bytes)
-            for segment in self.segments:
-                builder.add(segment)
-            self.tables[key] = builder.build(self.device)
-        return self.tables[key]
-
-
-class Lists:
-    """Integer lists laid one behind the other."""
-
-    def __init__(self) -> None:
-        self.parts: list[IntArray] = []
-        self.length = 0
-
-    def add(self, values: np.ndarray) -> int:
-        """Where the list begins."""
-        start = self.length
-        self.parts.append(np.ascontiguousarray(values, np.int32).ravel())
-        self.length += values.size
-        return start
-
-
-class TableBuilder:
-    """Turns segments into work items.
-
-    tile: packed rows of an item. row_bytes: of a row's state, all heads of one split.
-    """
-
-    def __init__(self, kv_heads: int, group: int, window: int, tile: int, row_bytes: int):
-        if group > tile:
-            raise ValueError(f"{group} query heads a KV head do not fit a tile of {tile}")
-        self.kv_heads, self.group, self.window, self.tile, self.row_bytes = kv_heads, group, window, tile, row_bytes
-        self.lists = {name: Lists() for name in ("positions", "numbers", "bounds", "pages", "tails", "ranges")}
-        self.items: list[tuple[int, ...]] = []
-        self.launches: list[Launch] = []
-
-    def add(self, segment: AttentionSegment) -> None:
-        """Rows in as many launches as the workspace asks for."""
-        edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1)
-        n, at_once = len(segment.positions), max(1, WORKSPACE_BYTES // (self.row_bytes * (len(edges) - 1)))
-        pages = self.lists["pages"].add(segment.pages)
-        chosen = np.arange(len(segment.pages), dtype=np.int32) if segment.view is None else segment.view
-        numbers = self.lists["numbers"].add(chosen)
-        if segment.causal or is_chain(segment.tail):
-            tails = np.full(n, self.lists["tails"].add(segment.tail[-1]), np.int32)
-            together = max(1, self.tile // self.group)
-        else:
-            tails = self.lists["tails"].add(segment.tail) + np.arange(n) * segment.tail.shape[1]
-            together = 1
-        self.lists["positions"].add(segment.positions)
-        for begin in range(0, n, at_once):
-            rows = range(begin, min(begin + at_once, n))
-            self.add_launch(segment, rows, edges, chosen, numbers, pages, tails, together)
-
-    def add_launch(
-        self,
-        segment: AttentionSegment,
-        rows: range,
-        edges: IntArray,
-        chosen: IntArray,
-        numbers: int,
-        pages: int,
-        tails: IntArray,
-        together: int,
-    ) -> None:
-        """edges: [splits + 1]. chosen: page numbers, [full] or [layers, kv_heads, v]. numbers, pages: where these lists
-        begin. tails: [n] where each row's does. together: rows that share a tile when they gather."""
-        full, positions = len(segment.pages), segment.positions[rows.start : rows.stop]
-        first_page = max(0, (int(positions.min()) - self.window + 1) // PAGE_SIZE)
-        place = segment.rows.start * self.group
-        prefix = len(self.items)
-        after = first_split = int(np.searchsorted(edges, first_page, "right")) - 1
-        if first_page < full:
-            after = int(np.searchsorted(edges, full - 1, "right"))
-            limits = np.clip(edges, first_page, full)
-            lists = chosen.reshape(-1, chosen.shape[-1])
-            found = np.stack([np.searchsorted(part, limits) for part in lists])
-            bounds = self.lists["bounds"].add(found)
-            strides = (0, 0) if chosen.ndim == 1 else (chosen.shape[-1], len(edges))
-            packed = range(rows.start * self.group, rows.stop * self.group)
-            for split in range(first_split, after):
-                for start in packed[:: self.tile]:
-                    count = min(self.tile, packed.stop - start)
-                    self.items.append(
-                        (0, place + start, count, split, 0, numbers, strides[0], bounds + split, strides[1], pages)
-                    )
-        tail = len(self.items)
-        for start in range(rows.start, rows.stop, together):
-            stop = min(start + together, rows.stop)
-            last = int(segment.positions[start:stop].max())
-            page = max(full, first_page)
-            for split in range(int(np.searchsorted(edges, page, "right")) - 1, len(edges) - 1):
-                begin, end = max(page, int(edges[split])), min(int(edges[split + 1]), last // PAGE_SIZE + 1)
-                if begin < end:
-                    resume = int(first_page < full and split < after)
-                    tile = (1, place + start * self.group, (stop - start) * self.group, split, resume)
-                    self.items.append((*tile, int(tails[stop - 1]) - segment.boundary, last + 1, begin, end, 0))
-        behind = np.searchsorted(edges, positions // PAGE_SIZE, "right")
-        self.lists["ranges"].add(np.stack([np.full(len(positions), first_split), behind], 1))
-        start = segment.rows.start
-        self.launches.append(
-            Launch(start + rows.start, start + rows.stop, prefix, tail, len(self.items), len(edges) - 1)
-        )
-
-    def build(self, device: torch.device) -> Tables:
-        self.lists["items"] = Lists()
-        self.lists["items"].add(np.array(self.items, np.int32))
-        offsets, parts, length = {}, [], 0
-        for name, lists in self.lists.items():
-            offsets[name] = length
-            room = -(-(lists.length + 1) // 16) * 16  # each begins at 64 bytes, whatever the others hold
-            parts.extend([*lists.parts, np.zeros(room - lists.length, np.int32)])
-            length += room
-        buffer = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-        return Tables(tuple(self.launches), buffer, offsets)
-
-
-def is_chain(tail: IntArray) -> bool:
-    """Whether every row's slots begin the last row's."""
-    return bool(((tail == tail[-1]) | (tail < 0)).all())
-
-
 class TritonAttention:
     name = "triton"
+    reads_int8 = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Plan:
         check_device(device)
         return Plan(segments, device)
 
+    def prepare_fixed(self, room: Room, device: torch.device) -> FixedPlan | None:
+        check_device(device)
+        return FixedPlan(room, device) if room.rows * (len(splits(room.pages)) - 1) <= MOST_STATES else None
+
     def attend(
         self,
-        plan: Plan,
+        plan: Plan | FixedPlan,
         layer: int,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        return self.attend_with_lse(plan, layer, q, keys, values, window, mass)[0]
+        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales)[0]
 
     def attend_with_lse(
         self,
-        plan: Plan,
+        plan: Plan | FixedPlan,
         layer: int,
         q: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
         if q.dtype not in DTYPES:
             raise TypeError(f"Triton attention computes in {', '.join(map(str, DTYPES))}, not in {q.dtype}")
         kv_heads, pool_pages, _, head_dim = keys.shape
         group, depth = q.shape[1] // kv_heads, padded(head_dim)
-        chosen = config(q.dtype, head_dim)
+        chosen = config(q.dtype, head_dim, int8=scales is not None)
         width = EVERYTHING if window is None else window
-        tables = plan.table(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth)
+        tables = plan.table(Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth))
         q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         scale = head_dim**-0.5 * LOG2_E
@@ -480,11 +323,13 @@ class TritonAttention:
             for first, last in ((launch.prefix, launch.tail), (launch.tail, launch.end)):
                 if first < last:
                     attend_kernel[(last - first, kv_heads)](
-                        q, keys, values, tables["items"], tables["positions"], tables["numbers"], tables["bounds"],
-                        tables["pages"], tables["tails"], state, state_max, state_sum, page_lse, scale, first,
+                        q, keys, values, *(scales or (lse, lse)), tables["items"], tables["positions"],
+                        tables["numbers"], tables["bounds"], tables["pages"], tables["tails"], state, state_max,
+                        state_sum, page_lse, scale, first,
                         launch.first * group, rows, launch.splits, layer, width, pool_pages, kv_heads, group,
                         mass_pages, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile, PAGE=PAGE_SIZE, FIELDS=FIELDS,
-                        MASS=mass is not None, PRECISION=PRECISION, **launch_options(chosen.warps, chosen.stages),
+                        MASS=mass is not None, INT8=scales is not None, PRECISION=PRECISION,
+                        **launch_options(chosen.warps, chosen.stages),
                     )  # fmt: skip
             merge_kernel[(rows, kv_heads)](
                 state, state_max, state_sum, tables["ranges"], out, lse, launch.first * group, rows, launch.splits,
@@ -503,15 +348,17 @@ def variants(amd: bool) -> Iterator[Variant]:
     """What `compile.py` compiles: every type and head size, as `attend_with_lse` launches it."""
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
-            chosen, depth = config(dtype, head_dim, amd), padded(head_dim)
+            depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
-            for mass in (False, True):
+            for mass, int8 in ((False, False), (True, False), (False, True), (True, True)):
+                chosen = config(dtype, head_dim, amd, int8)
                 constants = {
-                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass,
+                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass, "INT8": int8,
                     "PRECISION": precision(amd),
                 }  # fmt: skip
-                kinds = {**dict.fromkeys(("q", "keys", "values"), data), "scale": "fp32"}
-                name = "attend+mass" if mass else "attend"
+                pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
+                kinds = {"q": data, **pool, "scale": "fp32"}
+                name = "attend" + ("+int8" if int8 else "") + ("+mass" if mass else "")
                 yield Variant(name, attend_kernel, dtype, head_dim, kinds, constants, chosen.warps, chosen.stages)
             yield Variant(
                 "merge", merge_kernel, dtype, head_dim, {"out": data}, {**shape, "AT_ONCE": MERGED_AT_ONCE}, 4, 2

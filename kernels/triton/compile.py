@@ -34,10 +34,10 @@ from triton.compiler import ASTSource
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MODULES = ("attention", "fused", "matmul", "sampling")
 # Correct, and slow there: fp32 is for checks, and no supported family has such heads.
-MAY_SPILL = {("attend", "float32", 256), ("attend+mass", "float32", 256)}
+MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+mass", "+int8", "+int8+mass")}
 
 # These take a logarithm, whose own steps are fused multiply-adds.
-MAY_FUSE = {"attend+mass", "merge"}
+MAY_FUSE = {"attend+mass", "attend+int8+mass", "merge"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Compiled:
     def __str__(self) -> str:
         head = "" if self.head_dim is None else self.head_dim
         numbers = f"{self.registers:9} {self.shared:8} {self.spills:7} {self.seconds:7.1f}"
-        return f"{self.target:8} {self.name:14} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
+        return f"{self.target:8} {self.name:16} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
 
 
-HEADER = f"{'target':8} {'kernel':14} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'spills':>7} {'s':>7}"
+HEADER = f"{'target':8} {'kernel':16} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'spills':>7} {'s':>7}"
 
 
 def compile_variant(target: str, module: str, index: int) -> Compiled:

@@ -13,6 +13,8 @@ from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Va
 
 BLOCK = 1024
 ROW_BYTES = 64  # of a row that a program copies at a time
+FLOAT_MIN = tl.constexpr(1.1754943508222875e-38)  # of normal fp32
+FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -89,6 +91,33 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@triton.jit
+def store_head(
+    target: tl.tensor,
+    scale_at: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INT8: tl.constexpr,
+) -> None:
+    """Both halves of a head, fp32, as elements of `target`; int8 as kvcache/pages.py's `quantise` has it."""
+    lane = tl.arange(0, HALF)
+    inside = lane < HEAD_DIM // 2
+    if INT8:
+        scale = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0), 127.0)
+        numbers = tl.min(tl.where((first == first) & (second == second), 1, 0), 0)
+        scale = tl.where(numbers == 1, scale, float("nan"))
+        usable = (scale >= FLOAT_MIN) & (scale <= FLOAT_MAX)
+        by = tl.where(usable, scale, 1.0)
+        # Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
+        first = tl.where(usable, tl.div_rn(first, by) + 12582912.0 - 12582912.0, 0.0)
+        second = tl.where(usable, tl.div_rn(second, by) + 12582912.0 - 12582912.0, 0.0)
+        tl.store(scale_at, tl.where(scale < FLOAT_MIN, 0.0, scale))
+    tl.store(target + lane, first.to(target.dtype.element_ty), mask=inside)
+    tl.store(target + HEAD_DIM // 2 + lane, second.to(target.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["heads", "kv_heads", "pool_pages"])
 def rope_kernel(
     q: tl.tensor,  # [R, heads, HEAD_DIM]
@@ -96,16 +125,19 @@ def rope_kernel(
     v: tl.tensor,
     cos: tl.tensor,  # [R, HEAD_DIM / 2]
     sin: tl.tensor,
-    slots: tl.tensor,  # [R]
+    slots: tl.tensor,  # [R], -1 is nowhere
     rotated: tl.tensor,  # [R, heads, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
+    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32, of int8 keys; or anything
+    value_scales: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
     pool_pages: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
+    INT8: tl.constexpr,
 ) -> None:
     """One head of one row: a query head is rotated, a KV head rotated and written to its page with its value."""
     row = tl.program_id(0)
@@ -117,21 +149,24 @@ def rope_kernel(
     s = tl.load(sin + angle, mask=inside, other=0.0)
     if head < heads:
         source = q + (row * heads + head).to(tl.int64) * HEAD_DIM
-        target = rotated + (row * heads + head).to(tl.int64) * HEAD_DIM
     else:
-        kv_head = head - heads
-        at = (kv_head.to(tl.int64) * pool_pages * PAGE + tl.load(slots + row)) * HEAD_DIM
-        source = k + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM
-        target = keys + at
-        from_value = v + (row * kv_heads + kv_head).to(tl.int64) * HEAD_DIM + lane
-        tl.store(values + at + lane, tl.load(from_value, mask=inside), mask=inside)
-        second_half = tl.load(from_value + HEAD_DIM // 2, mask=inside)
-        tl.store(values + at + HEAD_DIM // 2 + lane, second_half, mask=inside)
-    first = tl.load(source + lane, mask=inside).to(tl.float32)
-    second = tl.load(source + HEAD_DIM // 2 + lane, mask=inside).to(tl.float32)
-    kind = target.dtype.element_ty
-    tl.store(target + lane, (first * c - second * s).to(kind), mask=inside)
-    tl.store(target + HEAD_DIM // 2 + lane, (second * c + first * s).to(kind), mask=inside)
+        source = k + (row * kv_heads + head - heads).to(tl.int64) * HEAD_DIM
+    first = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + HEAD_DIM // 2 + lane, mask=inside, other=0.0).to(tl.float32)
+    turned = first * c - second * s
+    other = second * c + first * s
+    if head < heads:
+        target = rotated + (row * heads + head).to(tl.int64) * HEAD_DIM
+        store_head(target, key_scales, turned, other, HEAD_DIM, HALF, False)
+    else:
+        slot = tl.load(slots + row)
+        if slot >= 0:
+            at = (head - heads).to(tl.int64) * pool_pages * PAGE + slot
+            from_value = v + (row * kv_heads + head - heads).to(tl.int64) * HEAD_DIM + lane
+            first = tl.load(from_value, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(from_value + HEAD_DIM // 2, mask=inside, other=0.0).to(tl.float32)
+            store_head(keys + at * HEAD_DIM, key_scales + at, turned, other, HEAD_DIM, HALF, INT8)
+            store_head(values + at * HEAD_DIM, value_scales + at, first, second, HEAD_DIM, HALF, INT8)
 
 
 def rope_write(
@@ -143,18 +178,21 @@ def rope_write(
     slots: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim].
+    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim],
+    those of slot -1 nowhere.
 
-    q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32.
+    q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32. scales: of int8 pages,
+    [kv_heads, pages, PAGE_SIZE] fp32 each.
     """
     rows, heads, head_dim = q.shape
     kv_heads, pool_pages, page, _ = keys.shape
     rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
     rope_kernel[(rows, heads + kv_heads)](
-        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, slots, rotated, keys, values, heads,
-        kv_heads, pool_pages, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), PAGE=page,
-        **launch_options(1, 1),
+        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, slots, rotated, keys, values,
+        *(scales or (cos, cos)), heads, kv_heads, pool_pages, HEAD_DIM=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), PAGE=page, INT8=scales is not None, **launch_options(1, 1),
     )  # fmt: skip
     return rotated
 
@@ -217,18 +255,13 @@ def variants(amd: bool) -> Iterator[Variant]:
         kinds = dict.fromkeys(("gate", "up", "out"), data)
         yield Variant("swiglu", swiglu_kernel, dtype, None, kinds, {"BLOCK": BLOCK}, 4, 1)
         for head_dim in HEAD_DIMS:
-            kinds = {**dict.fromkeys(("q", "k", "v", "rotated", "keys", "values"), data), "slots": "*i64"}
             half = triton.next_power_of_2(head_dim // 2)
-            yield Variant(
-                "rope_write",
-                rope_kernel,
-                dtype,
-                head_dim,
-                kinds,
-                {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64},
-                1,
-                1,
-            )
+            for int8 in (False, True):
+                pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
+                kinds = {**dict.fromkeys(("q", "k", "v", "rotated"), data), **pool, "slots": "*i64"}
+                constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8}
+                name = "rope_write+int8" if int8 else "rope_write"
+                yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
         for rows in (16, 64, 512):  # a commit of a small tree, a fork, the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}
             kinds = {"keys": data, "values": data, "source": "*i64", "target": "*i64"}

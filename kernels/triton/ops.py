@@ -15,6 +15,8 @@ from tokenswift_py.kernels.triton.matmul import linear
 class TritonOps:
     """deterministic: matrix products keep law 1 too, and are not cuBLAS's."""
 
+    pads = True
+
     def __init__(self, deterministic: bool):
         self.deterministic = deterministic
         self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
@@ -45,7 +47,7 @@ class TritonOps:
         sin: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        return fused.rope_write(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer])
+        return fused.rope_write(q, k, v, cos, sin, slots, pool.keys[layer], pool.values[layer], pool.scales_of(layer))
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         fused.move_rows(keys, values, source, target)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 import triton
 import triton.language as tl
+from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kernels.triton.runtime import Variant, launch_options
 
 BLOCK = 1024  # tokens of a program
@@ -140,8 +142,8 @@ def choose(
     blocks, device = triton.cdiv(vocab, BLOCK), scores.device
     if floors is None:
         floors = torch.full((rows,), -torch.inf, dtype=torch.float64, device=device)
-    key = torch.tensor([seed & 0xFFFFFFFF, seed >> 32, stream], dtype=torch.int64, device=device)
-    heat = torch.tensor([temperature], dtype=torch.float64, device=device)
+    key = on_device(np.array([seed & 0xFFFFFFFF, seed >> 32, stream], np.int64), device)
+    heat = torch.full((1,), temperature, dtype=torch.float64, device=device)
     best_scores = torch.empty((rows, blocks), dtype=torch.float64, device=device)
     best_tokens = torch.empty((rows, blocks), dtype=torch.int32, device=device)
     choose_kernel[(rows, blocks)](

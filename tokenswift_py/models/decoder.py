@@ -7,23 +7,30 @@ speculative decoding is *measured*, not bitwise, unless `ops` and attention keep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary, proxy
 
 import torch
 
 from tokenswift_py.core import Output, Segment
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend
+from tokenswift_py.errors import check
+from tokenswift_py.kernels.base import AttentionBackend, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.steps import Steps, recorder_for
 from tokenswift_py.rope import RopeTables
 
 
 class TorchDecoder:
     """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations.
 
-    draft: rows are for drafts only and can never be committed.
+    draft:    rows are for drafts only and can never be committed.
+    kv_dtype: of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
+              attention that reads it, and the ops that go with it.
     """
 
     def __init__(
@@ -34,6 +41,7 @@ class TorchDecoder:
         attention: AttentionBackend,
         ops: Ops | None = None,
         draft: bool = False,
+        kv_dtype: torch.dtype | None = None,
     ):
         self.spec = spec
         self.weights = weights
@@ -46,9 +54,15 @@ class TorchDecoder:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
-        kind = str(self.dtype).removeprefix("torch.")
-        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kind}", attention.name, rope.label]
+        self.kv_dtype = kv_dtype or self.dtype
+        int8 = self.ops.pads and getattr(attention, "reads_int8", False)
+        allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
+        check(self.kv_dtype == self.dtype or (int8 and self.kv_dtype == torch.int8), "kv_dtype", kv_dtype, allowed)
+        kind, kv = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
+        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
+        self.recorder = recorder_for(self.device)
+        self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
     def new_cache(self) -> KVCache:
         return KVCache(self.new_pool(pages_for(self.context)), self.context)
@@ -57,7 +71,7 @@ class TorchDecoder:
         """Room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
         return TorchPagePool(
-            spec.layers, spec.kv_heads, spec.head_dim, pages, self.dtype, self.device, self.ops.move_rows
+            spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype, self.device, self.ops.move_rows
         )
 
     @torch.inference_mode()
@@ -69,14 +83,39 @@ class TorchDecoder:
         want_queries: bool = False,
     ) -> Output:
         rows = lay_out(segments, target_weights=not self.draft)
-        plan = self.attention.prepare(rows.segments, self.device)
-        spec, pool = self.spec, shared_pool(segments, TorchPagePool)
-        tokens, positions, slots = (
-            torch.from_numpy(x).to(self.device, torch.int64) for x in (rows.tokens, rows.positions, rows.slots)
-        )
+        pool = shared_pool(segments, TorchPagePool)
+        step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
+        if step is None:
+            plan = self.attention.prepare(rows.segments, self.device)
+            places, pages = on_device(rows.places, self.device), rows.pages if want_mass else None
+            wanted = slice(None) if logit_rows is None else list(logit_rows)
+            return self.compute(pool, plan, places, wanted, pages, want_queries)
+        output = step.run(rows)
+        return output if logit_rows is None else replace(output, logits=self.project(output.hidden[list(logit_rows)]))
+
+    def steps_over(self, pool: TorchPagePool) -> Steps:
+        """The passes of fixed shapes over a pool. They keep neither the pool nor this decoder alive."""
+        if pool not in self._steps:
+            self._steps[pool] = Steps(proxy(self), proxy(pool), self.recorder)
+        return self._steps[pool]
+
+    def compute(
+        self,
+        pool: TorchPagePool,
+        plan: Any,
+        places: torch.Tensor,
+        logit_rows: list[int] | slice,
+        mass_pages: int | None,
+        want_queries: bool,
+    ) -> Output:
+        """A pass as the device sees it: what it launches depends on shapes alone, not on what lies in memory.
+
+        plan: the attention's. places: [3, R] int64 tokens, positions, slots. mass_pages: how many to report; or None.
+        """
+        spec = self.spec
+        tokens, positions, slots = places.unbind()
         cos, sin = self.cos[positions], self.sin[positions]  # [R, head_dim / 2]
-        pages = int(rows.positions.max()) // PAGE_SIZE + 1
-        mass = self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, pages) if want_mass else None
+        mass = None if mass_pages is None else self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, mass_pages)
         queries: list[torch.Tensor] = []
         x = self._embed(tokens)  # [R, hidden]
         added: torch.Tensor | None = None  # what the last block adds to x
@@ -87,18 +126,18 @@ class TorchDecoder:
             q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
             if want_queries:
                 queries.append(q.float())
+            scales = pool.scales_of(layer)
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
-                None if mass is None else mass[layer],
+                None if mass is None else mass[layer], **({} if scales is None else {"scales": scales}),
             )  # fmt: skip
             x, normed = self._add_norm(x, self._join(attended.flatten(1), f"{at}self_attn.o_proj"),
                                        f"{at}post_attention_layernorm")  # fmt: skip
             gate, up = (self._linear(normed, f"{at}mlp.{name}_proj") for name in ("gate", "up"))
             added = self._join(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
         stream, hidden = self._add_norm(x, added, "model.norm")
-        wanted = hidden if logit_rows is None else hidden[list(logit_rows)]
         asked = torch.stack(queries, 1) if want_queries else None
-        return Output(hidden, self.project(wanted), mass, asked, stream)
+        return Output(hidden, self.project(hidden[logit_rows]), mass, asked, stream)
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

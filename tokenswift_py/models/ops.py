@@ -12,10 +12,12 @@ from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 
 class Ops(Protocol):
     """R rows at a time. guarantee: what holds between plain and speculative decoding, given attention that keeps law 1.
-    label: part of the numerics contract."""
+    label: part of the numerics contract. pads: whether `rope_write` writes rows of slot -1, which pad a pass to a fixed
+    shape, nowhere; and rows of int8 pages with their scales."""
 
     guarantee: str
     label: str
+    pads: bool
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x @ weight.T + bias. x: [R, in], weight: [out, in]."""
@@ -56,6 +58,7 @@ class TorchOps:
 
     guarantee = "measured"
     label = ""
+    pads = False
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from tokenswift_py.core import Segment
 from tokenswift_py.kernels.base import AttentionSegment
@@ -21,6 +22,16 @@ class Rows:
     positions: IntArray
     slots: IntArray
     segments: tuple[AttentionSegment, ...]
+
+    @property
+    def places(self) -> npt.NDArray[np.int64]:
+        """[3, R] tokens, positions and slots, as torch indexes with them."""
+        return np.stack([self.tokens, self.positions, self.slots]).astype(np.int64)
+
+    @property
+    def pages(self) -> int:
+        """Absolute pages, up to that of the last row."""
+        return int(self.positions.max()) // PAGE_SIZE + 1
 
 
 Pool = TypeVar("Pool")

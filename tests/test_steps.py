@@ -1,0 +1,336 @@
+"""Passes of fixed shapes: what one launched serves every text of its shape, and padding changes no bit."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from conftest import decoder_of, tiny_config, tiny_model
+from interpreter import DEVICE, INTERPRETED
+from recording import Tape, record
+from scripted import Scripted, write
+from test_triton import Reads, reads
+from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.drafters.none import NoDraft
+from tokenswift_py.engine import Engine
+from tokenswift_py.kernels.base import AttentionSegment, Room
+from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kernels.triton.tables import EVERYTHING, FixedTables, Heads, splits
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.steps import Recorder, Replayed, Step
+from tokenswift_py.stopping import Stops
+from tokenswift_py.triton_sampling import TritonSampler
+
+__all__ = ["reads"]  # the fixture
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="records launches in the interpreter; test_triton_gpu.py replays"
+)
+
+SMALL = {
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32,
+    "intermediate_size": 32, "vocab_size": 61,
+}  # fmt: skip
+TREES = {
+    "three nodes": DraftTree([9, 8, 7], [-1, 0, 0]),
+    "four nodes": DraftTree([1, 5, 6, 7], [-1, 0, 1, 1]),
+    "a chain": DraftTree.chain([2, 3, 4]),
+}
+CHAIN, BUSH = DraftTree.chain(range(8)), DraftTree(range(8), [-1, 0, 0, 1, 1, 2, 2, 3])
+
+
+def new_decoder(family: str = "qwen3", deterministic: bool = True, **changes: Any) -> TorchDecoder:
+    """Norms of queries and keys, and one layer with a window of 70 beside one without."""
+    changes = {"sliding_window": 70, "use_sliding_window": True, "max_window_layers": 1, **changes}
+    config = tiny_config(family, **SMALL, **(changes if family != "llama" else {}))
+    return decoder_of(tiny_model(config, torch.float32), context=8192, attention="triton", ops=TritonOps(deterministic))
+
+
+def drawn_cache(decoder: TorchDecoder, length: int, pool: Any = None) -> KVCache:
+    """Committed rows whose keys and values are drawn, which costs nothing; what nobody attends to is NaN."""
+    pool = pool or decoder.new_pool(80)
+    cache = KVCache(pool, 8192)
+    slots = cache.append(np.arange(length, dtype=np.int32), True)
+    cache.commit(range(length))
+    noise = torch.Generator().manual_seed(0)
+    for part in (pool.keys, pool.values):
+        part.fill_(torch.nan)
+        part.flatten(2, 3)[:, :, slots] = torch.randn(2, 1, length, part.shape[-1], generator=noise)
+    return cache
+
+
+def step_of(decoder: TorchDecoder, segment: Segment, **needs: bool) -> tuple[Step, Any]:
+    """The step that runs a segment, and the rows it runs."""
+    rows = lay_out([segment])
+    wants = {"logits": True, "mass": False, "queries": False, **needs}
+    step = decoder.steps_over(segment.cache.pool).find(rows, **wants)
+    assert step is not None
+    return step, rows
+
+
+def assert_same(got: Output, expected: Output) -> None:
+    for name in ("hidden", "logits", "page_mass", "queries", "residual"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert (a is None) == (b is None)
+        assert a is None or (torch.equal(a, b) and not a.isnan().any()), name
+
+
+def without_steps(
+    decoder: TorchDecoder, segments: list[Segment], monkeypatch: pytest.MonkeyPatch, **wants: bool
+) -> Output:
+    """The pass as it is, not padded."""
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenswift_py.models.steps.ROWS", (0,))
+        return decoder.forward(segments, **wants)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_step_recorded_once_serves_every_text_of_its_shape(deterministic: bool) -> None:
+    """Records the launches of one step, changes the memory they read, launches them again, and compares with a step
+    that nothing was recorded of. With torch's own products too: on a GPU they are cuBLAS's, and recorded as well."""
+    decoder = new_decoder(deterministic=deterministic)
+    tapes = []
+
+    def noted(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        tapes.append(Tape())
+        with tapes[-1]:
+            result = function()
+        return result, tapes[-1].replay
+
+    cache = drawn_cache(decoder, 62)
+    fresh = decoder.new_pool(80)
+    decoder.steps_over(cache.pool).recorder = Recorder(noted)
+    passes = ((62, "three nodes"), (62, "four nodes"), (65, "a chain"), (130, "three nodes"), (700, "four nodes"))
+    for length, name in passes if deterministic else passes[1:4]:
+        cache.release()
+        cache = drawn_cache(decoder, length, cache.pool)
+        again = drawn_cache(decoder, length, fresh)
+        got = decoder.forward([Segment(TREES[name], cache)], want_mass=True)
+        step, rows = step_of(decoder, Segment(TREES[name], again), mass=True)
+        assert step.replayed.recorder.record is None
+        assert_same(got, step.run(rows))
+        again.release()
+    assert len(tapes) == 1
+    names = [launch.name for launch in tapes[0].launches]
+    assert names.count("attend_kernel") == 4 and names.count("rope_kernel") == 2
+
+
+def test_what_a_step_launches_does_not_depend_on_the_text() -> None:
+    """Kernels, grids, scalars and shapes: of three nodes behind 62 tokens and of four behind 4000. One page more than
+    there is room for is another shape, with room for twice as many."""
+    decoder = new_decoder()
+    launched, steps = [], []
+    pool = decoder.new_pool(80)
+    for length, tree in ((62, TREES["three nodes"]), (4000, TREES["four nodes"]), (4094, TREES["four nodes"])):
+        cache = drawn_cache(decoder, length, pool)
+        step, rows = step_of(decoder, Segment(tree, cache))
+        steps.append(step)
+        if length < 4094:
+            step.run(rows)  # which fills the memory that is read
+            with Tape() as tape:
+                step.replayed.function()
+            launched.append([(launch.name, launch.grid, launch.numbers) for launch in tape.launches])
+        cache.release()
+    assert steps[0] is steps[1] and launched[0] == launched[1]
+    assert (steps[1].shape.room.pages, steps[2].shape.room.pages) == (64, 128)
+
+
+@pytest.mark.parametrize("length", [62, 191])
+def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 1 for the rows that pad. The pool that they write nowhere in keeps its bits."""
+    decoder = new_decoder()
+    for tree in (DraftTree.chain([5]), DraftTree([1, 5, 6, 7, 8], [-1, 0, 0, 1, 3])):
+        caches = [drawn_cache(decoder, length) for _ in range(2)]
+        wants = {"want_mass": True, "want_queries": True}
+        padded = decoder.forward([Segment(tree, caches[0])], **wants)
+        assert_same(padded, without_steps(decoder, [Segment(tree, caches[1])], monkeypatch, **wants))
+        assert len(padded.hidden) == len(padded.logits) == len(tree)
+        for name in ("keys", "values"):
+            a, b = (getattr(cache.pool, name) for cache in caches)
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])
+def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int, tree: DraftTree) -> None:
+    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself behind the
+    last full page: within 2 % of the minimum. Rows and pages that pad cost nothing."""
+    decoder = new_decoder("llama")
+    cache = drawn_cache(decoder, length)
+    step, rows = step_of(decoder, Segment(tree, cache))
+    matrices = [weight for weight in decoder.weights.values() if weight.ndim == 2]
+    reads.spans = Reads(*matrices, cache.pool.keys, cache.pool.values).spans
+    step.run(rows)
+    read_once = sum(weight.nbytes for weight in matrices)
+    if not decoder.spec.tied:
+        read_once -= decoder.weights["model.embed_tokens.weight"].nbytes
+    minimum = read_once + 2 * 2 * 16 * 4 * (length + len(tree))
+    assert minimum <= reads.bytes <= 1.02 * minimum
+
+
+def test_views_and_tails_of_draft_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer and head with pages of its own, behind provisional rows."""
+    decoder = new_decoder()
+    outputs = []
+    view = PageView(np.array([[[0, 2, 3]], [[0, 1, 3]]]))
+    for run in (decoder.forward, lambda *a: without_steps(decoder, *a, monkeypatch)):
+        cache = drawn_cache(decoder, 300)
+        run([Segment(DraftTree.chain([4, 5]), cache, view)])
+        outputs.append(run([Segment(DraftTree.chain([6]), cache, view, (0, 1))]))
+        shapes = decoder.steps_over(cache.pool).steps
+        assert len(shapes) == (2 if len(outputs) == 1 else 0)
+        assert all(shape.room.viewed == 16 for shape in shapes)
+    assert_same(*outputs)
+
+
+def test_only_the_logits_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = new_decoder("llama")
+    tree = TREES["a chain"]
+    cache = drawn_cache(decoder, 10)
+    whole = decoder.forward([Segment(tree, cache)])
+    for wanted in ([1], []):
+        cache.drop_tail()
+        assert torch.equal(decoder.forward([Segment(tree, cache)], wanted).logits, whole.logits[wanted])
+
+
+def test_what_stays_as_it_is() -> None:
+    """Prefills, several sequences, more rows than the largest shape, tails longer than there is room for, backends and
+    operations that know no fixed shapes."""
+    decoder = new_decoder("llama")
+    cache, other = drawn_cache(decoder, 70), decoder.new_cache()
+    chain = DraftTree.chain
+    odd = [
+        [Segment(chain([1, 2]), cache, causal=True)],
+        [Segment(chain([1]), cache), Segment(chain([1]), cache.fork())],
+        [Segment(chain(range(61)).merge(DraftTree([0] + [9] * 1 + [3] * 3, [-1, 0, 0, 1, 2])), cache)],
+        [Segment(chain([1]), cache, tail=range(200))],
+    ]
+    cache.append(np.arange(70, 270, dtype=np.int32), False)
+    steps = decoder.steps_over(cache.pool)
+    for segments in odd:
+        rows = lay_out(segments)
+        assert (steps.find(rows, True, False, False) is None) == (len(rows.tokens) != 64 or len(rows.segments) > 1)
+    plain = decoder_of(tiny_model(tiny_config("llama", **SMALL), torch.float32), attention="sdpa")
+    unpadded = decoder_of(tiny_model(tiny_config("llama", **SMALL), torch.float32), attention="triton")
+    for model in (plain, unpadded):
+        cache = drawn_cache(model, 5, model.new_pool(2))
+        rows = lay_out([Segment(chain([1]), cache)])
+        assert model.steps_over(cache.pool).find(rows, True, False, False) is None
+    assert other.length == 0
+
+
+def test_a_text_written_by_recorded_steps() -> None:
+    """The loop with drafts of changing shapes: recorded at their second run, launched again from the third on."""
+    params = SamplingParams(temperature=0.9, seed=1)
+    prompt = [3, 14, 15, 9, 26]
+    plain = write(new_decoder("llama"), prompt, 14, params)[0]
+    decoder = new_decoder("llama")
+    replays = []
+
+    def counted(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        result, replay = record(function)
+        return result, lambda: (replays.append(1), replay())[1]
+
+    decoder.recorder = Recorder(counted)
+    drafted, engine, _ = write(decoder, prompt, 14, params, Scripted(prompt + plain, 61, 0.3, width=2), draft_tokens=3)
+    assert drafted == plain
+    assert replays and engine.stats.num_accepted_draft_tokens > 0
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for the device: numbers taken from tensors, and copies to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+READS = {"item", "tolist", "cpu", "nonzero", "unique", "equal", "__bool__", "__int__", "__float__", "__index__"}
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(temperature=0.9, penalty=1.2, min_p=0.01, top_k=9)]
+)
+def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
+    """However many tokens are accepted: the chosen tokens of all nodes come over together."""
+    prompt = [3, 14, 15, 9, 26]
+    sampler = TritonSampler(params, 61)
+    plain = Engine(new_decoder("llama"), NoDraft(), sampler, Stops(9, ()))
+    text = [token for step in plain.run(prompt) for token in step.tokens]
+    engine = Engine(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
+    engine.force(prompt)
+    for _ in range(2):
+        with HostReads() as reads:
+            step = engine.round()
+        assert len(step.tokens) == 4 and reads.count == 1
+
+
+def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    attempts = []
+
+    def failing(function: Callable[[], Any]) -> Any:
+        attempts.append(1)
+        raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+
+    recorder = Recorder(failing)
+    runs = [Replayed(lambda i=i: i, recorder) for i in range(2)]
+    with caplog.at_level(logging.WARNING, "tokenswift"):
+        assert [run.run() for _ in range(3) for run in runs] == [0, 1] * 3
+    assert len(attempts) == 1
+    (line,) = caplog.messages
+    assert "operation not permitted" in line and "\n" not in line
+
+
+def test_a_pool_goes_with_its_cache() -> None:
+    """Steps know their pool, and keep neither its memory nor the decoder's."""
+    decoder = new_decoder("llama")
+    cache = drawn_cache(decoder, 5)
+    decoder.forward([Segment(TREES["a chain"], cache)])
+    pool, weak = ref(cache.pool), ref(decoder)
+    gc.disable()
+    try:
+        del cache
+        assert pool() is None
+        del decoder
+        assert weak() is None
+    finally:
+        gc.enable()
+
+
+def test_every_shape_has_room_for_its_longest_text() -> None:
+    """Tables of the fullest pass: a tree of 64 rows in every place of a page, behind all pages there are."""
+    rng = np.random.default_rng(0)
+    for pages, viewed in ((64, None), (2048, None), (128, 32)):
+        room = Room(64, pages, viewed, layers=3)
+        tables = FixedTables(room, Heads(2, 4, EVERYTHING, 64, 1024), DEVICE)
+        for full in (0, 1, pages // 2, pages - 3):
+            for committed in (0, 1, 63):
+                depth = np.minimum(np.arange(64), 63 + 64 - committed)
+                positions = (full * 64 + committed + depth).astype(np.int32)
+                tail = np.where(
+                    np.arange(room.tail) <= (committed + depth)[:, None], rng.integers(0, 99, room.tail), -1
+                )
+                tail[:, 0] = np.arange(64)  # no chain
+                view = None
+                if viewed is not None:
+                    shape = (3, 2, min(viewed, full))
+                    view = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+                part = AttentionSegment(slice(0, 64), positions, np.arange(full), view, tail.astype(np.int32), False)
+                tables.fill(part)
+        assert tables.tables.launches[0].splits == len(splits(pages)) - 1

@@ -1,0 +1,195 @@
+"""Passes of fixed shapes, which a GPU can replay as CUDA graphs.
+
+A verification is a few hundred launches, each of which costs the host more time than a short one costs the GPU. So a
+pass of a tree is padded to one of a few shapes, everything that changes between passes of a shape (tokens, positions,
+slots, page tables, ancestors, how many rows there are) is copied to memory that stays in place, and what was launched
+once is launched again as a whole. The rows that pad attend to nothing, and their keys and values are written nowhere;
+by law 1 they change no bit of the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from tokenswift_py.core import Output
+from tokenswift_py.kernels.base import AttentionBackend, FixedPlan, Room, upload
+from tokenswift_py.kvcache.pages import TorchPagePool
+from tokenswift_py.models.ops import Ops
+from tokenswift_py.models.rows import Rows
+from tokenswift_py.models.spec import ModelSpec
+
+logger = logging.getLogger("tokenswift")
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+LEAST_PAGES, LEAST_VIEWED = 64, 16  # of a shape; twice as many until they suffice
+
+T = TypeVar("T")
+# Runs a function and returns its result, and what does the same again in the same memory.
+Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
+
+
+def cuda_graphs() -> Record:
+    """Records CUDA graphs, whose memory they share: only one runs at a time, and what it leaves is copied out before
+    another does."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = function()  # runs nothing yet
+        graph.replay()
+        return result, graph.replay
+
+    return record
+
+
+class Recorder:
+    """record: None runs everything as it is; so does whatever cannot be recorded, and everything after it."""
+
+    def __init__(self, record: Record | None):
+        self.record = record
+
+    def __call__(self, function: Callable[[], T]) -> tuple[T, Callable[[], None]] | None:
+        if self.record is None:
+            return None
+        try:
+            return self.record(function)
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [""])[0]
+            logger.warning("CUDA graphs are off, for one could not be captured, which makes passes slower: %s", reason)
+            self.record = None
+            return None
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    """CUDA graphs on a GPU, unless TOKENSWIFT_GRAPHS is 0."""
+    wanted = device.type == "cuda" and os.environ.get("TOKENSWIFT_GRAPHS") != "0"
+    return Recorder(cuda_graphs() if wanted else None)
+
+
+class Replayed(Generic[T]):
+    """A function over memory that stays in place. The first run compiles and allocates, the second is recorded."""
+
+    def __init__(self, function: Callable[[], T], recorder: Recorder):
+        self.function, self.recorder = function, recorder
+        self.warm = False
+        self.recorded: tuple[T, Callable[[], None]] | None = None
+
+    def run(self) -> T:
+        """The result; where it was recorded, the next run overwrites it."""
+        if self.recorded is not None:
+            result, replay = self.recorded
+            replay()
+            return result
+        if self.warm:
+            self.recorded = self.recorder(self.function)
+        self.warm = True
+        return self.recorded[0] if self.recorded is not None else self.function()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """logits: of all rows, or of none."""
+
+    room: Room
+    logits: bool
+    mass: bool
+    queries: bool
+
+
+class Decoder(Protocol):
+    """What a step needs of the decoder; see `TorchDecoder`."""
+
+    spec: ModelSpec
+    device: torch.device
+    attention: AttentionBackend
+    ops: Ops
+
+    def compute(
+        self,
+        pool: TorchPagePool,
+        plan: FixedPlan,
+        places: torch.Tensor,
+        logit_rows: slice,
+        mass_pages: int | None,
+        want_queries: bool,
+    ) -> Output: ...
+
+
+class Step:
+    """The passes of one shape over one pool."""
+
+    def __init__(self, decoder: Decoder, pool: TorchPagePool, shape: Shape, plan: FixedPlan, recorder: Recorder):
+        self.shape, self.plan = shape, plan
+        self.places = torch.empty((3, shape.room.rows), dtype=torch.int64, device=decoder.device)
+        logits, pages = slice(None if shape.logits else 0), shape.room.pages if shape.mass else None
+        self.replayed = Replayed(
+            lambda: decoder.compute(pool, plan, self.places, logits, pages, shape.queries), recorder
+        )
+
+    def run(self, rows: Rows) -> Output:
+        padded = np.zeros((3, self.shape.room.rows), np.int64)
+        padded[2] = -1  # written nowhere
+        padded[:, : len(rows.tokens)] = rows.places
+        upload(self.places, padded)
+        self.plan.fill(rows.segments[0])
+        return cut(self.replayed.run(), len(rows.tokens), rows.pages)
+
+
+def cut(output: Output, rows: int, pages: int) -> Output:
+    """A copy without the rows that pad, and without the mass behind the last page."""
+    mass, queries, residual = output.page_mass, output.queries, output.residual
+    return Output(
+        output.hidden[:rows].clone(),
+        output.logits[:rows].clone(),
+        None if mass is None else mass[:, :rows, :, :pages].clone(),
+        None if queries is None else queries[:rows].clone(),
+        None if residual is None else residual[:rows].clone(),
+    )
+
+
+class Steps:
+    """The shapes that passes over one pool have had."""
+
+    def __init__(self, decoder: Decoder, pool: TorchPagePool, recorder: Recorder):
+        self.decoder, self.pool, self.recorder = decoder, pool, recorder
+        self.steps: dict[Shape, Step | None] = {}
+
+    def find(self, rows: Rows, logits: bool, mass: bool, queries: bool) -> Step | None:
+        """The step that can run a pass; None for one of several sequences, for a prefill, and for a large one."""
+        (segment, *others), count = rows.segments, len(rows.tokens)
+        if others or segment.causal or count > ROWS[-1]:
+            return None
+        room = Room(
+            next(n for n in ROWS if n >= count),
+            doubled(LEAST_PAGES, rows.pages),
+            None if segment.view is None else doubled(LEAST_VIEWED, segment.view.shape[-1]),
+            self.decoder.spec.layers,
+        )
+        if segment.tail.shape[1] > room.tail:
+            return None
+        shape = Shape(room, logits, mass, queries)
+        if shape not in self.steps:
+            self.steps[shape] = self.made(shape)
+        return self.steps[shape]
+
+    def made(self, shape: Shape) -> Step | None:
+        """None where the attention or the other operations cannot run it."""
+        prepare = getattr(self.decoder.attention, "prepare_fixed", None)
+        if prepare is None or not self.decoder.ops.pads:
+            return None
+        plan = prepare(shape.room, self.decoder.device)
+        return None if plan is None else Step(self.decoder, self.pool, shape, plan, self.recorder)
+
+
+def doubled(least: int, enough: int) -> int:
+    while least < enough:
+        least *= 2
+    return least
