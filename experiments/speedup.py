@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Run
 from tokenswift_py.core import DraftTree, Segment
@@ -82,6 +84,8 @@ def contenders(names: str, swift: TokenSwift) -> list[Contender]:
 
 
 def prefix(text: str, swift: TokenSwift, tokens: int) -> list[int]:
+    if text == "random":  # nothing to find in it: what drafting costs where it cannot pay
+        return list(map(int, np.random.default_rng(0).integers(0, swift.checkpoint.spec.vocab_size, tokens)))
     if text == "docs":
         import pydoc_data.topics as topics
 

@@ -271,7 +271,9 @@ def test_chapters_and_accepted_drafts(tiny_decoder: Any, form: str) -> None:
     eos, turn = plain[12], [5, 6, 7, 8]
     whole, reference, _ = write(tiny_decoder, PROMPT, 120, params, eos=[eos], turns=[turn, turn])
     drafter = Heads(random_heads(form), embedding_of(tiny_decoder))
-    drafted, engine, _ = write(tiny_decoder, PROMPT, 120, params, drafter, eos=[eos], turns=[turn, turn])
+    drafted, engine, _ = write(
+        tiny_decoder, PROMPT, 120, params, drafter, eos=[eos], turns=[turn, turn], draft_tokens=8
+    )
     assert drafted == whole
     assert len(engine.turns) == len(reference.turns) < 2
     assert engine.stats.num_accepted_draft_tokens > 0

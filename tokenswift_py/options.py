@@ -16,7 +16,7 @@ from tokenswift_py.errors import UserError, check
 if TYPE_CHECKING:
     from tokenswift_py.loading import Checkpoint
 
-AUTO_DRAFTER = "ngram"  # under the planner; cascade drafts too far before it has learned a text
+AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 ON_LOOP = ("warn", "stop", "ignore")
