@@ -64,7 +64,9 @@ def write(
 ) -> tuple[list[int], Engine, list[Step]]:
     """All new tokens (forced ones included), the engine and its steps."""
     first_end = settings.pop("first_end", 0)
-    sampler = Sampler(params or SamplingParams(), vocab, eos, first_end)
+    sampler = Sampler(
+        params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
+    )
     engine = Engine(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
     steps = list(engine.run(prompt))
     tokens = [token for step in steps for token in (*step.forced, *step.tokens)]

@@ -77,6 +77,18 @@ def test_an_honest_run_is_proven(swift: TokenSwift, tmp_path: Path, drafter: str
     assert "PROVEN" in audit.verdict(found, str)
 
 
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+def test_chapters_of_a_least_length_are_proven(swift: TokenSwift, tmp_path: Path, drafter: str) -> None:
+    """What may not end yet depends on the chapter that a position lies in, of all those that are checked again."""
+    settings = {**SETTINGS, "min_new_tokens": 0, "min_chapter_tokens": 20, "logit_bias": {2: 9.0}, "drafter": drafter}
+    result = record(swift, tmp_path, **settings)
+    begins = [0, *(stop for _, stop in result.forced)]
+    ends = [start for start, _ in result.forced]
+    assert len(ends) == 2 and all(end - begin >= 21 for begin, end in zip(begins, ends, strict=False))
+    found = audit.audit(swift, tmp_path, sample=2)
+    assert found.passed and found.proof
+
+
 def test_chunks_do_not_matter(swift: TokenSwift, honest: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit, "LOGITS_BYTES", 5 * 4 * swift.checkpoint.spec.vocab_size)
     rows = []

@@ -87,6 +87,7 @@ def test_chapters_from_a_file_and_by_number(cli: list[str], tmp_path: Path) -> N
         (["--prompt", "x", "--temperature", "-1"], "temperature: -1.0"),
         (["--prompt", "x", "--top-p", "nan"], "top_p: nan"),
         (["--prompt", "x", "--min-new-tokens", "90"], "min_new_tokens: 90"),
+        (["--prompt", "x", "--min-chapter-tokens", "-1"], "min_chapter_tokens: -1"),
         (["--prompt", "x", "--context", "10"], "context: 10"),
         (["--prompt", "x", "--chapters", "0"], "chapters: '0'"),
         (["--prompt", "x", "--chapters", "nowhere.txt"], "chapters: 'nowhere.txt'"),

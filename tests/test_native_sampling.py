@@ -87,6 +87,19 @@ def test_logits_nobody_can_choose_from(bad: float, where: int) -> None:
         NativeSampler(SamplingParams(ban=tuple(range(VOCAB))), VOCAB).choose(torch.zeros(VOCAB), History([1]))
 
 
+def test_chapters_have_their_least_length_here_too() -> None:
+    arguments: Any = (SamplingParams(temperature=0.5, seed=1), VOCAB, [7, 9], 4, (), 6)
+    native, reference = NativeSampler(*arguments), Sampler(*arguments)
+    logits = torch.zeros(VOCAB)
+    logits[7] = 20.0
+    for position in (3, 12):
+        native.begin_chapter(position)
+        reference.begin_chapter(position)
+    chosen = [native.choose(logits, History([1] * position)) for position in (20, 3, 8, 9, 11, 12, 17, 18)]
+    assert [token == 7 for token in chosen] == [True, False, False, True, True, False, False, True]
+    assert chosen[1:3] == [reference.choose(logits, History([1] * position)) for position in (3, 8)]
+
+
 def test_malformed_input_is_refused() -> None:
     sampler = NativeSampler(SamplingParams(penalty=1.5), VOCAB)._native
     logits, history = np.zeros(VOCAB, np.float32), np.array([1, 2], np.int32)

@@ -174,6 +174,23 @@ def test_no_end_before_min_new_tokens(tiny_decoder: Any) -> None:
         assert not set(kept[:20]) & set(eos)
 
 
+@pytest.mark.parametrize("drafter", ["ngram", "partial", "cascade"])
+def test_no_chapter_ends_before_min_chapter_tokens(tiny_decoder: Any, drafter: str) -> None:
+    """However it is drafted. Half of the vocabulary ends a text, so that chapters would be short."""
+    eos, turns = list(range(0, 61, 2)), [[5, 6, 7], [9, 11], [13]]
+    settings: dict[str, Any] = {"eos": eos, "turns": turns, "chapter_tokens": 12}
+    params = SamplingParams(temperature=1.0, seed=4)
+    plain, engine, steps = write(tiny_decoder, PROMPT, 90, params, **settings)
+    assert not engine.turns and len(plain) >= 4 * 13 + 6
+    chapters: list[list[int]] = []
+    for step in steps:
+        if step.forced:
+            chapters.append([])
+        chapters[-1] += step.tokens
+    assert all(len(chapter) >= 13 and not set(chapter[:12]) & set(eos) for chapter in chapters)
+    assert write(tiny_decoder, PROMPT, 90, params, create(drafter), **settings)[0] == plain
+
+
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
 def test_chapters_force_their_turn_and_go_on(tiny_decoder: Any, drafter: str) -> None:
     """The text behind a forced turn is what a fresh run over everything before it writes: no noise was consumed."""

@@ -179,6 +179,16 @@ def test_no_end_of_sequence_before_the_first_position_it_is_allowed_at() -> None
     assert sampler.choose(row, History([3] * 5)) == 3
 
 
+def test_no_chapter_ends_before_it_has_its_tokens() -> None:
+    """Asked in any order: the chapters are those that the positions lie in."""
+    sampler = Sampler(SamplingParams(), 4, eos=[3, 1], first_end=5, chapter_tokens=3)
+    for position in (2, 10, 20):
+        sampler.begin_chapter(position)
+    row = torch.tensor([0.0, 2.0, 1.0, 3.0])
+    may_end = [position for position in reversed(range(25)) if sampler.choose(row, History([0] * position)) == 3]
+    assert may_end == [24, 23, *range(19, 12, -1), *range(9, 4, -1)]
+
+
 def test_processors_see_the_text_and_the_penalised_scores_before_the_temperature() -> None:
     seen = []
 

@@ -333,7 +333,9 @@ class TokenSwift:
         return Engine(
             self.executor.model(run.rope),
             create(drafter, **settings),
-            self.executor.sampler(run.sampling, vocab, eos, first_end, options.logits_processors),
+            self.executor.sampler(
+                run.sampling, vocab, eos, first_end, options.logits_processors, options.min_chapter_tokens
+            ),
             Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,

@@ -35,6 +35,7 @@ COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", int, "tokens to write at the most"),
     "min_new_tokens": ("text", int, "no end-of-sequence token before so many"),
+    "min_chapter_tokens": ("text", int, "no end-of-sequence token before so many in each chapter"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),

@@ -123,7 +123,7 @@ class Engine:
         if tokens:
             self.history.extend(prompt)
         while place < len(tokens):
-            self.stops.start_at(len(self.history))
+            self.begin_chapter()
             ending = None
             while ending is None and place < len(tokens):
                 self.history.append(tokens[place])
@@ -191,12 +191,17 @@ class Engine:
         with self.stats.clock("prefill"):
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
-            self.stops.start_at(len(self.history))
+            self.begin_chapter()
             output = self.prefill(len(self.history))
             taken = self.walk(PENDING, output)
             self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
+
+    def begin_chapter(self) -> None:
+        """What stands in the history was forced: the model's own text begins behind it."""
+        self.stops.start_at(len(self.history))
+        self.sampler.begin_chapter(len(self.history))
 
     def walk(self, tree: DraftTree, output: Output) -> Acceptance:
         taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)

@@ -24,14 +24,22 @@ class NativeSampler(Sampler):
         eos: Sequence[int] = (),
         first_end: int = 0,
         processors: Sequence[Any] = (),
+        chapter_tokens: int = 0,
     ):
+        super().__init__(params, vocab_size, eos, first_end, processors, chapter_tokens)
+        self._vocab_size = vocab_size
+        self._first_end = first_end
+        self._native = self._built(first_end)
+
+    def _built(self, first_end: int) -> Any:
+        """The sampler in C++, which keeps no state from row to row and is made anew for a chapter that may not end yet."""
         from tokenswift_py.kernels.cpu import _native
 
-        super().__init__(params, vocab_size, eos, first_end, processors)
-        self._native = _native.Sampler(
-            vocab=vocab_size,
+        params = self.params
+        return _native.Sampler(
+            vocab=self._vocab_size,
             temperature=float(params.temperature),
-            top_k=min(params.top_k, vocab_size),
+            top_k=min(params.top_k, self._vocab_size),
             top_p=float(params.top_p),
             log_min_p=self._log_min_p if params.min_p > 0 else None,
             penalty=float(params.penalty),
@@ -53,6 +61,9 @@ class NativeSampler(Sampler):
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
         usable = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
         if usable and not self.processors:
+            first_end = self.may_end_from(len(history)) if self.chapter_tokens else self._first_end
+            if first_end != self._first_end:
+                self._first_end, self._native = first_end, self._built(first_end)
             found = self._native.rank(logits.detach().numpy(), history.tokens, count)
             if found:
                 return found

@@ -29,6 +29,7 @@ class Options:
     """Parameters of one run. None means the checkpoint's own default; every wrong value is a `UserError`.
 
     max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
+    min_chapter_tokens: no EOS before a chapter has so many; a small model in a long talk answers in ever fewer words.
     ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
     stop:          strings that end the text; they are not part of it.
     on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
@@ -55,6 +56,7 @@ class Options:
 
     max_new_tokens: int = 512
     min_new_tokens: int = 0
+    min_chapter_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
     on_loop: str = "warn"
@@ -89,13 +91,15 @@ class Options:
     stream: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "draft_tokens", "draft_budget", "context", "kv_budget"):
+        whole_numbers = ("max_new_tokens", "min_new_tokens", "min_chapter_tokens", "draft_tokens", "draft_budget")
+        for name in (*whole_numbers, "context", "kv_budget"):
             value = getattr(self, name)
             optional = name in ("draft_tokens", "draft_budget", "context", "kv_budget") and value is None
             check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
+        check(self.min_chapter_tokens >= 0, "min_chapter_tokens", self.min_chapter_tokens, "at least 0")
         check(self.context is None or self.context >= 2, "context", self.context, "at least 2")
         fine = self.draft_tokens is None or 1 <= self.draft_tokens <= 511
         check(fine, "draft_tokens", self.draft_tokens, "between 1 and 511")

@@ -6,6 +6,7 @@ the logits, the parameters and the seed, never on the drafter or the shape of a 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class Sampler:
     """Chooses tokens by one set of parameters.
 
     eos, first_end: the ids in `eos` are not written before absolute position `first_end` (min_new_tokens).
+    chapter_tokens: nor before a chapter has so many.
     processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
                     penalties and before the temperature. They must be functions of their arguments alone.
     """
@@ -44,6 +46,7 @@ class Sampler:
         eos: Sequence[int] = (),
         first_end: int = 0,
         processors: Sequence[Any] = (),
+        chapter_tokens: int = 0,
     ):
         for name, ids in (
             ("ban", params.ban),
@@ -54,6 +57,8 @@ class Sampler:
                 check(0 <= token < vocab_size, name, token, f"token ids are 0 to {vocab_size - 1}")
         self.params = params
         self.first_end = first_end
+        self.chapter_tokens = chapter_tokens
+        self._chapters: list[int] = []
         self.processors = tuple(processors)
         self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
@@ -62,6 +67,16 @@ class Sampler:
         self._powers = dry_powers(params.dry_multiplier, params.dry_base)
         self._breakers = np.array(params.dry_breakers, np.int32)
         self._log_min_p = float(noise.log(params.min_p)) if params.min_p > 0 else -np.inf
+
+    def begin_chapter(self, position: int) -> None:
+        """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
+        self._chapters.append(position)
+
+    def may_end_from(self, position: int) -> int:
+        """The position from which on the chapter that `position` lies in may end."""
+        chapter = bisect_right(self._chapters, position)
+        begun = self._chapters[chapter - 1] + self.chapter_tokens if chapter else 0
+        return max(self.first_end, begun)
 
     def choose(self, logits: torch.Tensor, history: History) -> int:
         """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
@@ -100,7 +115,7 @@ class Sampler:
             dry_penalty(scores, history.tokens, params.dry_length, self._powers, self._breakers)
         scores[self._bias_ids] += self._bias
         scores[self._ban] = -np.inf
-        if len(history) < self.first_end:
+        if len(history) < self.may_end_from(len(history)):
             scores[self._eos] = -np.inf
         for processor in self.processors:
             ids = torch.from_numpy(history.tokens.astype(np.int64))[None]

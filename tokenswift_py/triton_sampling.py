@@ -56,7 +56,7 @@ class TritonSampler(Sampler):
     def _changed(self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray]) -> torch.Tensor:
         """The logits after penalty, bias and bans: a copy in double, or themselves where there are none."""
         params = self.params
-        early = np.flatnonzero(positions < self.first_end)
+        early = np.flatnonzero([position < self.may_end_from(position) for position in positions.tolist()])
         ends = len(early) and len(self._eos)
         if params.penalty == 1 and not len(self._bias_ids) and not len(self._ban) and not ends:
             return logits
