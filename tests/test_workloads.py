@@ -63,9 +63,11 @@ def test_a_short_text_is_one_window_and_a_tiny_one_is_refused() -> None:
 @pytest.mark.parametrize("name", workloads["FREE"])
 def test_a_free_run_is_one_that_generate_takes(name: str) -> None:
     run = workloads["free_run"](name)
-    Options.of(chapters=run.chapters, max_new_tokens=100_000, **run.settings)
+    options = Options.of(chapters=run.chapters, max_new_tokens=100_000, **run.settings)
     assert run.prompt and all(request.strip() == request != "" for request in run.chapters)
     assert len(set(run.chapters)) == len(run.chapters) >= 300
+    least = options.min_chapter_tokens * len(run.chapters)
+    assert least >= (100_000 if name == "story" else 30_000), "the requests end before a long run does"
 
 
 def test_story_requests_have_nothing_in_common_with_their_neighbours() -> None:

@@ -32,7 +32,7 @@ class NativeSampler(Sampler):
         self._native = self._built(first_end)
 
     def _built(self, first_end: int) -> Any:
-        """The sampler in C++, which keeps no state from row to row and is made anew for a chapter that may not end yet."""
+        """The sampler in C++. It keeps no state from row to row, and is made anew where chapters may end later."""
         from tokenswift_py.kernels.cpu import _native
 
         params = self.params

@@ -1,4 +1,4 @@
-"""What the experiments let the model write: prompts of our own, and real texts to go on from. README.md says more.
+"""What the experiments let the model write: prompts of our own, and real texts to go on from. README.md says how.
 
 A script in experiments/ imports this as `workloads`.
 """
