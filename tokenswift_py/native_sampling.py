@@ -29,7 +29,7 @@ class NativeSampler(Sampler):
         super().__init__(params, vocab_size, eos, first_end, processors, chapter_tokens)
         self._vocab_size = vocab_size
         self._first_end = first_end
-        self._native = self._built(first_end)
+        self._native: Any = self._built(first_end)
 
     def _built(self, first_end: int) -> Any:
         """The sampler in C++. It keeps no state from row to row, and is made anew where chapters may end later."""
@@ -64,7 +64,7 @@ class NativeSampler(Sampler):
             first_end = self.may_end_from(len(history)) if self.chapter_tokens else self._first_end
             if first_end != self._first_end:
                 self._first_end, self._native = first_end, self._built(first_end)
-            found = self._native.rank(logits.detach().numpy(), history.tokens, count)
+            found: list[tuple[int, float]] = self._native.rank(logits.detach().numpy(), history.tokens, count)
             if found:
                 return found
         return super().ranked(
