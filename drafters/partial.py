@@ -113,11 +113,12 @@ class Partial(Drafter):
         while len(self._chain) <= length:
             room = cache.limit - cache.length - len(tail)
             ahead = self._look_ahead(history, place, planner, keys, room)
+            tree = ahead.build()
             ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
-            gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
+            gain = draft.chances[self._chain[-1]] * self._gain(ahead, tree, planner, place)
             if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
                 break
-            clock, tree = time.perf_counter(), ahead.build()
+            clock = time.perf_counter()
             first = cache.tail_length
             logits = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)]).logits
             rows, tokens = [0], []  # type: list[int], list[int]
@@ -150,7 +151,7 @@ class Partial(Drafter):
             )
         return ahead
 
-    def _gain(self, ahead: Draft, planner: Planner, place: Place) -> float:
+    def _gain(self, ahead: Draft, tree: DraftTree, planner: Planner, place: Place) -> float:
         """Tokens that one more draft pass should bring, less those that repeats would bring without it, if the text
         comes as far as the chain does.
 
@@ -159,8 +160,7 @@ class Partial(Drafter):
         chance = self._now.next.chance
         if self.reuse is None or planner.fixed:
             return chance
-        depths = ahead.build().depth
-        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, depths, strict=True))
+        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, tree.depth, strict=True))
         free = Draft(ahead.tokens[0], FREE)
         self.reuse.extend(free, place, lambda chance: planner.worth_row(chance, len(free)))
         return float(gain - (sum(free.chances) - 1))

@@ -28,20 +28,19 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.options import Options
 from tokenswift_py.report import Trace, rounded
+from tokenswift_py.rope import rope_tables
 from tokenswift_py.stats import distinct_n, find_loop, memory_bandwidth
 
 
 @dataclass
 class Contender:
-    """One way of writing the text. `settings` are of Options; ms: of each slice, tokens: all of them."""
+    """One way of writing the text. settings: of Options; tokens: all that it wrote."""
 
     name: str
     settings: dict[str, Any]
     engine: Engine | None = None
     steps: Iterator[Any] | None = None
     tokens: list[int] = field(default_factory=list)
-    ms: list[float] = field(default_factory=list)
-    marks: list[int] = field(default_factory=lambda: [0])
     at: list[float] = field(default_factory=lambda: [0.0])  # milliseconds of decoding when token i was there
     ended: bool = False
 
@@ -65,7 +64,7 @@ class Contender:
             self.at += [self.at[-1]] * (len(step.tokens) - 1) + [self.at[-1] + ms]
 
 
-def contenders(names: str, swift: TokenSwift) -> list[Contender]:
+def contenders(names: str) -> list[Contender]:
     """auto, ngram, ... or partial:1024:4, a view and a chain of fixed sizes, and partial:1024:4:recent."""
     found = [Contender("ar", {"drafter": "none"})]
     for name in filter(None, names.split(",")):
@@ -104,8 +103,6 @@ class Prefix:
     """A text that is read once; forks of its cache begin at any of the tokens read so far."""
 
     def __init__(self, swift: TokenSwift, tokens: list[int], context: int, forks: int, new: int):
-        from tokenswift_py.rope import rope_tables
-
         self.tokens, self.rope = tokens, rope_tables(swift.checkpoint.config, context)
         self.model: Any = swift.executor.model(self.rope)
         pool = self.model.new_pool(pages_for(context) + forks * (pages_for(new) + 12))
@@ -151,8 +148,7 @@ def continuation(swift: TokenSwift, args: argparse.Namespace, text: str, length:
     last = length + (args.cuts - 1) * 1024
     tokens = prefix(text, swift, last)
     context = last + args.new
-    names = contenders(args.drafters, swift)
-    source = Prefix(swift, tokens, context, len(names), args.new)
+    source = Prefix(swift, tokens, context, len(contenders(args.drafters)), args.new)
     for cut in range(length, last + 1, 1024):
         started = time.perf_counter()
         source.read(cut - SEEN_ROWS)
@@ -162,7 +158,7 @@ def continuation(swift: TokenSwift, args: argparse.Namespace, text: str, length:
             seed=args.seed, on_loop="ignore", ignore_eos=True,
         )  # fmt: skip
         run = swift.prepare(tokens[:cut], options)
-        result = race(swift, args, run, source, contenders(args.drafters, swift))
+        result = race(swift, args, run, source, contenders(args.drafters))
         yield {"text": text, "length": cut, "prefill_s": round(seconds, 2), **result}
 
 
@@ -182,10 +178,8 @@ def race(
     plain = runners[0]
     tokens = plain.tokens[: args.new]
     loop = find_loop(tokens)
-    spec = swift.checkpoint.spec
-    kv = spec.kv_bytes(1, swift.executor.kv_dtype)
     ar_ms = plain.at[-1] / (len(plain.at) - 1)
-    reads = swift.executor.multiplied_nbytes + kv * (len(run.prompt) + len(tokens) / 2)
+    reads = swift.step_bytes(len(run.prompt) + len(tokens) / 2)
     return {
         "distinct_4": round(distinct_n(tokens, 4), 3),
         "looping": loop is not None,

@@ -157,9 +157,8 @@ def filled_cache(model: Model, context: int) -> KVCache:
 def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
     """Bytes that must be read and floating-point operations of a pass of so many rows."""
     spec = swift.checkpoint.spec
-    kv = spec.kv_bytes(context, swift.executor.kv_dtype)
     attention = 4 * spec.layers * spec.heads * spec.head_dim * context
-    return swift.executor.multiplied_nbytes + kv, rows * (2.0 * spec.multiplied + attention)
+    return swift.step_bytes(context), rows * (2.0 * spec.multiplied + attention)
 
 
 @contextlib.contextmanager

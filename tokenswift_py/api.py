@@ -295,6 +295,11 @@ class TokenSwift:
         """Of a KV cache with room for so many."""
         return self.checkpoint.spec.kv_bytes(pages_for(tokens) * PAGE_SIZE, self.executor.kv_dtype)
 
+    def step_bytes(self, context: float) -> float:
+        """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
+        kv = self.checkpoint.spec.kv_bytes(1, self.executor.kv_dtype) * context
+        return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
+
     def draft(self, options: Options) -> TokenSwift | None:
         """The smaller model of drafter draft_model, loaded at its first use. Raises UserError."""
         if options.chosen_drafter != "draft_model":
@@ -365,11 +370,9 @@ class TokenSwift:
         first, eviction = len(run.prompt), eviction_of(run.options)
         positions = range(first, first + len(mine.tokens))
         mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
-        spec = self.checkpoint.spec
-        cache_bytes = spec.kv_bytes(1, self.executor.kv_dtype) * mean_context / self.executor.ranks.world
-        step_bytes = self.executor.multiplied_nbytes + cache_bytes
         bandwidth = memory_bandwidth(device=self.executor.device, threads=self.executor.threads)
-        figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, step_bytes, bandwidth)
+        reads = self.step_bytes(mean_context)
+        figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, reads, bandwidth)
         if eviction:
             figures["baseline"]["what"] += ", evicting the same pages (lossy)"
         return replace(mine, report={**mine.report, **figures})

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py import journal
-from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.errors import check, files, one_line
 from tokenswift_py.history import History
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def audit(
     from tokenswift_py.engine import ReplayError
 
     record = journal.read(Path(folder))
-    run = swift.recorded_run(record, logits_processors=logits_processors)
+    run = swift.recorded_run(record, logits_processors=logits_processors, drafter="none")  # no draft model is loaded
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
-    stream = Stream(swift, replace(run, options=replace(run.options, drafter="none", on_loop=quiet)))
+    stream = Stream(swift, replace(run, options=replace(run.options, on_loop=quiet)))
     same = {**contract.header(stream), "parameters": run.parameters()}
     contract.check_same(record.header, same, numerics=False)
     found = Audit(
@@ -337,11 +337,8 @@ def main(arguments: Sequence[str]) -> int:
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
         found = audit(swift, args.folder, args.sample, progress)
     if args.json:
-        try:
+        with files("json", args.json, "a file that can be written"):
             args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            allowed = f"a file that can be written ({error.strerror})"
-            raise UserError(f"json: {str(args.json)!r} is not allowed; {allowed}") from error
     if not args.quiet:
         print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))))
     return 0 if found.passed else 1

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenswift_py import __version__, audit, train_heads
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import UserError, check, files
 from tokenswift_py.journal import Journal, JournalError
 from tokenswift_py.options import Options, world_size
 
@@ -441,10 +441,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_text(path: Path, field: str) -> str:
-    try:
+    with files(field, path, "a readable file is"):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{field}: {str(path)!r} is not allowed; a readable file is ({error.strerror})") from error
     return read_bytes(data, field)
 
 
@@ -494,13 +492,11 @@ def check_out(folder: Path | None) -> None:
     check(
         not folder.is_dir() or not any(folder.iterdir()), "out", str(folder), "it must be empty; nothing is overwritten"
     )
-    try:
+    with files("out", folder, "a writable folder is"):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tokenswift"
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"out: {str(folder)!r} is not allowed; a writable folder is ({error.strerror})") from error
 
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:

@@ -28,6 +28,15 @@ def need_extra(field: str, value: str, package: str) -> None:
 
 
 @contextmanager
+def files(field: str, path: object, allowed: str) -> Iterator[None]:
+    """Turn what the system has against a file or folder into the one line that every wrong setting gets."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{field}: {str(path)!r} is not allowed; {allowed} ({error.strerror})") from error
+
+
+@contextmanager
 def about(field: str) -> Iterator[None]:
     """Put the parameter that led there in front of whatever `UserError` is raised."""
     try:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import UserError, check, files
 
 NAME = "journal.bin"
 MAGIC = b"tokenswift journal\n"
@@ -80,10 +80,8 @@ def read(folder: Path) -> Record:
     Raises UserError where there is none, where its header is not whole, and where it is damaged before its last frame.
     """
     path = folder / NAME
-    try:
+    with files("journal", path, "a run's folder has one"):
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"journal: {str(path)!r} is not allowed; a run's folder has one ({error.strerror})") from error
     return parse(data, path)
 
 
@@ -186,12 +184,9 @@ class Journal:
         header = {"version": VERSION, **header}
         payload = json.dumps(header, ensure_ascii=False).encode()
         seed = checksum(HEADER, payload, 0)
-        try:
+        with files("out", folder, "a new or empty folder is"):
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("xb", buffering=0)
-        except OSError as error:
-            allowed = f"a new or empty folder is ({error.strerror})"
-            raise UserError(f"out: {str(folder)!r} is not allowed; {allowed}") from error
         lock(file, path)
         journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
         journal._write(MAGIC + frame_bytes(HEADER, payload, 0))
@@ -203,11 +198,8 @@ class Journal:
         """Go on with a folder's journal; a torn end is cut off. Raises UserError as `read` does, and where another
         process writes it."""
         path = folder / NAME
-        try:
+        with files("journal", path, "a run's folder holds one that can be written"):
             file = path.open("r+b", buffering=0)
-        except OSError as error:
-            allowed = f"a run's folder holds one that can be written ({error.strerror})"
-            raise UserError(f"journal: {str(path)!r} is not allowed; {allowed}") from error
         try:
             lock(file, path)
             journal = cls(file, parse(file.read(), path))
@@ -269,11 +261,11 @@ class Journal:
 def lock(file: BinaryIO, path: Path) -> None:
     """Until the file is closed, or the process ends in whatever way."""
     try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        with files("journal", path, "another process writes it"):
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except UserError:
         file.close()
-        allowed = f"another process writes it ({error.strerror})"
-        raise UserError(f"journal: {str(path)!r} is not allowed; {allowed}") from error
+        raise
 
 
 def sync_folder(folder: Path) -> None:

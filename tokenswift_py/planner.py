@@ -48,8 +48,8 @@ class PassCost:
         ms = float(self._times(np.array([ms]))[0])
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
-        self._due = min(self._due, self._count) if rows > self.largest else self._due
-        self.largest = max(self.largest, rows)
+        if rows > self.largest:
+            self.largest, self._due = rows, self._count
         self._count += 1
 
     def __call__(self, rows: int, context: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenswift_py.errors import check
+from tokenswift_py.errors import files
 from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
 
 SCHEMA = 1
@@ -31,10 +31,8 @@ class Trace:
     """A file of JSON lines, one a round. Raises UserError where it cannot be written."""
 
     def __init__(self, path: str):
-        try:
+        with files("trace", path, "a file that can be written"):
             self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115, closed when the stream ends
-        except OSError as error:
-            check(False, "trace", path, f"a file that can be written ({error.strerror})")
 
     def __call__(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
