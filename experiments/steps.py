@@ -13,7 +13,10 @@ import argparse
 import contextlib
 import json
 import platform
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rows", type=numbers, default=numbers("1,4,8,16"))
     parser.add_argument("--view", type=numbers, default=[], help="tokens of partial views, timed with one row")
     parser.add_argument("--prefill", type=int, default=0, help="also time the prefill of so many tokens")
+    parser.add_argument("--busy", action="store_true", help="time one row also beside a process that never sleeps")
     parser.add_argument("--peers", default="", help="hf, llamacpp or both")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--dtype", default="bf16")
@@ -83,6 +87,8 @@ def main() -> None:
             table += [row(contender, statistics.median(here), swift) for contender in contenders]
     if args.prefill:
         table += prefill(swift, args)
+    if args.busy:
+        table += [beside_busy(swift, args, context) for context in args.contexts]
     machine = {
         "cpu": cpu_name(),
         "threads": args.threads,
@@ -90,6 +96,8 @@ def main() -> None:
         "read_bandwidth_median_gb_s": round(statistics.median(bandwidths) / 1e9, 1),
         "fp32_gflop_s": round(flops / 1e9),
     }
+    if "llamacpp" in args.peers:
+        machine["llama_cpp"] = llama_build()
     print_table(table, machine)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "model": args.model, "steps": table}, indent=2) + "\n")
@@ -217,7 +225,45 @@ def open_llama(args: argparse.Namespace, context: int) -> tuple[Any, Any]:
     return llama, llama_cpp
 
 
+def llama_build() -> str:
+    """What llama.cpp says of its version and of what it was built with."""
+    import llama_cpp as low
+
+    return f"{low.__version__}: {low.llama_print_system_info().decode().strip()}"
+
+
 PEERS = {"hf": hugging_face, "llamacpp": llama_cpp}
+
+
+def beside_busy(swift: TokenSwift, args: argparse.Namespace, context: int) -> dict[str, Any]:
+    """A step of one row with the machine to itself and beside a process that wants a core all the time, in turns."""
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, context + 2))
+    cache = filled_cache(model, context)
+    step = passes(model, cache, Segment(DraftTree.chain([5]), cache))
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    times: dict[bool, list[float]] = {False: [], True: []}
+    try:
+        for _ in range(args.rounds):
+            for beside in times:
+                busy.send_signal(signal.SIGCONT if beside else signal.SIGSTOP)
+                time.sleep(0.02)
+                step()
+                for _ in range(BUSY_STEPS):
+                    start = time.perf_counter()
+                    step()
+                    times[beside].append(1e3 * (time.perf_counter() - start))
+    finally:
+        busy.kill()
+        busy.wait()
+    quiet, shared = (statistics.median(times[beside]) for beside in (False, True))
+    return {
+        "engine": swift.executor.name, "context": context, "what": "1 rows beside a busy process",
+        "ms": round(shared, 3), "ms_quiet": round(quiet, 3), "over_quiet": round(shared / quiet, 3),
+        "ms_p90": round(float(np.percentile(times[True], 90)), 3),
+    }  # fmt: skip
+
+
+BUSY_STEPS = 6  # a turn: a burst of the scheduler must not be all that is seen
 
 
 def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -1,0 +1,184 @@
+"""One very long text: how long it takes, against what plain decoding takes over the same contexts.
+
+    python experiments/longrun.py --tokens 100000 --out runs/100k
+
+The run is an ordinary one with a journal (interrupted, the same command goes on with it). At SPOTS places it pauses: a
+fork of its cache goes on by plain decoding for a window of tokens, which are compared one by one with what the run then
+writes there, and whose milliseconds, fitted as a + b context and summed over the contexts of the whole run, are what
+plain decoding would have taken. Both are measured in the same minutes of the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quality import window_quality
+from tokenswift_py import TokenSwift
+from tokenswift_py.api import Stream
+from tokenswift_py.report import rounded, text_figures
+from tokenswift_py.stats import memory_bandwidth
+from workloads import FREE, free_run
+
+Record = dict[str, Any]
+
+
+class Log:
+    """Lines of JSON in the run's folder, which outlive the process: spots, and marks of how far the text was when."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines: list[Record] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def append(self, record: Record) -> None:
+        self.lines.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def kind(self, kind: str) -> list[Record]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", default="story", choices=FREE)
+    parser.add_argument("--tokens", type=int, default=100_000, help="new tokens that the model chooses")
+    parser.add_argument("--context", type=int, default=0, help="default: what the run needs")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--kv-dtype")
+    parser.add_argument("--spots", type=int, default=10)
+    parser.add_argument("--window", type=int, default=200, help="tokens of plain decoding at each spot")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    swift = TokenSwift.from_pretrained(args.model, threads=args.threads, kv_dtype=args.kv_dtype)
+    stream = begin(swift, args)
+    log = Log(args.out / "longrun.jsonl")
+    with stream:
+        stream.catch_up()
+        write(swift, stream, log, args)
+        figures = summary(swift, stream, log)
+    stream.result()
+    (args.out / "longrun.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (args.out / "report.json").write_text(json.dumps(stream.result().report, indent=1) + "\n", encoding="utf-8")
+    (args.out / "text.txt").write_text(stream.result().text, encoding="utf-8")
+    np.save(args.out / "tokens.npy", np.array(stream.tokens, np.int32))
+    print(json.dumps({key: value for key, value in figures.items() if key != "spots"}, indent=1))
+
+
+def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
+    """The run, new or as far as its journal holds it."""
+    if (args.out / "journal.bin").exists():
+        return swift.resume(args.out, drafter=args.drafter)
+    workload = free_run(args.workload)
+    return swift.stream(
+        workload.prompt, out=args.out, chapters=workload.chapters, max_new_tokens=args.tokens, seed=args.seed,
+        context=args.context or None, drafter=args.drafter, on_loop="warn", **workload.settings,
+    )  # fmt: skip
+
+
+def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace) -> None:
+    """Let the run write to its end, with a pause at each spot that is not behind it yet."""
+    first = args.tokens // (2 * args.spots)
+    left = [first + i * args.tokens // args.spots for i in range(args.spots)]
+    left = [spot for spot in left if spot > stream.stats.new_tokens]
+    before, at, clock = dict(stream.stats.phase_ms), stream.stats.new_tokens, time.perf_counter()
+    for _ in stream:
+        new = stream.stats.new_tokens
+        if stream.ending != "interrupted" or new >= at + MARK or (left and new >= left[0]):
+            phases = {name: ms - before.get(name, 0.0) for name, ms in stream.stats.phase_ms.items()}
+            before, wall = dict(stream.stats.phase_ms), 1e3 * (time.perf_counter() - clock)
+            log.append(
+                {"kind": "mark", "from": at, "to": new, "context": stream.engine.cache.length, "wall_ms": rounded(wall),
+                 "passes": stream.stats.num_spec_steps, **{name: rounded(ms) for name, ms in phases.items()}}
+            )  # fmt: skip
+            print(json.dumps(log.lines[-1]), flush=True)
+            at = new
+            if left and new >= left[0]:
+                left.pop(0)
+                log.append(spot(swift, stream, args.window))
+                print(json.dumps({k: v for k, v in log.lines[-1].items() if k not in ("tokens", "ms")}), flush=True)
+            clock = time.perf_counter()
+
+
+def spot(swift: TokenSwift, stream: Stream, window: int) -> Record:
+    """What plain decoding writes from here on, on a fork of the run's cache, and the milliseconds of its tokens."""
+    run = replace(stream.run, options=replace(stream.run.options, drafter="none", on_loop="ignore", trace=None))
+    bandwidth = memory_bandwidth(threads=swift.executor.threads)
+    plain = swift.engine(run, cache=stream.engine.cache.fork())
+    last = list(plain.replay(run.prompt, stream.tokens))[-1]
+    steps = plain.run(run.prompt, last)
+    tokens: list[int] = []
+    times: list[float] = []
+    clock = time.perf_counter()
+    for step in islice(steps, window):
+        ms, clock = 1e3 * (time.perf_counter() - clock), time.perf_counter()
+        tokens += (*step.forced, *step.tokens)
+        if not step.forced:
+            times.append(round(ms, 3))
+    steps.close()  # type: ignore[attr-defined]
+    context = stream.engine.cache.length
+    limit = 1e3 * swift.step_bytes(context + window / 2) / bandwidth
+    return {
+        "kind": "spot", "behind": len(stream.tokens), "new": stream.stats.new_tokens, "context": context,
+        "tokens": tokens, "ms": times, "median_ms": round(statistics.median(times), 3),
+        "bandwidth_gb_s": round(bandwidth / 1e9, 1), "share_of_memory_limit": round(limit / statistics.median(times), 3),
+    }  # fmt: skip
+
+
+def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
+    spots, marks = log.kind("spot"), log.kind("mark")
+    fit = np.polyfit([s["context"] + len(s["ms"]) / 2 for s in spots], [s["median_ms"] for s in spots], 1)
+    start = len(stream.run.prompt)
+    forced = np.zeros(len(stream.tokens), np.bool_)
+    for first, stop in stream.forced:
+        forced[first:stop] = True
+    plain = float(np.polyval(fit, start + np.flatnonzero(~forced)).sum())
+    turns = sum(mark.get("prefill", 0.0) for mark in marks)
+    decode = sum(mark[phase] for mark in marks for phase in PHASES)
+    wall = sum(mark["wall_ms"] for mark in marks)
+    chosen = stream.result().chosen
+    quality = window_quality(chosen, lambda ids: str(swift.tokenizer.decode(ids, skip_special_tokens=True)))
+    return {
+        "new_tokens": stream.stats.new_tokens,
+        "forced_tokens": int(forced.sum()),
+        "context": stream.run.context,
+        "wall_minutes": round(wall / 6e4, 2),
+        "plain_minutes": round((plain + turns) / 6e4, 2),
+        "plain_is": "median milliseconds of a token at the spots, as a + b context, over the contexts of every chosen"
+        " token, and this run's own time for the forced turns",
+        "speedup": round((plain + turns) / wall, 3),
+        "decode_speedup": round(plain / decode, 3),
+        "phase_minutes": {name: round(sum(m.get(name, 0.0) for m in marks) / 6e4, 2) for name in (*PHASES, "prefill")},
+        "spots_identical": [same(stream.tokens, s) for s in spots],
+        "spots": [{k: v for k, v in s.items() if k not in ("kind", "tokens", "ms")} for s in spots],
+        "marks": marks,
+        **text_figures(chosen),
+        **{key: round(value, 3) for key, value in quality.summary().items()},
+        "guarantee": stream.guarantee,
+        "numerics": stream.numerics,
+    }
+
+
+def same(tokens: Sequence[int], spot: Record) -> bool:
+    """Whether the run wrote what plain decoding had written from there on."""
+    there = tokens[spot["behind"] :][: len(spot["tokens"])]
+    return len(there) > 0 and list(there) == spot["tokens"][: len(there)]
+
+
+MARK = 1000  # new tokens between marks
+PHASES = ("draft", "verify", "accept", "commit", "learn")
+
+if __name__ == "__main__":
+    main()
