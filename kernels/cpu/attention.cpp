@@ -8,6 +8,7 @@ namespace tokenswift {
 namespace {
 
 constexpr int split_pages = 16;    // part of the numerics contract
+constexpr int pieces_a_thread = 6;  // enough that one more or less at the end does not matter
 constexpr int block_queries = 48;  // queries whose states stay in the first-level cache beside a page
 
 int rows_a_block(int group) { return std::max(1, block_queries / group); }
@@ -18,17 +19,29 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, int
   segments_ = std::move(segments);
   pool_ = &pool;
   rows_ = rows;
+  threads_ = threads;
   group_ = heads_ / pool.kv_heads();
   mass_stride_ = mass_pages;
-  pieces_.clear();
-  segment_states_.clear();
-  for (size_t i = 0; i < segments_.size(); ++i) add_pieces(int(i), threads);
-  const size_t queries = size_t(rows) * heads_;
+  views_ = false;
+  segment_states_.resize(segments_.size());
   size_t states = 0;
   for (size_t i = 0; i < segments_.size(); ++i) {
-    segment_states_[i].states = states;
-    states += size_t(segment_states_[i].parts) * segments_[i].in.rows * heads_ * state_floats(head_dim_);
+    const SegmentPlan& segment = segments_[i];
+    const int splits = segment.last_page / split_pages + 1, block = rows_a_block(group_);
+    const int blocks = (segment.in.rows + block - 1) / block;
+    SegmentState& state = segment_states_[i];
+    state.whole = splits == 1 || blocks * pool.kv_heads() >= pieces_a_thread * threads;
+    state.states = states;
+    states += size_t(state.whole ? 1 : splits) * segment.in.rows * heads_ * state_floats(head_dim_);
+    state.splits.assign(pool.kv_heads(), std::vector<int>(splits));
+    for (std::vector<int>& all : state.splits) std::iota(all.begin(), all.end(), 0);
+    views_ |= segment.in.view != nullptr;
   }
+  pieces_.clear();
+  if (!views_) {
+    for (size_t i = 0; i < segments_.size(); ++i) add_pieces(int(i));
+  }
+  const size_t queries = size_t(rows) * heads_;
   states_.reserve(states);
   mass_.reserve(queries * mass_stride_);
   mass_maximum_.reserve(queries * mass_stride_);
@@ -43,16 +56,31 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, int
   }
 }
 
-// With blocks of rows enough for all threads, each walks all its splits and merges as it goes; else the splits are
-// shared out too, several to a piece where a view leaves them almost empty.
-void Attention::add_pieces(int segment, int threads) {
-  const SegmentInput& in = segments_[segment].in;
-  const int splits = segments_[segment].last_page / split_pages + 1;
-  const int block = rows_a_block(group_), blocks = (in.rows + block - 1) / block;
-  const bool whole = splits == 1 || blocks * pool_->kv_heads() >= 6 * threads;
-  const int pages = in.view ? std::max(1, in.view_pages) : in.full + 1;
-  const int share = whole ? splits : std::clamp(splits * split_pages / pages, 1, splits);
+// Those in which a layer's view has a page, and those of the tail.
+void Attention::find_splits(int segment, int layer) {
+  const SegmentPlan& plan = segments_[segment];
+  if (!plan.in.view) return;
   for (int head = 0; head < pool_->kv_heads(); ++head) {
+    const int32_t* view = plan.in.view + (size_t(layer) * pool_->kv_heads() + head) * plan.in.view_pages;
+    std::vector<int>& splits = segment_states_[segment].splits[head];
+    splits.clear();
+    const auto add = [&](int split) {
+      if (splits.empty() || splits.back() < split) splits.push_back(split);
+    };
+    for (int i = 0; i < plan.in.view_pages; ++i) add(view[i] / split_pages);
+    for (int split = plan.in.full / split_pages; split <= plan.last_page / split_pages; ++split) add(split);
+  }
+}
+
+// With blocks of rows enough for all threads, each walks all its splits and merges as it goes; else the splits are
+// shared out too: each a piece, or, where a view leaves them almost empty, several.
+void Attention::add_pieces(int segment) {
+  const SegmentInput& in = segments_[segment].in;
+  const int block = rows_a_block(group_), heads = pool_->kv_heads();
+  for (int head = 0; head < heads; ++head) {
+    const int splits = int(segment_states_[segment].splits[head].size());
+    const int wanted = std::max(1, pieces_a_thread * threads_ / heads);
+    const int share = segment_states_[segment].whole ? splits : in.view ? (splits + wanted - 1) / wanted : 1;
     for (int split = 0; split < splits; split += share) {
       for (int row = 0; row < in.rows; row += block) {
         const RowRun rows{row, std::min(row + block, in.rows)}, shared{split, std::min(split + share, splits)};
@@ -60,7 +88,6 @@ void Attention::add_pieces(int segment, int threads) {
       }
     }
   }
-  segment_states_.push_back({whole ? 1 : splits, 0});
 }
 
 float* Attention::state(int segment, int part, int head, int row) {
@@ -75,34 +102,50 @@ void Attention::run(Team& team, const AttentionLayer& layer) {
     std::fill_n(mass_.data(), count, 0.0f);
     std::fill_n(mass_maximum_.data(), count, no_maximum);
   }
-  team.run(int(pieces_.size()), [&](int piece, int worker) { run_piece(layer, pieces_[piece], scratch_[worker]); });
+  if (views_) {
+    pieces_.clear();
+    for (size_t i = 0; i < segments_.size(); ++i) {
+      find_splits(int(i), layer.layer);
+      add_pieces(int(i));
+    }
+  }
+  team.run(int(pieces_.size()), [&](int piece, int worker) { run_piece(layer, piece, scratch_[worker]); });
   for (size_t i = 0; i < segments_.size(); ++i) {
     const int rows = segments_[i].in.rows, kv_heads = pool_->kv_heads();
-    const size_t cost = size_t(rows) * heads_ * (segment_states_[i].parts * head_dim_ + mass_stride_);
+    const size_t cost = size_t(rows) * heads_ * (segment_states_[i].parts(0) * head_dim_ + mass_stride_);
     team.run(rows * kv_heads, cost, [&](int piece, int) { finish(layer, int(i), piece / kv_heads, piece % kv_heads); });
   }
 }
 
-void Attention::run_piece(const AttentionLayer& layer, const Piece& piece, Scratch& scratch) {
+void Attention::run_piece(const AttentionLayer& layer, int index, Scratch& scratch) {
+  const Piece& piece = pieces_[index];
   const int queries = (piece.rows.end - piece.rows.begin) * group_;
   const size_t stride = state_floats(head_dim_);
-  if (segment_states_[piece.segment].parts > 1) {
-    for (int split = piece.splits.begin; split < piece.splits.end; ++split) {
-      run_split(layer, piece, split, state(piece.segment, split, piece.head, piece.rows.begin), scratch);
+  const SegmentState& kept = segment_states_[piece.segment];
+  const std::vector<int>& splits = kept.splits[piece.head];
+  for (int i = piece.splits.begin; i < piece.splits.end; ++i) {
+    const char* behind = nullptr;
+    if (i + 1 < piece.splits.end) {
+      behind = first_block(layer, piece, splits[i + 1]);
+    } else if (size_t(index) + 1 < pieces_.size()) {  // this thread's next, as a rule
+      const Piece& next = pieces_[index + 1];
+      behind = first_block(layer, next, segment_states_[next.segment].splits[next.head][next.splits.begin]);
     }
-    return;
-  }
-  float* total = state(piece.segment, 0, piece.head, piece.rows.begin);
-  run_split(layer, piece, piece.splits.begin, total, scratch);
-  for (int split = piece.splits.begin + 1; split < piece.splits.end; ++split) {
-    run_split(layer, piece, split, scratch.states.data(), scratch);
+    float* own = state(piece.segment, kept.whole ? 0 : i, piece.head, piece.rows.begin);
+    if (!kept.whole || i == piece.splits.begin) {
+      run_split(layer, piece, splits[i], behind, own, scratch);
+      continue;
+    }
+    run_split(layer, piece, splits[i], behind, scratch.states.data(), scratch);
     for (int query = 0; query < queries; ++query) {
-      kernels_.merge(total + query * stride, scratch.states.data() + query * stride, head_dim_);
+      kernels_.merge(own + query * stride, scratch.states.data() + query * stride, head_dim_);
     }
   }
 }
 
-void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch) {
+// behind: what is visited after this split's full pages, or null.
+void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int split, const char* behind, float* states,
+                          Scratch& scratch) {
   const int queries = (piece.rows.end - piece.rows.begin) * group_;
   const SegmentPlan& segment = segments_[piece.segment];
   for (int query = 0; query < queries; ++query) {
@@ -110,7 +153,7 @@ void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int s
     std::fill_n(state, head_dim_ + sums_width, 0.0f);
     state[state_maximum(head_dim_)] = no_maximum;
   }
-  visit_full_pages(layer, piece, split, states, scratch);
+  visit_full_pages(layer, piece, split, behind, states, scratch);
   const int begin = std::max(split * split_pages, segment.in.full);
   const int end = std::min((split + 1) * split_pages, segment.last_page + 1);
   for (int page = begin; page < end; ++page) visit_tail(layer, piece, page, states, scratch);
@@ -121,29 +164,50 @@ int Attention::first_visible(const SegmentInput& in, RowRun rows, int window) co
   return std::max(0, *std::min_element(in.positions + rows.begin, in.positions + rows.end) - window + 1);
 }
 
-void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, float* states,
-                                 Scratch& scratch) {
+// The pages that a layer's view has under a piece's head; null when it has all.
+const int32_t* Attention::view_of(const AttentionLayer& layer, const Piece& piece) const {
+  const SegmentInput& in = segments_[piece.segment].in;
+  if (!in.view) return nullptr;
+  return in.view + (size_t(layer.layer) * pool_->kv_heads() + piece.head) * in.view_pages;
+}
+
+// Which full pages of a split the rows see: places in the view, or without one the pages themselves.
+RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, int split) const {
+  const SegmentInput& in = segments_[piece.segment].in;
+  const int begin = std::max(split * split_pages, first_visible(in, piece.rows, layer.window) / page_size);
+  const int end = std::min((split + 1) * split_pages, in.full);
+  const int32_t* view = view_of(layer, piece);
+  if (!view) return {begin, end};
+  const int32_t* last = view + in.view_pages;
+  return {int(std::lower_bound(view, last, begin) - view), int(std::lower_bound(view, last, end) - view)};
+}
+
+const char* Attention::first_block(const AttentionLayer& layer, const Piece& piece, int split) const {
+  const RowRun pages = full_pages(layer, piece, split);
+  if (pages.begin >= pages.end) return nullptr;
+  const int32_t* view = view_of(layer, piece);
+  const int page = view ? view[pages.begin] : pages.begin;
+  return pool_->block(layer.layer, piece.head, segments_[piece.segment].in.pages[page]);
+}
+
+void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, const char* behind,
+                                 float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
   const int visible = first_visible(in, piece.rows, layer.window);
-  int begin = std::max(split * split_pages, visible / page_size);
-  int end = std::min((split + 1) * split_pages, in.full);
-  const int32_t* view = nullptr;  // what `begin` and `end` count; null when they are the pages themselves
-  if (in.view) {
-    view = in.view + (size_t(layer.layer) * pool_->kv_heads() + piece.head) * in.view_pages;
-    begin = int(std::lower_bound(view, view + in.view_pages, begin) - view);
-    end = int(std::lower_bound(view, view + in.view_pages, end) - view);
-  }
+  const RowRun pages = full_pages(layer, piece, split);
+  const int32_t* view = view_of(layer, piece);
   const auto absolute = [&](int i) { return view ? view[i] : i; };
   const auto block = [&](int i) { return pool_->block(layer.layer, piece.head, in.pages[absolute(i)]); };
-  for (int i = begin; i < end; ++i) {
+  for (int i = pages.begin; i < pages.end; ++i) {
     const int page = absolute(i);
     const char* here = block(i);
+    const char* next = i + 1 < pages.end ? block(i + 1) : behind ? behind : here;
     if (visible > page * page_size) {
       Slots slots;
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
       here = gather(layer, piece, slots, visible - page * page_size, scratch);
     }
-    visit(layer, piece, piece.rows, page, here, i + 1 < end ? block(i + 1) : here, states, scratch);
+    visit(layer, piece, piece.rows, page, here, next, states, scratch);
   }
 }
 
@@ -217,7 +281,7 @@ void Attention::finish(const AttentionLayer& layer, int segment, int row, int he
   const size_t stride = state_floats(head_dim_);
   for (int g = 0; g < group_; ++g) {
     float* total = state(segment, 0, head, row) + g * stride;
-    for (int part = 1; part < segment_states_[segment].parts; ++part) {
+    for (int part = 1; part < segment_states_[segment].parts(head); ++part) {
       kernels_.merge(total, state(segment, part, head, row) + g * stride, head_dim_);
     }
     alignas(64) float values[longest_head];

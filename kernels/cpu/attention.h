@@ -22,7 +22,8 @@ struct AttentionLayer {
 
 // A row's keys are visited page by page in ascending order, in splits of 16 pages that begin at absolute multiples of
 // 16, and the splits' softmax states are merged in order. So what a row gets depends on its own keys alone: not on
-// the rows beside it, on threads, or on whether splits ran side by side or one after the other.
+// the rows beside it, on threads, or on whether splits ran side by side or one after the other. A split of which a view
+// holds no page is passed over: merging what has seen nothing changes nothing.
 class Attention {
  public:
   // head_dim: values of a head; the pool has them padded to vector_multiple.
@@ -41,26 +42,35 @@ class Attention {
   struct Piece {
     int segment, head;
     RowRun rows;       // in the segment
-    RowRun splits;
+    RowRun splits;     // of those that hold pages
   };
 
   struct SegmentState {
-    int parts;         // softmax states kept for each query: one a split, or one in all
+    bool whole;        // one softmax state for each query; else one for each split that holds pages
     size_t states;     // where they begin, [parts][kv_heads][rows][group]
+    std::vector<std::vector<int>> splits;  // [kv_heads] those that hold pages, ascending
+
+    int parts(int head) const { return whole ? 1 : int(splits[head].size()); }
   };
 
   struct Scratch {
     Buffer<char> page;          // a gathered page
     Buffer<char> copy;          // an int8 page as bf16
-    Buffer<float> states;       // the current split's, where parts == 1
+    Buffer<float> states;       // the current split's, where one is kept for all
     std::vector<int> first, last;
     std::vector<const char*> pages;
   };
 
-  void add_pieces(int segment, int threads);
-  void run_piece(const AttentionLayer& layer, const Piece& piece, Scratch& scratch);
-  void run_split(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
-  void visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, float* states, Scratch& scratch);
+  void find_splits(int segment, int layer);
+  void add_pieces(int segment);
+  void run_piece(const AttentionLayer& layer, int index, Scratch& scratch);
+  void run_split(const AttentionLayer& layer, const Piece& piece, int split, const char* behind, float* states,
+                 Scratch& scratch);
+  void visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, const char* behind, float* states,
+                        Scratch& scratch);
+  RowRun full_pages(const AttentionLayer& layer, const Piece& piece, int split) const;
+  const int32_t* view_of(const AttentionLayer& layer, const Piece& piece) const;
+  const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
   void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,
              const char* next, float* states, Scratch& scratch);
@@ -72,7 +82,8 @@ class Attention {
 
   const Kernels& kernels_;
   int heads_, values_, head_dim_;  // head_dim_ is padded
-  int group_ = 1, rows_ = 0;
+  int group_ = 1, rows_ = 0, threads_ = 1;
+  bool views_ = false;  // whether layers differ in the pages they visit
   size_t mass_stride_ = 0;
   const Pool* pool_ = nullptr;
   std::vector<SegmentPlan> segments_;

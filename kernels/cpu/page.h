@@ -88,34 +88,30 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   return rescale;
 }
 
-template <class Page>
-constexpr int parts_ahead = Page::bytes_a_step;
-
-// The next page is asked for while this one is computed with. A visit of one or two tiles asks for all of it in each;
-// one of many spreads it over several, a part each (one line a step): else it would wait for memory in the first tile
-// and leave memory idle in the others.
-template <class Page, int V, bool spread>
-constexpr int lines_ahead = V * Isa::lanes * Page::bytes_a_step / line_bytes / (spread ? parts_ahead<Page> : 1);
+// The next page is asked for while this one is computed with. A visit of one tile asks for all of it; one of several
+// spreads it over them, a part each: else it would wait for memory in the first tile and leave memory idle in the
+// others. parts: 1, or up to a line a step.
+template <class Page, int V, int parts>
+constexpr int lines_ahead = V * Isa::lanes * Page::bytes_a_step / line_bytes / parts;
 
 // Where the part of the next page's keys (`half` 0) or values (1) begins that a query's tile asks for.
-template <class Page, bool spread>
+template <class Page, int parts>
 uintptr_t part_ahead(const PageVisit& visit, int half, int query) {
   const size_t bytes = Page::half_bytes(visit);
-  const int part = spread ? query / Isa::page_rows % parts_ahead<Page> : 0;
-  return reinterpret_cast<uintptr_t>(visit.next) + half * bytes + part * (bytes / parts_ahead<Page>);
+  return reinterpret_cast<uintptr_t>(visit.next) + half * bytes + query / Isa::page_rows % parts * (bytes / parts);
 }
 
-template <class Page, int M, bool spread>
+template <class Page, int M, int parts>
 inline __attribute__((always_inline)) void score(const PageVisit& visit, int query, Vec (&s)[M][score_vectors]) {
   using Dot = typename Page::Dot;
   constexpr int V = Isa::page_vectors;
   const auto* keys = Page::keys(visit);
   const auto* q = static_cast<const typename Dot::Operand*>(visit.q) + size_t(query) * visit.head_dim;
-  uintptr_t ahead = part_ahead<Page, spread>(visit, 0, query);
+  uintptr_t ahead = part_ahead<Page, parts>(visit, 0, query);
   for (int block = 0; block < score_vectors; block += V) {
     Vec acc[M][V];
     each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
-    accumulate<Dot, M, V, lines_ahead<Page, V, spread>>(acc, keys + block * Isa::lanes * Dot::step,
+    accumulate<Dot, M, V, lines_ahead<Page, V, parts>>(acc, keys + block * Isa::lanes * Dot::step,
                                                         page_size * Dot::step, q, visit.head_dim,
                                                         visit.head_dim / Dot::step, ahead);
     each<M, V>([&](int i, int j) { s[i][block + j] = acc[i][j]; });
@@ -123,7 +119,7 @@ inline __attribute__((always_inline)) void score(const PageVisit& visit, int que
 }
 
 // V vectors of the values' columns from `column` on.
-template <class Page, int M, int V, bool spread>
+template <class Page, int M, int V, int parts>
 inline __attribute__((always_inline)) void add_values(const PageVisit& visit, int query, int column,
                                                       const typename Page::Operand* weights, const Vec (&rescale)[M],
                                                       uintptr_t& ahead) {
@@ -135,40 +131,40 @@ inline __attribute__((always_inline)) void add_values(const PageVisit& visit, in
   each<M, V>([&](int i, int j) {
     acc[i][j] = Isa::mul(Isa::load(state + i * stride + j * Isa::lanes), rescale[i]);
   });
-  accumulate<Dot, M, V, lines_ahead<Page, V, spread>>(acc, values, visit.head_dim * Dot::step, weights, page_size,
+  accumulate<Dot, M, V, lines_ahead<Page, V, parts>>(acc, values, visit.head_dim * Dot::step, weights, page_size,
                                                       page_size / Dot::step, ahead);
   each<M, V>([&](int i, int j) { Isa::store(state + i * stride + j * Isa::lanes, acc[i][j]); });
 }
 
-template <class Page, int M, bool spread>
+template <class Page, int M, int parts>
 void visit_tile(const PageVisit& visit, int query) {
   alignas(64) typename Page::Operand weights[M][page_size];
   Vec s[M][score_vectors], rescale[M];
-  score<Page, M, spread>(visit, query, s);
+  score<Page, M, parts>(visit, query, s);
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
   constexpr int block = Isa::page_vectors * Isa::lanes;
-  uintptr_t ahead = part_ahead<Page, spread>(visit, 1, query);
+  uintptr_t ahead = part_ahead<Page, parts>(visit, 1, query);
   int column = 0;
   for (; column + block <= visit.head_dim; column += block) {
-    add_values<Page, M, Isa::page_vectors, spread>(visit, query, column, weights[0], rescale, ahead);
+    add_values<Page, M, Isa::page_vectors, parts>(visit, query, column, weights[0], rescale, ahead);
   }
   for (; column < visit.head_dim; column += Isa::lanes) {
-    add_values<Page, M, 1, spread>(visit, query, column, weights[0], rescale, ahead);
+    add_values<Page, M, 1, parts>(visit, query, column, weights[0], rescale, ahead);
   }
 }
 
-template <class Page, int M, bool spread>
+template <class Page, int M, int parts>
 void visit_queries(int m, const PageVisit& visit, int query) {
-  if (m == M) return visit_tile<Page, M, spread>(visit, query);
-  if constexpr (M > 1) visit_queries<Page, M - 1, spread>(m, visit, query);
+  if (m == M) return visit_tile<Page, M, parts>(visit, query);
+  if constexpr (M > 1) visit_queries<Page, M - 1, parts>(m, visit, query);
 }
 
-template <class Page, bool spread>
+template <class Page, int parts>
 void visit_tiles(const PageVisit& visit) {
   constexpr int tile = Isa::page_rows;
   for (int query = 0; query < visit.queries; query += tile) {
-    visit_queries<Page, tile, spread>(visit.queries - query < tile ? visit.queries - query : tile, visit, query);
+    visit_queries<Page, tile, parts>(visit.queries - query < tile ? visit.queries - query : tile, visit, query);
   }
 }
 
@@ -198,16 +194,17 @@ void visit_page(const PageVisit& visit) {
     }
   }
   ask_for_scales<Page>(visit);
-  constexpr bool can_spread = lines_ahead<Page, Isa::page_vectors, true> > 0;
-  if (can_spread && visit.queries > 2 * Isa::page_rows) return visit_tiles<Page, true>(visit);
-  visit_tiles<Page, false>(visit);
+  constexpr int most = lines_ahead<Page, Isa::page_vectors, 1>;
+  if (most % 4 == 0 && visit.queries > 3 * Isa::page_rows) return visit_tiles<Page, most % 4 ? 1 : 4>(visit);
+  if (most % 2 == 0 && visit.queries > Isa::page_rows) return visit_tiles<Page, most % 2 ? 1 : 2>(visit);
+  visit_tiles<Page, 1>(visit);
 }
 
 template <class Page>
 float best_score(const PageVisit& visit) {
   ask_for_scales<Page>(visit);
   Vec s[1][score_vectors];
-  score<Page, 1, false>(visit, 0, s);
+  score<Page, 1, 1>(visit, 0, s);
   if constexpr (Page::scaled) multiply(s[0], Page::key_scales(visit));
   Vec top = s[0][0];
   for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[0][j]);

@@ -70,7 +70,7 @@ bool spin_until(const F& ready) {
 
 }  // namespace
 
-Team::Team(int threads) {
+Team::Team(int threads) : runs_(threads) {
   for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
 }
 
@@ -93,7 +93,10 @@ void Team::share(int count, Call call, const void* context) {
   call_ = call;
   context_ = context;
   done_.store(0, std::memory_order_relaxed);
-  ticket_.store(uint64_t(count) << 32, std::memory_order_release);
+  for (uint64_t worker = 0, workers = runs_.size(); worker < workers; ++worker) {
+    const uint64_t begin = count * worker / workers, end = count * (worker + 1) / workers;
+    runs_[worker].ticket.store(end << 32 | begin, std::memory_order_release);
+  }
   epoch_.fetch_add(1);
   if (sleepers_.load()) wake_all(epoch_);
   done_.fetch_add(take_pieces(0));
@@ -110,10 +113,16 @@ void Team::wait_until_done(uint32_t count) {
 
 int Team::take_pieces(int worker) {
   int taken = 0;
-  for (;; ++taken) {
-    const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    const uint32_t piece = uint32_t(ticket), count = uint32_t(ticket >> 32);
-    if (piece >= count) return taken;
+  for (int i = 0, workers = size(); i < workers; ++i) taken += take_pieces_of((worker + i) % workers, worker);
+  return taken;
+}
+
+int Team::take_pieces_of(int owner, int worker) {
+  std::atomic<uint64_t>& ticket = runs_[owner].ticket;
+  for (int taken = 0;; ++taken) {
+    const uint64_t claimed = ticket.fetch_add(1, std::memory_order_acq_rel);
+    const uint32_t piece = uint32_t(claimed), end = uint32_t(claimed >> 32);
+    if (piece >= end) return taken;
     call_(context_, int(piece), worker);
   }
 }

@@ -25,7 +25,8 @@ class Team {
   // Held by whoever runs jobs, from the first to the last of a pass: several decoders may share a team.
   std::mutex& turn() { return turn_; }
 
-  // work(piece, worker) for every piece in [0, count); `worker` < size() names the scratch a piece may use.
+  // work(piece, worker) for every piece in [0, count); `worker` < size() names the scratch a piece may use. Each worker
+  // begins with a run of neighbouring pieces, whose data lie side by side as a rule, and then helps the others.
   template <class F>
   void run(int count, const F& work) {
     run(count, [](const void* context, int piece, int worker) { (*static_cast<const F*>(context))(piece, worker); },
@@ -48,10 +49,15 @@ class Team {
   void share(int count, Call call, const void* context);
   void serve(int worker);
   int take_pieces(int worker);
+  int take_pieces_of(int owner, int worker);
   void wait_until_done(uint32_t count);
 
-  // pieces in all << 32 | next piece: one addition claims a piece and says whether there was one to claim.
-  std::atomic<uint64_t> ticket_{0};
+  // A worker's run of pieces, its end << 32 | the next one: one addition claims a piece and says whether there was one
+  // to claim.
+  struct alignas(64) Run {
+    std::atomic<uint64_t> ticket{0};
+  };
+  std::vector<Run> runs_;
   Call call_ = nullptr;
   const void* context_ = nullptr;
   alignas(64) std::atomic<uint32_t> done_{0};
