@@ -235,8 +235,10 @@ void Attention::visit_tail(const AttentionLayer& layer, const Piece& piece, int 
   }
 }
 
-// Whether some row does not see all of the page; then which lanes each query sees.
+// Whether some row does not see all of the page; then which lanes each query sees. A page before the tail is seen whole
+// but for a window.
 bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int window, Scratch& scratch) const {
+  if (page < in.full && !window) return false;
   bool partial = false;
   for (int row = rows.begin; row < rows.end; ++row) {
     const int offset = in.positions[row] - page * page_size;
