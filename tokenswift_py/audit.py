@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py import journal
-from tokenswift_py.errors import check, files, one_line
+from tokenswift_py.arguments import Parser, named_path, whole
+from tokenswift_py.errors import check, check_new, new_file, one_line
 from tokenswift_py.history import History
 
 if TYPE_CHECKING:
@@ -302,20 +303,20 @@ def conclusion(found: Audit) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="tokenswift audit",
         description="Prove that a recorded text is what plain decoding writes, without decoding it. "
         "Exit code 0: it is; 1: it is not; 2: it cannot be told.",
     )
-    root.add_argument("folder", type=Path, metavar="DIR", help="what --out wrote")
-    root.add_argument("--sample", type=int, default=0, metavar="K", help=f"decode K windows of {WINDOW} tokens too")
+    root.add_argument("folder", type=named_path, metavar="DIR", help="what --out wrote")
+    root.add_argument("--sample", type=whole, default=0, metavar="K", help=f"decode K windows of {WINDOW} tokens too")
     root.add_argument("--model", help="where the model lies now (default: as recorded)")
     root.add_argument("--engine", help="native or torch: another arithmetic cross-checks (default: as recorded)")
     root.add_argument("--dtype", help="of the weights, as --engine")
     root.add_argument("--attention", help="a backend of kernels/ (torch engine), as --engine")
     root.add_argument("--device", help="auto, cpu, cuda, ..., as --engine")
-    root.add_argument("--threads", type=int, help="CPU threads")
-    root.add_argument("--json", type=Path, metavar="FILE", help="the findings as JSON")
+    root.add_argument("--threads", type=whole, help="CPU threads")
+    root.add_argument("--json", type=named_path, metavar="FILE", help="the findings as JSON")
     root.add_argument("--quiet", action="store_true", help="no bar, no words: the exit code alone")
     return root
 
@@ -324,6 +325,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command; raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(args.sample >= 0, "sample", args.sample, "at least 0")
+    if args.json:
+        check_new("json", args.json)
     record = journal.read(args.folder)
     check(not record.header["parameters"]["logits_processors"], "journal", str(args.folder), "processors need Python")
 
@@ -337,8 +340,8 @@ def main(arguments: Sequence[str]) -> int:
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
         found = audit(swift, args.folder, args.sample, progress)
     if args.json:
-        with files("json", args.json, "a file that can be written"):
-            args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with new_file("json", args.json) as file:
+            file.write(json.dumps(found.to_dict(), indent=2) + "\n")
     if not args.quiet:
         print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))))
     return 0 if found.passed else 1

@@ -182,7 +182,7 @@ class Journal:
         """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be."""
         path = folder / NAME
         header = {"version": VERSION, **header}
-        payload = json.dumps(header, ensure_ascii=False).encode()
+        payload = json.dumps(header).encode()  # in ASCII: the name of a model need not be UTF-8
         seed = checksum(HEADER, payload, 0)
         with files("out", folder, "a new or empty folder is"):
             folder.mkdir(parents=True, exist_ok=True)

