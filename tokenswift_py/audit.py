@@ -23,7 +23,7 @@ import numpy as np
 
 from tokenswift_py import journal
 from tokenswift_py.arguments import Parser, named_path, whole
-from tokenswift_py.errors import check, check_new, new_file, one_line
+from tokenswift_py.errors import UserError, check, check_new, new_file, one_line
 from tokenswift_py.history import History
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tokenswift_py.journal import Record
 
 LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
+MOST_UNSYNCED = journal.SYNC_TOKENS + 512  # by how many tokens the files of a run that was interrupted may differ
 WINDOW = 32  # tokens that --sample decodes at a place
 TIMED = 4  # places and tokens at each where steps are timed, so that plain decoding's time can be estimated
 ROUNDING = {"fp32": 2e-3, "bf16": 0.5}  # errors of logits that are taken for rounding between two arithmetics
@@ -246,18 +247,30 @@ def file_faults(stream: Stream, folder: Path) -> list[str]:
     that was interrupted a step more or less."""
     if not (folder / "tokens.npy").is_file():
         return []
-    with one_line("tokens.npy cannot be read"):
-        tokens = np.load(folder / "tokens.npy", allow_pickle=False).tolist()
+    try:
+        with one_line("tokens.npy cannot be read"):
+            kept = np.load(folder / "tokens.npy", allow_pickle=False)
+            check(
+                kept.ndim == 1 and kept.dtype == np.int32, "tokens.npy", (kept.shape, str(kept.dtype)), "a row of int32"
+            )
+            tokens = kept.tolist()
+        path, text = folder / "text.txt", stream.result().text
+        if path.exists() or stream.ending != "interrupted":  # one that was killed need not have come to write it
+            with one_line("text.txt cannot be read"):
+                text = path.read_bytes().decode()
+    except UserError as error:
+        return [str(error)]
     least = min(len(tokens), len(stream.tokens))
     wrong = [i for i in range(least) if tokens[i] != stream.tokens[i]]
     if wrong:
         return [f"tokens.npy differs from the journal at token {wrong[0]}"]
     if len(tokens) != len(stream.tokens):
         short = f"tokens.npy has {len(tokens)} tokens, the journal {len(stream.tokens)}"
-        return [] if stream.ending == "interrupted" else [short]
-    with one_line("text.txt cannot be read"):
-        text = (folder / "text.txt").read_bytes()
-    return [] if text == stream.result().text.encode() else ["text.txt is not the text of the recorded tokens"]
+        if stream.ending != "interrupted" or abs(len(tokens) - len(stream.tokens)) > MOST_UNSYNCED:
+            return [short]
+        shared = min(len(text.rstrip("\ufffd")), len(stream.text))  # a character may be whole in one of them only
+        return [] if text[:shared] == stream.text[:shared] else ["text.txt is not the text of the recorded tokens"]
+    return [] if text == stream.result().text else ["text.txt is not the text of the recorded tokens"]
 
 
 def verdict(found: Audit, decode: Callable[[int], str]) -> str:

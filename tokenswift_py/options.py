@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
+from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
     from tokenswift_py.loading import Checkpoint
@@ -214,6 +215,6 @@ def banned(tokenizer: Any, item: int | str) -> list[int]:
     """A token id as it is; a string must be one token."""
     if isinstance(item, int):
         return [item]
-    tokens = tokenizer(item, add_special_tokens=False).input_ids
+    tokens = token_ids(tokenizer, item)
     check(len(tokens) == 1, "ban", item, f"token ids, or texts that are one token (this is {len(tokens)})")
-    return list(tokens)
+    return tokens

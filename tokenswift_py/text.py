@@ -31,14 +31,14 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         check_text("prompt", prompt)
-        return list(tokenizer(prompt).input_ids)
+        return token_ids(tokenizer, prompt, special=True)
     fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     text = templated(tokenizer, messages)
     check_text("prompt", text)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return token_ids(tokenizer, text)
 
 
 def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -> list[int]:
@@ -48,13 +48,19 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -
     that ended the chapter.
     """
     if raw or not tokenizer.chat_template:
-        return list(tokenizer(f"\n\n{request}\n\n", add_special_tokens=False).input_ids)
+        return token_ids(tokenizer, f"\n\n{request}\n\n")
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, ("", ANSWER, request), strict=True)]
     text = templated(tokenizer, messages)
     check(ANSWER in text, "chapters", request, "this model's chat template drops earlier answers")
-    tokens = list(tokenizer(text.split(ANSWER, 1)[1], add_special_tokens=False).input_ids)
+    tokens = token_ids(tokenizer, text.split(ANSWER, 1)[1])
     return tokens[1:] if tokens and tokens[0] in eos else tokens
+
+
+def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """special: with the tokens that the tokenizer puts around a text. Raises UserError for a tokenizer that fails."""
+    with one_line("tokenizer: it does not take the text"):
+        return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
 def templated(tokenizer: Any, messages: Sequence[Message]) -> str:
