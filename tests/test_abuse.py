@@ -6,14 +6,20 @@ import io
 import json
 import os
 import random
+import re
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tokenswift_py import TokenSwift, UserError, journal
 from tokenswift_py.cli import main, parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,3 +216,164 @@ def test_an_encoding_that_lacks_the_texts_characters(tiny_folder: Path, tmp_path
     text = (tmp_path / "run" / "text.txt").read_bytes().decode()
     assert done.returncode == 0 and not text.isascii()
     assert done.stdout.decode("ascii").rstrip("\n") == text.encode("ascii", "replace").decode().rstrip("\n")
+
+
+# Prompts
+
+
+@pytest.fixture(scope="module")
+def swift(tiny_folder: Path) -> TokenSwift:
+    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32")
+
+
+@settings(max_examples=60)
+@given(
+    st.one_of(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=60),
+        st.lists(
+            st.sampled_from(
+                [
+                    "👨‍👩‍👧‍👦",
+                    "\ufeff",
+                    "\0",
+                    "\u202eשלום",
+                    "e\u0301\u0327",
+                    "\U0010ffff",
+                    "\r\n",
+                    "<|im_end|>",
+                    "\u2028",
+                ]
+            ),
+            min_size=1,
+            max_size=8,
+        ).map("".join),
+    ),
+    st.booleans(),
+)
+def test_the_pieces_of_a_text_join_whatever_the_prompt(swift: TokenSwift, prompt: str, raw: bool) -> None:
+    with swift.stream(prompt, raw=raw, max_new_tokens=30, seed=len(prompt), ignore_eos=True) as stream:
+        told = "".join(piece.text for piece in stream)
+    result = stream.result()
+    assert told == result.text == swift.tokenizer.decode(result.tokens, skip_special_tokens=True)
+    if raw:
+        assert swift.tokenizer.decode(stream.run.prompt) == prompt
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["e\u0301 👨‍👩‍👧‍👦 \u202eשלום", "\ufeffthe cat\r\n", "a\0b", "\U0010ffff\ue000\u2028", "   \n\t"],
+    ids=ascii,
+)
+def test_a_prompt_reaches_the_model_as_it_is(place: Place, content: str) -> None:
+    """From a file, standard input and (where the system lets it through) the command line; text.txt is what was
+    printed."""
+    Path("prompt.txt").write_bytes(content.encode())
+    texts = []
+    for number, source in enumerate((["--prompt-file", "prompt.txt"], ["--prompt", content], [])):
+        out = f"out{number}"
+        code, printed, _ = place.run(["--model", "model", *BASE, *source, "--out", out], content.encode())
+        assert code == 0
+        texts.append(Path(out, "text.txt").read_bytes())
+        assert printed.encode().rstrip(b"\n") == texts[-1].rstrip(b"\n")
+        assert place.run(["audit", out, "--quiet"])[0] == 0
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_prompts_that_are_no_text_are_refused_with_the_place(place: Place) -> None:
+    for data, at in ((b"\xff", 0), (b"the c\xe6\x97", 5), (b"\xed\xa0\x80", 0), (b"ok\xc0\x80", 2)):
+        Path("prompt.bin").write_bytes(data)
+        for source, field in ((["--prompt-file", "prompt.bin"], "prompt_file"), ([], "standard input")):
+            code, _, told = place.run(["--model", "model", *source], data)
+            assert (code, told) == (2, f"tokenswift: {field}: byte {at} is not allowed; the text must be UTF-8\n")
+    for raw in ([], ["--raw"]):
+        code, _, told = place.run(["--model", "model", "--prompt", "the \udce6", *raw])
+        assert code == 2 and "of it is half of a surrogate pair: the text must be UTF-8" in told
+    for source in (["--prompt", ""], []):
+        code, _, told = place.run(["--model", "model", *source], b"")
+        assert (code, told) == (2, "tokenswift: prompt: '' is not allowed; it must not be empty\n")
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_prompts_from_one_token_to_a_full_context(tiny_folder: Path, engine: str) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine=engine)
+    whole: dict[str, Any] = {"seed": 3, "ignore_eos": True, "drafter": "none"}
+    for length in (1, 63, 64, 65, 199):
+        prompt = [5 + i % 50 for i in range(length)]
+        room = 200 - length
+        plain = swift.generate(prompt, context=200, max_new_tokens=room, **whole)
+        assert len(plain.tokens) == room and plain.ending == "length"
+        for drafter in ("ngram", "partial"):
+            same = swift.generate(prompt, context=200, max_new_tokens=room, **{**whole, "drafter": drafter})
+            assert same.tokens == plain.tokens
+        says = rf"context: 200 is not allowed; prompt \({length}\) \+ max_new_tokens \({room + 1}\) need 201"
+        with pytest.raises(UserError, match=says):
+            swift.generate(prompt, context=200, max_new_tokens=room + 1)
+    for length in (200, 201, 500):
+        with pytest.raises(UserError, match=rf"context: 200 .* prompt \({length}\) \+ max_new_tokens \(1\) need"):
+            swift.generate([5] * length, context=200, max_new_tokens=1)
+    for empty in ("", [], ()):
+        with pytest.raises(UserError, match=r"prompt: .* it must not be empty"):
+            swift.generate(empty)
+
+
+# Two runs at once
+
+
+def test_two_runs_convert_one_model_and_write_what_each_writes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first conversion is raced for; a second writer of the same folder is refused."""
+    test_gguf = pytest.importorskip("test_gguf", reason="the C++ engine is not built")
+    path = test_gguf.write_gguf(tmp_path / "tiny.gguf", test_gguf.gguf_config("llama"), {}, "Q8_0")
+    arguments = [
+        "--model",
+        str(path),
+        "--prompt",
+        "the cat",
+        "--max-new-tokens",
+        "200",
+        "--ignore-eos",
+        "--temperature",
+    ]
+    arguments += ["0.8", "--quiet", "--seed"]
+    command = [sys.executable, str(ROOT / "generate.py"), *arguments]
+    env = {**os.environ, "TOKENSWIFT_CACHE": str(tmp_path / "shared")}
+    runs = [("1", "one"), ("2", "two"), ("3", "same"), ("4", "same")]
+    racing = [
+        subprocess.Popen([*command, seed, "--out", str(tmp_path / out)], stdout=-1, stderr=-1, env=env)
+        for seed, out in runs
+    ]
+    ended = [(*process.communicate(timeout=200), process.returncode) for process in racing]
+    assert [code for *_, code in ended[:2]] == [0, 0], ended
+    assert sorted(code for *_, code in ended[2:]) == [0, 2], ended
+    refused = next(errors for _, errors, code in ended if code)
+    assert refused.startswith(b"tokenswift: out: ") and refused.count(b"\n") == 1
+    assert len(list((tmp_path / "shared").glob("tiny-*"))) == 1 and len(list((tmp_path / "shared").iterdir())) <= 2
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "own"))
+    for (seed, out), (text, _, code) in zip(runs, ended, strict=True):
+        if code == 0:
+            assert main([*arguments, seed, "--out", str(tmp_path / "alone" / seed)]) == 0
+            for name in ("text.txt", "tokens.npy"):
+                assert (tmp_path / "alone" / seed / name).read_bytes() == (tmp_path / out / name).read_bytes()
+            assert text.rstrip(b"\n") == (tmp_path / out / "text.txt").read_bytes().rstrip(b"\n")
+
+
+# A disk that fills up
+
+
+@pytest.mark.parametrize("limit", [3_000, 12_000])
+def test_a_disk_that_fills_up_keeps_what_was_written(place: Place, limit: int) -> None:
+    """No file may become larger than the limit, be it the journal or the text: one line, and the run goes on later."""
+    arguments = ["--model", "model", *BASE, "--max-new-tokens", "2500", "--context", "3000", "--ignore-eos"]
+    arguments += ["--prompt", "the cat"]
+    done = child(
+        *arguments, "--out", "full", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert re.search(rb"\ntokenswift: .*File too large.*\n$", b"\n" + done.stderr)
+    safe = journal.read(Path("full")).tokens
+    assert place.run([*arguments, "--out", "whole"])[0] == 0
+    assert safe == np.load("whole/tokens.npy").tolist()[: len(safe)]
+    assert place.run(["resume", "full", "--quiet"])[0] == 0
+    for name in ("text.txt", "tokens.npy"):
+        assert Path("full", name).read_bytes() == Path("whole", name).read_bytes()

@@ -71,9 +71,11 @@ class Header:
         return count
 
     def string(self) -> str:
+        """As messages have it: what cannot be printed, and what is too long for a name, shows that it is damaged."""
         size = self.number("<Q")
         at = self.take(size)
-        return self.data[at : at + min(size, 200)].decode("utf-8", "replace")  # a name, in messages too
+        text = self.data[at : at + min(size, 100)].decode("utf-8", "replace")
+        return "".join(char if char.isprintable() else "?" for char in text)
 
     def value(self, key: str, kind: int) -> None:
         at = self.at

@@ -237,14 +237,16 @@ def weight_files(folder: Path) -> list[Path]:
         with one_line(f"model: {index.name} is not a readable index"):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             check(all(Path(name).name == name for name in names), "model index", names, "plain file names")
-        files = [folder / name for name in names]
+        found = [folder / name for name in names]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        found = sorted(folder.glob("*.safetensors"))
     pickles = "; .bin and .pt files are pickles and are not read" if any(folder.glob("*.bin")) else ""
-    check(bool(files), "model", str(folder), f"a folder needs *.safetensors{pickles}")
-    for file in files:
-        check(file.is_file(), "model", file.name, "the index names it, so it must be there")
-    return files
+    check(bool(found), "model", str(folder), f"a folder needs *.safetensors{pickles}")
+    for file in found:
+        with files("model index", file.name, "names of files"):
+            there = file.is_file()
+        check(there, "model", file.name, "the index names it, so it must be there")
+    return found
 
 
 def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
