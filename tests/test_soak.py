@@ -63,7 +63,7 @@ def slope(samples: np.ndarray, column: int) -> float:
 
 # What 1 000 tokens may take beyond their KV: the text itself, its statistics, and a drafter's index of it.
 @pytest.mark.soak
-@pytest.mark.parametrize(("drafter", "most"), [("none", 128 * KIB), ("ngram", 2048 * KIB), ("cascade", 2560 * KIB)])
+@pytest.mark.parametrize(("drafter", "most"), [("none", 64 * KIB), ("ngram", 768 * KIB), ("cascade", 1024 * KIB)])
 @pytest.mark.parametrize("kv_budget", [None, 512])
 def test_memory_is_steady_over_20_000_tokens(
     tiny_folder: Path, drafter: str, most: int, kv_budget: int | None, record_property: Any
@@ -71,10 +71,13 @@ def test_memory_is_steady_over_20_000_tokens(
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
     settings = {"max_new_tokens": 20_000, "context": 20_200, "drafter": drafter, "kv_budget": kv_budget}
     samples, kv = sampled(ONE_RUN, str(tiny_folder), "native", json.dumps(settings))
-    beyond = 1000 * slope(samples, 1) - (0 if kv_budget else kv)
-    record_property("bytes per 1000 tokens beyond KV", beyond)
-    print(f"{drafter}, budget {kv_budget}: {beyond / KIB:.0f} KiB a 1000 tokens beyond {kv / KIB:.0f} KiB of KV")
-    assert len(samples) == 40 and beyond < most
+    grown, pages = 1000 * slope(samples, 1), 0 if kv_budget else kv
+    record_property("resident bytes per 1000 tokens", grown)
+    print(
+        f"{drafter}, budget {kv_budget}: {grown / KIB:.0f} KiB a 1000 tokens, with {pages / KIB:.0f} KiB of KV in new pages"
+    )
+    # The native engine maps pages in slabs, so that a short run's may be there from the first token on.
+    assert len(samples) == 40 and grown < pages + most
 
 
 @pytest.mark.soak
