@@ -63,7 +63,7 @@ def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
         return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
-def templated(tokenizer: Any, messages: Sequence[Message]) -> str:
+def templated(tokenizer: Any, messages: Sequence[Any]) -> str:
     """What the chat template makes of them, up to where the model answers. Raises UserError for one that is broken."""
     with one_line("prompt: the model's chat template does not take it"):
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
