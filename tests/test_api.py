@@ -6,13 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
 from tokenswift_py import TokenSwift, UserError, api, executors
-from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.rope import rope_bytes, rope_tables
+
+
+def cache_bytes(swift: TokenSwift, tokens: int) -> int:
+    """What the pages of so many tokens really take."""
+    pool = swift.executor.model(rope_tables(swift.checkpoint.config, 64)).new_pool(1)
+    return pages_for(tokens) * pool.page_bytes
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])
@@ -188,8 +195,8 @@ def test_the_lossy_mode_is_bounded_and_called_lossy(swift: TokenSwift, monkeypat
     assert report["baseline"]["bytes_per_token"] < lossless["baseline"]["bytes_per_token"]
     same = 256 - report["prompt_tokens"] + 1
     assert result.tokens[:same] == whole.tokens[:same] and result.tokens != whole.tokens
-    spec, kv_dtype = swift.checkpoint.spec, swift.executor.kv_dtype
-    assert needed[1] == spec.kv_bytes(pages_for(300) * PAGE_SIZE, kv_dtype) < needed[0]
+    tables = rope_bytes(swift.checkpoint.config, report["parameters"]["context"])
+    assert needed[1] == cache_bytes(swift, 300) + tables < needed[0]
     assert swift.generate("the cat", kv_budget=300, drafter="partial", **settings).tokens == result.tokens
     again = swift.generate("the cat", **json.loads(json.dumps(report["parameters"])))
     assert (again.tokens, again.report["eviction"]) == (result.tokens, report["eviction"])
@@ -243,8 +250,16 @@ def test_an_int8_cache_is_named_and_counted_with_its_scales(
     for model, report, bytes_of_head in [(swift, fp32, 4 * spec.head_dim), (over_int8, int8, a_head)]:
         expected = model.executor.multiplied_nbytes + heads * bytes_of_head * sum(positions) / 100
         assert report["baseline"]["bytes_per_token"] == pytest.approx(expected, abs=1)
-    tokens = pages_for(fp32["prompt_tokens"] + 100) * PAGE_SIZE
-    assert set(needed) == {heads * 4 * spec.head_dim * tokens, heads * a_head * tokens}
+    tokens = fp32["prompt_tokens"] + 100
+    tables = rope_bytes(swift.checkpoint.config, tokens)
+    assert {size - tables for size in needed} == {cache_bytes(swift, tokens), cache_bytes(over_int8, tokens)}
+
+
+def test_the_memory_check_counts_a_pages_bounds(swift: TokenSwift) -> None:
+    count = pages_for(100)
+    pool = swift.executor.model(rope_tables(swift.checkpoint.config, 64)).new_pool(count)
+    bounds = pool.key_bounds(np.array([pool.allocate() for _ in range(count)], np.int32))
+    assert swift.kv_bytes(100, bounds=True) == count * pool.page_bytes + sum(part.nbytes for part in bounds)
 
 
 def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:

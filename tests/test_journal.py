@@ -371,6 +371,8 @@ def test_parameters_given_again_must_be_the_recorded_ones(swift: TokenSwift, run
     assert swift.resume(folder, **same).result().tokens == whole.tokens
     with pytest.raises(UserError, match=r"seed: 3 is not allowed; the run was written with 2"):
         swift.resume(folder, seed=3)
+    with swift.resume(folder, draft_model="another/one", draft_weights="bf16", drafter="ngram") as free:
+        assert free.result().tokens == whole.tokens  # how it is drafted is free
     with pytest.raises(UserError, match="logits_processors: "):
         swift.resume(folder, logits_processors=[print])
     for wrong, says in (

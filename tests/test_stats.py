@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.report import resident_peak
 from tokenswift_py.stats import GenerationStats, Loop, LoopDetector, distinct_n, find_loop, memory_bandwidth
 
 
@@ -146,3 +151,19 @@ def test_time_is_added_up_by_phase_and_decoding_is_all_but_prefill() -> None:
 
 def test_memory_bandwidth_is_a_rate_a_machine_can_have() -> None:
     assert 1e8 < memory_bandwidth(8) < 1e13
+
+
+def test_peak_memory_is_the_processes_own(tmp_path: Path) -> None:
+    """Not that of the process which started it: ru_maxrss goes on from there."""
+    code = "from tokenswift_py.report import resident_peak; print(resident_peak())"
+    large = bytearray(b"x") * (600 * 2**20)
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    out, _ = child.communicate()
+    assert 50 * 2**20 < int(out) < len(large)
+    assert resident_peak() > len(large)
+    other = resident_peak(tmp_path / "none")
+    assert other >= len(large)  # without /proc

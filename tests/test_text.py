@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.text import TextJoiner, prompt_tokens, turn_tokens
@@ -205,3 +206,48 @@ def test_raw_turns_are_paragraphs_and_a_template_without_answers_is_refused() ->
     assert turn_tokens(byte_level(None), "and on?", [IM_END], raw=False) == wanted
     with pytest.raises(UserError, match=r"^chapters: 'and on[?]' is not allowed; .* drops earlier answers$"):
         turn_tokens(byte_level(FORGETFUL), "and on?", [IM_END], raw=False)
+
+
+SURROUNDED = st.one_of(
+    st.text(max_size=30),
+    st.text(st.characters(codec="utf-8", categories=["Mn", "Cf", "So", "Lo", "Cc", "Cn", "Zs"]), max_size=30),
+    st.lists(
+        st.sampled_from([*TEXTS, "\ufeff", "\0", "\u202eשלום", "🏴\U000e0067\U000e007f", "\U0010ffff", "\r\n"])
+    ).map("".join),
+).filter(lambda text: not any("\ud800" <= c <= "\udfff" for c in text))
+
+
+@given(SURROUNDED, cut_points)
+def test_any_unicode_text_comes_back_whole_from_its_tokens(text: str, cuts: list[int]) -> None:
+    """Combining marks, joiners, right-to-left marks, NUL, BOM and whatever else has a UTF-8 form."""
+    tokens = encode(text)
+    assert "".join(pieces(tokens, cuts)) == decode(tokens) == text
+    joiner, ids = TextJoiner(FALLBACK), FALLBACK(text, add_special_tokens=False).input_ids
+    told = "".join([*(joiner.push([token]) for token in ids), joiner.finish()])
+    assert told == FALLBACK.decode(ids, skip_special_tokens=True)
+
+
+BYTE = {byte: TOKENIZER.convert_tokens_to_ids(char) for byte, char in bytes_to_unicode().items()}
+BYTES = {
+    part: [BYTE[byte] for byte in part]
+    for part in (b"\xe6", b"\x97", b"\xa5", b"\xf0\x9f", b"\xff", b"a", b"\xe6\x97\xa5")
+}
+
+
+@given(st.lists(st.sampled_from(list(BYTES)), max_size=150))
+@example([b"\xe6", b"\x97"] * 80 + [b"a"])
+@example([b"\xff"] * 80 + [b"\xe6\x97\xa5"])
+def test_long_runs_of_invalid_bytes_join_to_the_decoded_text(parts: list[bytes]) -> None:
+    tokens = [token for part in parts for token in BYTES[part]]
+    assert "".join(pieces(tokens, range(len(tokens)))) == decode(tokens)
+
+
+def test_endless_invalid_bytes_take_as_long_as_others() -> None:
+    """Each token is decoded with few others, however long the run; ids without a token bring nothing at all."""
+    for tokenizer, token in ((TOKENIZER, BYTE[0xE6]), (FALLBACK, 2 + 0xE6), (TOKENIZER, 10_000)):
+        joiner, longest = TextJoiner(tokenizer), 0
+        told = ""
+        for _ in range(500):
+            told += joiner.push([token])
+            longest = max(longest, len(joiner._window))
+        assert longest <= 40 and told + joiner.finish() == ("\ufffd" * 500 if token < 10_000 else "")

@@ -40,12 +40,14 @@ from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
 from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
-from tokenswift_py.rope import RopeTables, rope_tables
+from tokenswift_py.rope import RopeTables, rope_bytes, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import Stops
 from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
+
+MOST_THREADS = 1024  # of the native engine's team
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class TokenSwift:
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
-        check(threads is None or threads >= 1, "threads", threads, "at least 1")
+        check(threads is None or 1 <= threads <= MOST_THREADS, "threads", threads, f"between 1 and {MOST_THREADS}")
         with ranks.same_fate():
             where = find_device(device, ranks)
             chosen = choose_engine(engine, where, attention, ranks.world)
@@ -284,16 +286,24 @@ class TokenSwift:
         kept = min(context, options.kv_budget or context)
         draft = self.draft(options)
         draft_bytes = draft.kv_bytes(min(kept, options.draft_budget or kept)) if draft else 0
+        tables = rope_bytes(checkpoint.config, context)
         what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
-        check_memory(self.kv_bytes(kept) // self.executor.ranks.world + draft_bytes, self.executor.device, what)
+        what += f" with RoPE tables of {context} positions"
+        bounds = "quest" in (options.draft_policy, options.kv_policy)
+        own_bytes = self.kv_bytes(kept, bounds) // self.executor.ranks.world + tables
+        check_memory(own_bytes + draft_bytes, self.executor.device, what)
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
 
-    def kv_bytes(self, tokens: int) -> int:
-        """Of a KV cache with room for so many."""
-        return self.checkpoint.spec.kv_bytes(pages_for(tokens) * PAGE_SIZE, self.executor.kv_dtype)
+    def kv_bytes(self, tokens: int, bounds: bool = False) -> int:
+        """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
+        as policy quest reads them."""
+        spec, padded = self.checkpoint.spec, self.executor.padded_head
+        pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
+        bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
+        return kept.kv_bytes(pages * PAGE_SIZE, self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
 
     def step_bytes(self, context: float) -> float:
         """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
@@ -571,5 +581,6 @@ def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({error})")
+        why = (str(error).splitlines() or [""])[0][:200]  # some go on for a page
+        check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({why})")
     return device

@@ -16,13 +16,14 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
 
 from tokenswift_py import __version__, audit, train_heads
-from tokenswift_py.errors import UserError, check, files
+from tokenswift_py.arguments import Parser, named_path, number, whole
+from tokenswift_py.errors import UserError, check, files, shown
 from tokenswift_py.journal import Journal, JournalError
 from tokenswift_py.options import Options, world_size
 
@@ -30,42 +31,44 @@ if TYPE_CHECKING:
     from tokenswift_py.api import Stream, TokenSwift
 
 INTERRUPTED = 130
+MOST_CHAPTERS = 10_000  # that are asked for by number
+MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
 COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
-    "max_new_tokens": ("text", int, "tokens to write at the most"),
-    "min_new_tokens": ("text", int, "no end-of-sequence token before so many"),
-    "min_chapter_tokens": ("text", int, "no end-of-sequence token before so many in each chapter"),
+    "max_new_tokens": ("text", whole, "tokens to write at the most"),
+    "min_new_tokens": ("text", whole, "no end-of-sequence token before so many"),
+    "min_chapter_tokens": ("text", whole, "no end-of-sequence token before so many in each chapter"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
-    "context": ("model", int, "positions the run is made for (default: what it needs)"),
-    "temperature": ("sampling", float, "0 is greedy (default: the checkpoint's)"),
-    "top_k": ("sampling", int, "keep the k best tokens; 0 is off"),
-    "top_p": ("sampling", float, "keep the best tokens that hold this much of the mass; 1 is off"),
-    "min_p": ("sampling", float, "keep tokens at least this probable beside the best; 0 is off"),
-    "penalty": ("sampling", float, "contextual penalty; 1 is off"),
-    "penalty_window": ("sampling", int, "how many of the latest tokens it looks at"),
-    "dry_multiplier": ("sampling", float, "DRY repetition penalty; 0 is off"),
-    "dry_base": ("sampling", float, "its growth per repeated token"),
-    "dry_length": ("sampling", int, "longest repeat that goes unpunished"),
-    "seed": ("sampling", int, "of the noise (default: random, and recorded)"),
+    "context": ("model", whole, "positions the run is made for (default: what it needs)"),
+    "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's)"),
+    "top_k": ("sampling", whole, "keep the k best tokens; 0 is off"),
+    "top_p": ("sampling", number, "keep the best tokens that hold this much of the mass; 1 is off"),
+    "min_p": ("sampling", number, "keep tokens at least this probable beside the best; 0 is off"),
+    "penalty": ("sampling", number, "contextual penalty; 1 is off"),
+    "penalty_window": ("sampling", whole, "how many of the latest tokens it looks at"),
+    "dry_multiplier": ("sampling", number, "DRY repetition penalty; 0 is off"),
+    "dry_base": ("sampling", number, "its growth per repeated token"),
+    "dry_length": ("sampling", whole, "longest repeat that goes unpunished"),
+    "seed": ("sampling", whole, "of the noise (default: random, and recorded)"),
     "drafter": ("drafting", str, "auto (ngram), none, ngram, partial, heads, cascade or draft_model"),
-    "draft_tokens": ("drafting", int, "draft so many in every tree (default: what pays)"),
+    "draft_tokens": ("drafting", whole, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
-    "draft_budget": ("drafting", int, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
+    "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
     "draft_weights": ("drafting", str, "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native"),
     "draft_model": ("drafting", str, "a smaller model with the same vocabulary, which then drafts under auto too"),
     "draft_heads": ("drafting", str, "a file or folder of draft heads (default: those made for the model)"),
     "trace": ("output", str, "a file that gets a JSON line for every round"),
-    "kv_budget": ("lossy", int, "tokens the target's own cache keeps at most; the text is no longer the full cache's"),
+    "kv_budget": ("lossy", whole, "tokens the target keeps of its cache; the text is no longer the full cache's"),
     "kv_policy": ("lossy", str, "by whose scores pages are evicted from it (default: recent)"),
 }
 
 
 def parser() -> argparse.ArgumentParser:
     """Every flag. Those of `Options` take their defaults from it."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="tokenswift",
         description="Long text from a language model, losslessly faster.",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
@@ -88,10 +91,10 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
     model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    model.add_argument("--threads", type=int, help="CPU threads")
+    model.add_argument("--threads", type=whole, help="CPU threads")
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the prompt itself (default: standard input)")
-    source.add_argument("--prompt-file", type=Path, help="a UTF-8 file that holds the prompt")
+    source.add_argument("--prompt-file", type=named_path, help="a UTF-8 file that holds the prompt")
     text.add_argument("--chapters", metavar="FILE|N", help="follow-up requests: a line each, or N generic ones")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     defaults = {f.name: f.default for f in fields(Options) if f.default is not MISSING}
@@ -107,9 +110,9 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--dry-breakers", nargs="*", metavar="TEXT", help="no repeat is counted across these")
     sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
     sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
-    output.add_argument("--out", type=Path, metavar="DIR", help="journal, text and report go there; new or empty")
-    output.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run that was written to DIR")
-    output.add_argument("--extend", type=int, default=0, metavar="N", help="with --resume: N tokens more")
+    output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
+    output.add_argument("--resume", type=named_path, metavar="DIR", help="go on with the run that was written to DIR")
+    output.add_argument("--extend", type=whole, default=0, metavar="N", help="with --resume: N tokens more")
     output.add_argument("--kv-snapshot", action="store_true", help="keep the KV cache in DIR too, for a quick resume")
     output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
     output.add_argument("--quiet", action="store_true", help="no bar, no summary")
@@ -122,11 +125,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Of several processes that torchrun started only rank 0 prints, writes files and hears Ctrl-C.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_standard_streams()
     if not follows():
         return run(given)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         return run(given)
+
+
+def open_standard_streams() -> None:
+    """What was closed leads nowhere: else the next file to be opened, the journal, would be standard output.
+
+    And characters that standard output's encoding lacks are no reason to stop; text.txt has them.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def follows() -> bool:
@@ -138,18 +156,19 @@ def run(given: Sequence[str]) -> int:
     if given[:1] == ["resume"]:
         given = ["--resume", *given[1:]] if len(given) > 1 and not given[1].startswith("-") else ["--help"]
     command = COMMANDS.get(given[0]) if given else None
-    args = None if command else parser().parse_args(given)
-    quiet = args.quiet if args else "--quiet" in given
-    lines = LogLines()
-    level = logging.ERROR if quiet else logging.WARNING
-    logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
     try:
+        args = None if command else parser().parse_args(given)
+        quiet = args.quiet if args else "--quiet" in given
+        lines = LogLines()
+        level = logging.ERROR if quiet else logging.WARNING
+        logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
         if command:
             return command(given[1:])
         assert args is not None
         return resume(args, given_options(given), lines) if args.resume else write(args, lines)
     except UserError as error:
-        print(f"tokenswift: {error}", file=sys.stderr)
+        line = str(error).replace("\n", "\\n")  # a file's name may have them
+        print(f"tokenswift: {line}", file=sys.stderr)
         return 2
     except JournalError as error:
         print(f"tokenswift: {error}", file=sys.stderr)
@@ -435,18 +454,19 @@ def read_prompt(args: argparse.Namespace) -> str:
     else:
         if sys.stdin.isatty():
             print("tokenswift: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
-        text = read_bytes(sys.stdin.buffer.read(), "standard input")
+        text = read_bytes(sys.stdin.buffer, "standard input")
     check(bool(text), "prompt", text, "it must not be empty")
     return str(text)
 
 
 def read_text(path: Path, field: str) -> str:
-    with files(field, path, "a readable file is"):
-        data = path.read_bytes()
-    return read_bytes(data, field)
+    with files(field, path, "a readable file is"), path.open("rb") as file:
+        return read_bytes(file, field)
 
 
-def read_bytes(data: bytes, field: str) -> str:
+def read_bytes(file: BinaryIO, field: str) -> str:
+    data = file.read(MOST_TEXT + 1)  # a device never ends
+    check(len(data) <= MOST_TEXT, field, f"more than {MOST_TEXT} bytes", "less, which is already more than a context")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -458,7 +478,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in OPTION_HELP}
     options["stop"] = args.stop
     options["chapters"] = read_chapters(args.chapters)
-    options["ban"] = [int(item) if item.isdecimal() else item for item in args.ban]
+    options["ban"] = [int(item) if item.isdecimal() and len(item) < 20 else item for item in args.ban]
     options["logit_bias"] = dict(read_bias(item) for item in args.logit_bias)
     if args.dry_breakers is not None:
         options["dry_breakers"] = args.dry_breakers
@@ -469,8 +489,9 @@ def read_chapters(value: str | None) -> list[str]:
     if value is None:
         return []
     if value.isdecimal():
-        check(int(value) >= 1, "chapters", value, "at least 1, or a file")
-        return [f"Continue. Write part {number}." for number in range(2, int(value) + 2)]
+        count = int(value) if len(value) < 20 else MOST_CHAPTERS + 1
+        check(1 <= count <= MOST_CHAPTERS, "chapters", value, f"between 1 and {MOST_CHAPTERS}, or a file")
+        return [f"Continue. Write part {part}." for part in range(2, count + 2)]
     lines = [line.strip() for line in read_text(Path(value), "chapters").splitlines()]
     check(any(lines), "chapters", value, "a file with a request on each line, or a number")
     return [line for line in lines if line]
@@ -481,18 +502,17 @@ def read_bias(item: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError as error:
-        raise UserError(f"logit_bias: {item!r} is not allowed; ID=BIAS is, like 42=-1.5") from error
+        raise UserError(f"logit_bias: {shown(item)} is not allowed; ID=BIAS is, like 42=-1.5") from error
 
 
 def check_out(folder: Path | None) -> None:
     """Refuse an output folder that holds anything or cannot be written."""
     if folder is None:
         return
-    check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
-    check(
-        not folder.is_dir() or not any(folder.iterdir()), "out", str(folder), "it must be empty; nothing is overwritten"
-    )
     with files("out", folder, "a writable folder is"):
+        check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
+        empty = not folder.is_dir() or not any(folder.iterdir())
+        check(empty, "out", str(folder), "it must be empty; nothing is overwritten")
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tokenswift"
         probe.touch()
@@ -506,7 +526,8 @@ def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
 def save_report(folder: Path, report: dict[str, Any]) -> None:
     """Replace report.json whole, so that no moment leaves half of one."""
     fresh = folder / "report.json.new"
-    fresh.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    fresh.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON has what is not UTF-8, too
     fresh.replace(folder / "report.json")
 
 

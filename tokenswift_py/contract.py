@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from tokenswift_py.api import Stream
 
 # Options that change how fast a text is written, never the text.
-FREE = ("drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_heads", "trace")
+FREE = (
+    "drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_model", "draft_heads", "trace",
+)  # fmt: skip
 LARGE = 16 * 2**20  # bytes; less is hashed in no time
 # Keys of config.json that say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+SHOWN = 200  # characters of a wrong value, of which a prompt may be one
 
 
 class UserError(ValueError):
@@ -14,7 +18,22 @@ class UserError(ValueError):
 def check(condition: bool, field: str, value: object, allowed: str) -> None:
     """Raise the one-line `UserError` that every wrong setting gets."""
     if not condition:
-        raise UserError(f"{field}: {value!r} is not allowed; {allowed}")
+        raise UserError(f"{field}: {shown(value)} is not allowed; {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as messages have it: of a long one its beginning."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
+def check_text(field: str, text: str) -> None:
+    """Refuse what UTF-8 has no bytes for: lone surrogates, which is how Python hands on bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        allowed = f"character {error.start} of it is half of a surrogate pair: the text must be UTF-8"
+        check(False, field, text, allowed)
 
 
 def need_extra(field: str, value: str, package: str) -> None:
@@ -32,8 +51,25 @@ def files(field: str, path: object, allowed: str) -> Iterator[None]:
     """Turn what the system has against a file or folder into the one line that every wrong setting gets."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{field}: {str(path)!r} is not allowed; {allowed} ({error.strerror})") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a name is a ValueError, an unknown ~user the last
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}: {shown(str(path))} is not allowed; {allowed} ({why})") from error
+
+
+def new_file(field: str, path: str | Path) -> TextIO:
+    """A file to write UTF-8 into. Raises UserError where there is one already: nothing is overwritten."""
+    check_new(field, path)
+    with files(field, path, "a file that can be written"):
+        return Path(path).open("w", encoding="utf-8")
+
+
+def check_new(field: str, path: str | Path) -> None:
+    """Refuse a file or folder that is there; a device or a pipe keeps nothing that could be overwritten."""
+    with files(field, path, "a file that can be written"):
+        there = Path(path).is_file() or Path(path).is_dir()
+        check(not there, field, str(path), "a new file; nothing is overwritten")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tokenswift_py.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
 from tokenswift_py.native_sampling import NativeSampler
@@ -56,6 +56,9 @@ class Executor(Protocol):
 
     @property
     def sampler(self) -> type[Sampler]: ...
+
+    def padded_head(self, head_dim: int) -> int:
+        """What a head of this size takes in the KV cache."""
 
     def model(self, rope: RopeTables) -> Model:
         """The model for a run of these RoPE tables; weights are shared."""
@@ -117,6 +120,9 @@ class TorchExecutor:
     def multiplied_nbytes(self) -> int:
         return self._spec.multiplied * self.kv_dtype.itemsize // self.ranks.world
 
+    def padded_head(self, head_dim: int) -> int:
+        return head_dim
+
     def model(self, rope: RopeTables) -> Model:
         return self._decoder(rope, draft=False)
 
@@ -157,6 +163,9 @@ class NativeExecutor:
     @property
     def multiplied_nbytes(self) -> int:
         return self._weights.multiplied_nbytes
+
+    def padded_head(self, head_dim: int) -> int:
+        return round_up(head_dim, VECTOR)
 
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from tokenswift_py.errors import check, one_line
+from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.models.blocks import BLOCK, BLOCK_BYTES, Blocks
 from tokenswift_py.models.spec import ModelSpec
 
@@ -47,6 +48,7 @@ class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
     def __init__(self, path: Path, spec: ModelSpec):
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
+        check_layout(path)
         reader = GGUFReader(path)
         field = reader.get_field("general.architecture")
         architecture = "" if field is None else str(field.contents())

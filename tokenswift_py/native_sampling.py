@@ -49,7 +49,7 @@ class NativeSampler(Sampler):
             dry_breakers=list(params.dry_breakers),
             ban=list(params.ban),
             eos=self._eos.tolist(),
-            first_end=first_end,
+            first_end=min(first_end, 2**31 - 1),
             bias_tokens=list(params.logit_bias),
             bias=[float(bias) for bias in params.logit_bias.values()],
             seed=params.seed,

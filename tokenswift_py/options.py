@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import UserError, check, check_text, files
+from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
     from tokenswift_py.loading import Checkpoint
@@ -118,20 +119,26 @@ class Options:
         check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
-        heads = self.draft_heads
-        there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
-        check(there, "draft_heads", heads, "an existing file or folder")
+        heads, wanted = self.draft_heads, "an existing file or folder"
+        with files("draft_heads", heads, wanted):
+            there = heads is None or (isinstance(heads, str) and Path(heads).expanduser().exists())
+        check(there, "draft_heads", heads, wanted)
         model = self.draft_model
         wanted = "a folder, a .gguf file or a hub id of a smaller model"
         check(model is None or (isinstance(model, str) and model != ""), "draft_model", model, wanted)
+        check(self.trace is None or bool(self.trace), "trace", self.trace, "a file")
         check(self.drafter != "draft_model" or model is not None, "draft_model", model, f"name {wanted}")
         check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
             strings = getattr(self, name)
             fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
             check(fine, name, strings, "a list of texts, none of them empty")
+            for string in strings:
+                check_text(name, string)
         fine = isinstance(self.ban, (list, tuple)) and all(isinstance(item, (int, str)) for item in self.ban)
         check(fine, "ban", self.ban, "a list of token ids and one-token texts")
+        for item in self.ban:
+            check_text("ban", str(item))
         check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
         drafters = ["auto", *registry.names("tokenswift_py.drafters")]
         check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
@@ -191,7 +198,10 @@ def world_size() -> int:
 
 
 def whole(token: Any) -> Any:
-    return int(token) if isinstance(token, str) and token.lstrip("-").isdecimal() else token
+    try:
+        return int(token) if isinstance(token, str) else token
+    except ValueError:
+        return token
 
 
 def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
@@ -205,6 +215,6 @@ def banned(tokenizer: Any, item: int | str) -> list[int]:
     """A token id as it is; a string must be one token."""
     if isinstance(item, int):
         return [item]
-    tokens = tokenizer(item, add_special_tokens=False).input_ids
+    tokens = token_ids(tokenizer, item)
     check(len(tokens) == 1, "ban", item, f"token ids, or texts that are one token (this is {len(tokens)})")
-    return list(tokens)
+    return tokens

@@ -6,12 +6,13 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tokenswift_py.errors import files
+from tokenswift_py.errors import new_file
 from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
 
 SCHEMA = 1
@@ -31,8 +32,7 @@ class Trace:
     """A file of JSON lines, one a round. Raises UserError where it cannot be written."""
 
     def __init__(self, path: str):
-        with files("trace", path, "a file that can be written"):
-            self._file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115, closed when the stream ends
+        self._file = new_file("trace", path)
 
     def __call__(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -102,10 +102,19 @@ def first_divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None
     return None if len(tokens) == len(others) else min(len(tokens), len(others))
 
 
+def resident_peak(status: Path = Path("/proc/self/status")) -> int:
+    """Bytes of the process's largest resident set: Linux's VmHWM, for a process inherits ru_maxrss from the one that
+    started it; elsewhere that."""
+    with suppress(OSError):
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: the process's largest resident set and, on a GPU, the most that was allocated there."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"host": resident_peak()}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
     return peak

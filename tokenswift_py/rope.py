@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tokenswift_py.errors import UserError
+from tokenswift_py.errors import UserError, check
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -53,10 +53,20 @@ def rope_tables(config: Any, context: int) -> RopeTables:
         kind = "yarn"
     config.rope_parameters = parameters
     inverse, scale = inverse_frequencies(config, kind, context)
+    check(bool(inverse.isfinite().all()), "rope_parameters", parameters, "frequencies must be finite")
     angles = torch.arange(context, dtype=torch.float32)[:, None] * inverse[None, :]
     factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
     frozen = f"@{max(context, config.max_position_embeddings)}" if kind == "dynamic" else ""
     return RopeTables(angles.cos() * scale, angles.sin() * scale, f"rope-{kind}{factor_label}{frozen}", note)
+
+
+def rope_bytes(config: Any, context: int) -> int:
+    """What the tables take while they are made: angles, cos and sin."""
+    return 3 * context * head_dim(config) // 2 * torch.float32.itemsize
+
+
+def head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def check_rope(config: Any) -> None:
@@ -83,8 +93,7 @@ def trained_length(config: Any) -> int:
 def inverse_frequencies(config: Any, kind: str, context: int) -> tuple[torch.Tensor, float]:
     """[head_dim / 2] fp32 and the factor on cos and sin, from transformers' own functions."""
     if kind == "default":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        steps = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
         return 1.0 / (config.rope_parameters["rope_theta"] ** steps), 1.0
     inverse, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=context)
     return inverse.float(), float(scale)

@@ -6,11 +6,15 @@ from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import Any
 
-from tokenswift_py.errors import check
+from tokenswift_py.errors import check, check_text, one_line
 
 Message = dict[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
 
+BAD = "\ufffd"  # what decoding has for invalid UTF-8, and for a character that is not whole yet
+# More than a character that is not whole can be: a byte-fallback vocabulary has one for each of its bytes, at most 3,
+# and for each of the whole character's before it, which it decodes together.
+HOPELESS = 8 * BAD
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
 
@@ -26,13 +30,15 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
         check(min(tokens, default=0) >= 0, "prompt", min(tokens, default=0), "token ids are not negative")
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
-        return list(tokenizer(prompt).input_ids)
+        check_text("prompt", prompt)
+        return token_ids(tokenizer, prompt, special=True)
     fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    text = templated(tokenizer, messages)
+    check_text("prompt", text)
+    return token_ids(tokenizer, text)
 
 
 def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -> list[int]:
@@ -42,13 +48,25 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -
     that ended the chapter.
     """
     if raw or not tokenizer.chat_template:
-        return list(tokenizer(f"\n\n{request}\n\n", add_special_tokens=False).input_ids)
+        return token_ids(tokenizer, f"\n\n{request}\n\n")
     roles = ("user", "assistant", "user")
     messages = [{"role": role, "content": text} for role, text in zip(roles, ("", ANSWER, request), strict=True)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = templated(tokenizer, messages)
     check(ANSWER in text, "chapters", request, "this model's chat template drops earlier answers")
-    tokens = list(tokenizer(text.split(ANSWER, 1)[1], add_special_tokens=False).input_ids)
+    tokens = token_ids(tokenizer, text.split(ANSWER, 1)[1])
     return tokens[1:] if tokens and tokens[0] in eos else tokens
+
+
+def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
+    """special: with the tokens that the tokenizer puts around a text. Raises UserError for a tokenizer that fails."""
+    with one_line("tokenizer: it does not take the text"):
+        return list(tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def templated(tokenizer: Any, messages: Sequence[Any]) -> str:
+    """What the chat template makes of them, up to where the model answers. Raises UserError for one that is broken."""
+    with one_line("prompt: the model's chat template does not take it"):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -68,37 +86,51 @@ class TextJoiner:
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
         self._stops = tuple(stops)
-        self._window: list[int] = []  # tokens not told yet, behind the last told ones, which are their context
-        self._told = 0
+        self._window: list[int] = []  # the latest tokens, the first of them told: they are the context of the others
+        self._context = 0  # how many these are
+        self._told = 0  # characters of the window's text that were told
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; empty while a character or a stop string may go on."""
         for token in tokens:
-            if token in self._special:
-                continue
+            if token in self._special or self._tokenizer.id_to_token(token) is None:
+                continue  # an id without a token has no text
             self._window.append(token)
-            text = self._untold()
-            if text and not text.endswith("\ufffd"):
-                self._held += text
-                del self._window[: self._told]
-                self._told = len(self._window)
+            text = self._decode(self._window)
+            if text.endswith(HOPELESS):
+                self._tell(text, len(text) - len(HOPELESS) + 1)
+                self._shorten(text[self._told :])
+            elif not text.endswith(BAD) and len(text) > self._told:
+                self._tell(text, len(text))
+                del self._window[: self._context]
+                self._context, self._told = len(self._window), len(self._decode(self._window))
         certain = self._certain()
         text, self._held = self._held[:certain], self._held[certain:]
         return text
 
     def finish(self) -> str:
         """The rest of the chapter: what was held back, cut before a stop string."""
-        rest = self._held + self._untold()
+        rest = self._held + self._decode(self._window)[self._told :]
         starts = [rest.find(stop) for stop in self._stops if stop in rest]
         return rest[: min(starts, default=len(rest))]
 
-    def _untold(self) -> str:
-        """Text of the window behind its context. (tokenizers' DecodeStream does this too, but raises an exception
-        where invalid UTF-8 in a byte-fallback vocabulary changes the context's text.)"""
-        context, window = self._window[: self._told], self._window
-        known, text = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (context, window))
-        return str(text[len(known) :])
+    def _decode(self, tokens: Sequence[int]) -> str:
+        """(tokenizers' DecodeStream does this too, but raises an exception where invalid UTF-8 in a byte-fallback
+        vocabulary changes the context's text.)"""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _tell(self, text: str, stop: int) -> None:
+        """The window's text up to character `stop`."""
+        self._held += text[self._told : stop]
+        self._told = max(self._told, stop)
+
+    def _shorten(self, untold: str) -> None:
+        """Of a long run of invalid bytes the last tokens are context enough: decoding falls into step within a
+        character. Else each token would decode all of the run again."""
+        if len(self._window) > 4 * len(HOPELESS):
+            del self._window[: -2 * len(HOPELESS)]
+            self._context, self._told = 0, len(self._decode(self._window)) - len(untold)
 
     def _certain(self) -> int:
         """Characters held before anything that is, or may become, a stop string."""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py import __version__
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.arguments import Parser, named_path, number, whole
+from tokenswift_py.errors import check, files
 from tokenswift_py.options import world_size
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ HELD_OUT = 1_000_000  # number of the first held-out text, so that its noise is 
 
 
 def parser() -> argparse.ArgumentParser:
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="tokenswift train-heads",
         description="Train draft heads for a model on text that it writes itself. The model stays as it is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -36,20 +37,20 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--dtype", default="bf16", help="bf16, fp32 or int8 (native), of the model's weights")
     root.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
     root.add_argument("--device", default="auto", help="auto, cpu, cuda, ...: where the model writes")
-    root.add_argument("--threads", type=int, help="CPU threads")
-    root.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt a line, at least two (default: built in)")
+    root.add_argument("--threads", type=whole, help="CPU threads")
+    root.add_argument("--prompts", type=named_path, metavar="FILE", help="a prompt a line (default: built in)")
     root.add_argument("--form", default="recurrent", help="recurrent, tokenswift or medusa")
-    root.add_argument("--heads", type=int, default=3, help="how many tokens ahead")
-    root.add_argument("--tokens", type=int, default=60_000, help="tokens the model writes to learn from")
-    root.add_argument("--held-out", type=int, default=6_000, help="tokens it writes to other prompts, for the figures")
-    root.add_argument("--length", type=int, default=768, help="tokens of a text at the most")
-    root.add_argument("--temperature", type=float, default=0.8, help="of the writing")
-    root.add_argument("--min-p", type=float, default=0.05, help="of the writing")
-    root.add_argument("--epochs", type=float, default=2.0, help="how often the heads see each token")
-    root.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
-    root.add_argument("--minutes", type=float, help="stop by then, with what there is; such a run is not repeatable")
-    root.add_argument("--seed", type=int, default=0, help="of the noise and of the training")
-    root.add_argument("--out", type=Path, metavar="FILE", help="a .safetensors file (default: the cache, found there)")
+    root.add_argument("--heads", type=whole, default=3, help="how many tokens ahead")
+    root.add_argument("--tokens", type=whole, default=60_000, help="tokens the model writes to learn from")
+    root.add_argument("--held-out", type=whole, default=6_000, help="tokens it writes to others, for the figures")
+    root.add_argument("--length", type=whole, default=768, help="tokens of a text at the most")
+    root.add_argument("--temperature", type=number, default=0.8, help="of the writing")
+    root.add_argument("--min-p", type=number, default=0.05, help="of the writing")
+    root.add_argument("--epochs", type=number, default=2.0, help="how often the heads see each token")
+    root.add_argument("--rate", type=number, default=2e-3, help="peak learning rate")
+    root.add_argument("--minutes", type=number, help="stop by then, with what there is; such a run is not repeatable")
+    root.add_argument("--seed", type=whole, default=0, help="of the noise and of the training")
+    root.add_argument("--out", type=named_path, metavar="FILE", help="a .safetensors file (default: in the cache)")
     root.add_argument("--quiet", action="store_true", help="no bars, no figures")
     return root
 
@@ -155,10 +156,8 @@ def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[
             [(form.format(subject), raw) for subject in subjects for form, raw in forms]
             for subjects in (listed["subjects"][:-held], listed["subjects"][-held:])
         )
-    try:
+    with files("prompts", path, "a readable UTF-8 file is"):
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts: {str(path)!r} is not allowed; a readable UTF-8 file is ({error})") from error
     lines = [(line.strip(), False) for line in text.splitlines() if line.strip()]
     check(len(lines) >= 2, "prompts", str(path), "a file with at least two lines")
     held = max(1, len(lines) // 10)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tokenswift_py.core import is_whole
 from tokenswift_py.errors import UserError, check
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -44,8 +45,12 @@ class ModelSpec:
         check(family in FAMILIES, "model family", family, f"supported are {', '.join(FAMILIES)}")
         act = getattr(config, "hidden_act", "silu")
         check(act in ("silu", "swish"), "hidden_act", act, "supported is silu")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            size = getattr(config, name)
+            check(is_whole(size) and size >= 1, f"config.json: {name}", size, "a whole number, at least 1")
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        check(is_whole(kv_heads) and kv_heads >= 1, "num_key_value_heads", kv_heads, "a whole number, at least 1")
         check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"it must divide the {heads} attention heads")
         bias = bool(getattr(config, "attention_bias", False))
         return cls(
