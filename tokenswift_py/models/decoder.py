@@ -21,8 +21,13 @@ from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.models.steps import Steps, recorder_for
+from tokenswift_py.models.steps import Steps, recorder_for, row_shapes
 from tokenswift_py.rope import RopeTables
+
+
+def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:
+    """Whether keys and values can be int8: attention reads them with their scales, ops write them so."""
+    return ops.pads and getattr(attention, "reads_int8", False)
 
 
 class TorchDecoder:
@@ -55,12 +60,13 @@ class TorchDecoder:
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         self.kv_dtype = kv_dtype or self.dtype
-        int8 = self.ops.pads and getattr(attention, "reads_int8", False)
+        int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
         check(self.kv_dtype == self.dtype or (int8 and self.kv_dtype == torch.int8), "kv_dtype", kv_dtype, allowed)
         kind, kv = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
         parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
+        self.row_shapes = row_shapes(attention, self.ops)
         self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
