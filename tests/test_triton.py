@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, ra
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
-from tokenswift_py.kernels.triton import tables
+from tokenswift_py.kernels.triton import attention, fused, matmul, sampling, tables
 from tokenswift_py.kernels.triton.attention import LOG2_E, TritonAttention
 from tokenswift_py.kernels.triton.tables import splits
 from tokenswift_py.kvcache.cache import KVCache
@@ -292,10 +293,26 @@ def test_every_key_and_value_is_read_once(reads: Reads, prefix: int, monkeypatch
             assert reads.bytes == token * (prefix - prefix % PAGE_SIZE + behind)
 
 
+def roofline() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).resolve().parent.parent / "experiments" / "kernel_roofline.py"))
+
+
+def test_the_roofline_has_every_kernel() -> None:
+    script = roofline()
+    shape = script["SHAPES"]["qwen2.5-7b"]
+    works = script["analytical"](shape, [100], [3])
+    said = [name for work in works for name in work.kernel.split(", ")]
+    modules = (attention, fused, matmul, sampling)
+    for name in {variant.name for module in modules for variant in module.variants(False)}:
+        kernel = name.removesuffix("+bias").split(" x")[0]
+        assert any(other == kernel or other.startswith(f"{kernel} ") for other in said), name
+    assert all(work.read + work.written >= work.minimum > 0 for work in works)
+
+
 def test_the_roofline_counts_what_attention_reads(reads: Reads) -> None:
     """The arithmetic of experiments/kernel_roofline.py against every byte loaded: tables of a pass, and the maxima that
     the merge looks at twice, are the few percent it leaves out."""
-    script = runpy.run_path(str(Path(__file__).resolve().parent.parent / "experiments" / "kernel_roofline.py"))
+    script = roofline()
     shape = script["Shape"](64, 64, heads=8, kv_heads=2, head_dim=64, vocab=1)
     pool = new_pool(2, 64, torch.bfloat16)
     cache = KVCache(pool, 4096)
