@@ -49,7 +49,7 @@ class DraftModel(Drafter):
         self.model, self.keep_tokens, self.width, self.vocab_sizes = model, keep_tokens, width, vocab_sizes
         self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
         self._policy = Recent()
-        self._cost = PassCost()
+        self._cost = PassCost(shapes=model.row_shapes)
         self._confidence = Confidence(width)
         self._draft: Draft | None = None
         self._chain: list[int] = []
@@ -131,7 +131,8 @@ class DraftModel(Drafter):
         tokens = history.tokens[known : known + rows]
         if self.vocab_sizes is not None:  # in the target's padding, which means no text; any row will do for a guess
             tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
-        segment = Segment(DraftTree.chain(tokens), cache, tail=tuple(range(cache.tail_length)), causal=True)
+        tail, read = tuple(range(cache.tail_length)), rows > JOINED  # what guesses is a pass of fixed shape on a GPU
+        segment = Segment(DraftTree.chain(tokens), cache, tail=tail, causal=read)
         logits = self.model.forward([segment], [rows - 1]).logits[0]
         if self.vocab_sizes is None:
             return logits

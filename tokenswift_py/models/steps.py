@@ -117,7 +117,7 @@ class Decoder(Protocol):
         pool: TorchPagePool,
         plan: FixedPlan,
         places: torch.Tensor,
-        logit_rows: slice,
+        logit_rows: slice | torch.Tensor,
         mass_pages: int | None,
         want_queries: bool,
     ) -> Output: ...
