@@ -104,7 +104,7 @@ def index(pages: np.ndarray, device: torch.device) -> slice | torch.Tensor:
         return slice(0)
     if (np.diff(pages) == 1).all():
         return slice(int(pages[0]), int(pages[-1]) + 1)
-    return torch.from_numpy(pages.astype(np.int64)).to(device)
+    return on_device(pages.astype(np.int64), device)
 
 
 def grouped(queries: torch.Tensor, kv_heads: int) -> torch.Tensor:

@@ -390,6 +390,8 @@ def test_the_command_line_goes_on_too(pair: Pair, tiny_folder: Path, tmp_path: P
     assert files == {"journal.bin", "kv", "report.json", "text.txt", "tokens.npy"}
     assert np.array_equal(np.load(out / "tokens.npy"), np.load(tmp_path / "whole" / "tokens.npy"))
     assert json.loads((out / "report.json").read_text())["resumed_behind"] == 130
+    assert pair(by_command_line, "audit", str(out), "--json", str(tmp_path / "audit.json"), "--quiet") == [0, 0]
+    assert json.loads((tmp_path / "audit.json").read_text())["passed"] is True
     assert pair(by_command_line, "resume", str(tmp_path / "none"), "--quiet") == [2, 2]
 
 

@@ -336,7 +336,7 @@ def main(arguments: Sequence[str]) -> int:
     hidden = args.quiet or not sys.stderr.isatty()
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
         found = audit(swift, args.folder, args.sample, progress)
-    if args.json:
+    if args.json and swift.executor.ranks.leads:
         with files("json", args.json, "a file that can be written"):
             args.json.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
     if not args.quiet:
