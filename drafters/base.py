@@ -72,6 +72,19 @@ class Draft(TreeBuilder):
         self.chances = [1.0]
         self.odds: list[Odds | None] = [None]
 
+    def fill(self, planner: Planner, grow: Callable[[Callable[[float], bool]], None]) -> None:
+        """Let `grow` add nodes that need no draft pass, while what it is given finds their chances worth their rows."""
+        first = len(self)
+        grow(lambda chance: planner.worth_row(chance, len(self)))
+        self.cut(planner.rows_paid(self.chances, first))
+
+    def cut(self, size: int) -> None:
+        """Drop all nodes but the first `size`."""
+        for node in range(size, len(self)):
+            del self._children[self.parents[node], self.tokens[node]]
+        for column in (self.tokens, self.parents, self.chances, self.odds):
+            del column[size:]
+
     def guess(self, parent: int, token: int, odds: Odds) -> int | None:
         """The child of `parent` that carries `token`, with the best odds it was guessed by; None when the tree is full.
 

@@ -18,7 +18,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.kvcache.policies.recent import Recent
-from tokenswift_py.planner import Planner
+from tokenswift_py.planner import PassCost, Planner
 
 
 class DraftModel(Drafter):
@@ -49,6 +49,7 @@ class DraftModel(Drafter):
         self.model, self.keep_tokens, self.width, self.vocab_sizes = model, keep_tokens, width, vocab_sizes
         self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
         self._policy = Recent()
+        self._cost = PassCost(shapes=model.row_shapes)
         self._confidence = Confidence(width)
         self._draft: Draft | None = None
         self._chain: list[int] = []
@@ -72,7 +73,7 @@ class DraftModel(Drafter):
                 break
             self._chain.append(node)
         history.truncate(start)
-        candidates.take(lambda chance: planner.worth_row(chance, len(draft)))
+        draft.fill(planner, candidates.take)
         return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
@@ -96,9 +97,13 @@ class DraftModel(Drafter):
         assert self._draft is not None
         chance = self._draft.chances[self._chain[-1]] * self._confidence.next.chance
         row_ms = planner.row_ms(len(self._draft))
-        if planner.worth(chance, planner.draft_ms(1, self._kept) + row_ms):
+        if planner.worth(chance, self._pass_ms(planner, 1) + row_ms):
             return True
-        return len(self._chain) == 1 and planner.may_probe(planner.draft_ms(self._read, self._kept) + row_ms)
+        return len(self._chain) == 1 and planner.may_probe(self._pass_ms(planner, self._read) + row_ms)
+
+    def _pass_ms(self, planner: Planner, rows: int) -> float:
+        """What a pass of the draft model costs; before one was measured, what the planner takes for one."""
+        return self._cost(rows, self._kept) if self._cost.measured else planner.draft_ms(rows, self._kept)
 
     def _guess(self, context: Context, candidates: Candidates) -> int | None:
         """One pass: the rows that the cache lacks, and what the last of them guesses."""
@@ -108,7 +113,7 @@ class DraftModel(Drafter):
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = self._forward(context.history, rows)
         node = self._confidence.guess(context, candidates, self._chain[-1], logits)
-        context.planner.draft.observe(rows, kept, 1e3 * (time.perf_counter() - clock))
+        self._cost.observe(rows, kept, 1e3 * (time.perf_counter() - clock))
         return node
 
     def _catch_up(self, history: History) -> None:
@@ -126,7 +131,8 @@ class DraftModel(Drafter):
         tokens = history.tokens[known : known + rows]
         if self.vocab_sizes is not None:  # in the target's padding, which means no text; any row will do for a guess
             tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
-        segment = Segment(DraftTree.chain(tokens), cache, tail=tuple(range(cache.tail_length)), causal=True)
+        tail, read = tuple(range(cache.tail_length)), rows > JOINED  # what guesses is a pass of fixed shape on a GPU
+        segment = Segment(DraftTree.chain(tokens), cache, tail=tail, causal=read)
         logits = self.model.forward([segment], [rows - 1]).logits[0]
         if self.vocab_sizes is None:
             return logits

@@ -190,11 +190,12 @@ class Heads(Drafter):
             if not parents:
                 break
             places += self.children(head, parents[:BEAM], context, None if same is None else same[head])
+        places = sorted(places, key=by_chance)[:budget]
+        worth = context.planner.worth_row
+        rows = next((n for n, place in enumerate(places) if n and not worth(place.chance, n)), len(places))
         builder = TreeBuilder(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
-        for place in sorted(places, key=by_chance)[1:budget]:
-            if not context.planner.worth_row(place.chance, len(builder)):
-                break
+        for place in places[1 : context.planner.rows_paid([place.chance for place in places[:rows]], 1)]:
             child = builder.add(nodes[place.path[:-1]], place.path[-1])
             assert child is not None
             nodes[place.path] = child

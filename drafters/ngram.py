@@ -102,8 +102,8 @@ class NGram(Drafter):
         self.read(context.history)
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        draft, planner = Draft(context.history[-1], budget), context.planner
-        self.extend(draft, self.read(context.history), lambda chance: planner.worth_row(chance, len(draft)))
+        draft, place = Draft(context.history[-1], budget), self.read(context.history)
+        draft.fill(context.planner, lambda worth: self.extend(draft, place, worth))
         self._draft = draft
         return draft.build()
 

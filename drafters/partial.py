@@ -80,7 +80,7 @@ class Partial(Drafter):
         follow = None
         if self.reuse is not None:
             follow = self.reuse.push(candidates, self._chain[-1], place)
-        candidates.take(lambda chance: planner.worth_row(chance, len(draft)), follow)
+        draft.fill(planner, lambda worth: candidates.take(worth, follow))
         self._draft = draft
         return draft.build()
 

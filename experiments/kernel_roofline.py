@@ -2,7 +2,8 @@
 
     python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
 
-The table is arithmetic on shapes: one layer (the head: one pass), 16-bit weights and KV. What exceeds the minimum in
+The table is arithmetic on shapes, every kernel of kernels/triton in it: one layer (the head and the choice of tokens:
+one pass), 16-bit weights and activations, and KV of 16 bits but for `+int8`. What exceeds the minimum in
 attention are partial states, which a GPU's second-level cache may hold. Where there is a GPU, attention is timed too,
 Triton's beside the other backends that are installed, as a share of the bandwidth read in the same run; without one the
 script says so and times nothing. (Named kernels.py, transformers would import it as Hugging Face's package.)
@@ -31,6 +32,8 @@ from tokenswift_py.stats import memory_bandwidth
 
 ITEM = 2  # bytes of a weight, an activation, a key
 FP32 = 4
+FP64 = 8
+CHOICE_BLOCK = 1024  # tokens that a program of the sampler chooses from
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,10 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Work:
-    """One launch (attention: three). read, written: bytes. minimum: the bytes no kernel for it could do without."""
+    """One launch, or those of the kernels named (attention: one for whole pages, one for the tail, one to merge).
+
+    read, written: bytes. minimum: the bytes no kernel for it could do without.
+    """
 
     kernel: str
     rows: int
@@ -83,16 +89,20 @@ class Work:
         return 1e6 * max((self.read + self.written) / device.bandwidth, self.flops / device.flops)
 
 
-def attention_work(shape: Shape, context: int, rows: int) -> Work:
+def attention_work(shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False) -> Work:
     """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
-    states of every split written once and read once (the split at the boundary twice)."""
+    states of every split written once and read once (the split at the boundary twice).
+
+    int8: of keys and values, each with its scale. mass: every page's log-sum-exp is set, written and read for each row
+    and head, and its mass written.
+    """
     # Here, because they need triton.
     from tokenswift_py.kernels.triton.attention import config, padded
     from tokenswift_py.kernels.triton.tables import splits
 
-    group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim).tile
+    group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim, int8=int8).tile
     tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE
-    token = 2 * shape.kv_heads * shape.head_dim * ITEM
+    token = token_bytes(shape, int8)
     prefix_tiles, tail_tiles = -(-rows * group // tile), -(-rows // max(1, tile // group))
     state = shape.heads * rows * (padded(shape.head_dim) + 2) * FP32
     count = len(splits(-(-tokens // PAGE_SIZE))) - 1
@@ -102,7 +112,18 @@ def attention_work(shape: Shape, context: int, rows: int) -> Work:
     flops = 4 * rows * shape.heads * shape.head_dim * tokens
     minimum = token * tokens + 2 * activations
     read = keys + (count + bool(full)) * activations + count * state + boundary  # q in every split
-    return Work("attention", rows, context, read, count * state + boundary + activations, minimum, flops)
+    written = count * state + boundary + activations
+    name = f"attend{'+int8' if int8 else ''}{'+mass' if mass else ''}, merge"
+    if mass:
+        page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
+        read, written = read + shape.heads * page_mass, written + (2 * shape.heads + shape.kv_heads) * page_mass
+        name, minimum = f"{name}, mass", minimum + shape.kv_heads * page_mass
+    return Work(name, rows, context, read, written, minimum, flops)
+
+
+def token_bytes(shape: Shape, int8: bool) -> int:
+    """Key and value of a token in one layer."""
+    return 2 * shape.kv_heads * (shape.head_dim + FP32 if int8 else shape.head_dim * ITEM)
 
 
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
@@ -119,22 +140,36 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         read, written = (columns * depth + rows * depth) * ITEM, rows * columns * ITEM
         yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
+    yield Work("norm", rows, None, 2 * row + shape.hidden * ITEM, row, 2 * row, 4 * rows * shape.hidden)
     yield Work("add_norm", rows, None, 4 * row + shape.hidden * ITEM, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
-    yield Work("rope_write", rows, None, moved + rows * shape.head_dim * FP32, moved, 2 * moved, 3 * heads)
+    angles = rows * shape.head_dim * FP32
+    for int8 in (False, True):
+        stored = rows * (q * ITEM + token_bytes(shape, int8))
+        name, flops = ("rope_write+int8", 3 * heads + 8 * rows * kv) if int8 else ("rope_write", 3 * heads)
+        yield Work(name, rows, None, moved + angles, stored, moved + stored, flops)
+    kept = rows * token_bytes(shape, False)
+    yield Work("move", rows, None, kept, kept, 2 * kept, 0)
     inner = rows * shape.intermediate * ITEM
     yield Work("swiglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
-    logits = rows * shape.vocab * FP32
-    yield Work("gumbel argmax", rows, None, logits, 0, logits, 70 * rows * shape.vocab)
+    logits, best = rows * shape.vocab * FP32, rows * -(-shape.vocab // CHOICE_BLOCK) * (FP64 + FP32)
+    for name, flops in (("argmax", 1), ("gumbel argmax", 70)):
+        names, chosen = f"{name}, argmax merge", rows * (FP64 + FP32)
+        yield Work(names, rows, None, logits + best, best + chosen, logits, flops * rows * shape.vocab)
 
 
 def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
-    works = [attention_work(shape, context, rows) for context in contexts for rows in row_counts]
+    works = [
+        attention_work(shape, context, rows, int8, mass)
+        for int8, mass in ((False, False), (False, True), (True, False), (True, True))
+        for context in contexts
+        for rows in row_counts
+    ]
     return works + [work for rows in row_counts for work in dense_works(shape, rows)]
 
 
 def print_table(works: list[Work]) -> None:
-    columns = ("kernel", 16), ("rows", 4), ("context", 8), ("MB", 9), ("over min", 8), ("GFLOP", 8), ("FLOP/B", 7)
+    columns = ("kernel", 29), ("rows", 4), ("context", 8), ("MB", 9), ("over min", 8), ("GFLOP", 8), ("FLOP/B", 7)
     names = " ".join(f"{name:>14}" for name in DEVICES)
     print(" ".join(f"{name:{width}}" for name, width in columns), "  best us:", names)
     for work in works:
@@ -143,7 +178,7 @@ def print_table(works: list[Work]) -> None:
         over = f"{100 * (total / work.minimum - 1):7.1f}%"
         times = " ".join(f"{work.best_us(device):14.1f}" for device in DEVICES.values())
         print(
-            f"{work.kernel:16} {work.rows:4} {context:>8} {total / 1e6:9.2f} {over:>8} {work.flops / 1e9:8.2f} "
+            f"{work.kernel:29} {work.rows:4} {context:>8} {total / 1e6:9.2f} {over:>8} {work.flops / 1e9:8.2f} "
             f"{work.flops / total:7.1f}           {times}"
         )
 
@@ -244,7 +279,7 @@ def main() -> None:
                 f"{timing.bandwidth / 1e9:8.0f} GB/s ({timing.share:.2f})"
             )
     else:
-        print("\nNo GPU here: arithmetic only, nothing was timed.")
+        print("\nNo GPU here: arithmetic only, nothing was measured.")
     if args.json:
         record = {"model": args.model, "works": [asdict(w) for w in works], "timings": [asdict(t) for t in timings]}
         args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -129,11 +129,12 @@ def spot(swift: TokenSwift, stream: Stream, window: int) -> Record:
             times.append(round(ms, 3))
     steps.close()  # type: ignore[attr-defined]
     context = stream.engine.cache.length
-    limit = 1e3 * swift.step_bytes(context + window / 2) / bandwidth
+    median = statistics.median(times)
+    share = 1e3 * swift.step_bytes(context + window / 2) / bandwidth / median
     return {
         "kind": "spot", "behind": len(stream.tokens), "new": stream.stats.new_tokens, "context": context,
-        "tokens": tokens, "ms": times, "median_ms": round(statistics.median(times), 3),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 1), "share_of_memory_limit": round(limit / statistics.median(times), 3),
+        "tokens": tokens, "ms": times, "median_ms": round(median, 3), "bandwidth_gb_s": round(bandwidth / 1e9, 1),
+        "share_of_memory_limit": round(share, 3),
     }  # fmt: skip
 
 

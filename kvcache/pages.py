@@ -97,11 +97,14 @@ class BoundedPages(Holders):
         raise NotImplementedError
 
 
-def index(pages: IntArray, device: torch.device) -> slice | torch.Tensor:
-    """What picks these pages from a tensor: a view without copies where they follow one another."""
-    if len(pages) and (np.diff(pages) == 1).all():
+def index(pages: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """What picks these pages, or rows, from a tensor: a view without copies where they follow one another, and nothing
+    for the host to wait for."""
+    if not len(pages):
+        return slice(0)
+    if (np.diff(pages) == 1).all():
         return slice(int(pages[0]), int(pages[-1]) + 1)
-    return torch.from_numpy(pages.astype(np.int64)).to(device)
+    return on_device(pages.astype(np.int64), device)
 
 
 def grouped(queries: torch.Tensor, kv_heads: int) -> torch.Tensor:
@@ -171,9 +174,10 @@ class TorchPagePool(BoundedPages):
 
     def move(self, source: IntArray, target: IntArray) -> None:
         slots = on_device(np.stack([source, target]).astype(np.int64), self.keys.device)
-        self._move_rows(self.keys, self.values, slots[0], slots[1])
-        if self.scaled:
-            self._move_rows(self.key_scales[..., None], self.value_scales[..., None], slots[0], slots[1])
+        with torch.cuda.device_of(self.keys):
+            self._move_rows(self.keys, self.values, slots[0], slots[1])
+            if self.scaled:
+                self._move_rows(self.key_scales[..., None], self.value_scales[..., None], slots[0], slots[1])
 
     def dump(self, page: int) -> Bytes:
         parts = (pool[:, :, page].contiguous().cpu().view(torch.uint8).reshape(-1) for pool in self._stored)

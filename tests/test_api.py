@@ -320,7 +320,10 @@ def test_prompts_that_cannot_be(swift: TokenSwift, prompt: Any) -> None:
         ({"engine": "steam"}, "engine: 'steam'"),
         ({"engine": "native", "attention": "sdpa"}, "attention: 'sdpa'"),
         ({"engine": "torch", "kv_dtype": "fp32"}, "kv_dtype: 'fp32'"),
-        ({"engine": "torch", "kv_dtype": "int8"}, "kv_dtype: 'int8' .* engine torch only .* engine native has int8"),
+        (
+            {"engine": "torch", "kv_dtype": "int8"},
+            "kv_dtype: 'int8' .* engine torch and attention sdpa only .* triton and engine native have int8",
+        ),
         ({"kv_dtype": "int3"}, "kv_dtype: 'int3' .* bf16, fp32, int8"),
     ],
 )

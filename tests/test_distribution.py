@@ -25,7 +25,7 @@ VOCAB, SAMPLES = 7, 21_000
 class MarkovModel:
     """Logits that depend on the row's own token only: every transition of a long text is an independent sample."""
 
-    numerics, guarantee = "table", "bitwise"
+    numerics, guarantee, row_shapes = "table", "bitwise", ()
 
     def __init__(self) -> None:
         self.table = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, (VOCAB, VOCAB)))

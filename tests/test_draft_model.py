@@ -188,7 +188,7 @@ def test_a_draft_that_is_never_right_is_soon_left_alone(target: Model) -> None:
     class Wrong:
         """The target itself, but for its last row's logits."""
 
-        context = target.context
+        context, row_shapes = target.context, target.row_shapes
 
         def __init__(self) -> None:
             self.new_cache = target.new_cache

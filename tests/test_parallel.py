@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,13 +25,17 @@ import torch
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from interpreter import DEVICE
 from scripted import Scripted, write
-from tokenswift_py import TokenSwift, registry
+from test_draft_model import saved
+from test_heads import random_heads
+from tokenswift_py import TokenSwift, registry, snapshot
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.heads import FORMS, Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.executors import choose_engine
+from tokenswift_py.journal import read
 from tokenswift_py.loading import StoredTensors, open_checkpoint, weight_files
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
@@ -77,20 +82,28 @@ def pair() -> Iterator[Pair]:
         pool.shutdown()
 
 
-def share_of(model: Any, attention: str = "sdpa", ops: Ops | None = None, gather: bool = False) -> ParallelDecoder:
+def share_of(
+    model: Any,
+    attention: str = "sdpa",
+    ops: Ops | None = None,
+    gather: bool = False,
+    kv_dtype: torch.dtype | None = None,
+) -> ParallelDecoder:
     """This process's part of a model of Hugging Face's."""
     shard = Shard(ranks.rank, ranks.world, gather)
     weights = {n: t[shard.of(n, t.shape)].contiguous() for n, t in weights_of(model).items()}
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
     spec, rope = ModelSpec.from_config(model.config), rope_tables(model.config, 512)
-    return ParallelDecoder(spec, weights, rope, backend, ops, False, shard, ranks)
+    return ParallelDecoder(spec, weights, rope, backend, ops, False, kv_dtype, shard, ranks)
 
 
 def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[int]]:
-    decoder = share_of(tiny_model(config))
+    model = tiny_model(config)
+    decoder, embedding = share_of(model), weights_of(model)["model.embed_tokens.weight"]
     drafted = [(create("none"), {}), (create("ngram"), {"draft_tokens": 6}), (create("cascade", policy="quest"), {}),
                (create("partial", view_tokens=64), {}), (create("partial", view_tokens=64), {"draft_tokens": 5}),
-               (Scripted(LONG_PROMPT + truth, 61, 0.7), {"draft_tokens": 30})]  # fmt: skip
+               (Scripted(LONG_PROMPT + truth, 61, 0.7), {"draft_tokens": 30}),
+               *((Heads(random_heads(form), embedding), {"draft_tokens": 7}) for form in FORMS)]  # fmt: skip
     return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
 
 
@@ -101,7 +114,7 @@ def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, tem
     params = SamplingParams(temperature=temperature, seed=5, penalty=1.1, min_p=0.02)
     alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 40, params)
     for by_rank in pair(texts, config, params, alone):
-        assert by_rank == [alone] * 6
+        assert by_rank == [alone] * 9
 
 
 def evicting() -> tuple[list[list[int]], int]:
@@ -260,6 +273,126 @@ def other_trees() -> tuple[list[int], int]:
 def test_rank_0_proposes(pair: Pair) -> None:
     first, second = pair(other_trees)
     assert first == second and first[1] > 0
+
+
+def drafted_by_rank_0(folder: str, smaller: str) -> tuple[list[Any], int, int]:
+    """What a draft model that rank 0 alone has changes nothing of, and how many of its guesses were right."""
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    run = {"max_new_tokens": 60, "seed": 4, "ignore_eos": True, "raw": True}
+    plain = swift.generate("the cat", drafter="none", **run)
+    own, other, fixed = (
+        swift.generate("the cat", draft_model=name, **run, **more)
+        for name, more in ((folder, {}), (smaller, {}), (folder, {"draft_tokens": 4}))
+    )
+    texts = [result.tokens for result in (plain, own, other, fixed)]
+    return texts, fixed.stats.num_accepted_draft_tokens, 0 if swift._draft is None else 1
+
+
+def test_a_draft_model_is_rank_0s_alone(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
+    smaller = saved(tmp_path / "smaller")
+    (texts, accepted, has), (others, also, lacks) = pair(drafted_by_rank_0, str(tiny_folder), str(smaller))
+    assert texts == others == [texts[0]] * 4
+    assert accepted == also > 40, "it drafts for itself, so its guesses are right"
+    assert (has, lacks) == (1, 0)
+    int8 = {"draft_model": str(smaller), "draft_weights": "int8"}
+    wrong = (("draft_model: model: 'nowhere'", {"draft_model": "nowhere"}), ("draft_weights: 'int8'", int8))
+    for says, settings in wrong:
+        assert all(error.startswith(says) for error in pair(refused_run, str(tiny_folder), **settings))
+
+
+def refused_run(folder: str, **settings: Any) -> str:
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with pytest.raises(UserError) as error:
+        swift.generate("the cat", max_new_tokens=5, raw=True, **settings)
+    return str(error.value)
+
+
+RUN = {"max_new_tokens": 220, "seed": 3, "ignore_eos": True, "raw": True}
+
+
+def small_shards() -> None:
+    snapshot.SHARD, snapshot.ROWS = 1, 64
+
+
+def recorded(folder: str, out: str | None, stop: int) -> list[int]:
+    """Written until rank 0 stops behind so many tokens; None for `out` is nowhere."""
+    small_shards()
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with swift.stream("the cat", out=out, kv_snapshot=out is not None, **RUN) as stream:
+        for _ in stream:
+            if ranks.leads and len(stream.tokens) >= stop:
+                break
+    return stream.tokens
+
+
+def resumed(folder: str, out: str, **settings: Any) -> tuple[list[int], int, str]:
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with swift.resume(out, **settings) as stream:
+        list(stream)
+    return stream.tokens, stream.stats.prefill_tokens, stream.result().ending
+
+
+def test_an_interrupted_run_goes_on(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
+    """Each rank keeps the KV of its own heads; what one of them lacks, all compute."""
+    folder, out = str(tiny_folder), tmp_path / "run"
+    (whole, _) = pair(recorded, folder, None, 1000)
+    begun, same = pair(recorded, folder, str(out), 140)
+    assert begun == same == whole[: len(begun)] and 140 <= len(begun) < 220
+    names = [f"{shard:06d}-{rank}of2.safetensors" for shard in (0, 1) for rank in (0, 1)]
+    assert sorted(path.name for path in (out / "kv").iterdir()) == names
+    assert read(out).tokens == begun
+    rows = len(read(out).header["prompt"]) + len(begun) - 1
+    copies = []
+    for name, spared in (("000001-1of2", 64), ("000000-0of2", 0), (None, 128)):
+        copies.append(Path(shutil.copytree(out, tmp_path / f"copy{len(copies)}")))
+        if name:
+            damaged = copies[-1] / "kv" / f"{name}.safetensors"
+            damaged.write_bytes(damaged.read_bytes()[:-7])
+        for tokens, computed, ending in pair(resumed, folder, str(copies[-1]), drafter="partial"):
+            assert (tokens, ending) == (whole, "length")
+            assert computed == rows - spared
+        assert read(copies[-1]).tokens == whole
+    for error in pair(refused_resume, folder, str(copies[-1]), seed=9):
+        assert error == "seed: 9 is not allowed; the run was written with 3"
+    for error in pair(refused_resume, folder, str(tmp_path / "none")):
+        assert error.startswith("journal: ")
+    alone = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with pytest.raises(UserError, match=r"^numerics: .* the run was written with '.*/tp-2-all-reduce'"):
+        alone.resume(out)
+
+
+def refused_resume(folder: str, out: str, **settings: Any) -> str:
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with pytest.raises(UserError) as error:
+        swift.resume(out, **settings)
+    return str(error.value)
+
+
+def by_command_line(*arguments: str) -> int:
+    small_shards()
+    return main(arguments)
+
+
+def test_the_command_line_goes_on_too(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
+    """Rank 0 alone has the folder: the other writes its shards there and nothing else."""
+    out = tmp_path / "run"
+    arguments = ["--model", str(tiny_folder), "--engine", "torch", "--dtype", "fp32", "--prompt", "the cat", "--raw",
+                 "--ignore-eos", "--seed", "3", "--quiet"]  # fmt: skip
+    context = ("--context", "300")
+    assert pair(by_command_line, *arguments, *context, "--max-new-tokens", "220", "--out", str(tmp_path / "whole")) \
+        == [0, 0]  # fmt: skip
+    assert pair(by_command_line, *arguments, *context, "--max-new-tokens", "130", "--out", str(out),
+                "--kv-snapshot") == [0, 0]  # fmt: skip
+    assert pair(by_command_line, "resume", str(out), "--quiet") == [0, 0], "finished: nothing to do"
+    assert len(list((out / "kv").iterdir())) == 4
+    assert pair(by_command_line, "resume", str(out), "--extend", "90", "--drafter", "none", "--quiet") == [0, 0]
+    files = {path.name for path in out.iterdir()}
+    assert files == {"journal.bin", "kv", "report.json", "text.txt", "tokens.npy"}
+    assert np.array_equal(np.load(out / "tokens.npy"), np.load(tmp_path / "whole" / "tokens.npy"))
+    assert json.loads((out / "report.json").read_text())["resumed_behind"] == 130
+    assert pair(by_command_line, "audit", str(out), "--json", str(tmp_path / "audit.json"), "--quiet") == [0, 0]
+    assert json.loads((tmp_path / "audit.json").read_text())["passed"] is True
+    assert pair(by_command_line, "resume", str(tmp_path / "none"), "--quiet") == [2, 2]
 
 
 def stopped_by_rank_0(folder: str) -> tuple[list[int], str]:

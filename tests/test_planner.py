@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.drafters.ngram import NGram
+from tokenswift_py.history import History
 from tokenswift_py.planner import Odds, PassCost, Planner
 
 CONTEXTS = (200, 1000, 5000, 20_000)
@@ -148,6 +151,71 @@ def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
     for _ in range(400):  # and one whose drafts stopped being right no less than plain decoding
         planner.observe(16, 1, phases(30.0, true_cost(16, 5000)))
     assert planner.rate == pytest.approx(before, rel=0.1)
+
+
+SHAPES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def padded_planner(step_ms: float, context: int = 5000) -> Planner:
+    """Of an executor that pads passes: 10 ms, and `step_ms` more for each row that it computes, guess or padding."""
+    planner = Planner(shapes=SHAPES)
+    planner.context = context
+    for rows in range(1, 65):
+        planner.target.observe(rows, context, 10 + step_ms * next(shape for shape in SHAPES if shape >= rows))
+    for _ in range(50):
+        planner.observe(1, 1, phases(0.0, 10 + step_ms))
+    return planner
+
+
+def test_a_row_within_a_shape_costs_nothing_and_the_first_of_the_next_its_step() -> None:
+    planner = padded_planner(0.25)
+    for rows in range(1, 64):
+        step = 0.25 * rows if rows in SHAPES else 0.0  # from a shape to the next, twice as large
+        assert planner.row_ms(rows) == pytest.approx(step, abs=0.02), rows
+    assert planner.target.largest == 64 and planner.target(5, 5000) == planner.target(8, 5000)
+    assert planner.worth_row(1e-6, 5), "a seat that is paid for"
+    share = planner.rate * 0.25
+    assert planner.worth_row(1.2 * share, 8) and not planner.worth_row(0.8 * share, 8)
+
+
+def test_a_shape_is_taken_if_its_rows_together_pay_for_it() -> None:
+    planner = padded_planner(0.25)
+    step = planner.rate * 8 * 0.25  # what rows 9 to 16 must bring
+    tree = [1.0] + [0.5] * 7
+    assert planner.rows_paid([*tree, *[step / 4] * 8], 1) == 16
+    assert planner.rows_paid([*tree, *[step / 4] * 5], 1) == 13, "rows that nobody needs are padding"
+    assert planner.rows_paid([*tree, *[step / 4] * 3], 1) == 8
+    assert planner.rows_paid([*tree, *[step / 4] * 3], 10) == 11, "the shape that a draft pass led into is paid for"
+    assert planner.rows_paid([*tree, *[1e-6] * 9], 10) == 16
+    assert planner.rows_paid([1.0] + [1e-6] * 20, 1) == 1, "down to none"
+    assert Planner(fixed=True, shapes=SHAPES).rows_paid([*tree, 0.0], 1) == 9
+    plain = planner_of()
+    worth = [1.0]
+    while plain.worth_row(0.3 * 0.9 ** len(worth), len(worth)):
+        worth.append(0.3 * 0.9 ** len(worth))
+    assert len(worth) > 3 and plain.rows_paid(worth, 1) == len(worth), "without shapes row by row says it all"
+
+
+def test_trees_grow_from_shape_to_shape() -> None:
+    planner = Planner(shapes=SHAPES)
+    grown = []
+    for _ in range(7):
+        planner.observe(planner.rows_at_most, 1, phases(0.0, 10.0))
+        grown.append(planner.rows_at_most)
+    assert grown == [2, 4, 8, 16, 32, 64, 64], "a 65th row would be padded to no shape"
+    assert Planner(fixed=True, most=7, shapes=SHAPES).rows_at_most == 8
+
+
+def test_repeats_fill_a_shape_and_leave_one_that_does_not_pay() -> None:
+    """Ten repeats have a chance above a fiftieth; three of them are all that is left for the shape of 16 rows."""
+    text = [*([1, 2, *range(20, 32)] * 2), 1, 2]
+    sizes = []
+    for step_ms in (0.01, 0.4):
+        planner, drafter = padded_planner(step_ms), NGram()
+        drafter._odds = [[Odds(0.7) for _ in odds] for odds in drafter._odds]
+        context: Any = SimpleNamespace(history=History(text), planner=planner)
+        sizes.append(len(drafter.propose(context, 17)))
+    assert sizes == [11, 8]
 
 
 def test_the_best_rate_is_that_of_the_best_length() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, ra
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
-from tokenswift_py.kernels.triton import tables
+from tokenswift_py.kernels.triton import attention, fused, matmul, sampling, tables
 from tokenswift_py.kernels.triton.attention import LOG2_E, TritonAttention
 from tokenswift_py.kernels.triton.tables import splits
 from tokenswift_py.kvcache.cache import KVCache
@@ -271,6 +272,48 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return counter
 
 
+class FarPool(TorchPagePool):
+    """int8 pages of two KV heads; the second's last two are more than 2^31 elements into the pool. The system gives
+    memory page by page as it is written."""
+
+    def __init__(self, pages: int):
+        super().__init__(1, 2, 64, 1, torch.int8, DEVICE)
+        self.keys, self.values = (torch.empty((1, 2, pages, PAGE_SIZE, 64), dtype=torch.int8) for _ in range(2))
+        self.key_scales, self.value_scales = (torch.empty((1, 2, pages, PAGE_SIZE)) for _ in range(2))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU would reserve the whole of it")
+def test_offsets_do_not_overflow() -> None:
+    """Rows written, moved and attended to at the far end of a pool of more elements than 32 bits can count."""
+    near, far = 3, 2**18 + 3
+    written = []
+    for pages in (near, far):
+        pool = FarPool(pages)
+        assert pages == near or pool.keys[0, 1, pages - 2].storage_offset() > 2**31
+        last = pages - 1
+        q, k, v = torch.manual_seed(1) and (torch.randn(3, heads, 64) for heads in (4, 2, 2))
+        angles = torch.zeros(3, 32)
+        slots = torch.tensor([last * 64, last * 64 + 1, last * 64 - 2])
+        keys, values, scales = pool.keys[0], pool.values[0], pool.scales_of(0)
+        fused.rope_write(q, k, v, angles + 1, angles, slots, keys, values, scales)
+        moved = slots[2:], slots[:1] + 2
+        fused.move_rows(pool.keys, pool.values, *moved)
+        fused.move_rows(pool.key_scales[..., None], pool.value_scales[..., None], *moved)
+        tail = np.array([[last * 64, last * 64 + 1, last * 64 + 2]], np.int32)
+        segment = AttentionSegment(slice(0, 3), np.arange(3, dtype=np.int32), np.zeros(0, np.int32), None, tail, True)
+        plan = TRITON.prepare([segment], DEVICE)
+        attended = TRITON.attend(plan, 0, q, keys, values, scales=scales)
+        one_page = AttentionSegment(
+            slice(0, 1), np.array([64], np.int32), np.array([last], np.int32), None, tail[:, 2:], False
+        )
+        pool.keys[0, :, last, 3:], pool.values[0, :, last, 3:] = 0, 0
+        pool.key_scales[0, :, last, 3:], pool.value_scales[0, :, last, 3:] = 0, 0
+        committed = TRITON.attend(TRITON.prepare([one_page], DEVICE), 0, q[:1], keys, values, scales=scales)
+        written.append((keys[:, last, :3].clone(), attended, committed))
+    for a, b in zip(*written, strict=True):
+        assert torch.equal(a, b) and a.any()
+
+
 @pytest.mark.parametrize("prefix", [1000, 1984])
 def test_every_key_and_value_is_read_once(reads: Reads, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chain of eight rows and four query heads a KV head reads each key once. In a tree every node gathers the tail
@@ -292,10 +335,26 @@ def test_every_key_and_value_is_read_once(reads: Reads, prefix: int, monkeypatch
             assert reads.bytes == token * (prefix - prefix % PAGE_SIZE + behind)
 
 
+def roofline() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).resolve().parent.parent / "experiments" / "kernel_roofline.py"))
+
+
+def test_the_roofline_has_every_kernel() -> None:
+    script = roofline()
+    shape = script["SHAPES"]["qwen2.5-7b"]
+    works = script["analytical"](shape, [100], [3])
+    said = [name for work in works for name in work.kernel.split(", ")]
+    modules = (attention, fused, matmul, sampling)
+    for name in {variant.name for module in modules for variant in module.variants(False)}:
+        kernel = name.removesuffix("+bias").split(" x")[0]
+        assert any(other == kernel or other.startswith(f"{kernel} ") for other in said), name
+    assert all(work.read + work.written >= work.minimum > 0 for work in works)
+
+
 def test_the_roofline_counts_what_attention_reads(reads: Reads) -> None:
     """The arithmetic of experiments/kernel_roofline.py against every byte loaded: tables of a pass, and the maxima that
     the merge looks at twice, are the few percent it leaves out."""
-    script = runpy.run_path(str(Path(__file__).resolve().parent.parent / "experiments" / "kernel_roofline.py"))
+    script = roofline()
     shape = script["Shape"](64, 64, heads=8, kv_heads=2, head_dim=64, vocab=1)
     pool = new_pool(2, 64, torch.bfloat16)
     cache = KVCache(pool, 4096)

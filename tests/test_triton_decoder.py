@@ -15,18 +15,23 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE
 from scripted import Scripted, write
+from test_heads import random_heads
+from tokenswift_py import TokenSwift, api, registry
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.executors import choose_attention, choose_ops
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.ops import TorchOps
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
 PROMPT = [3, 14, 15, 9, 26]
+FOUR_TOKENS = dict.fromkeys((3, 14, 15, 9), 30.0)  # a text that repeats itself
 
 
 def triton_decoder(
@@ -103,6 +108,55 @@ def test_drafting_changes_no_token(temperature: float) -> None:
         assert drafted == plain
         assert engine.cache.pool.in_use == 0
         assert drafter is not right or engine.stats.num_accepted_draft_tokens > 0
+
+
+def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
+    """Every drafter there is, with heads and a draft model of random weights; and one that is mostly right."""
+    beside = tiny_model(tiny_config("qwen2", **{**SMALL, "num_hidden_layers": 1}), torch.float32, seed=1).to(DEVICE)
+    small = decoder_of(beside, attention="triton", ops=TritonOps(True), kv_dtype=torch.int8)
+    embedding = model.state_dict()["model.embed_tokens.weight"]
+    return [
+        Scripted(PROMPT + truth, 61, 0.8, width=2),
+        create("ngram", shortest=1),
+        create("partial", view_tokens=64),
+        create("cascade", view_tokens=64),
+        Heads(random_heads("recurrent", hidden=32, vocab=61), embedding),
+        create("draft_model", model=small),
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_no_drafter_changes_a_token_over_int8_keys_and_values(temperature: float) -> None:
+    decoder, model = triton_decoder(kv_dtype=torch.int8)
+    params = SamplingParams(temperature=temperature, seed=2, logit_bias=FOUR_TOKENS)
+    plain, _, _ = write(decoder, PROMPT, 7, params)
+    drafters = int8_drafters(model, plain)
+    assert {drafter.name for drafter in drafters} == {"scripted", *registry.names("tokenswift_py.drafters")} - {"none"}
+    for drafter in drafters if temperature else drafters[:2]:
+        drafted, engine, _ = write(decoder, PROMPT, 7, params, drafter, draft_tokens=4)
+        assert drafted == plain, drafter.name
+        assert engine.stats.num_draft_tokens > 0, drafter.name
+        assert drafter is not drafters[0] or engine.stats.num_accepted_draft_tokens > 0
+
+
+def test_the_flag_reaches_the_pool(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--raw", "--max-new-tokens", "2", "--quiet",
+                 "--dtype", "fp32", "--kv-dtype", "int8", "--device", DEVICE.type]  # fmt: skip
+    assert main([*arguments, "--attention", "triton", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["kv_dtype"] == "int8" and "/float32/kv-int8/triton/" in report["numerics"]
+    layers, kv_heads, head_dim = 3, 2, 8
+    assert needed[-1] == 2 * layers * kv_heads * (head_dim + 4) * 64 * pages_for(len("the cat") + 2)
+    for attention in ("sdpa", "naive"):
+        says = rf"^kv_dtype: 'int8' is not allowed; with engine torch and attention {attention} only .*fp32[^\n]*$"
+        with pytest.raises(UserError, match=says):
+            TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", kv_dtype="int8", attention=attention)
+    with pytest.raises(UserError, match=r"^kv_dtype: 'bf16' .* attention triton only .*\(fp32\) or int8$"):
+        TokenSwift.from_pretrained(
+            str(tiny_folder), dtype="fp32", kv_dtype="bf16", attention="triton", device=DEVICE.type
+        )
 
 
 def test_int8_keys_and_values_are_close_and_refused_where_nothing_reads_them() -> None:

@@ -12,13 +12,17 @@ from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import INTERPRETED
 from test_kernels import Scene, fill, random_tree
 from test_triton import TRITON, as_if_committed
-from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.drafters.base import create
+from tokenswift_py.engine import Engine
 from tokenswift_py.kernels.naive import Naive
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.steps import Recorder
+from tokenswift_py.stopping import Stops
+from tokenswift_py.triton_sampling import TritonSampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a GPU")]
 
@@ -57,11 +61,12 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
         assert torch.equal(linear(x[-rows:], weight), together[-rows:])
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool) -> None:
+@pytest.mark.parametrize(("deterministic", "kv_dtype"), [(True, None), (False, None), (True, torch.int8)])
+def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool, kv_dtype: torch.dtype | None) -> None:
     """Behind texts of other lengths and for other trees of its shape, without one wait of the host for the GPU."""
     model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
-    captured, plain = (decoder_of(model, attention="triton", ops=TritonOps(deterministic)) for _ in range(2))
+    made = {"attention": "triton", "ops": TritonOps(deterministic), "kv_dtype": kv_dtype}
+    captured, plain = (decoder_of(model, **made) for _ in range(2))
     plain.recorder = Recorder(None)
     caches = [decoder.new_cache() for decoder in (captured, plain)]
     for round_ in range(4):
@@ -80,3 +85,16 @@ def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool) 
     for decoder, cache, graphs in zip((captured, plain), caches, (1, 0), strict=True):
         steps = decoder.steps_over(cache.pool).steps.values()
         assert sum(step is not None and step.replayed.recorded is not None for step in steps) == graphs
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_gpu_than_the_current_one() -> None:
+    """Kernels, graphs, the sampler and commits run where their tensors are."""
+    texts = []
+    for device in ("cuda:0", "cuda:1"):
+        model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to(device)
+        decoder = decoder_of(model, attention="triton", ops=TritonOps(True))
+        sampler = TritonSampler(SamplingParams(temperature=0.9, seed=1), 61)
+        engine = Engine(decoder, create("ngram", shortest=1), sampler, Stops(80, ()), draft_tokens=4)
+        texts.append([token for step in engine.run([3, 14, 15, 9, 26]) for token in step.tokens])
+    assert torch.cuda.current_device() == 0 and texts[0] == texts[1]

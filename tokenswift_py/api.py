@@ -23,7 +23,7 @@ from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
-from tokenswift_py.journal import Journal, Record
+from tokenswift_py.journal import Journal, Record, shared
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -141,7 +141,7 @@ class TokenSwift:
         dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
                    blocks of a .gguf file as they are; native).
         kv_dtype:  of the KV cache: bf16, fp32 or int8 (with an fp32 scale for each token's key and value of each head;
-                   native); None is that of the weights, bf16 beside int8 and gguf.
+                   native, and torch with attention triton); None is that of the weights, bf16 beside int8 and gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
         attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU; on a GPU the first installed
                    of triton, flash, xformers and sdpa.
@@ -179,7 +179,7 @@ class TokenSwift:
             "kv_dtype": kv_dtype,
             "engine": chosen,
             "attention": attention,
-            "device": str(where),
+            "device": str(where) if ranks.world == 1 else where.type,
             "deterministic": deterministic,
         }
         return cls(checkpoint, tokenizer, executor, origin)
@@ -205,16 +205,17 @@ class TokenSwift:
         if run.options.seed is None:  # each rank has drawn one
             seed = int(ranks.first(np.array([run.sampling.seed]))[0])
             run = replace(run, sampling=replace(run.sampling, seed=seed))
-        ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters()))
-        stream = Stream(self, run)
-        with ranks.same_fate():  # rank 0 alone has a folder
-            check(not kv_snapshot or out is not None, "kv_snapshot", kv_snapshot, "only with out")
-            check(not kv_snapshot or ranks.world == 1, "kv_snapshot", kv_snapshot, "not with several ranks")
+        ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters(), kv_snapshot))
+        folder = ranks.first_text("" if out is None else str(Path(out)))  # the command line tells rank 0 alone
+        with ranks.same_fate():
+            check(not kv_snapshot or folder != "", "kv_snapshot", kv_snapshot, "only with out")
             check_snapshot(kv_snapshot, run.options)
-            if out is not None:
-                logprobs = run.options.logprobs
-                check(not logprobs, "logprobs", logprobs, "not with out: a journal holds tokens only")
-                stream.record(Journal.create(Path(out), contract.header(stream)), kv_snapshot)
+            logprobs = run.options.logprobs
+            check(not (folder and logprobs), "logprobs", logprobs, "not with out: a journal holds tokens only")
+        stream = Stream(self, run)
+        if folder:
+            journal = shared(ranks, lambda: Journal.create(Path(folder), contract.header(stream)))
+            stream.record(journal, kv_snapshot)
         return stream
 
     def resume(
@@ -229,19 +230,28 @@ class TokenSwift:
                   depends on must be as recorded.
         Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
         """
-        check(self.executor.ranks.world == 1, "resume", str(journal), "not with several ranks yet")
-        journal = journal if isinstance(journal, Journal) else Journal.open(Path(journal))
+        ranks = self.executor.ranks
+        if not isinstance(journal, Journal):
+            folder = Path(journal)
+            journal = shared(ranks, lambda: Journal.open(folder))
         try:
             record = journal.record
-            stream = Stream(self, self.recorded_run(record, extend, **settings))
-            check_snapshot(kv_snapshot, stream.run.options)
-            contract.check_same(record.header, contract.header(stream))
-            with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
-                stream.replay(record.tokens)
+            with ranks.same_fate():
+                run = self.recorded_run(record, extend, **settings)
+                check_snapshot(kv_snapshot, run.options)
+            ranks.agree("the parameters", (run.parameters(), kv_snapshot))
+            stream = Stream(self, run)
+            with ranks.same_fate():
+                if ranks.leads:
+                    contract.check_same(record.header, contract.header(stream))
+                with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
+                    stream.replay(record.tokens)
+                if extend:
+                    written = f"{record.chosen} of {record.max_new_tokens} tokens"
+                    why = f"the run is not finished ({written}): resume it first"
+                    check(stream.ending == "interrupted", "extend", extend, f"the text has ended ({stream.ending})")
+                    check(record.chosen >= record.max_new_tokens, "extend", extend, why)
             if extend:
-                why = f"the run is not finished ({record.chosen} of {record.max_new_tokens} tokens): resume it first"
-                check(stream.ending == "interrupted", "extend", extend, f"the text has ended ({stream.ending})")
-                check(record.chosen >= record.max_new_tokens, "extend", extend, why)
                 journal.extend(extend)
         except BaseException:
             journal.close()
@@ -311,11 +321,11 @@ class TokenSwift:
         return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
 
     def draft(self, options: Options) -> TokenSwift | None:
-        """The smaller model of drafter draft_model, loaded at its first use. Raises UserError."""
-        if options.chosen_drafter != "draft_model":
+        """The smaller model of drafter draft_model, loaded at its first use; of several ranks rank 0 has it whole, and
+        the others have none, for its trees are theirs. Raises UserError."""
+        if options.chosen_drafter != "draft_model" or not self.executor.ranks.leads:
             return None
         assert options.draft_model is not None
-        check(self.executor.ranks.world == 1, "draft_model", options.draft_model, "not with several ranks yet")
         key = (options.draft_model, options.draft_weights)
         if self._draft is None or self._draft[0] != key:
             self._draft = None  # its weights make room
@@ -336,8 +346,10 @@ class TokenSwift:
     def engine(self, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> Engine:
         options = run.options
         drafter, settings = options.drafter_settings(self.checkpoint)
-        if drafter == "draft_model":
+        if drafter == "draft_model" and self.executor.ranks.leads:
             settings |= run.draft_model
+        elif drafter == "draft_model":
+            drafter, settings = "none", {}
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
@@ -445,14 +457,16 @@ class Stream:
         assert self.journal is not None
         self.journal.sync()
         engine = self.engine
-        snapshot.save(self.journal.record.path.parent, engine.cache, engine.history.tokens, self.numerics)
+        folder, tokens = self.journal.record.path.parent, engine.history.tokens
+        snapshot.save(folder, engine.cache, tokens, self.numerics, engine.ranks)
 
     def _restore(self, progress: Callable[[int], None]) -> None:
         """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
         engine, stop = self.engine, len(self.engine.history) - 2
         if self.journal is not None and engine.eviction is None:
             folder = self.journal.record.path.parent
-            snapshot.load(folder, engine.cache, engine.history.tokens, self.numerics, stop, progress)
+            tokens = engine.history.tokens
+            snapshot.load(folder, engine.cache, tokens, self.numerics, stop, progress, engine.ranks)
 
     def close(self) -> None:
         """Stop writing; what was written stays."""

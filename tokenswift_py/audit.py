@@ -352,7 +352,7 @@ def main(arguments: Sequence[str]) -> int:
     hidden = args.quiet or not sys.stderr.isatty()
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
         found = audit(swift, args.folder, args.sample, progress)
-    if args.json:
+    if args.json and swift.executor.ranks.leads:
         with new_file("json", args.json) as file:
             file.write(json.dumps(found.to_dict(), indent=2) + "\n")
     if not args.quiet:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tokenswift_py import __version__, audit, train_heads
 from tokenswift_py.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import UserError, check, files, shown
-from tokenswift_py.journal import Journal, JournalError
+from tokenswift_py.journal import Journal, JournalError, shared
 from tokenswift_py.options import Options, world_size
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     for name in ("prompt", "prompt_file", "out", "baseline"):
         check(name not in given, name, given.get(name), "not with resume")
     check(args.extend >= 0, "extend", args.extend, "at least 0")
-    journal = Journal.open(args.resume)
+    journal = Journal.open(args.resume) if world_size() == 1 else shared_journal(args.resume)
     record = journal.record
     if record.torn:
         note(args, f"{record.torn} bytes behind token {len(record.tokens)} are torn and were cut off")
@@ -227,15 +227,17 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
-    if stream.ending != "interrupted" and (args.resume / "report.json").is_file():
+    finished = stream.ending != "interrupted" and (args.resume / "report.json").is_file()
+    if swift.executor.ranks.first(np.array([finished])).item():
         note(args, f"the run is finished, ended by: {stream.ending}")
         return 0
-    for name in ("tokens.npy", "report.json"):  # of an earlier session; they are written again at the end
+    folder = args.resume if swift.executor.ranks.leads else None
+    for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
         (args.resume / name).unlink(missing_ok=True)
     rows = len(stream.run.prompt) + len(stream.tokens)
     with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
         stream.catch_up(progress)
-    return write_out(args, swift, stream, args.resume, lines)
+    return write_out(args, swift, stream, folder, lines)
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -444,6 +446,13 @@ def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             args.prompt, args.prompt_file, args.out = "of rank 0", None, None
         prompt, options = read_input(args)
     return ranks.first_text(prompt), options
+
+
+def shared_journal(folder: Path) -> Journal:
+    """The journal of a run that several ranks go on with: rank 0 opens it."""
+    from tokenswift_py.ranks import join
+
+    return shared(join(), lambda: Journal.open(folder))
 
 
 def read_prompt(args: argparse.Namespace) -> str:

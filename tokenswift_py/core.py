@@ -184,11 +184,13 @@ class Model(Protocol):
     """An executor: the same contract for torch on any device and for the native CPU engine.
 
     context: positions there are RoPE tables for.
+    row_shapes: numbers of rows, ascending, that the passes of a tree are padded to; larger ones are not.
     """
 
     numerics: str
     guarantee: str
     context: int
+    row_shapes: tuple[int, ...]
 
     def forward(
         self,

@@ -76,7 +76,7 @@ class Engine:
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
         plan: dict[str, Any] = {} if draft_tokens is None else {"most": draft_tokens, "fixed": True}
-        self.planner, self.ranks = Planner(**plan, times=ranks.first), ranks
+        self.planner, self.ranks = Planner(**plan, times=ranks.first, shapes=model.row_shapes), ranks
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()

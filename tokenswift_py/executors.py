@@ -17,7 +17,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
-from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.decoder import TorchDecoder, reads_int8
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
@@ -87,26 +87,31 @@ class TorchExecutor:
         self,
         checkpoint: Checkpoint,
         dtype: str,
+        kv_dtype: str,
         device: torch.device,
         attention: str,
         deterministic: str,
         ranks: Ranks = ALONE,
     ):
-        self.dtype, self.kv_dtype = dtype, DTYPES[dtype]
+        self.dtype, self.kv_dtype = dtype, KV_DTYPES[kv_dtype]
         self.device, self.ranks = device, ranks
         self._spec = checkpoint.spec
         backend = choose_attention(device) if attention == "auto" else attention
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
-        self._kernels = (backend, deterministic)
+        int8 = reads_int8(self._attention, self._ops)
+        allowed = f"with engine torch and attention {backend} only that of the weights ({dtype})"
+        allowed += " or int8" if int8 else "; attention triton and engine native have int8 as well"
+        check(kv_dtype == dtype or (int8 and kv_dtype == "int8"), "kv_dtype", kv_dtype, allowed)
+        self._kernels = (kv_dtype, device, backend, deterministic)
         self._sampler = TritonSampler if backend == "triton" else Sampler
         self._shard: Shard | None = None
         if ranks.world > 1:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
-        self._weights = checkpoint.tensors(part).to(self.kv_dtype, device)
+        self._weights = checkpoint.tensors(part).to(DTYPES[dtype], device)
 
     @property
     def threads(self) -> int:
@@ -118,7 +123,7 @@ class TorchExecutor:
 
     @property
     def multiplied_nbytes(self) -> int:
-        return self._spec.multiplied * self.kv_dtype.itemsize // self.ranks.world
+        return self._spec.multiplied * DTYPES[self.dtype].itemsize // self.ranks.world
 
     def padded_head(self, head_dim: int) -> int:
         return head_dim
@@ -131,13 +136,13 @@ class TorchExecutor:
         return self._decoder(rope, draft=True)
 
     def _decoder(self, rope: RopeTables, draft: bool) -> Model:
-        parts = (self._spec, self._weights, rope, self._attention, self._ops, draft)
+        parts = (self._spec, self._weights, rope, self._attention, self._ops, draft, self.kv_dtype)
         return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts)
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_torch_draft_weights(weights)
         check_draft_memory(checkpoint, self.dtype, self.device)
-        return TorchExecutor(checkpoint, self.dtype, self.device, *self._kernels)
+        return TorchExecutor(checkpoint, self.dtype, *self._kernels)
 
 
 class NativeExecutor:
@@ -274,8 +279,6 @@ def load(
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
         return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")
-    allowed = f"with engine torch only that of the weights ({dtype}); engine native has {kv_dtype}"
-    check(kv_dtype in (None, dtype), "kv_dtype", kv_dtype, allowed)
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, dtype, device, attention, deterministic, ranks)
+    return TorchExecutor(checkpoint, dtype, kv_dtype or dtype, device, attention, deterministic, ranks)

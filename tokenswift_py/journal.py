@@ -18,14 +18,17 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 
 from tokenswift_py.errors import UserError, check, files, one_line
+
+if TYPE_CHECKING:
+    from tokenswift_py.ranks import Ranks
 
 NAME = "journal.bin"
 MAGIC = b"tokenswift journal\n"
@@ -172,6 +175,29 @@ def token_block(payload: bytes) -> tuple[int, list[int], list[bool]]:
     return start, ids.tolist(), np.unpackbits(marks, count=count).astype(bool).tolist()
 
 
+def shared(ranks: Ranks, open_: Callable[[], Journal]) -> Journal:
+    """The journal that rank 0 opens or creates; for the others what it holds, and nothing they append goes anywhere.
+
+    Raises, on all ranks, whatever UserError rank 0 meets.
+    """
+    with ranks.same_fate():
+        own = open_() if ranks.leads else None
+    if ranks.world == 1:
+        assert own is not None
+        return own
+    record = from_text(ranks.first_text(to_text(own.record) if own else ""))
+    return own or Followed(record)
+
+
+def to_text(record: Record) -> str:
+    return json.dumps({**asdict(record), "path": str(record.path)})
+
+
+def from_text(text: str) -> Record:
+    fields = json.loads(text)
+    return Record(**{**fields, "path": Path(fields["path"])})
+
+
 class Journal:
     """Writes the record of one run and holds its lock. Make it with `create` or `open`.
 
@@ -267,6 +293,25 @@ class Journal:
                 f"`tokenswift resume {folder}` goes on from there"
             ) from error
         self._size += len(frame)
+
+
+class Followed(Journal):
+    """The journal of a run as ranks have it that only follow: rank 0 writes it for all."""
+
+    def __init__(self, record: Record):
+        self.record = record
+
+    def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
+        pass
+
+    def extend(self, count: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def lock(file: BinaryIO, path: Path) -> None:

@@ -9,7 +9,7 @@ milliseconds of drafting and verifying, it pays exactly if p > rate * c. Plain d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +31,12 @@ class PassCost:
 
     largest: rows of the largest pass measured. What lies far beyond is a guess, and not to be trusted.
     times: what is taken for measured milliseconds; processes that must plan alike take those of one of them.
+    shapes: numbers of rows that passes are padded to, ascending: a row costs nothing until it takes the next of them.
+        Larger passes, and all where there are none, are as they are.
     """
 
-    def __init__(self, times: Times = as_measured) -> None:
-        self._times = times
+    def __init__(self, times: Times = as_measured, shapes: Sequence[int] = ()) -> None:
+        self._times, self.shapes = times, tuple(shapes)
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
         self._coefficients = np.zeros(len(features(1, 0)))
         self._count = self._due = 0
@@ -46,6 +48,7 @@ class PassCost:
 
     def observe(self, rows: int, context: int, ms: float) -> None:
         ms = float(self._times(np.array([ms]))[0])
+        rows = self.padded(rows)
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
         if rows > self.largest:
@@ -57,7 +60,15 @@ class PassCost:
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
-        return float(features(rows, context) @ self._coefficients)
+        return float(features(self.padded(rows), context) @ self._coefficients)
+
+    def padded(self, rows: int) -> int:
+        """Rows that are computed for so many."""
+        return next((shape for shape in self.shapes if shape >= rows), rows)
+
+    def fitting(self, rows: int) -> int:
+        """Rows of the largest pass that computes no more than so many."""
+        return max((shape for shape in self.shapes if shape <= rows), default=rows)
 
     def _fit(self) -> None:
         samples = [sample for group in self._samples.values() for sample in group]
@@ -134,12 +145,14 @@ class Planner:
 
     most:  nodes of a tree at most, the pending token not counted.
     fixed: draft `most` nodes always, whatever they cost; what sweeps and tests ask for.
-    times: see `PassCost`.
+    times, shapes: see `PassCost`.
     """
 
-    def __init__(self, most: int = 64, fixed: bool = False, times: Times = as_measured):
+    def __init__(
+        self, most: int = 64, fixed: bool = False, times: Times = as_measured, shapes: Sequence[int] = ()
+    ) -> None:
         self.most, self.fixed = most, fixed
-        self.target, self.draft = PassCost(), PassCost(times)
+        self.target, self.draft = PassCost(shapes=shapes), PassCost(times, shapes)
         self._times = times
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
@@ -151,7 +164,9 @@ class Planner:
     def rows_at_most(self) -> int:
         """Rows of the next tree at most: a first pass is plain, and no tree is far larger than those whose cost is
         known."""
-        return self.most + 1 if self.fixed else min(self.most + 1, 1 + 2 * self.target.largest)
+        if self.fixed:
+            return self.most + 1
+        return self.target.fitting(min(self.most + 1, 1 + 2 * self.target.largest))
 
     def draft_ms(self, rows: int, context: int) -> float:
         """What a draft pass costs; no less than a plain pass of the target as long as none was measured."""
@@ -170,8 +185,26 @@ class Planner:
         return self.fixed or chance > self.rate * ms
 
     def worth_row(self, chance: float, rows: int) -> bool:
-        """The same for a node that only makes the verify pass, `rows` so far, one row longer."""
-        return self.worth(chance, 0.0 if self.fixed else self.row_ms(rows))
+        """The same for a node that only makes the verify pass, `rows` so far, one row longer.
+
+        Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
+        which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
+        """
+        return self.worth(chance, 0.0 if self.fixed else self.row_ms(rows) / (self.target.padded(rows + 1) - rows))
+
+    def rows_paid(self, chances: Sequence[float], first: int) -> int:
+        """How many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay for.
+
+        chances: of all its nodes, in order.
+        """
+        count = len(chances)
+        while count > first and not self.fixed:
+            before = max(first, self.target.fitting(count - 1))
+            ms = self.target(count, self.context) - self.target(before, self.context)
+            if self.worth(sum(chances[before:count]), ms):
+                break
+            count = before
+        return count
 
     def row_ms(self, rows: int) -> float:
         """What one more row costs in a verify pass of `rows`."""

@@ -2,7 +2,8 @@
 
 A committed page never changes: shards of SHARD pages are written once, and what a later session brings comes behind
 them. Each is a safetensors file with a CRC32C for every page; its metadata name the numerics and the hash of all tokens
-up to its end, which are what its bits depend on.
+up to its end, which are what its bits depend on. Of a model that several ranks hold each rank keeps files of its own KV
+heads; they are used as far as all ranks have theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 from tokenswift_py.core import IntArray
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.ranks import ALONE, Ranks
 
 logger = logging.getLogger("tokenswift")
 
@@ -29,18 +31,18 @@ SHARD = 16  # pages
 ROWS = SHARD * PAGE_SIZE
 
 
-def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str) -> None:
+def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str, ranks: Ranks = ALONE) -> None:
     """Write the shards that a run's folder lacks. What cannot be written is left out, in one line of the log."""
     folder = run / FOLDER
     for shard in range(cache.length // ROWS):
-        path = shard_path(folder, shard)
+        path = shard_path(folder, shard, ranks)
         fresh = path.with_suffix(".new")
         if path.exists():
             continue
         pages = np.stack([cache.pool.dump(int(page)) for page in cache.pages[shard * SHARD : (shard + 1) * SHARD]])
         try:
-            folder.mkdir(exist_ok=True)
-            metadata = identity(tokens, shard, numerics)
+            folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's there is no run's folder
+            metadata = identity(tokens, shard, numerics, ranks)
             save_file({"pages": pages, "crc32c": checksums(pages)}, fresh, metadata)
             fresh.replace(path)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
@@ -51,22 +53,29 @@ def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str) -> None:
 
 
 def load(
-    run: Path, cache: KVCache, tokens: IntArray, numerics: str, stop: int, progress: Callable[[int], None]
+    run: Path,
+    cache: KVCache,
+    tokens: IntArray,
+    numerics: str,
+    stop: int,
+    progress: Callable[[int], None],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Fill an empty cache with the rows before position `stop`, as far as there are whole shards of these very tokens.
 
     What is broken, or of other tokens or numerics, is told in the log and removed with all behind it.
     """
     for shard in range(stop // ROWS):
-        path = shard_path(run / FOLDER, shard)
-        if not path.exists():
-            return
-        pages = read(path, identity(tokens, shard, numerics), cache.pool.page_bytes)
-        if pages is None:
+        path = shard_path(run / FOLDER, shard, ranks)
+        there = path.exists()
+        pages = read(path, identity(tokens, shard, numerics, ranks), cache.pool.page_bytes) if there else None
+        if there and pages is None:
             logger.warning("%s is not of this run, or damaged: computing the KV from token %d on", path, shard * ROWS)
-            for later in sorted((run / FOLDER).glob("*.safetensors"))[shard:]:
+            for later in sorted((run / FOLDER).glob(f"{'[0-9]' * 6}{suffix(ranks)}"))[shard:]:
                 later.unlink()
+        if not ranks.all(np.array([pages is not None])).all():
             return
+        assert pages is not None
         cache.adopt(pages)
         progress(ROWS)
 
@@ -89,10 +98,16 @@ def checksums(pages: np.ndarray) -> np.ndarray:
     return np.array([google_crc32c.value(page.tobytes()) for page in pages], np.int64)
 
 
-def identity(tokens: IntArray, shard: int, numerics: str) -> dict[str, str]:
+def identity(tokens: IntArray, shard: int, numerics: str, ranks: Ranks = ALONE) -> dict[str, str]:
     prefix = np.ascontiguousarray(tokens[: (shard + 1) * ROWS], "<i4").tobytes()
-    return {"numerics": numerics, "tokens": hashlib.sha256(prefix).hexdigest(), "shard": str(shard)}
+    own = {"rank": f"{ranks.rank} of {ranks.world}"} if ranks.world > 1 else {}
+    return {"numerics": numerics, "tokens": hashlib.sha256(prefix).hexdigest(), "shard": str(shard), **own}
 
 
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:06d}.safetensors"
+def shard_path(folder: Path, shard: int, ranks: Ranks = ALONE) -> Path:
+    return folder / f"{shard:06d}{suffix(ranks)}"
+
+
+def suffix(ranks: Ranks) -> str:
+    own = f"-{ranks.rank}of{ranks.world}" if ranks.world > 1 else ""
+    return f"{own}.safetensors"

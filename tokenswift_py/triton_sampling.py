@@ -47,10 +47,12 @@ class TritonSampler(Sampler):
         from tokenswift_py.kernels.triton.sampling import choose
 
         params, device = self.params, logits.device
-        scores = self._changed(logits, positions, recent)
-        at, floors = on_device(positions, device), self._floors(scores)
-        tokens, tops = choose(scores, at, params.temperature, params.seed, params.stream, floors)
-        found: Doubles = torch.stack([logits.amax(1).double(), tokens.double(), tops], 1).cpu().numpy()  # one transfer
+        with torch.cuda.device_of(logits):  # where Triton launches
+            scores = self._changed(logits, positions, recent)
+            at, floors = on_device(positions, device), self._floors(scores)
+            tokens, tops = choose(scores, at, params.temperature, params.seed, params.stream, floors)
+            rows = torch.stack([logits.amax(1).double(), tokens.double(), tops], 1)
+            found: Doubles = rows.cpu().numpy()  # one transfer
         return found
 
     def _changed(self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray]) -> torch.Tensor:

@@ -319,7 +319,7 @@ class TritonAttention:
             state = torch.empty((*shape, depth), dtype=torch.float32, device=q.device)
             state_max, state_sum = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
             mass_pages = 0 if mass is None else mass.shape[-1]
-            page_lse = lse if mass is None else torch.full((kv_heads, rows, mass_pages), -torch.inf, device=q.device)
+            page_lse = lse if mass is None else state.new_full((kv_heads, rows, mass_pages), -torch.inf)
             for first, last in ((launch.prefix, launch.tail), (launch.tail, launch.end)):
                 if first < last:
                     attend_kernel[(last - first, kv_heads)](

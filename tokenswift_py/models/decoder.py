@@ -11,18 +11,24 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
+import numpy as np
 import torch
 
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend, on_device
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.models.steps import Steps, recorder_for
+from tokenswift_py.models.steps import Steps, recorder_for, row_shapes
 from tokenswift_py.rope import RopeTables
+
+
+def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:
+    """Whether keys and values can be int8: attention reads them with their scales, ops write them so."""
+    return ops.pads and getattr(attention, "reads_int8", False)
 
 
 class TorchDecoder:
@@ -55,12 +61,13 @@ class TorchDecoder:
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         self.kv_dtype = kv_dtype or self.dtype
-        int8 = self.ops.pads and getattr(attention, "reads_int8", False)
+        int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
         check(self.kv_dtype == self.dtype or (int8 and self.kv_dtype == torch.int8), "kv_dtype", kv_dtype, allowed)
         kind, kv = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
         parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
+        self.row_shapes = row_shapes(attention, self.ops)
         self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
@@ -84,14 +91,15 @@ class TorchDecoder:
     ) -> Output:
         rows = lay_out(segments, target_weights=not self.draft)
         pool = shared_pool(segments, TorchPagePool)
-        step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
-        if step is None:
-            plan = self.attention.prepare(rows.segments, self.device)
-            places, pages = on_device(rows.places, self.device), rows.pages if want_mass else None
-            wanted = slice(None) if logit_rows is None else list(logit_rows)
-            return self.compute(pool, plan, places, wanted, pages, want_queries)
-        output = step.run(rows)
-        return output if logit_rows is None else replace(output, logits=self.project(output.hidden[list(logit_rows)]))
+        wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
+        with torch.cuda.device_of(self.cos):  # where Triton and CUDA graphs launch
+            step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
+            if step is None:
+                plan = self.attention.prepare(rows.segments, self.device)
+                places, pages = on_device(rows.places, self.device), rows.pages if want_mass else None
+                return self.compute(pool, plan, places, wanted, pages, want_queries)
+            output = step.run(rows)
+            return output if logit_rows is None else replace(output, logits=self._project(output.hidden[wanted]))
 
     def steps_over(self, pool: TorchPagePool) -> Steps:
         """The passes of fixed shapes over a pool. They keep neither the pool nor this decoder alive."""
@@ -104,7 +112,7 @@ class TorchDecoder:
         pool: TorchPagePool,
         plan: Any,
         places: torch.Tensor,
-        logit_rows: list[int] | slice,
+        logit_rows: slice | torch.Tensor,
         mass_pages: int | None,
         want_queries: bool,
     ) -> Output:
@@ -137,11 +145,15 @@ class TorchDecoder:
             added = self._join(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
         stream, hidden = self._add_norm(x, added, "model.norm")
         asked = torch.stack(queries, 1) if want_queries else None
-        return Output(hidden, self.project(hidden[logit_rows]), mass, asked, stream)
+        return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream)
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self._head(hidden.to(self.device, self.dtype))
+        with torch.cuda.device_of(self.cos):
+            return self._project(hidden.to(self.device, self.dtype))
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._head(hidden)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:

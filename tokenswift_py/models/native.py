@@ -200,6 +200,7 @@ class NativeDecoder:
     """
 
     guarantee = "bitwise"
+    row_shapes: tuple[int, ...] = ()
 
     def __init__(
         self, weights: NativeWeights, rope: RopeTables, kv_dtype: torch.dtype | None = None, draft: bool = False

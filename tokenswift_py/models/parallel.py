@@ -93,10 +93,11 @@ class ParallelDecoder(TorchDecoder):
         attention: AttentionBackend,
         ops: Ops | None,
         draft: bool,
+        kv_dtype: torch.dtype | None,
         shard: Shard,
         ranks: Ranks,
     ):
-        super().__init__(shard.spec(spec), weights, rope, attention, ops, draft)
+        super().__init__(shard.spec(spec), weights, rope, attention, ops, draft, kv_dtype)
         self.shard, self.ranks = shard, ranks
         self.numerics += f"/tp-{shard.world}-{'gather' if shard.gather else 'all-reduce'}"
         if not shard.gather:

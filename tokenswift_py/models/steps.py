@@ -117,7 +117,7 @@ class Decoder(Protocol):
         pool: TorchPagePool,
         plan: FixedPlan,
         places: torch.Tensor,
-        logit_rows: slice,
+        logit_rows: slice | torch.Tensor,
         mass_pages: int | None,
         want_queries: bool,
     ) -> Output: ...
@@ -182,11 +182,16 @@ class Steps:
 
     def made(self, shape: Shape) -> Step | None:
         """None where the attention or the other operations cannot run it."""
-        prepare = getattr(self.decoder.attention, "prepare_fixed", None)
-        if prepare is None or not self.decoder.ops.pads:
+        attention: Any = self.decoder.attention
+        if not row_shapes(attention, self.decoder.ops):
             return None
-        plan = prepare(shape.room, self.decoder.device)
+        plan = attention.prepare_fixed(shape.room, self.decoder.device)
         return None if plan is None else Step(self.decoder, self.pool, shape, plan, self.recorder)
+
+
+def row_shapes(attention: AttentionBackend, ops: Ops) -> tuple[int, ...]:
+    """Numbers of rows that passes are padded to: none where the attention or the other operations cannot pad."""
+    return ROWS if ops.pads and hasattr(attention, "prepare_fixed") else ()
 
 
 def doubled(least: int, enough: int) -> int:
