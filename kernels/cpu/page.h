@@ -63,13 +63,16 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   Vec top = s[0];
   for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[j]);
   const Vec scale = Isa::splat(visit.scale);
-  const Vec old = Isa::splat(*maximum);
-  const Vec now = Isa::max(old, Isa::mul(Isa::max_across(top), scale));
-  const Vec rescale = exp2(Isa::sub(old, now));
+  Vec now = Isa::splat(*maximum), rescale = Isa::splat(1.0f);
+  if (Isa::any_greater(Isa::mul(top, scale), now)) {  // seldom behind a split's first pages
+    const Vec old = now;
+    now = Isa::max(old, Isa::mul(Isa::max_across(top), scale));
+    rescale = exp2(Isa::sub(old, now));
+    Isa::store_first(maximum, now);
+  }
   const Vec offset = Isa::sub(Isa::zero(), now);
   constexpr Precision precision = sizeof(typename Page::Operand) == 2 ? Precision::short_ : Precision::full;
   for (int j = 0; j < score_vectors; ++j) s[j] = exp2<precision>(Isa::fma(s[j], scale, offset));
-  Isa::store_first(maximum, now);
   // Sum i of the 16 holds the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
   constexpr int parts = sums_width / Isa::lanes;
   Vec page_sum = Isa::zero();

@@ -35,6 +35,9 @@ struct Isa {
   // a * 2^n for whole n; zero where that is too small for a float.
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
+  // Whether some lane of a is greater than b's; never for NaN.
+  static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+
   // Sums and maxima of all lanes, in one fixed tree.
   static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
   static Vec max_across(Vec a) {

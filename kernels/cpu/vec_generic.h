@@ -51,6 +51,12 @@ struct Isa {
     return a * from<Vec>(&power);
   }
 
+  // Whether some lane of a is greater than b's; never for NaN.
+  static bool any_greater(Vec a, Vec b) {
+    const Ints greater = a > b;
+    return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
+  }
+
   static float sum(Vec a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static Vec max_across(Vec a) {
     const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
