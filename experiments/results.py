@@ -125,7 +125,7 @@ class Results:
         replace(self.folder / f"{self.name}.md", page(record, plot is not None).encode())
         if plot is not None:
             self._draw(plot)
-        print(f"\n{table(self.rows)}\n\n{self.folder / self.name}.json, .md{', .png' if plot else ''}")
+        print(f"\n{tables(self.rows)}\n\n{self.folder / self.name}.json, .md{', .png' if plot else ''}")
 
     def _draw(self, plot: Plot) -> None:
         figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -173,7 +173,7 @@ def page(record: Mapping[str, Any], picture: bool) -> str:
         f"# {name}", "", record["question"], "", f"`{record['command']}`", "",
         f"{record['created']}, commit {(record['commit'] or 'unknown')[:12]}{dirty}; {host_line(host)}; "
         + ", ".join(f"{package} {version}" for package, version in record["versions"].items()) + ".",
-        "", *(f"- {what}: {guarantee}" for what, guarantee in record["guarantees"].items()), "", table(record["rows"]),
+        "", *(f"- {what}: {guarantee}" for what, guarantee in record["guarantees"].items()), "", tables(record["rows"]),
     ]  # fmt: skip
     return "\n".join([*lines, *(["", f"![{name}]({name}.png)"] if picture else [])]) + "\n"
 
@@ -183,6 +183,18 @@ def host_line(host: Mapping[str, Any]) -> str:
         f"{host['cpu']}, {host['threads']} threads of {host['cores']} cores, {host['isa']}, "
         f"{host['memory_bandwidth_gb_s']:g} GB/s read"
     )
+
+
+def parts(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of the same columns, which make a table each."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row), []).append(row)
+    return list(found.values())
+
+
+def tables(rows: Sequence[Row]) -> str:
+    return "\n\n".join(map(table, parts(rows)))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import results
-from results import Results, add_flags, cpu_name, read_journal, table
+from results import Results, add_flags, cpu_name, parts, read_journal, table
 from tokenswift_py.errors import UserError
 
 
@@ -138,6 +138,11 @@ def test_a_table_is_padded_and_has_every_column() -> None:
         "| a\\|b | 10.5 | –    |",
         "| c    |    – | no   |",
     ]
+
+
+def test_rows_of_other_columns_get_a_table_of_their_own() -> None:
+    rows = [{"part": "a", "ms": 1}, {"part": "b", "p": 0.5}, {"part": "a", "ms": 2}]
+    assert parts(rows) == [[rows[0], rows[2]], [rows[1]]]
 
 
 def test_without_matplotlib_the_extra_is_named_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
