@@ -133,8 +133,9 @@ def plot(figure: Any, rows: list[Row]) -> None:
             x = [texts.index(row["text"]) + 0.14 * (place - (len(variants) - 1) / 2) for row in bars]
             axes.bar(x, [row[column] for row in bars], 0.13, label=variant)
         axes.set_xticks(range(len(texts)), texts)
-        axes.set_title(column.replace("_", "-"))
-    figure.axes[0].legend(fontsize=7, loc="lower left")
+        axes.set_title({"distinct_4": "distinct-4", "self_bleu": "self-BLEU"}[column])
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(variants), fontsize=8)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ th, td { padding: .3rem .6rem; text-align: left; white-space: nowrap; border-bot
 th { position: sticky; top: 0; background: var(--soft); } td.n, th.n { text-align: right; }
 td.wide { white-space: normal; min-width: 16rem; }
 tbody tr:last-child td { border-bottom: 0; } tbody tr:nth-child(even) { background: var(--soft); }
-img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .8rem 0; }
+.scroll:has(img) { max-height: none; } img { display: block; width: 100%; min-width: 40rem; background: #fff; }
 pre, code { font: .85rem/1.45 ui-monospace, monospace; } code { background: var(--soft); padding: .1rem .3rem; }
 pre { white-space: pre-wrap; background: var(--soft); padding: .7rem; border-radius: 6px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .9rem; margin: .6rem 0; }
@@ -138,7 +138,7 @@ def picture(path: Path) -> str:
     if not path.exists():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
+    return box(path.stem, f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">')
 
 
 def pairs(values: Mapping[str, str]) -> str:
@@ -147,7 +147,7 @@ def pairs(values: Mapping[str, str]) -> str:
 
 
 def table(rows: list[Row], label: str) -> str:
-    """In a box of its own that scrolls, so that the page never does sideways."""
+    """Numbers to the right; long texts may break."""
     right = {name: all(numeric(row[name]) for row in rows) for name in rows[0]}
 
     def line(tag: str, cells: Iterable[tuple[str, str]]) -> str:
@@ -158,8 +158,12 @@ def table(rows: list[Row], label: str) -> str:
 
     head = line("th", ((name, name.replace("_", " ")) for name in rows[0]))
     body = "\n".join(line("td", ((name, shown(value)) for name, value in row.items())) for row in rows)
-    box = f'<div class=scroll tabindex=0 role=region aria-label="{escape(label)}, table">'
-    return f"{box}<table><thead>{head}</thead><tbody>\n{body}</tbody></table></div>"
+    return box(f"{label}, table", f"<table><thead>{head}</thead><tbody>\n{body}</tbody></table>")
+
+
+def box(label: str, inside: str) -> str:
+    """Scrolls by itself, by touch and by keyboard, so that the page never does sideways."""
+    return f'<div class=scroll tabindex=0 role=region aria-label="{escape(label)}">{inside}</div>'
 
 
 if __name__ == "__main__":

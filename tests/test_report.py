@@ -99,8 +99,8 @@ def test_it_is_readable_on_a_phone(folder: Path) -> None:
     html = build(folder)
     page = Page(html)
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
-    order = [tag for tag, attributes in page.tags if tag == "table" or attributes.get("class") == "scroll"]
-    assert order == ["div", "table"] * 4  # each table scrolls in a box of its own
+    order = [tag for tag, attributes in page.tags if tag in ("table", "img") or attributes.get("class") == "scroll"]
+    assert order == ["div", "table"] * 2 + ["div", "img"] + ["div", "table"] * 2  # each scrolls in a box of its own
     assert "prefers-color-scheme: dark" in html
 
 
