@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import groupby, product
 from typing import Any
 
-from results import Results, Row, add_flags
+from results import Results, Row, add_flags, start
 from speedup import Contender, Prefix, race
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Run
@@ -213,4 +213,4 @@ def plot(figure: Any, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -16,7 +16,7 @@ from itertools import product
 from typing import Any
 
 from quality import window_quality
-from results import Results, Row, add_flags
+from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.report import text_figures
@@ -139,4 +139,4 @@ def plot(figure: Any, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from results import Results, Row, add_flags
+from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
 from tokenswift_py.drafters.base import Context, Drafter
@@ -80,7 +80,7 @@ def main() -> None:
             "identity, engine native": "bitwise",
             "identity, engine torch": "measured: its products round differently with the number of rows",
             "distribution": "a sample, tested by chi-square",
-            "paths, real trees": "exact expectations over the rule's own draws, from the model's probabilities",
+            "paths, real trees": "exact expectations over the rule's own draws; one choice a node is 0 by construction",
         },
         axes=("models", "engines", "samples", "trees"),
     )
@@ -317,17 +317,22 @@ def real(args: argparse.Namespace, name: str) -> Iterator[Row]:
 
 def plot(figure: Any, rows: list[Row]) -> None:
     rows = [row for row in rows if row["part"] != "identity"]
-    axes, groups = figure.subplots(), list(dict.fromkeys((row["model"], row["sampler"]) for row in rows))
+    axes = figure.subplots()
+
+    def group(row: Row) -> tuple[str, str]:
+        return row["model"] + (": a pass's first token" if row["part"] == "paths" else ""), row["sampler"]
+
+    groups = list(dict.fromkeys(map(group, rows)))
     for place, rule in enumerate(RULES):
         bars = [row for row in rows if row["rule"] == rule]
-        x = [groups.index((row["model"], row["sampler"])) + 0.27 * (place - 1) for row in bars]
+        x = [groups.index(group(row)) + 0.27 * (place - 1) for row in bars]
         drawn = axes.bar(x, [1000 * row["total_variation"] for row in bars], 0.25, label=rule)
         axes.bar_label(drawn, fmt="%.0f")
-    axes.set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=8)
+    axes.set_xticks(range(len(groups)), ["\n".join(label) for label in groups], fontsize=7)
     axes.set_ylabel("of 1000 tokens, not the target's (at least)")
     axes.set_title("Total variation from the target's distribution")
     axes.legend()
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

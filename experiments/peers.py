@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from results import Results, Row, add_flags
+from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.loading import Checkpoint, open_checkpoint
@@ -336,4 +336,4 @@ def plot(figure: Any, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results import ROOT, SCHEMA, Row, host_line, now, numeric, parts, replace, shown
+from results import ROOT, SCHEMA, Row, host_line, now, numeric, parts, replace, shown, start
 from tokenswift_py.errors import check
 from tokenswift_py.report import summary
 
@@ -167,4 +167,4 @@ def box(label: str, inside: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 import torch
 
-from tokenswift_py.errors import need_extra
+from tokenswift_py.errors import UserError, need_extra
 from tokenswift_py.models.native import available_threads
 from tokenswift_py.report import rounded
 from tokenswift_py.stats import memory_bandwidth
@@ -44,6 +44,14 @@ Plot = Callable[[Any, list[Row]], None]  # draws rows on a matplotlib Figure
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure finished cells anew")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="where they are written")
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a script; wrong input ends it with its one line."""
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
 
 
 class Results:

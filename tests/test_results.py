@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import results
-from results import Results, add_flags, cpu_name, parts, read_journal, table
+from results import Results, add_flags, cpu_name, parts, read_journal, start, table
 from tokenswift_py.errors import UserError
 
 
@@ -149,3 +149,12 @@ def test_without_matplotlib_the_extra_is_named_first(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'tokenswift-py\[experiments\]'"):
         run(tmp_path)
+
+
+def test_wrong_input_ends_a_script_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main() -> None:
+        raise UserError("lengths: 9 is not allowed; fewer")
+
+    monkeypatch.setattr(sys, "argv", ["experiments/toy.py"])
+    with pytest.raises(SystemExit, match=r"^toy\.py: lengths: 9 is not allowed; fewer$"):
+        start(main)
