@@ -1,18 +1,14 @@
-"""Drafters whose acceptance is known beforehand, and a one-call way to write with a tiny model."""
+"""Drafters whose acceptance is known beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
-from tokenswift_py.drafters.base import Context, Drafter
-from tokenswift_py.drafters.none import NoDraft
-from tokenswift_py.engine import Engine, Step
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.stopping import Stops
+from tokenswift_py.core import Acceptance, DraftTree, Output, TreeBuilder
+from tokenswift_py.drafters.base import Context
+from toys import write as write
 
 
 class Scripted:
@@ -50,24 +46,3 @@ class Scripted:
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         pass
-
-
-def write(
-    model: Any,
-    prompt: Sequence[int],
-    count: int,
-    params: SamplingParams | None = None,
-    drafter: Drafter | None = None,
-    vocab: int = 61,
-    eos: Sequence[int] = (),
-    **settings: Any,
-) -> tuple[list[int], Engine, list[Step]]:
-    """All new tokens (forced ones included), the engine and its steps."""
-    first_end = settings.pop("first_end", 0)
-    sampler = Sampler(
-        params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
-    )
-    engine = Engine(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
-    steps = list(engine.run(prompt))
-    tokens = [token for step in steps for token in (*step.forced, *step.tokens)]
-    return tokens[len(prompt) :], engine, steps

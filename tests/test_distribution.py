@@ -2,61 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
-from scripted import write
-from tokenswift_py.core import Output, SamplingParams, Segment
+from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import Drafter, create
 from tokenswift_py.history import History
-from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
-from tokenswift_py.models.rows import lay_out
 from tokenswift_py.sampling import Sampler
+from toys import MarkovModel, chi_square, pairs, transitions, write
 
 VOCAB, SAMPLES = 7, 21_000
-
-
-class MarkovModel:
-    """Logits that depend on the row's own token only: every transition of a long text is an independent sample."""
-
-    numerics, guarantee, row_shapes = "table", "bitwise", ()
-
-    def __init__(self) -> None:
-        self.table = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, (VOCAB, VOCAB)))
-
-    def new_cache(self) -> KVCache:
-        context = SAMPLES + 100
-        pool = TorchPagePool(1, 1, 1, pages_for(context), torch.float32, torch.device("cpu"))
-        return KVCache(pool, context)
-
-    def forward(
-        self,
-        segments: Sequence[Segment],
-        logit_rows: Sequence[int] | None = None,
-        want_mass: bool = False,
-        want_queries: bool = False,
-    ) -> Output:
-        logits = self.table[torch.from_numpy(lay_out(segments).tokens.astype(np.int64))]
-        return Output(logits, logits if logit_rows is None else logits[list(logit_rows)])
-
-
-def expected(params: SamplingParams, table: np.ndarray) -> np.ndarray:
-    """[VOCAB, VOCAB] transition probabilities by definition: top-k, then top-p, then min-p."""
-    p = np.exp(table / params.temperature)
-    for row in p:
-        if params.top_k:
-            row[row < np.sort(row)[-params.top_k]] = 0
-        order = np.argsort(-row)
-        before = np.cumsum(row[order]) - row[order]
-        row[order[before >= params.top_p * row.sum()]] = 0
-        row[row < params.min_p * row.max()] = 0
-    return np.asarray(p / p.sum(1, keepdims=True))
 
 
 @pytest.mark.parametrize(
@@ -73,16 +31,8 @@ def test_transitions_have_the_exact_distribution(drafter: str, params: SamplingP
     settings: dict[str, Any] = {"policy": "recent", "width": 2} if drafter == "partial" else {}
     made: Drafter = create(drafter, **settings)
     tokens, _, _ = write(model, [0], SAMPLES, params, made, vocab=VOCAB, draft_tokens=6)
-    text = [0, *tokens]
-    seen = np.zeros((VOCAB, VOCAB))
-    np.add.at(seen, (text[:-1], text[1:]), 1)
-    p = expected(params, model.table.numpy().copy())
-    assert not seen[p == 0].any()
-    wanted = p * seen.sum(1, keepdims=True)
-    possible = p > 0
-    statistic = ((seen - wanted)[possible] ** 2 / wanted[possible]).sum()
-    freedom = int((possible.sum(1) - 1).sum())
-    assert stats.chi2.sf(statistic, freedom) > 0.001
+    p = transitions(params, model.table.numpy())
+    assert chi_square(pairs([0, *tokens], VOCAB), p) > 0.001
 
 
 def test_streams_are_independent_samples_of_one_prompt() -> None:
@@ -91,5 +41,5 @@ def test_streams_are_independent_samples_of_one_prompt() -> None:
     history, row = History([3]), model.table[3]
     for stream in range(20_000):
         counts[Sampler(SamplingParams(temperature=1.0, seed=5, stream=stream), VOCAB).choose(row, history)] += 1
-    p = expected(SamplingParams(temperature=1.0), model.table.numpy().copy())[3]
+    p = transitions(SamplingParams(temperature=1.0), model.table.numpy())[3]
     assert stats.chisquare(counts, p * counts.sum()).pvalue > 0.001

@@ -1,0 +1,134 @@
+"""What the experiments decide by themselves: who is timed when, what is varied, what is compared."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import peers
+from ablations import GROUPS, DraftingWith
+from diversity import VARIANTS, means, self_bleu
+from peers import Paused, Task, Writer
+from tokenswift_py.options import Options
+from workloads import FREE, free_run
+
+
+def stepping(*steps: list[int] | Exception) -> Callable[[], list[int]]:
+    left = list(steps)
+
+    def step() -> list[int]:
+        found = left.pop(0) if left else []
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return step
+
+
+def test_the_first_step_of_a_slice_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(100))
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(now)))
+    writer = Writer("a", "b", 0.0, stepping([1], [2, 3], [4], [5, 6], [7]))
+    writer.write(1)
+    assert writer.ms_a_token is None
+    writer.write(4)  # two tokens untimed, one timed, and each look at the clock is a second later
+    writer.write(7)
+    assert writer.tokens == [1, 2, 3, 4, 5, 6, 7] and writer.timed == 2
+    assert writer.ms_a_token == 1000
+
+
+def test_a_speculation_is_compared_with_its_own_plain_text() -> None:
+    plain = Writer("a", "plain", 1e6, stepping([1], [2], [3], [4]))
+    same = Writer("a", "same", 1e6, stepping([1, 2], [3, 4, 5]), plain)
+    other = Writer("a", "other", 1e6, stepping([1], [2, 9], [4]), plain)
+    for writer in (plain, same, other):
+        writer.write(4)
+    rows = [writer.row(1e9, 4, [1, 2, 3, 7]) for writer in (plain, same, other)]
+    assert [row["same_as_own_plain"] for row in rows] == [None, True, False]
+    assert [row["first_divergence"] for row in rows] == [None, None, 2]
+    assert [row["like_ours_until"] for row in rows] == [3, 3, 2]
+    assert rows[0]["share_of_memory_limit"] > 0 and rows[1]["share_of_memory_limit"] is None
+
+
+def test_a_peer_that_fails_has_a_row_that_says_so() -> None:
+    writer = Writer("a", "b", 1.0, stepping([1], ValueError("cannot\ndo this")))
+    writer.write(5)
+    writer.write(9)
+    row = writer.row(1e9, 5, None)
+    assert row["note"] == "ValueError: cannot do this" and row["ms_a_token"] is None
+    assert Writer("a", "b", 1.0, note="none here").row(1e9, 5, None)["same_as_own_plain"] is None
+
+
+class Generating:
+    """Calls its streamer as transformers' generate does, and draws from torch's own generator."""
+
+    def generate(self, ids: torch.Tensor, streamer: Any, fails: bool = False) -> None:
+        streamer.put(ids)
+        for _ in range(3):
+            streamer.put(torch.randint(0, 1000, (2,)))
+        if fails:
+            raise RuntimeError("no more")
+        streamer.end()
+
+
+def test_generate_stands_still_between_steps_and_keeps_its_own_draws() -> None:
+    task = Task(argparse.Namespace(seed=3, threads=1), [1, 2], {})
+    alone = Paused(Generating(), task, {})
+    texts = [alone.step() for _ in range(4)]
+    assert [len(text) for text in texts] == [2, 2, 2, 0]
+    pair = [Paused(Generating(), task, {}) for _ in range(2)]
+    together = [[one.step() for one in pair] for _ in range(4)]
+    assert together == [[text, text] for text in texts]
+    failing = Paused(Generating(), task, {"fails": True})
+    assert [failing.step() for _ in range(3)] == texts[:3]
+    with pytest.raises(RuntimeError, match="no more"):
+        failing.step()
+    assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_variant_is_something_that_options_allow(group: str) -> None:
+    variants = GROUPS[group]
+    assert len({variant.name for variant in variants}) == len(variants) > 1
+    told = []
+    for variant in variants:
+        options = Options.of(**variant.drafting, **variant.sampling)
+        made = variant.make() if variant.make else None
+        assert made is None or made.name == options.drafter
+        told.append((sorted(variant.drafting.items()), sorted(variant.sampling.items()), made and vars(made)))
+    assert all(told.count(one) == 1 for one in told)
+
+
+def test_a_made_drafter_reaches_the_engine() -> None:
+    class Swift:
+        def engine(self, *_: Any) -> Any:
+            return argparse.Namespace(drafter="by its name")
+
+    variant = GROUPS["n-gram match"][-1]
+    assert variant.make is not None
+    engine = DraftingWith(Swift(), variant.make).engine(None, None, None)  # type: ignore[arg-type]
+    assert engine.drafter.shortest == 6
+
+
+def test_self_bleu_is_high_where_windows_repeat_one_another() -> None:
+    words = [f"word{n}" for n in range(400)]
+
+    def decode(ids: Any) -> str:
+        return " ".join(words[token] for token in ids)
+
+    assert self_bleu(list(range(20)) * 5, decode, 20) == pytest.approx(100)
+    varied = self_bleu(list(range(400)), decode, 20)
+    assert varied is not None and varied < 5
+    assert self_bleu(list(range(30)), decode, 20) is None
+
+
+def test_means_over_texts_and_variants_of_every_workload() -> None:
+    assert means([{"a": 1, "b": None}, {"a": 2, "b": 3.0}]) == {"a": 1.5, "b": None}
+    for name in FREE:
+        for settings in VARIANTS.values():
+            Options.of(**{**free_run(name).settings, **settings})
