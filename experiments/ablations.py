@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, product
@@ -95,8 +95,8 @@ class Varied(Contender):
 
     make: Callable[[], Drafter] | None = None
 
-    def start(self, swift: Any, run: Run, cache: KVCache, trace: str | None) -> None:
-        super().start(swift if self.make is None else DraftingWith(swift, self.make), run, cache, trace)
+    def start(self, swift: Any, run: Run, cache: KVCache, trace: str | None, written: Sequence[int] = ()) -> None:
+        super().start(swift if self.make is None else DraftingWith(swift, self.make), run, cache, trace, written)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ plain decoding would have taken. Both are measured in the same minutes of the sa
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,8 +25,10 @@ from typing import Any
 import numpy as np
 
 from quality import window_quality
+from results import ROOT, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Stream
+from tokenswift_py.errors import need_extra
 from tokenswift_py.report import rounded, text_figures
 from tokenswift_py.stats import memory_bandwidth
 from workloads import FREE, free_run
@@ -60,7 +64,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=200, help="tokens of plain decoding at each spot")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the run's own folder")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
+                        help="gets a folder of the same name: report, picture, sample")  # fmt: skip
     args = parser.parse_args()
     swift = TokenSwift.from_pretrained(args.model, threads=args.threads, kv_dtype=args.kv_dtype)
     stream = begin(swift, args)
@@ -69,12 +75,49 @@ def main() -> None:
         stream.catch_up()
         write(swift, stream, log, args)
         figures = summary(swift, stream, log)
-    stream.result()
-    (args.out / "longrun.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    (args.out / "report.json").write_text(json.dumps(stream.result().report, indent=1) + "\n", encoding="utf-8")
-    (args.out / "text.txt").write_text(stream.result().text, encoding="utf-8")
-    np.save(args.out / "tokens.npy", np.array(stream.tokens, np.int32))
-    print(json.dumps({key: value for key, value in figures.items() if key != "spots"}, indent=1))
+    if stream.stats.step_tokens:  # else the run was finished before
+        result = stream.result()
+        write_json(args.out / "report.json", result.report)
+        (args.out / "text.txt").write_text(result.text, encoding="utf-8")
+        np.save(args.out / "tokens.npy", np.array(stream.tokens, np.int32))
+    write_json(args.out / "longrun.json", figures)
+    keep(args.out, args.results / args.out.name, figures)
+    print(json.dumps({key: value for key, value in figures.items() if key != "marks"}, indent=1))
+
+
+def write_json(path: Path, figures: Record) -> None:
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def keep(run: Path, folder: Path, figures: Record) -> None:
+    """What is shown of a finished run: `make report` takes every folder of this kind in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "longrun.json"):
+        shutil.copyfile(run / name, folder / name)
+    text = (run / "text.txt").read_text(encoding="utf-8")
+    places = [i * max(0, len(text) - EXCERPT) // (EXCERPTS - 1) for i in range(EXCERPTS)]
+    marks = [f"[... from character {place} of {len(text)} on]\n" if place else "" for place in places]
+    parts = [mark + text[place : place + EXCERPT] for mark, place in zip(marks, places, strict=True)]
+    (folder / "sample.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    need_extra("extra", "experiments", "matplotlib")
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    draw(figure.subplots(), figures)
+    figure.savefig(folder / "speed.png")
+
+
+def draw(panel: Any, figures: Record) -> None:
+    """Milliseconds a token against the tokens before it: the run's, and plain decoding's at the spots."""
+    marks = figures["marks"]
+    per_token = [mark["wall_ms"] / (mark["to"] - mark["from"]) for mark in marks]
+    panel.plot([mark["context"] for mark in marks], per_token, linewidth=1, label="this run, forced turns included")
+    spots = figures["spots"]
+    panel.plot([s["context"] for s in spots], [s["median_ms"] for s in spots], "o", label="plain decoding, median")
+    limit = [s["median_ms"] * s["share_of_memory_limit"] for s in spots]
+    panel.plot([s["context"] for s in spots], limit, ":", color="gray", label="what a plain read of its bytes takes")
+    panel.set_xlabel("tokens before")
+    panel.set_ylabel("milliseconds a token")
+    panel.set_ylim(bottom=0)
+    panel.legend(fontsize=8)
 
 
 def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
@@ -96,7 +139,8 @@ def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace)
     before, at, clock = dict(stream.stats.phase_ms), stream.stats.new_tokens, time.perf_counter()
     for _ in stream:
         new = stream.stats.new_tokens
-        if stream.ending != "interrupted" or new >= at + MARK or (left and new >= left[0]):
+        due = stream.ending != "interrupted" or new >= at + MARK or (left and new >= left[0])
+        if due and new > at:
             phases = {name: ms - before.get(name, 0.0) for name, ms in stream.stats.phase_ms.items()}
             before, wall = dict(stream.stats.phase_ms), 1e3 * (time.perf_counter() - clock)
             log.append(
@@ -179,7 +223,8 @@ def same(tokens: Sequence[int], spot: Record) -> bool:
 
 
 MARK = 1000  # new tokens between marks
+EXCERPTS, EXCERPT = 5, 1200  # of the text, and characters of each
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -168,9 +168,7 @@ def main() -> None:
     results.save(plot)
 
 
-def compare(
-    args: argparse.Namespace, checkpoint: Checkpoint, text: str, length: int, sampling: str
-) -> Iterator[Row]:
+def compare(args: argparse.Namespace, checkpoint: Checkpoint, text: str, length: int, sampling: str) -> Iterator[Row]:
     """A row a writer."""
     torch.set_num_threads(args.threads)
     task = Task(args, continuation(text, checkpoint.tokenizer(), length).tokens, SAMPLINGS[sampling])

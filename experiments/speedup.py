@@ -1,40 +1,50 @@
 """How much faster drafting writes a text than plain decoding, at several lengths of what stands before it.
 
-    python experiments/speedup.py --texts code,docs --lengths 2048,16384 --drafters auto --new 256
+    python experiments/speedup.py --workloads code,docs --lengths 2048,16384 --drafters auto --new 256
 
-Continuation, TokenSwift's protocol: a real prefix (Python's own sources and documentation), then new tokens. Plain
-decoding and every drafter write the *same* text in alternating slices, so that a burst on a busy machine hits all of
-them; their tokens are compared one by one. A prefix is read once, its pages are shared by all contenders.
+Three kinds of workload. `code` and `docs` go on from a real prefix (TokenSwift's protocol). `story`, `manual` and
+`records` are free runs, written up to the length by `auto` and raced from there. `random` goes on from random tokens at
+a temperature at which nothing can be guessed: what drafting costs where it cannot pay.
+
+Plain decoding and every drafter write the *same* text in alternating slices, so that a burst on a busy machine hits all
+of them; their tokens are compared one by one. A text is read once, its pages are shared by all contenders.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from tokenswift_py import TokenSwift
+from results import Results, Row, add_flags, start
+from tokenswift_py import TokenSwift, snapshot
 from tokenswift_py.api import Run
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.engine import SEEN_ROWS, Engine
+from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.options import Options
 from tokenswift_py.report import Trace, rounded
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.stats import distinct_n, find_loop, memory_bandwidth
+from workloads import CONTINUATIONS, FREE, continuation, free_run
+
+RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # of `random`: nearly any token may come
+CUT = 1024  # tokens from one cut of a text to the next
 
 
 @dataclass
 class Contender:
-    """One way of writing the text. settings: of Options; tokens: all that it wrote."""
+    """One way of writing the text. settings: of Options; tokens: those that the model chose, behind `written`."""
 
     name: str
     settings: dict[str, Any]
@@ -44,19 +54,22 @@ class Contender:
     at: list[float] = field(default_factory=lambda: [0.0])  # milliseconds of decoding when token i was there
     ended: bool = False
 
-    def start(self, swift: TokenSwift, run: Run, cache: KVCache, trace: str | None) -> None:
+    def start(
+        self, swift: TokenSwift, run: Run, cache: KVCache, trace: str | None, written: Sequence[int] = ()
+    ) -> None:
         options = replace(run.options, **self.settings)
         self.engine = swift.engine(replace(run, options=options), Trace(trace) if trace else None, cache)
-        self.steps = self.engine.run(run.prompt)
+        replayed = list(self.engine.replay(run.prompt, written))
+        self.steps = self.engine.run(run.prompt, replayed[-1] if replayed else None)
         self.tokens += next(self.steps).tokens
 
     def write(self, tokens: int) -> None:
         """Go on until there are so many tokens, or the text ends."""
         assert self.steps is not None
         while len(self.tokens) < tokens and not self.ended:
-            clock = time.perf_counter()
+            clock = perf_counter()
             step = next(self.steps, None)
-            ms = 1e3 * (time.perf_counter() - clock)
+            ms = 1e3 * (perf_counter() - clock)
             if step is None:
                 self.ended = True
                 break
@@ -82,93 +95,167 @@ def contenders(names: str) -> list[Contender]:
     return found
 
 
-def prefix(text: str, swift: TokenSwift, tokens: int) -> list[int]:
-    if text == "random":  # nothing to find in it: what drafting costs where it cannot pay
-        return list(map(int, np.random.default_rng(0).integers(0, swift.checkpoint.spec.vocab_size, tokens)))
-    if text == "docs":
-        import pydoc_data.topics as topics
-
-        source = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    else:
-        folder = Path(json.__file__).parent.parent
-        source = ""
-        for path in sorted(folder.glob("*.py")):
-            source += path.read_text("utf-8", "replace")
-            if len(source) > 6 * tokens:
-                break
-    return list(swift.tokenizer(source[: 6 * tokens], add_special_tokens=False).input_ids[:tokens])
-
-
 class Prefix:
-    """A text that is read once; forks of its cache begin at any of the tokens read so far."""
+    """A text that is read once; forks of its cache begin at any of the tokens read so far.
 
-    def __init__(self, swift: TokenSwift, tokens: list[int], context: int, forks: int, new: int):
-        self.tokens, self.rope = tokens, rope_tables(swift.checkpoint.config, context)
+    kept: a folder that keeps the keys and values of its pages (23 KB a token of the default model), for the next time.
+    """
+
+    written: Sequence[int] = ()
+
+    def __init__(
+        self, swift: TokenSwift, tokens: list[int], context: int, forks: int, new: int, kept: Path | None = None
+    ):
+        self.tokens, self.rope, self.kept = tokens, rope_tables(swift.checkpoint.config, context), kept
         self.model: Any = swift.executor.model(self.rope)
         pool = self.model.new_pool(pages_for(context) + forks * (pages_for(new) + 12))
         self.cache = KVCache(pool, context)
 
     def read(self, length: int) -> None:
+        tokens = np.array(self.tokens, np.int32)
+        if self.kept is not None and not self.cache.length:
+            self.kept.mkdir(parents=True, exist_ok=True)
+            snapshot.load(self.kept, self.cache, tokens, self.model.numerics, length, lambda rows: None)
         while (missing := length - self.cache.length) > 0:
             chunk = self.tokens[self.cache.length :][: min(512, missing)]
             self.model.forward([Segment(DraftTree.chain(chunk), self.cache, causal=True)], [])
             self.cache.commit(range(len(chunk)))
+        if self.kept is not None:
+            snapshot.save(self.kept, self.cache, tokens, self.model.numerics)
+
+
+class Written:
+    """A free run, written by `auto` as far as it was asked for.
+
+    written: the tokens behind the prompt so far, forced ones included.
+    """
+
+    def __init__(self, swift: TokenSwift, name: str, most: int, args: argparse.Namespace):
+        workload = free_run(name)
+        self._stream = swift.stream(
+            workload.prompt, chapters=workload.chapters, max_new_tokens=most, seed=args.seed, on_loop="ignore",
+            **workload.settings,
+        )  # fmt: skip
+        self._pieces = iter(self._stream)
+        self.run, self.cache = self._stream.run, self._stream.engine.cache
+
+    @property
+    def written(self) -> list[int]:
+        return self._stream.tokens
+
+    def read(self, length: int) -> None:
+        while self.cache.length < length:
+            if next(self._pieces, None) is None:
+                raise SystemExit(f"speedup.py: the run ended behind {self.cache.length} tokens, before {length}")
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--texts", default="code,docs")
-    parser.add_argument("--lengths", default="2048,16384")
-    parser.add_argument("--cuts", type=int, default=1)
+    parser.add_argument("--workloads", default="code,docs", help=", ".join((*CONTINUATIONS, *FREE, "random")))
+    parser.add_argument("--lengths", default="2048,16384", help="tokens before those that are raced")
+    parser.add_argument("--cuts", type=int, default=1, help=f"places in the text, {CUT} tokens apart")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--slice", type=int, default=32)
-    parser.add_argument("--drafters", default="auto")
+    parser.add_argument("--drafters", default="auto", help="auto, ngram, partial:1024:4 (view, chain), ...")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--min-p", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, gigabytes of it")
+    parser.add_argument("--name", default="speedup", help="of the files in results/")
     parser.add_argument("--trace")
-    parser.add_argument("--json", type=Path)
+    add_flags(parser)
     args = parser.parse_args()
+    names = args.workloads.split(",")
+    for name in names:
+        known = (*CONTINUATIONS, *FREE, "random")
+        check(name in known, "workloads", name, f"known are {', '.join(known)}")
+    results = Results(
+        args.name,
+        "How much faster does drafting write a text than plain decoding, by what stands before it?",
+        args,
+        guarantees={
+            "tokens": "bitwise on the native engine, measured on torch; compared with plain decoding's, one by one",
+            "speedup, milliseconds": "measured in alternating slices of one text",
+        },
+        axes=("workloads", "lengths", "kept", "name"),
+    )
     swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, threads=args.threads)
-    results = []
-    for text in args.texts.split(","):
-        for length in (int(part) for part in args.lengths.split(",")):
-            for result in continuation(swift, args, text, length):
-                print(json.dumps(result), flush=True)
-                results.append(result)
-    summary(results)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    for name, length in product(names, map(int, args.lengths.split(","))):
+        text = Text(swift, args, name, length)
+        for cut in range(length, text.last + 1, CUT):
+            results.cell({"workload": name, "length": cut}, lambda text=text, cut=cut: rows(text, cut))  # type: ignore[misc]
+        text.close()
+    summary(results.rows)
+    results.save(plot)
 
 
-def continuation(swift: TokenSwift, args: argparse.Namespace, text: str, length: int) -> Iterator[dict[str, Any]]:
-    last = length + (args.cuts - 1) * 1024
-    tokens = prefix(text, swift, last)
-    context = last + args.new
-    source = Prefix(swift, tokens, context, len(contenders(args.drafters)), args.new)
-    for cut in range(length, last + 1, 1024):
-        started = time.perf_counter()
-        source.read(cut - SEEN_ROWS)
-        seconds = time.perf_counter() - started
+@dataclass
+class Text:
+    """A workload from one length on, read or written when a cell first needs it."""
+
+    swift: TokenSwift
+    args: argparse.Namespace
+    name: str
+    length: int
+
+    @property
+    def last(self) -> int:
+        return self.length + (self.args.cuts - 1) * CUT
+
+    @cached_property
+    def source(self) -> Prefix | Written:
+        swift, args = self.swift, self.args
+        if self.name in FREE:
+            return Written(swift, self.name, self.last + 2 * args.new, args)
+        if self.name == "random":
+            vocab = swift.checkpoint.spec.vocab_size
+            tokens = list(map(int, np.random.default_rng(args.seed).integers(0, vocab, self.last)))
+        else:
+            tokens = continuation(self.name, swift.tokenizer, self.last).tokens
+        kept = args.kept and args.kept / f"{self.name}-{self.length}"
+        return Prefix(swift, tokens, self.last + args.new, len(contenders(args.drafters)), args.new, kept)
+
+    def run(self, cut: int) -> Run:
+        if isinstance(self.source, Written):
+            return self.source.run
+        args, sampling = self.args, {"temperature": self.args.temperature, "min_p": self.args.min_p}
         options = Options.of(
-            raw=True, max_new_tokens=args.new, context=context, temperature=args.temperature, min_p=args.min_p,
-            seed=args.seed, on_loop="ignore", ignore_eos=True,
+            **{
+                "raw": True, "max_new_tokens": args.new, "context": self.last + args.new, "seed": args.seed,
+                "on_loop": "ignore", "ignore_eos": True, **(RANDOM if self.name == "random" else sampling),
+            }
         )  # fmt: skip
-        run = swift.prepare(tokens[:cut], options)
-        result = race(swift, args, run, source, contenders(args.drafters))
-        yield {"text": text, "length": cut, "prefill_s": round(seconds, 2), **result}
+        return self.swift.prepare(self.source.tokens[:cut], options)
+
+    def close(self) -> None:
+        if isinstance(self.__dict__.get("source"), Written):
+            self.source.close()  # type: ignore[union-attr]
+
+
+def rows(text: Text, cut: int) -> Iterator[Row]:
+    """A row a drafter."""
+    text.source.read(cut - (0 if text.source.written else SEEN_ROWS))
+    found = race(text.swift, text.args, text.run(cut), text.source, contenders(text.args.drafters))
+    common = {name: value for name, value in found.items() if name != "drafters"}
+    for drafter, drafted in found["drafters"].items():
+        yield {"drafter": drafter, **drafted, **common}
 
 
 def race(
-    swift: TokenSwift, args: argparse.Namespace, run: Run, source: Prefix, runners: list[Contender]
+    swift: TokenSwift, args: argparse.Namespace, run: Run, source: Any, runners: list[Contender]
 ) -> dict[str, Any]:
     bandwidth = memory_bandwidth(threads=args.threads)
+    written = list(source.written)
     for runner in runners:
         trace = f"{args.trace}-{len(run.prompt)}-{runner.name}.jsonl" if args.trace else None
-        runner.start(swift, run, source.cache.fork(), trace)
+        more = (written,) if written else ()
+        runner.start(swift, run, source.cache.fork(), trace, *more)
     for end in range(args.slice, args.new + args.slice, args.slice):
         for runner in runners:
             runner.write(min(end, args.new))
@@ -177,54 +264,91 @@ def race(
         runner.engine.cache.release()
     plain = runners[0]
     tokens = plain.tokens[: args.new]
-    loop = find_loop(tokens)
     ar_ms = plain.at[-1] / (len(plain.at) - 1)
-    reads = swift.step_bytes(len(run.prompt) + len(tokens) / 2)
+    reads = swift.step_bytes(source.cache.length + len(tokens) / 2)
     return {
         "distinct_4": round(distinct_n(tokens, 4), 3),
-        "looping": loop is not None,
+        "looping": find_loop(tokens) is not None,
         "ar_ms": round(ar_ms, 3),
         "ar_share": round(1e3 * reads / bandwidth / ar_ms, 3),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "drafters": {runner.name: figures(runner, plain) for runner in runners[1:]},
+        "drafters": {runner.name: figures(runner, plain, args.slice) for runner in runners[1:]},
     }
 
 
-def figures(runner: Contender, plain: Contender) -> dict[str, Any]:
+def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:
+    """speedup: over all tokens; second_half: of the later ones; median_slice: of slices of `width`."""
     assert runner.engine is not None
     stats = runner.engine.stats
-    total = stats.decode_ms
-    count = min(len(runner.at), len(plain.at))
-    half = count // 2
-    late = (plain.at[count - 1] - plain.at[half]) / (runner.at[count - 1] - runner.at[half])
+    count = min(len(runner.at), len(plain.at)) - 1
+
+    def ratio(first: int, last: int) -> float:
+        return (plain.at[last] - plain.at[first]) / max(runner.at[last] - runner.at[first], 1e-9)
+
+    total, passes = stats.decode_ms, stats.num_spec_steps
+    slices = [ratio(first, min(first + width, count)) for first in range(0, count, width)]
     return {
-        "speedup": round(plain.at[count - 1] / runner.at[count - 1], 3),
-        "second_half": round(late, 3),
+        "speedup": round(ratio(0, count), 3),
+        "second_half": round(ratio(count // 2, count), 3),
+        "median_slice": round(statistics.median(slices), 3),
+        "tokens_per_s": round(1e3 * count / runner.at[count], 1),
         "identical": runner.tokens[:count] == plain.tokens[:count],
-        "tokens_a_pass": round(stats.step_tokens / stats.num_spec_steps, 2),
-        "drafted_a_pass": round(stats.num_draft_tokens / stats.num_spec_steps, 2),
+        "tokens_a_pass": round(stats.step_tokens / passes, 2),
+        "drafted_a_pass": round(stats.num_draft_tokens / passes, 2),
         "acceptance": rounded(stats.num_accepted_draft_tokens / max(1, stats.num_draft_tokens)),
         "draft_share": round(stats.phase_ms["draft"] / total, 3),
         "verify_share": round(stats.phase_ms["verify"] / total, 3),
-        "verify_ms": round(stats.phase_ms["verify"] / stats.num_spec_steps, 2),
-        "draft_ms": round(stats.phase_ms["draft"] / stats.num_spec_steps, 2),
-        "other_ms": round(sum(stats.phase_ms[p] for p in ("accept", "commit", "learn")) / stats.num_spec_steps, 2),
+        "verify_ms": round(stats.phase_ms["verify"] / passes, 2),
+        "draft_ms": round(stats.phase_ms["draft"] / passes, 2),
+        "other_ms": round(sum(stats.phase_ms[p] for p in ("accept", "commit", "learn")) / passes, 2),
     }
 
 
-def summary(results: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for result in results for name in result["drafters"]))
-    lengths = sorted({result["length"] // 4096 for result in results})
-    for name in names:
-        for bucket in lengths:
-            rows = [r for r in results if r["length"] // 4096 == bucket]
-            ups = [r["drafters"][name]["speedup"] for r in rows]
-            late = [r["drafters"][name]["second_half"] for r in rows]
-            print(
-                f"{name:>24} {rows[0]['length']:>7} {statistics.mean(ups):.3f} late {statistics.mean(late):.3f}"
-                f" same {all(r['drafters'][name]['identical'] for r in rows)} {ups}"
-            )
+def counts(row: Row) -> bool:
+    """Whether a text may stand for a speed-up: one that repeats itself flatters every drafter."""
+    return not row["looping"] and row["distinct_4"] >= VARIED
+
+
+VARIED = 0.4  # distinct-4 from which on a text counts
+
+
+def summary(found: list[Row]) -> None:
+    """Means by drafter and length, of texts that count; and how near the planner comes to the best fixed setting."""
+    buckets: dict[int, list[Row]] = {}
+    for row in found:
+        buckets.setdefault(row["length"] // 4096 * 4096, []).append(row)
+    for bucket, here in sorted(buckets.items()):
+        means: dict[str, float] = {}
+        for drafter in dict.fromkeys(row["drafter"] for row in here):
+            ups = [row["speedup"] for row in here if row["drafter"] == drafter and counts(row)]
+            if ups:
+                means[drafter] = statistics.mean(ups)
+                print(f"from {bucket:>6} on {drafter:>20} {means[drafter]:.3f}x, {len(ups)} texts that count")
+        fixed = {name: mean for name, mean in means.items() if ":" in name}
+        if fixed and "auto" in means:
+            best = max(fixed, key=lambda name: fixed[name])
+            print(f"from {bucket:>6} on auto is at {means['auto'] / fixed[best]:.3f} of the best fixed setting, {best}")
+
+
+def plot(figure: Any, found: list[Row]) -> None:
+    """Speed-up against length: a line a drafter and workload; texts that do not count are hollow."""
+    panel = figure.subplots()
+    for drafter, workload in dict.fromkeys((row["drafter"], row["workload"]) for row in found):
+        here = sorted(
+            (row for row in found if (row["drafter"], row["workload"]) == (drafter, workload)),
+            key=lambda row: row["length"],
+        )
+        (line,) = panel.plot([row["length"] for row in here], [row["speedup"] for row in here], "-", linewidth=0.8)
+        for row in here:
+            fill = line.get_color() if counts(row) else "none"
+            panel.plot(row["length"], row["speedup"], "o", color=line.get_color(), markerfacecolor=fill)
+        line.set_label(f"{workload}, {drafter}")
+    panel.axhline(1, color="gray", linewidth=0.8)
+    panel.set_xscale("log", base=2)
+    panel.set_xlabel("tokens before (hollow: the text repeats itself)")
+    panel.set_ylabel("speed-up over plain decoding")
+    panel.legend(fontsize=7)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -26,8 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
@@ -71,36 +72,67 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="a copy of the results' JSON")
+    add_flags(parser)
     args = parser.parse_args()
+    peers = [peer for peer in args.peers.split(",") if peer]
+    for peer in peers:
+        check(peer in PEERS, "peers", peer, f"known are {', '.join(PEERS)}")
     torch.set_num_threads(args.threads)
+    results = Results(
+        "steps",
+        "What does one forward pass cost, against the machine's own limits and against peers?",
+        args,
+        guarantees={"milliseconds, bandwidth": "measured in interleaved rounds, medians"},
+        axes=("contexts", "prefill", "busy"),
+        peers=["llama-cpp-python"] if "llamacpp" in peers else [],
+    )
     swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, engine=args.engine, threads=args.threads)
-    table, bandwidths, flops = [], [], 0.0
     for context in args.contexts:
-        with contextlib.ExitStack() as stack:
-            contenders = list(ours(swift, args, context))
-            for peer in filter(None, args.peers.split(",")):
-                contenders.extend(stack.enter_context(PEERS[peer](swift, args, context)))
-            flops = max(flops, flop_rate())
-            here = interleave(contenders, args.rounds)
-            bandwidths += here
-            table += [row(contender, statistics.median(here), swift) for contender in contenders]
+        results.cell({"context": context}, lambda context=context: steps(swift, args, context, peers))  # type: ignore[misc]
     if args.prefill:
-        table += prefill(swift, args)
-    if args.busy:
-        table += [beside_busy(swift, args, context) for context in args.contexts]
-    machine = {
-        "cpu": cpu_name(),
-        "threads": args.threads,
-        "read_bandwidth_gb_s": round(max(bandwidths) / 1e9, 1),
-        "read_bandwidth_median_gb_s": round(statistics.median(bandwidths) / 1e9, 1),
-        "fp32_gflop_s": round(flops / 1e9),
-    }
-    if "llamacpp" in args.peers:
-        machine["llama_cpp"] = llama_build()
-    print_table(table, machine)
+        results.cell({"prefill": args.prefill}, lambda: prefill(swift, args))
+    for context in args.contexts if args.busy else []:
+        key = {"context": context, "beside": "a busy process"}
+        results.cell(key, lambda context=context: beside_busy(swift, args, context))  # type: ignore[misc]
+    results.cell({"machine": results.machine["cpu"]}, lambda: limits(args, peers))
+    results.save(plot)
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "model": args.model, "steps": table}, indent=2) + "\n")
+        shutil.copyfile(results.folder / "steps.json", args.json)
+
+
+def steps(swift: TokenSwift, args: argparse.Namespace, context: int, peers: list[str]) -> list[Row]:
+    """A row a contender."""
+    with contextlib.ExitStack() as stack:
+        contenders = list(ours(swift, args, context))
+        for peer in peers:
+            contenders.extend(stack.enter_context(PEERS[peer](swift, args, context)))
+        bandwidths = interleave(contenders, args.rounds)
+        return [row(contender, bandwidths, swift) for contender in contenders]
+
+
+def limits(args: argparse.Namespace, peers: list[str]) -> Row:
+    """The best of what plain reads and a plain matrix product reach, and what the peer was built with."""
+    return {
+        "threads": args.threads,
+        "best_read_gb_s": round(max(memory_bandwidth(megabytes) for megabytes in (128, 256, 512)) / 1e9, 1),
+        "fp32_gflop_s": round(flop_rate() / 1e9),
+        "llama_cpp": llama_build() if "llamacpp" in peers else None,
+    }
+
+
+def plot(figure: Any, rows: list[Row]) -> None:
+    """Milliseconds of a step against the context."""
+    panel = figure.subplots()
+    timed = [row for row in rows if "what" in row and "beside" not in row and "prefill" not in row]
+    for engine, what in dict.fromkeys((row["engine"], row["what"]) for row in timed):
+        here = [row for row in timed if (row["engine"], row["what"]) == (engine, what)]
+        panel.plot([row["context"] for row in here], [row["ms"] for row in here], "o-", label=f"{engine}, {what}")
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("tokens before")
+    panel.set_ylabel("milliseconds a step")
+    panel.legend(fontsize=7)
 
 
 def interleave(contenders: list[Contender], rounds: int) -> list[float]:
@@ -195,11 +227,15 @@ def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> I
 
 @contextlib.contextmanager
 def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
-    """llama.cpp on the GGUF the default model comes from: 4-bit weights, f16 KV, flash attention."""
+    """llama.cpp on the GGUF the default model comes from: 4-bit weights, f16 KV, flash attention; left out beyond 32 K,
+    which it would take an hour to fill."""
+    if context > 32768:
+        yield []
+        return
     llama, low = open_llama(args, context + 64)
     batch = 512
-    for start in range(0, context, batch):  # llama.cpp has no way to a filled cache but computing it
-        llama.eval([5] * min(batch, context - start))
+    for first in range(0, context, batch):  # llama.cpp has no way to a filled cache but computing it
+        llama.eval([5] * min(batch, context - first))
 
     def step() -> None:
         llama.eval([5])
@@ -257,7 +293,7 @@ def beside_busy(swift: TokenSwift, args: argparse.Namespace, context: int) -> di
         busy.wait()
     quiet, shared = (statistics.median(times[beside]) for beside in (False, True))
     return {
-        "engine": swift.executor.name, "context": context, "what": "1 rows beside a busy process",
+        "engine": swift.executor.name,
         "ms": round(shared, 3), "ms_quiet": round(quiet, 3), "over_quiet": round(shared / quiet, 3),
         "ms_p90": round(float(np.percentile(times[True], 90)), 3),
     }  # fmt: skip
@@ -274,8 +310,8 @@ def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]
 
     def run() -> None:
         cache.release()
-        for start in range(0, len(tokens), 512):
-            chunk = tokens[start : start + 512]
+        for first in range(0, len(tokens), 512):
+            chunk = tokens[first : first + 512]
             model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], [len(chunk) - 1])
             cache.commit(range(len(chunk)))
 
@@ -291,8 +327,8 @@ def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]
         contenders.append(Contender(f"llama.cpp {low.__version__}", 0, f"prefill {args.prefill}", peer, 0.0, 0.0))
     interleave(contenders, min(3, args.rounds))
     return [
-        {"engine": c.engine, "context": 0, "what": c.what, "ms": round(c.median, 1),
-         "tokens_per_s": round(1e3 * args.prefill / c.median)} for c in contenders
+        {"engine": c.engine, "ms": round(c.median, 1), "tokens_per_s": round(1e3 * args.prefill / c.median)}
+        for c in contenders
     ]  # fmt: skip
 
 
@@ -307,36 +343,20 @@ def flop_rate(size: int = 1536) -> float:
     return 2 * size**3 / best
 
 
-def row(contender: Contender, bandwidth: float, swift: TokenSwift) -> dict[str, Any]:
-    limit = 1e3 * contender.bytes / bandwidth
+def row(contender: Contender, bandwidths: list[float], swift: TokenSwift) -> Row:
+    """share: of the median bandwidth by the median step; share_best: of the best bandwidth by the best step."""
+    median, own = statistics.median(bandwidths), contender.engine == swift.executor.name
     return {
         "engine": contender.engine,
-        "context": contender.context,
         "what": contender.what,
         "ms": round(contender.median, 3),
         "ms_min": round(min(contender.ms), 3),
-        "bandwidth_gb_s": round(bandwidth / 1e9, 1),
-        "share_of_bandwidth": round(limit / contender.median, 3) if contender.engine == swift.executor.name else None,
+        "bandwidth_gb_s": round(median / 1e9, 1),
+        "share": round(1e3 * contender.bytes / median / contender.median, 3) if own else None,
+        "share_best": round(1e3 * contender.bytes / max(bandwidths) / min(contender.ms), 3) if own else None,
         "gflop_s": round(contender.flops / contender.median / 1e6, 1),
     }
 
 
-def print_table(table: list[dict[str, Any]], machine: dict[str, Any]) -> None:
-    columns = list(dict.fromkeys(name for entry in table for name in entry))
-    lines = [[str(entry.get(name, "")) for name in columns] for entry in table]
-    widths = [max(len(line[i]) for line in [columns, *lines]) for i in range(len(columns))]
-    for line in [columns, *lines]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(json.dumps(machine))
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 if __name__ == "__main__":
-    main()
+    start(main)
