@@ -53,7 +53,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "dry_base": ("sampling", number, "its growth per repeated token"),
     "dry_length": ("sampling", whole, "longest repeat that goes unpunished"),
     "seed": ("sampling", whole, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto (ngram), none, ngram, partial, heads, cascade or draft_model"),
+    "drafter": ("drafting", str, "auto (cascade), none, ngram, partial, heads, cascade or draft_model"),
     "draft_tokens": ("drafting", whole, "draft so many in every tree (default: what pays)"),
     "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
     "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
