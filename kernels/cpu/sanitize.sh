@@ -24,10 +24,24 @@ case $kind in
   address) runtime=libasan.so ;;
   thread) runtime=libtsan.so ;;
 esac
+# An editable install's finder would hand out the checkout it was made from, with the engine that is not instrumented.
+mkdir -p "$work/site"
+cat > "$work/site/sitecustomize.py" <<'END'
+import sys
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "ScikitBuildRedirectingFinder"]
+END
+export PYTHONPATH="$work/site:$work/checkout"
+
 # The interpreter is not instrumented: the runtime has to be there before it, and its own leaks are not ours.
 cd "$work/checkout"
-LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
-  "$python" -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_sampling.py \
+sanitized() {
+  LD_PRELOAD="$(${CXX:-c++} -print-file-name=$runtime) $(${CXX:-c++} -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    TSAN_OPTIONS="halt_on_error=1 ignore_noninstrumented_modules=1" \
+    "$python" "$@"
+}
+sanitized -c "from tokenswift_py.kernels.cpu import _native as engine
+assert engine.__file__.startswith('$work/checkout/'), engine.__file__"
+sanitized -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_sampling.py \
   tests/test_statistics.py tests/test_quantised.py tests/test_gguf.py -q -p no:cacheprovider "$@"
