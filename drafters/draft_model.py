@@ -50,7 +50,7 @@ class DraftModel(Drafter):
         self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
         self._policy = Recent()
         self._cost = PassCost(shapes=model.row_shapes)
-        self._confidence = Confidence(width)
+        self._confidence = Confidence(width, SPREAD)
         self._draft: Draft | None = None
         self._chain: list[int] = []
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
@@ -87,7 +87,7 @@ class DraftModel(Drafter):
         return {
             "kept_tokens": self._kept,
             "chain": len(self._chain) - 1,
-            "expected_acceptance": round(self._confidence.next.chance, 4),
+            "expected_acceptance": round(self._confidence.next, 4),
             "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
         }
 
@@ -95,7 +95,7 @@ class DraftModel(Drafter):
         """Whether the next guess pays for its pass. The text has to be read for any later draft as well, so that is no
         cost of this one; but for a mere probe it is."""
         assert self._draft is not None
-        chance = self._draft.chances[self._chain[-1]] * self._confidence.next.chance
+        chance = self._draft.chances[self._chain[-1]] * self._confidence.next
         row_ms = planner.row_ms(len(self._draft))
         if planner.worth(chance, self._pass_ms(planner, 1) + row_ms):
             return True
@@ -157,6 +157,7 @@ def bounded_cache(model: Model, tokens: int) -> KVCache:
     return KVCache(model.new_pool(pages_for(min(tokens + CHUNK, model.context))), model.context)
 
 
+SPREAD = 1.0  # expected of a smaller model's errors, in units of logit
 CHUNK = 512  # rows of a pass that only reads
 JOINED = 32  # rows that the first guess's pass reads beside the pending token's
 

@@ -10,7 +10,7 @@ import torch
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, committed
-from tokenswift_py.drafters.chain import Confidence
+from tokenswift_py.drafters.chain import Confidence, Experience
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
@@ -22,9 +22,13 @@ from tokenswift_py.planner import Planner
 class View(Confidence):
     """What is known of drafting with views of so many tokens."""
 
-    def __init__(self, tokens: int, width: int):
-        super().__init__(width)
+    def __init__(self, tokens: int, width: int, family: Experience):
+        super().__init__(width, SPREAD, family)
         self.tokens = tokens
+
+    def expect(self, text: int, temperature: float) -> None:
+        """Of a text of so many tokens, most of which the view leaves out."""
+        self.spread = SPREAD * max(1.0, text / self.tokens) ** GROWTH / (temperature or 1.0)
 
 
 class Partial(Drafter):
@@ -55,7 +59,8 @@ class Partial(Drafter):
         self.policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
         self.needs = self.policy.needs
         self.width, self.refresh, self.reuse = width, refresh, reuse
-        self.views = [View(tokens, width) for tokens in ((view_tokens,) if view_tokens else VIEWS)]
+        family = Experience()
+        self.views = [View(tokens, width, family) for tokens in ((view_tokens,) if view_tokens else VIEWS)]
         self._now = self.views[0]
         self._chosen: PageView | None = None
         self._chosen_at = (-1, -1)  # full pages and committed tokens then
@@ -97,7 +102,7 @@ class Partial(Drafter):
             "view_tokens": self._now.tokens,
             "view_pages": pages,
             "chain": len(self._chain) - 1,
-            "expected_acceptance": round(self._now.next.chance, 4),
+            "expected_acceptance": round(self._now.next, 4),
             "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
         }
 
@@ -157,7 +162,7 @@ class Partial(Drafter):
 
         A pass makes a guess at its first row, and at each row behind it that the guesses lead to.
         """
-        chance = self._now.next.chance
+        chance = self._now.next
         if self.reuse is None or planner.fixed:
             return chance
         gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, tree.depth, strict=True))
@@ -192,28 +197,34 @@ class Partial(Drafter):
         return (context.cache.full_pages - context.cache.evicted) * PAGE_SIZE
 
     def _choose_view_size(self, context: Context) -> None:
-        """Every so many rounds: the size whose drafts pay most, as far as is known; one that was never tried first."""
-        self._round += 1
-        if len(self.views) == 1 or self._round % VIEW_ROUNDS or not context.planner.draft.measured:
-            return
+        """Every so many rounds: the size whose drafts pay most, of the present one and those next to it."""
         planner, text = context.planner, self._held(context)
-        fitting = [view for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
+        for view in self.views:
+            view.expect(text, context.sampler.params.temperature)
+        self._round += 1
+        if len(self.views) == 1 or (self._round > 1 and self._round % VIEW_ROUNDS):
+            return
+        if planner.draft.measured:
+            now = self.views.index(self._now)
 
-        hopes: list[float] = []
-        for view in fitting:  # a larger view never tried is hoped to miss fewer guesses than the smaller one before it
-            hopes.append(view.next.hope if view.next.tried or not hopes else 1 - HOPE * (1 - hopes[-1]))
+            def rate(i: int) -> float:
+                keys = min(self.views[i].tokens, text) + PAGE_SIZE // 2
+                return planner.best_rate(self.views[i].next, planner.draft_ms(1, keys))
 
-        def rate(i: int) -> float:
-            return planner.best_rate(hopes[i], planner.draft_ms(1, min(fitting[i].tokens, text) + PAGE_SIZE // 2))
-
-        best = fitting[max(range(len(fitting)), key=rate)]
-        if best is not self._now:
-            self._now, self._chosen = best, None
+            # one that holds all of the text already gains nothing from being larger
+            fitting = [i for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
+            best = max((i for i in fitting if abs(i - now) <= 1), key=rate, default=fitting[-1])
+        else:
+            best = sum(view.tokens * FIRST_SHARE < text for view in self.views[:-1])
+        if self.views[best] is not self._now:
+            self._now, self._chosen = self.views[best], None
 
 
 VIEWS = (1024, 2048, 4096, 8192)  # tokens
 VIEW_ROUNDS = 8
-HOPE = 0.6  # of the wrong guesses of a view, those still wrong under the next larger one
+FIRST_SHARE = 16  # of a text: the view that is tried first holds one such part of it, before any cost is known
+SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights
+GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
 AHEAD = 6  # repeats checked by one draft pass
 FREE = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
 

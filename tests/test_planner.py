@@ -102,17 +102,6 @@ def test_odds_start_at_the_prior_and_learn() -> None:
     assert odds.chance > 0.85
 
 
-def test_hope_is_the_greater_the_less_was_tried() -> None:
-    odds = Odds(0.5)
-    hopes = [odds.hope - odds.chance]
-    for i in range(100):
-        odds.learn(i % 2 == 0)
-        hopes.append(odds.hope - odds.chance)
-    assert hopes[0] > hopes[10] > hopes[100] > 0
-    sure = Odds(1.0)
-    assert sure.hope <= 1
-
-
 def planner_of(cost: Cost = true_cost, context: int = 5000, rounds: int = 200, most: int = 64) -> Planner:
     """One that has seen plain rounds, and passes of more rows without noise."""
     planner = Planner(most)

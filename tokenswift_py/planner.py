@@ -133,12 +133,6 @@ class Odds:
     def chance(self) -> float:
         return (self.right + self.prior * self.weight) / (self.tried + self.weight)
 
-    @property
-    def hope(self) -> float:
-        """The chance with a bonus for having been tried little (an upper confidence bound)."""
-        n = self.tried + self.weight
-        return min(1.0, self.chance + float(np.sqrt(max(self.chance * (1 - self.chance), 0.01) / n)))
-
 
 class Planner:
     """Says what is worth drafting.

@@ -1,0 +1,128 @@
+"""How sure a drafter is of its guesses: calibrated from the first ones on, and by the views beside it before any."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tokenswift_py.core import Acceptance
+from tokenswift_py.drafters.base import Candidates, Draft
+from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
+from tokenswift_py.drafters.partial import Partial, View
+from tokenswift_py.history import History
+from tokenswift_py.planner import Planner
+
+
+class Scores:
+    """A sampler whose ranking is what the test put there."""
+
+    params = SimpleNamespace(temperature=1.0)
+
+    def __init__(self) -> None:
+        self.lead: float | None = 0.0
+
+    def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
+        return [(1, 10.0)] if self.lead is None else [(1, 10.0), (2, 10.0 - self.lead), (3, 9.5 - self.lead)][:count]
+
+
+def guess(confidence: Confidence, lead: float | None, right: bool) -> float:
+    """One guess with this lead, put to the test. Returns the chance it was given."""
+    sampler = Scores()
+    sampler.lead = lead
+    context: Any = SimpleNamespace(history=History([0]), sampler=sampler)
+    draft = Draft(0, 4)
+    node = confidence.guess(context, Candidates(draft), 0, torch.empty(0))
+    assert node == 1
+    chance = draft.chances[node]
+    taken = Acceptance((0, 1), (1, 5)) if right else Acceptance((0,), (2,))
+    draft.learn(taken)
+    assert confidence.learn(draft, [0, 1], taken) == right
+    return chance
+
+
+def experience(confidence: Confidence, spread: float, guesses: int, seed: int = 0) -> tuple[float, float]:
+    """Guesses with the usual leads whose errors have this spread: mean chance given, and share that was right."""
+    rng = np.random.default_rng(seed)
+    leads = rng.choice(MIDDLES, guesses, p=np.array(USUAL) / sum(USUAL))
+    rights = [bool(rng.random() > wrong(lead, spread)) for lead in leads]
+    chances = [guess(confidence, lead, right) for lead, right in zip(leads, rights, strict=True)]
+    return float(np.mean(chances)), float(np.mean(rights))
+
+
+@pytest.mark.parametrize("spread", [0.15, 0.6, 2.5])
+def test_chances_fit_what_happens_though_other_errors_were_expected(spread: float) -> None:
+    confidence = Confidence(2, 0.6)
+    experience(confidence, spread, 40)
+    chance, right = experience(confidence, spread, 600, seed=1)
+    assert chance == pytest.approx(right, abs=0.04)
+    assert confidence.next == pytest.approx(right, abs=0.05)
+
+
+def test_the_farther_ahead_the_surer_and_a_single_candidate_is_not_certain() -> None:
+    confidence = Confidence(2, 1.0)
+    chances = [guess(confidence, lead, True) for lead in (0.01, 0.2, 1.0, 3.0)]
+    assert chances == sorted(chances) and chances[0] < 0.5
+    alone = Confidence(2, 1.0)
+    assert guess(alone, None, False) == pytest.approx(guess(Confidence(2, 1.0), FARTHEST, True))
+    assert 0.9 < guess(Confidence(2, 1.0), None, True) < 1
+
+
+def test_what_one_view_learns_is_expected_of_the_others() -> None:
+    family = Experience()
+    small, large = View(1024, 2, family), View(4096, 2, family)
+    for view in (small, large):
+        view.expect(65536, 1.0)
+    assert small.spread == pytest.approx(4**0.7 * large.spread)
+    before = large.next
+    assert before > small.next, "the more is in view the fewer errors"
+    experience(small, 4 * small.spread, 100)
+    assert large.next < before - 0.03 and large.next > small.next
+    fresh = View(4096, 2, Experience())
+    fresh.expect(65536, 1.0)
+    assert fresh.next == pytest.approx(before)
+    fresh.expect(4000, 1.0)
+    whole = fresh.next
+    fresh.expect(65536, 0.5)
+    assert whole > before > fresh.next, "errors weigh more at a low temperature"
+
+
+def test_a_long_text_begins_with_a_larger_view() -> None:
+    drafter = Partial()
+    planner = Planner()
+    for pages, tokens in ((100, 1024), (400, 2048), (1000, 4096), (5000, 8192)):
+        drafter = Partial()
+        cache = SimpleNamespace(full_pages=pages, evicted=0)
+        context: Any = SimpleNamespace(planner=planner, cache=cache, sampler=Scores())
+        drafter._choose_view_size(context)
+        assert drafter._now.tokens == tokens
+
+
+def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
+    drafter = Partial()
+    planner = Planner()
+    planner.context = 64000
+    for rows in (1, 2, 4, 8):
+        planner.target.observe(rows, 64000, 30.0 + rows)
+    context: Any = SimpleNamespace(planner=planner, cache=SimpleNamespace(full_pages=1000, evicted=0), sampler=Scores())
+    drafter._choose_view_size(context)
+    for keys in (1056, 4128, 8224):  # a pass costs the same however large the view is
+        planner.draft.observe(1, keys, 4.0)
+    sizes = []
+    for _ in range(40):
+        drafter._choose_view_size(context)
+        sizes.append(drafter._now.tokens)
+    assert list(dict.fromkeys(sizes)) == [4096, 8192], "the largest is right most often"
+    for _ in range(12):
+        for keys in (1056, 2080, 4128, 8224):  # now it costs what it reads
+            planner.draft.observe(1, keys, keys / 250)
+    for _ in range(40):
+        drafter._choose_view_size(context)
+        sizes.append(drafter._now.tokens)
+    assert sizes[-1] < 4096, "small ones are cheap enough to be wrong more often"
+    steps = {(a, b) for a, b in pairwise(sizes) if a != b}
+    assert all(max(step) == 2 * min(step) for step in steps)
