@@ -1,14 +1,16 @@
-"""Three tiers: repeats of the text propose, the model over a small view of its cache checks several of them a draft
-pass and goes on where they end, the full cache verifies the lot. The middle tier is TriForce's and SpecPV's idea (arXiv
-2404.11912); here the walk over the full cache decides alone, so nothing is lost.
+"""Three tiers: repeats of the text and heads propose, the model over a small view of its cache checks several guesses a
+draft pass and goes on where they end, the full cache verifies the lot. The middle tier is TriForce's and SpecPV's idea
+(arXiv 2404.11912); here the walk over the full cache decides alone, so nothing is lost.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from tokenswift_py.drafters.heads import Heads, heads_if_any
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
+from tokenswift_py.loading import Checkpoint
 
 
 class Cascade(Partial):
@@ -16,8 +18,14 @@ class Cascade(Partial):
 
     name = "cascade"
 
-    def __init__(self, shortest: int = 2, **settings: Any):
-        super().__init__(**settings, reuse=NGram(shortest))
+    def __init__(self, shortest: int = 2, heads: Heads | None = None, **settings: Any):
+        super().__init__(**settings, reuse=NGram(shortest), heads=heads)
 
 
-DRAFTER = Cascade
+def for_checkpoint(checkpoint: Checkpoint | None = None, path: str | None = None, **settings: Any) -> Cascade:
+    """The drafter with the heads at `path`, or with those that this model has in the cache or in the package, if any;
+    without a checkpoint with none. Raises UserError for a path without heads for the model."""
+    return Cascade(heads=None if checkpoint is None else heads_if_any(checkpoint, path), **settings)
+
+
+DRAFTER = for_checkpoint

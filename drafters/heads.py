@@ -20,7 +20,8 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
-from tokenswift_py.drafters.base import Context, Drafter
+from tokenswift_py.drafters.base import Context, Draft, Drafter
 from tokenswift_py.errors import UserError, check, one_line
 from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.planner import Odds
 
 logger = logging.getLogger("tokenswift")
 
@@ -141,6 +143,18 @@ class Place:
     x: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What guesses of heads are worth to a drafter that has more than heads.
+
+    known:   the chance that its other guesses hold the next token already.
+    gain_ms: milliseconds that a guess of such a chance saves, as one more row of a draft of so many.
+    """
+
+    known: float
+    gain_ms: Callable[[float, int], float]
+
+
 class Heads(Drafter):
     """A tree of the heads' best guesses, by the same noise as the target's choice.
 
@@ -157,6 +171,7 @@ class Heads(Drafter):
         self.weights = weights
         self.embedding = embedding
         self.acceptance = np.array(weights.acceptance[: len(weights)])
+        self.odds = [[Odds(share, weight=50.0) for share in ranks] for ranks in self.acceptance.tolist()]  # of `extend`
         self._row: torch.Tensor | None = None
         self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
 
@@ -175,8 +190,7 @@ class Heads(Drafter):
     @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
         """Up to `budget` nodes behind the history's last token. row: [E], `weights.reads` of the row that gave it."""
-        if self.weights.tensors["weight"].device != row.device or self.weights.tensors["weight"].dtype != torch.float32:
-            self.weights = self.weights.to(row.device)
+        self.move(row.device)
         self._guesses = {}
         depth = min(len(self.weights), budget - 1)
         x = row.float()[None]
@@ -241,6 +255,42 @@ class Heads(Drafter):
         token = self.embedding[place.path[-1] if place.path else pending]
         return self.weights.step(head, place.x, token[None].to(place.x.device, place.x.dtype))
 
+    @torch.inference_mode()
+    def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, terms: Terms) -> None:
+        """For a drafter that has more than heads: hang guesses behind node `end` of its draft, which carries the
+        history's last token, head by head behind the likeliest, as long as one more head is worth its time.
+
+        row: [E], `weights.reads` of the row that gave that token.
+        """
+        self.move(row.device)
+        place = Place(draft.chances[end], (), row.float()[None])
+        for head, odds in enumerate(self.odds):
+            ms = context.planner.heads(1, 0)
+            chances = [place.chance * (1 - terms.known) * each.chance for each in odds]
+            gain = sum(max(0.0, terms.gain_ms(chance, len(draft) + rank)) for rank, chance in enumerate(chances))
+            if gain <= ms and not (head == 0 and context.planner.may_probe(ms)):
+                return
+            clock = time.perf_counter()
+            x, state = self.step(head, place, context.history[-1])
+            logits = self.weights.project(state, [head], context.draft_model)[0]
+            guesses = self.rank(logits, place.path, context)
+            context.planner.heads.observe(1, 0, 1e3 * (time.perf_counter() - clock))
+            best = None
+            for token, each in zip(guesses, odds, strict=False):
+                if terms.gain_ms(place.chance * each.chance, len(draft)) <= 0:
+                    break
+                node = draft.guess(end, token, each)
+                best = node if best is None else best
+            if best is None:
+                return
+            place, end = Place(draft.chances[best], (*place.path, draft.tokens[best]), x), best
+
+    def move(self, device: torch.device) -> None:
+        """The weights to where the model's rows are, in fp32."""
+        weight = self.weights.tensors["weight"]
+        if weight.device != device or weight.dtype != torch.float32:
+            self.weights = self.weights.to(device)
+
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
         """What the target's sampler would choose of these logits behind this path, best first."""
         start = len(context.history)
@@ -277,6 +327,12 @@ def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
 DRAFTER = for_checkpoint
 
 
+def heads_if_any(checkpoint: Checkpoint, path: str | None = None) -> Heads | None:
+    """For a drafter that can do without: None where no path is named and there are none that it can use."""
+    usable = checkpoint.gguf is None and any(file.is_file() for file in heads_files(checkpoint))
+    return for_checkpoint(checkpoint, path) if usable or path is not None else None
+
+
 def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
     """Read heads and check them against the model. Raises UserError.
 
@@ -285,8 +341,7 @@ def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
     """
     key = fingerprint(checkpoint)
     if path is None:
-        places = [heads_file(folder, key) for folder in (cache_folder(), PACKAGED)]
-        found = [place for place in places if place.is_file()]
+        found = [file for file in heads_files(checkpoint) if file.is_file()]
         advice = f"train them (tokenswift train-heads --model {checkpoint.name}) or name a file"
         check(bool(found), "draft_heads", path, f"there are none for {checkpoint.name}: {advice}")
         file = found[0]
@@ -308,6 +363,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     norm = checkpoint.tensors()["model.norm.weight"].float().numpy()
     shape = f"{spec.family} {spec.vocab_size} {spec.hidden_size} {spec.layers} "
     return hashlib.sha256(shape.encode() + norm.tobytes()).hexdigest()[:16]
+
+
+def heads_files(checkpoint: Checkpoint) -> list[Path]:
+    """Where heads for a model are looked for, what was trained here first."""
+    return [heads_file(folder, fingerprint(checkpoint)) for folder in (cache_folder(), PACKAGED)]
 
 
 def heads_file(folder: Path, key: str) -> Path:

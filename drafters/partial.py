@@ -11,9 +11,9 @@ from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, committed
 from tokenswift_py.drafters.chain import Confidence, Experience
+from tokenswift_py.drafters.heads import Heads, Terms
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
-from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.planner import Planner
@@ -41,6 +41,7 @@ class Partial(Drafter):
     width:       guesses a node has at most, runners-up included; 1 is a plain chain.
     refresh:     committed tokens after which the view is chosen anew; it also is after a wrong guess.
     reuse:       repeats of the text that a draft pass checks several at a time.
+    heads:       guess what follows the last row of a pass, for the next draft pass to check, or for the target.
     """
 
     name = "partial"
@@ -52,13 +53,14 @@ class Partial(Drafter):
         width: int = 3,
         refresh: int = 8,
         reuse: NGram | None = None,
+        heads: Heads | None = None,
     ):
         check(view_tokens is None or view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
         check(refresh >= 1, "refresh", refresh, "at least 1")
         self.policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
         self.needs = self.policy.needs
-        self.width, self.refresh, self.reuse = width, refresh, reuse
+        self.width, self.refresh, self.reuse, self.heads = width, refresh, reuse, heads
         family = Experience()
         self.views = [View(tokens, width, family) for tokens in ((view_tokens,) if view_tokens else VIEWS)]
         self._now = self.views[0]
@@ -68,20 +70,26 @@ class Partial(Drafter):
         self._round = 0
         self._draft: Draft | None = None
         self._chain: list[int] = []
+        self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
 
     def prefill(self, context: Context, output: Output) -> None:
         self._chosen = None
         if self.reuse is not None:
             self.reuse.prefill(context, output)
         rows = len(output.hidden)
+        self._see(output, -1)
         self.policy.observe(committed(output, range(rows), context.cache.length - rows))
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        planner, self._length = context.planner, context.cache.length
-        draft = Draft(context.history[-1], budget)
+        planner, history, self._length = context.planner, context.history, context.cache.length
+        draft, start = Draft(history[-1], budget), len(history)
         candidates = Candidates(draft)
-        place = self.reuse.read(context.history) if self.reuse is not None else (0, 0)
+        place = self.reuse.read(history) if self.reuse is not None else (0, 0)
         place = self._grow_chain(context, draft, candidates, place)
+        if self.heads is not None and self._row is not None:
+            terms = Terms(self._known(place, history[-1], planner), planner.gain_ms)
+            self.heads.extend(draft, self._chain[-1], self._row, context, terms)
+        history.truncate(start)
         follow = None
         if self.reuse is not None:
             follow = self.reuse.push(candidates, self._chain[-1], place)
@@ -94,7 +102,12 @@ class Partial(Drafter):
         self._draft.learn(taken)
         if not self._now.learn(self._draft, self._chain, taken):
             self._chosen = None
+        self._see(output, taken.path[-1])
         self.policy.observe(committed(output, taken.path, self._length))
+
+    def _see(self, output: Output, row: int) -> None:
+        if self.heads is not None:
+            self._row = self.heads.weights.reads(output, row)
 
     def explain(self) -> dict[str, Any]:
         pages = 0 if self._chosen is None else int(self._chosen.pages.shape[-1])
@@ -107,9 +120,10 @@ class Partial(Drafter):
         }
 
     def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, place: Place) -> Place:
-        """Guess on, pass by pass, as long as it pays. Returns where the chain's end occurred in the text before."""
-        history, cache, planner = context.history, context.cache, context.planner
-        start, tail = len(history), ()  # type: int, tuple[int, ...]
+        """Guess on, pass by pass, as long as it pays; the history grows with the chain. Returns where the chain's end
+        occurred in the text before."""
+        cache, planner = context.cache, context.planner
+        tail: tuple[int, ...] = ()
         self._chain = [0]
         self._choose_view_size(context)
         keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
@@ -117,20 +131,20 @@ class Partial(Drafter):
         cache.drop_tail()
         while len(self._chain) <= length:
             room = cache.limit - cache.length - len(tail)
-            ahead = self._look_ahead(history, place, planner, keys, room)
-            tree = ahead.build()
+            ahead = self._look_ahead(context, place, keys, room)
             ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
-            gain = draft.chances[self._chain[-1]] * self._gain(ahead, tree, planner, place)
+            gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
             if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
                 break
+            tree = self._ask_heads(context, ahead, keys).build()
             clock = time.perf_counter()
             first = cache.tail_length
-            logits = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)]).logits
+            output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
             rows, tokens = [0], []  # type: list[int], list[int]
             while True:
-                token = self._guess(context, candidates, logits[rows[-1]], place)
+                token = self._guess(context, candidates, output.logits[rows[-1]], place)
                 if token is None:
-                    history.truncate(start)
+                    self._row = None
                     return place
                 tail = (*tail, first + rows[-1])
                 tokens.append(token)
@@ -140,13 +154,14 @@ class Partial(Drafter):
                     break
                 rows.append(child)
             ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
+            self._see(output, rows[-1])
             planner.draft.observe(len(tree), keys, 1e3 * (time.perf_counter() - clock))
-        history.truncate(start)
         return place
 
-    def _look_ahead(self, history: History, place: Place, planner: Planner, keys: int, room: int) -> Draft:
+    def _look_ahead(self, context: Context, place: Place, keys: int, room: int) -> Draft:
         """The last token and the repeats behind it that are likely enough to save a pass of their own, up to `room`."""
-        ahead = Draft(history[-1], min(1 + AHEAD, room))
+        planner = context.planner
+        ahead = Draft(context.history[-1], min(1 + AHEAD, room))
         if self.reuse is not None and planner.draft.measured:
             pass_ms = planner.draft(1, keys)
             self.reuse.extend(
@@ -156,7 +171,7 @@ class Partial(Drafter):
             )
         return ahead
 
-    def _gain(self, ahead: Draft, tree: DraftTree, planner: Planner, place: Place) -> float:
+    def _gain(self, ahead: Draft, planner: Planner, place: Place) -> float:
         """Tokens that one more draft pass should bring, less those that repeats would bring without it, if the text
         comes as far as the chain does.
 
@@ -165,10 +180,30 @@ class Partial(Drafter):
         chance = self._now.next
         if self.reuse is None or planner.fixed:
             return chance
-        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, tree.depth, strict=True))
-        free = Draft(ahead.tokens[0], FREE)
-        self.reuse.extend(free, place, lambda chance: planner.worth_row(chance, len(free)))
-        return float(gain - (sum(free.chances) - 1))
+        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, ahead.build().depth, strict=True))
+        return float(gain - (sum(self._repeats(place, ahead.tokens[0], planner).chances) - 1))
+
+    def _repeats(self, place: Place, token: int, planner: Planner) -> Draft:
+        """Those that the target could check behind this token without a draft pass."""
+        free = Draft(token, FREE)
+        if self.reuse is not None:
+            self.reuse.extend(free, place, lambda chance: planner.worth_row(chance, len(free)))
+        return free
+
+    def _known(self, place: Place, token: int, planner: Planner) -> float:
+        """The chance that repeats hold the next token."""
+        return next_chance(self._repeats(place, token, planner))
+
+    def _ask_heads(self, context: Context, ahead: Draft, keys: int) -> Draft:
+        """More for a draft pass to check, where it saves more time in passes than it takes."""
+        if self.heads is not None and self._row is not None:
+            cost = context.planner.draft
+
+            def gain_ms(chance: float, rows: int) -> float:
+                return chance * cost(1, keys) - (cost(rows + 1, keys) - cost(rows, keys))
+
+            self.heads.extend(ahead, 0, self._row, context, Terms(next_chance(ahead), gain_ms))
+        return ahead
 
     def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int | None:
         """One more token of the chain, as `Confidence.guess` finds it."""
@@ -218,6 +253,11 @@ class Partial(Drafter):
             best = sum(view.tokens * FIRST_SHARE < text for view in self.views[:-1])
         if self.views[best] is not self._now:
             self._now, self._chosen = self.views[best], None
+
+
+def next_chance(draft: Draft) -> float:
+    """That the token behind a draft's root is among its guesses."""
+    return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 
 VIEWS = (1024, 2048, 4096, 8192)  # tokens

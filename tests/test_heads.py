@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from conftest import tiny_config, tiny_model, weights_of
 from scripted import write
 from test_output_law import PROMPT, samplers
-from tokenswift_py import TokenSwift, UserError
+from tokenswift_py import TokenSwift, UserError, loading
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.drafters import heads as heads_module
+from tokenswift_py.drafters.base import Draft, create
+from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import (
     FORMS,
     MEMORY,
@@ -29,6 +31,7 @@ from tokenswift_py.drafters.heads import (
     UNLIKELY,
     Heads,
     HeadWeights,
+    Terms,
     find_heads,
     fingerprint,
     heads_file,
@@ -39,7 +42,7 @@ from tokenswift_py.history import History
 from tokenswift_py.loading import Checkpoint, open_checkpoint
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planner import Planner
+from tokenswift_py.planner import Odds, Planner
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.sampling import Sampler
 
@@ -263,6 +266,83 @@ def test_heads_change_no_token_on_the_native_engine(native: Any, params: Samplin
     assert write(decoder, PROMPT, 80, params, drafter, draft_tokens=size)[0] == plain
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    params=samplers,
+    form=st.sampled_from(FORMS),
+    view=st.sampled_from([64, 128, None]),
+    size=st.none() | st.integers(1, 12),
+    count=st.integers(1, 90),
+)
+def test_heads_within_the_cascade_change_no_token(
+    tiny_decoder: Any, native: Any, params: SamplingParams, form: str, view: int | None, size: int | None, count: int
+) -> None:
+    """Their guesses are checked by draft passes and by the target; a size of None leaves both to the planner."""
+    decoder, tensors = native
+    for model, embedding in (
+        (tiny_decoder, embedding_of(tiny_decoder)),
+        (decoder, tensors["model.embed_tokens.weight"]),
+    ):
+        plain, _, _ = write(model, PROMPT, count, params)
+        drafter = Cascade(heads=Heads(random_heads(form), embedding), view_tokens=view)
+        drafted, engine, _ = write(model, PROMPT, count, params, drafter, draft_tokens=size)
+        assert drafted == plain
+        assert engine.cache.pool.in_use == 0
+        asked = engine.planner.heads.measured
+        assert asked or count < 4 or size == 1, "heads are asked at least until it is known what they cost"
+
+
+def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
+    """What heads hang behind the second node of a draft; each of them took `ms` until now."""
+    drafter, _, context = proposal(acceptance, 1)
+    planner = Planner()
+    for _ in range(20):
+        planner.heads.observe(1, 0, ms)
+    draft = Draft(9, budget)
+    assert draft.guess(0, 7, Odds(0.5)) == 1
+    drafter.extend(draft, 1, torch.ones(E), SimpleNamespace(**{**vars(context), "planner": planner}), terms)
+    return drafter, draft
+
+
+def test_heads_go_on_behind_their_likeliest_guess_as_long_as_that_pays() -> None:
+    acceptance = [[0.5, 0.3], [0.8, 0.1]]
+    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.01))
+    assert list(zip(draft.tokens, draft.parents, strict=True))[2:] == [(0, 1), (1, 1), (0, 2), (1, 2)]
+    assert draft.chances[2:] == pytest.approx([0.25, 0.15, 0.2, 0.025]), "chances multiply from the root on"
+    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.16))
+    assert draft.tokens[2:] == [0, 0], "a guess that is not worth its row is left out"
+    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.1 * rows))
+    assert draft.tokens[2:] == [0], "rows may cost the more the more there are"
+    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance), budget=4)
+    assert len(draft) == 4, "no more than there is room for"
+
+
+def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> None:
+    acceptance = [[0.5, 0.3], [0.8, 0.1]]
+    drafter, _, context = proposal(acceptance, 1)
+    context.planner = planner = Planner()
+    for _ in range(20):
+        planner.heads.observe(1, 0, 1.0)
+    asked = []
+    for _ in range(30):
+        draft = Draft(9, 9)
+        drafter.extend(draft, 0, torch.ones(E), context, Terms(0.0, lambda chance, rows: chance / 1e5))
+        asked.append(len(draft) > 1)
+    assert asked[0] and not any(asked[9:]), "what saves microseconds is not worth a millisecond"
+    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: 2 * chance), ms=0.3)
+    assert len(draft) > 2
+
+
+def test_what_became_of_heads_guesses_is_learned() -> None:
+    drafter, draft = extended([[0.5, 0.3]], Terms(0.0, lambda chance, rows: chance))
+    before = [odds.chance for odds in drafter.odds[0]]
+    draft.learn(Acceptance((0, 1), (7, 1)))
+    assert drafter.odds[0][0].chance < before[0] and drafter.odds[0][1].chance > before[1]
+    tested = drafter.odds[0][0].tried
+    draft.learn(Acceptance((0,), (3,)))
+    assert drafter.odds[0][0].tried == tested, "guesses that the text did not come to say nothing"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_chapters_and_accepted_drafts(tiny_decoder: Any, form: str) -> None:
     """Behind a forced turn the heads read its last row; with 8 candidates of 61 tokens some drafts are right."""
@@ -474,6 +554,23 @@ def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint
             swift.generate("the cat", drafter="heads", draft_heads=str(tmp_path / "nowhere"))
         with pytest.raises(UserError, match="train-heads"):
             swift.generate("the cat", drafter="heads")
+        options = {"max_new_tokens": 60, "seed": 1, "ignore_eos": True, "drafter": "cascade"}
+        assert swift.generate("the cat", **options).tokens == plain.tokens, "cascade can do without"
+        assert swift.generate("the cat", draft_heads=str(file), **options).tokens == plain.tokens
+        with pytest.raises(UserError, match="draft_heads"):
+            swift.generate("the cat", draft_heads=str(tmp_path / "nowhere"), **options)
+
+
+def test_cascade_takes_the_heads_that_the_model_has(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
+    assert create("cascade", checkpoint=checkpoint).heads is None
+    file = heads_file(loading.cache_folder(), fingerprint(checkpoint))
+    write_heads(replace(random_heads("medusa"), model=fingerprint(checkpoint)), file)
+    assert create("cascade", checkpoint=checkpoint).heads.weights.form == "medusa"
+    assert create("cascade").heads is None
+    blocks = replace(checkpoint, gguf=SimpleNamespace())
+    assert create("cascade", checkpoint=blocks).heads is None, "heads read no embedding in blocks"
+    with pytest.raises(UserError, match="draft"):
+        create("cascade", checkpoint=blocks, path=str(file))
 
 
 def test_a_step_without_rows_proposes_nothing() -> None:

@@ -183,10 +183,11 @@ class Options:
         width = {} if self.draft_tokens is None else {"width": 1}
         if name == "draft_model":
             return name, {"keep_tokens": self.draft_budget or self.kv_budget, **width}
+        heads = {"checkpoint": checkpoint, "path": self.draft_heads} if name in ("cascade", "heads") else {}
         if name in SELF_DRAFTERS:
-            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width}
+            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width, **heads}
         if name == "heads":
-            return name, {"checkpoint": checkpoint, "path": self.draft_heads}
+            return name, heads
         return name, {}
 
 

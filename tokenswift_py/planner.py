@@ -147,6 +147,7 @@ class Planner:
     ) -> None:
         self.most, self.fixed = most, fixed
         self.target, self.draft = PassCost(shapes=shapes), PassCost(times, shapes)
+        self.heads = PassCost(times)  # one head's guesses
         self._times = times
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
@@ -178,8 +179,14 @@ class Planner:
         """Whether a node that is emitted with this chance pays for its milliseconds."""
         return self.fixed or chance > self.rate * ms
 
+    def gain_ms(self, chance: float, rows: int) -> float:
+        """Milliseconds that such a node saves, as one more row of a verify pass of `rows`."""
+        if self.fixed or not self.rate:
+            return float("inf")
+        return chance / self.rate - self.row_ms(rows)
+
     def worth_row(self, chance: float, rows: int) -> bool:
-        """The same for a node that only makes the verify pass, `rows` so far, one row longer.
+        """`worth` for a node that only makes the verify pass, `rows` so far, one row longer.
 
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
