@@ -477,6 +477,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert told.startswith("tokenswift: out: No space left on device: ") and told.count("\n") == 1
     safe = journal.read(tmp_path / "run")
     assert f"{len(safe.tokens)} tokens are safe" in told and len(safe.tokens) >= 256
+    assert not (tmp_path / "run" / "tokens.npy").exists(), "it would have more than the journal"
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
     assert_same_files(tmp_path / "whole", tmp_path / "run")
 

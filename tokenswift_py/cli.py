@@ -271,6 +271,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
             result = stream.result()
             if folder:
                 output.save_rest(result.text)
+            if folder and not isinstance(failure, JournalError):  # these are of what the journal holds
                 save_tokens(folder, result.tokens)
                 save_report(folder, result.report)
         except OSError:
