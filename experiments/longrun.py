@@ -73,7 +73,7 @@ def main() -> None:
         stream.catch_up()
         write(swift, stream, log, args)
         figures = summary(swift, stream, log)
-    if stream.stats.step_tokens:  # else the run was finished before
+    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else the run was finished before
         result = stream.result()
         write_json(args.out / "report.json", result.report)
         (args.out / "text.txt").write_text(result.text, encoding="utf-8")

@@ -499,6 +499,13 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
     assert main(["resume", str(tmp_path / "run")]) == 0  # finished: nothing to do
     assert "the run is finished, ended by: length" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    files = {name: (tmp_path / "run" / name).read_bytes() for name in ("text.txt", "tokens.npy")}
+    for deleted in (["text.txt"], ["tokens.npy"], ["text.txt", "tokens.npy"]):
+        for name in deleted:
+            (tmp_path / "run" / name).unlink()
+        assert main(["resume", str(tmp_path / "run")]) == 0
+        assert f"written again: {', '.join(deleted)}\n" in capsys.readouterr().err
+        assert files == {name: (tmp_path / "run" / name).read_bytes() for name in files}
     for arguments, says in (
         (["--resume", str(tmp_path / "run"), "--temperature", "0.1"], "temperature: 0.1"),
         (["--resume", str(tmp_path / "run"), "--dtype", "bf16"], "numerics: "),

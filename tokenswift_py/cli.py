@@ -228,10 +228,14 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
     finished = stream.ending != "interrupted" and (args.resume / "report.json").is_file()
+    folder = args.resume if swift.executor.ranks.leads else None
     if swift.executor.ranks.first(np.array([finished])).item():
         note(args, f"the run is finished, ended by: {stream.ending}")
+        with stream:
+            restored = restore(folder, stream) if folder else []
+        if restored:
+            note(args, f"written again: {', '.join(restored)}")
         return 0
-    folder = args.resume if swift.executor.ranks.leads else None
     for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
         (args.resume / name).unlink(missing_ok=True)
     rows = len(stream.run.prompt) + len(stream.tokens)
@@ -531,6 +535,17 @@ def check_out(folder: Path | None) -> None:
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
     np.save(folder / "tokens.npy", np.array(tokens, np.int32), allow_pickle=False)
+
+
+def restore(folder: Path, stream: Stream) -> list[str]:
+    """Write what a finished run's folder lacks of the files that its journal says; their names."""
+    result = stream.result()
+    missing = [name for name in ("text.txt", "tokens.npy") if not (folder / name).exists()]
+    if "text.txt" in missing:
+        (folder / "text.txt").write_bytes(result.text.encode())
+    if "tokens.npy" in missing:
+        save_tokens(folder, result.tokens)
+    return missing
 
 
 def save_report(folder: Path, report: dict[str, Any]) -> None:
