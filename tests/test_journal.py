@@ -174,6 +174,19 @@ def test_a_full_disk_keeps_what_was_safe(written: Path, monkeypatch: pytest.Monk
     assert (written / NAME).read_bytes() == data
 
 
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_where_nothing_can_be_recorded_no_journal_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_disk(patch, call)
+        with pytest.raises(JournalError, match=r"^out: No space left on device: nothing could be recorded in .*run$"):
+            Journal.create(tmp_path / "run", HEADER)
+    assert list((tmp_path / "run").iterdir()) == []
+    Journal.create(tmp_path / "run", HEADER).close()
+    assert journal.read(tmp_path / "run").tokens == []
+
+
 def fill_disk(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Half of a write still fits, or all of it and the disk fills up behind."""
     pwrite, called = os.pwrite, []
