@@ -513,6 +513,8 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
     assert "the run is finished, ended by: length" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     files = {name: (tmp_path / "run" / name).read_bytes() for name in ("text.txt", "tokens.npy")}
+    assert main(["resume", "--quiet", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr() == ("", "")
     for deleted in (["text.txt"], ["tokens.npy"], ["text.txt", "tokens.npy"]):
         for name in deleted:
             (tmp_path / "run" / name).unlink()
@@ -524,6 +526,8 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
         (["--resume", str(tmp_path / "run"), "--dtype", "bf16"], "numerics: "),
         (["--resume", str(tmp_path / "run"), "--prompt", "x"], "prompt: 'x'"),
         (["--resume", str(tmp_path / "none")], "journal: "),
+        (["resume"], "the following arguments are required: DIR"),
+        (["resume", str(tmp_path / "run"), "--out", "x"], "out: "),
         (["--prompt", "x", "--extend", "3"], "extend: 3"),
     ):
         assert main([*arguments, "--quiet"]) == 2
