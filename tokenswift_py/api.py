@@ -275,7 +275,8 @@ class TokenSwift:
         check(not outside, "journal: token", outside[:1], "the model knows no such id")
         room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
         check(extend >= 0, "extend", extend, "a number of tokens")
-        check(extend <= room, "extend", extend, f"the recorded context of {run.context} has room for {room} more")
+        allowed = f"the recorded context of {run.context} has room for {room} more; begin with a larger one"
+        check(extend <= room, "extend", extend, allowed)
         return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:

@@ -300,6 +300,8 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         except KeyboardInterrupt:
             interrupted = True
     note(args, summary(result.report))
+    if folder and result.ending == "interrupted":
+        note(args, f"`tokenswift resume {folder}` goes on from there")
     return INTERRUPTED if interrupted else 0
 
 
@@ -526,17 +528,21 @@ def read_bias(item: str) -> tuple[int, float]:
 
 
 def check_out(folder: Path | None) -> None:
-    """Refuse an output folder that holds anything or cannot be written."""
+    """Refuse an output folder that holds anything or cannot be written. None is left: much else may be refused yet."""
     if folder is None:
         return
     with files("out", folder, "a writable folder is"):
         check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
         empty = not folder.is_dir() or not any(folder.iterdir())
         check(empty, "out", str(folder), "it must be empty; nothing is overwritten")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tokenswift"
         probe.touch()
         probe.unlink()
+        for path in made:
+            with suppress(OSError):  # new/../run is made of more than it names
+                path.rmdir()
 
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
