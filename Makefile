@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test soak check bench report sanitize aarch64 kernels clean
+.PHONY: help install demo test soak check bench report sanitize sanitize-address sanitize-thread aarch64 kernels clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
@@ -64,10 +64,11 @@ bench: install
 report: install
 	$(BIN)/python experiments/report.py
 
-# The tests of the C++ engine under AddressSanitizer with UBSan, then under ThreadSanitizer.
-sanitize: install
-	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh address
-	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh thread
+# The tests of the C++ engine under AddressSanitizer with UBSan, then under ThreadSanitizer; each can be made alone.
+sanitize: sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread: sanitize-%: install
+	PYTHON=$(BIN)/python kernels/cpu/sanitize.sh $* $(ARGS)
 
 # The C++ engine cross-compiled for aarch64, its tests under qemu-user.
 aarch64: install

@@ -11,7 +11,6 @@ plain decoding would have taken. Both are measured in the same minutes of the sa
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shutil
 import statistics
@@ -25,10 +24,9 @@ from typing import Any
 import numpy as np
 
 from quality import window_quality
-from results import ROOT, start
+from results import ROOT, add_line, need_pictures, read_journal, save_picture, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Stream
-from tokenswift_py.errors import need_extra
 from tokenswift_py.report import rounded, text_figures
 from tokenswift_py.stats import memory_bandwidth
 from workloads import FREE, free_run
@@ -41,12 +39,11 @@ class Log:
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines: list[Record] = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.lines: list[Record] = list(read_journal(path))
 
     def append(self, record: Record) -> None:
+        add_line(self.path, record)
         self.lines.append(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
 
     def kind(self, kind: str) -> list[Record]:
         return [line for line in self.lines if line["kind"] == kind]
@@ -68,6 +65,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                         help="gets a folder of the same name: report, picture, sample")  # fmt: skip
     args = parser.parse_args()
+    need_pictures()
     swift = TokenSwift.from_pretrained(args.model, threads=args.threads, kv_dtype=args.kv_dtype)
     stream = begin(swift, args)
     log = Log(args.out / "longrun.jsonl")
@@ -75,7 +73,7 @@ def main() -> None:
         stream.catch_up()
         write(swift, stream, log, args)
         figures = summary(swift, stream, log)
-    if stream.stats.step_tokens:  # else the run was finished before
+    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else the run was finished before
         result = stream.result()
         write_json(args.out / "report.json", result.report)
         (args.out / "text.txt").write_text(result.text, encoding="utf-8")
@@ -99,10 +97,7 @@ def keep(run: Path, folder: Path, figures: Record) -> None:
     marks = [f"[... from character {place} of {len(text)} on]\n" if place else "" for place in places]
     parts = [mark + text[place : place + EXCERPT] for mark, place in zip(marks, places, strict=True)]
     (folder / "sample.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    need_extra("extra", "experiments", "matplotlib")
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    draw(figure.subplots(), figures)
-    figure.savefig(folder / "speed.png")
+    save_picture(folder / "speed.png", lambda figure: draw(figure.subplots(), figures))
 
 
 def draw(panel: Any, figures: Record) -> None:

@@ -74,7 +74,7 @@ class Results:
         axes: Sequence[str] = (),
         peers: Sequence[str] = (),
     ):
-        need_extra("extra", "experiments", "matplotlib")
+        need_pictures()
         self.name, self.question, self.guarantees = name, question, dict(guarantees)
         self.folder, self._again = Path(args.results), bool(args.again)
         told = {flag: value for flag, value in vars(args).items() if flag not in FREE}
@@ -107,7 +107,7 @@ class Results:
             rows = [flat({**key, **row}) for row in ([found] if isinstance(found, dict) else found)]
             seconds = rounded(time.perf_counter() - started)
             cell = {"id": digest, "created": now(), "seconds": seconds, **commit(), "rows": rows}
-            self._append(cell)
+            add_line(self._journal, cell)
         self.cells.append(cell)
         for row in cell["rows"]:
             print(json.dumps(row), flush=True)
@@ -132,24 +132,33 @@ class Results:
         replace(self.folder / f"{self.name}.json", (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
         replace(self.folder / f"{self.name}.md", page(record, plot is not None).encode())
         if plot is not None:
-            self._draw(plot)
+            save_picture(self.folder / f"{self.name}.png", lambda figure: plot(figure, self.rows))
         print(f"\n{tables(self.rows)}\n\n{self.folder / self.name}.json, .md{', .png' if plot else ''}")
 
-    def _draw(self, plot: Plot) -> None:
-        figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-        plot(figure, self.rows)
-        figure.savefig(self.folder / f"{self.name}.png")
 
-    def _append(self, cell: Mapping[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(cell, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+def need_pictures() -> None:
+    """Raise UserError, before anything is measured, where the picture at the end could not be drawn."""
+    need_extra("extra", "experiments", "matplotlib")
+
+
+def save_picture(path: Path, draw: Callable[[Any], None]) -> None:
+    """A PNG of what `draw` puts on a matplotlib Figure."""
+    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    draw(figure)
+    figure.savefig(path)
+
+
+def add_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Put a line behind those of a journal, and on the disk. Raises ValueError for NaN and infinities."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The finished cells. A last line that a killed run left torn is cut off the file."""
+    """The lines of a journal, none where there is no file. A last one that a killed run left torn is cut off it."""
     if not path.exists():
         return
     data = path.read_bytes()

@@ -124,7 +124,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
 def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -> None:
     from tokenswift_py import audit, train_heads
 
-    roots = {"resume": parser, "audit": audit.parser, "train-heads": train_heads.parser}
+    roots = {"resume": lambda: parser(resumes=True), "audit": audit.parser, "train-heads": train_heads.parser}
     rng = random.Random(command)
     for _ in range(100):
         folder = {"audit": ["run"], "resume": ["run"]}.get(command, ["--model", "model", "--minutes", "nan"])
@@ -143,7 +143,7 @@ def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -
         (["--top-p", ""], "top_p: '' is not allowed; a number"),
         (["--out", ""], "out: '' is not allowed; the name of a file or folder"),
         (["--prompt-file", "x"], "prompt_file: not allowed with argument --prompt"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; the prompt goes behind --prompt, and"),
         (["--drafter"], "drafter: expected one argument"),
         (["--threads", "1025"], "threads: 1025 is not allowed; between 1 and 1024"),
         (["--chapters", "99999999999"], "chapters: '99999999999' is not allowed; between 1 and 10000, or a file"),

@@ -200,6 +200,13 @@ def test_files_beside_the_journal_must_say_the_same(swift: TokenSwift, tmp_path:
     flipped[7] += 1
     assert faults(flipped, text) == ["tokens.npy differs from the journal at token 7"]
     assert faults(tokens[:-1], text) == [f"tokens.npy has {len(tokens) - 1} tokens, the journal {len(tokens)}"]
+    assert faults(flipped, text + "!") == [
+        "tokens.npy differs from the journal at token 7", "text.txt is not the text of the recorded tokens"
+    ]  # fmt: skip
+    (folder / "tokens.npy").unlink()
+    assert audit.audit(swift, folder).faults == ["text.txt is not the text of the recorded tokens"]
+    (folder / "text.txt").unlink()
+    assert audit.audit(swift, folder).passed, "what was deleted says nothing wrong"
 
 
 def test_a_run_that_was_killed_is_audited_as_far_as_it_got(swift: TokenSwift, honest: Any, tmp_path: Path) -> None:
@@ -212,8 +219,30 @@ def test_a_run_that_was_killed_is_audited_as_far_as_it_got(swift: TokenSwift, ho
     for name, change, count in (("stopped", stop, 20), ("nothing", nothing, 0)):
         found = audit.audit(swift, forged(honest[0], tmp_path / name, change))
         assert (found.passed, found.checked, found.ending) == (True, count, "interrupted")
-    np.save(tmp_path / "stopped" / "tokens.npy", np.array(honest[1].tokens[:23], np.int32))
-    assert audit.audit(swift, tmp_path / "stopped").passed
+
+
+def test_what_an_interrupted_run_has_beyond_its_journal_is_not_proven(
+    swift: TokenSwift, honest: tuple[Path, Any], tmp_path: Path
+) -> None:
+    tokens = np.array(honest[1].tokens, np.int32)
+    folder, again = tmp_path / "run", "; `tokenswift resume` writes it again"
+    with swift.stream("the cat", out=folder, **SETTINGS) as stream:
+        while len(stream.tokens) < 20:
+            next(iter(stream))
+    count, text = len(stream.tokens), stream.result().text
+    (folder / "text.txt").write_bytes(text.encode())
+    np.save(folder / "tokens.npy", tokens[:count])
+    assert audit.audit(swift, folder).passed
+    for more in (tokens[: count + 3], np.append(tokens[:count], 7).astype(np.int32), tokens[: count - 1]):
+        np.save(folder / "tokens.npy", more)
+        assert audit.audit(swift, folder).faults == [f"tokens.npy has {len(more)} tokens, the journal {count}{again}"]
+    (folder / "tokens.npy").unlink()
+    (folder / "text.txt").write_bytes((text + " and then").encode())
+    found = audit.audit(swift, folder)
+    assert found.faults == [f"text.txt is not the text of the recorded tokens{again}"]
+    assert found.checked == count and audit.verdict(found, str).endswith(
+        "FAILED: not all of this is what plain decoding writes with these parameters"
+    )
 
 
 def test_a_lossy_run_is_proven_with_its_evictions(swift: TokenSwift, tmp_path: Path) -> None:

@@ -123,6 +123,13 @@ def test_nothing_is_overwritten(cli: list[str], tmp_path: Path, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_what_is_refused_leaves_no_folder(cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for out in (tmp_path / "new" / "run", tmp_path / "new" / ".." / "run"):
+        assert main([*cli, "--prompt", "the cat", "--max-new-tokens", "9", "--context", "10", "--out", str(out)]) == 2
+        assert capsys.readouterr().err.startswith("tokenswift: context: 10 is not allowed")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "20000", "--context", "21000"]
@@ -138,6 +145,7 @@ def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: P
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors
+    assert errors.endswith(f"\n`tokenswift resume {out}` goes on from there\n".encode())
     report = json.loads((out / "report.json").read_text())
     assert report["ending"] == "interrupted"
     assert 0 < report["new_tokens"] == len(np.load(out / "tokens.npy"))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import longrun
 import peers
 from ablations import GROUPS, DraftingWith
 from diversity import VARIANTS, means, self_bleu
 from peers import Paused, Task, Writer
+from tokenswift_py.errors import UserError
 from tokenswift_py.options import Options
 from workloads import FREE, free_run
 
@@ -132,3 +137,22 @@ def test_means_over_texts_and_variants_of_every_workload() -> None:
     for name in FREE:
         for settings in VARIANTS.values():
             Options.of(**{**free_run(name).settings, **settings})
+
+
+def test_a_long_runs_log_goes_on_behind_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "longrun.jsonl"
+    whole = {"kind": "mark", "from": 0, "to": 1000}
+    path.write_text(json.dumps(whole) + "\n" + json.dumps({"kind": "spot", "tokens": [1, 2, 3]})[:-9])
+    log = longrun.Log(path)
+    log.append({"kind": "spot", "tokens": [4]})
+    assert log.lines == longrun.Log(path).lines == [whole, {"kind": "spot", "tokens": [4]}]
+
+
+def test_a_long_run_that_could_not_draw_its_picture_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(longrun.TokenSwift, "from_pretrained", lambda *_, **__: pytest.fail("it loads the model"))
+    monkeypatch.setattr(sys, "argv", ["longrun.py", "--out", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=r"pip install 'tokenswift-py\[experiments\]'"):
+        longrun.main()

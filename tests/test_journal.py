@@ -174,6 +174,19 @@ def test_a_full_disk_keeps_what_was_safe(written: Path, monkeypatch: pytest.Monk
     assert (written / NAME).read_bytes() == data
 
 
+@pytest.mark.parametrize("call", ["pwrite", "fsync"])
+def test_where_nothing_can_be_recorded_no_journal_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    with monkeypatch.context() as patch:
+        fill_disk(patch, call)
+        with pytest.raises(JournalError, match=r"^out: No space left on device: nothing could be recorded in .*run$"):
+            Journal.create(tmp_path / "run", HEADER)
+    assert list((tmp_path / "run").iterdir()) == []
+    Journal.create(tmp_path / "run", HEADER).close()
+    assert journal.read(tmp_path / "run").tokens == []
+
+
 def fill_disk(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Half of a write still fits, or all of it and the disk fills up behind."""
     pwrite, called = os.pwrite, []
@@ -477,6 +490,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert told.startswith("tokenswift: out: No space left on device: ") and told.count("\n") == 1
     safe = journal.read(tmp_path / "run")
     assert f"{len(safe.tokens)} tokens are safe" in told and len(safe.tokens) >= 256
+    assert not (tmp_path / "run" / "tokens.npy").exists(), "it would have more than the journal"
     assert main(["resume", str(tmp_path / "run"), "--quiet"]) == 0
     assert_same_files(tmp_path / "whole", tmp_path / "run")
 
@@ -498,11 +512,22 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
     assert main(["resume", str(tmp_path / "run")]) == 0  # finished: nothing to do
     assert "the run is finished, ended by: length" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    files = {name: (tmp_path / "run" / name).read_bytes() for name in ("text.txt", "tokens.npy")}
+    assert main(["resume", "--quiet", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr() == ("", "")
+    for deleted in (["text.txt"], ["tokens.npy"], ["text.txt", "tokens.npy"]):
+        for name in deleted:
+            (tmp_path / "run" / name).unlink()
+        assert main(["resume", str(tmp_path / "run")]) == 0
+        assert f"written again: {', '.join(deleted)}\n" in capsys.readouterr().err
+        assert files == {name: (tmp_path / "run" / name).read_bytes() for name in files}
     for arguments, says in (
         (["--resume", str(tmp_path / "run"), "--temperature", "0.1"], "temperature: 0.1"),
         (["--resume", str(tmp_path / "run"), "--dtype", "bf16"], "numerics: "),
         (["--resume", str(tmp_path / "run"), "--prompt", "x"], "prompt: 'x'"),
         (["--resume", str(tmp_path / "none")], "journal: "),
+        (["resume"], "the following arguments are required: DIR"),
+        (["resume", str(tmp_path / "run"), "--out", "x"], "out: "),
         (["--prompt", "x", "--extend", "3"], "extend: 3"),
     ):
         assert main([*arguments, "--quiet"]) == 2

@@ -5,6 +5,7 @@ The processes are started once and asked to run functions of this file, both the
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ from interpreter import DEVICE
 from scripted import Scripted, write
 from test_draft_model import saved
 from test_heads import random_heads
-from tokenswift_py import TokenSwift, registry, snapshot
+from tokenswift_py import TokenSwift, journal, registry, snapshot
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
@@ -35,7 +36,7 @@ from tokenswift_py.drafters.heads import FORMS, Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.executors import choose_engine
-from tokenswift_py.journal import read
+from tokenswift_py.journal import JournalError, read
 from tokenswift_py.loading import StoredTensors, open_checkpoint, weight_files
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
@@ -366,6 +367,37 @@ def refused_resume(folder: str, out: str, **settings: Any) -> str:
     with pytest.raises(UserError) as error:
         swift.resume(out, **settings)
     return str(error.value)
+
+
+def without_disk(folder: str, out: str, resume: bool = False) -> str:
+    """How a run is refused that rank 0, which alone writes, has no room to record."""
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal.os, "pwrite", full)
+        with pytest.raises((JournalError, UserError)) as error:
+            swift.resume(out, extend=5) if resume else swift.stream("the cat", out=out, **RUN)
+    return f"{error.type.__name__}: {error.value}"
+
+
+def test_what_rank_0_cannot_record_no_rank_begins(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
+    """Else the others would wait for rank 0, which has left."""
+    folder, out = str(tiny_folder), tmp_path / "a name that is not UTF-8: \udcff"
+    for _ in range(2):
+        told, same = pair(without_disk, folder, str(out))
+        assert told == same and told.startswith("JournalError: out: No space left on device: nothing could be recorded")
+        assert told.endswith(r"UTF-8: \udcff") and list(out.iterdir()) == [], "the folder can be taken again"
+    arguments = ["--model", folder, "--engine", "torch", "--dtype", "fp32", "--prompt", "the cat", "--raw", "--quiet"]
+    arguments += ["--max-new-tokens", "3", "--context", "90", "--out", str(out)]
+    assert pair(by_command_line, *arguments) == [0, 0]
+    told, same = pair(without_disk, folder, str(out))
+    assert told == same and told.startswith("UserError: out: ") and told.endswith("(File exists)")
+    told, same = pair(without_disk, folder, str(out), resume=True)
+    assert told == same and told.startswith("JournalError: out: No space left on device: 3 tokens are safe")
+    assert read(out).tokens == np.load(out / "tokens.npy").tolist() and read(out).extended == 0
 
 
 def by_command_line(*arguments: str) -> int:

@@ -38,7 +38,7 @@ def test_loops_are_seen_in_the_new_tokens_across_turns_and_not_in_the_prompt() -
     answer, endings = [1, 2, 3, 4, 6, 7, 8, EOS], []
     for number in range(9):
         history.extend([9, 10 + number])
-        stops.start_at(len(history))
+        stops.begin_chapter()
         for token in answer:
             history.append(token)
             endings.append(stops(history))
@@ -49,7 +49,7 @@ def test_loops_are_seen_in_the_new_tokens_across_turns_and_not_in_the_prompt() -
 def ending_of(tokens: Sequence[int], stops: Stops, prompt: Sequence[int] = ()) -> tuple[int, str | None]:
     """How many tokens were written, and why no more."""
     history = History(prompt)
-    stops.start_at(len(history))
+    stops.begin_chapter()
     for count, token in enumerate(tokens, start=1):
         history.append(token)
         reason = stops(history)
@@ -124,3 +124,28 @@ def test_the_better_reason_is_told_when_several_end_the_text_at_once() -> None:
 def test_stop_strings_need_a_decoder() -> None:
     with pytest.raises(ValueError, match="stop strings need a decoder"):
         Stops(5, strings=["STOP"])
+
+
+def test_tokens_without_a_text_cost_no_more_the_more_there_are() -> None:
+    """The history is asked for its latest token alone, and stop strings are found across those that have no text."""
+
+    class Counting(History):
+        looks = 0
+
+        def __getitem__(self, index: int) -> int:
+            self.looks += 1
+            return super().__getitem__(index)
+
+    silent, looks = 0, []
+    for count in (100, 200):
+        decoded: list[int] = []
+        stops = Stops(
+            1000, [], ["STOP"], lambda tokens, seen=decoded: seen.append(len(tokens)) or decode(tokens), {silent}
+        )
+        history = Counting()
+        for token in (WORDS.index("ST"), *[silent] * count, WORDS.index("OP")):
+            history.append(token)
+            ending = stops(history)
+        assert ending == "stop" and decoded == [1, 2]
+        looks.append(history.looks / count)
+    assert looks[1] <= looks[0]

@@ -23,7 +23,7 @@ from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
-from tokenswift_py.journal import Journal, Record, shared
+from tokenswift_py.journal import Journal, JournalError, Record, shared
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -252,7 +252,8 @@ class TokenSwift:
                     check(stream.ending == "interrupted", "extend", extend, f"the text has ended ({stream.ending})")
                     check(record.chosen >= record.max_new_tokens, "extend", extend, why)
             if extend:
-                journal.extend(extend)
+                with ranks.same_fate(JournalError):
+                    journal.extend(extend)
         except BaseException:
             journal.close()
             raise
@@ -274,7 +275,8 @@ class TokenSwift:
         check(not outside, "journal: token", outside[:1], "the model knows no such id")
         room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
         check(extend >= 0, "extend", extend, "a number of tokens")
-        check(extend <= room, "extend", extend, f"the recorded context of {run.context} has room for {room} more")
+        allowed = f"the recorded context of {run.context} has room for {room} more; begin with a larger one"
+        check(extend <= room, "extend", extend, allowed)
         return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:

@@ -10,9 +10,16 @@ from tokenswift_py.errors import UserError, shown
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, rather than to print every flag there is and end the process."""
+    """Raises UserError for a wrong command line, rather than to print every flag there is and end the process.
+
+    stray: what is said to words that belong to no flag.
+    """
+
+    stray = "--help lists what there is"
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            raise UserError(f"{message}; {self.stray}")
         flag, colon, rest = message.removeprefix("argument ").partition(": ")
         name = flag.removeprefix("--").replace("-", "_") if colon and message.startswith("argument ") else None
         raise UserError(f"{name}: {rest}" if name else message)

@@ -43,11 +43,11 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
     "context": ("model", whole, "positions the run is made for (default: what it needs)"),
-    "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's)"),
-    "top_k": ("sampling", whole, "keep the k best tokens; 0 is off"),
-    "top_p": ("sampling", number, "keep the best tokens that hold this much of the mass; 1 is off"),
-    "min_p": ("sampling", number, "keep tokens at least this probable beside the best; 0 is off"),
-    "penalty": ("sampling", number, "contextual penalty; 1 is off"),
+    "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's, else 0)"),
+    "top_k": ("sampling", whole, "keep the k best tokens; 0 is off (default: the checkpoint's)"),
+    "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),
+    "min_p": ("sampling", number, "keep tokens this probable beside the best; 0 is off (default: the checkpoint's)"),
+    "penalty": ("sampling", number, "contextual penalty; 1 is off (default: the checkpoint's)"),
     "penalty_window": ("sampling", whole, "how many of the latest tokens it looks at"),
     "dry_multiplier": ("sampling", number, "DRY repetition penalty; 0 is off"),
     "dry_base": ("sampling", number, "its growth per repeated token"),
@@ -55,25 +55,29 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "seed": ("sampling", whole, "of the noise (default: random, and recorded)"),
     "drafter": ("drafting", str, "auto (cascade), none, ngram, partial, heads, cascade or draft_model"),
     "draft_tokens": ("drafting", whole, "draft so many in every tree (default: what pays)"),
-    "draft_policy": ("drafting", str, "which pages a partial-cache draft sees"),
+    "draft_policy": ("drafting", str, "whose pages a partial cache has: h2o, importance, mass, quest, recent, snapkv"),
     "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
     "draft_weights": ("drafting", str, "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native"),
     "draft_model": ("drafting", str, "a smaller model with the same vocabulary, which then drafts under auto too"),
     "draft_heads": ("drafting", str, "a file or folder of draft heads (default: those made for the model)"),
     "trace": ("output", str, "a file that gets a JSON line for every round"),
     "kv_budget": ("lossy", whole, "tokens the target keeps of its cache; the text is no longer the full cache's"),
-    "kv_policy": ("lossy", str, "by whose scores pages are evicted from it (default: recent)"),
+    "kv_policy": ("lossy", str, "by whose scores pages are evicted from it, as --draft-policy (default: recent)"),
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every flag. Those of `Options` take their defaults from it."""
+def parser(resumes: bool = False) -> argparse.ArgumentParser:
+    """Every flag. Those of `Options` take their defaults from it. resumes: of `tokenswift resume DIR`."""
     root = Parser(
-        prog="tokenswift",
-        description="Long text from a language model, losslessly faster.",
+        prog="tokenswift resume" if resumes else "tokenswift",
+        description="Go on with the run that was written to DIR. What the text depends on is as recorded."
+        if resumes
+        else "Long text from a language model, losslessly faster: the text goes to standard output. "
+        "For example: tokenswift --prompt 'Write a story about a lighthouse.' --max-new-tokens 2000 --out runs/story",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
         "what plain decoding writes. `tokenswift train-heads --help`: train draft heads on text that the model writes.",
     )
+    root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
     groups = {
         name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
@@ -111,7 +115,9 @@ def parser() -> argparse.ArgumentParser:
     sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
     sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
     output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
-    output.add_argument("--resume", type=named_path, metavar="DIR", help="go on with the run that was written to DIR")
+    output.add_argument(
+        "resume" if resumes else "--resume", type=named_path, metavar="DIR", help="go on with the run in this folder"
+    )
     output.add_argument("--extend", type=whole, default=0, metavar="N", help="with --resume: N tokens more")
     output.add_argument("--kv-snapshot", action="store_true", help="keep the KV cache in DIR too, for a quick resume")
     output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
@@ -153,19 +159,20 @@ def follows() -> bool:
 
 
 def run(given: Sequence[str]) -> int:
-    if given[:1] == ["resume"]:
-        given = ["--resume", *given[1:]] if len(given) > 1 and not given[1].startswith("-") else ["--help"]
     command = COMMANDS.get(given[0]) if given else None
+    resumes = given[:1] == ["resume"]
+    given = given[1:] if command or resumes else given
+    root = parser(resumes)
     try:
-        args = None if command else parser().parse_args(given)
+        args = None if command else root.parse_args(given)
         quiet = args.quiet if args else "--quiet" in given
         lines = LogLines()
         level = logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(format="tokenswift: %(message)s", level=level, handlers=[lines])
         if command:
-            return command(given[1:])
+            return command(given)
         assert args is not None
-        return resume(args, given_options(given), lines) if args.resume else write(args, lines)
+        return resume(args, given_options(root, given), lines) if args.resume else write(args, lines)
     except UserError as error:
         line = str(error).replace("\n", "\\n")  # a file's name may have them
         print(f"tokenswift: {line}", file=sys.stderr)
@@ -228,10 +235,14 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
     finished = stream.ending != "interrupted" and (args.resume / "report.json").is_file()
+    folder = args.resume if swift.executor.ranks.leads else None
     if swift.executor.ranks.first(np.array([finished])).item():
         note(args, f"the run is finished, ended by: {stream.ending}")
+        with stream:
+            restored = restore(folder, stream) if folder else []
+        if restored:
+            note(args, f"written again: {', '.join(restored)}")
         return 0
-    folder = args.resume if swift.executor.ranks.leads else None
     for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
         (args.resume / name).unlink(missing_ok=True)
     rows = len(stream.run.prompt) + len(stream.tokens)
@@ -240,9 +251,8 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     return write_out(args, swift, stream, folder, lines)
 
 
-def given_options(arguments: Sequence[str]) -> dict[str, Any]:
+def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
     """What the command line says itself, without defaults."""
-    root = parser()
     nothing = argparse.Namespace(**{action.dest: None for action in root._actions})
     given = vars(root.parse_args(arguments, nothing))
     return {name: value for name, value in given.items() if value is not None}
@@ -271,6 +281,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
             result = stream.result()
             if folder:
                 output.save_rest(result.text)
+            if folder and not isinstance(failure, JournalError):  # these are of what the journal holds
                 save_tokens(folder, result.tokens)
                 save_report(folder, result.report)
         except OSError:
@@ -289,6 +300,8 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         except KeyboardInterrupt:
             interrupted = True
     note(args, summary(result.report))
+    if folder and result.ending == "interrupted":
+        note(args, f"`tokenswift resume {folder}` goes on from there")
     return INTERRUPTED if interrupted else 0
 
 
@@ -515,21 +528,36 @@ def read_bias(item: str) -> tuple[int, float]:
 
 
 def check_out(folder: Path | None) -> None:
-    """Refuse an output folder that holds anything or cannot be written."""
+    """Refuse an output folder that holds anything or cannot be written. None is left: much else may be refused yet."""
     if folder is None:
         return
     with files("out", folder, "a writable folder is"):
         check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
         empty = not folder.is_dir() or not any(folder.iterdir())
         check(empty, "out", str(folder), "it must be empty; nothing is overwritten")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tokenswift"
         probe.touch()
         probe.unlink()
+        for path in made:
+            with suppress(OSError):  # new/../run is made of more than it names
+                path.rmdir()
 
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
     np.save(folder / "tokens.npy", np.array(tokens, np.int32), allow_pickle=False)
+
+
+def restore(folder: Path, stream: Stream) -> list[str]:
+    """Write what a finished run's folder lacks of the files that its journal says; their names."""
+    result = stream.result()
+    missing = [name for name in ("text.txt", "tokens.npy") if not (folder / name).exists()]
+    if "text.txt" in missing:
+        (folder / "text.txt").write_bytes(result.text.encode())
+    if "tokens.npy" in missing:
+        save_tokens(folder, result.tokens)
+    return missing
 
 
 def save_report(folder: Path, report: dict[str, Any]) -> None:

@@ -200,7 +200,7 @@ class Engine:
 
     def begin_chapter(self) -> None:
         """What stands in the history was forced: the model's own text begins behind it."""
-        self.stops.start_at(len(self.history))
+        self.stops.begin_chapter()
         self.sampler.begin_chapter(len(self.history))
 
     def walk(self, tree: DraftTree, output: Output) -> Acceptance:

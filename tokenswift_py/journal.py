@@ -178,9 +178,9 @@ def token_block(payload: bytes) -> tuple[int, list[int], list[bool]]:
 def shared(ranks: Ranks, open_: Callable[[], Journal]) -> Journal:
     """The journal that rank 0 opens or creates; for the others what it holds, and nothing they append goes anywhere.
 
-    Raises, on all ranks, whatever UserError rank 0 meets.
+    Raises, on all ranks, whatever UserError or JournalError rank 0 meets.
     """
-    with ranks.same_fate():
+    with ranks.same_fate(JournalError):
         own = open_() if ranks.leads else None
     if ranks.world == 1:
         assert own is not None
@@ -216,7 +216,8 @@ class Journal:
 
     @classmethod
     def create(cls, folder: Path, header: dict[str, Any]) -> Journal:
-        """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be."""
+        """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be, and
+        JournalError, leaving none, where it cannot be written."""
         path = folder / NAME
         header = {"version": VERSION, **header}
         payload = json.dumps(header).encode()  # in ASCII: the name of a model need not be UTF-8
@@ -226,8 +227,14 @@ class Journal:
             file = path.open("xb", buffering=0)
         lock(file, path)
         journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
-        journal._write(MAGIC + frame_bytes(HEADER, payload, 0))
-        sync_folder(folder)
+        try:
+            journal._put(MAGIC + frame_bytes(HEADER, payload, 0))
+            sync_folder(folder)
+        except OSError as error:
+            file.close()
+            with suppress(OSError):
+                path.unlink()
+            raise JournalError(f"out: {error.strerror}: nothing could be recorded in {folder}") from error
         return journal
 
     @classmethod
@@ -241,8 +248,9 @@ class Journal:
             lock(file, path)
             journal = cls(file, parse(file.read(), path))
             if journal.record.torn:
-                os.ftruncate(file.fileno(), journal.record.size)
-                os.fsync(file.fileno())
+                with files("journal", path, "its torn end must be cut off"):
+                    os.ftruncate(file.fileno(), journal.record.size)
+                    os.fsync(file.fileno())
         except BaseException:
             file.close()
             raise
@@ -276,22 +284,26 @@ class Journal:
             self._file.close()
 
     def _write(self, frame: bytes) -> None:
-        """Behind what is safe, always at that place: a write that was interrupted is written over by the next."""
-        file, at = self._file.fileno(), 0
+        """As `_put`; what cannot be written is none of the file, and the journal ends."""
         try:
-            while at < len(frame):
-                at += os.pwrite(file, frame[at:], self._size + at)
-            os.fsync(file)
+            self._put(frame)
         except OSError as error:
             with suppress(OSError):
-                os.ftruncate(file, self._size)
-                os.fsync(file)
+                os.ftruncate(self._file.fileno(), self._size)
+                os.fsync(self._file.fileno())
             self._file.close()
             folder = self.record.path.parent
             raise JournalError(
                 f"out: {error.strerror}: {self._safe} tokens are safe in {self.record.path}; "
                 f"`tokenswift resume {folder}` goes on from there"
             ) from error
+
+    def _put(self, frame: bytes) -> None:
+        """Behind what is safe, always at that place: a write that was interrupted is written over by the next."""
+        file, at = self._file.fileno(), 0
+        while at < len(frame):
+            at += os.pwrite(file, frame[at:], self._size + at)
+        os.fsync(file)
         self._size += len(frame)
 
 

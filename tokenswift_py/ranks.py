@@ -77,8 +77,9 @@ class Ranks:
         return wanted
 
     @contextmanager
-    def same_fate(self) -> Iterator[None]:
-        """A UserError in here is raised on all ranks: none waits for one that left, and rank 0 can tell it."""
+    def same_fate(self, *kinds: type[Exception]) -> Iterator[None]:
+        """A UserError in here is raised on all ranks: none waits for one that left, and rank 0 can tell it. So are
+        errors of other kinds that are made of a line, if all ranks name them."""
         yield
 
 
@@ -128,9 +129,10 @@ class ProcessGroup(Ranks):
         return data.numpy().view(values.dtype).reshape(values.shape)
 
     def first_text(self, text: str) -> str:
-        data = np.frombuffer(text.encode(), np.uint8)
+        data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)  # of a name that is not UTF-8
         size = int(self.first(np.array([len(data)]))[0])
-        return self.first(np.resize(data, size) if self.leads else np.zeros(size, np.uint8)).tobytes().decode()
+        said = self.first(np.resize(data, size) if self.leads else np.zeros(size, np.uint8)).tobytes()
+        return said.decode(errors="surrogatepass")
 
     def agree(self, what: str, value: object) -> None:
         prints = self.all(np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8))
@@ -153,19 +155,20 @@ class ProcessGroup(Ranks):
         return goes
 
     @contextmanager
-    def same_fate(self) -> Iterator[None]:
-        said, mine = "", None
+    def same_fate(self, *kinds: type[Exception]) -> Iterator[None]:
+        carried, mine = (UserError, *kinds), None
+        told = np.zeros(1 + LONGEST_ERROR, np.uint8)  # 1 + which kind it is, its line
         try:
             yield
-        except UserError as error:
-            said, mine = str(error), error
-        text = np.zeros(LONGEST_ERROR, np.uint8)
-        data = said.encode()[:LONGEST_ERROR]
-        text[: len(data)] = np.frombuffer(data, np.uint8)
-        for rank, line in enumerate(self.all(text)):
-            if line.any():
-                told = line.tobytes().rstrip(b"\0").decode(errors="replace")
-                raise UserError(told if rank == 0 else f"{told} (rank {rank})") from mine
+        except carried as error:
+            mine = error
+            line = str(error).encode(errors="backslashreplace")[:LONGEST_ERROR]
+            told[0] = 1 + next(i for i, kind in enumerate(carried) if isinstance(error, kind))
+            told[1 : 1 + len(line)] = np.frombuffer(line, np.uint8)
+        for rank, (kind, *rest) in enumerate(self.all(told).tolist()):
+            if kind:
+                text = bytes(rest).rstrip(b"\0").decode(errors="replace")
+                raise carried[kind - 1](text if rank == 0 else f"{text} (rank {rank})") from mine
 
 
 UNUSED = -2  # neither a parent nor the root's -1

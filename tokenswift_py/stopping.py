@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from tokenswift_py.history import History
@@ -18,9 +19,9 @@ class Stops:
     special: ids that decode to nothing.
     on_loop: what to do where the text begins to repeat itself: warn (a line to the log), stop or ignore.
 
-    Called with a history it returns "eos", "stop", "loop", "length" or None. Forced tokens do not count as new, and no
-    stop string begins in them. Loops are looked for in the new tokens alone, joined across what was forced: a model
-    that answers every turn with the same words loops.
+    Called with a history, once for each new token, it returns "eos", "stop", "loop", "length" or None. Forced tokens
+    do not count as new, and no stop string begins in them. Loops are looked for in the new tokens alone, joined across
+    what was forced: a model that answers every turn with the same words loops.
     """
 
     def __init__(
@@ -42,12 +43,12 @@ class Stops:
         self._decode = decode
         self._special = frozenset(special)
         # A token carries a byte at least, so this many tokens hold any stop string and what it is glued to.
-        self._reach = max((len(text.encode()) for text in strings), default=0) + 4
-        self._start = 0
+        reach = max((len(text.encode()) for text in strings), default=0) + 4
+        self._recent: deque[int] = deque(maxlen=reach)  # the latest new tokens that have a text
 
-    def start_at(self, position: int) -> None:
-        """What stands before `position` was forced."""
-        self._start = position
+    def begin_chapter(self) -> None:
+        """What was written so far is over, or was forced: no stop string begins in it."""
+        self._recent.clear()
 
     def __call__(self, history: History) -> str | None:
         self.tokens_left -= 1
@@ -56,23 +57,19 @@ class Stops:
             logger.warning(loop_note(loop))
         if history[-1] in self._eos:
             return "eos"
-        if self._strings and self._decode is not None:
-            text = self._decode(self._recent(history))
-            if any(string in text for string in self._strings):
-                return "stop"
+        if self._stopped_by(history[-1]):
+            return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"
         return "length" if self.tokens_left <= 0 else None
 
-    def _recent(self, history: History) -> list[int]:
-        """The latest tokens that have a text, as many as a stop string can take."""
-        recent: list[int] = []
-        position = len(history)
-        while position > self._start and len(recent) < self._reach:
-            position -= 1
-            if history[position] not in self._special:
-                recent.append(history[position])
-        return recent[::-1]
+    def _stopped_by(self, token: int) -> bool:
+        """Whether a stop string ends in this token. One without a text ends none."""
+        if self._decode is None or not self._strings or token in self._special:
+            return False
+        self._recent.append(token)
+        text = self._decode(list(self._recent))
+        return any(string in text for string in self._strings)
 
 
 def loop_note(loop: Loop) -> str:

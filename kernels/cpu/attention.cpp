@@ -61,7 +61,7 @@ void Attention::find_splits(int segment, int layer) {
   const SegmentPlan& plan = segments_[segment];
   if (!plan.in.view) return;
   for (int head = 0; head < pool_->kv_heads(); ++head) {
-    const int32_t* view = plan.in.view + (size_t(layer) * pool_->kv_heads() + head) * plan.in.view_pages;
+    const int32_t* view = view_of(segment, layer, head);
     std::vector<int>& splits = segment_states_[segment].splits[head];
     splits.clear();
     const auto add = [&](int split) {
@@ -164,11 +164,10 @@ int Attention::first_visible(const SegmentInput& in, RowRun rows, int window) co
   return std::max(0, *std::min_element(in.positions + rows.begin, in.positions + rows.end) - window + 1);
 }
 
-// The pages that a layer's view has under a piece's head; null when it has all.
-const int32_t* Attention::view_of(const AttentionLayer& layer, const Piece& piece) const {
-  const SegmentInput& in = segments_[piece.segment].in;
-  if (!in.view) return nullptr;
-  return in.view + (size_t(layer.layer) * pool_->kv_heads() + piece.head) * in.view_pages;
+// The pages that a segment's view has in a layer under a head; null when it has all.
+const int32_t* Attention::view_of(int segment, int layer, int head) const {
+  const SegmentInput& in = segments_[segment].in;
+  return in.view ? in.view + (size_t(layer) * pool_->kv_heads() + head) * in.view_pages : nullptr;
 }
 
 // Which full pages of a split the rows see: places in the view, or without one the pages themselves.
@@ -176,7 +175,7 @@ RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, in
   const SegmentInput& in = segments_[piece.segment].in;
   const int begin = std::max(split * split_pages, first_visible(in, piece.rows, layer.window) / page_size);
   const int end = std::min((split + 1) * split_pages, in.full);
-  const int32_t* view = view_of(layer, piece);
+  const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
   if (!view) return {begin, end};
   const int32_t* last = view + in.view_pages;
   return {int(std::lower_bound(view, last, begin) - view), int(std::lower_bound(view, last, end) - view)};
@@ -185,7 +184,7 @@ RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, in
 const char* Attention::first_block(const AttentionLayer& layer, const Piece& piece, int split) const {
   const RowRun pages = full_pages(layer, piece, split);
   if (pages.begin >= pages.end) return nullptr;
-  const int32_t* view = view_of(layer, piece);
+  const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
   const int page = view ? view[pages.begin] : pages.begin;
   return pool_->block(layer.layer, piece.head, segments_[piece.segment].in.pages[page]);
 }
@@ -195,7 +194,7 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
   const SegmentInput& in = segments_[piece.segment].in;
   const int visible = first_visible(in, piece.rows, layer.window);
   const RowRun pages = full_pages(layer, piece, split);
-  const int32_t* view = view_of(layer, piece);
+  const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
   const auto absolute = [&](int i) { return view ? view[i] : i; };
   const auto block = [&](int i) { return pool_->block(layer.layer, piece.head, in.pages[absolute(i)]); };
   for (int i = pages.begin; i < pages.end; ++i) {

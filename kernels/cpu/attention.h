@@ -69,7 +69,7 @@ class Attention {
   void visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, const char* behind, float* states,
                         Scratch& scratch);
   RowRun full_pages(const AttentionLayer& layer, const Piece& piece, int split) const;
-  const int32_t* view_of(const AttentionLayer& layer, const Piece& piece) const;
+  const int32_t* view_of(int segment, int layer, int head) const;
   const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
   void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,

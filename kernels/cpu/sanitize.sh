@@ -1,7 +1,8 @@
 #!/bin/sh
 # Runs the native engine's tests against an engine built with sanitizers, in a copy of the checkout.
 #   kernels/cpu/sanitize.sh address|thread [pytest arguments]
-# PYTHON names the interpreter (python3), SANITIZE_DIR the folder for build and copy (build/sanitize).
+# PYTHON names the interpreter (python3), SANITIZE_DIR the folder for build and copy (build/sanitize). The tests run in
+# a process a core (-n 0 among the arguments: in this one); the last line is the verdict.
 set -eu
 kind=$1
 shift
@@ -21,8 +22,8 @@ rm -f "$work"/checkout/kernels/cpu/_native*.so
 cp "$work"/build/_native*.so "$work/checkout/kernels/cpu/"
 
 case $kind in
-  address) runtime=libasan.so ;;
-  thread) runtime=libtsan.so ;;
+  address) runtime=libasan.so names="AddressSanitizer and UBSan" ;;
+  thread) runtime=libtsan.so names=ThreadSanitizer ;;
 esac
 # An editable install's finder would hand out the checkout it was made from, with the engine that is not instrumented.
 mkdir -p "$work/site"
@@ -43,5 +44,13 @@ sanitized() {
 }
 sanitized -c "from tokenswift_py.kernels.cpu import _native as engine
 assert engine.__file__.startswith('$work/checkout/'), engine.__file__"
-sanitized -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_sampling.py \
-  tests/test_statistics.py tests/test_quantised.py tests/test_gguf.py -q -p no:cacheprovider "$@"
+# A finding ends the process, and with it what pytest has captured: file descriptors are left alone.
+if sanitized -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_sampling.py \
+  tests/test_statistics.py tests/test_quantised.py tests/test_gguf.py -q -p no:cacheprovider --capture=sys -n auto "$@"
+then
+  echo "$names: nothing found"
+else
+  status=$?
+  echo "$names: FAILED: a finding above, or a test (pytest: $status)"
+  exit $status
+fi
