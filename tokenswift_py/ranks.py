@@ -156,7 +156,8 @@ class ProcessGroup(Ranks):
 
     @contextmanager
     def same_fate(self, *kinds: type[Exception]) -> Iterator[None]:
-        carried, mine = (UserError, *kinds), None
+        carried: tuple[type[Exception], ...] = (UserError, *kinds)
+        mine = None
         told = np.zeros(1 + LONGEST_ERROR, np.uint8)  # 1 + which kind it is, its line
         try:
             yield
