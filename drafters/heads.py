@@ -53,6 +53,7 @@ RANKS = 8  # candidates of each head
 PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none was measured
 UNLIKELY = 0.01  # paths below this are not proposed
 MEMORY = 0.02  # weight of the latest step in the acceptance of a head's rank
+MARGIN = 1.5  # what guesses must save over the time of asking for them, for what seems to pay just so seldom does
 BEAM = 3  # places of a level that get children
 
 
@@ -268,7 +269,7 @@ class Heads(Drafter):
             ms = context.planner.heads(1, 0)
             chances = [place.chance * (1 - terms.known) * each.chance for each in odds]
             gain = sum(max(0.0, terms.gain_ms(chance, len(draft) + rank)) for rank, chance in enumerate(chances))
-            if gain <= ms and not (head == 0 and context.planner.may_probe(ms)):
+            if gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
                 return
             clock = time.perf_counter()
             x, state = self.step(head, place, context.history[-1])
