@@ -127,11 +127,13 @@ class Paced:
 
 @dataclass(frozen=True)
 class Drafted:
-    """accepted, rejected: drafted tokens that were put to the test or hung from one that was wrong. sizes: of trees."""
+    """accepted, rejected: drafted tokens; the latter also hung from a wrong one, or beside the right one. sizes: of
+    trees. told: pages of a view, as the trace has them. views: that draft passes were given."""
 
     accepted: int
     rejected: int
     sizes: set[int]
+    told: set[int]
     views: list[IntArray]
 
 
@@ -150,7 +152,8 @@ def draft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Drafted]:
         assert engine.cache.pool.in_use == 0
         stats, sizes = engine.stats, {len(line["tree"]["tokens"]) for line in lines}
         accepted = stats.num_accepted_draft_tokens
-        return Drafted(accepted, stats.num_draft_tokens - accepted, sizes, drafting.views)
+        told = {line["drafter"].get("view_pages") for line in lines if line["drafter"].get("chain")}
+        return Drafted(accepted, stats.num_draft_tokens - accepted, sizes, told, drafting.views)
 
     return drafted
 
@@ -162,7 +165,7 @@ def test_no_view_changes_a_token(draft: Callable[..., Drafted], setup: str, para
     for tier, policy, tokens in VIEWS:
         drafter = create(tier, policy=policy, view_tokens=tokens, width=2)
         result = draft(SETUPS[setup], params, SIZES[size], drafter, Paced(drafting, 1.0))
-        assert {view.shape[-1] for view in result.views} == {tokens // PAGE_SIZE}
+        assert {view.shape[-1] for view in result.views} == result.told == {tokens // PAGE_SIZE}
         assert result.rejected >= 10
         assert len(result.sizes) > (4 if size == "planned trees" else 1)
         found[tier, policy, tokens] = result
