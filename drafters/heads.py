@@ -266,6 +266,8 @@ class Heads(Drafter):
         self.move(row.device)
         place = Place(draft.chances[end], (), row.float()[None])
         for head, odds in enumerate(self.odds):
+            if len(draft) == draft.budget:
+                return
             ms = context.planner.heads(1, 0)
             chances = [place.chance * (1 - terms.known) * each.chance for each in odds]
             gain = sum(max(0.0, terms.gain_ms(chance, len(draft) + rank)) for rank, chance in enumerate(chances))

@@ -66,6 +66,7 @@ class Partial(Drafter):
         self._now = self.views[0]
         self._chosen: PageView | None = None
         self._chosen_at = (-1, -1)  # full pages and committed tokens then
+        self._missed = False  # a guess under it was wrong
         self._length = 0  # of the cache when the last tree was proposed
         self._round = 0
         self._draft: Draft | None = None
@@ -100,8 +101,7 @@ class Partial(Drafter):
     def observe(self, taken: Acceptance, output: Output) -> None:
         assert self._draft is not None
         self._draft.learn(taken)
-        if not self._now.learn(self._draft, self._chain, taken):
-            self._chosen = None
+        self._missed |= not self._now.learn(self._draft, self._chain, taken)
         self._see(output, taken.path[-1])
         self.policy.observe(committed(output, taken.path, self._length))
 
@@ -114,6 +114,7 @@ class Partial(Drafter):
         return {
             "view_tokens": self._now.tokens,
             "view_pages": pages,
+            "view_age": None if self._chosen is None else self._length - self._chosen_at[1],
             "chain": len(self._chain) - 1,
             "expected_acceptance": round(self._now.next, 4),
             "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
@@ -221,9 +222,10 @@ class Partial(Drafter):
         pages, length = cache.full_pages, cache.length
         if self._held(context) <= self._now.tokens:
             return None
-        if self._chosen is None or pages != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh:
+        old = self._missed or pages != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh
+        if self._chosen is None or old:
             chosen = PageView(select(self.policy, cache.page_stats(), self._now.tokens))
-            self._chosen, self._chosen_at = chosen, (pages, length)
+            self._chosen, self._chosen_at, self._missed = chosen, (pages, length), False
         return self._chosen
 
     @staticmethod

@@ -187,7 +187,7 @@ def main() -> None:
     )
     swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, threads=args.threads)
     for name, length in product(names, map(int, args.lengths.split(","))):
-        text = Text(swift, args, name, length)
+        text = Text(swift, args, name, length, len(contenders(args.drafters)))
         for cut in range(length, text.last + 1, CUT):
             results.cell({"workload": name, "length": cut}, lambda text=text, cut=cut: rows(text, cut))  # type: ignore[misc]
         text.close()
@@ -197,12 +197,13 @@ def main() -> None:
 
 @dataclass
 class Text:
-    """A workload from one length on, read or written when a cell first needs it."""
+    """A workload from one length on, read or written when a cell first needs it. forks: that go on from it at once."""
 
     swift: TokenSwift
     args: argparse.Namespace
     name: str
     length: int
+    forks: int
 
     @property
     def last(self) -> int:
@@ -219,7 +220,7 @@ class Text:
         else:
             tokens = continuation(self.name, swift.tokenizer, self.last).tokens
         kept = args.kept and args.kept / f"{self.name}-{self.length}"
-        return Prefix(swift, tokens, self.last + args.new, len(contenders(args.drafters)), args.new, kept)
+        return Prefix(swift, tokens, self.last + args.new, self.forks, args.new, kept)
 
     def run(self, cut: int) -> Run:
         if isinstance(self.source, Written):

@@ -37,10 +37,11 @@ def decoder_of(
     attention: str = "sdpa",
     ops: Ops | None = None,
     kv_dtype: torch.dtype | None = None,
+    draft: bool = False,
 ) -> TorchDecoder:
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
     spec = ModelSpec.from_config(model.config)
-    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops, kv_dtype=kv_dtype)
+    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops, draft, kv_dtype)
 
 
 @pytest.fixture(scope="session")

@@ -315,6 +315,11 @@ def test_heads_go_on_behind_their_likeliest_guess_as_long_as_that_pays() -> None
     assert draft.tokens[2:] == [0], "rows may cost the more the more there are"
     _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance), budget=4)
     assert len(draft) == 4, "no more than there is room for"
+    drafter, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance), budget=2)
+    assert len(draft) == 2
+    context: Any = SimpleNamespace(planner=Planner())
+    drafter.extend(draft, 1, torch.ones(E), context, Terms(0.0, lambda chance, rows: float("inf")))
+    assert not context.planner.heads.measured, "and where there is none heads are not asked"
 
 
 def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> None:

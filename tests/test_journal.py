@@ -24,6 +24,7 @@ from tokenswift_py import TokenSwift, UserError, contract, journal, snapshot
 from tokenswift_py.cli import main
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.engine import Engine, ReplayError
 from tokenswift_py.eviction import Eviction
 from tokenswift_py.journal import NAME, Journal, JournalError
@@ -326,6 +327,37 @@ def test_a_recorded_run_goes_on_where_it_was_cut(swift: TokenSwift, run: tuple[P
         assert again.report["new_tokens"] == whole.report["new_tokens"]
         assert sum(len(piece.tokens) + len(piece.forced) for piece in pieces) == len(whole.tokens) - count
         assert journal.read(folder).tokens == whole.tokens
+
+
+@pytest.mark.parametrize("drafter", ["partial", "cascade"])
+def test_a_run_goes_on_with_drafts_that_see_a_few_pages(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: str
+) -> None:
+    view, seen = Partial._view, set()
+
+    def watched(self: Partial, context: Any) -> Any:
+        found = view(self, context)
+        seen.add(found and found.pages.shape[-1])
+        return found
+
+    monkeypatch.setattr(Partial, "_view", watched)
+    folder = tmp_path / "run"
+    settings: dict[str, Any] = {**SETTINGS, "max_new_tokens": 90, "chapters": [], "ignore_eos": True, "context": 900}
+    prompt = 32 * "the cat and the dog and the bird sat on the mat, and then the rain began. "
+    plain = swift.generate(prompt, drafter="none", **settings)
+    assert plain.report["prompt_tokens"] > 448, "seven pages"
+    with swift.stream(prompt, out=folder, drafter=drafter, draft_budget=192, draft_tokens=5, **settings) as stream:
+        list(stream)
+    assert stream.tokens == plain.tokens
+    for count in (1, 37, 64, 75):
+        cut(folder, count)
+        seen.clear()
+        with swift.resume(folder) as stream:
+            list(stream)
+        report = stream.result().report
+        assert stream.tokens == plain.tokens and report["resumed_behind"] == count
+        assert 0 < report["num_accepted_draft_tokens"] < report["num_draft_tokens"]
+        assert seen == {3}
 
 
 def test_extending_writes_what_a_longer_run_writes(swift: TokenSwift, tmp_path: Path) -> None:
