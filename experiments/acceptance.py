@@ -21,6 +21,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from ablations import Varied
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--min-p", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kept", metavar="DIR", help="keep the KV of prefixes there, as speedup.py does")
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, as speedup.py does")
     parser.set_defaults(cuts=1)
     add_flags(parser)
     args = parser.parse_args()
@@ -220,10 +221,11 @@ def plot(figure: Any, rows: list[Row]) -> None:
             here = [row for row in rows if (row["length"], row["policy"], row["weights"]) == (length, policy, weights)]
             views = sorted({row["view"] for row in here})
             shares = [pooled(row for row in here if row["view"] == view) for view in views]
-            style = "o--" if weights == "int8" else "o-"
+            style = "s--" if weights == "int8" else "o-"
             panel.plot(views, shares, style, color=f"C{place}", linewidth=0.8, label=f"{policy}, {weights}")
         panel.axhline(WANTED, color="gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
+        panel.set_xticks(sizes := sorted({row["view"] for row in rows}), [str(size) for size in sizes])
         panel.set_title(f"behind {length} tokens", fontsize=9)
         panel.set_xlabel("tokens of the view")
     panels[0].set_ylabel("guesses right, of those tested")

@@ -58,7 +58,8 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     def run(*flags: str) -> list[dict[str, Any]]:
         given = [
             "--model", str(tiny_folder), "--dtype", "fp32", "--workloads", "docs", "--lengths", "300", "--new", "40",
-            "--weights", "bf16", "--threads", "1", "--results", str(tmp_path), *flags,
+            "--weights", "bf16", "--threads", "1", "--results", str(tmp_path),
+            "--kept", str(tmp_path / "kv"), *flags,
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["acceptance.py", *given])
         acceptance.main()
