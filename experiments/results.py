@@ -35,7 +35,7 @@ SCHEMA = 1
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ENGINE = ("tokenswift_py", "drafters", "kvcache", "kernels")
-FREE = ("again", "results", "trace", "json")  # flags that no number depends on
+FREE = ("again", "results", "trace", "json", "kept")  # flags that no number depends on, and that name places
 
 Row = dict[str, Any]
 Plot = Callable[[Any, list[Row]], None]  # draws rows on a matplotlib Figure
@@ -44,6 +44,18 @@ Plot = Callable[[Any, list[Row]], None]  # draws rows on a matplotlib Figure
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure finished cells anew")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="where they are written")
+
+
+def command(argv: Sequence[str]) -> str:
+    """What was typed, but for the flags that no number depends on."""
+    kept, words = [], iter(argv[1:])
+    for word in words:
+        flag, equals, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or flag not in FREE:
+            kept.append(word)
+        elif not equals and flag != "again":
+            next(words, None)
+    return " ".join(["python", f"experiments/{Path(argv[0]).name}", *map(shlex.quote, kept)])
 
 
 def start(main: Callable[[], None]) -> None:
@@ -119,7 +131,7 @@ class Results:
             "schema": SCHEMA,
             "name": self.name,
             "question": self.question,
-            "command": " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *map(shlex.quote, sys.argv[1:])]),
+            "command": command(sys.argv),
             "created": now(),
             **commit(),
             "machine": self.machine,

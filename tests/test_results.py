@@ -158,3 +158,18 @@ def test_wrong_input_ends_a_script_with_its_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["experiments/toy.py"])
     with pytest.raises(SystemExit, match=r"^toy\.py: lengths: 9 is not allowed; fewer$"):
         start(main)
+
+
+def test_the_command_names_no_places() -> None:
+    argv = [
+        "/home/me/experiments/x.py",
+        "--new",
+        "8",
+        "--kept",
+        "/data/kept",
+        "--again",
+        "--results=/data",
+        "--text",
+        "a b",
+    ]
+    assert results.command(argv) == "python experiments/x.py --new 8 --text 'a b'"
