@@ -161,15 +161,6 @@ def test_wrong_input_ends_a_script_with_its_line(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_command_names_no_places() -> None:
-    argv = [
-        "/home/me/experiments/x.py",
-        "--new",
-        "8",
-        "--kept",
-        "/data/kept",
-        "--again",
-        "--results=/data",
-        "--text",
-        "a b",
-    ]
+    flags = "--new 8 --kept /data/kept --again --results=/data --text"
+    argv = ["/home/me/experiments/x.py", *flags.split(), "a b"]
     assert results.command(argv) == "python experiments/x.py --new 8 --text 'a b'"
