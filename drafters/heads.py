@@ -39,6 +39,7 @@ from tokenswift_py.errors import UserError, check, one_line
 from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.planner import Odds
+from tokenswift_py.sampling import NumericsError
 
 logger = logging.getLogger("tokenswift")
 
@@ -295,12 +296,16 @@ class Heads(Drafter):
             self.weights = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
-        """What the target's sampler would choose of these logits behind this path, best first."""
+        """What the target's sampler would choose of these logits behind this path, best first; nothing where nobody
+        can choose: whether the text comes that far is for the target to say."""
         start = len(context.history)
         context.history.extend(path)
-        ranked = context.sampler.rank(logits, context.history, self.acceptance.shape[1])
-        context.history.truncate(start)
-        return ranked
+        try:
+            return context.sampler.rank(logits, context.history, self.acceptance.shape[1])
+        except NumericsError:
+            return []
+        finally:
+            context.history.truncate(start)
 
     def learn(self, tokens: Sequence[int]) -> None:
         """What the model wrote behind the pending token of the last tree."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from tokenswift_py.drafters.heads import (
     read_heads,
     write_heads,
 )
+from tokenswift_py.engine import Engine
 from tokenswift_py.history import History
 from tokenswift_py.loading import Checkpoint, open_checkpoint
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
@@ -45,6 +47,7 @@ from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.planner import Odds, Planner
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.sampling import Sampler
+from tokenswift_py.stopping import Stops
 
 E, V, K = 48, 61, 3
 
@@ -290,6 +293,30 @@ def test_heads_within_the_cascade_change_no_token(
         assert engine.cache.pool.in_use == 0
         asked = engine.planner.heads.measured
         assert asked or count < 4 or size == 1, "heads are asked at least until it is known what they cost"
+
+
+class Guarded:
+    """A processor that lets one text pass and leaves no token behind any other."""
+
+    def __init__(self, text: list[int]):
+        self.text = text
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores if ids[0].tolist() == self.text[: ids.shape[1]] else torch.full_like(scores, -torch.inf)
+
+
+def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: Any) -> None:
+    """A grammar, say, that plain decoding keeps to: whether a guess leaves it is not for the drafter to find out."""
+    plain, _, _ = write(tiny_decoder, PROMPT, 60)
+    drafters = [make for form in FORMS for make in (
+        lambda form=form: Heads(random_heads(form), embedding_of(tiny_decoder)),
+        lambda form=form: Cascade(heads=Heads(random_heads(form), embedding_of(tiny_decoder))),
+    )]  # fmt: skip
+    for make, size in product(drafters, (None, 8)):
+        sampler = Sampler(SamplingParams(), V, processors=[Guarded(PROMPT + plain)])
+        engine = Engine(tiny_decoder, make(), sampler, Stops(60), draft_tokens=size)
+        assert [token for step in engine.run(PROMPT) for token in step.tokens] == plain
+        assert engine.stats.num_draft_tokens > 0 or size is None
 
 
 def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
