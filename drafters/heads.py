@@ -189,6 +189,12 @@ class Heads(Drafter):
         self.learn(taken.tokens)
         self._row = self.weights.reads(output, taken.path[-1])
 
+    def alike(self) -> object:
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.weights.tensors.items()):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        return self.weights.form, self.acceptance.tolist(), digest.hexdigest()
+
     @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
         """Up to `budget` nodes behind the history's last token. row: [E], `weights.reads` of the row that gave it."""

@@ -105,6 +105,9 @@ class Partial(Drafter):
         self._see(output, taken.path[-1])
         self.policy.observe(committed(output, taken.path, self._length))
 
+    def alike(self) -> object:
+        return None if self.heads is None else self.heads.alike()
+
     def _see(self, output: Output, row: int) -> None:
         if self.heads is not None:
             self._row = self.heads.weights.reads(output, row)
