@@ -15,6 +15,7 @@ from tokenswift_py.drafters.heads import Heads, Terms
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
+from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.planner import Planner
 
@@ -134,7 +135,8 @@ class Partial(Drafter):
         length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
         while len(self._chain) <= length:
-            room = cache.limit - cache.length - len(tail)
+            rejected = cache.tail_length - len(tail)  # rows, which take room as well
+            room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
             ahead = self._look_ahead(context, place, keys, room)
             ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
             gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
