@@ -66,7 +66,7 @@ class Confidence:
     """How often the guesses of one draft are right.
 
     width:  guesses a node has at most, runners-up included.
-    spread: expected of the errors of its scores, in units of logit; it may change from draft to draft.
+    spread: expected of the errors of its scores, in units of logit / temperature; it may change from draft to draft.
     family: what drafts of the same kind share; they differ by the expected spread.
     """
 
