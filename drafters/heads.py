@@ -381,7 +381,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:
     """Where heads for a model are looked for, what was trained here first."""
-    return [heads_file(folder, fingerprint(checkpoint)) for folder in (cache_folder(), PACKAGED)]
+    key = fingerprint(checkpoint)
+    return [heads_file(folder, key) for folder in (cache_folder(), PACKAGED)]
 
 
 def heads_file(folder: Path, key: str) -> Path:
