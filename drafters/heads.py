@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,8 @@ class Heads(Drafter):
     @torch.inference_mode()
     def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, terms: Terms) -> None:
         """For a drafter that has more than heads: hang guesses behind node `end` of its draft, which carries the
-        history's last token, head by head behind the likeliest, as long as one more head is worth its time.
+        history's last token, head by head behind the likeliest, as long as one more head is worth its time, or until
+        it is known what it takes.
 
         row: [E], `weights.reads` of the row that gave that token.
         """
@@ -275,16 +277,18 @@ class Heads(Drafter):
         for head, odds in enumerate(self.odds):
             if len(draft) == draft.budget:
                 return
-            ms = context.planner.heads(1, 0)
-            chances = [place.chance * (1 - terms.known) * each.chance for each in odds]
-            gain = sum(max(0.0, terms.gain_ms(chance, len(draft) + rank)) for rank, chance in enumerate(chances))
-            if gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
+            cost = context.planner.heads
+            ms = cost(1, 0)
+            unknown = place.chance * (1 - terms.known)
+            gains = (terms.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
+            gain = sum(takewhile(lambda saved: saved > 0, gains))
+            if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
                 return
             clock = time.perf_counter()
             x, state = self.step(head, place, context.history[-1])
             logits = self.weights.project(state, [head], context.draft_model)[0]
             guesses = self.rank(logits, place.path, context)
-            context.planner.heads.observe(1, 0, 1e3 * (time.perf_counter() - clock))
+            cost.observe(1, 0, 1e3 * (time.perf_counter() - clock))
             best = None
             for token, each in zip(guesses, odds, strict=False):
                 if terms.gain_ms(place.chance * each.chance, len(draft)) <= 0:

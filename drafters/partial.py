@@ -142,7 +142,7 @@ class Partial(Drafter):
             gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
             if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
                 break
-            tree = self._ask_heads(context, ahead, keys).build()
+            tree = self._ask_heads(context, draft, ahead, keys).build()
             clock = time.perf_counter()
             first = cache.tail_length
             output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
@@ -200,13 +200,19 @@ class Partial(Drafter):
         """The chance that repeats hold the next token."""
         return next_chance(self._repeats(place, token, planner))
 
-    def _ask_heads(self, context: Context, ahead: Draft, keys: int) -> Draft:
-        """More for a draft pass to check, where it saves more time in passes than it takes."""
+    def _ask_heads(self, context: Context, draft: Draft, ahead: Draft, keys: int) -> Draft:
+        """More for a draft pass to check, where it saves more time in passes than it takes.
+
+        A right guess brings the token behind it, too. That saves a pass where one would have been made for it, and is
+        never worth more than the token.
+        """
         if self.heads is not None and self._row is not None:
-            cost = context.planner.draft
+            planner, cost = context.planner, context.planner.draft
+            chance_behind = draft.chances[self._chain[-1]] * self._now.next**2
+            saved_ms = min(cost(1, keys), planner.gain_ms(chance_behind, len(draft) + 1))
 
             def gain_ms(chance: float, rows: int) -> float:
-                return chance * cost(1, keys) - (cost(rows + 1, keys) - cost(rows, keys))
+                return chance * saved_ms - (cost(rows + 1, keys) - cost(rows, keys))
 
             self.heads.extend(ahead, 0, self._row, context, Terms(next_chance(ahead), gain_ms))
         return ahead

@@ -365,6 +365,26 @@ def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> N
     assert len(draft) > 2
 
 
+@pytest.mark.parametrize(("reached", "asked"), [(0.95, True), (0.02, False)])
+def test_a_guess_saves_no_more_of_a_draft_pass_than_its_token_is_worth(reached: float, asked: bool) -> None:
+    """Heads take 1 ms and are mostly right, a draft pass takes 4: where the chain is likely to be wrong before, no pass
+    would be made for what they guess."""
+    heads, _, context = proposal([[0.9, 0.05]], 1)
+    context.planner = planner = Planner()
+    for rows in (1, 2, 4, 8):
+        planner.observe(rows, 1, {"draft": 0.0, "verify": 20.0 + rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
+    for rows in (1, 2, 3, 4) * 6:
+        planner.draft.observe(rows, 96, 4.0 + 0.05 * rows)
+        planner.heads.observe(1, 0, 1.0)
+    while planner.may_probe(1.0):
+        pass
+    drafter, draft, ahead = Cascade(heads=heads), Draft(7, 9), Draft(7, 7)
+    node = draft.guess(0, 3, Odds(reached))
+    assert node is not None
+    drafter._chain, drafter._row = [0, node], torch.ones(E)
+    assert (len(drafter._ask_heads(context, draft, ahead, 96)) > 1) == asked
+
+
 def test_what_became_of_heads_guesses_is_learned() -> None:
     drafter, draft = extended([[0.5, 0.3]], Terms(0.0, lambda chance, rows: chance))
     before = [odds.chance for odds in drafter.odds[0]]
