@@ -61,6 +61,11 @@ class Drafter:
         """What a line of the trace says about the last proposal."""
         return {}
 
+    def alike(self) -> object:
+        """What ranks must have in common before they draft together, beside the parameters of the run: what they read
+        from files of their own."""
+        return None
+
 
 class Draft(TreeBuilder):
     """A tree in the making that knows each node's chance of being emitted, and the odds it was guessed by."""

@@ -19,7 +19,7 @@ from tokenswift_py.sampling import NumericsError
 Doubles = npt.NDArray[np.float64]
 
 
-def wrong(lead: float, spread: Doubles | float) -> Doubles:
+def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
     """The chance that a guess is wrong, by the lead of its perturbed score over the next one's.
 
     Target and draft share their noise, so only the error of the draft's scores can make a guess wrong, and a large lead
@@ -29,12 +29,12 @@ def wrong(lead: float, spread: Doubles | float) -> Doubles:
 
     lead, spread: in units of logit / temperature.
     """
-    return np.asarray(0.6 * np.exp(-((min(lead, FARTHEST) / np.asarray(spread)) ** 0.8)))
+    return np.asarray(0.6 * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
 
 
 FARTHEST = 6.0
 LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # bounds of the ranges that are counted apart
-MIDDLES = (0.025, 0.1, 0.22, 0.45, 0.8, 1.3, 2.0, 3.2, FARTHEST)
+MIDDLES = np.array((0.025, 0.1, 0.22, 0.45, 0.8, 1.3, 2.0, 3.2, FARTHEST))
 USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how often leads lie in each, where it was fitted
 
 
@@ -66,7 +66,7 @@ class Confidence:
     """How often the guesses of one draft are right.
 
     width:  guesses a node has at most, runners-up included.
-    spread: expected of the errors of its scores, in units of logit; it may change from draft to draft.
+    spread: expected of the errors of its scores, in units of logit / temperature; it may change from draft to draft.
     family: what drafts of the same kind share; they differ by the expected spread.
     """
 
@@ -81,7 +81,9 @@ class Confidence:
     def next(self) -> float:
         """The chance of a guess not made yet."""
         leads = (self._family or self._own).leads
-        chances = [self._odds(lead).chance for lead in MIDDLES]
+        for odds, chance_wrong in zip(self._first, self._wrong(MIDDLES).tolist(), strict=True):
+            odds.prior = 1 - chance_wrong
+        chances = [odds.chance for odds in self._first]
         return float(leads @ chances / leads.sum())
 
     def guess(
@@ -109,7 +111,7 @@ class Confidence:
         self._leads[node] = lead
         for rank, (other, its_score) in enumerate(others[: self.width - 1]):
             odds = self._others[rank][bisect(LEADS, score - its_score)]
-            odds.prior = RUNNER_UP * self._wrong(score - its_score) / (1 + rank)
+            odds.prior = RUNNER_UP * float(self._wrong(score - its_score)) / (1 + rank)
             candidates.push(end, other, odds, None if more is None else more(other))
         context.history.append(token)
         return node
@@ -131,16 +133,17 @@ class Confidence:
 
     def _odds(self, lead: float) -> Odds:
         odds = self._first[bisect(LEADS, lead)]
-        odds.prior = 1 - self._wrong(lead)
+        odds.prior = 1 - float(self._wrong(lead))
         return odds
 
-    def _wrong(self, lead: float) -> float:
-        """By all the spreads there may be, each as likely as the guesses seen make it."""
+    def _wrong(self, leads: Doubles | float) -> Doubles:
+        """By all the spreads there may be, each as likely as the guesses seen make it. For each of these leads."""
         likelihood = self._own.likelihood
         if self._family is not None:  # which has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
         belief = np.exp(PRIOR + likelihood - (PRIOR + likelihood).max())
-        return float(belief @ wrong(lead, self.spread * FACTORS) / belief.sum())
+        chances: Doubles = wrong(np.asarray(leads)[..., None], self.spread * FACTORS) @ belief / belief.sum()
+        return chances
 
 
 RUNNER_UP = 0.55  # of the wrong guesses, those where the next by score is right

@@ -63,6 +63,7 @@ class DraftModel(Drafter):
         draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
         self._draft, self._chain = draft, [0]
+        self._confidence.spread = SPREAD / (context.sampler.params.temperature or 1.0)
         self.cache.drop_tail()
         start = len(history)
         self._read = start - self.cache.length

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from tokenswift_py.errors import UserError, check, one_line
 from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.planner import Odds
+from tokenswift_py.sampling import NumericsError
 
 logger = logging.getLogger("tokenswift")
 
@@ -188,6 +190,12 @@ class Heads(Drafter):
         self.learn(taken.tokens)
         self._row = self.weights.reads(output, taken.path[-1])
 
+    def alike(self) -> object:
+        digest = hashlib.sha256()
+        for _, tensor in sorted(self.weights.tensors.items()):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        return self.weights.form, self.acceptance.tolist(), digest.hexdigest()
+
     @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
         """Up to `budget` nodes behind the history's last token. row: [E], `weights.reads` of the row that gave it."""
@@ -259,7 +267,8 @@ class Heads(Drafter):
     @torch.inference_mode()
     def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, terms: Terms) -> None:
         """For a drafter that has more than heads: hang guesses behind node `end` of its draft, which carries the
-        history's last token, head by head behind the likeliest, as long as one more head is worth its time.
+        history's last token, head by head behind the likeliest, as long as one more head is worth its time, or until
+        it is known what it takes.
 
         row: [E], `weights.reads` of the row that gave that token.
         """
@@ -268,16 +277,18 @@ class Heads(Drafter):
         for head, odds in enumerate(self.odds):
             if len(draft) == draft.budget:
                 return
-            ms = context.planner.heads(1, 0)
-            chances = [place.chance * (1 - terms.known) * each.chance for each in odds]
-            gain = sum(max(0.0, terms.gain_ms(chance, len(draft) + rank)) for rank, chance in enumerate(chances))
-            if gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
+            cost = context.planner.heads
+            ms = cost(1, 0)
+            unknown = place.chance * (1 - terms.known)
+            gains = (terms.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
+            gain = sum(takewhile(lambda saved: saved > 0, gains))
+            if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
                 return
             clock = time.perf_counter()
             x, state = self.step(head, place, context.history[-1])
             logits = self.weights.project(state, [head], context.draft_model)[0]
             guesses = self.rank(logits, place.path, context)
-            context.planner.heads.observe(1, 0, 1e3 * (time.perf_counter() - clock))
+            cost.observe(1, 0, 1e3 * (time.perf_counter() - clock))
             best = None
             for token, each in zip(guesses, odds, strict=False):
                 if terms.gain_ms(place.chance * each.chance, len(draft)) <= 0:
@@ -295,12 +306,16 @@ class Heads(Drafter):
             self.weights = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
-        """What the target's sampler would choose of these logits behind this path, best first."""
+        """What the target's sampler would choose of these logits behind this path, best first; nothing where nobody
+        can choose: whether the text comes that far is for the target to say."""
         start = len(context.history)
         context.history.extend(path)
-        ranked = context.sampler.rank(logits, context.history, self.acceptance.shape[1])
-        context.history.truncate(start)
-        return ranked
+        try:
+            return context.sampler.rank(logits, context.history, self.acceptance.shape[1])
+        except NumericsError:
+            return []
+        finally:
+            context.history.truncate(start)
 
     def learn(self, tokens: Sequence[int]) -> None:
         """What the model wrote behind the pending token of the last tree."""
@@ -370,7 +385,8 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:
     """Where heads for a model are looked for, what was trained here first."""
-    return [heads_file(folder, fingerprint(checkpoint)) for folder in (cache_folder(), PACKAGED)]
+    key = fingerprint(checkpoint)
+    return [heads_file(folder, key) for folder in (cache_folder(), PACKAGED)]
 
 
 def heads_file(folder: Path, key: str) -> Path:

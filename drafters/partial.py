@@ -15,6 +15,7 @@ from tokenswift_py.drafters.heads import Heads, Terms
 from tokenswift_py.drafters.ngram import NGram, Place
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
+from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.planner import Planner
 
@@ -105,6 +106,9 @@ class Partial(Drafter):
         self._see(output, taken.path[-1])
         self.policy.observe(committed(output, taken.path, self._length))
 
+    def alike(self) -> object:
+        return None if self.heads is None else self.heads.alike()
+
     def _see(self, output: Output, row: int) -> None:
         if self.heads is not None:
             self._row = self.heads.weights.reads(output, row)
@@ -131,13 +135,14 @@ class Partial(Drafter):
         length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
         while len(self._chain) <= length:
-            room = cache.limit - cache.length - len(tail)
+            rejected = cache.tail_length - len(tail)  # rows, which take room as well
+            room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
             ahead = self._look_ahead(context, place, keys, room)
             ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
             gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
             if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
                 break
-            tree = self._ask_heads(context, ahead, keys).build()
+            tree = self._ask_heads(context, draft, ahead, keys).build()
             clock = time.perf_counter()
             first = cache.tail_length
             output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
@@ -195,13 +200,19 @@ class Partial(Drafter):
         """The chance that repeats hold the next token."""
         return next_chance(self._repeats(place, token, planner))
 
-    def _ask_heads(self, context: Context, ahead: Draft, keys: int) -> Draft:
-        """More for a draft pass to check, where it saves more time in passes than it takes."""
+    def _ask_heads(self, context: Context, draft: Draft, ahead: Draft, keys: int) -> Draft:
+        """More for a draft pass to check, where it saves more time in passes than it takes.
+
+        A right guess brings the token behind it, too. That saves a pass where one would have been made for it, and is
+        never worth more than the token.
+        """
         if self.heads is not None and self._row is not None:
-            cost = context.planner.draft
+            planner, cost = context.planner, context.planner.draft
+            chance_behind = draft.chances[self._chain[-1]] * self._now.next**2
+            saved_ms = min(cost(1, keys), planner.gain_ms(chance_behind, len(draft) + 1))
 
             def gain_ms(chance: float, rows: int) -> float:
-                return chance * cost(1, keys) - (cost(rows + 1, keys) - cost(rows, keys))
+                return chance * saved_ms - (cost(rows + 1, keys) - cost(rows, keys))
 
             self.heads.extend(ahead, 0, self._row, context, Terms(next_chance(ahead), gain_ms))
         return ahead

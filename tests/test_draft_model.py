@@ -17,6 +17,8 @@ from test_output_law import PROMPT, samplers
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, SamplingParams
 from tokenswift_py.drafters.base import Context, create
+from tokenswift_py.drafters.chain import Confidence
+from tokenswift_py.drafters.draft_model import SPREAD
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
@@ -86,6 +88,17 @@ def test_a_draft_that_is_the_target_is_always_right(target: Model, params: Sampl
     drafted, stats = written(target, 281, params, drafter, draft_tokens=6)
     assert drafted == plain
     assert stats.acceptance_histogram == {6: 40}  # one token from prefill, then forty passes of seven
+
+
+def test_errors_of_a_draft_weigh_more_at_a_low_temperature(target: Model) -> None:
+    expected = []
+    for temperature in (0.0, 0.5, 1.0):
+        drafter: Any = create("draft_model", model=target)
+        written(target, 9, SamplingParams(temperature=temperature, seed=1), drafter, draft_tokens=2)
+        assert drafter._confidence.spread == SPREAD / (temperature or 1.0)
+        drafter._confidence = Confidence(3, drafter._confidence.spread)
+        expected.append(drafter._confidence.next)
+    assert expected[0] == expected[2] > expected[1] + 0.05
 
 
 class Sometimes:

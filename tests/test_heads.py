@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,7 @@ from tokenswift_py.drafters.heads import (
     read_heads,
     write_heads,
 )
+from tokenswift_py.engine import Engine
 from tokenswift_py.history import History
 from tokenswift_py.loading import Checkpoint, open_checkpoint
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
@@ -45,6 +47,7 @@ from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.planner import Odds, Planner
 from tokenswift_py.rope import rope_tables
 from tokenswift_py.sampling import Sampler
+from tokenswift_py.stopping import Stops
 
 E, V, K = 48, 61, 3
 
@@ -292,6 +295,30 @@ def test_heads_within_the_cascade_change_no_token(
         assert asked or count < 4 or size == 1, "heads are asked at least until it is known what they cost"
 
 
+class Guarded:
+    """A processor that lets one text pass and leaves no token behind any other."""
+
+    def __init__(self, text: list[int]):
+        self.text = text
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores if ids[0].tolist() == self.text[: ids.shape[1]] else torch.full_like(scores, -torch.inf)
+
+
+def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: Any) -> None:
+    """A grammar, say, that plain decoding keeps to: whether a guess leaves it is not for the drafter to find out."""
+    plain, _, _ = write(tiny_decoder, PROMPT, 60)
+    drafters = [make for form in FORMS for make in (
+        lambda form=form: Heads(random_heads(form), embedding_of(tiny_decoder)),
+        lambda form=form: Cascade(heads=Heads(random_heads(form), embedding_of(tiny_decoder))),
+    )]  # fmt: skip
+    for make, size in product(drafters, (None, 8)):
+        sampler = Sampler(SamplingParams(), V, processors=[Guarded(PROMPT + plain)])
+        engine = Engine(tiny_decoder, make(), sampler, Stops(60), draft_tokens=size)
+        assert [token for step in engine.run(PROMPT) for token in step.tokens] == plain
+        assert engine.stats.num_draft_tokens > 0 or size is None
+
+
 def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
     """What heads hang behind the second node of a draft; each of them took `ms` until now."""
     drafter, _, context = proposal(acceptance, 1)
@@ -336,6 +363,26 @@ def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> N
     assert asked[0] and not any(asked[9:]), "what saves microseconds is not worth a millisecond"
     _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: 2 * chance), ms=0.3)
     assert len(draft) > 2
+
+
+@pytest.mark.parametrize(("reached", "asked"), [(0.95, True), (0.02, False)])
+def test_a_guess_saves_no_more_of_a_draft_pass_than_its_token_is_worth(reached: float, asked: bool) -> None:
+    """Heads take 1 ms and are mostly right, a draft pass takes 4: where the chain is likely to be wrong before, no pass
+    would be made for what they guess."""
+    heads, _, context = proposal([[0.9, 0.05]], 1)
+    context.planner = planner = Planner()
+    for rows in (1, 2, 4, 8):
+        planner.observe(rows, 1, {"draft": 0.0, "verify": 20.0 + rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
+    for rows in (1, 2, 3, 4) * 6:
+        planner.draft.observe(rows, 96, 4.0 + 0.05 * rows)
+        planner.heads.observe(1, 0, 1.0)
+    while planner.may_probe(1.0):
+        pass
+    drafter, draft, ahead = Cascade(heads=heads), Draft(7, 9), Draft(7, 7)
+    node = draft.guess(0, 3, Odds(reached))
+    assert node is not None
+    drafter._chain, drafter._row = [0, node], torch.ones(E)
+    assert (len(drafter._ask_heads(context, draft, ahead, 96)) > 1) == asked
 
 
 def test_what_became_of_heads_guesses_is_learned() -> None:

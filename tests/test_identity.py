@@ -20,6 +20,7 @@ from test_heads import random_heads
 from test_policies import NAMES
 from tokenswift_py.core import Model, Output, SamplingParams, Segment
 from tokenswift_py.drafters.base import Drafter, create
+from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import FORMS, Heads
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
@@ -177,11 +178,13 @@ def test_no_view_changes_a_token(draft: Callable[..., Drafted], setup: str, para
 
 @pytest.mark.parametrize(("setup", "params", "size"), CASES)
 def test_no_other_drafter_changes_a_token(draft: Callable[..., Drafted], setup: str, params: str, size: str) -> None:
-    """Repeats, heads of every form, and the model itself over a cache of its first page and the latest two."""
+    """Repeats, heads of every form, alone and before draft passes, and the model itself over a cache of its first page
+    and the latest two."""
     models = models_of(SETUPS[setup])
     beside: Any = create("draft_model", model=Paced(models.beside, 1.0), keep_tokens=192, width=2)
-    heads = [Heads(random_heads(form), models.embedding) for form in FORMS]
-    drafters = [create("ngram", shortest=1), *heads, beside]
+    heads, within = ([Heads(random_heads(form), models.embedding) for form in FORMS] for _ in range(2))
+    tiers = [Cascade(policy="quest", view_tokens=192, width=2, heads=head) for head in within]
+    drafters = [create("ngram", shortest=1), *heads, *tiers, beside]
     found = [draft(SETUPS[setup], params, SIZES[size], drafter, Paced(models.drafting, 1.0)) for drafter in drafters]
     assert all(result.rejected >= 10 for result in found)
     assert all(result.accepted > 0 for result in found[1:])

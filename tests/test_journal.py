@@ -20,10 +20,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scripted import write
+from test_heads import random_heads
 from tokenswift_py import TokenSwift, UserError, contract, journal, snapshot
 from tokenswift_py.cli import main
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.cascade import Cascade
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.engine import Engine, ReplayError
 from tokenswift_py.eviction import Eviction
@@ -207,7 +210,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
 PROMPT = list(range(3, 40))
 
 
-@pytest.mark.parametrize("drafter", ["none", "ngram", "partial", "cascade"])
+@pytest.mark.parametrize("drafter", ["none", "ngram", "partial", "cascade", "heads", "cascade with heads"])
 def test_a_text_resumed_at_any_point_is_the_uninterrupted_one(tiny_decoder: Any, drafter: str) -> None:
     """At every token, forced turns and the chapter's end among them, with penalties over what was recorded."""
     params = SamplingParams(temperature=0.9, seed=4, min_p=0.02, penalty=1.2, dry_multiplier=0.5)
@@ -220,7 +223,9 @@ def test_a_text_resumed_at_any_point_is_the_uninterrupted_one(tiny_decoder: Any,
     begins = turn_places(whole, steps)
     for cut in (cut for cut in range(1, len(whole) + 1) if cut not in begins):
         sampler = Sampler(params, 61, eos)
-        again = Engine(tiny_decoder, create(drafter), sampler, Stops(40, eos), turns, draft_tokens=6, prefill_chunk=16)
+        heads = Heads(random_heads("recurrent"), tiny_decoder.weights["model.embed_tokens.weight"])
+        made = {"heads": heads, "cascade with heads": Cascade(heads=heads)}.get(drafter) or create(drafter)
+        again = Engine(tiny_decoder, made, sampler, Stops(40, eos), turns, draft_tokens=6, prefill_chunk=16)
         replayed = list(again.replay(PROMPT, whole[:cut]))
         rest = list(again.run(PROMPT, replayed[-1]))
         tokens = [token for step in [*replayed, *rest] for token in (*step.forced, *step.tokens)]

@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from conftest import decoder_of, tiny_config, tiny_model
 from scripted import Scripted, write
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters import partial
+from tokenswift_py.drafters.base import Draft, create
+from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.engine import Engine
+from tokenswift_py.kvcache import pages
+from tokenswift_py.planner import Odds
 from tokenswift_py.sampling import NumericsError, Sampler
 from tokenswift_py.stats import find_loop
 from tokenswift_py.stopping import Stops
@@ -216,6 +220,28 @@ def test_the_text_fills_its_context_to_the_last_position() -> None:
     assert len(plain) == 50
     right = Scripted(PROMPT + plain, 61, 1.0)
     assert write(decoder, PROMPT, 50, drafter=right, draft_tokens=40)[0] == plain
+
+
+def test_draft_passes_of_wrong_guesses_fit_the_end_of_a_context(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of rejected guesses are kept until the next proposal, and a long chain has many."""
+    for module in (pages, partial):
+        monkeypatch.setattr(module, "SPARE_PAGES", 1)
+    monkeypatch.setattr(Partial, "_look_ahead", look_ahead)
+    decoder = decoder_of(tiny_model(tiny_config()), context=192)
+    plain, _, _ = write(decoder, PROMPT, 142)
+    drafted, engine, _ = write(decoder, PROMPT, 142, drafter=create("cascade"), draft_tokens=120)
+    assert drafted == plain
+    assert engine.stats.num_accepted_draft_tokens > 100
+
+
+def look_ahead(self: Partial, context: Any, place: Any, keys: int, room: int) -> Draft:
+    """As many guesses as there is room for, all of them wrong but by chance."""
+    ahead = Draft(context.history[-1], min(7, room))
+    while len(ahead) < ahead.budget:
+        ahead.guess(0, len(ahead), Odds(0.5))
+    return ahead
 
 
 def test_logits_that_are_not_finite_stop_with_their_position() -> None:

@@ -32,7 +32,8 @@ from tokenswift_py import TokenSwift, journal, registry, snapshot
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
-from tokenswift_py.drafters.heads import FORMS, Heads
+from tokenswift_py.drafters.cascade import Cascade
+from tokenswift_py.drafters.heads import FORMS, Heads, fingerprint, heads_file, write_heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.executors import choose_engine
@@ -104,7 +105,9 @@ def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[in
     drafted = [(create("none"), {}), (create("ngram"), {"draft_tokens": 6}), (create("cascade", policy="quest"), {}),
                (create("partial", view_tokens=64), {}), (create("partial", view_tokens=64), {"draft_tokens": 5}),
                (Scripted(LONG_PROMPT + truth, 61, 0.7), {"draft_tokens": 30}),
-               *((Heads(random_heads(form), embedding), {"draft_tokens": 7}) for form in FORMS)]  # fmt: skip
+               *((Heads(random_heads(form), embedding), {"draft_tokens": 7}) for form in FORMS),
+               (Cascade(heads=Heads(random_heads("recurrent"), embedding)), {}),
+               (Cascade(heads=Heads(random_heads("medusa"), embedding)), {"draft_tokens": 9})]  # fmt: skip
     return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
 
 
@@ -115,7 +118,7 @@ def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, tem
     params = SamplingParams(temperature=temperature, seed=5, penalty=1.1, min_p=0.02)
     alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 40, params)
     for by_rank in pair(texts, config, params, alone):
-        assert by_rank == [alone] * 9
+        assert by_rank == [alone] * 11
 
 
 def evicting() -> tuple[list[list[int]], int]:
@@ -260,6 +263,31 @@ def other_rows() -> None:
 def test_ranks_that_disagree_stop(pair: Pair, function: Callable[[], None], says: str) -> None:
     with pytest.raises(RanksError, match=says):
         pair(function)
+
+
+def other_heads(folder: str, scratch: str, leads: str | None, follows: str | None) -> str:
+    """Each rank finds the heads of this form in a cache folder of its own, or none. Returns what is said to that."""
+    before, cache = os.environ.get("TOKENSWIFT_CACHE"), Path(scratch) / str(ranks.rank)
+    os.environ["TOKENSWIFT_CACHE"] = str(cache)
+    try:
+        if form := leads if ranks.leads else follows:
+            write_heads(random_heads(form), heads_file(cache, fingerprint(open_checkpoint(folder))))
+        swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+        swift.generate("the cat", max_new_tokens=9, raw=True, seed=1)
+    except RanksError as error:
+        return str(error)
+    finally:
+        del os.environ["TOKENSWIFT_CACHE"]
+        os.environ |= {} if before is None else {"TOKENSWIFT_CACHE": before}
+    return "nothing"
+
+
+def test_all_ranks_draft_with_the_same_heads(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
+    """A pass that one of them makes and the others do not would never end."""
+    for leads, follows in (("medusa", None), (None, "medusa"), ("medusa", "tokenswift")):
+        told = pair(other_heads, str(tiny_folder), str(tmp_path / f"{leads} {follows}"), leads, follows)
+        assert all("ranks disagree on the draft heads: [1] differ" in line for line in told)
+    assert pair(other_heads, str(tiny_folder), str(tmp_path / "same"), "medusa", "medusa") == ["nothing"] * 2
 
 
 def other_trees() -> tuple[list[int], int]:

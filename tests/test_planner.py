@@ -63,6 +63,13 @@ def test_rows_and_context_never_make_a_pass_cheaper() -> None:
     assert (np.diff(np.diff(table, axis=0), axis=0) >= -1e-9).all(), "each row costs no less than the one before"
 
 
+def test_passes_shorter_than_the_clock_can_tell_cost_next_to_nothing() -> None:
+    cost = PassCost()
+    for rows in (1, 2, 3) * 9:
+        cost.observe(rows, 10, 0.0)
+    assert 0 <= cost(2, 10) < 1e-3
+
+
 def test_the_cost_follows_a_machine_that_became_slower() -> None:
     cost, rng = fitted(), np.random.default_rng(5)
     for _ in range(600):

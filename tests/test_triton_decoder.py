@@ -20,6 +20,7 @@ from tokenswift_py import TokenSwift, api, registry
 from tokenswift_py.cli import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.executors import choose_attention, choose_ops
@@ -119,7 +120,7 @@ def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
         Scripted(PROMPT + truth, 61, 0.8, width=2),
         create("ngram", shortest=1),
         create("partial", view_tokens=64),
-        create("cascade", view_tokens=64),
+        Cascade(view_tokens=64, heads=Heads(random_heads("tokenswift", hidden=32, vocab=61), embedding)),
         Heads(random_heads("recurrent", hidden=32, vocab=61), embedding),
         create("draft_model", model=small),
     ]

@@ -352,6 +352,10 @@ class TokenSwift:
             settings |= run.draft_model
         elif drafter == "draft_model":
             drafter, settings = "none", {}
+        with self.executor.ranks.same_fate():
+            chosen = create(drafter, **settings)
+        if self.executor.ranks.world > 1:
+            self.executor.ranks.agree("the draft heads", chosen.alike())
         eos = self.checkpoint.eos
         first_end = len(run.prompt) + options.min_new_tokens
         vocab, special = self.checkpoint.spec.vocab_size, special_ids(self.tokenizer)
@@ -361,7 +365,7 @@ class TokenSwift:
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
         return Engine(
             self.executor.model(run.rope),
-            create(drafter, **settings),
+            chosen,
             self.executor.sampler(
                 run.sampling, vocab, eos, first_end, options.logits_processors, options.min_chapter_tokens
             ),

@@ -47,7 +47,7 @@ class PassCost:
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:
-        ms = float(self._times(np.array([ms]))[0])
+        ms = max(float(self._times(np.array([ms]))[0]), SHORTEST)
         rows = self.padded(rows)
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
@@ -80,6 +80,7 @@ class PassCost:
             weights = 1 / np.maximum(np.abs(x @ self._coefficients - 1), 0.02)
 
 
+SHORTEST = 1e-6  # milliseconds: less, or none, is a clock's that moves in leaps
 KNEE = 4
 SAMPLES = 12  # a row count
 REFIT = 64  # passes between fits
