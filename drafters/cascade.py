@@ -25,8 +25,8 @@ class Cascade(Partial):
 def for_checkpoint(checkpoint: Checkpoint | None = None, path: str | None = None, **settings: Any) -> Cascade:
     """The drafter with the heads at `path`, or with those that this model has in the cache or in the package, if any; a
     path of "none" and no checkpoint mean no heads. Raises UserError for another path without heads for the model."""
-    with_heads = checkpoint is not None and path != "none"
-    return Cascade(heads=heads_if_any(checkpoint, path) if with_heads else None, **settings)
+    heads = None if checkpoint is None or path == "none" else heads_if_any(checkpoint, path)
+    return Cascade(heads=heads, **settings)
 
 
 DRAFTER = for_checkpoint
