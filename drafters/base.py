@@ -90,15 +90,16 @@ class Draft(TreeBuilder):
         for column in (self.tokens, self.parents, self.chances, self.odds):
             del column[size:]
 
-    def guess(self, parent: int, token: int, odds: Odds) -> int | None:
+    def guess(self, parent: int, token: int, odds: Odds, chance: float | None = None) -> int | None:
         """The child of `parent` that carries `token`, with the best odds it was guessed by; None when the tree is full.
 
         odds: that the child is emitted if its parent is.
+        chance: what the odds said when the guess was found; others may share them. None is what they say now.
         """
         node = self.add(parent, token)
         if node is None:
             return None
-        chance = odds.chance * self.chances[parent]
+        chance = (odds.chance if chance is None else chance) * self.chances[parent]
         if node == len(self.chances):
             self.chances.append(chance)
             self.odds.append(odds)
@@ -118,16 +119,17 @@ class Candidates:
 
     def __init__(self, draft: Draft):
         self.draft = draft
-        self._heap: list[tuple[float, int, int, int, Odds, Any]] = []
+        self._heap: list[tuple[float, int, int, int, Odds, float, Any]] = []
         self._order = 0
 
     def push(self, parent: int, token: int, odds: Odds, more: Any = None) -> None:
         """more: given to `follow` when the guess is taken."""
-        chance = odds.chance * self.draft.chances[parent]
-        if chance < UNLIKELY:
+        chance = odds.chance
+        path = chance * self.draft.chances[parent]
+        if path < UNLIKELY:
             return
         self._order += 1  # of equals the one found first
-        heapq.heappush(self._heap, (-chance, self._order, parent, token, odds, more))
+        heapq.heappush(self._heap, (-path, self._order, parent, token, odds, chance, more))
 
     def take(self, worth: Callable[[float], bool], follow: Callable[[int, Any], None] | None = None) -> None:
         """Add the likeliest guesses to the draft until the next is not worth it or the draft is full.
@@ -135,8 +137,8 @@ class Candidates:
         follow: called with each node added and its `more`, to push what may come behind it.
         """
         while self._heap and worth(-self._heap[0][0]):
-            _, _, parent, token, odds, more = heapq.heappop(self._heap)
-            node = self.draft.guess(parent, token, odds)
+            _, _, parent, token, odds, chance, more = heapq.heappop(self._heap)
+            node = self.draft.guess(parent, token, odds, chance)
             if node is None:
                 return
             if follow is not None and more is not None:

@@ -282,7 +282,7 @@ class Heads(Drafter):
             unknown = place.chance * (1 - terms.known)
             gains = (terms.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
             gain = sum(takewhile(lambda saved: saved > 0, gains))
-            if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms)):
+            if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
             clock = time.perf_counter()
             x, state = self.step(head, place, context.history[-1])

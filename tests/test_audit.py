@@ -15,6 +15,7 @@ import torch
 from tokenswift_py import TokenSwift, UserError, audit, journal
 from tokenswift_py.cli import main
 from tokenswift_py.core import SamplingParams
+from tokenswift_py.drafters.heads import HeadWeights, write_heads
 from tokenswift_py.history import History
 from tokenswift_py.journal import Journal
 from tokenswift_py.report import first_divergence
@@ -75,6 +76,16 @@ def test_an_honest_run_is_proven(swift: TokenSwift, tmp_path: Path, drafter: str
     assert found.decoded >= 2 * audit.WINDOW - found.forced - audit.WINDOW and found.unequal_rows == 0
     assert found.ar_seconds is not None and found.ar_seconds > 0
     assert "PROVEN" in audit.verdict(found, str)
+
+
+def test_what_drafted_need_not_be_there_any_more(swift: TokenSwift, tmp_path: Path) -> None:
+    size, file = swift.checkpoint.spec.hidden_size, tmp_path / "heads.safetensors"
+    tensors = {"weight": torch.zeros(1, 1, size, size), "bias": torch.zeros(1, 1, size)}
+    write_heads(HeadWeights("medusa", tensors), file)
+    record(swift, tmp_path / "run", **SETTINGS, drafter="cascade", draft_heads=str(file))
+    file.unlink()
+    found = audit.audit(swift, tmp_path / "run")
+    assert found.passed and found.proof
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram"])

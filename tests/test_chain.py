@@ -15,7 +15,7 @@ from tokenswift_py.drafters.base import Candidates, Draft
 from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
 from tokenswift_py.drafters.partial import Partial, View
 from tokenswift_py.history import History
-from tokenswift_py.planner import Planner
+from tokenswift_py.planner import Odds, Planner
 
 
 class Scores:
@@ -126,3 +126,15 @@ def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
     assert sizes[-1] < 4096, "small ones are cheap enough to be wrong more often"
     steps = {(a, b) for a, b in pairwise(sizes) if a != b}
     assert all(max(step) == 2 * min(step) for step in steps)
+
+
+def test_candidates_keep_the_chance_they_were_found_with() -> None:
+    """Guesses of one range of leads share their odds, whose prior each guess sets anew."""
+    draft, odds = Draft(0, 8), Odds(0.6)
+    candidates = Candidates(draft)
+    candidates.push(0, 5, odds)
+    odds.prior = 0.1
+    candidates.push(0, 6, odds)
+    candidates.take(lambda chance: True)
+    assert draft.tokens[1:] == [5, 6]
+    assert draft.chances[1:] == pytest.approx([0.6, 0.1])

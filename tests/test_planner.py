@@ -233,6 +233,7 @@ def test_probes_take_a_hundredth_of_the_time() -> None:
     allowed = sum(planner.may_probe(3.0) for _ in range(1000))
     assert 3 * allowed == pytest.approx(0.01 * 1000 * 10.3 + 8 * 3, rel=0.1)
     assert not planner.may_probe(3.0)
+    assert planner.may_probe(3.0, "heads"), "each kind for itself"
 
 
 def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:

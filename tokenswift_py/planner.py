@@ -153,7 +153,7 @@ class Planner:
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
         self._total_ms = 0.0
-        self._probe_ms = 0.0
+        self._probe_ms: dict[str, float] = {}
         self._overhead_ms = 0.0
 
     @property
@@ -221,13 +221,14 @@ class Planner:
             best = max(best, tokens / ms)
         return best
 
-    def may_probe(self, ms: float) -> bool:
+    def may_probe(self, ms: float, kind: str = "draft") -> bool:
         """Whether a guess that does not look worth it may be tried all the same, to learn whether it still is not.
 
-        Probes take PROBES of all time, and a few are free at the beginning."""
-        if self._probe_ms + ms > PROBES * self._total_ms + FREE_PROBES * ms:
+        Probes of each kind take PROBES of all time, and a few are free at the beginning."""
+        spent = self._probe_ms.get(kind, 0.0)
+        if spent + ms > PROBES * self._total_ms + FREE_PROBES * ms:
             return False
-        self._probe_ms += ms
+        self._probe_ms[kind] = spent + ms
         return True
 
     def observe(self, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
