@@ -130,12 +130,18 @@ def test_what_is_refused_leaves_no_folder(cli: list[str], tmp_path: Path, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so does what that starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = [*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "20000", "--context", "21000"]
     process = subprocess.Popen(
-        command(*arguments, "--out", str(out), "--baseline"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command(*arguments, "--out", str(out), "--baseline"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (out / "text.txt").is_file() or (out / "text.txt").stat().st_size < 100:
         assert process.poll() is None, process.communicate()
