@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenswift_py.drafters.heads import Heads, heads_if_any
+from tokenswift_py.drafters.heads import Heads
+from tokenswift_py.drafters.heads import for_checkpoint as heads_for
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.loading import Checkpoint
@@ -23,9 +24,9 @@ class Cascade(Partial):
 
 
 def for_checkpoint(checkpoint: Checkpoint | None = None, path: str | None = None, **settings: Any) -> Cascade:
-    """The drafter with the heads at `path`, or with those that this model has in the cache or in the package, if any; a
-    path of "none" and no checkpoint mean no heads. Raises UserError for another path without heads for the model."""
-    heads = None if checkpoint is None or path == "none" else heads_if_any(checkpoint, path)
+    """The drafter with the heads that `path` names, see `heads.find_heads`; with none for None: those of the default
+    model do not pay beside the other tiers (`results/ablations.md`). Raises UserError where there are no such heads."""
+    heads = None if checkpoint is None or path is None else heads_for(checkpoint, path)
     return Cascade(heads=heads, **settings)
 
 

@@ -335,7 +335,7 @@ def by_chance(place: Place) -> tuple[float, int]:
 
 
 def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
-    """The drafter with the heads at `path`, or with those that this model has in the cache or in the package."""
+    """The drafter with the heads that `path` names, see `find_heads`."""
     blocks = "with --dtype gguf the embedding that heads read stays in blocks; bf16, fp32 and int8 are allowed"
     check(checkpoint.gguf is None, "drafter", "heads", blocks)
     weights = find_heads(checkpoint, path)
@@ -345,25 +345,21 @@ def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
 DRAFTER = for_checkpoint
 
 
-def heads_if_any(checkpoint: Checkpoint, path: str | None = None) -> Heads | None:
-    """For a drafter that can do without: None where no path is named and there are none that it can use."""
-    usable = checkpoint.gguf is None and any(file.is_file() for file in heads_files(checkpoint))
-    return for_checkpoint(checkpoint, path) if usable or path is not None else None
-
-
 def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
     """Read heads and check them against the model. Raises UserError.
 
     path: a file of ours, or a file or folder with heads of Medusa or TokenSwift (.safetensors, .pt, .bin), which is
-    converted once into the cache; None looks for heads that were trained for this model.
+    converted once into the cache; "auto" and None look for heads that were trained for this model, in the cache and in
+    the package.
     """
     key = fingerprint(checkpoint)
-    if path is None:
+    if path in (None, "auto"):
         found = [file for file in heads_files(checkpoint) if file.is_file()]
         advice = f"train them (tokenswift train-heads --model {checkpoint.name}) or name a file"
         check(bool(found), "draft_heads", path, f"there are none for {checkpoint.name}: {advice}")
         file = found[0]
     else:
+        assert path is not None
         file = Path(path).expanduser()
         check(file.exists(), "draft_heads", path, "an existing file or folder")
         if not is_ours(file):

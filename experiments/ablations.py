@@ -71,7 +71,7 @@ GROUPS: dict[str, list[Variant]] = {
     "n-gram match": [ngram(shortest) for shortest in (1, 2, 3, 4, 6)],
     "n-gram nodes": [Variant(str(n), {"drafter": "ngram", "draft_tokens": n}) for n in (2, 4, 8, 16, 32)],
     "heads nodes": [Variant(str(n), {"drafter": "heads", "draft_tokens": n}) for n in (1, 3, 8, 16, 39)],
-    "heads in cascade": [Variant("with", {"drafter": "cascade"}), Variant("without", {"draft_heads": "none"})],
+    "heads in cascade": [Variant("without", {}), Variant("with", {"draft_heads": "auto"})],
     "drafter": [Variant(name, {"drafter": name}) for name in ("ngram", "partial", "heads", "cascade")],
     "temperature": [Variant(f"{t:g}", sampling={"temperature": t}) for t in (0.0, 0.4, 0.8, 1.0, 1.2)],
     "sampler": [

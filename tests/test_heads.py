@@ -613,15 +613,15 @@ def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint
             swift.generate("the cat", draft_heads=str(tmp_path / "nowhere"), **options)
 
 
-def test_cascade_takes_the_heads_that_the_model_has(checkpoint: Checkpoint, caplog: pytest.LogCaptureFixture) -> None:
-    assert create("cascade", checkpoint=checkpoint).heads is None
+def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None:
+    with pytest.raises(UserError, match=r"draft_heads: 'auto' .*there are none"):
+        create("cascade", checkpoint=checkpoint, path="auto")
     file = heads_file(loading.cache_folder(), fingerprint(checkpoint))
     write_heads(replace(random_heads("medusa"), model=fingerprint(checkpoint)), file)
-    assert create("cascade", checkpoint=checkpoint).heads.weights.form == "medusa"
-    assert create("cascade").heads is None and create("cascade", checkpoint=checkpoint, path="none").heads is None
+    assert create("cascade", checkpoint=checkpoint, path="auto").heads.weights.form == "medusa"
+    assert create("cascade", checkpoint=checkpoint).heads is None and create("cascade").heads is None
     blocks = replace(checkpoint, gguf=SimpleNamespace())
-    assert create("cascade", checkpoint=blocks).heads is None, "heads read no embedding in blocks"
-    with pytest.raises(UserError, match="draft"):
+    with pytest.raises(UserError, match=r"drafter: 'heads' .*blocks"):
         create("cascade", checkpoint=blocks, path=str(file))
 
 

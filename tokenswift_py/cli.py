@@ -59,7 +59,11 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
     "draft_weights": ("drafting", str, "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native"),
     "draft_model": ("drafting", str, "a smaller model with the same vocabulary, which then drafts under auto too"),
-    "draft_heads": ("drafting", str, "a file or folder of draft heads, or none (default: those made for the model)"),
+    "draft_heads": (
+        "drafting",
+        str,
+        "a file or folder of draft heads, or auto: those made for the model (default for drafter heads)",
+    ),
     "trace": ("output", str, "a file that gets a JSON line for every round"),
     "kv_budget": ("lossy", whole, "tokens the target keeps of its cache; the text is no longer the full cache's"),
     "kv_policy": ("lossy", str, "by whose scores pages are evicted from it, as --draft-policy (default: recent)"),

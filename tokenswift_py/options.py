@@ -45,8 +45,8 @@ class Options:
                    where the engine has it.
     draft_model:   a smaller model with the same vocabulary, named as `TokenSwift.from_pretrained` takes it; auto drafts
                    with it where there is one. Of its own cache it keeps the latest `draft_budget` tokens (None: all).
-    draft_heads:   a file or folder of draft heads; None is those that this model has in the cache or the package, and
-                   "none" lets cascade draft without any.
+    draft_heads:   a file or folder of draft heads, or auto: those that this model has in the cache or the package. None
+                   is auto for drafter heads, and none at all for cascade.
     trace:         a file that gets a JSON line for every round.
     kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
                    are evicted (None is recent). None keeps every token.
@@ -120,9 +120,9 @@ class Options:
         check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
-        heads, wanted = self.draft_heads, "an existing file or folder, or none"
+        heads, wanted = self.draft_heads, "an existing file or folder, or auto"
         with files("draft_heads", heads, wanted):
-            there = heads in (None, "none") or (isinstance(heads, str) and Path(heads).expanduser().exists())
+            there = heads in (None, "auto") or (isinstance(heads, str) and Path(heads).expanduser().exists())
         check(there, "draft_heads", heads, wanted)
         model = self.draft_model
         wanted = "a folder, a .gguf file or a hub id of a smaller model"
