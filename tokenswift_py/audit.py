@@ -108,7 +108,7 @@ def audit(
     from tokenswift_py.engine import ReplayError
 
     record = journal.read(Path(folder))
-    plain = {"drafter": "none", "draft_heads": None}  # nothing is drafted, and what drafted then may be gone
+    plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # what drafted may be gone
     run = swift.recorded_run(record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(swift, replace(run, options=replace(run.options, on_loop=quiet)))
