@@ -52,6 +52,8 @@ class Experience:
     def learn(self, lead: float, expected: float, right: bool) -> None:
         chance = wrong(lead, expected * FACTORS)
         self.likelihood = self.likelihood * (1 - 1 / MEMORY) + np.log(np.maximum(1 - chance if right else chance, 1e-6))
+
+    def count(self, lead: float) -> None:
         self.leads *= 1 - 1 / MEMORY
         self.leads[bisect(LEADS, lead)] += 1
 
@@ -66,16 +68,23 @@ class Confidence:
     """How often the guesses of one draft are right.
 
     width:  guesses a node has at most, runners-up included.
-    spread: expected of the errors of its scores, in units of logit / temperature; it may change from draft to draft.
     family: what drafts of the same kind share; they differ by the expected spread.
+    spread: expected of the errors of its scores, in units of logit / temperature, see `expect`.
     """
 
-    def __init__(self, width: int, spread: float, family: Experience | None = None):
-        self.width, self.spread = width, spread
+    spread = 1.0
+
+    def __init__(self, width: int, family: Experience | None = None):
+        self.width = width
         self._own, self._family = Experience(), family
         self._first = [Odds(0.0, weight=16.0) for _ in MIDDLES]  # the priors are those of `wrong`
         self._others = [[Odds(0.0) for _ in MIDDLES] for _ in range(1, width)]
         self._leads: dict[int, float] = {}  # of the latest guess that became each node
+
+    def expect(self, error: float, temperature: float) -> None:
+        """Errors of so many logits, of scores that are divided by this temperature (0 is greedy: they are not). May be
+        said anew before every draft."""
+        self.spread = error / (temperature or 1.0)
 
     @property
     def next(self) -> float:
@@ -125,6 +134,7 @@ class Confidence:
             if node not in taken.after:
                 break
             right = draft.tokens[guess] == taken.after[node]
+            (self._family or self._own).count(self._leads[guess])
             for experience in filter(None, (self._own, self._family)):
                 experience.learn(self._leads[guess], self.spread, right)
             if not right:

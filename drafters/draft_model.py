@@ -50,7 +50,7 @@ class DraftModel(Drafter):
         self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
         self._policy = Recent()
         self._cost = PassCost(shapes=model.row_shapes)
-        self._confidence = Confidence(width, SPREAD)
+        self._confidence = Confidence(width)
         self._draft: Draft | None = None
         self._chain: list[int] = []
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
@@ -63,7 +63,7 @@ class DraftModel(Drafter):
         draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
         self._draft, self._chain = draft, [0]
-        self._confidence.spread = SPREAD / (context.sampler.params.temperature or 1.0)
+        self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()
         start = len(history)
         self._read = start - self.cache.length

@@ -54,7 +54,7 @@ PACKAGED = Path(__file__).parent / "data"
 RANKS = 8  # candidates of each head
 PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none was measured
 UNLIKELY = 0.01  # paths below this are not proposed
-MEMORY = 0.02  # weight of the latest step in the acceptance of a head's rank
+MEASURED = 50.0  # guesses that an acceptance measured in training counts as
 MARGIN = 1.5  # what guesses must save over the time of asking for them, for what seems to pay just so seldom does
 BEAM = 3  # places of a level that get children
 
@@ -173,8 +173,8 @@ class Heads(Drafter):
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
         self.weights = weights
         self.embedding = embedding
-        self.acceptance = np.array(weights.acceptance[: len(weights)])
-        self.odds = [[Odds(share, weight=50.0) for share in ranks] for ranks in self.acceptance.tolist()]  # of `extend`
+        measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
+        self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of a head's ranks
         self._row: torch.Tensor | None = None
         self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
 
@@ -194,7 +194,7 @@ class Heads(Drafter):
         digest = hashlib.sha256()
         for _, tensor in sorted(self.weights.tensors.items()):
             digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-        return self.weights.form, self.acceptance.tolist(), digest.hexdigest()
+        return self.weights.form, np.asarray(self.weights.acceptance).tolist(), digest.hexdigest()
 
     @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
@@ -208,7 +208,7 @@ class Heads(Drafter):
         for head in range(depth):
             places.sort(key=by_chance)
             least = places[budget - 1].chance if len(places) >= budget else UNLIKELY
-            best = self.acceptance[head].max()  # a place is asked for children if one could be proposed
+            best = max(odds.chance for odds in self.odds[head])  # a place is asked if one of its children could be in
             parents = [p for p in places[:budget] if len(p.path) == head and (head == 0 or p.chance * best >= least)]
             if not parents:
                 break
@@ -239,25 +239,29 @@ class Heads(Drafter):
 
         same: [V] logits of a head that sees no tokens: it is ranked once, behind the first place, for all of them.
         """
-        history = context.history
-        after = [place.x for place in parents]
         if same is None:
-            # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy
-            # machine for milliseconds. One row takes microseconds.
-            steps = [self.step(head, place, history[-1]) for place in parents]
-            after = [x for x, _ in steps]
-            states = torch.cat([state for _, state in steps])
-            rows = self.weights.project(states, [head] * len(parents), context.draft_model)
-            guesses = [self.rank(row, place.path, context) for row, place in zip(rows, parents, strict=True)]
+            asked = self.ask(head, parents, context)
         else:
-            guesses = [self.rank(same, parents[0].path, context)] * len(parents)
+            guesses = self.rank(same, parents[0].path, context)
+            asked = [(place.x, guesses) for place in parents]
         found = []
-        for place, x, candidates in zip(parents, after, guesses, strict=True):
-            self._guesses[place.path] = candidates
-            for candidate, share in zip(candidates, self.acceptance[head], strict=False):
-                if place.chance * share >= UNLIKELY:
-                    found.append(Place(place.chance * share, (*place.path, candidate), x))
+        for place, (x, guesses) in zip(parents, asked, strict=True):
+            self._guesses[place.path] = guesses
+            for guess, odds in zip(guesses, self.odds[head], strict=False):
+                chance = place.chance * odds.chance
+                if chance >= UNLIKELY:
+                    found.append(Place(chance, (*place.path, guess), x))
         return found
+
+    def ask(self, head: int, places: Sequence[Place], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
+        """What the next head reads behind each of these places, and this one's guesses there, best first."""
+        # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
+        # for milliseconds. One row takes microseconds.
+        steps = [self.step(head, place, context.history[-1]) for place in places]
+        states = torch.cat([state for _, state in steps])
+        rows = self.weights.project(states, [head] * len(places), context.draft_model)
+        ranked = [self.rank(row, place.path, context) for row, place in zip(rows, places, strict=True)]
+        return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
     def step(self, head: int, place: Place, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the head makes of a place, which the token on its way there is the last to enter."""
@@ -285,9 +289,7 @@ class Heads(Drafter):
             if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
             clock = time.perf_counter()
-            x, state = self.step(head, place, context.history[-1])
-            logits = self.weights.project(state, [head], context.draft_model)[0]
-            guesses = self.rank(logits, place.path, context)
+            [(x, guesses)] = self.ask(head, [place], context)
             cost.observe(1, 0, 1e3 * (time.perf_counter() - clock))
             best = None
             for token, each in zip(guesses, odds, strict=False):
@@ -311,7 +313,7 @@ class Heads(Drafter):
         start = len(context.history)
         context.history.extend(path)
         try:
-            return context.sampler.rank(logits, context.history, self.acceptance.shape[1])
+            return context.sampler.rank(logits, context.history, len(self.odds[0]))
         except NumericsError:
             return []
         finally:
@@ -323,9 +325,8 @@ class Heads(Drafter):
             guesses = self._guesses.get(tuple(tokens[:head]))
             if guesses is None:
                 break
-            self.acceptance[head, : len(guesses)] *= 1 - MEMORY
-            if token in guesses:
-                self.acceptance[head, guesses.index(token)] += MEMORY
+            for guess, odds in zip(guesses, self.odds[head], strict=False):
+                odds.learn(guess == token)
         self._guesses = {}
 
 

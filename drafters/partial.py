@@ -24,12 +24,12 @@ class View(Confidence):
     """What is known of drafting with views of so many tokens."""
 
     def __init__(self, tokens: int, width: int, family: Experience):
-        super().__init__(width, SPREAD, family)
+        super().__init__(width, family)
         self.tokens = tokens
 
-    def expect(self, text: int, temperature: float) -> None:
-        """Of a text of so many tokens, most of which the view leaves out."""
-        self.spread = SPREAD * max(1.0, text / self.tokens) ** GROWTH / (temperature or 1.0)
+    def face(self, text: int, temperature: float) -> None:
+        """A text of so many tokens, most of which the view leaves out."""
+        self.expect(SPREAD * max(1.0, text / self.tokens) ** GROWTH, temperature)
 
 
 class Partial(Drafter):
@@ -248,7 +248,7 @@ class Partial(Drafter):
         """Every so many rounds: the size whose drafts pay most, of the present one and those next to it."""
         planner, text = context.planner, self._held(context)
         for view in self.views:
-            view.expect(text, context.sampler.params.temperature)
+            view.face(text, context.sampler.params.temperature)
         self._round += 1
         if len(self.views) == 1 or (self._round > 1 and self._round % VIEW_ROUNDS):
             return

@@ -202,13 +202,24 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
         "decode_speedup": round(plain / decode, 3),
         "phase_minutes": {name: round(sum(m.get(name, 0.0) for m in marks) / 6e4, 2) for name in (*PHASES, "prefill")},
         "spots_identical": [same(stream.tokens, s) for s in spots],
-        "spots": [{k: v for k, v in s.items() if k not in ("kind", "tokens", "ms")} for s in spots],
+        "spots": [
+            {**{k: v for k, v in s.items() if k not in ("kind", "tokens", "ms")}, "speedup": nearby(s, marks)}
+            for s in spots
+        ],
         "marks": marks,
         **text_figures(chosen),
         **{key: round(value, 3) for key, value in quality.summary().items()},
         "guarantee": stream.guarantee,
         "numerics": stream.numerics,
     }
+
+
+def nearby(spot: Record, marks: Sequence[Record]) -> float:
+    """How many times plain decoding's milliseconds a token there are the run's own, forced turns not counted, over the
+    NEARBY tokens around."""
+    here = [m for m in marks if abs((m["from"] + m["to"]) / 2 - spot["new"]) <= NEARBY / 2]
+    ms = sum(mark[phase] for mark in here for phase in PHASES) / sum(m["to"] - m["from"] for m in here)
+    return rounded(spot["median_ms"] / ms)
 
 
 def same(tokens: Sequence[int], spot: Record) -> bool:
@@ -218,6 +229,7 @@ def same(tokens: Sequence[int], spot: Record) -> bool:
 
 
 MARK = 1000  # new tokens between marks
+NEARBY = 5000
 EXCERPTS, EXCERPT = 5, 1200  # of the text, and characters of each
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 

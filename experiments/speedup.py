@@ -177,7 +177,7 @@ def main() -> None:
         check(name in known, "workloads", name, f"known are {', '.join(known)}")
     results = Results(
         args.name,
-        "How much faster does drafting write a text than plain decoding, by what stands before it?",
+        f"How much faster is drafting than plain decoding on {', '.join(names)}, by what stands before it?",
         args,
         guarantees={
             "tokens": "bitwise on the native engine, measured on torch; compared with plain decoding's, one by one",

@@ -56,7 +56,8 @@ def experience(confidence: Confidence, spread: float, guesses: int, seed: int = 
 
 @pytest.mark.parametrize("spread", [0.15, 0.6, 2.5])
 def test_chances_fit_what_happens_though_other_errors_were_expected(spread: float) -> None:
-    confidence = Confidence(2, 0.6)
+    confidence = Confidence(2)
+    confidence.expect(0.6, 1.0)
     experience(confidence, spread, 40)
     chance, right = experience(confidence, spread, 600, seed=1)
     assert chance == pytest.approx(right, abs=0.04)
@@ -64,30 +65,30 @@ def test_chances_fit_what_happens_though_other_errors_were_expected(spread: floa
 
 
 def test_the_farther_ahead_the_surer_and_a_single_candidate_is_not_certain() -> None:
-    confidence = Confidence(2, 1.0)
+    confidence = Confidence(2)
     chances = [guess(confidence, lead, True) for lead in (0.01, 0.2, 1.0, 3.0)]
     assert chances == sorted(chances) and chances[0] < 0.5
-    alone = Confidence(2, 1.0)
-    assert guess(alone, None, False) == pytest.approx(guess(Confidence(2, 1.0), FARTHEST, True))
-    assert 0.9 < guess(Confidence(2, 1.0), None, True) < 1
+    alone = Confidence(2)
+    assert guess(alone, None, False) == pytest.approx(guess(Confidence(2), FARTHEST, True))
+    assert 0.9 < guess(Confidence(2), None, True) < 1
 
 
 def test_what_one_view_learns_is_expected_of_the_others() -> None:
     family = Experience()
     small, large = View(1024, 2, family), View(4096, 2, family)
     for view in (small, large):
-        view.expect(65536, 1.0)
+        view.face(65536, 1.0)
     assert small.spread == pytest.approx(4**0.7 * large.spread)
     before = large.next
     assert before > small.next, "the more is in view the fewer errors"
     experience(small, 4 * small.spread, 100)
     assert large.next < before - 0.03 and large.next > small.next
     fresh = View(4096, 2, Experience())
-    fresh.expect(65536, 1.0)
+    fresh.face(65536, 1.0)
     assert fresh.next == pytest.approx(before)
-    fresh.expect(4000, 1.0)
+    fresh.face(4000, 1.0)
     whole = fresh.next
-    fresh.expect(65536, 0.5)
+    fresh.face(65536, 0.5)
     assert whole > before > fresh.next, "errors weigh more at a low temperature"
 
 

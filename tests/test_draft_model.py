@@ -96,8 +96,9 @@ def test_errors_of_a_draft_weigh_more_at_a_low_temperature(target: Model) -> Non
         drafter: Any = create("draft_model", model=target)
         written(target, 9, SamplingParams(temperature=temperature, seed=1), drafter, draft_tokens=2)
         assert drafter._confidence.spread == SPREAD / (temperature or 1.0)
-        drafter._confidence = Confidence(3, drafter._confidence.spread)
-        expected.append(drafter._confidence.next)
+        fresh = Confidence(3)
+        fresh.expect(SPREAD, temperature)
+        expected.append(fresh.next)
     assert expected[0] == expected[2] > expected[1] + 0.05
 
 

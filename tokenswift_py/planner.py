@@ -180,19 +180,20 @@ class Planner:
         """Whether a node that is emitted with this chance pays for its milliseconds."""
         return self.fixed or chance > self.rate * ms
 
-    def gain_ms(self, chance: float, rows: int) -> float:
-        """Milliseconds that such a node saves, as one more row of a verify pass of `rows`."""
-        if self.fixed or not self.rate:
-            return float("inf")
-        return chance / self.rate - self.row_ms(rows)
-
     def worth_row(self, chance: float, rows: int) -> bool:
-        """`worth` for a node that only makes the verify pass, `rows` so far, one row longer.
+        """`worth` for a node that only makes the verify pass, `rows` so far, one row longer."""
+        return self.gain_ms(chance, rows) > 0
+
+    def gain_ms(self, chance: float, rows: int) -> float:
+        """Milliseconds that such a node saves; without bound where nothing is known to cost any.
 
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
         """
-        return self.worth(chance, 0.0 if self.fixed else self.row_ms(rows) / (self.target.padded(rows + 1) - rows))
+        rate = self.rate
+        if self.fixed or not rate:
+            return float("inf")
+        return chance / rate - self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
 
     def rows_paid(self, chances: Sequence[float], first: int) -> int:
         """How many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay for.
