@@ -263,7 +263,7 @@ class Partial(Drafter):
             fitting = [i for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
             best = max((i for i in fitting if abs(i - now) <= 1), key=rate, default=fitting[-1])
         else:
-            best = sum(view.tokens * FIRST_SHARE < text for view in self.views[:-1])
+            best = sum(view.tokens < FIRST_VIEW * text**0.5 for view in self.views[:-1])
         if self.views[best] is not self._now:
             self._now, self._chosen = self.views[best], None
 
@@ -275,7 +275,7 @@ def next_chance(draft: Draft) -> float:
 
 VIEWS = (1024, 2048, 4096, 8192)  # tokens
 VIEW_ROUNDS = 8
-FIRST_SHARE = 16  # of a text: the view that is tried first holds one such part of it, before any cost is known
+FIRST_VIEW = 13  # times the root of the text: the least view that is tried before any cost is known, as sweeps had it
 SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights
 GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
 AHEAD = 6  # repeats checked by one draft pass

@@ -95,7 +95,7 @@ def test_what_one_view_learns_is_expected_of_the_others() -> None:
 def test_a_long_text_begins_with_a_larger_view() -> None:
     drafter = Partial()
     planner = Planner()
-    for pages, tokens in ((100, 1024), (400, 2048), (1000, 4096), (5000, 8192)):
+    for pages, tokens in ((90, 1024), (256, 2048), (1024, 4096), (5000, 8192)):
         drafter = Partial()
         cache = SimpleNamespace(full_pages=pages, evicted=0)
         context: Any = SimpleNamespace(planner=planner, cache=cache, sampler=Scores())
