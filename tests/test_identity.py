@@ -92,7 +92,7 @@ def models_of(setup: Setup) -> Models:
     own = NativeWeights(spec, weights, torch.bfloat16, 2)
     drafts = own if setup.weights == "own" else NativeWeights(spec, weights, torch.int8, team=own.team)
     target, drafting, beside = (
-        NativeDecoder(packed, rope, setup.kv_dtype, draft)
+        NativeDecoder(packed, rope, setup.kv_dtype, draft, int8_pages=setup.weights != "own")
         for packed, draft in ((own, False), (drafts, True), (drafts, False))
     )
     return Models(target, drafting, beside, weights["model.embed_tokens.weight"])

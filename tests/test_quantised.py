@@ -268,7 +268,7 @@ def test_a_draft_models_rows_are_never_committed(tiny_folder: Path, engine: str,
         with pytest.raises(UserError, match=r"draft_weights: 'int8' is not allowed; .* engine native"):
             executor.draft_model(rope, weights)
         return
-    target, draft = executor.model(rope), executor.draft_model(rope, weights)
+    target, draft = executor.model(rope), executor.draft_model(rope, weights, "own")
     cache = target.new_cache()
     prompt = DraftTree.chain(range(70))
     target.forward([Segment(prompt, cache, causal=True)])
@@ -348,3 +348,51 @@ def test_quantised_targets_write_what_plain_decoding_writes(
 def test_quantised_weights_need_the_native_engine(tiny_folder: Path) -> None:
     with pytest.raises(UserError, match="dtype: 'int8' is not allowed; with engine torch one of bf16, fp32"):
         TokenSwift.from_pretrained(str(tiny_folder), engine="torch", dtype="int8")
+
+
+@pytest.mark.parametrize("columns", [64, 96])
+def test_weights_that_came_from_4_bits_are_packed_in_4_bits_again(isa: str, columns: int) -> None:
+    """From q = 0 to 15 in every block: the same blocks are found again, and almost the same after rounding to bf16."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (VOCAB, columns // 32, BLOCK_BYTES["q4"])).astype(np.uint8)
+    raw[..., 7], raw[..., 11] = 0x0F, 0xF0
+    halves = rng.uniform((0.01, -0.3), (0.03, -0.1), (VOCAB, columns // 32, 2)).astype(np.float16)
+    raw[..., :4] = halves.view(np.uint8)
+    blocks = Blocks("q4", raw.reshape(VOCAB, -1))
+    d, m, quants = split(blocks)
+    assert m is not None
+    values = torch.from_numpy((d[..., None] * quants + m[..., None]).astype(np.float32)).flatten(1)
+    x = torch.randn((3, columns), generator=torch.Generator().manual_seed(0))
+    expected = decoder_with(blocks).project(x)
+    packed, found = head_of(values, fewest_bits=True)
+    assert "q4" in packed.label and torch.equal(found(x), expected)
+    packed, found = head_of(values.bfloat16(), fewest_bits=True)
+    assert "q4" in packed.label
+    assert 0 < (found(x) - expected).abs().mean() < 0.01 * expected.std()
+
+
+@pytest.mark.parametrize("columns", [64, 96])
+def test_weights_finer_than_4_bits_keep_8(columns: int) -> None:
+    normal = torch.randn((VOCAB, columns), generator=torch.Generator().manual_seed(0))
+    broken = normal.clone()
+    broken[70, 5] = torch.nan
+    for values in (normal, broken):
+        assert "q4" not in head_of(values, fewest_bits=True)[0].label
+    few = torch.tensor(np.random.default_rng(0).integers(0, 2, (VOCAB, columns))).float()
+    assert "q4" in head_of(few, fewest_bits=True)[0].label
+    assert "q4" not in head_of(few)[0].label, "only where it was asked for"
+    almost = few.clone()
+    almost[-1] = normal[-1]
+    assert "q4" not in head_of(almost, fewest_bits=True)[0].label, "one row of many is finer"
+
+
+def head_of(values: torch.Tensor, **options: Any) -> tuple[NativeWeights, Any]:
+    """The LM head packed so, in a model of 8 bits else, and what multiplies with it."""
+    config = tiny_config(
+        hidden_size=values.shape[1], vocab_size=VOCAB, num_attention_heads=2, tie_word_embeddings=False
+    )
+    weights: dict[str, Any] = weights_of(tiny_model(config, torch.float32))
+    packed = NativeWeights(
+        ModelSpec.from_config(config), weights | {"lm_head.weight": values}, torch.int8, 2, **options
+    )
+    return packed, NativeDecoder(packed, rope_tables(config, 512)).project

@@ -19,6 +19,7 @@ import torch
 from tokenswift_py import __version__, contract, registry, report, snapshot
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.partial import VIEWS
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
@@ -303,19 +304,22 @@ class TokenSwift:
         what += f" with RoPE tables of {context} positions"
         bounds = "quest" in (options.draft_policy, options.kv_policy)
         own_bytes = self.kv_bytes(kept, bounds) // self.executor.ranks.world + tables
+        if options.chosen_drafter in SELF_DRAFTERS and self.executor.reads_copies(options.draft_kv):
+            seen = min(kept, options.draft_budget or VIEWS[-1])
+            draft_bytes = self.kv_bytes(seen + seen // 4, dtype=torch.int8)
         check_memory(own_bytes + draft_bytes, self.executor.device, what)
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
 
-    def kv_bytes(self, tokens: int, bounds: bool = False) -> int:
+    def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
-        as policy quest reads them."""
+        as policy quest reads them. dtype: None is the executor's."""
         spec, padded = self.checkpoint.spec, self.executor.padded_head
         pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
         bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
-        return kept.kv_bytes(pages * PAGE_SIZE, self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
+        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
 
     def step_bytes(self, context: float) -> float:
         """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
@@ -373,7 +377,7 @@ class TokenSwift:
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
-            draft_model=self.executor.draft_model(run.rope, options.draft_weights)
+            draft_model=self.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
             if drafter in (*SELF_DRAFTERS, "heads")
             else None,
             trace=trace,

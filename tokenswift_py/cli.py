@@ -58,6 +58,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "draft_policy": ("drafting", str, "whose pages a partial cache has: h2o, importance, mass, quest, recent, snapkv"),
     "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
     "draft_weights": ("drafting", str, "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native"),
+    "draft_kv": ("drafting", str, "own or int8, of the keys and values in a partial cache; auto is int8 on native"),
     "draft_model": ("drafting", str, "a smaller model with the same vocabulary, which then drafts under auto too"),
     "draft_heads": (
         "drafting",

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # Options that change how fast a text is written, never the text.
 FREE = (
-    "drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_model", "draft_heads", "trace",
+    "drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_kv", "draft_model",
+    "draft_heads", "trace",
 )  # fmt: skip
 LARGE = 16 * 2**20  # bytes; less is hashed in no time
 # Keys of config.json that say who wrote the file.

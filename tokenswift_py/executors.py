@@ -22,7 +22,7 @@ from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, ro
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
 from tokenswift_py.native_sampling import NativeSampler
-from tokenswift_py.options import DRAFT_WEIGHTS
+from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
 from tokenswift_py.ranks import ALONE, Ranks
 from tokenswift_py.rope import RopeTables
 from tokenswift_py.sampling import Sampler
@@ -63,13 +63,18 @@ class Executor(Protocol):
     def model(self, rope: RopeTables) -> Model:
         """The model for a run of these RoPE tables; weights are shared."""
 
-    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         """The same model for draft passes over the same cache, whose rows can never be committed.
 
-        weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, packed at first use;
-                 auto is int8 where the engine has it.
+        weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, of 4 where they are no
+                 finer, packed at first use; auto is int8 where the engine has it.
+        kv:      own are the cache's keys and values as they are; int8 copies of them for the pages in a view; auto is
+                 int8 where the engine has it and the cache is bf16.
         Raises UserError for others, and for weights that this executor has not or memory has no room for.
         """
+
+    def reads_copies(self, kv: str) -> bool:
+        """Whether a draft model made with this `kv` reads int8 copies of pages."""
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         """An executor of another model that drafts for this one, on the same device, threads and kernels, with the same
@@ -131,9 +136,14 @@ class TorchExecutor:
     def model(self, rope: RopeTables) -> Model:
         return self._decoder(rope, draft=False)
 
-    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_torch_draft_weights(weights)
+        check_draft_kv(kv)
+        check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
         return self._decoder(rope, draft=True)
+
+    def reads_copies(self, kv: str) -> bool:
+        return False
 
     def _decoder(self, rope: RopeTables, draft: bool) -> Model:
         parts = (self._spec, self._weights, rope, self._attention, self._ops, draft, self.kv_dtype)
@@ -175,10 +185,16 @@ class NativeExecutor:
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
 
-    def draft_model(self, rope: RopeTables, weights: str) -> Model:
+    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_draft_weights(weights)
+        check_draft_kv(kv)
+        copies = self.reads_copies(kv)
+        check(copies or kv != "int8", "draft_kv", kv, "copies are made of a bf16 cache only (kv_dtype)")
         chosen = self._weights if weights == "bf16" else self._int8_weights()
-        return NativeDecoder(chosen, rope, self.kv_dtype, draft=True)
+        return NativeDecoder(chosen, rope, self.kv_dtype, draft=True, int8_pages=copies)
+
+    def reads_copies(self, kv: str) -> bool:
+        return kv != "own" and self.kv_dtype == torch.bfloat16
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_draft_weights(weights)
@@ -192,12 +208,18 @@ class NativeExecutor:
             checkpoint = self._checkpoint
             check_memory(checkpoint.weight_bytes("int8"), self.device, "int8 weights for drafts")
             tensors = checkpoint.tensors()
-            self._draft_weights = NativeWeights(checkpoint.spec, tensors, torch.int8, team=self._weights.team)
+            self._draft_weights = NativeWeights(
+                checkpoint.spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
+            )
         return self._draft_weights
 
 
 def check_draft_weights(weights: str) -> None:
     check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
+
+
+def check_draft_kv(kv: str) -> None:
+    check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
 
 
 def check_torch_draft_weights(weights: str) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
+DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
@@ -42,7 +43,9 @@ class Options:
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
                    lets the planner decide.
     draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts and of a draft model; auto is int8
-                   where the engine has it.
+                   where the engine has it: blocks of 8 bits, or of 4 where a partial-cache draft's are no finer.
+    draft_kv:      auto, own or int8: as what a partial-cache draft reads keys and values; auto is int8 where the engine
+                   has it and the cache is bf16.
     draft_model:   a smaller model with the same vocabulary, named as `TokenSwift.from_pretrained` takes it; auto drafts
                    with it where there is one. Of its own cache it keeps the latest `draft_budget` tokens (None: all).
     draft_heads:   a file or folder of draft heads, or auto: those that this model has in the cache or the package. None
@@ -70,6 +73,7 @@ class Options:
     draft_policy: str = "mass"
     draft_budget: int | None = None
     draft_weights: str = "auto"
+    draft_kv: str = "auto"
     draft_model: str | None = None
     draft_heads: str | None = None
     trace: str | None = None
@@ -113,6 +117,7 @@ class Options:
             self.draft_weights,
             f"one of {', '.join(DRAFT_WEIGHTS)}",
         )
+        check(self.draft_kv in DRAFT_KV, "draft_kv", self.draft_kv, f"one of {', '.join(DRAFT_KV)}")
         policies = registry.names("tokenswift_py.kvcache.policies")
         check(
             self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"

@@ -15,9 +15,11 @@ int rows_a_block(int group) { return std::max(1, block_queries / group); }
 
 }  // namespace
 
-void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, int rows, int mass_pages, int threads) {
+void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, int rows,
+                        int mass_pages, int threads) {
   segments_ = std::move(segments);
   pool_ = &pool;
+  copies_ = copies;
   rows_ = rows;
   threads_ = threads;
   group_ = heads_ / pool.kv_heads();
@@ -49,7 +51,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, int
   for (Scratch& scratch : scratch_) {
     const size_t block = size_t(rows_a_block(group_)) * group_;
     scratch.page.reserve(pool.block_bytes());
-    scratch.copy.reserve(pool.copy_bytes());
+    if (pool.type() == PageType::int8 || copies) scratch.widened.reserve(size_t(4) * page_size * head_dim_);
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
@@ -181,12 +183,21 @@ RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, in
   return {int(std::lower_bound(view, last, begin) - view), int(std::lower_bound(view, last, end) - view)};
 }
 
+// Of full pages, as they are read.
+PageType Attention::full_type() const { return copies_ ? PageType::int8 : pool_->type(); }
+
+// page: absolute.
+const char* Attention::full_block(const AttentionLayer& layer, const Piece& piece, int page) const {
+  const SegmentInput& in = segments_[piece.segment].in;
+  if (copies_) return copies_->block(layer.layer, piece.head, in.pages[page]);
+  return pool_->block(layer.layer, piece.head, in.pages[page]);
+}
+
 const char* Attention::first_block(const AttentionLayer& layer, const Piece& piece, int split) const {
   const RowRun pages = full_pages(layer, piece, split);
   if (pages.begin >= pages.end) return nullptr;
   const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
-  const int page = view ? view[pages.begin] : pages.begin;
-  return pool_->block(layer.layer, piece.head, segments_[piece.segment].in.pages[page]);
+  return full_block(layer, piece, view ? view[pages.begin] : pages.begin);
 }
 
 void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece, int split, const char* behind,
@@ -196,17 +207,19 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
   const RowRun pages = full_pages(layer, piece, split);
   const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
   const auto absolute = [&](int i) { return view ? view[i] : i; };
-  const auto block = [&](int i) { return pool_->block(layer.layer, piece.head, in.pages[absolute(i)]); };
+  const auto block = [&](int i) { return full_block(layer, piece, absolute(i)); };
   for (int i = pages.begin; i < pages.end; ++i) {
     const int page = absolute(i);
     const char* here = block(i);
     const char* next = i + 1 < pages.end ? block(i + 1) : behind ? behind : here;
+    PageType type = full_type();
     if (visible > page * page_size) {
       Slots slots;
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
       here = gather(layer, piece, slots, visible - page * page_size, scratch);
+      type = pool_->type();
     }
-    visit(layer, piece, piece.rows, page, here, next, states, scratch);
+    visit(layer, piece, piece.rows, page, type, here, next, states, scratch);
   }
 }
 
@@ -229,7 +242,7 @@ void Attention::visit_tail(const AttentionLayer& layer, const Piece& piece, int 
       const RowRun rows{std::max(run.begin, piece.rows.begin), std::min(run.end, piece.rows.end)};
       if (rows.begin >= rows.end) continue;
       if (!block) block = gather(layer, piece, group.slots, visible, scratch);
-      visit(layer, piece, rows, page, block, block, states, scratch);
+      visit(layer, piece, rows, page, pool_->type(), block, block, states, scratch);
     }
   }
 }
@@ -250,15 +263,15 @@ bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int win
   return partial;
 }
 
-void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,
-                      const char* next, float* states, Scratch& scratch) {
+void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, PageType type,
+                      const char* block, const char* next, float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
-  const PageKernels& kernels = kernels_.of(pool_->type());
+  const PageKernels& kernels = kernels_.of(type);
   const size_t query = (size_t(piece.head) * rows_ + in.start + rows.begin) * group_;
   PageVisit visit{};
   visit.block = block;
   visit.next = next;
-  visit.copy = scratch.copy.data();
+  visit.copy = scratch.widened.data();
   visit.head_dim = head_dim_;
   visit.scale = float(1.4426950408889634 / std::sqrt(double(values_)));
   visit.queries = (rows.end - rows.begin) * group_;

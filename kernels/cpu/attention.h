@@ -7,6 +7,7 @@
 #include "plan.h"
 #include "pool.h"
 #include "team.h"
+#include "page_copies.h"
 
 namespace tokenswift {
 
@@ -30,9 +31,10 @@ class Attention {
   Attention(const Kernels& kernels, int heads, int head_dim)
       : kernels_(kernels), heads_(heads), values_(head_dim), head_dim_(round_up(head_dim, vector_multiple)) {}
 
-  // Once a pass. mass_pages: pages of the mass that is wanted, a multiple of vector_multiple; 0 for none. The pool
-  // must outlive the pass.
-  void prepare(std::vector<SegmentPlan> segments, const Pool& pool, int rows, int mass_pages, int threads);
+  // Once a pass. copies: read instead of full pages; null for the pages themselves. mass_pages: pages of the mass that is
+  // wanted, a multiple of vector_multiple; 0 for none. Pool and copies must outlive the pass.
+  void prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, int rows, int mass_pages,
+               int threads);
 
   // Once a layer.
   void run(Team& team, const AttentionLayer& layer);
@@ -55,7 +57,7 @@ class Attention {
 
   struct Scratch {
     Buffer<char> page;          // a gathered page
-    Buffer<char> copy;          // an int8 page as bf16
+    Buffer<char> widened;       // an int8 page as bf16
     Buffer<float> states;       // the current split's, where one is kept for all
     std::vector<int> first, last;
     std::vector<const char*> pages;
@@ -70,9 +72,11 @@ class Attention {
                         Scratch& scratch);
   RowRun full_pages(const AttentionLayer& layer, const Piece& piece, int split) const;
   const int32_t* view_of(int segment, int layer, int head) const;
+  PageType full_type() const;
+  const char* full_block(const AttentionLayer& layer, const Piece& piece, int page) const;
   const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
-  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, const char* block,
+  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, PageType type, const char* block,
              const char* next, float* states, Scratch& scratch);
   void finish(const AttentionLayer& layer, int segment, int row, int head);
   const char* gather(const AttentionLayer& layer, const Piece& piece, Slots slots, int visible, Scratch& scratch) const;
@@ -86,6 +90,7 @@ class Attention {
   bool views_ = false;  // whether layers differ in the pages they visit
   size_t mass_stride_ = 0;
   const Pool* pool_ = nullptr;
+  const PageCopies* copies_ = nullptr;
   std::vector<SegmentPlan> segments_;
   std::vector<SegmentState> segment_states_;
   std::vector<Piece> pieces_;

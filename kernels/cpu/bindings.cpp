@@ -76,6 +76,16 @@ nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>> page_block(nb::handle_t<Pool> self,
   return {pool.block(layer, head, page), {pool.block_bytes()}, self};
 }
 
+std::optional<nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>> page_copy(nb::handle_t<Pool> self, int layer, int head,
+                                                                      int page) {
+  const Pool& pool = nb::cast<const Pool&>(self);
+  require(layer >= 0 && layer < pool.layers() && head >= 0 && head < pool.kv_heads() && pool.usable(page),
+          "no such layer, head or page in use");
+  char* copy = pool.copy_of(layer, head, page);
+  if (!copy) return std::nullopt;
+  return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(copy, {Pool::block_bytes(PageType::int8, pool.head_dim())}, self);
+}
+
 void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int layers, int heads, int kv_heads, int head_dim,
                   float norm_eps, bool tied, bool qk_norm, std::vector<int> windows,
                   const std::string& dtype, std::shared_ptr<Team> team) {
@@ -91,10 +101,16 @@ void init_team(Team* self, int threads) {
 }
 
 template <class T>
-void set_matrix(Decoder& decoder, const std::string& part, int layer, const Array<const T, 2>& data) {
+std::string set_matrix(Decoder& decoder, const std::string& part, int layer, const Array<const T, 2>& data,
+                       bool fewest_bits) {
   const MatrixSource source{sizeof(T) == 2 ? Element::bf16 : Element::f32, data.data(), size(data, 0), size(data, 1)};
   const nb::gil_scoped_release release;
-  decoder.set_matrix(part, layer, source);
+  switch (decoder.set_matrix(part, layer, source, fewest_bits)) {
+    case Element::bf16: return "bf16";
+    case Element::f32: return "fp32";
+    case Element::q8: return "q8";
+    default: return "q4";
+  }
 }
 
 void set_blocks(Decoder& decoder, const std::string& part, int layer, const std::string& kind,
@@ -150,9 +166,11 @@ SegmentInput segment_input(const SegmentArrays& arrays, int start, const Pool& p
 void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& positions, const Ints& slots,
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
              const Array<float, 2>& hidden, const Array<float, 2>& residual, const Array<float, 2>& logits,
-             const std::optional<Array<float, 4>>& mass, const std::optional<Array<float, 4>>& queries) {
+             const std::optional<Array<float, 4>>& mass, const std::optional<Array<float, 4>>& queries,
+             bool int8_pages) {
   const Shape& shape = decoder.shape();
   Pass pass;
+  pass.int8_pages = int8_pages;
   pass.rows = size(tokens);
   require(size(positions) == pass.rows && size(slots) == pass.rows, "as many positions and slots as tokens");
   pass.tokens = tokens.data();
@@ -245,6 +263,8 @@ NB_MODULE(_native, m) {
       .def("move", &move_slots, "source"_a.noconvert(), "target"_a.noconvert(),
            "Copy slots, as if all were read before any is written.")
       .def("block", &page_block, "layer"_a, "head"_a, "page"_a, "Raw bytes of one (layer, head) of a page, writable.")
+      .def("copy", &page_copy, "layer"_a, "head"_a, "page"_a,
+           "Raw bytes of the int8 copy that passes with int8_pages read, until the next pass; None where there is none.")
       .def_prop_ro("page_bytes", &Pool::page_bytes);
 
   nb::class_<Team>(m, "Team", "Threads that several decoders may share; their passes take turns.")
@@ -254,8 +274,9 @@ NB_MODULE(_native, m) {
   nb::class_<Decoder>(m, "Decoder", "Packed weights and everything a pass needs.")
       .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "norm_eps"_a, "tied"_a, "qk_norm"_a, "windows"_a, "dtype"_a, "team"_a)
-      .def("set_matrix", &set_matrix<uint16_t>, "part"_a, "layer"_a, "data"_a.noconvert())
-      .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert())
+      .def("set_matrix", &set_matrix<uint16_t>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false,
+           "Returns what the matrix is made of: with fewest_bits, blocks of 4 bits instead of 8 where those suffice.")
+      .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false)
       .def("set_blocks", &set_blocks, "part"_a, "layer"_a, "kind"_a, "data"_a.noconvert(),
            "Rows of whole blocks as GGUF stores them: q8 is its Q8_0, q4 its Q4_1.")
       .def("set_vector", [](Decoder& decoder, const std::string& part, int layer, const Array<const float, 1>& data) {
@@ -264,7 +285,7 @@ NB_MODULE(_native, m) {
       .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
            "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none(),
-           "queries"_a.noconvert().none())
+           "queries"_a.noconvert().none(), "int8_pages"_a)
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")
       .def("key_bounds", &key_bounds, "pool"_a, "pages"_a.noconvert(), "low"_a.noconvert(), "high"_a.noconvert(),

@@ -105,17 +105,19 @@ Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
   throw std::invalid_argument("unknown part '" + part + "'");
 }
 
-void Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source) {
+Element Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   Matrix& matrix = linear_at(part, layer).weight;
-  const bool other_blocks = weights_ == Element::q8 && source.element == Element::q4;
-  Matrix packed(other_blocks ? Element::q4 : weights_, kernels_.panel, matrix.rows(), matrix.columns());
+  const bool blocks = weights_ == Element::q8;
+  const bool four = blocks && (source.element == Element::q4 || (fewest && four_bits_suffice(*team_, source)));
+  Matrix packed(four ? Element::q4 : weights_, kernels_.panel, matrix.rows(), matrix.columns());
   try {
     packed.pack(*team_, source);
   } catch (const std::invalid_argument& error) {
     throw std::invalid_argument(part + ": " + error.what());
   }
   matrix = std::move(packed);
+  return matrix.element();
 }
 
 void Decoder::set_vector(const std::string& part, int layer, const float* data, int rows) {
@@ -184,7 +186,9 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   std::vector<SegmentPlan> plans;
   for (const SegmentInput& segment : pass.segments) plans.push_back(plan_segment(segment, pool, pass.context));
   reserve(pass, pool);
-  attention_.prepare(std::move(plans), pool, pass.rows, pass.mass ? pass.mass_pages : 0, team_->size());
+  PageCopies* const copies = pass.int8_pages ? pool.copies() : nullptr;
+  if (copies) copies->update(*team_, kernels_, plans);
+  attention_.prepare(std::move(plans), pool, copies, pass.rows, pass.mass ? pass.mass_pages : 0, team_->size());
   embed(pass);
   for (int i = 0; i < shape_.layers; ++i) {
     const Layer& layer = layers_[i];

@@ -29,6 +29,7 @@ struct Pass {
   const int32_t* positions = nullptr;  // [rows]
   const int32_t* slots = nullptr;      // [rows] where keys and values go
   std::vector<SegmentInput> segments;  // consecutive, covering all rows
+  bool int8_pages = false;             // read full pages as int8 where the pool holds bf16
   const int32_t* logit_rows = nullptr;
   int logit_count = 0;
   int context = 0;                     // positions end before it
@@ -60,7 +61,8 @@ class Decoder {
   // part: embed, head, q, k, v, o, gate, up, down; values in the decoder's element type, or what q8 can be made from.
   // part: input_norm, post_norm, final_norm, q_norm, k_norm, q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias,
   // down_bias; data: [rows] fp32. Throw std::invalid_argument for unknown parts and wrong shapes.
-  void set_matrix(const std::string& part, int layer, const MatrixSource& source);
+  // fewest: in blocks of 4 bits where those suffice. Returns what the matrix is now made of.
+  Element set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest = false);
   void set_vector(const std::string& part, int layer, const float* data, int rows);
 
   // Throws std::invalid_argument before anything is computed or written. Calls from several threads take turns.

@@ -75,6 +75,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
   // Softmax state `part` merged into `state`.
   void (*merge)(float* state, const float* part, int head_dim);
+  // A block of bf16 (see Pool) as a block of int8, with the bits that writing its keys and values there would give.
+  void (*narrow_page)(const char* block, int head_dim, char* out);
   // out = values / sum of weights.
   void (*normalise)(const float* state, int head_dim, float* out);
   // out[i] += share of page i in the softmax of `state`.

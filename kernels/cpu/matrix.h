@@ -31,8 +31,8 @@ class Matrix {
   const char* panel_data(int panel) const { return data_.data() + panel * panel_bytes(); }
   explicit operator bool() const { return bool(data_); }
 
-  // Takes over all rows. Values of another type become this matrix's own if that is q8; throws std::invalid_argument
-  // for other sizes and types.
+  // Takes over all rows. Values of another type become this matrix's own if that is in blocks; throws
+  // std::invalid_argument for other sizes and types.
   void pack(Team& team, const MatrixSource& source);
 
   // Row `row` as fp32, what an embedding look-up reads. out: [columns], and room up to a multiple of 32
@@ -50,5 +50,8 @@ class Matrix {
   size_t step_bytes_ = 0;  // of a panel
   Mapping data_;
 };
+
+// Whether 4 bits hold these values almost as well as 8: where they came from blocks of 4 bits, as a rule.
+bool four_bits_suffice(Team& team, const MatrixSource& source);
 
 }  // namespace tokenswift

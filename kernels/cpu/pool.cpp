@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bf16.h"
+#include "page_copies.h"
 
 namespace tokenswift {
 namespace {
@@ -152,12 +153,23 @@ Pool::Pool(int layers, int kv_heads, int head_dim, PageType type, int pages)
   slabs_.resize((pages + slab_pages_ - 1) / slab_pages_);
 }
 
-size_t Pool::block_bytes() const {
-  const size_t scales = type_ == PageType::int8 ? 2 * page_size * sizeof(float) : 0;
-  return 2 * values_at() + scales;
+Pool::~Pool() = default;
+
+size_t Pool::block_bytes(PageType type, int head_dim) {
+  const size_t scales = type == PageType::int8 ? 2 * page_size * sizeof(float) : 0;
+  return 2 * page_size * head_dim * bytes_of(type) + scales;
+}
+
+PageCopies* Pool::copies() {
+  if (type_ == PageType::bf16 && !copies_) copies_ = std::make_unique<PageCopies>(*this);
+  return copies_.get();
 }
 
 size_t Pool::values_at() const { return page_size * head_dim_ * bytes_of(type_); }
+
+char* Pool::copy_of(int layer, int head, int page) const {
+  return copies_ && copies_->has(layer, head, page) ? copies_->block(layer, head, page) : nullptr;
+}
 
 void Pool::reserve(int page) {
   if (page < 0 || page >= pages_) {
@@ -165,6 +177,7 @@ void Pool::reserve(int page) {
   }
   Mapping& slab = slabs_[page / slab_pages_];
   if (!slab) slab = Mapping(slab_pages_ * page_bytes());
+  if (copies_) copies_->forget(page);
 }
 
 void Pool::write(int layer, int head, int slot, const float* k, const float* v) {

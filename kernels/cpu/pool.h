@@ -2,12 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 
 namespace tokenswift {
+
+class PageCopies;
 
 // A page holds 64 tokens. A block is what it holds of one (layer, KV head): keys [head_dim / step][64][step], values
 // [64 / step][head_dim][step], step 2 for bf16 and int8, 1 for fp32; then, for int8, what the quants of each token are
@@ -17,6 +20,7 @@ class Pool {
  public:
   Pool(int layers, int kv_heads, int head_dim, PageType type, int pages);
   Pool(const Pool&) = delete;
+  ~Pool();
 
   int layers() const { return layers_; }
   int kv_heads() const { return kv_heads_; }
@@ -24,9 +28,13 @@ class Pool {
   PageType type() const { return type_; }
   int pages() const { return pages_; }
   size_t page_bytes() const { return size_t(layers_) * kv_heads_ * block_bytes(); }
-  size_t block_bytes() const;
-  // Scratch for a block's keys and values as bf16, where the kernels need that.
-  size_t copy_bytes() const { return type_ == PageType::int8 ? size_t(4) * page_size * head_dim_ : 0; }
+  size_t block_bytes() const { return block_bytes(type_, head_dim_); }
+  static size_t block_bytes(PageType type, int head_dim);
+  // Of the pages that drafts read, made when first asked for; null unless the pool holds bf16, for only its operands are
+  // those of int8 too.
+  PageCopies* copies();
+  // The copy of a block, block_bytes(int8); null where there is none.
+  char* copy_of(int layer, int head, int page) const;
 
   // Makes a page usable, its slab with it; nothing is copied. Throws std::bad_alloc, std::out_of_range.
   void reserve(int page);
@@ -58,6 +66,7 @@ class Pool {
   PageType type_;
   int pages_, slab_pages_;
   std::vector<Mapping> slabs_;
+  std::unique_ptr<PageCopies> copies_;
 };
 
 }  // namespace tokenswift

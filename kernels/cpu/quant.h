@@ -87,5 +87,35 @@ inline void quantise_weights(const float* w, char* out) {
   }
 }
 
+// 32 weights as a row's q4 block: from the least to the greatest in 15 steps, which finds the quants again of weights
+// that came from such blocks.
+inline void quantise_to_four_bits(const float* w, char* out) {
+  float least = w[0], greatest = w[0];
+  for (int i = 1; i < block_size; ++i) {
+    least = w[i] < least ? w[i] : least;
+    greatest = w[i] > greatest ? w[i] : greatest;
+  }
+  const uint16_t halves[2] = {float_to_half((greatest - least) / 15.0f), float_to_half(least)};
+  const float d = half_to_float(halves[0]), m = half_to_float(halves[1]), inverse = d > 0 ? 1.0f / d : 0.0f;
+  std::memcpy(out, halves, sizeof halves);
+  uint8_t quants[block_size];
+  for (int i = 0; i < block_size; ++i) {
+    const float scaled = (w[i] - m) * inverse;
+    quants[i] = scaled > 15.0f ? 15 : scaled > 0.0f ? uint8_t(nearest_whole(scaled)) : 0;
+  }
+  for (int i = 0; i < block_size / 2; ++i) out[4 + i] = char(quants[i] | quants[i + block_size / 2] << 4);
+}
+
+// What such a block stands for.
+inline void widen_four_bits(const char* block, float* w) {
+  uint16_t halves[2];
+  std::memcpy(halves, block, sizeof halves);
+  const float d = half_to_float(halves[0]), m = half_to_float(halves[1]);
+  for (int i = 0; i < block_size; ++i) {
+    const uint8_t byte = uint8_t(block[4 + i % 16]);
+    w[i] = d * float(i < 16 ? byte & 15 : byte >> 4) + m;
+  }
+}
+
 }  // namespace
 }  // namespace tokenswift

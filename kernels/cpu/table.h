@@ -4,6 +4,7 @@
 #include "blocks.h"
 #include "gemm.h"
 #include "kernels.h"
+#include "narrow.h"
 #include "page.h"
 #include "rowwise.h"
 
@@ -35,6 +36,7 @@ Kernels make_kernels(const char* name) {
           rms_norm,
           swiglu,
           merge,
+          narrow_page,
           normalise,
           add_mass};
 }

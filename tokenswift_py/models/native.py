@@ -105,6 +105,8 @@ class NativeWeights:
     dtype:   of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
     threads: None is what the affinity mask and the cgroup's quota allow.
     team:    of other weights, to be shared: passes take turns, and no two teams wait for each other's cores.
+    fewest_bits: with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 % (root
+             mean square), as those do that came from a 4-bit file.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class NativeWeights:
         dtype: torch.dtype,
         threads: int | None = None,
         team: Any = None,
+        fewest_bits: bool = False,
     ):
         from tokenswift_py.kernels.cpu import _native
 
@@ -124,6 +127,7 @@ class NativeWeights:
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         self.team = team or _native.Team(threads or available_threads())
         self._kinds: set[str] = set()
+        self._fewest_bits = fewest_bits
         self.native = _native.Decoder(
             vocab=spec.vocab_size,
             hidden=spec.hidden_size,
@@ -180,10 +184,10 @@ class NativeWeights:
         if tensor.ndim == 1:
             self.native.set_vector(part, layer, tensor.detach().float().contiguous().numpy())
             return
-        self._kinds.add(WEIGHTS[self.dtype])
         half = torch.bfloat16 in (self.dtype, tensor.dtype) and self.dtype != torch.float32
         matrix = tensor.detach().to(torch.bfloat16 if half else torch.float32).contiguous()
-        self.native.set_matrix(part, layer, (matrix.view(torch.uint16) if half else matrix).numpy())
+        packed = (matrix.view(torch.uint16) if half else matrix).numpy()
+        self._kinds.add(self.native.set_matrix(part, layer, packed, self._fewest_bits))
 
 
 class NativeDecoder:
@@ -193,6 +197,8 @@ class NativeDecoder:
               (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
               multiples of it, ties to even.
     draft:    rows are for drafts only and can never be committed.
+    int8_pages: drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8. They are made
+              when a draft first sees the page, and take 66 % of the bytes of the largest view.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
     weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
@@ -203,12 +209,17 @@ class NativeDecoder:
     row_shapes: tuple[int, ...] = ()
 
     def __init__(
-        self, weights: NativeWeights, rope: RopeTables, kv_dtype: torch.dtype | None = None, draft: bool = False
+        self,
+        weights: NativeWeights,
+        rope: RopeTables,
+        kv_dtype: torch.dtype | None = None,
+        draft: bool = False,
+        int8_pages: bool = False,
     ):
         self.spec = weights.spec
         self.weights = weights
         self.context = rope.context
-        self.draft = draft
+        self.draft, self.int8_pages = draft, draft and int8_pages
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
         check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
@@ -255,6 +266,7 @@ class NativeDecoder:
             logits=logits,
             mass=mass,
             queries=queries,
+            int8_pages=self.int8_pages,
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
         asked = None if queries is None else torch.from_numpy(queries)

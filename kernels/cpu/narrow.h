@@ -1,0 +1,85 @@
+// A page of bf16 as an int8 page.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+#include "bf16.h"
+#include "kernels.h"
+
+namespace tokenswift {
+namespace {
+
+// What Pool::write gives for one token's values of these magnitudes: the largest becomes 127. `divisor` is infinite
+// where every quant is to be 0.
+struct Quantum {
+  float scale, divisor;
+};
+
+inline Quantum quantum(float top) {
+  const float scale = top / 127.0f;
+  if (scale >= FLT_MIN && scale <= FLT_MAX) return {scale, scale};
+  return {scale < FLT_MIN ? 0.0f : scale, INFINITY};
+}
+
+// Magnitudes of bf16 values are ordered as their bits are, infinities and NaN above all.
+inline float magnitude(uint16_t bits) { return to_float(bits); }
+
+// out[i] = the quant of x[i] by divisor[i]; n a multiple of 16. Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
+inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) {
+  for (int i = 0; i < n; ++i) {
+    const float ratio = to_float(x[i]) / divisor[i] + 12582912.0f;
+    uint32_t bits;
+    std::memcpy(&bits, &ratio, sizeof bits);
+    out[i] = divisor[i] == INFINITY ? int8_t(0) : int8_t(bits);
+  }
+}
+
+// block: keys [head_dim / 2][64][2], values [32][head_dim][2]; out: the same of int8, and the scales (see Pool).
+inline void narrow_page(const char* block, int head_dim, char* out) {
+  constexpr int width = 2 * page_size;  // of two dimensions of all keys
+  const auto* keys = reinterpret_cast<const uint16_t*>(block);
+  const uint16_t* values = keys + page_size * head_dim;
+  auto* quants = reinterpret_cast<int8_t*>(out);
+  auto* scales = reinterpret_cast<float*>(out + 2 * page_size * head_dim);
+  uint16_t top[width] = {};
+  for (int d = 0; d < head_dim / 2; ++d) {
+    for (int i = 0; i < width; ++i) {
+      const uint16_t size = keys[d * width + i] & 0x7fff;
+      top[i] = size > top[i] ? size : top[i];
+    }
+  }
+  float divisor[width];
+  for (int lane = 0; lane < page_size; ++lane) {
+    const uint16_t larger = top[2 * lane] > top[2 * lane + 1] ? top[2 * lane] : top[2 * lane + 1];
+    const Quantum by = quantum(magnitude(larger));
+    scales[lane] = by.scale;
+    divisor[2 * lane] = divisor[2 * lane + 1] = by.divisor;
+  }
+  for (int d = 0; d < head_dim / 2; ++d) narrow(keys + d * width, divisor, width, quants + d * width);
+  quants += page_size * head_dim;
+  constexpr int part = 32;  // of a pair of tokens' values, side by side by turns
+  for (int pair = 0; pair < page_size / 2; ++pair) {
+    const uint16_t* both = values + pair * 2 * head_dim;
+    uint16_t largest[part] = {};
+    for (int i = 0; i < 2 * head_dim; i += part) {
+      for (int j = 0; j < part; ++j) {
+        const uint16_t size = both[i + j] & 0x7fff;
+        largest[j] = size > largest[j] ? size : largest[j];
+      }
+    }
+    float by[part];
+    for (int token = 0; token < 2; ++token) {
+      uint16_t most = 0;
+      for (int j = token; j < part; j += 2) most = largest[j] > most ? largest[j] : most;
+      const Quantum of = quantum(magnitude(most));
+      scales[page_size + 2 * pair + token] = of.scale;
+      for (int j = token; j < part; j += 2) by[j] = of.divisor;
+    }
+    for (int i = 0; i < 2 * head_dim; i += part) narrow(both + i, by, part, quants + pair * 2 * head_dim + i);
+  }
+}
+
+}  // namespace
+}  // namespace tokenswift

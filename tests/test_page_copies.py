@@ -1,0 +1,180 @@
+"""int8 copies of the pages that drafts read: what they hold, and when they are made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_model, weights_of
+from test_native import CONTEXT, config_of, prefill, quantised, tokens
+from test_native import isa as isa
+from tokenswift_py import TokenSwift
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.errors import UserError
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.rope import rope_tables
+
+
+def decoders(**changes: Any) -> tuple[NativeDecoder, NativeDecoder]:
+    """A target with a bf16 cache, and its draft that reads int8 pages of it."""
+    config = config_of(**changes)
+    packed = NativeWeights(
+        ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32, 2
+    )
+    rope = rope_tables(config, CONTEXT)
+    return (
+        NativeDecoder(packed, rope, torch.bfloat16),
+        NativeDecoder(packed, rope, torch.bfloat16, draft=True, int8_pages=True),
+    )
+
+
+def view_of(decoder: NativeDecoder, pages: Any) -> PageView:
+    """These pages in all layers and heads, or [layers * kv_heads, n] of them."""
+    heads = (decoder.spec.layers, decoder.spec.kv_heads)
+    pages = np.array(pages, np.int32)
+    if pages.ndim == 1:
+        return PageView(np.broadcast_to(pages, (*heads, len(pages))))
+    return PageView(pages.reshape(*heads, -1))
+
+
+def logits_of(decoder: NativeDecoder, cache: KVCache, view: PageView | None = None, rows: int = 3) -> torch.Tensor:
+    cache.drop_tail()
+    found = decoder.forward([Segment(DraftTree.chain(tokens(rows, 5)), cache, view)]).logits
+    cache.drop_tail()
+    return found
+
+
+def values(block: np.ndarray, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [64, padded head_dim] of a block, as the elements they are."""
+    keys, values = torch.from_numpy(block.copy()).view(kind).view(2, -1)
+    return keys.view(-1, 64, 2).transpose(0, 1).flatten(1), values.view(32, -1, 2).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+def test_a_copy_holds_the_nearest_multiples_of_each_tokens_own_scale(isa: str, head_dim: int) -> None:
+    target, draft = decoders(head_dim=head_dim)
+    cache, _ = prefill(target, tokens(150))
+    pool: Any = cache.pool
+    block = pool.native.block(1, 0, int(cache.pages[0])).view(np.uint16)
+    for place, bits in ((3, 0x7FC0), (40, 0x7F80), (70, 0xFF80)):  # NaN and infinities
+        block[place] = bits
+    block[len(block) // 2 :][: len(block) // 64] = 1  # of two tokens: too small for a scale
+    assert pool.native.copy(1, 0, int(cache.pages[0])) is None, "nobody drafted yet"
+    logits_of(draft, cache)
+    for layer in range(target.spec.layers):
+        for head in range(target.spec.kv_heads):
+            for page in cache.pages[:2]:
+                own = values(pool.native.block(layer, head, int(page)), torch.bfloat16)
+                copy = pool.native.copy(layer, head, int(page))
+                scales = torch.from_numpy(copy[-512:].copy()).view(torch.float32).view(2, 64, 1)
+                for wanted, found, scale in zip(own, values(copy[:-512], torch.int8), scales, strict=True):
+                    assert_quantised(wanted.float(), found, scale)
+    assert pool.native.copy(0, 0, int(cache.pages[2])) is None, "a page that is not full is read as it is"
+
+
+def assert_quantised(wanted: torch.Tensor, found: torch.Tensor, scale: torch.Tensor) -> None:
+    quants, expected = quantised(wanted)
+    usable = torch.isfinite(expected) & (expected >= torch.finfo(torch.float32).tiny)
+    assert torch.equal(found, torch.where(usable, quants, 0))
+    expected = torch.where(expected < torch.finfo(torch.float32).tiny, 0, expected)
+    assert torch.equal(scale.nan_to_num(-1), expected.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("window", [None, 200])
+def test_a_draft_over_copies_has_almost_the_target_s_logits(isa: str, window: int | None) -> None:
+    target, draft = decoders(**({} if window is None else {"family": "mistral", "sliding_window": window}))
+    cache, _ = prefill(target, tokens(300))
+    view = view_of(target, [0, 2, 3])
+    for pages in (None, view):
+        exact, copied = logits_of(target, cache, pages), logits_of(draft, cache, pages)
+        error = (copied - exact).abs().mean()
+        assert 0 < error < 0.02 * exact.std(), error
+
+
+def test_copies_change_no_bit_by_what_was_read_before() -> None:
+    target, draft = decoders()
+    cache, _ = prefill(target, tokens(CONTEXT - 70))
+    rng = np.random.default_rng(0)
+    pages = cache.full_pages
+    for count in (2, 3, 2, 4, 1, pages, 3, 2):
+        lists = target.spec.layers * target.spec.kv_heads
+        view = view_of(target, [np.sort(rng.choice(pages, count, replace=False)) for _ in range(lists)])
+        fresh, _ = prefill(target, tokens(CONTEXT - 70))
+        assert torch.equal(logits_of(draft, cache, view), logits_of(draft, fresh, view))
+    assert torch.equal(logits_of(draft, cache), logits_of(draft, fresh))
+
+
+def test_a_page_that_another_text_took_is_copied_anew() -> None:
+    target, draft = decoders()
+    cache, _ = prefill(target, tokens(200))
+    pool = cache.pool
+    before = logits_of(draft, cache)
+    other = cache.fork()
+    assert torch.equal(logits_of(draft, other), before)
+    other.release()
+    cache.release()
+    again = KVCache(pool, CONTEXT)
+    target.forward([Segment(DraftTree.chain(tokens(200, 9)), again, causal=True)], [])
+    again.commit(range(200))
+    fresh, _ = prefill(target, tokens(200, 9))
+    assert torch.equal(logits_of(draft, again), logits_of(draft, fresh))
+    assert not torch.equal(logits_of(draft, again), before)
+
+
+def test_sequences_in_one_draft_pass_have_the_bits_of_each_alone() -> None:
+    target, draft = decoders()
+    first, _ = prefill(target, tokens(200))
+    second = KVCache(first.pool, CONTEXT)
+    target.forward([Segment(DraftTree.chain(tokens(140, 9)), second, causal=True)], [])
+    second.commit(range(140))
+    chain = DraftTree.chain(tokens(3, 5))
+    view = view_of(target, [1])
+    together = draft.forward([Segment(chain, first, view), Segment(chain, second)]).logits
+    for cache in (first, second):
+        cache.drop_tail()
+    assert torch.equal(together[:3], logits_of(draft, first, view)) and torch.equal(
+        together[3:], logits_of(draft, second)
+    )
+
+
+def test_only_a_draft_over_a_bf16_cache_reads_copies() -> None:
+    config = config_of()
+    packed = NativeWeights(
+        ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32, 2
+    )
+    rope = rope_tables(config, CONTEXT)
+    assert not NativeDecoder(packed, rope, torch.bfloat16, int8_pages=True).int8_pages
+    for kind in (torch.float32, torch.int8):
+        target, draft = (NativeDecoder(packed, rope, kind, draft=draft, int8_pages=True) for draft in (False, True))
+        cache, _ = prefill(target, tokens(200))
+        assert torch.equal(logits_of(draft, cache), logits_of(target, cache))
+        pool: Any = cache.pool
+        assert pool.native.copy(0, 0, int(cache.pages[0])) is None
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "kv", "copies"), [("bf16", "auto", True), ("bf16", "own", False), ("fp32", "auto", False)]
+)
+def test_who_reads_copies(tiny_folder: Path, kv_dtype: str, kv: str, copies: bool) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", kv_dtype=kv_dtype, engine="native")
+    model: Any = swift.executor.draft_model(rope_tables(swift.checkpoint.config, 64), "auto", kv)
+    assert model.int8_pages == copies
+
+
+def test_copies_that_cannot_be_are_refused(tiny_folder: Path) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", kv_dtype="fp32", engine="native")
+    rope = rope_tables(swift.checkpoint.config, 64)
+    with pytest.raises(UserError, match=r"draft_kv: 'int8' is not allowed; copies are made of a bf16 cache only"):
+        swift.executor.draft_model(rope, "auto", "int8")
+    with pytest.raises(UserError, match=r"draft_kv: 'fp8' is not allowed; one of auto, own, int8"):
+        swift.executor.draft_model(rope, "auto", "fp8")
+    other = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", engine="torch")
+    with pytest.raises(UserError, match=r"draft_kv: 'int8' is not allowed; with engine torch only own"):
+        other.executor.draft_model(rope, "auto", "int8")
