@@ -68,6 +68,7 @@ class Partial(Drafter):
         self._chosen: PageView | None = None
         self._chosen_at = (-1, -1)  # full pages and committed tokens then
         self._missed = False  # a guess under it was wrong
+        self._passed = 0  # view tokens of the latest draft pass
         self._length = 0  # of the cache when the last tree was proposed
         self._round = 0
         self._draft: Draft | None = None
@@ -161,7 +162,9 @@ class Partial(Drafter):
                 rows.append(child)
             ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
             self._see(output, rows[-1])
-            planner.draft.observe(len(tree), keys, 1e3 * (time.perf_counter() - clock))
+            if self._passed == self._now.tokens:  # the first pass of a size may have many pages to copy
+                planner.draft.observe(len(tree), keys, 1e3 * (time.perf_counter() - clock))
+            self._passed = self._now.tokens
         return place
 
     def _look_ahead(self, context: Context, place: Place, keys: int, room: int) -> Draft:

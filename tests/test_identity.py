@@ -25,6 +25,7 @@ from tokenswift_py.drafters.heads import FORMS, Heads
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.planner import PassCost
 from tokenswift_py.rope import rope_tables
 
 CONTEXT, COUNT = 1024, 80
@@ -190,3 +191,30 @@ def test_no_other_drafter_changes_a_token(draft: Callable[..., Drafted], setup: 
     assert all(result.accepted > 0 for result in found[1:])
     assert found[-1].accepted >= 10
     assert len(beside.cache.kept) == 3 < beside.cache.full_pages
+
+
+class Starting(Paced):
+    """Its first pass takes half a second, as one that copies pages does."""
+
+    def forward(self, segments: list[Segment], *rest: Any, **wants: bool) -> Output:
+        Paced.now += 0.5 if not self.passes else 0.0
+        self.passes += 1
+        return super().forward(segments, *rest, **wants)
+
+    passes = 0
+
+
+def test_the_first_pass_under_a_size_of_view_is_no_measure_of_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    observe = PassCost.observe
+
+    def watched(cost: PassCost, rows: int, context: int, ms: float) -> None:
+        measured.append(ms)
+        observe(cost, rows, context, ms)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: Paced.now)
+    monkeypatch.setattr(PassCost, "observe", watched)
+    models, drafting = models_of(SETUPS["torch"]), Starting(models_of(SETUPS["torch"]).drafting, 1.0)
+    drafter = create("partial", view_tokens=192)
+    write(Paced(models.target, 10.0), PROMPT, COUNT, PARAMS["sampled"], drafter, draft_model=drafting)
+    assert drafting.passes > 20 and min(measured) < 2 and max(measured) < 20
