@@ -166,6 +166,6 @@ BRANCHES = 8  # continuations of one match
 LENGTHS = (3, 4, 6, 9, 17)  # of a match: 2, 3, 4-5, 6-8, 9-16, more
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # chance of each range of shares
-TRUST = (0.6, 0.7, 0.75, 0.8, 0.85, 0.85)  # in each range of lengths
+TRUST = (0.6, 0.75, 0.85, 0.9, 0.95, 0.95)  # in each range of lengths
 
 DRAFTER = NGram
