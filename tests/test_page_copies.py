@@ -128,6 +128,12 @@ def test_a_page_that_another_text_took_is_copied_anew() -> None:
     assert not torch.equal(logits_of(draft, again), before)
 
 
+def test_a_text_of_less_than_a_page_has_nothing_to_copy() -> None:
+    target, draft = decoders()
+    cache, _ = prefill(target, tokens(20))
+    assert torch.equal(logits_of(draft, cache), logits_of(target, cache))
+
+
 def test_sequences_in_one_draft_pass_have_the_bits_of_each_alone() -> None:
     target, draft = decoders()
     first, _ = prefill(target, tokens(200))

@@ -22,7 +22,8 @@ void each_page(const std::vector<SegmentPlan>& segments, int list, const F& f) {
 void PageCopies::update(Team& team, const Kernels& kernels, const std::vector<SegmentPlan>& segments) {
   int wanted = 0;
   for (const SegmentPlan& segment : segments) wanted += seen(segment.in);
-  if (wanted > 0 && wanted + wanted / 4 > room_) make_room(wanted + wanted / 4);
+  if (wanted == 0) return;
+  if (wanted + wanted / 4 > room_) make_room(wanted + wanted / 4);
   ++now_;
   team.run(int(lists()), [&](int list, int) { update_list(list, kernels, segments); });
 }
