@@ -145,6 +145,7 @@ class Candidates:
                 follow(node, more)
 
 
+VIEWS = (1024, 2048, 4096, 8192)  # tokens of its cache that a model drafts for itself over
 UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, whatever it costs
 
 

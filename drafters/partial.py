@@ -9,7 +9,7 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
-from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, committed
+from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, committed
 from tokenswift_py.drafters.chain import Confidence, Experience
 from tokenswift_py.drafters.heads import Heads, Terms
 from tokenswift_py.drafters.ngram import NGram, Place
@@ -276,7 +276,6 @@ def next_chance(draft: Draft) -> float:
     return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 
-VIEWS = (1024, 2048, 4096, 8192)  # tokens
 VIEW_ROUNDS = 8
 FIRST_VIEW = 13  # times the root of the text: the least view that is tried before any cost is known, as sweeps had it
 SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights

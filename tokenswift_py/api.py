@@ -18,8 +18,7 @@ import torch
 
 from tokenswift_py import __version__, contract, registry, report, snapshot
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.drafters.base import create
-from tokenswift_py.drafters.partial import VIEWS
+from tokenswift_py.drafters.base import VIEWS, create
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
