@@ -132,7 +132,8 @@ class Odds:
 
     @property
     def chance(self) -> float:
-        return (self.right + self.prior * self.weight) / (self.tried + self.weight)
+        # as (right + prior weight) / (tried + weight), but the prior to the last bit before anything was tried
+        return self.prior + (self.right - self.prior * self.tried) / (self.tried + self.weight)
 
 
 class Planner:
