@@ -1,4 +1,5 @@
-// A page of bf16 as an int8 page.
+// A page of bf16 as an int8 page. Magnitudes of bf16 are compared as bits, which have their order, infinities and NaN
+// above all.
 #pragma once
 
 #include <cfloat>
@@ -11,8 +12,8 @@
 namespace tokenswift {
 namespace {
 
-// What Pool::write gives for one token's values of these magnitudes: the largest becomes 127. `divisor` is infinite
-// where every quant is to be 0.
+// How one token's key or value becomes int8, the largest magnitude 127. `divisor` is infinite where every quant is 0: of
+// values too small for a scale, and where one is infinite or NaN, and with it the scale.
 struct Quantum {
   float scale, divisor;
 };
@@ -22,9 +23,6 @@ inline Quantum quantum(float top) {
   if (scale >= FLT_MIN && scale <= FLT_MAX) return {scale, scale};
   return {scale < FLT_MIN ? 0.0f : scale, INFINITY};
 }
-
-// Magnitudes of bf16 values are ordered as their bits are, infinities and NaN above all.
-inline float magnitude(uint16_t bits) { return to_float(bits); }
 
 // out[i] = the quant of x[i] by divisor[i]; n a multiple of 16. Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
 inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) {
@@ -53,7 +51,7 @@ inline void narrow_page(const char* block, int head_dim, char* out) {
   float divisor[width];
   for (int lane = 0; lane < page_size; ++lane) {
     const uint16_t larger = top[2 * lane] > top[2 * lane + 1] ? top[2 * lane] : top[2 * lane + 1];
-    const Quantum by = quantum(magnitude(larger));
+    const Quantum by = quantum(to_float(larger));
     scales[lane] = by.scale;
     divisor[2 * lane] = divisor[2 * lane + 1] = by.divisor;
   }
@@ -73,7 +71,7 @@ inline void narrow_page(const char* block, int head_dim, char* out) {
     for (int token = 0; token < 2; ++token) {
       uint16_t most = 0;
       for (int j = token; j < part; j += 2) most = largest[j] > most ? largest[j] : most;
-      const Quantum of = quantum(magnitude(most));
+      const Quantum of = quantum(to_float(most));
       scales[page_size + 2 * pair + token] = of.scale;
       for (int j = token; j < part; j += 2) by[j] = of.divisor;
     }

@@ -1,13 +1,13 @@
 #include "pool.h"
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
 #include "bf16.h"
+#include "narrow.h"
 #include "page_copies.h"
 
 namespace tokenswift {
@@ -48,20 +48,18 @@ struct Rounding<int8_t> {
       const float size = std::fabs(x[i]);
       top = size > top || size != size ? size : top;  // a NaN stays
     }
-    scale = top / 127.0f;
-    usable_ = scale >= FLT_MIN && scale <= FLT_MAX;
-    if (scale < FLT_MIN) scale = 0.0f;
+    by_ = quantum(top);
   }
   // Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
   int8_t operator()(float x) const {
-    return usable_ ? int8_t(int(x / scale + 12582912.0f - 12582912.0f)) : int8_t(0);
+    return by_.divisor == INFINITY ? int8_t(0) : int8_t(int(x / by_.divisor + 12582912.0f - 12582912.0f));
   }
   static float widen(int8_t x) { return x; }
 
-  float scale;
+  float scale() const { return by_.scale; }
 
  private:
-  bool usable_;
+  Quantum by_;
 };
 
 // One token in a block, as a lane of its page.
@@ -79,8 +77,8 @@ class Lane {
     for (int d = 0; d < head_dim_; ++d) key(d) = key_rounding(k[d]);
     for (int d = 0; d < head_dim_; ++d) value(d) = value_rounding(v[d]);
     if constexpr (Rounding<T>::scaled) {
-      key_scale() = key_rounding.scale;
-      value_scale() = value_rounding.scale;
+      key_scale() = key_rounding.scale();
+      value_scale() = value_rounding.scale();
     }
   }
 
