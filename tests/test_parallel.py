@@ -422,7 +422,7 @@ def test_what_rank_0_cannot_record_no_rank_begins(pair: Pair, tiny_folder: Path,
         assert told == same and told.startswith("JournalError: out: No space left on device: nothing could be recorded")
         assert told.endswith(r"UTF-8: \udcff") and list(out.iterdir()) == [], "the folder can be taken again"
     arguments = ["--model", folder, "--engine", "torch", "--dtype", "fp32", "--prompt", "the cat", "--raw", "--quiet"]
-    arguments += ["--max-new-tokens", "3", "--context", "90", "--out", str(out)]
+    arguments += ["--max-new-tokens", "3", "--context", "90", "--out", str(out), "--ignore-eos", "--seed", "3"]
     assert pair(by_command_line, *arguments) == [0, 0]
     told, same = pair(without_disk, folder, str(out))
     assert told == same and told.startswith("UserError: out: ") and told.endswith("(File exists)")
