@@ -61,7 +61,7 @@ class Experience:
 MEMORY = 200.0  # guesses after which one counts 1/e
 FACTORS = np.geomspace(1 / 16, 16, 33)
 PRIOR = -0.5 * (np.log(FACTORS) / np.log(2.5)) ** 2
-KINSHIP = 0.3  # what a guess of another draft of the family counts
+KINSHIP = 0.8  # what a guess of another draft of the family counts
 
 
 class Confidence:

@@ -68,6 +68,8 @@ class DraftModel(Drafter):
         start = len(history)
         self._read = start - self.cache.length
         length = (budget - 1) // self.width if planner.fixed else budget - 1
+        if self._cost.measured:
+            planner.hope(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
         while len(self._chain) <= length and self._pays(planner):
             node = self._guess(context, candidates)
             if node is None:

@@ -90,7 +90,7 @@ class Partial(Drafter):
         place = self.reuse.read(history) if self.reuse is not None else (0, 0)
         place = self._grow_chain(context, draft, candidates, place)
         if self.heads is not None and self._row is not None:
-            terms = Terms(self._known(place, history[-1], planner), planner.gain_ms)
+            terms = Terms(next_chance(self._repeats(draft, planner, place)), planner.gain_ms)
             self.heads.extend(draft, self._chain[-1], self._row, context, terms)
         history.truncate(start)
         follow = None
@@ -139,9 +139,8 @@ class Partial(Drafter):
             rejected = cache.tail_length - len(tail)  # rows, which take room as well
             room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
             ahead = self._look_ahead(context, place, keys, room)
-            ms = planner.draft_ms(len(ahead), keys) + planner.row_ms(len(draft))
-            gain = draft.chances[self._chain[-1]] * self._gain(ahead, planner, place)
-            if not planner.worth(gain, ms) and (tail or not planner.may_probe(ms)):
+            ms = planner.draft_ms(len(ahead), keys)
+            if not self._pays(draft, ahead, ms, planner, place) and (tail or not planner.may_probe(ms)):
                 break
             tree = self._ask_heads(context, draft, ahead, keys).build()
             clock = time.perf_counter()
@@ -180,28 +179,28 @@ class Partial(Drafter):
             )
         return ahead
 
-    def _gain(self, ahead: Draft, planner: Planner, place: Place) -> float:
-        """Tokens that one more draft pass should bring, less those that repeats would bring without it, if the text
-        comes as far as the chain does.
+    def _pays(self, draft: Draft, ahead: Draft, ms: float, planner: Planner, place: Place) -> bool:
+        """Whether one more draft pass of so many milliseconds saves more time than repeats would without it.
 
         A pass makes a guess at its first row, and at each row behind it that the guesses lead to.
         """
-        chance = self._now.next
-        if self.reuse is None or planner.fixed:
-            return chance
-        gain = sum(c * chance ** (1 + int(depth)) for c, depth in zip(ahead.chances, ahead.build().depth, strict=True))
-        return float(gain - (sum(self._repeats(place, ahead.tokens[0], planner).chances) - 1))
+        if planner.fixed:
+            return True
+        path, rows, chance = draft.chances[self._chain[-1]], len(draft), self._now.next
+        saved = -ms
+        for c, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
+            saved += planner.token_ms(path * c * chance ** (1 + depth)) - c * planner.row_ms(rows + depth)
+        free = self._repeats(draft, planner, place).chances[1:]
+        return saved > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
 
-    def _repeats(self, place: Place, token: int, planner: Planner) -> Draft:
-        """Those that the target could check behind this token without a draft pass."""
-        free = Draft(token, FREE)
+    def _repeats(self, draft: Draft, planner: Planner, place: Place) -> Draft:
+        """Those behind the chain's end that are worth the target's rows without a draft pass."""
+        end, rows = self._chain[-1], len(draft)
+        free = Draft(draft.tokens[end], FREE)
         if self.reuse is not None:
-            self.reuse.extend(free, place, lambda chance: planner.worth_row(chance, len(free)))
+            path = draft.chances[end]
+            self.reuse.extend(free, place, lambda chance: planner.worth_row(path * chance, rows + len(free) - 1))
         return free
-
-    def _known(self, place: Place, token: int, planner: Planner) -> float:
-        """The chance that repeats hold the next token."""
-        return next_chance(self._repeats(place, token, planner))
 
     def _ask_heads(self, context: Context, draft: Draft, ahead: Draft, keys: int) -> Draft:
         """More for a draft pass to check, where it saves more time in passes than it takes.
@@ -248,27 +247,31 @@ class Partial(Drafter):
         return (context.cache.full_pages - context.cache.evicted) * PAGE_SIZE
 
     def _choose_view_size(self, context: Context) -> None:
-        """Every so many rounds: the size whose drafts pay most, of the present one and those next to it."""
+        """Every so many rounds: the size whose drafts pay most, of the present one and those next to it; and tell the
+        planner what it promises, at first in every round."""
         planner, text = context.planner, self._held(context)
         for view in self.views:
             view.face(text, context.sampler.params.temperature)
         self._round += 1
-        if len(self.views) == 1 or (self._round > 1 and self._round % VIEW_ROUNDS):
+        often = self._round % VIEW_ROUNDS == 0
+        if not (often or self._round <= VIEW_ROUNDS):
             return
-        if planner.draft.measured:
-            now = self.views.index(self._now)
 
-            def rate(i: int) -> float:
-                keys = min(self.views[i].tokens, text) + PAGE_SIZE // 2
-                return planner.best_rate(self.views[i].next, planner.draft_ms(1, keys))
+        def rate(i: int) -> float:
+            keys = min(self.views[i].tokens, text) + PAGE_SIZE // 2
+            return planner.best_rate(self.views[i].next, planner.draft_ms(1, keys))
 
+        best = now = self.views.index(self._now)
+        if self._round == 1:
+            best = sum(view.tokens < FIRST_VIEW * text**0.5 for view in self.views[:-1])
+        elif often and planner.draft.measured:
             # one that holds all of the text already gains nothing from being larger
             fitting = [i for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
             best = max((i for i in fitting if abs(i - now) <= 1), key=rate, default=fitting[-1])
-        else:
-            best = sum(view.tokens < FIRST_VIEW * text**0.5 for view in self.views[:-1])
-        if self.views[best] is not self._now:
+        if best != now:
             self._now, self._chosen = self.views[best], None
+        if planner.draft.measured:
+            planner.hope(rate(best))
 
 
 def next_chance(draft: Draft) -> float:

@@ -127,7 +127,6 @@ def main() -> None:
     parser.add_argument("--min-p", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trace")
     add_flags(parser)
     args = parser.parse_args()
     groups = args.groups.split(",")

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, gigabytes of it")
     parser.add_argument("--name", default="speedup", help="of the files in results/")
-    parser.add_argument("--trace")
+    parser.add_argument("--trace", metavar="PREFIX", help="of a file for each text and drafter, a line a round")
     add_flags(parser)
     args = parser.parse_args()
     names = args.workloads.split(",")
@@ -242,21 +242,23 @@ class Text:
 def rows(text: Text, cut: int) -> Iterator[Row]:
     """A row a drafter."""
     text.source.read(cut - (0 if text.source.written else SEEN_ROWS))
-    found = race(text.swift, text.args, text.run(cut), text.source, contenders(text.args.drafters))
+    trace = f"{text.args.trace}-{text.name}" if text.args.trace else ""
+    found = race(text.swift, text.args, text.run(cut), text.source, contenders(text.args.drafters), trace)
     common = {name: value for name, value in found.items() if name != "drafters"}
     for drafter, drafted in found["drafters"].items():
         yield {"drafter": drafter, **drafted, **common}
 
 
 def race(
-    swift: TokenSwift, args: argparse.Namespace, run: Run, source: Any, runners: list[Contender]
+    swift: TokenSwift, args: argparse.Namespace, run: Run, source: Any, runners: list[Contender], trace: str = ""
 ) -> dict[str, Any]:
+    """trace: how the names of their traces begin; none without."""
     bandwidth = memory_bandwidth(threads=args.threads)
     written = list(source.written)
     for runner in runners:
-        trace = f"{args.trace}-{len(run.prompt)}-{runner.name}.jsonl" if args.trace else None
+        file = f"{trace}-{len(run.prompt)}-{runner.name}.jsonl" if trace else None
         more = (written,) if written else ()
-        runner.start(swift, run, source.cache.fork(), trace, *more)
+        runner.start(swift, run, source.cache.fork(), file, *more)
     for end in range(args.slice, args.new + args.slice, args.slice):
         for runner in runners:
             runner.write(min(end, args.new))

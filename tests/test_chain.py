@@ -13,6 +13,7 @@ import torch
 from tokenswift_py.core import Acceptance
 from tokenswift_py.drafters.base import Candidates, Draft
 from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
+from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial, View
 from tokenswift_py.history import History
 from tokenswift_py.planner import Odds, Planner
@@ -101,6 +102,28 @@ def test_a_long_text_begins_with_a_larger_view() -> None:
         context: Any = SimpleNamespace(planner=planner, cache=cache, sampler=Scores())
         drafter._choose_view_size(context)
         assert drafter._now.tokens == tokens
+
+
+def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -> None:
+    """Guesses three in four of which are right for 25 ms each, or repeats half of which are for rows of the target:
+    where these cost nothing they win; at 25 ms a row they do not, since a draft pass tells which are right."""
+    text = [*range(20, 32), 7, *range(20, 32)]
+    chosen = []
+    for row_ms in (0.01, 25.0):
+        planner, drafter = Planner(), Partial(view_tokens=1024, reuse=NGram())
+        planner.context = 64000
+        for rows in (1, 2, 4, 8, 16):
+            planner.target.observe(rows, 64000, 60.0 + row_ms * rows)
+            planner.draft.observe(rows, 1056, 25.0 + 0.1 * rows)
+        assert drafter.reuse is not None
+        drafter.reuse._odds = [[Odds(0.5) for _ in odds] for odds in drafter.reuse._odds]
+        drafter._now.face(64000, 1.0)
+        drafter._chain = [0]
+        place, draft = drafter.reuse.read(History(text)), Draft(text[-1], 17)
+        context: Any = SimpleNamespace(planner=planner, history=History(text))
+        ahead = drafter._look_ahead(context, place, 1056, 64)
+        chosen.append(drafter._pays(draft, ahead, 25.0, planner, place))
+    assert chosen == [False, True]
 
 
 def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:

@@ -149,6 +149,18 @@ def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
     assert planner.rate == pytest.approx(before, rel=0.1)
 
 
+def test_what_is_hoped_for_holds_until_rounds_tell_better() -> None:
+    planner = planner_of(rounds=1)
+    plain = planner.rate
+    planner.hope(3 * plain)
+    assert 2.5 * plain < planner.rate <= 3 * plain, "the first trees are weighed against what they are to bring"
+    for _ in range(48):
+        planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
+    assert planner.rate < 1.6 * plain, "rounds that bring less have their say"
+    planner.hope(0.1 * plain)
+    assert planner.rate == pytest.approx(plain, rel=0.05), "no hope is plain decoding's rate"
+
+
 SHAPES = (1, 2, 4, 8, 16, 32, 64)
 
 

@@ -154,6 +154,7 @@ class Planner:
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
         self._total_ms = 0.0
+        self._hope = 0.0  # tokens per millisecond
         self._probe_ms: dict[str, float] = {}
         self._overhead_ms = 0.0
 
@@ -171,11 +172,20 @@ class Planner:
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give."""
+        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give.
+
+        What drafters hope for counts as HOPED rounds: weighed against plain decoding alone, the first trees would hold
+        guesses that do not pay.
+        """
         plain = self.target(1, self.context) + self._overhead_ms
         if not plain:
             return 0.0
-        return max(1 / plain, self._tokens / self._ms if self._ms else 0.0)
+        hoped = HOPED * plain
+        return max(1 / plain, (self._tokens + hoped * max(self._hope, 1 / plain)) / (self._ms + hoped))
+
+    def hope(self, rate: float) -> None:
+        """A drafter expects to write so many tokens per millisecond."""
+        self._hope = rate
 
     def worth(self, chance: float, ms: float) -> bool:
         """Whether a node that is emitted with this chance pays for its milliseconds."""
@@ -191,10 +201,13 @@ class Planner:
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
         """
-        rate = self.rate
-        if self.fixed or not rate:
+        if self.fixed or not self.rate:
             return float("inf")
-        return chance / rate - self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
+        return self.token_ms(chance) - self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
+
+    def token_ms(self, chance: float) -> float:
+        """Milliseconds that a token takes at the present rate, times this chance."""
+        return chance / self.rate if self.rate else 0.0
 
     def rows_paid(self, chances: Sequence[float], first: int) -> int:
         """How many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay for.
@@ -260,3 +273,4 @@ LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
 PROBES = 0.01
 FREE_PROBES = 8
 ROUNDS = 48  # rounds after which one counts 1/e in the rate
+HOPED = 8  # rounds
