@@ -1,4 +1,4 @@
-"""int8 copies of the pages that drafts read: what they hold, and when they are made anew."""
+"""Copies of the pages that drafts read: what they hold, what is computed with them, when they are made anew."""
 
 from __future__ import annotations
 
@@ -51,10 +51,24 @@ def logits_of(decoder: NativeDecoder, cache: KVCache, view: PageView | None = No
     return found
 
 
-def values(block: np.ndarray, kind: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [64, padded head_dim] of a block, as the elements they are."""
-    keys, values = torch.from_numpy(block.copy()).view(kind).view(2, -1)
-    return keys.view(-1, 64, 2).transpose(0, 1).flatten(1), values.view(32, -1, 2).transpose(1, 2).flatten(0, 1)
+def values(block: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [64, padded head_dim] of a page, as the elements they are."""
+    return laid_out(torch.from_numpy(block.copy()).view(torch.bfloat16), 2)
+
+
+def copied(copy: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Quants of a copy, as `values`, and the scales [2, 64, 1] of both."""
+    quants = (torch.from_numpy(copy[:-512].copy()).to(torch.int16) - 128).to(torch.int8)
+    return laid_out(quants, 4), torch.from_numpy(copy[-512:].copy()).view(torch.float32).view(2, 64, 1)
+
+
+def laid_out(elements: torch.Tensor, together: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """together: how many dimensions of a key, or tokens of a value's dimension, lie side by side."""
+    keys, values = elements.view(2, -1)
+    return (
+        keys.view(-1, 64, together).transpose(0, 1).flatten(1),
+        values.view(64 // together, -1, together).transpose(1, 2).flatten(0, 1),
+    )
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64])
@@ -71,10 +85,9 @@ def test_a_copy_holds_the_nearest_multiples_of_each_tokens_own_scale(isa: str, h
     for layer in range(target.spec.layers):
         for head in range(target.spec.kv_heads):
             for page in cache.pages[:2]:
-                own = values(pool.native.block(layer, head, int(page)), torch.bfloat16)
-                copy = pool.native.copy(layer, head, int(page))
-                scales = torch.from_numpy(copy[-512:].copy()).view(torch.float32).view(2, 64, 1)
-                for wanted, found, scale in zip(own, values(copy[:-512], torch.int8), scales, strict=True):
+                own = values(pool.native.block(layer, head, int(page)))
+                quants, scales = copied(pool.native.copy(layer, head, int(page)))
+                for wanted, found, scale in zip(own, quants, scales, strict=True):
                     assert_quantised(wanted.float(), found, scale)
     assert pool.native.copy(0, 0, int(cache.pages[2])) is None, "a page that is not full is read as it is"
 
@@ -93,9 +106,32 @@ def test_a_draft_over_copies_has_almost_the_target_s_logits(isa: str, window: in
     cache, _ = prefill(target, tokens(300))
     view = view_of(target, [0, 2, 3])
     for pages in (None, view):
-        exact, copied = logits_of(target, cache, pages), logits_of(draft, cache, pages)
-        error = (copied - exact).abs().mean()
-        assert 0 < error < 0.02 * exact.std(), error
+        exact, found = logits_of(target, cache, pages), logits_of(draft, cache, pages)
+        error = (found - exact).abs().mean()
+        assert 0 < error < 0.03 * exact.std(), error  # of keys, values, queries and weights as bytes
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 80])
+def test_a_view_of_many_splits_is_read_whole_whatever_the_heads_width(isa: str, head_dim: int) -> None:
+    """Nine pages and more are two splits of a view's own: without the last page it would be farther from the target."""
+    target, draft = decoders(head_dim=head_dim)
+    cache, _ = prefill(target, tokens(CONTEXT - 70))
+    pages = np.arange(cache.full_pages)
+    for view in (pages, pages[-9:], pages[1:9], pages[:1]):
+        exact = logits_of(target, cache, view_of(target, view))
+        error, without = (
+            float((logits_of(draft, cache, view_of(draft, seen)) - exact).abs().mean()) for seen in (view, view[:-1])
+        )
+        assert error < 0.03 * exact.std() and error < 0.7 * without, (view, error, without)
+
+
+def test_a_row_has_the_bits_it_has_alone(isa: str) -> None:
+    target, draft = decoders()
+    cache, _ = prefill(target, tokens(300))
+    for view in (None, view_of(draft, [0, 2, 3])):
+        alone = logits_of(draft, cache, view, 1)
+        for rows in (2, 3, 5, 8):
+            assert torch.equal(logits_of(draft, cache, view, rows)[:1], alone)
 
 
 def test_copies_change_no_bit_by_what_was_read_before() -> None:

@@ -68,7 +68,7 @@ class Executor(Protocol):
 
         weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, of 4 where they are no
                  finer, packed at first use; auto is int8 where the engine has it.
-        kv:      own are the cache's keys and values as they are; int8 copies of them for the pages in a view; auto is
+        kv:      own are the cache's keys and values as they are; int8 copies of the full pages that drafts see; auto is
                  int8 where the engine has it and the cache is bf16.
         Raises UserError for others, and for weights that this executor has not or memory has no room for.
         """

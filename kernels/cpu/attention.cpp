@@ -8,6 +8,7 @@ namespace tokenswift {
 namespace {
 
 constexpr int split_pages = 16;    // part of the numerics contract
+constexpr int own_split_pages = 8;  // of a view's own: few enough that threads end together
 constexpr int pieces_a_thread = 6;  // enough that one more or less at the end does not matter
 constexpr int block_queries = 48;  // queries whose states stay in the first-level cache beside a page
 
@@ -29,9 +30,13 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
   size_t states = 0;
   for (size_t i = 0; i < segments_.size(); ++i) {
     const SegmentPlan& segment = segments_[i];
-    const int splits = segment.last_page / split_pages + 1, block = rows_a_block(group_);
+    const bool own = has_own_splits(segment.in);
+    const int splits = own ? (segment.in.view_pages + own_split_pages - 1) / own_split_pages + 1
+                           : segment.last_page / split_pages + 1;
+    const int block = rows_a_block(group_);
     const int blocks = (segment.in.rows + block - 1) / block;
     SegmentState& state = segment_states_[i];
+    state.own = own;
     state.whole = splits == 1 || blocks * pool.kv_heads() >= pieces_a_thread * threads;
     state.states = states;
     states += size_t(state.whole ? 1 : splits) * segment.in.rows * heads_ * state_floats(head_dim_);
@@ -51,7 +56,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
   for (Scratch& scratch : scratch_) {
     const size_t block = size_t(rows_a_block(group_)) * group_;
     scratch.page.reserve(pool.block_bytes());
-    if (pool.type() == PageType::int8 || copies) scratch.widened.reserve(size_t(4) * page_size * head_dim_);
+    if (pool.type() == PageType::int8) scratch.widened.reserve(size_t(4) * page_size * head_dim_);
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
@@ -61,7 +66,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
 // Those in which a layer's view has a page, and those of the tail.
 void Attention::find_splits(int segment, int layer) {
   const SegmentPlan& plan = segments_[segment];
-  if (!plan.in.view) return;
+  if (!plan.in.view || segment_states_[segment].own) return;
   for (int head = 0; head < pool_->kv_heads(); ++head) {
     const int32_t* view = view_of(segment, layer, head);
     std::vector<int>& splits = segment_states_[segment].splits[head];
@@ -156,8 +161,10 @@ void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int s
     state[state_maximum(head_dim_)] = no_maximum;
   }
   visit_full_pages(layer, piece, split, behind, states, scratch);
-  const int begin = std::max(split * split_pages, segment.in.full);
-  const int end = std::min((split + 1) * split_pages, segment.last_page + 1);
+  const SegmentState& kept = segment_states_[piece.segment];
+  if (kept.own && split != kept.splits[piece.head].back()) return;  // the last has the tail
+  const int begin = kept.own ? segment.in.full : std::max(split * split_pages, segment.in.full);
+  const int end = kept.own ? segment.last_page + 1 : std::min((split + 1) * split_pages, segment.last_page + 1);
   for (int page = begin; page < end; ++page) visit_tail(layer, piece, page, states, scratch);
 }
 
@@ -175,16 +182,17 @@ const int32_t* Attention::view_of(int segment, int layer, int head) const {
 // Which full pages of a split the rows see: places in the view, or without one the pages themselves.
 RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, int split) const {
   const SegmentInput& in = segments_[piece.segment].in;
-  const int begin = std::max(split * split_pages, first_visible(in, piece.rows, layer.window) / page_size);
-  const int end = std::min((split + 1) * split_pages, in.full);
+  const int visible = first_visible(in, piece.rows, layer.window) / page_size;
   const int32_t* view = view_of(piece.segment, layer.layer, piece.head);
-  if (!view) return {begin, end};
   const int32_t* last = view + in.view_pages;
+  if (segment_states_[piece.segment].own) {
+    const int begin = visible ? int(std::lower_bound(view, last, visible) - view) : 0;
+    return {std::max(split * own_split_pages, begin), std::min((split + 1) * own_split_pages, in.view_pages)};
+  }
+  const int begin = std::max(split * split_pages, visible), end = std::min((split + 1) * split_pages, in.full);
+  if (!view) return {begin, end};
   return {int(std::lower_bound(view, last, begin) - view), int(std::lower_bound(view, last, end) - view)};
 }
-
-// Of full pages, as they are read.
-PageType Attention::full_type() const { return copies_ ? PageType::int8 : pool_->type(); }
 
 // page: absolute.
 const char* Attention::full_block(const AttentionLayer& layer, const Piece& piece, int page) const {
@@ -212,14 +220,14 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
     const int page = absolute(i);
     const char* here = block(i);
     const char* next = i + 1 < pages.end ? block(i + 1) : behind ? behind : here;
-    PageType type = full_type();
+    bool copied = copies_ != nullptr;
     if (visible > page * page_size) {
       Slots slots;
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
       here = gather(layer, piece, slots, visible - page * page_size, scratch);
-      type = pool_->type();
+      copied = false;
     }
-    visit(layer, piece, piece.rows, page, type, here, next, states, scratch);
+    visit(layer, piece, piece.rows, page, copied, here, next, states, scratch);
   }
 }
 
@@ -242,7 +250,7 @@ void Attention::visit_tail(const AttentionLayer& layer, const Piece& piece, int 
       const RowRun rows{std::max(run.begin, piece.rows.begin), std::min(run.end, piece.rows.end)};
       if (rows.begin >= rows.end) continue;
       if (!block) block = gather(layer, piece, group.slots, visible, scratch);
-      visit(layer, piece, rows, page, pool_->type(), block, block, states, scratch);
+      visit(layer, piece, rows, page, false, block, block, states, scratch);
     }
   }
 }
@@ -263,10 +271,10 @@ bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int win
   return partial;
 }
 
-void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, PageType type,
+void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied,
                       const char* block, const char* next, float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
-  const PageKernels& kernels = kernels_.of(type);
+  const PageKernels& kernels = kernels_.of(pool_->type());
   const size_t query = (size_t(piece.head) * rows_ + in.start + rows.begin) * group_;
   PageVisit visit{};
   visit.block = block;
@@ -275,7 +283,8 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
   visit.head_dim = head_dim_;
   visit.scale = float(1.4426950408889634 / std::sqrt(double(values_)));
   visit.queries = (rows.end - rows.begin) * group_;
-  visit.q = layer.q + query * head_dim_ * kernels.operand_bytes;
+  visit.q = copied ? layer.copy_q + query * kernels_.copies.query_bytes(head_dim_)
+                   : layer.q + query * head_dim_ * kernels.operand_bytes;
   visit.state = states + size_t(rows.begin - piece.rows.begin) * group_ * state_floats(head_dim_);
   if (set_lanes(in, rows, page, layer.window, scratch)) {
     visit.first = scratch.first.data();
@@ -286,7 +295,7 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
     visit.mass_maximum = mass_maximum_.data() + query * mass_stride_ + page;
     visit.mass_stride = mass_stride_;
   }
-  kernels.visit(visit);
+  copied ? kernels_.copies.visit(visit) : kernels.visit(visit);
 }
 
 // Merges a row's states under one KV head, and turns them into its output and mass.

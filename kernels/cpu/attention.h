@@ -16,6 +16,7 @@ struct AttentionLayer {
   int layer;
   int window;        // a row at p sees (p - window, p]; 0 is everything
   const char* q;     // operands of the pool's page type, [queries][padded head_dim]
+  const char* copy_q;  // of its copies', where they are read
   float* out;        // [rows][out_stride], query head h at h * head_dim
   size_t out_stride;
   float* mass;       // [rows][kv_heads][pages]; null when not wanted
@@ -24,7 +25,8 @@ struct AttentionLayer {
 // A row's keys are visited page by page in ascending order, in splits of 16 pages that begin at absolute multiples of
 // 16, and the splits' softmax states are merged in order. So what a row gets depends on its own keys alone: not on
 // the rows beside it, on threads, or on whether splits ran side by side or one after the other. A split of which a view
-// holds no page is passed over: merging what has seen nothing changes nothing.
+// holds no page is passed over: merging what has seen nothing changes nothing. A view of copies, which only drafts
+// have, has splits of its own: 8 of its pages each, and the tail.
 class Attention {
  public:
   // head_dim: values of a head; the pool has them padded to vector_multiple.
@@ -48,6 +50,7 @@ class Attention {
   };
 
   struct SegmentState {
+    bool own;          // its splits are a view's
     bool whole;        // one softmax state for each query; else one for each split that holds pages
     size_t states;     // where they begin, [parts][kv_heads][rows][group]
     std::vector<std::vector<int>> splits;  // [kv_heads] those that hold pages, ascending
@@ -72,11 +75,11 @@ class Attention {
                         Scratch& scratch);
   RowRun full_pages(const AttentionLayer& layer, const Piece& piece, int split) const;
   const int32_t* view_of(int segment, int layer, int head) const;
-  PageType full_type() const;
+  bool has_own_splits(const SegmentInput& in) const { return copies_ && in.view; }
   const char* full_block(const AttentionLayer& layer, const Piece& piece, int page) const;
   const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
-  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, PageType type, const char* block,
+  void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied, const char* block,
              const char* next, float* states, Scratch& scratch);
   void finish(const AttentionLayer& layer, int segment, int row, int head);
   const char* gather(const AttentionLayer& layer, const Piece& piece, Slots slots, int visible, Scratch& scratch) const;

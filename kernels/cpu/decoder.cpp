@@ -177,6 +177,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.activated.reserve(rows * ffn_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
   buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
+  if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
@@ -292,6 +293,9 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
     }
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
+    if (pass.int8_pages) {
+      kernels_.copies.round(head_q, padded_head(), buffers_.copy_queries.data() + query * copy_query_bytes());
+    }
   }
   for (int head = 0; head < shape_.kv_heads; ++head) {
     std::copy_n(k + head * head_dim, head_dim, head_k);
@@ -312,7 +316,8 @@ void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   const size_t stride = padded(q_width());
   float* mass = pass.mass;
   if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
-  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.attended.data(), stride, mass});
+  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(),
+                          buffers_.attended.data(), stride, mass});
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }
 

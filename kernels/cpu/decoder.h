@@ -94,6 +94,7 @@ class Decoder {
     Buffer<float> x, normed, qkv, attended, activated;
     Buffer<char> operands;  // of the weights' element type, for the next multiplication
     Buffer<char> queries;   // of the pool's
+    Buffer<char> copy_queries;  // of its copies'
   };
 
   Layer& layer_at(int layer);
@@ -109,6 +110,7 @@ class Decoder {
   void project_qkv(const Layer& layer, int rows);
   void rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool);
   void rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row);
+  size_t copy_query_bytes() const { return kernels_.copies.query_bytes(padded_head()); }
   void rotate_head(float* x, const std::vector<float>& norm, const Pass& pass, int row) const;
   void attend(const Layer& layer, int index, const Pass& pass);
   void add_projected(const Linear& linear, int rows);

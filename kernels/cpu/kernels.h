@@ -28,7 +28,7 @@ constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
 
 // Some queries meet one page of keys and values.
 struct PageVisit {
-  const char* block;           // as Pool lays it out
+  const char* block;           // as Pool lays it out, or a copy
   const char* next;            // the one visited next, for prefetching; this one where there is none
   char* copy;                  // scratch for the keys and values of an int8 page as bf16
   int head_dim;                // multiple of 16
@@ -64,19 +64,29 @@ struct PageKernels {
   float (*best_score)(const PageVisit&);
 };
 
+// The arithmetic of the copies of pages that drafts read (page_copies.h): whole numbers, four products an instruction.
+struct CopyKernels {
+  int query_multiple, operand_bytes;  // values that a query is padded to a multiple of, bytes of each
+  RoundOperands round;
+  void (*visit)(const PageVisit&);
+  // A block of bf16 (see Pool) as a copy.
+  void (*copy)(const char* block, int head_dim, char* out);
+
+  size_t query_bytes(int head_dim) const { return size_t(round_up(head_dim, query_multiple)) * operand_bytes; }
+};
+
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
   ElementKernels bf16, f32, q8, q4;
   PageKernels bf16_pages, f32_pages, int8_pages;
+  CopyKernels copies;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
   // Softmax state `part` merged into `state`.
   void (*merge)(float* state, const float* part, int head_dim);
-  // A block of bf16 (see Pool) as a block of int8, with the bits that writing its keys and values there would give.
-  void (*narrow_page)(const char* block, int head_dim, char* out);
   // out = values / sum of weights.
   void (*normalise)(const float* state, int head_dim, float* out);
   // out[i] += share of page i in the softmax of `state`.

@@ -20,9 +20,11 @@ template <class D, class S = typename D::Weight, bool copied = false>
 struct PageOf {
   using Dot = D;
   using Operand = typename D::Operand;
+  using Weights = Operand[page_size];
   using Element = std::conditional_t<copied, typename D::Weight, S>;
   using Copied = PageOf<D, S, true>;
   static constexpr bool scaled = sizeof(S) == 1;
+  static constexpr Precision precision = sizeof(Operand) == 2 ? Precision::short_ : Precision::full;
 
   static size_t half(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
   static size_t half_bytes(const PageVisit& visit) { return half(visit) * sizeof(S); }
@@ -34,6 +36,10 @@ struct PageOf {
     return reinterpret_cast<const float*>(visit.block + 2 * half_bytes(visit));
   }
   static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
+
+  static void round(const Vec (&s)[page_size / Isa::lanes], Weights& out) {
+    for (int j = 0; j < page_size / Isa::lanes; ++j) Dot::round(s[j], out + j * Isa::lanes);
+  }
 
   // Whether widening costs enough to be done once for all tiles: where two products a lane leave it little company.
   static constexpr bool worth_copying = scaled && !copied && sizeof(Operand) == 2;
@@ -47,11 +53,11 @@ inline __attribute__((always_inline)) void multiply(Vec (&s)[score_vectors], con
   for (int j = 0; j < score_vectors; ++j) s[j] = Isa::mul(s[j], Isa::load(scales + j * Isa::lanes));
 }
 
-// A query's scores become its weights; updates its maximum and sums, writes the weights as operands, and returns the
+// A query's scores become its weights; updates its maximum and sums, writes the weights rounded, and returns the
 // factor by which everything accumulated so far has to be scaled.
 template <class Page>
 inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors],
-                                                  typename Page::Operand* weights) {
+                                                  typename Page::Weights& weights) {
   float* sums = visit.state + size_t(query) * state_floats(visit.head_dim) + visit.head_dim;
   float* maximum = sums + sums_width;
   if constexpr (Page::scaled) multiply(s, Page::key_scales(visit));
@@ -71,8 +77,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
     Isa::store_first(maximum, now);
   }
   const Vec offset = Isa::sub(Isa::zero(), now);
-  constexpr Precision precision = sizeof(typename Page::Operand) == 2 ? Precision::short_ : Precision::full;
-  for (int j = 0; j < score_vectors; ++j) s[j] = exp2<precision>(Isa::fma(s[j], scale, offset));
+  for (int j = 0; j < score_vectors; ++j) s[j] = exp2<Page::precision>(Isa::fma(s[j], scale, offset));
   // Sum i of the 16 holds the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
   constexpr int parts = sums_width / Isa::lanes;
   Vec page_sum = Isa::zero();
@@ -87,7 +92,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
     visit.mass_maximum[query * visit.mass_stride] = *maximum;
   }
   if constexpr (Page::scaled) multiply(s, Page::value_scales(visit));
-  for (int j = 0; j < score_vectors; ++j) Page::Dot::round(s[j], weights + j * Isa::lanes);
+  Page::round(s, weights);
   return rescale;
 }
 
@@ -141,7 +146,7 @@ inline __attribute__((always_inline)) void add_values(const PageVisit& visit, in
 
 template <class Page, int M, int parts>
 void visit_tile(const PageVisit& visit, int query) {
-  alignas(64) typename Page::Operand weights[M][page_size];
+  alignas(64) typename Page::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
   score<Page, M, parts>(visit, query, s);
 #pragma GCC unroll 6

@@ -1,4 +1,4 @@
-// int8 copies of the pages that drafts read.
+// Copies of the pages that drafts read, as bytes.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +11,9 @@
 
 namespace tokenswift {
 
-// A view is read again and again, by every pass of a draft, and its pages change little from draft to draft. As int8
-// they are half the bytes, and a draft may be wrong. Each (layer, KV head) has room for a quarter more than its
-// view; what is in no view any more goes when there is need. A copy stands for its page until that is reserved anew, for a
+// A view is read again and again, by every pass of a draft, and its pages change little from draft to draft. As bytes
+// (page_bytes.h) they are half as large, and a draft may be wrong. Each (layer, KV head) has room for a quarter more than
+// its view; what is in no view any more goes when there is need. A copy stands for its page until that is reserved anew, for a
 // full page does not change.
 class PageCopies {
  public:

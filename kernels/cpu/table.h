@@ -6,6 +6,7 @@
 #include "kernels.h"
 #include "narrow.h"
 #include "page.h"
+#include "page_bytes.h"
 #include "rowwise.h"
 
 namespace tokenswift {
@@ -33,10 +34,10 @@ Kernels make_kernels(const char* name) {
           page_kernels<PageOf<Bf16Dot>>(),
           page_kernels<PageOf<F32Dot>>(),
           page_kernels<PageOf<Bf16Dot, int8_t>>(),
+          {block_size, activation_bytes, round_query, visit_bytes, copy_page},
           rms_norm,
           swiglu,
           merge,
-          narrow_page,
           normalise,
           add_mass};
 }

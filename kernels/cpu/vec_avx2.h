@@ -87,6 +87,12 @@ struct Isa {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
     return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
   }
+  static void store_bytes(int8_t* p, Vec a) {
+    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));
+    const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
+    const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+  }
   // The even and the odd ones of 16 int8 values.
   static Vec widen_even(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));

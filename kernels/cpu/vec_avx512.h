@@ -93,6 +93,11 @@ struct Isa {
     return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
   }
 #endif
+  // Whole numbers as int8; their low bytes where they are too large for that, or NaN.
+  static void store_bytes(int8_t* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(12582912.0f)));  // 1.5 * 2^23
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
+  }
   // 16 int8 values; the even and the odd ones of 32.
   static Vec widen(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -100,6 +100,11 @@ struct Isa {
     for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
     return a;
   }
+  static void store_bytes(int8_t* p, Vec a) {
+    const Vec pushed = a + 12582912.0f;
+    const Words bits = from<Words>(&pushed);
+    for (int i = 0; i < lanes; ++i) p[i] = int8_t(bits[i]);
+  }
   // The even and the odd ones of 8 int8 values.
   static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
   static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }

@@ -1,0 +1,160 @@
+// Some queries meet a page of bytes, which only drafts read: what is rounded here may be wrong, but does not depend on
+// the queries beside it either.
+//
+//   keys    [head_dim / 4][64][4]    unsigned bytes: quant + 128
+//   values  [16][head_dim][4]        of four tokens each
+//   scales  [64] of keys, [64] of values, fp32
+//
+// Queries are rounded as activations are (quant.h), weights to bytes as well, one scale a query and page.
+#pragma once
+
+#include "page.h"
+#include "quant.h"
+
+namespace tokenswift {
+namespace {
+
+struct BytePage {
+  struct Weights {
+    int8_t quants[page_size];
+    float scale;
+    int32_t sum;
+  };
+  static constexpr bool scaled = true;
+  static constexpr Precision precision = Precision::short_;
+  static constexpr int zero = 128;  // the byte that stands for 0
+  static constexpr int rows = 3;    // of a tile: two sums of each beside the bytes
+
+  static size_t half_bytes(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
+  static const uint8_t* keys(const PageVisit& visit) { return reinterpret_cast<const uint8_t*>(visit.block); }
+  static const uint8_t* values(const PageVisit& visit) { return keys(visit) + half_bytes(visit); }
+  static const float* key_scales(const PageVisit& visit) {
+    return reinterpret_cast<const float*>(visit.block + 2 * half_bytes(visit));
+  }
+  static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
+
+  static int query_blocks(const PageVisit& visit) { return (visit.head_dim + block_size - 1) / block_size; }
+
+  // Weights that are no number, by a value that was none, count nothing.
+  static void round(Vec (&s)[page_size / Isa::lanes], Weights& out) {
+    Vec top = Isa::zero();
+    for (Vec& weights : s) {
+      weights = Isa::max(weights, Isa::zero());
+      top = Isa::max(top, weights);
+    }
+    Isa::store_first(&out.scale, Isa::max_across(top));
+    const Vec inverse = Isa::splat(out.scale > 1e-30f ? 127.0f / out.scale : 0.0f);
+    Vec sum = Isa::zero();
+    for (int j = 0; j < page_size / Isa::lanes; ++j) {
+      const Vec whole = Isa::nearest(Isa::max(Isa::mul(s[j], inverse), Isa::zero()));
+      Isa::store_bytes(out.quants + j * Isa::lanes, whole);
+      sum = Isa::add(sum, whole);
+    }
+    out.sum = int32_t(Isa::sum(sum));
+    out.scale /= 127.0f;
+  }
+};
+
+// sums[i][j] += the products of four bytes of vector j of the columns with the four factors of row i, for `steps` fours.
+// Half as much as is read is asked for ahead, and as much again between: asked for at once it would be more than a core
+// can wait for, and memory would rest while weights are computed.
+template <int M, int V, class FactorsOf>
+inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V], const uint8_t* columns,
+                                                        size_t stride, int steps, uintptr_t& ahead,
+                                                        const FactorsOf& factors_of) {
+  constexpr int lines = V * Isa::lanes * 4 / line_bytes / 2;
+  for (int step = 0; step < steps; ++step, columns += stride) {
+    Isa::Quads quads[V];
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) quads[j] = Isa::quads(Isa::load_bytes(columns + j * Isa::lanes * 4));
+#pragma GCC unroll 4
+    for (int j = 0; j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
+    ahead += lines * line_bytes;
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const Isa::Factors factors = Isa::factors(factors_of(i) + 4 * step);
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[i][j] = Isa::dot(sums[i][j], quads[j], factors);
+    }
+  }
+}
+
+template <int M>
+inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, int query, uintptr_t& ahead,
+                                                       Vec (&s)[M][score_vectors]) {
+  constexpr int V = Isa::page_vectors;
+  const int blocks = BytePage::query_blocks(visit);
+  const auto* q = static_cast<const ActivationBlock*>(visit.q) + size_t(query) * blocks;
+  for (int vector = 0; vector < score_vectors; vector += V) {
+    Vec acc[M][V];
+    each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
+    const uint8_t* columns = BytePage::keys(visit) + vector * Isa::lanes * 4;
+    for (int block = 0; block < blocks; ++block, columns += block_size * page_size) {
+      const ActivationBlock* part = q + block;
+      const int rest = visit.head_dim - block * block_size;
+      Isa::Wholes sums[M][V];
+      each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-BytePage::zero * part[i * blocks].sum); });
+      add_products<M, V>(sums, columns, page_size * 4, (rest < block_size ? rest : block_size) / 4, ahead,
+                         [&](int i) { return part[i * blocks].quants; });
+      each<M, V>([&](int i, int j) {
+        acc[i][j] = Isa::fma(Isa::splat(part[i * blocks].scale), Isa::to_floats(sums[i][j]), acc[i][j]);
+      });
+    }
+    each<M, V>([&](int i, int j) { s[i][vector + j] = acc[i][j]; });
+  }
+}
+
+// V vectors of the values' columns from `column` on.
+template <int M, int V>
+inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visit, int query, int column,
+                                                           const BytePage::Weights (&weights)[M],
+                                                           const Vec (&rescale)[M], uintptr_t& ahead) {
+  Isa::Wholes sums[M][V];
+  each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-BytePage::zero * weights[i].sum); });
+  add_products<M, V>(sums, BytePage::values(visit) + column * 4, size_t(visit.head_dim) * 4, page_size / 4, ahead,
+                     [&](int i) { return weights[i].quants; });
+  const size_t stride = state_floats(visit.head_dim);
+  float* state = visit.state + query * stride + column;
+  each<M, V>([&](int i, int j) {
+    float* at = state + i * stride + j * Isa::lanes;
+    const Vec kept = Isa::mul(Isa::load(at), rescale[i]);
+    Isa::store(at, Isa::fma(Isa::splat(weights[i].scale), Isa::to_floats(sums[i][j]), kept));
+  });
+}
+
+constexpr int scale_lines = 2 * page_size * sizeof(float) / line_bytes;
+
+template <int M>
+void visit_byte_tile(const PageVisit& visit, int query) {
+  alignas(64) BytePage::Weights weights[M];
+  Vec s[M][score_vectors], rescale[M];
+  // The first tile asks for the next page; others for what they have.
+  uintptr_t ahead = reinterpret_cast<uintptr_t>(query ? visit.block : visit.next);
+  score_bytes<M>(visit, query, ahead, s);
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) {
+    const int lines = (visit.head_dim + scale_lines) / M;
+    for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
+    rescale[i] = softmax<BytePage>(visit, query + i, s[i], weights[i]);
+  }
+  constexpr int block = Isa::page_vectors * Isa::lanes;
+  int column = 0;
+  for (; column + block <= visit.head_dim; column += block) {
+    add_byte_values<M, Isa::page_vectors>(visit, query, column, weights, rescale, ahead);
+  }
+  for (; column < visit.head_dim; column += Isa::lanes) {
+    add_byte_values<M, 1>(visit, query, column, weights, rescale, ahead);
+  }
+}
+
+inline void visit_bytes(const PageVisit& visit) {
+  int query = 0;
+  constexpr int rows = BytePage::rows;
+  for (; query + rows <= visit.queries; query += rows) visit_byte_tile<rows>(visit, query);
+  for (; query < visit.queries; ++query) visit_byte_tile<1>(visit, query);
+}
+
+inline void round_query(const float* x, int n, void* out) { quantise_row(x, n, static_cast<ActivationBlock*>(out)); }
+
+}  // namespace
+}  // namespace tokenswift
