@@ -187,11 +187,12 @@ class Partial(Drafter):
         if planner.fixed:
             return True
         path, rows, chance = draft.chances[self._chain[-1]], len(draft), self._now.next
-        saved = -ms
+        tokens = 0.0
         for c, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
-            saved += planner.token_ms(path * c * chance ** (1 + depth)) - c * planner.row_ms(rows + depth)
+            tokens += path * c * chance ** (1 + depth)
+            ms += c * planner.row_ms(rows + depth)
         free = self._repeats(draft, planner, place).chances[1:]
-        return saved > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
+        return planner.token_ms(tokens) - ms > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
 
     def _repeats(self, draft: Draft, planner: Planner, place: Place) -> Draft:
         """Those behind the chain's end that are worth the target's rows without a draft pass."""

@@ -201,13 +201,14 @@ class Planner:
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
         """
-        if self.fixed or not self.rate:
+        if self.fixed:
             return float("inf")
         return self.token_ms(chance) - self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
 
     def token_ms(self, chance: float) -> float:
-        """Milliseconds that a token takes at the present rate, times this chance."""
-        return chance / self.rate if self.rate else 0.0
+        """Milliseconds that a token takes at the present rate, times this chance; without bound before any is known."""
+        rate = self.rate
+        return chance / rate if rate else float("inf")
 
     def rows_paid(self, chances: Sequence[float], first: int) -> int:
         """How many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay for.

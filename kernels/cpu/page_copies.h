@@ -12,9 +12,9 @@
 namespace tokenswift {
 
 // A view is read again and again, by every pass of a draft, and its pages change little from draft to draft. As bytes
-// (page_bytes.h) they are half as large, and a draft may be wrong. Each (layer, KV head) has room for a quarter more than
-// its view; what is in no view any more goes when there is need. A copy stands for its page until that is reserved anew, for a
-// full page does not change.
+// (page_bytes.h) they are half as large, and a draft may be wrong. Each (layer, KV head) has room for a quarter more
+// than its view; what is in no view any more goes when there is need. A copy stands for its page until that is reserved
+// anew, for a full page does not change.
 class PageCopies {
  public:
   explicit PageCopies(const Pool& pool) : pool_(pool), place_(lists() * pool.pages(), -1) {}
