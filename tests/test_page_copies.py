@@ -58,7 +58,8 @@ def values(block: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 def copied(copy: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Quants of a copy, as `values`, and the scales [2, 64, 1] of both."""
-    quants = (torch.from_numpy(copy[:-512].copy()).to(torch.int16) - 128).to(torch.int8)
+    quants = torch.from_numpy(copy[:-512].copy()).view(2, -1)
+    quants = torch.stack([(quants[0].to(torch.int16) - 128).to(torch.int8), quants[1].view(torch.int8)])
     return laid_out(quants, 4), torch.from_numpy(copy[-512:].copy()).view(torch.float32).view(2, 64, 1)
 
 
@@ -108,7 +109,7 @@ def test_a_draft_over_copies_has_almost_the_target_s_logits(isa: str, window: in
     for pages in (None, view):
         exact, found = logits_of(target, cache, pages), logits_of(draft, cache, pages)
         error = (found - exact).abs().mean()
-        assert 0 < error < 0.03 * exact.std(), error  # of keys, values, queries and weights as bytes
+        assert 0 < error < 0.02 * exact.std(), error  # of keys, values, queries and weights as bytes
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 80])
@@ -122,7 +123,7 @@ def test_a_view_of_many_splits_is_read_whole_whatever_the_heads_width(isa: str, 
         error, without = (
             float((logits_of(draft, cache, view_of(draft, seen)) - exact).abs().mean()) for seen in (view, view[:-1])
         )
-        assert error < 0.03 * exact.std() and error < 0.7 * without, (view, error, without)
+        assert error < 0.02 * exact.std() and error < 0.7 * without, (view, error, without)
 
 
 def test_a_row_has_the_bits_it_has_alone(isa: str) -> None:

@@ -180,8 +180,9 @@ class Planner:
         plain = self.target(1, self.context) + self._overhead_ms
         if not plain:
             return 0.0
-        hoped = HOPED * plain
-        return max(1 / plain, (self._tokens + hoped * max(self._hope, 1 / plain)) / (self._ms + hoped))
+        hoped = HOPED * plain if self._hope else 0.0
+        rounds = (self._tokens + hoped * self._hope) / max(self._ms + hoped, SHORTEST)
+        return max(1 / plain, rounds)
 
     def hope(self, rate: float) -> None:
         """A drafter expects to write so many tokens per millisecond."""

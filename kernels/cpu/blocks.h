@@ -48,12 +48,12 @@ void multiply_blocks(const char* panel, int blocks, const ActivationBlock* x, si
     for (int half = 0; half < 2; ++half) {
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
-        Isa::Quads quads[V];
+        Isa::Unsigned quads[V];
 #pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) quads[j] = Isa::quads(Kind::load(quants, half, g, j));
+        for (int j = 0; j < V; ++j) quads[j] = Isa::unsigned_bytes(Kind::load(quants, half, g, j));
 #pragma GCC unroll 12
         for (int i = 0; i < M; ++i) {
-          const Isa::Factors factors = Isa::factors(x[i * x_stride].quants + (4 * half + g) * 4);
+          const Isa::Signed factors = Isa::signed_bytes(Isa::repeat(x[i * x_stride].quants + (4 * half + g) * 4));
 #pragma GCC unroll 4
           for (int j = 0; j < V; ++j) sums[i][j] = Isa::dot(sums[i][j], quads[j], factors);
         }

@@ -34,13 +34,14 @@ inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) 
   }
 }
 
-// Two pairs become four: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, each 128 more. a, b: [n][2].
-inline void join_pairs(const int8_t* a, const int8_t* b, int n, char* out) {
+// Two pairs become four: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, the highest bit of each turned over where `turn`
+// has it. a, b: [n][2].
+inline void join_pairs(const int8_t* a, const int8_t* b, int n, uint32_t turn, char* out) {
   for (int i = 0; i < n; ++i) {
     uint16_t pairs[2];
     std::memcpy(&pairs[0], a + 2 * i, sizeof pairs[0]);
     std::memcpy(&pairs[1], b + 2 * i, sizeof pairs[1]);
-    const uint32_t four = (uint32_t(pairs[1]) << 16 | pairs[0]) ^ 0x80808080u;
+    const uint32_t four = (uint32_t(pairs[1]) << 16 | pairs[0]) ^ turn;
     std::memcpy(out + 4 * i, &four, sizeof four);
   }
 }
@@ -90,12 +91,12 @@ inline void copy_page(const char* block, int head_dim, char* out) {
   for (int d = 0; d < head_dim / 2; d += 2, out += 2 * width) {
     narrow(keys + d * width, divisor, width, first);
     narrow(keys + (d + 1) * width, divisor, width, second);
-    join_pairs(first, second, page_size, out);
+    join_pairs(first, second, page_size, 0x80808080u, out);  // 128 more
   }
   for (int token = 0; token < page_size; token += 4, out += 4 * head_dim, values += 4 * head_dim) {
     narrow_values(values, head_dim, first, scales + page_size + token);
     narrow_values(values + 2 * head_dim, head_dim, second, scales + page_size + token + 2);
-    join_pairs(first, second, head_dim, out);
+    join_pairs(first, second, head_dim, 0, out);
   }
 }
 

@@ -2,10 +2,10 @@
 // the queries beside it either.
 //
 //   keys    [head_dim / 4][64][4]    unsigned bytes: quant + 128
-//   values  [16][head_dim][4]        of four tokens each
+//   values  [16][head_dim][4]        of four tokens each, signed
 //   scales  [64] of keys, [64] of values, fp32
 //
-// Queries are rounded as activations are (quant.h), weights to bytes as well, one scale a query and page.
+// Queries are rounded as activations are (quant.h), weights to unsigned bytes, one scale a query and page.
 #pragma once
 
 #include "page.h"
@@ -16,13 +16,12 @@ namespace {
 
 struct BytePage {
   struct Weights {
-    int8_t quants[page_size];
+    uint8_t quants[page_size];
     float scale;
-    int32_t sum;
   };
   static constexpr bool scaled = true;
   static constexpr Precision precision = Precision::short_;
-  static constexpr int zero = 128;  // the byte that stands for 0
+  static constexpr int zero = 128;  // the byte of a key that stands for 0
   static constexpr int rows = 3;    // of a tile: two sums of each beside the bytes
 
   static size_t half_bytes(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
@@ -43,43 +42,55 @@ struct BytePage {
       top = Isa::max(top, weights);
     }
     Isa::store_first(&out.scale, Isa::max_across(top));
-    const Vec inverse = Isa::splat(out.scale > 1e-30f ? 127.0f / out.scale : 0.0f);
-    Vec sum = Isa::zero();
+    const Vec inverse = Isa::splat(out.scale > 1e-30f ? 255.0f / out.scale : 0.0f);
     for (int j = 0; j < page_size / Isa::lanes; ++j) {
-      const Vec whole = Isa::nearest(Isa::max(Isa::mul(s[j], inverse), Isa::zero()));
-      Isa::store_bytes(out.quants + j * Isa::lanes, whole);
-      sum = Isa::add(sum, whole);
+      Isa::store_bytes(out.quants + j * Isa::lanes, Isa::max(Isa::mul(s[j], inverse), Isa::zero()));
     }
-    out.sum = int32_t(Isa::sum(sum));
-    out.scale /= 127.0f;
+    out.scale /= 255.0f;
+  }
+};
+
+// The products of four bytes of keys with a query's, and of values with weights: an unsigned byte with a signed one.
+struct KeyProducts {
+  static Isa::Unsigned columns(Isa::Bytes bytes) { return Isa::unsigned_bytes(bytes); }
+  static Isa::Signed factors(const int8_t* four) { return Isa::signed_bytes(Isa::repeat(four)); }
+  static Isa::Wholes add(Isa::Wholes sum, Isa::Unsigned columns, Isa::Signed factors) {
+    return Isa::dot(sum, columns, factors);
+  }
+};
+struct ValueProducts {
+  static Isa::Signed columns(Isa::Bytes bytes) { return Isa::signed_bytes(bytes); }
+  static Isa::Unsigned factors(const uint8_t* four) { return Isa::unsigned_bytes(Isa::repeat(four)); }
+  static Isa::Wholes add(Isa::Wholes sum, Isa::Signed columns, Isa::Unsigned factors) {
+    return Isa::dot(sum, factors, columns);
   }
 };
 
 // sums[i][j] += the products of four bytes of vector j of the columns with the four factors of row i, for `steps` fours.
-// Half as much as is read is asked for ahead, and as much again between: asked for at once it would be more than a core
-// can wait for, and memory would rest while weights are computed.
-template <int M, int V, class FactorsOf>
+// The first tile asks for the next page: for half as much as it reads, and as much again between, for asked for at once
+// it would be more than a core can wait for, and memory would rest while weights are computed.
+template <class Products, bool first, int M, int V, class FactorsOf>
 inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V], const uint8_t* columns,
                                                         size_t stride, int steps, uintptr_t& ahead,
                                                         const FactorsOf& factors_of) {
   constexpr int lines = V * Isa::lanes * 4 / line_bytes / 2;
   for (int step = 0; step < steps; ++step, columns += stride) {
-    Isa::Quads quads[V];
+    decltype(Products::columns(Isa::Bytes{})) vectors[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) quads[j] = Isa::quads(Isa::load_bytes(columns + j * Isa::lanes * 4));
+    for (int j = 0; j < V; ++j) vectors[j] = Products::columns(Isa::load_bytes(columns + j * Isa::lanes * 4));
 #pragma GCC unroll 4
-    for (int j = 0; j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
+    for (int j = 0; first && j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
     ahead += lines * line_bytes;
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
-      const Isa::Factors factors = Isa::factors(factors_of(i) + 4 * step);
+      const auto factors = Products::factors(factors_of(i) + 4 * step);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sums[i][j] = Isa::dot(sums[i][j], quads[j], factors);
+      for (int j = 0; j < V; ++j) sums[i][j] = Products::add(sums[i][j], vectors[j], factors);
     }
   }
 }
 
-template <int M>
+template <int M, bool first>
 inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, int query, uintptr_t& ahead,
                                                        Vec (&s)[M][score_vectors]) {
   constexpr int V = Isa::page_vectors;
@@ -94,8 +105,9 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
       const int rest = visit.head_dim - block * block_size;
       Isa::Wholes sums[M][V];
       each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-BytePage::zero * part[i * blocks].sum); });
-      add_products<M, V>(sums, columns, page_size * 4, (rest < block_size ? rest : block_size) / 4, ahead,
-                         [&](int i) { return part[i * blocks].quants; });
+      const int steps = (rest < block_size ? rest : block_size) / 4;
+      add_products<KeyProducts, first>(sums, columns, page_size * 4, steps, ahead,
+                                       [&](int i) { return part[i * blocks].quants; });
       each<M, V>([&](int i, int j) {
         acc[i][j] = Isa::fma(Isa::splat(part[i * blocks].scale), Isa::to_floats(sums[i][j]), acc[i][j]);
       });
@@ -105,14 +117,15 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
 }
 
 // V vectors of the values' columns from `column` on.
-template <int M, int V>
+template <int M, int V, bool first>
 inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visit, int query, int column,
                                                            const BytePage::Weights (&weights)[M],
                                                            const Vec (&rescale)[M], uintptr_t& ahead) {
   Isa::Wholes sums[M][V];
-  each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-BytePage::zero * weights[i].sum); });
-  add_products<M, V>(sums, BytePage::values(visit) + column * 4, size_t(visit.head_dim) * 4, page_size / 4, ahead,
-                     [&](int i) { return weights[i].quants; });
+  each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(0); });
+  const uint8_t* columns = BytePage::values(visit) + column * 4;
+  add_products<ValueProducts, first>(sums, columns, size_t(visit.head_dim) * 4, page_size / 4, ahead,
+                                     [&](int i) { return weights[i].quants; });
   const size_t stride = state_floats(visit.head_dim);
   float* state = visit.state + query * stride + column;
   each<M, V>([&](int i, int j) {
@@ -124,34 +137,34 @@ inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visi
 
 constexpr int scale_lines = 2 * page_size * sizeof(float) / line_bytes;
 
-template <int M>
+template <int M, bool first>
 void visit_byte_tile(const PageVisit& visit, int query) {
   alignas(64) BytePage::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
-  // The first tile asks for the next page; others for what they have.
-  uintptr_t ahead = reinterpret_cast<uintptr_t>(query ? visit.block : visit.next);
-  score_bytes<M>(visit, query, ahead, s);
+  uintptr_t ahead = reinterpret_cast<uintptr_t>(visit.next);
+  score_bytes<M, first>(visit, query, ahead, s);
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) {
     const int lines = (visit.head_dim + scale_lines) / M;
-    for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
+    for (int j = 0; first && j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
     rescale[i] = softmax<BytePage>(visit, query + i, s[i], weights[i]);
   }
   constexpr int block = Isa::page_vectors * Isa::lanes;
   int column = 0;
   for (; column + block <= visit.head_dim; column += block) {
-    add_byte_values<M, Isa::page_vectors>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, Isa::page_vectors, first>(visit, query, column, weights, rescale, ahead);
   }
   for (; column < visit.head_dim; column += Isa::lanes) {
-    add_byte_values<M, 1>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, 1, first>(visit, query, column, weights, rescale, ahead);
   }
 }
 
 inline void visit_bytes(const PageVisit& visit) {
-  int query = 0;
   constexpr int rows = BytePage::rows;
-  for (; query + rows <= visit.queries; query += rows) visit_byte_tile<rows>(visit, query);
-  for (; query < visit.queries; ++query) visit_byte_tile<1>(visit, query);
+  int query = visit.queries < rows ? 1 : rows;
+  query == 1 ? visit_byte_tile<1, true>(visit, 0) : visit_byte_tile<rows, true>(visit, 0);
+  for (; query + rows <= visit.queries; query += rows) visit_byte_tile<rows, false>(visit, query);
+  for (; query < visit.queries; ++query) visit_byte_tile<1, false>(visit, query);
 }
 
 inline void round_query(const float* x, int n, void* out) { quantise_row(x, n, static_cast<ActivationBlock*>(out)); }

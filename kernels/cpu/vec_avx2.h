@@ -66,28 +66,32 @@ struct Isa {
   // Dot products of bytes, as in vec_avx512.h.
   using Wholes = __m256i;
   using Bytes = __m256i;
-  struct Quads {
+  struct Unsigned {
     __m256i even, odd;
   };
-  using Factors = Quads;
+  using Signed = Unsigned;
   static Wholes wholes(int32_t x) { return _mm256_set1_epi32(x); }
   static Vec to_floats(Wholes a) { return _mm256_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static Bytes low_halves(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
   static Bytes high_halves(Bytes a) { return low_halves(_mm256_srli_epi16(a, 4)); }
-  static Quads quads(Bytes a) { return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)}; }
-  static Factors factors(const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, sizeof four);
-    const __m256i bytes = _mm256_set1_epi32(four);
-    return {_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8), _mm256_srai_epi16(bytes, 8)};
+  static Bytes repeat(const void* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, sizeof bytes);
+    return _mm256_set1_epi32(bytes);
   }
-  static Wholes dot(Wholes a, Quads w, Factors x) {
+  static Unsigned unsigned_bytes(Bytes a) {
+    return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)};
+  }
+  static Signed signed_bytes(Bytes a) {
+    return {_mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), _mm256_srai_epi16(a, 8)};
+  }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
     return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
   }
-  static void store_bytes(int8_t* p, Vec a) {
+  static void store_bytes(uint8_t* p, Vec a) {
     const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));
     const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
     const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));

@@ -62,7 +62,7 @@ struct Isa {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))));
   }
 
-  // Dot products of bytes: four k of every column against the four factors of one row.
+  // Dot products of bytes: four of every column, each with one of four that all columns share.
   using Wholes = __m512i;
   using Bytes = __m512i;
   static Wholes wholes(int32_t x) { return _mm512_set1_epi32(x); }
@@ -71,30 +71,36 @@ struct Isa {
   static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Bytes low_halves(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
   static Bytes high_halves(Bytes a) { return low_halves(_mm512_srli_epi16(a, 4)); }
+  static Bytes repeat(const void* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
 #ifdef __AVX512VNNI__
-  using Quads = __m512i;
-  using Factors = __m512i;
-  static Quads quads(Bytes a) { return a; }
-  static Factors factors(const int8_t* x) { return four(x); }
-  static Wholes dot(Wholes a, Quads w, Factors x) { return _mm512_dpbusd_epi32(a, w, x); }
+  using Unsigned = __m512i;
+  using Signed = __m512i;
+  static Unsigned unsigned_bytes(Bytes a) { return a; }
+  static Signed signed_bytes(Bytes a) { return a; }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm512_dpbusd_epi32(a, w, x); }
 #else
   // By 16-bit products, for those of 8 bits saturate.
-  struct Quads {
+  struct Unsigned {
     __m512i even, odd;
   };
-  using Factors = Quads;
-  static Quads quads(Bytes a) { return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)}; }
-  static Factors factors(const int8_t* x) {
-    const __m512i bytes = four(x);
-    return {_mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8), _mm512_srai_epi16(bytes, 8)};
+  using Signed = Unsigned;
+  static Unsigned unsigned_bytes(Bytes a) {
+    return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)};
   }
-  static Wholes dot(Wholes a, Quads w, Factors x) {
+  static Signed signed_bytes(Bytes a) {
+    return {_mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), _mm512_srai_epi16(a, 8)};
+  }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) {
     const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
     return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
   }
 #endif
-  // Whole numbers as int8; their low bytes where they are too large for that, or NaN.
-  static void store_bytes(int8_t* p, Vec a) {
+  // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.
+  static void store_bytes(uint8_t* p, Vec a) {
     const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(12582912.0f)));  // 1.5 * 2^23
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
   }
@@ -113,11 +119,6 @@ struct Isa {
   }
 
  private:
-  static __m512i four(const int8_t* x) {
-    int32_t bytes;
-    std::memcpy(&bytes, x, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-  }
   static __m512i pairs(const int8_t* p) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

@@ -80,12 +80,10 @@ struct Isa {
   // Dot products of bytes. Whole numbers this small are exact as floats, which are multiplied faster than integers.
   using Wholes = Vec;
   using Bytes = Words;
-  struct Quads {
+  struct Unsigned {
     Vec of[4];
   };
-  struct Factors {
-    Vec of[4];
-  };
+  using Signed = Unsigned;
   static Wholes wholes(int32_t x) { return splat(float(x)); }
   static Vec to_floats(Wholes a) { return a; }
   static Vec load_halfs(const uint16_t* p) {
@@ -94,16 +92,23 @@ struct Isa {
   static Bytes load_bytes(const uint8_t* p) { return from<Words>(p); }
   static Bytes low_halves(Bytes a) { return a & 0x0f0f0f0fu; }
   static Bytes high_halves(Bytes a) { return a >> 4 & 0x0f0f0f0fu; }
-  static Quads quads(Bytes a) { return {{byte<0>(a), byte<1>(a), byte<2>(a), byte<3>(a)}}; }
-  static Factors factors(const int8_t* x) { return {{splat(x[0]), splat(x[1]), splat(x[2]), splat(x[3])}}; }
-  static Wholes dot(Wholes a, const Quads& w, const Factors& x) {
+  static Bytes repeat(const void* four) {
+    uint32_t bytes;
+    std::memcpy(&bytes, four, sizeof bytes);
+    return Bytes{} + bytes;
+  }
+  static Unsigned unsigned_bytes(Bytes a) { return {{byte<0>(a), byte<1>(a), byte<2>(a), byte<3>(a)}}; }
+  static Signed signed_bytes(Bytes a) {
+    return {{signed_byte<0>(a), signed_byte<1>(a), signed_byte<2>(a), signed_byte<3>(a)}};
+  }
+  static Wholes dot(Wholes a, const Unsigned& w, const Signed& x) {
     for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
     return a;
   }
-  static void store_bytes(int8_t* p, Vec a) {
+  static void store_bytes(uint8_t* p, Vec a) {
     const Vec pushed = a + 12582912.0f;
     const Words bits = from<Words>(&pushed);
-    for (int i = 0; i < lanes; ++i) p[i] = int8_t(bits[i]);
+    for (int i = 0; i < lanes; ++i) p[i] = uint8_t(bits[i]);
   }
   // The even and the odd ones of 8 int8 values.
   static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
@@ -116,6 +121,10 @@ struct Isa {
   template <int index>
   static Vec byte(Bytes a) {
     return __builtin_convertvector(Ints(a >> (8 * index) & 0xffu), Vec);
+  }
+  template <int index>
+  static Vec signed_byte(Bytes a) {
+    return __builtin_convertvector(Ints(a << (24 - 8 * index)) >> 24, Vec);
   }
   template <class T>
   static T from(const void* p) {
