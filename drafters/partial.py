@@ -190,14 +190,14 @@ class Partial(Drafter):
         tokens = 0.0
         for c, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
             tokens += path * c * chance ** (1 + depth)
-            ms += c * planner.row_ms(rows + depth)
+            ms += c * planner.seat_ms(rows + depth)
         free = self._repeats(draft, planner, place).chances[1:]
         return planner.token_ms(tokens) - ms > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
 
     def _repeats(self, draft: Draft, planner: Planner, place: Place) -> Draft:
         """Those behind the chain's end that are worth the target's rows without a draft pass."""
         end, rows = self._chain[-1], len(draft)
-        free = Draft(draft.tokens[end], FREE)
+        free = Draft(draft.tokens[end], min(FREE, 1 + draft.budget - rows))
         if self.reuse is not None:
             path = draft.chances[end]
             self.reuse.extend(free, place, lambda chance: planner.worth_row(path * chance, rows + len(free) - 1))

@@ -106,10 +106,11 @@ def test_a_long_text_begins_with_a_larger_view() -> None:
 
 def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -> None:
     """Guesses three in four of which are right for 25 ms each, or repeats half of which are for rows of the target:
-    where these cost nothing they win; at 25 ms a row they do not, since a draft pass tells which are right."""
+    where these cost nothing they win; at 25 ms a row they do not, since a draft pass tells which are right; at 100 ms a
+    row neither pays."""
     text = [*range(20, 32), 7, *range(20, 32)]
     chosen = []
-    for row_ms in (0.01, 25.0):
+    for row_ms in (0.01, 25.0, 100.0):
         planner, drafter = Planner(), Partial(view_tokens=1024, reuse=NGram())
         planner.context = 64000
         for rows in (1, 2, 4, 8, 16):
@@ -123,7 +124,7 @@ def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -
         context: Any = SimpleNamespace(planner=planner, history=History(text))
         ahead = drafter._look_ahead(context, place, 1056, 64)
         chosen.append(drafter._pays(draft, ahead, 25.0, planner, place))
-    assert chosen == [False, True]
+    assert chosen == [False, True, False]
 
 
 def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
@@ -150,6 +151,9 @@ def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
     assert sizes[-1] < 4096, "small ones are cheap enough to be wrong more often"
     steps = {(a, b) for a, b in pairwise(sizes) if a != b}
     assert all(max(step) == 2 * min(step) for step in steps)
+    keys = drafter._now.tokens + 32
+    promised = planner.best_rate(drafter._now.next, planner.draft_ms(1, keys))
+    assert planner._hope == promised
 
 
 def test_candidates_keep_the_chance_they_were_found_with() -> None:

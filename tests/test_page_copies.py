@@ -22,11 +22,11 @@ from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.rope import rope_tables
 
 
-def decoders(**changes: Any) -> tuple[NativeDecoder, NativeDecoder]:
+def decoders(threads: int = 2, **changes: Any) -> tuple[NativeDecoder, NativeDecoder]:
     """A target with a bf16 cache, and its draft that reads int8 pages of it."""
     config = config_of(**changes)
     packed = NativeWeights(
-        ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32, 2
+        ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32, threads
     )
     rope = rope_tables(config, CONTEXT)
     return (
@@ -126,13 +126,49 @@ def test_a_view_of_many_splits_is_read_whole_whatever_the_heads_width(isa: str, 
         assert error < 0.02 * exact.std() and error < 0.7 * without, (view, error, without)
 
 
-def test_a_row_has_the_bits_it_has_alone(isa: str) -> None:
-    target, draft = decoders()
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+@pytest.mark.parametrize("window", [None, 64, 192])
+def test_a_row_has_the_bits_it_has_alone(isa: str, window: int | None, kv_heads: int) -> None:
+    """Whatever a tile's queries, and where the rows' windows begin on both sides of a page's edge."""
+    changes: dict[str, Any] = {} if window is None else {"family": "mistral", "sliding_window": window}
+    target, draft = decoders(num_key_value_heads=kv_heads, **changes)
+    cache, _ = prefill(target, tokens(250))
+    rows = 12
+    for view in (None, view_of(draft, [0, 2])):
+        cache.drop_tail()
+        alone = []
+        for row, token in enumerate(tokens(rows, 5)):
+            segment = Segment(DraftTree.chain([int(token)]), cache, view, tuple(range(row)))
+            alone.append(draft.forward([segment]).logits)
+        for count in (2, 3, 5, rows):
+            assert torch.equal(logits_of(draft, cache, view, count), torch.cat(alone[:count])), count
+
+
+def test_threads_change_no_bit(isa: str) -> None:
+    found = []
+    for threads in (1, 2, 5):
+        target, draft = decoders(threads)
+        cache, _ = prefill(target, tokens(CONTEXT - 70))
+        view = view_of(target, np.arange(1, cache.full_pages))
+        found.append((logits_of(draft, cache, view), logits_of(draft, cache)))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def test_the_largest_bytes_do_not_saturate(isa: str) -> None:
+    """Quants of 127 and weights of 255 in every lane, whose exact sums no 16-bit number holds."""
+    target, draft = decoders(head_dim=64)
     cache, _ = prefill(target, tokens(300))
-    for view in (None, view_of(draft, [0, 2, 3])):
-        alone = logits_of(draft, cache, view, 1)
-        for rows in (2, 3, 5, 8):
-            assert torch.equal(logits_of(draft, cache, view, rows)[:1], alone)
+    pool: Any = cache.pool
+    for layer in range(target.spec.layers):
+        for head in range(target.spec.kv_heads):
+            for page in cache.pages[: cache.full_pages]:
+                keys, values = pool.native.block(layer, head, int(page)).view(np.uint16).reshape(2, -1)
+                keys[:] = 0x4040  # 3, by which all lanes have one score
+                values[:] = 0x4000  # 2
+                values.reshape(32, 64, 2)[:, ::3] = 0xC000  # -2
+    exact, found = logits_of(target, cache), logits_of(draft, cache)
+    assert (found - exact).abs().mean() < 0.02 * exact.std()
 
 
 def test_copies_change_no_bit_by_what_was_read_before() -> None:

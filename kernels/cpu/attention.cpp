@@ -220,14 +220,13 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
     const int page = absolute(i);
     const char* here = block(i);
     const char* next = i + 1 < pages.end ? block(i + 1) : behind ? behind : here;
-    bool copied = copies_ != nullptr;
-    if (visible > page * page_size) {
+    // What lies before a window must not be NaN; of a copy it may, for weights that are no number count nothing there.
+    if (!copies_ && visible > page * page_size) {
       Slots slots;
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
       here = gather(layer, piece, slots, visible - page * page_size, scratch);
-      copied = false;
     }
-    visit(layer, piece, piece.rows, page, copied, here, next, states, scratch);
+    visit(layer, piece, piece.rows, page, copies_ != nullptr, here, next, states, scratch);
   }
 }
 

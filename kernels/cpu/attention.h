@@ -63,7 +63,6 @@ class Attention {
     Buffer<char> widened;       // an int8 page as bf16
     Buffer<float> states;       // the current split's, where one is kept for all
     std::vector<int> first, last;
-    std::vector<const char*> pages;
   };
 
   void find_splits(int segment, int layer);

@@ -34,7 +34,7 @@ struct PageVisit {
   int head_dim;                // multiple of 16
   float scale;                 // of the scores, log2(e) included
   int queries;
-  const void* q;               // [queries][head_dim] operands
+  const void* q;               // operands of each query, as the kernels' `round` leaves them
   float* state;                // [queries][state_floats(head_dim)]
   const int* first;            // [queries] visible lanes are first .. last - 1; null when all are
   const int* last;

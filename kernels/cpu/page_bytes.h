@@ -34,7 +34,7 @@ struct BytePage {
 
   static int query_blocks(const PageVisit& visit) { return (visit.head_dim + block_size - 1) / block_size; }
 
-  // Weights that are no number, by a value that was none, count nothing.
+  // Weights that are no number, by a value's scale that is none, count nothing.
   static void round(Vec (&s)[page_size / Isa::lanes], Weights& out) {
     Vec top = Isa::zero();
     for (Vec& weights : s) {
@@ -67,13 +67,16 @@ struct ValueProducts {
 };
 
 // sums[i][j] += the products of four bytes of vector j of the columns with the four factors of row i, for `steps` fours.
-// The first tile asks for the next page: for half as much as it reads, and as much again between, for asked for at once
-// it would be more than a core can wait for, and memory would rest while weights are computed.
+// The first tile asks for the next page: in each step for half of what it reads, whole lines of it, and for the rest
+// between scores and values. Asked for at once it would be more than a core can wait for, and memory would rest while
+// weights are computed.
+constexpr int lines_a_step(int vectors) { return vectors * Isa::lanes * 4 / line_bytes / 2; }
+
 template <class Products, bool first, int M, int V, class FactorsOf>
 inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V], const uint8_t* columns,
                                                         size_t stride, int steps, uintptr_t& ahead,
                                                         const FactorsOf& factors_of) {
-  constexpr int lines = V * Isa::lanes * 4 / line_bytes / 2;
+  constexpr int lines = lines_a_step(V);
   for (int step = 0; step < steps; ++step, columns += stride) {
     decltype(Products::columns(Isa::Bytes{})) vectors[V];
 #pragma GCC unroll 4
@@ -135,7 +138,14 @@ inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visi
   });
 }
 
-constexpr int scale_lines = 2 * page_size * sizeof(float) / line_bytes;
+// Lines of a page that no step asks for.
+inline int lines_between(int head_dim) {
+  constexpr int V = Isa::page_vectors, width = V * Isa::lanes;
+  const int keys = head_dim / 4 * (score_vectors / V) * lines_a_step(V);
+  const int columns = head_dim / width * lines_a_step(V) + head_dim % width / Isa::lanes * lines_a_step(1);
+  const int page = (page_size * head_dim + page_size * int(sizeof(float))) * 2 / line_bytes;
+  return page - keys - page_size / 4 * columns;
+}
 
 template <int M, bool first>
 void visit_byte_tile(const PageVisit& visit, int query) {
@@ -145,8 +155,8 @@ void visit_byte_tile(const PageVisit& visit, int query) {
   score_bytes<M, first>(visit, query, ahead, s);
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) {
-    const int lines = (visit.head_dim + scale_lines) / M;
-    for (int j = 0; first && j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
+    const int lines = first ? (lines_between(visit.head_dim) + M - 1) / M : 0;
+    for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
     rescale[i] = softmax<BytePage>(visit, query + i, s[i], weights[i]);
   }
   constexpr int block = Isa::page_vectors * Isa::lanes;
@@ -159,12 +169,20 @@ void visit_byte_tile(const PageVisit& visit, int query) {
   }
 }
 
+template <bool first>
+void visit_byte_queries(const PageVisit& visit, int query) {
+  switch (visit.queries - query) {
+    case 1: return visit_byte_tile<1, first>(visit, query);
+    case 2: return visit_byte_tile<2, first>(visit, query);
+    default: return visit_byte_tile<BytePage::rows, first>(visit, query);
+  }
+}
+
 inline void visit_bytes(const PageVisit& visit) {
-  constexpr int rows = BytePage::rows;
-  int query = visit.queries < rows ? 1 : rows;
-  query == 1 ? visit_byte_tile<1, true>(visit, 0) : visit_byte_tile<rows, true>(visit, 0);
-  for (; query + rows <= visit.queries; query += rows) visit_byte_tile<rows, false>(visit, query);
-  for (; query < visit.queries; ++query) visit_byte_tile<1, false>(visit, query);
+  visit_byte_queries<true>(visit, 0);
+  for (int query = BytePage::rows; query < visit.queries; query += BytePage::rows) {
+    visit_byte_queries<false>(visit, query);
+  }
 }
 
 inline void round_query(const float* x, int n, void* out) { quantise_row(x, n, static_cast<ActivationBlock*>(out)); }

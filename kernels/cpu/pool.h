@@ -30,8 +30,7 @@ class Pool {
   size_t page_bytes() const { return size_t(layers_) * kv_heads_ * block_bytes(); }
   size_t block_bytes() const { return block_bytes(type_, head_dim_); }
   static size_t block_bytes(PageType type, int head_dim);
-  // Of the pages that drafts read, made when first asked for; null unless the pool holds bf16, for only its operands are
-  // those of int8 too.
+  // Of the pages that drafts read, made when first asked for; null unless the pool holds bf16, which they are made from.
   PageCopies* copies();
   // The copy of a block, block_bytes(int8); null where there is none.
   char* copy_of(int layer, int head, int page) const;

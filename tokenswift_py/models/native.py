@@ -198,8 +198,8 @@ class NativeDecoder:
               multiples of it, ties to even.
     draft:    rows are for drafts only and can never be committed.
     int8_pages: drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8, and round what
-              meets them, queries and weights, to int8 as well. They are made when a draft first sees the page, and take
-              66 % of the bytes of the largest view.
+              meets them to bytes as well, queries to signed and weights to unsigned ones. They are made when a draft
+              first sees the page, and take 66 % of the bytes of the largest view.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
     weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
