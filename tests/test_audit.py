@@ -348,6 +348,44 @@ def test_the_command_line(
     assert capsys.readouterr().err.startswith("tokenswift: journal: ")
 
 
+def test_a_file_for_the_findings_that_cannot_be_is_refused_before_any_work(
+    honest: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tokenswift_py.audit.audit", lambda *_: pytest.fail("it has begun"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none" / "found.json", tmp_path / "file" / "found.json", tmp_path / "file"):
+        assert main(["audit", str(honest[0]), "--json", str(path)]) == 2
+        assert capsys.readouterr().err.startswith("tokenswift: json: ")
+
+
+def test_an_audit_that_breaks_off_says_nothing_of_the_text(
+    honest: tuple[Path, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: audit.Pass) -> None:
+        raise RuntimeError("logits are not\nfinite")
+
+    monkeypatch.setattr(audit.Pass, "run", fails)
+    assert main(["audit", str(honest[0])]) == 2
+    assert capsys.readouterr().err.endswith(
+        "audit: it broke off and says nothing (RuntimeError: logits are not finite)\n"
+    )
+
+
+def test_a_banned_token_is_told_in_json_that_all_can_read(
+    honest: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def banned(header: dict[str, Any], tokens: list[int], forced: Any) -> None:
+        tokens[3] = 70
+
+    def no_constant(name: str) -> None:
+        pytest.fail(name)
+
+    assert main(["audit", str(forged(honest[0], tmp_path / "bad", banned)), "--json", str(tmp_path / "bad.json")]) == 1
+    found = json.loads((tmp_path / "bad.json").read_text(), parse_constant=no_constant)
+    assert found["mismatch"]["index"] == 3 and found["mismatch"]["margin"] is None
+    assert "margin of inf" in capsys.readouterr().out
+
+
 # How far a token is from being the choice
 
 

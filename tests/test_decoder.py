@@ -82,6 +82,20 @@ def test_a_sliding_window_past_its_width(family: str) -> None:
     assert_equals_hf(tiny_model(config, torch.float32), 200)
 
 
+def test_llama_has_no_window_whatever_its_config_says() -> None:
+    config = tiny_config(sliding_window=70)
+    assert set(ModelSpec.from_config(config).windows) == {None}
+    assert_equals_hf(tiny_model(config, torch.float32), 200)
+
+
+@pytest.mark.parametrize("width", [0, -1])
+def test_a_window_of_no_width_is_refused(width: Any) -> None:
+    config = tiny_config("mistral", sliding_window=70)
+    config.sliding_window = width
+    with pytest.raises(UserError, match="sliding_window"):
+        ModelSpec.from_config(config)
+
+
 def test_tree_rows_equal_the_same_tokens_decoded_one_by_one() -> None:
     decoder = decoder_of(tiny_model(tiny_config(sliding_window=None)))
     prompt = tokens(125)  # the tree crosses the page boundary at 128

@@ -354,3 +354,71 @@ def test_a_tensor_of_another_shape_or_missing(tmp_path: Path) -> None:
         GgufTensors(path, ModelSpec.from_config(gguf_config("llama", num_hidden_layers=3)))
     with pytest.raises(UserError, match=r"output\.weight"):
         GgufTensors(path, ModelSpec.from_config(gguf_config("llama", tie_word_embeddings=False)))
+
+
+def written(path: Path, change: Any, **tensors: npt.NDArray[Any]) -> Path:
+    """A tiny file with more metadata or tensors. change: called with the writer."""
+    original = GGUFWriter.write_header_to_file
+
+    def more(self: GGUFWriter, *args: Any, **settings: Any) -> None:
+        change(self)
+        for name, data in tensors.items():
+            self.add_tensor(name, data)
+        original(self, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GGUFWriter, "write_header_to_file", more)
+        return write_gguf(path, gguf_config("llama"), {}, "F32")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "linear"),
+        ("rope.scaling.factor", 4.0),
+        ("rope.scale_linear", 2.0),
+        ("logit_scale", 0.5),
+        ("attention.sliding_window", 64),
+        ("expert_count", 8),
+    ],
+)
+def test_metadata_that_change_the_arithmetic_are_refused(
+    tmp_path: Path, own_cache: Path, dtype: str, key: str, value: Any
+) -> None:
+    """transformers' reading drops them without a word."""
+
+    def change(writer: GGUFWriter) -> None:
+        adds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
+        adds[type(value)](f"llama.{key}", value)
+
+    with pytest.raises(UserError, match=rf"model: llama\.{key}: {value!r} is not allowed"):
+        loading.open_checkpoint(str(written(tmp_path / "tiny.gguf", change)), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
+def test_tensors_that_nothing_reads_are_refused(tmp_path: Path, own_cache: Path, dtype: str) -> None:
+    def nothing(writer: GGUFWriter) -> None:
+        pass
+
+    for name, data in (
+        ("blk.0.attn_q.bias", np.zeros(256, np.float32)),
+        ("rope_freqs.weight", np.full(16, 8, np.float32)),
+    ):
+        path = written(tmp_path / f"{name}.gguf", nothing, **{name: data})
+        with pytest.raises(UserError, match=f"model: tensor {name}"):
+            loading.open_checkpoint(str(path), dtype=dtype)
+    path = written(tmp_path / "ones.gguf", nothing, **{"rope_freqs.weight": np.ones(16, np.float32)})
+    assert loading.open_checkpoint(str(path), dtype=dtype).spec.layers == 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
+def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, own_cache: Path, dtype: str) -> None:
+    def change(writer: GGUFWriter) -> None:
+        writer.add_eot_token_id(5)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 2)
+        writer.add_float32("llama.rope.scaling.factor", 1.0)
+        writer.add_string("llama.rope.scaling.type", "none")
+
+    path = written(tmp_path / "tiny.gguf", change)
+    assert loading.open_checkpoint(str(path), dtype=dtype).eos == (2, 5)

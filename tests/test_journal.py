@@ -532,6 +532,24 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
     assert_same_files(tmp_path / "whole", tmp_path / "run")
 
 
+def test_files_of_an_earlier_session_stay_until_the_text_goes_on(
+    cli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert main([*cli, "--prompt", "the cat", "--max-new-tokens", "20", "--context", "200", "--out", str(run)]) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != "journal.bin"}
+
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenswift_py.api.Stream.catch_up", pressed)
+        assert main(["resume", str(run), "--extend", "10", "--quiet"]) == 130
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != "journal.bin"} == before
+    assert main(["resume", str(run), "--quiet"]) == 0
+    assert len(np.load(run / "tokens.npy")) == 30
+
+
 def assert_same_files(one: Path, other: Path) -> None:
     assert (one / "text.txt").read_bytes() == (other / "text.txt").read_bytes()
     assert (one / "tokens.npy").read_bytes() == (other / "tokens.npy").read_bytes()

@@ -17,6 +17,7 @@ import pytest
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.history import History
+from tokenswift_py.journal import read
 from tokenswift_py.planner import Odds, PassCost, Planner
 
 CONTEXTS = (200, 1000, 5000, 20_000)
@@ -330,3 +331,24 @@ def test_a_trace_that_cannot_be_written_is_told_in_one_line(tiny_folder: Path, t
     swift = TokenSwift.from_pretrained(str(tiny_folder), engine="torch")
     with pytest.raises(UserError, match=r"trace: .* is not allowed; a file that can be written"):
         swift.generate("the cat", max_new_tokens=2, trace=str(tmp_path / "missing" / "trace.jsonl"))
+
+
+def test_a_run_that_is_refused_leaves_no_trace(tiny_folder: Path, tmp_path: Path) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), engine="torch")
+    with pytest.raises(UserError, match="draft_heads"):
+        swift.stream("the cat", trace=str(tmp_path / "trace.jsonl"), drafter="heads", draft_heads=str(tmp_path / "no"))
+    swift.stream("the cat", trace=str(tmp_path / "trace.jsonl")).close()
+    assert not (tmp_path / "trace.jsonl").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_trace_and_nothing_else(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swift = TokenSwift.from_pretrained(str(tiny_folder), engine="torch")
+    plain = swift.generate("the cat", max_new_tokens=30, seed=1)
+    with swift.stream("the cat", max_new_tokens=30, seed=1, trace="/dev/full", out=tmp_path / "run") as stream:
+        list(stream)
+    assert stream.result().tokens == plain.tokens == read(tmp_path / "run").tokens
+    told = [record.message for record in caplog.records if record.message.startswith("trace: ")]
+    assert told == ["trace: No space left on device: it ends here, the text goes on"]

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tokenswift_py.errors import UserError
+from tokenswift_py.history import History
+from tokenswift_py.stopping import Stops
 from tokenswift_py.text import TextJoiner, prompt_tokens, turn_tokens
 
 CHATML = (
@@ -104,6 +106,18 @@ def test_a_character_is_told_as_soon_as_it_is_whole_and_not_before(tokens: list[
 
 
 FALLBACK = byte_fallback()
+
+
+@pytest.mark.parametrize("stop", ["é", "本", "👋", "é👋"])
+@pytest.mark.parametrize("before", ["", "é", "本", "👋", "語語", "👋👋👋", "語é👋語"])
+def test_byte_fallback_vocabularies_find_stop_strings_behind_any_characters(before: str, stop: str) -> None:
+    """The tokens looked at may begin within a character, and then all bytes behind it decode as bad ones."""
+    tokens = [2 + byte for byte in (before * 3).replace(stop, "").replace(stop[0], "").encode() + stop.encode()]
+    stops, history, endings = Stops(1000, strings=[stop], decode=FALLBACK.backend_tokenizer.decode), History([0]), []
+    for token in tokens:
+        history.append(token)
+        endings.append(stops(history))
+    assert endings == [None] * (len(tokens) - 1) + ["stop"]
 
 
 @given(st.text(" ab日本語👋é", max_size=20))

@@ -535,10 +535,12 @@ class Stream:
         return Piece(step.tokens, forced, text, step.logprobs)
 
     def _finish(self) -> str:
-        if self._trace is not None:
-            self._trace.close()
-        if self.journal is not None:
-            self.journal.close()
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            if self._trace is not None:
+                self._trace.close()
         if self._joiner is None:
             return ""
         rest = self._joiner.finish()

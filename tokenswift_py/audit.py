@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -354,13 +355,26 @@ def main(arguments: Sequence[str]) -> int:
     rows = len(record.header["prompt"]) + len(record.tokens)
     hidden = args.quiet or not sys.stderr.isatty()
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
-        found = audit(swift, args.folder, args.sample, progress)
+        try:
+            found = audit(swift, args.folder, args.sample, progress)
+        except (RuntimeError, MemoryError) as error:  # 1 would say that the text is wrong
+            told = " ".join(str(error).split())
+            raise UserError(f"audit: it broke off and says nothing ({type(error).__name__}: {told})") from error
+    if not args.quiet:
+        print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))), flush=True)
     if args.json and swift.executor.ranks.leads:
         with new_file("json", args.json) as file:
-            file.write(json.dumps(found.to_dict(), indent=2) + "\n")
-    if not args.quiet:
-        print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))))
+            file.write(json.dumps(strict(found.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0 if found.passed else 1
+
+
+def strict(value: Any) -> Any:
+    """As JSON has it, which knows no infinity: the margin of a banned token is null."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def origin(record: Record, args: argparse.Namespace) -> dict[str, Any]:

@@ -248,11 +248,11 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
         if restored:
             note(args, f"written again: {', '.join(restored)}")
         return 0
-    for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
-        (args.resume / name).unlink(missing_ok=True)
     rows = len(stream.run.prompt) + len(stream.tokens)
     with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
         stream.catch_up(progress)
+    for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
+        (args.resume / name).unlink(missing_ok=True)
     return write_out(args, swift, stream, folder, lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,10 @@ def check_new(field: str, path: str | Path) -> None:
     with files(field, path, "a file that can be written"):
         there = Path(path).is_file() or Path(path).is_dir()
         check(not there, field, str(path), "a new file; nothing is overwritten")
+        if not Path(path).exists():
+            folder, allowed = Path(path).absolute().parent, "a file that can be written, in a folder that"
+            check(folder.is_dir(), field, str(path), f"{allowed} is there")
+            check(os.access(folder, os.W_OK | os.X_OK), field, str(path), f"{allowed} lets this user write")
 
 
 @contextmanager

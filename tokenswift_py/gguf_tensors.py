@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from tokenswift_py.errors import check, one_line
+from tokenswift_py.gguf_config import FREQUENCIES
 from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.models.blocks import BLOCK, BLOCK_BYTES, Blocks
 from tokenswift_py.models.spec import ModelSpec
@@ -63,7 +64,9 @@ class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
             stem, suffix = name.rsplit(".", 1)
             theirs = f"{names.get_name(stem)}.{suffix}"
             check(theirs in found, f"model: tensor {theirs}", None, f"{path.name} must hold it")
-            self._places[name] = place(found[theirs], shape)
+            self._places[name] = place(found.pop(theirs), shape)
+        unread = sorted(found.keys() - {FREQUENCIES})  # that is ones, see `gguf_config.check_metadata`
+        check(not unread, f"model: tensor {unread[0] if unread else ''}", path.name, "no model of this config reads it")
 
     @property
     def nbytes(self) -> int:

@@ -29,6 +29,7 @@ from safetensors import safe_open
 
 from tokenswift_py.core import is_whole
 from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
+from tokenswift_py.gguf_config import check_metadata, write_ends
 from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.gguf_tensors import GgufTensors
 from tokenswift_py.memory import check_memory
@@ -53,7 +54,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 SUMS = "checksums.json"  # beside what was made from a GGUF file: CRC32C of each file
 MOST_LAYERS = 10_000
-CONVERSION = 1  # part of the name of converted checkpoints; raised when conversion changes
+CONVERSION = 2  # part of the name of converted checkpoints; raised when conversion changes
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -358,19 +359,21 @@ def made_once(path: Path, folder: Path, write: Callable[[Path], None]) -> Path:
         check_layout(path)
         architecture = gguf_header(path)[0]
         check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
+        check_metadata(path)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.parent):
             if not usable(folder):  # by now
-                make(folder, write)
+                make(path, folder, write)
     return folder
 
 
-def make(folder: Path, write: Callable[[Path], None]) -> None:
+def make(path: Path, folder: Path, write: Callable[[Path], None]) -> None:
     """Written beside its place and moved there whole: an interrupted or parallel run leaves no half."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     damaged = Path(f"{scratch}-damaged")
     try:
         write(scratch)
+        write_ends(path, scratch)
         (scratch / SUMS).write_text(json.dumps(checksums(path for path in scratch.iterdir()), indent=1))
         if folder.is_dir():
             logger.warning("%s is damaged: made again", folder)

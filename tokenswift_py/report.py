@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from tokenswift_py.errors import new_file
+from tokenswift_py.errors import UserError, check_new, new_file
 from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
+
+logger = logging.getLogger("tokenswift")
 
 SCHEMA = 1
 
@@ -29,17 +32,40 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
 
 
 class Trace:
-    """A file of JSON lines, one a round. Raises UserError where it cannot be written."""
+    """A file of JSON lines, one a round, made with its first. Raises UserError where it cannot be written.
+
+    Whatever goes wrong later (a full disk, most often) ends the trace, in a line to the log, and nothing else.
+    """
 
     def __init__(self, path: str):
-        self._file = new_file("trace", path)
+        check_new("trace", path)
+        self._path, self._ended = path, False
+        self._file: TextIO | None = None
 
     def __call__(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._ended:
+            return
+        try:
+            self._file = self._file or new_file("trace", self._path)
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except (OSError, UserError) as error:
+            self._end(error)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            if self._file is not None and not self._ended:
+                self._file.close()
+        except OSError as error:
+            self._end(error)
+
+    def _end(self, error: OSError | UserError) -> None:
+        self._ended = True
+        why = error.strerror if isinstance(error, OSError) else str(error).removeprefix("trace: ")
+        logger.warning("trace: %s: it ends here, the text goes on", why)
+        if self._file is not None:
+            with suppress(OSError):  # what it could not write, it cannot write now
+                self._file.close()
 
 
 def run_figures(stats: GenerationStats) -> dict[str, Any]:

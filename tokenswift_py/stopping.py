@@ -43,7 +43,7 @@ class Stops:
         self._decode = decode
         self._special = frozenset(special)
         # A token carries a byte at least, so this many tokens hold any stop string and what it is glued to.
-        reach = max((len(text.encode()) for text in strings), default=0) + 4
+        reach = max((len(text.encode()) for text in strings), default=0) + BYTES
         self._recent: deque[int] = deque(maxlen=reach)  # the latest new tokens that have a text
 
     def begin_chapter(self) -> None:
@@ -68,8 +68,14 @@ class Stops:
         if self._decode is None or not self._strings or token in self._special:
             return False
         self._recent.append(token)
-        text = self._decode(list(self._recent))
-        return any(string in text for string in self._strings)
+        recent = list(self._recent)
+        # The latest tokens may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole
+        # characters behind it as bad bytes; a character has four at most.
+        texts = (self._decode(recent[first:]) for first in range(min(BYTES, len(recent))))
+        return any(string in text for text in texts for string in self._strings)
+
+
+BYTES = 4  # of a character, at most
 
 
 def loop_note(loop: Loop) -> str:

@@ -116,12 +116,14 @@ class ModelSpec:
 
 
 def windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as transformers reads it."""
+    """The sliding window of each layer, as transformers' model of the family has it: llama's has none, whatever the
+    config says; mistral's is one for all layers."""
     width: int | None = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
+    if config.model_type == "llama" or getattr(config, "use_sliding_window", True) is False:
         width = None
+    check(width is None or (is_whole(width) and width >= 1), "sliding_window", width, "a number of tokens, at least 1")
     kinds = getattr(config, "layer_types", None)
-    if kinds is None:
+    if kinds is None or config.model_type == "mistral":
         return (width,) * int(config.num_hidden_layers)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown or len(kinds) != config.num_hidden_layers:
