@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
 from tokenswift_py import TokenSwift, UserError, api, executors
+from tokenswift_py.errors import check_new
+from tokenswift_py.journal import read
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.report import baseline_figures, run_figures, summary
 from tokenswift_py.rope import rope_bytes, rope_tables
+from tokenswift_py.stats import GenerationStats
 
 
 def cache_bytes(swift: TokenSwift, tokens: int) -> int:
@@ -132,6 +140,123 @@ def test_leaving_a_stream_early_keeps_what_was_written(swift: TokenSwift) -> Non
     assert whole.text.startswith(part.text.rstrip("\ufffd"))
     figures = swift.baseline(stream).report
     assert figures["identical"] is True
+
+
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 0)
+
+
+def test_a_baseline_is_written_into_the_runs_own_pages(swift: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two KV caches stand beside one another. They ascend again, or plain decoding would read them slower."""
+    for settings in ({}, {"kv_budget": 256}):
+        with swift.stream("the cat", max_new_tokens=280, seed=6, ignore_eos=True, **settings) as stream:
+            list(stream)
+        with monkeypatch.context() as patch:
+            for pool in ("kvcache.pages.TorchPagePool", "models.native.NativePool"):
+                patch.setattr(f"tokenswift_py.{pool}.__init__", lambda *_: pytest.fail("a second pool"))
+            no_memory(patch)
+            assert swift.baseline(stream).report["identical"] is True
+            spare = stream.spare_cache(256)
+            assert spare is not None and spare.pool is stream.engine.cache.pool
+            assert spare.limit == (256 if settings else spare.context)
+            spare.append(np.arange(256, dtype=np.int32), True)
+            assert (np.diff(spare.pages) == 1).all()
+            spare.release()
+
+
+def test_a_baseline_beside_a_run_that_goes_on_needs_memory(swift: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    with swift.stream("the cat", max_new_tokens=60, seed=6, ignore_eos=True, draft_tokens=4) as stream:
+        pieces = iter(stream)
+        while len(stream.tokens) < 20:
+            next(pieces)
+        with monkeypatch.context() as patch:
+            no_memory(patch)
+            with pytest.raises(UserError, match=r"memory: .* a second KV cache of \d+ tokens, for plain decoding,"):
+                swift.baseline(stream)
+        assert swift.baseline(stream).report["identical"] is True
+        list(pieces)
+    assert len(stream.tokens) == 60 and swift.baseline(stream).report["identical"] is True
+
+
+def test_a_baseline_of_a_part_of_a_text_is_refused(swift: TokenSwift, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 60, "seed": 6, "ignore_eos": True, "draft_tokens": 4}
+    with swift.stream("the cat", out=tmp_path / "run", **settings) as stream:
+        next(pieces := iter(stream))
+        next(pieces)
+    with swift.resume(tmp_path / "run") as stream:
+        list(stream)
+    with pytest.raises(UserError, match=r"baseline: 'a run resumed behind \d+ tokens' is not allowed"):
+        swift.baseline(stream)
+
+
+def strict(report: dict[str, Any]) -> dict[str, Any]:
+    """As readers have it that know no NaN."""
+    return dict(json.loads(json.dumps(report, allow_nan=False)))
+
+
+def test_every_report_is_strict_json(swift: TokenSwift) -> None:
+    for tokens in (0, 1, 2):
+        with swift.stream("the cat", max_new_tokens=max(1, tokens), seed=6, ignore_eos=True) as stream:
+            if tokens:
+                list(stream)
+        compared = swift.baseline(stream).report
+        assert strict(stream.result().report)["new_tokens"] == strict(compared)["new_tokens"] == tokens
+        assert compared["identical"] is True
+        assert f"{tokens} new tokens" in summary(stream.result().report) and summary(compared)
+
+
+@pytest.mark.parametrize("ms", [0.0, float("nan"), float("inf"), 2.0])
+@pytest.mark.parametrize("bandwidth", [1e10, float("nan"), float("inf")])
+def test_times_that_no_clock_should_give_are_null(swift: TokenSwift, ms: float, bandwidth: float) -> None:
+    whole = swift.generate("the cat", max_new_tokens=2).report
+    stats = GenerationStats(num_spec_steps=3, step_tokens=5, first_tokens=1, phase_ms={"verify": ms})
+    compared = baseline_figures(stats, stats, [1], [1], 1e6, bandwidth)
+    said = strict({**whole, **run_figures(stats), **compared})
+    assert said["phase_ms"]["verify"] in (ms, None)
+    assert said["speedup"] == (1.0 if ms == 2.0 else None)
+    assert "does not loop" in summary(said)
+
+
+def test_a_trace_that_cannot_be_begun_or_closed_costs_the_trace_alone(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded: list[int] = []
+
+    class Full(io.StringIO):
+        def close(self) -> None:
+            recorded.append(len(read(tmp_path / "close").tokens))
+            super().close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def taken(field: str, path: str) -> io.StringIO:
+        Path(path).touch()  # by someone else, after the check
+        check_new(field, path)
+        return io.StringIO()
+
+    settings: dict[str, Any] = {"max_new_tokens": 30, "seed": 1, "ignore_eos": True}
+    plain = swift.generate("the cat", **settings)
+    for name, new_file, why in (
+        ("begin", taken, "'.*' is not allowed; a new file; nothing is overwritten"),
+        ("close", lambda *_: Full(), "No space left on device"),
+    ):
+        monkeypatch.setattr("tokenswift_py.report.new_file", new_file)
+        caplog.clear()
+        with swift.stream("the cat", trace=str(tmp_path / f"{name}.jsonl"), out=tmp_path / name, **settings) as stream:
+            list(stream)
+        assert stream.result().tokens == plain.tokens == read(tmp_path / name).tokens
+        (told,) = [record.message for record in caplog.records if record.message.startswith("trace: ")]
+        assert re.fullmatch(f"trace: {why}: it ends here, the text goes on", told)
+    assert set(recorded) == {30}, "the journal is on the disk before the trace is closed"
+
+
+def test_a_trace_needs_a_folder_that_can_be_written(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"trace: .* in a folder that is there"):
+        swift.stream("the cat", trace=str(tmp_path / "missing" / "trace"))
+    monkeypatch.setattr("tokenswift_py.errors.os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"trace: .* in a folder that lets this user write"):
+        swift.stream("the cat", trace=str(tmp_path / "trace"))
 
 
 def test_the_report_says_everything(swift: TokenSwift) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,13 +17,16 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tokenswift_py import TokenSwift
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py import cli as program
 from tokenswift_py.cli import main
+from tokenswift_py.journal import read
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -128,6 +132,36 @@ def test_what_is_refused_leaves_no_folder(cli: list[str], tmp_path: Path, capsys
         assert main([*cli, "--prompt", "the cat", "--max-new-tokens", "9", "--context", "10", "--out", str(out)]) == 2
         assert capsys.readouterr().err.startswith("tokenswift: context: 10 is not allowed")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trace_that_cannot_be_is_refused_before_a_model_is_loaded(
+    cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert main([*cli, "--prompt", "the cat", "--out", str(run), "--quiet"]) == 0
+    monkeypatch.setattr(TokenSwift, "from_pretrained", lambda *_, **__: pytest.fail("it has begun"))
+    capsys.readouterr()
+    for trace in (tmp_path / "missing" / "trace", run / "text.txt" / "trace", run / "text.txt", run):
+        for arguments in ([*cli, "--prompt", "the cat"], ["resume", str(run), "--extend", "5"]):
+            assert main([*arguments, "--trace", str(trace)]) == 2
+            told = capsys.readouterr().err
+            assert told.startswith("tokenswift: trace: ") and told.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_of_the_trace_is_one_line_of_a_run_that_ends_well(cli: list[str], tmp_path: Path) -> None:
+    arguments = [*cli, "--prompt", "the cat", "--out"]
+    assert main([*arguments, str(tmp_path / "plain")]) == 0
+    done = subprocess.run(
+        command(*arguments, str(tmp_path / "full"), "--trace", "/dev/full"), capture_output=True, text=True, check=True
+    )
+    told = done.stderr
+    assert told.count("tokenswift: trace: No space left on device: it ends here, the text goes on\n") == 1
+    assert told.count("trace: ") == 1
+    for name in ("text.txt", "tokens.npy"):
+        assert (tmp_path / "full" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    assert json.loads((tmp_path / "full" / "report.json").read_text())["ending"] in ("eos", "length")
+    assert read(tmp_path / "full").tokens == read(tmp_path / "plain").tokens
 
 
 def heed_ctrl_c() -> None:
@@ -274,3 +308,127 @@ def test_an_error_in_the_middle_keeps_what_was_written(
     assert len(written) >= 5
     assert json.loads((out / "report.json").read_text())["ending"] == "interrupted"
     assert (out / "text.txt").read_text()
+
+
+FILES = ["journal.bin", "report.json", "text.txt", "tokens.npy"]
+
+
+@pytest.mark.parametrize("name", FILES[1:])
+@pytest.mark.parametrize("broken", [False, True])
+def test_each_file_is_kept_by_itself(
+    cli: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    broken: bool,
+) -> None:
+    """One that cannot be written leaves the others whole, and what went wrong first is told; broken: an engine that
+    fails before."""
+    arguments = [*cli, "--prompt", "the cat", "--ignore-eos", "--drafter", "none", "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    run, steps = tmp_path / "run", iter(range(10))
+    step = {"report.json": "save_report", "text.txt": "Output.save_rest", "tokens.npy": "save_tokens"}[name]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+
+    def fails(*_: Any) -> None:
+        if next(steps, None) is None:
+            raise RuntimeError("the engine broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tokenswift_py.cli.{step}", full)
+        if broken:
+            patch.setattr("tokenswift_py.stats.GenerationStats.record", fails)
+        assert main([*arguments, str(run)]) == 1
+    told = capsys.readouterr().err
+    assert told == f"tokenswift: {'RuntimeError: the engine broke' if broken else f'No space left on device: {name}'}\n"
+    kept = [file for file in FILES if file != name or name == "text.txt"]
+    assert sorted(path.name for path in run.iterdir()) == kept
+    whole, written = read(tmp_path / "whole").tokens, read(run).tokens
+    assert written == whole[: len(written)] and (len(written) == len(whole)) is not broken
+    if "tokens.npy" in kept:
+        assert np.load(run / "tokens.npy").tolist() == written
+    if "report.json" in kept:
+        assert json.loads((run / "report.json").read_text())["ending"] == ("interrupted" if broken else "length")
+    (run / name).unlink(missing_ok=True)
+    assert main(["resume", str(run), "--quiet"]) == 0
+    for file in ("text.txt", "tokens.npy"):
+        assert (run / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def after_first(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Call something when the first piece has been written out."""
+    write, waiting = program.Output.write, [change]
+
+    def written(self: program.Output, *arguments: Any) -> None:
+        write(self, *arguments)
+        while waiting:
+            waiting.pop()()
+
+    monkeypatch.setattr(program.Output, "write", written)
+
+
+def test_a_text_that_is_removed_is_written_again(
+    cli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    after_first(monkeypatch, (tmp_path / "run" / "text.txt").unlink)
+    assert main([*cli, "--prompt", "the cat", "--out", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "text.txt").read_text(encoding="utf-8")
+    assert text and capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
+
+
+def test_an_output_folder_that_is_removed_is_one_line(
+    cli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    after_first(monkeypatch, lambda: shutil.rmtree(run))
+    assert main([*cli, "--prompt", "the cat", "--out", str(run)]) == 1
+    assert capsys.readouterr().err == f"tokenswift: No such file or directory: {run / 'text.txt'}\n"
+    assert not run.exists()
+
+
+def test_an_output_folder_that_can_no_longer_be_written_is_one_line(
+    cli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, write_bytes = tmp_path / "run", Path.write_bytes
+
+    def refused(path: Path, data: bytes) -> int:  # as the system does, but for root
+        if path.parent == run:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", refused)
+    assert main([*cli, "--prompt", "the cat", "--out", str(run)]) == 1
+    assert capsys.readouterr().err == f"tokenswift: Permission denied: {run / 'tokens.npy.new'}\n"
+    assert sorted(path.name for path in run.iterdir()) == ["journal.bin", "text.txt"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program.save_tokens(tmp_path, [1, 2, 3])
+
+    def full(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        program.save_tokens(tmp_path, list(range(1000)))
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
+    assert np.load(tmp_path / "tokens.npy").tolist() == [1, 2, 3]
+
+
+def test_a_comparison_that_is_refused_leaves_the_run_whole(
+    cli: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: Any) -> None:
+        raise UserError("memory: '1 MiB' is not allowed")
+
+    monkeypatch.setattr(TokenSwift, "baseline", refused)
+    assert main([*cli, "--prompt", "the cat", "--out", str(tmp_path / "run"), "--baseline"]) == 2
+    told = capsys.readouterr().err
+    assert "new tokens after a prompt of" in told and told.endswith("\ntokenswift: memory: '1 MiB' is not allowed\n")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == FILES

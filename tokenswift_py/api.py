@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -387,12 +388,24 @@ class TokenSwift:
         )
 
     def baseline(self, stream: Stream) -> Result:
-        """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side."""
+        """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side.
+
+        Raises UserError for a resumed stream, whose times are of a part of its text, and where the stream has not
+        ended and there is no room for a second KV cache beside its own.
+        """
         run, mine = stream.run, stream.result()
+        recorded, allowed = mine.stats.recorded_tokens, "a stream that wrote all of its text itself"
+        check(recorded == 0, "baseline", f"a run resumed behind {recorded} tokens", allowed)
+        cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
+        if cache is None:
+            kept = min(run.context, run.options.kv_budget or run.context)
+            size = self.kv_bytes(kept, run.options.kv_policy == "quest") // self.executor.ranks.world
+            with self.executor.ranks.same_fate():
+                check_memory(size, self.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
         options = replace(run.options, drafter="none", trace=None)
         if options.on_loop == "warn":  # the stream has said so already
             options = replace(options, on_loop="ignore")
-        with Stream(self, replace(run, options=options)) as plain:
+        with Stream(self, replace(run, options=options), cache) as plain:
             pieces = iter(plain)
             while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
                 if next(pieces, None) is None:
@@ -410,9 +423,12 @@ class TokenSwift:
 
 
 class Stream:
-    """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing."""
+    """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing.
 
-    def __init__(self, swift: TokenSwift, run: Run):
+    cache: an empty one to write into; None makes one.
+    """
+
+    def __init__(self, swift: TokenSwift, run: Run, cache: KVCache | None = None):
         self.run = run
         self.swift = swift
         self.tokens: list[int] = []
@@ -422,7 +438,8 @@ class Stream:
         with swift.executor.ranks.same_fate():
             traced = run.options.trace if swift.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
-        self.engine = swift.engine(run, self._trace)
+        self.engine = swift.engine(run, self._trace, cache)
+        self._limit = self.engine.cache.limit  # which the lossy mode moves on
         self._steps = self.engine.run(run.prompt)
         self._joiner = self._new_joiner()
         self._text: list[str] = []
@@ -479,8 +496,26 @@ class Stream:
 
     def close(self) -> None:
         """Stop writing; what was written stays."""
-        self._steps.close()  # type: ignore[attr-defined]
-        self._finish()
+        try:
+            self._steps.close()  # type: ignore[attr-defined]
+        finally:
+            self._finish()
+
+    def spare_cache(self, tokens: int) -> KVCache | None:
+        """An empty cache of so many tokens over the memory of this stream's own, which has ended; None while it goes
+        on. Its pages ascend, as those of a fresh one do: rows that follow one another are read faster."""
+        mine = self.engine.cache
+        if mine.nbytes:
+            return None
+        pages: list[int] = []
+        with suppress(MemoryError):  # the lossy mode has fewer
+            while len(pages) * PAGE_SIZE < tokens:
+                pages.append(mine.pool.allocate())
+        for page in sorted(pages, reverse=True):
+            mine.pool.release(page)
+        spare = KVCache(mine.pool, mine.context)
+        spare.limit = self._limit
+        return spare
 
     def __enter__(self) -> Stream:
         return self

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tokenswift_py import __version__, audit, train_heads
 from tokenswift_py.arguments import Parser, named_path, number, whole
-from tokenswift_py.errors import UserError, check, files, shown
+from tokenswift_py.errors import UserError, check, check_new, files, shown
 from tokenswift_py.journal import Journal, JournalError, shared
 from tokenswift_py.options import Options, world_size
 
@@ -226,6 +226,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     for name in ("prompt", "prompt_file", "out", "baseline"):
         check(name not in given, name, given.get(name), "not with resume")
     check(args.extend >= 0, "extend", args.extend, "at least 0")
+    check_trace(args.trace)
     journal = Journal.open(args.resume) if world_size() == 1 else shared_journal(args.resume)
     record = journal.record
     if record.torn:
@@ -267,7 +268,8 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
     """Write, compare, report. folder: what gets the files."""
     from tokenswift_py.report import summary
 
-    interrupted, failure = False, None
+    interrupted = False
+    failures: list[Exception] = []
     with Output(args, stream, folder, lines) as output:
         try:
             with CtrlC() as ctrl_c:
@@ -280,34 +282,40 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         except KeyboardInterrupt:
             interrupted = True
         except Exception as error:
-            failure = error
-        try:  # whatever happened, what was written is kept
-            stream.close()
-            result = stream.result()
-            if folder:
-                output.save_rest(result.text)
-            if folder and not isinstance(failure, JournalError):  # these are of what the journal holds
-                save_tokens(folder, result.tokens)
-                save_report(folder, result.report)
-        except OSError:
-            if failure is None:
-                raise
-        if failure is not None:
-            raise failure
+            failures.append(error)
+        failures += attempted(stream.close)  # whatever happened, what was written is kept
+        result = stream.result()
+        if folder:
+            failures += attempted(output.save_rest, result.text)
+        if folder and not any(isinstance(failure, JournalError) for failure in failures):
+            failures += attempted(save_tokens, folder, result.tokens)  # these are of what the journal holds
+            failures += attempted(save_report, folder, result.report)
+        if failures:
+            raise failures[0]
         output.end(result.text)
         interrupted |= result.ending == "interrupted"  # on other ranks, by rank 0
-    if args.baseline and not interrupted:
-        note(args, "decoding again without drafts, to compare")
-        try:
+    try:
+        if args.baseline and not interrupted:
+            note(args, "decoding again without drafts, to compare")
             result = swift.baseline(stream)
             if folder:
                 save_report(folder, result.report)
-        except KeyboardInterrupt:
-            interrupted = True
-    note(args, summary(result.report))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:  # of the text, which is whole though there be no memory to compare it
+        note(args, summary(result.report))
     if folder and result.ending == "interrupted":
         note(args, f"`tokenswift resume {folder}` goes on from there")
     return INTERRUPTED if interrupted else 0
+
+
+def attempted(step: Callable[..., object], *arguments: object) -> list[Exception]:
+    """What the step has failed with, if it has: the steps behind it are no worse for that."""
+    try:
+        step(*arguments)
+    except (OSError, JournalError) as error:
+        return [error]
+    return []
 
 
 class CtrlC:
@@ -410,9 +418,9 @@ class Output:
     def write(self, text: str, tokens: int, per_pass: float | None) -> None:
         if text:
             if self._file:
+                self._saved += len(text)  # also where the disk is full: the file keeps what it could not write yet
                 self._file.write(text)
                 self._file.flush()
-                self._saved += len(text)
             self.written += len(text)
             self._mid_line = not text.endswith("\n")
             sys.stdout.write(text)
@@ -429,10 +437,13 @@ class Output:
         self._mid_line = False
 
     def save_rest(self, text: str) -> None:
-        """What an interruption kept from text.txt."""
+        """What an interruption kept from text.txt, or all of it where someone removed the file."""
         if self._file:
-            self._file.write(text[self._saved :])
-            self._saved = len(text)
+            rest, self._saved = text[self._saved :], len(text)
+            self._file.write(rest)
+            self._file.flush()
+            if not Path(self._file.name).exists():
+                Path(self._file.name).write_bytes(text.encode())
 
     def end(self, text: str) -> None:
         """What an interruption kept from standard output, and the end of the last line."""
@@ -450,6 +461,7 @@ def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The prompt and the options. Everything that needs no model is refused before one is loaded."""
     prompt, options = read_prompt(args), read_options(args)
     Options.of(**options)
+    check_trace(args.trace)
     check_out(args.out)
     return prompt, options
 
@@ -532,6 +544,12 @@ def read_bias(item: str) -> tuple[int, float]:
         raise UserError(f"logit_bias: {shown(item)} is not allowed; ID=BIAS is, like 42=-1.5") from error
 
 
+def check_trace(path: str | None) -> None:
+    """Refuse a trace that rank 0, which writes it, could not begin."""
+    if path is not None and not follows():
+        check_new("trace", path)
+
+
 def check_out(folder: Path | None) -> None:
     """Refuse an output folder that holds anything or cannot be written. None is left: much else may be refused yet."""
     if folder is None:
@@ -551,7 +569,9 @@ def check_out(folder: Path | None) -> None:
 
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
-    np.save(folder / "tokens.npy", np.array(tokens, np.int32), allow_pickle=False)
+    data = io.BytesIO()
+    np.save(data, np.array(tokens, np.int32), allow_pickle=False)
+    put(folder / "tokens.npy", data.getvalue())
 
 
 def restore(folder: Path, stream: Stream) -> list[str]:
@@ -566,11 +586,20 @@ def restore(folder: Path, stream: Stream) -> list[str]:
 
 
 def save_report(folder: Path, report: dict[str, Any]) -> None:
-    """Replace report.json whole, so that no moment leaves half of one."""
-    fresh = folder / "report.json.new"
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    fresh.write_text(text, encoding="utf-8", errors="backslashreplace")  # as JSON has what is not UTF-8, too
-    fresh.replace(folder / "report.json")
+    put(folder / "report.json", text.encode("utf-8", "backslashreplace"))  # as JSON has what is not UTF-8, too
+
+
+def put(path: Path, data: bytes) -> None:
+    """Replace a file whole, so that no moment, and no full disk, leaves half of one."""
+    fresh = path.with_name(f"{path.name}.new")
+    try:
+        fresh.write_bytes(data)
+        fresh.replace(path)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink()
+        raise
 
 
 def note(args: argparse.Namespace, text: str) -> None:

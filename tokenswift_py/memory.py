@@ -17,9 +17,22 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
     """Refuse what cannot fit into the memory that is free now."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
-    mib = f"{needed / 2**20:.0f} MiB"
-    check(needed + HEADROOM <= free, "memory", mib, f"{what} must fit the {free / 2**20:.0f} MiB that are free")
+    mib, free = (f"{size / 2**20:.0f} MiB" for size in (needed, free_on(device)))
+    check(fits(needed, device), "memory", mib, f"{what} must fit the {free} that are free")
+
+
+def fits(needed: int, device: torch.device) -> bool:
+    """Whether `check_memory` would let so many bytes pass."""
+    return needed + HEADROOM <= free_on(device)
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that may still be taken there. On a GPU the driver calls all of torch's allocator's memory taken, also what
+    no tensor is in: without that, a second run would be refused for what the first one left behind."""
+    if device.type != "cuda":
+        return free_memory()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 def free_memory() -> int:

@@ -21,6 +21,7 @@ AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pa
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
+DRAFT_WEIGHT_USERS = (*SELF_DRAFTERS, "heads")  # those that multiply with the model's draft weights
 ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))

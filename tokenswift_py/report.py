@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -97,9 +98,9 @@ def baseline_figures(
     """
     divergence = first_divergence(tokens, ar_tokens)
     ar_ms, ms = baseline.ms_per_token, stats.ms_per_token
-    speedup = None if ar_ms is None or ms is None else ar_ms / ms
+    speedup = ar_ms / ms if ar_ms and ms else None  # a clock may have no time between two tokens
     passes = stats.to_dict()["mean_acceptance_length"]
-    share = None if ar_ms is None else step_bytes / bandwidth / (ar_ms / 1e3)
+    share = step_bytes / bandwidth / (ar_ms / 1e3) if ar_ms else None
     return {
         "baseline": {
             "what": "plain autoregressive decoding by the same engine, prompt, parameters and seed",
@@ -147,8 +148,10 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to five significant digits; everything else as it is."""
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    """Floats to five significant digits, null where they are none that JSON has; everything else as it is."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def summary(report: dict[str, Any]) -> str:
@@ -163,13 +166,14 @@ def summary(report: dict[str, Any]) -> str:
         lines.append(f"resumed behind {report['resumed_behind']} recorded tokens; the milliseconds are of the others")
     if report["lossy"]:
         lines.append(lossy_note(report["eviction"]))
-    if ms is not None:
+    if ms:
         length = report["mean_acceptance_length"]
         lines.append(f"{ms:.2f} ms a token ({1e3 / ms:.1f} tokens/s), {length:.2f} tokens a pass")
-    if ar is not None and ms is not None:
+    if report["speedup"] is not None:
         baseline = report["baseline"]
         same = "identical" if report["identical"] else f"DIFFERENT from token {report['first_divergence']} on"
-        share = f"{100 * baseline['share_of_memory_limit']:.0f} % of the memory limit"
+        of_limit = baseline["share_of_memory_limit"]
+        share = "memory limit unknown" if of_limit is None else f"{100 * of_limit:.0f} % of the memory limit"
         doubt = " (more than the passes allow: the machine was busy)" if report["timing_doubtful"] else ""
         speedup = f"speed-up {report['speedup']:.2f}x{doubt}"
         plain = "plain decoding, just as lossy," if report["lossy"] else "plain decoding"
