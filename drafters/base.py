@@ -159,7 +159,11 @@ def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
     kept = slice(len(rows)) if first else list(rows)
     mass, queries = (None if x is None else host_array(x) for x in (output.page_mass, output.queries))
     return Committed(
-        start, len(rows), None if mass is None else mass[:, kept], None if queries is None else queries[kept]
+        start,
+        len(rows),
+        None if mass is None else mass[:, kept],
+        None if queries is None else queries[kept],
+        output.turns,
     )
 
 

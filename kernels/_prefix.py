@@ -12,7 +12,7 @@ import torch
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import accumulator
-from tokenswift_py.kernels.sdpa import SegmentPlan, columns, page_mass, plan_segment
+from tokenswift_py.kernels.sdpa import SegmentPlan, columns, pack, page_mass, plan_segment
 
 
 class PrefixKernel(Protocol):
@@ -76,7 +76,7 @@ class PrefixAndTail:
         out = torch.empty_like(q)
         for part in plan:
             n, rows = len(part.segment.positions), part.segment.rows
-            packed = q[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, head_dim)
+            packed = pack(q[rows], kv_heads)
             cut = self.pieces(part, layer, keys, values, window)
             attended, lse = masked_attention(packed, cut, group)
             if cut.prefix:

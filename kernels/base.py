@@ -35,6 +35,98 @@ def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return target
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE in the half-split layout of Hugging Face's checkpoints, in fp32 or better.
+
+    x: [..., head_dim]. cos, sin: [..., head_dim / 2], which broadcast against a half of x.
+    """
+    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockShifts:
+    """How queries meet keys at distances that the model was not trained for: Self-Extend (arXiv 2401.01325), by the
+    query alone (law 8).
+
+    Keys stay rotated to their own positions and lie in blocks of `block` positions. A row at position p meets the keys
+    of block c with its query rotated to p - shifts[p // block - c]: distances inside a block stay true, far blocks come
+    nearer to one another. The rule knows the row's own position and nothing else.
+
+    block:   whole pages. shifts: [blocks] int32, 0 for the row's own block, never more than the blocks in between.
+    trained: distances that the model knows: a layer whose sliding window is no wider meets all its keys as they are.
+    """
+
+    block: int
+    shifts: IntArray
+    trained: int
+
+    def __post_init__(self) -> None:
+        within = (self.shifts >= 0) & (self.shifts <= np.arange(len(self.shifts)) * self.block)
+        if self.block < PAGE_SIZE or self.block % PAGE_SIZE or not within.all():
+            raise ValueError("blocks are whole pages, and no shift is larger than the distance of the blocks")
+
+    def serves(self, window: int | None) -> bool:
+        """Whether queries are moved in a layer with this sliding window."""
+        return window is None or window > self.trained
+
+    def met(self, positions: IntArray, block: IntArray | int) -> IntArray:
+        """Where queries of rows at `positions` are rotated to for the keys of these blocks; no block is ahead of its
+        row but those that the row does not see."""
+        behind = np.maximum(positions // self.block - block, 0)
+        moved: IntArray = positions - self.shifts[behind]
+        return moved
+
+
+@dataclass(frozen=True, eq=False)
+class FarQueries:
+    """A layer's queries before RoPE, for keys that they meet elsewhere than at their own positions.
+
+    q: [R, heads, head_dim], normed where the family does so. positions: [R] int64. cos, sin: [context, head_dim / 2]
+    fp32. table: the rule's shifts, on the device.
+    """
+
+    q: torch.Tensor
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    shifts: BlockShifts
+    table: torch.Tensor
+
+    def met(self, rows: slice, block: int) -> torch.Tensor:
+        """[n, heads, head_dim] the queries of these rows as they meet the keys of a block."""
+        positions = self.positions[rows]
+        behind = (positions // self.shifts.block - block).clamp(min=0)
+        at = positions - self.table[behind]
+        return rotate(self.q[rows], self.cos[at][:, None], self.sin[at][:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class QueryTurns:
+    """For those who hold queries as their own rows' positions have them, and score far keys with them.
+
+    cos, sin: [context, head_dim / 2] fp32. windows: sliding window of each layer.
+    """
+
+    shifts: BlockShifts
+    cos: torch.Tensor
+    sin: torch.Tensor
+    windows: tuple[int | None, ...]
+
+    def groups(self, position: int, pages: IntArray) -> list[tuple[int, IntArray]]:
+        """Pages that a row meets from one position, and that position."""
+        met = self.shifts.met(np.full(len(pages), position, np.int32), pages * PAGE_SIZE // self.shifts.block)
+        return [(int(at), pages[met == at]) for at in np.unique(met)]
+
+    def turned(self, queries: torch.Tensor, position: int, at: int) -> torch.Tensor:
+        """[layers, heads, head_dim] queries of a row, rotated on from its position to where far keys are met."""
+        served = torch.tensor([self.shifts.serves(window) for window in self.windows], device=queries.device)
+        (c, s), (c0, s0) = ([table[p].to(queries.device) for table in (self.cos, self.sin)] for p in (at, position))
+        size = c0 * c0 + s0 * s0  # the tables have the attention factor in them, which the queries have already
+        moved = rotate(queries, (c * c0 + s * s0) / size, (s * c0 - c * s0) / size)
+        return torch.where(served[:, None, None], moved, queries)
+
+
 @dataclass(frozen=True)
 class AttentionSegment:
     """What n rows of one sequence attend to, the same for every layer.
@@ -99,7 +191,8 @@ class AttentionBackend(Protocol):
 
     One whose launches can be those of any text of a shape has `prepare_fixed(room, device) -> FixedPlan` too; None is
     for a room that is too large. One with a true `reads_int8` also takes int8 keys and values, with
-    `scales=(of keys, of values)`, each [kv_heads, pages, PAGE_SIZE] fp32.
+    `scales=(of keys, of values)`, each [kv_heads, pages, PAGE_SIZE] fp32. One with a true `moves_queries` also takes
+    `far=FarQueries`, whose queries it uses instead of q.
     """
 
     name: str

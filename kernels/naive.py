@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
 
 
 class Naive:
     name = "naive"
+    moves_queries = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Sequence[AttentionSegment]:
         return segments
@@ -25,6 +26,7 @@ class Naive:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        far: FarQueries | None = None,
     ) -> torch.Tensor:
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
@@ -38,7 +40,11 @@ class Naive:
                     k = accumulator(keys[head].reshape(-1, head_dim)[at])  # [T, head_dim]
                     v = accumulator(values[head].reshape(-1, head_dim)[at])
                     heads = slice(head * group, (head + 1) * group)
-                    scores = accumulator(q[row, heads]) @ k.T * head_dim**-0.5  # [group, T]
+                    if far is None:
+                        scores = accumulator(q[row, heads]) @ k.T * head_dim**-0.5  # [group, T]
+                    else:
+                        met = [far.met(slice(row, row + 1), b)[0, heads] for b in positions // far.shifts.block]
+                        scores = (accumulator(torch.stack(met, 1)) * k).sum(-1) * head_dim**-0.5
                     p = scores.softmax(dim=-1)
                     out[row, heads] = (p @ v).to(q.dtype)
                     if mass is not None:

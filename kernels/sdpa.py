@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
 from tokenswift_py.kernels.naive import accumulator
 
 
@@ -37,6 +37,7 @@ class SegmentPlan:
 
 class SDPA:
     name = "sdpa"
+    moves_queries = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
         return [plan_segment(segment, device) for segment in segments]
@@ -50,6 +51,7 @@ class SDPA:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        far: FarQueries | None = None,
     ) -> torch.Tensor:
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
@@ -58,8 +60,10 @@ class SDPA:
             n = len(part.segment.positions)
             rows = part.segment.rows
             k, v, positions, mask = columns(part, layer, keys, values, window)
-            # The query heads of a KV head become rows, so that no key is repeated: [kv_heads, group * n, head_dim].
-            packed = q[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3).reshape(kv_heads, group * n, head_dim)
+            if far is not None:
+                attend_far(far, rows, k, v, positions, mask, out, mass)
+                continue
+            packed = pack(q[rows], kv_heads)
             bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
             attended = F.scaled_dot_product_attention(packed[None], k[None], v[None], attn_mask=bias)[0]
             out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim)
@@ -128,6 +132,60 @@ def columns(
     return k, v, positions, mask
 
 
+def pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[kv_heads, group * n, head_dim] of [n, heads, head_dim]: the query heads of a KV head become rows, so that no key
+    is repeated."""
+    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, q.shape[-1])
+
+
+def attend_far(
+    far: FarQueries,
+    rows: slice,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    mass: torch.Tensor | None,
+) -> None:
+    """Write these rows of out, and of mass, where queries are moved for far keys: a few rows at a time, for the
+    probabilities are held whole. mask: [n, T] or [kv_heads, n, T], from `columns`."""
+    at_once = max(1, MOST_WEIGHTS // (far.q.shape[1] * k.shape[1]))
+    for first in range(rows.start, rows.stop, at_once):
+        some = slice(first, min(first + at_once, rows.stop))
+        seen = None if mask is None else mask[..., some.start - rows.start : some.stop - rows.start, :]
+        weights = far_weights(far, some, k, positions, seen)
+        out[some] = (weights @ accumulator(v)[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+        if mass is not None:
+            mass[some] = summed_by_page(weights, positions, mass.shape[-1]).to(mass.dtype)
+
+
+MOST_WEIGHTS = 2**25  # attention probabilities held at a time
+
+
+def far_weights(
+    far: FarQueries, rows: slice, k: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[kv_heads, group, n, T] attention probability where queries are moved for each block of keys.
+
+    There is a product of its own for each block that any head has keys of, on all keys; it is kept where the key is of
+    that block. k: [kv_heads, T, head_dim], positions: [T] or [kv_heads, T].
+    """
+    kv_heads, count, head_dim = k.shape
+    blocks = (positions // far.shifts.block).expand(kv_heads, count)
+    n = rows.stop - rows.start
+    scores = accumulator(k).new_empty(kv_heads, far.q.shape[1] // kv_heads * n, count)
+    for block in torch.unique(blocks).tolist():
+        columns = (blocks == block).any(0).nonzero()[:, 0]
+        inside = slice(int(columns[0]), int(columns[-1]) + 1)
+        products = accumulator(pack(far.met(rows, block), kv_heads)) @ accumulator(k[:, inside]).transpose(1, 2)
+        scores[..., inside] = torch.where((blocks[:, inside] == block)[:, None], products, scores[..., inside])
+    weights = (scores * head_dim**-0.5).unflatten(1, (-1, n))
+    if mask is not None:
+        weights = weights.masked_fill(~(mask[:, None] if mask.ndim == 3 else mask), -torch.inf)
+    return weights.softmax(-1)
+
+
 def page_mass(
     packed: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor | None, group: int, pages: int
 ) -> torch.Tensor:
@@ -135,7 +193,12 @@ def page_mass(
     scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf)
-    p: torch.Tensor = scores.softmax(-1).unflatten(1, (group, -1)).sum(1)  # [kv_heads, n, T]
+    return summed_by_page(scores.softmax(-1).unflatten(1, (group, -1)), positions, pages)
+
+
+def summed_by_page(weights: torch.Tensor, positions: torch.Tensor, pages: int) -> torch.Tensor:
+    """[n, kv_heads, pages] of probabilities [kv_heads, group, n, T] of keys at positions [T] or [kv_heads, T]."""
+    p: torch.Tensor = weights.sum(1)
     at = (positions // PAGE_SIZE).expand(p.shape[0], -1)[:, None].expand_as(p)
     return p.new_zeros(*p.shape[:2], pages).scatter_add(2, at, p).transpose(0, 1)
 

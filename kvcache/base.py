@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
+from tokenswift_py.kernels.base import QueryTurns
 
 IntArray = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -89,12 +90,14 @@ class Committed:
     mass:    [layers, rows, kv_heads, pages] attention probability on every absolute page, summed over the query heads
              of a KV head's group; None unless the policy needs it.
     queries: [rows, layers, heads, head_dim] after RoPE; None unless the policy needs them.
+    turns:   how these queries meet far keys; None where as they are.
     """
 
     start: int
     rows: int
     mass: FloatArray | None = None
     queries: FloatArray | None = None
+    turns: QueryTurns | None = None
 
 
 class EvictionPolicy(Protocol):

@@ -15,7 +15,7 @@ from tokenswift_py import registry
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.rope import RopeTables, rope_tables
 from toys import FAMILIES as FAMILIES
 from toys import save_tiny, tiny_config, tiny_model
 from toys import tiny_tokenizer as tiny_tokenizer
@@ -38,10 +38,12 @@ def decoder_of(
     ops: Ops | None = None,
     kv_dtype: torch.dtype | None = None,
     draft: bool = False,
+    rope: RopeTables | None = None,
 ) -> TorchDecoder:
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
     spec = ModelSpec.from_config(model.config)
-    return TorchDecoder(spec, weights_of(model), rope_tables(model.config, context), backend, ops, draft, kv_dtype)
+    tables = rope or rope_tables(model.config, context)
+    return TorchDecoder(spec, weights_of(model), tables, backend, ops, draft, kv_dtype)
 
 
 @pytest.fixture(scope="session")

@@ -499,6 +499,7 @@ def malformed(name: str, value: Any) -> dict[str, Any]:
         "logits": np.zeros((1, 61), np.float32),
         "mass": None,
         "queries": None,
+        "shifts": None,
         "int8_pages": False,
     }
     return {**call, name: value} if name else call

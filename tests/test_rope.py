@@ -10,7 +10,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tokenswift_py.errors import UserError
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.positions import SCHEMES, Positions
+from tokenswift_py.rope import UNREAD, rope_tables
 
 TRAINED = 128
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,8 +43,10 @@ def hugging_faces(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch
     return cos[0, :, :half], sin[0, :, :half]
 
 
-def assert_tables(config: LlamaConfig, context: int, same_as: LlamaConfig | None = None) -> None:
-    tables = rope_tables(config, context)
+def assert_tables(
+    config: LlamaConfig, context: int, same_as: LlamaConfig | None = None, scheme: str = "auto"
+) -> None:
+    tables = rope_tables(config, context, Positions(scheme))
     cos, sin = hugging_faces(same_as or config, context)
     assert tables.context == context and tables.cos.dtype == tables.sin.dtype == torch.float32
     torch.testing.assert_close(tables.cos, cos, rtol=0, atol=1e-6)
@@ -59,30 +62,93 @@ def test_within_the_trained_length_the_tables_are_hugging_faces(kind: str, conte
 
 
 @pytest.mark.parametrize(("context", "factor"), [(129, 2), (256, 2), (257, 3), (1024, 8)])
-def test_beyond_the_trained_length_yarn_gets_the_smallest_whole_factor(context: int, factor: int) -> None:
+def test_a_stretch_has_the_smallest_whole_factor(context: int, factor: int) -> None:
     yarn = config_of("yarn", factor=float(factor), original_max_position_embeddings=TRAINED)
-    assert_tables(config_of("default"), context, same_as=yarn)
-    tables = rope_tables(config_of("default"), context)
-    assert tables.label == f"rope-yarnx{factor}"
-    assert tables.note == f"context {context} is beyond the 128 trained positions: YaRN with factor {factor}"
+    assert_tables(config_of("default"), context, same_as=yarn, scheme="yarn")
+    linear = config_of("linear", factor=float(factor))
+    assert_tables(config_of("default"), context, same_as=linear, scheme="linear")
+    for scheme in ("yarn", "linear"):
+        tables = rope_tables(config_of("default"), context, Positions(scheme))
+        assert tables.label == f"rope-{scheme}x{factor}" and tables.positions == Positions(scheme)
+        assert tables.note is not None and "which the weights were not trained for" in tables.note
+
+
+def test_ntk_is_dynamic_ntk_as_of_the_stretched_length() -> None:
+    """Hugging Face's dynamic tables of factor 1, when a text has just that length."""
+    dynamic = config_of("dynamic", factor=1.0)
+    tables = rope_tables(config_of("default"), 257, Positions("ntk"))
+    cos, sin = hugging_faces(dynamic, 3 * TRAINED)
+    torch.testing.assert_close(tables.cos, cos[:257], rtol=0, atol=1e-6)
+    torch.testing.assert_close(tables.sin, sin[:257], rtol=0, atol=1e-6)
+    assert tables.label == "rope-ntkx3"
 
 
 @pytest.mark.parametrize(("context", "factor"), [(129, 5), (161, 6), (320, 10)])
-def test_a_yarn_model_gets_a_larger_factor(context: int, factor: int) -> None:
-    """From its original length, not from the one it already reaches."""
-    assert_tables(config_of("yarn"), context, same_as=config_of("yarn", factor=float(factor)))
-    assert rope_tables(config_of("yarn"), context).label == f"rope-yarnx{factor}"
+def test_a_yarn_model_is_stretched_from_its_original_length(context: int, factor: int) -> None:
+    assert_tables(config_of("yarn"), context, same_as=config_of("yarn", factor=float(factor)), scheme="yarn")
+    assert rope_tables(config_of("yarn"), context, Positions("yarn")).label == f"rope-yarnx{factor}"
 
 
 def test_a_yarn_model_reaches_its_original_length_times_its_factor() -> None:
-    config = config_of("yarn", trained=32, factor=3.0)
-    assert rope_tables(config, 96).note is None and rope_tables(config, 97).label == "rope-yarnx4"
+    config = config_of("yarn", trained=32, factor=24.0)
+    assert rope_tables(config, 768).note is None and rope_tables(config, 769).label == (
+        "rope-yarnx24+self-extend-w192-b64-g2"
+    )
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3"])
-def test_a_scaling_that_ends_before_the_context_is_refused(kind: str) -> None:
-    with pytest.raises(UserError, match=f"^context: 129 is not allowed; rope type {kind} of this model ends at 128$"):
-        rope_tables(config_of(kind), 129)
+def test_a_linear_model_is_stretched_by_a_factor_more() -> None:
+    assert rope_tables(config_of("linear"), 2 * TRAINED, Positions("linear")).label == "rope-linearx8"
+
+
+@pytest.mark.parametrize("scheme", ["linear", "ntk", "yarn"])
+def test_another_scaling_is_not_stretched(scheme: str) -> None:
+    with pytest.raises(UserError, match=f"^positions: '{scheme}' is not allowed; rope type llama3 of this model"):
+        rope_tables(config_of("llama3"), 129, Positions(scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_covered_is_met_as_trained(scheme: str) -> None:
+    tables = rope_tables(config_of("llama3"), TRAINED, Positions(scheme))
+    assert tables.positions == Positions("trained") and tables.label == "rope-llama3x8" and tables.note is None
+
+
+def test_positions_as_trained_go_on_when_asked_for() -> None:
+    assert_tables(config_of("default"), 500, scheme="trained")
+    note = rope_tables(config_of("default"), 500, Positions("trained")).note
+    assert note == "context 500 is beyond the 128 trained positions, which are met as they are: " + UNREAD
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dynamic"])
+def test_auto_keeps_the_configs_tables_and_extends_itself_beyond_them(kind: str) -> None:
+    """Angles are in fp64 there: Hugging Face's, in fp32, are off by up to 2^-24 of the position."""
+    config = config_of(kind, trained=1024)
+    tables = rope_tables(config, 4000)
+    cos, sin = hugging_faces(config, 4000)
+    torch.testing.assert_close(tables.cos, cos, rtol=0, atol=4000 * 2**-23)
+    torch.testing.assert_close(tables.sin, sin, rtol=0, atol=4000 * 2**-23)
+    assert tables.positions == Positions("self-extend", 256, 128) and tables.shifts is not None
+    assert tables.label.endswith("+self-extend-w256-b128-g6")
+    assert tables.note == (
+        "context 4000 is beyond the 1024 trained positions: Self-Extend, beyond a window of 256 in blocks of 128 at 1/6"
+        " of their distances"
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "block", "says"),
+    [
+        (None, 100, "positions_block: 100 is not allowed; one of 64, 128, 256, 512, 1024"),
+        (32, None, "positions_window: 32 is not allowed; at least 64, and a multiple of the block"),
+        (192, 128, "positions_window: 192 is not allowed; a multiple of the block (128)"),
+        (896, 128, "positions_window: 896 is not allowed; at most 895: with a block of 128 more leaves none of"),
+    ],
+)
+def test_a_window_that_cannot_be_is_told(window: int | None, block: int | None, says: str) -> None:
+    with pytest.raises(UserError) as told:
+        rope_tables(config_of("default", trained=1024), 4000, Positions("self-extend", window, block))
+    assert str(told.value).startswith(says)
+    with pytest.raises(UserError, match="only with positions self-extend or auto"):
+        Positions("yarn", 512)
 
 
 def test_longrope_and_partial_rotation_are_refused() -> None:
@@ -105,5 +171,8 @@ def test_dynamic_is_frozen_at_the_context_of_the_run() -> None:
 def test_the_models_config_is_left_alone() -> None:
     config = config_of("default")
     before = config.to_dict()
-    rope_tables(config, 4 * TRAINED)
+    for scheme in SCHEMES[2:5]:
+        rope_tables(config, 4 * TRAINED, Positions(scheme))
+    with pytest.raises(UserError, match=r"^positions: 'self-extend' is not allowed; 128 trained positions are too few"):
+        rope_tables(config, 4 * TRAINED)
     assert config.to_dict() == before

@@ -16,10 +16,10 @@ from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.history import History
+from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kernels.triton.sampling import BLOCK, choose
 from tokenswift_py.kvcache.pages import TorchPagePool
-from tokenswift_py.models.ops import rotate
 from tokenswift_py.sampling import NumericsError, Sampler
 from tokenswift_py.triton_sampling import TritonSampler
 

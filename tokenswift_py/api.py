@@ -48,6 +48,7 @@ from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, t
 
 logger = logging.getLogger("tokenswift")
 
+EARLIER = {"positions": "yarn"}  # parameters that journals lack which were begun before there was a choice
 MOST_THREADS = 1024  # of the native engine's team
 
 
@@ -107,7 +108,13 @@ class Run:
         filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
         processors = [type(processor).__name__ for processor in self.options.logits_processors]
         bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
-        return {**options, **filled, "context": self.context, "logits_processors": processors, "logit_bias": bias}
+        positions = {
+            "context": self.context,
+            "positions": self.rope.positions.scheme,
+            "positions_window": self.rope.positions.window,
+            "positions_block": self.rope.positions.block,
+        }
+        return {**options, **filled, **positions, "logits_processors": processors, "logit_bias": bias}
 
 
 class TokenSwift:
@@ -263,7 +270,7 @@ class TokenSwift:
 
     def recorded_run(self, record: Record, extend: int = 0, **settings: Any) -> Run:
         """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
-        recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+        recorded = {**EARLIER, **record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
         processors = settings.pop("logits_processors", ())
         names = [type(processor).__name__ for processor in processors]
         contract.check_parameter("logits_processors", names, recorded["logits_processors"])
@@ -308,7 +315,7 @@ class TokenSwift:
             seen = min(kept, options.draft_budget or VIEWS[-1])
             draft_bytes = self.kv_bytes(seen + seen // 4, dtype=torch.int8)
         check_memory(own_bytes + draft_bytes, self.executor.device, what)
-        rope = rope_tables(checkpoint.config, context)
+        rope = rope_tables(checkpoint.config, context, options.met_positions)
         if rope.note:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})

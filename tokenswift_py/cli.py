@@ -43,6 +43,13 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
     "context": ("model", whole, "positions the run is made for (default: what it needs)"),
+    "positions": (
+        "model",
+        str,
+        "auto, trained, linear, ntk, yarn or self-extend: how positions beyond the trained ones are met",
+    ),
+    "positions_window": ("model", whole, "self-extend: nearer than this, distances stay true (default: a quarter)"),
+    "positions_block": ("model", whole, "self-extend: positions that are moved together, 64 to 1024 (default: 1024)"),
     "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's, else 0)"),
     "top_k": ("sampling", whole, "keep the k best tokens; 0 is off (default: the checkpoint's)"),
     "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),

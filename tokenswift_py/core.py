@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
+    from tokenswift_py.kernels.base import QueryTurns
     from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.kvcache.view import PageView
@@ -171,6 +172,7 @@ class Output:
     residual:  [R, hidden_size] before the final norm, what TokenSwift's heads read.
     queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
                unless asked for.
+    turns:     how these queries meet far keys; None where as they are.
     """
 
     hidden: torch.Tensor
@@ -178,6 +180,7 @@ class Output:
     page_mass: torch.Tensor | None = None
     queries: torch.Tensor | None = None
     residual: torch.Tensor | None = None
+    turns: QueryTurns | None = None
 
 
 class Model(Protocol):

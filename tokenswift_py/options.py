@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
+from tokenswift_py.positions import Positions
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Options:
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
     context:       N, the positions the run is made for; None is what it needs.
+    positions:     auto, trained, linear, ntk, yarn or self-extend: how positions beyond the trained length are met; see
+                   `positions.Positions`, also for positions_window and positions_block.
     drafter:       auto, or a file name of drafters/.
     draft_tokens:  draft so many in every tree; None lets the planner decide.
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
@@ -69,6 +72,9 @@ class Options:
     chapters: Sequence[str] = ()
     raw: bool = False
     context: int | None = None
+    positions: str = "auto"
+    positions_window: int | None = None
+    positions_block: int | None = None
     drafter: str = "auto"
     draft_tokens: int | None = None
     draft_policy: str = "mass"
@@ -99,9 +105,10 @@ class Options:
 
     def __post_init__(self) -> None:
         whole_numbers = ("max_new_tokens", "min_new_tokens", "min_chapter_tokens", "draft_tokens", "draft_budget")
-        for name in (*whole_numbers, "context", "kv_budget"):
+        extent = ("context", "positions_window", "positions_block")
+        for name in (*whole_numbers, *extent, "kv_budget"):
             value = getattr(self, name)
-            optional = name in ("draft_tokens", "draft_budget", "context", "kv_budget") and value is None
+            optional = name in ("draft_tokens", "draft_budget", *extent, "kv_budget") and value is None
             check(optional or is_whole(value), name, value, "a whole number")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
@@ -151,6 +158,11 @@ class Options:
         check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         SamplingParams(**self._plain_sampling())
+        _ = self.met_positions
+
+    @property
+    def met_positions(self) -> Positions:
+        return Positions(self.positions, self.positions_window, self.positions_block)
 
     @classmethod
     def of(cls, **settings: Any) -> Options:

@@ -1,68 +1,144 @@
-"""Rotary position tables, made once per run in fp32 for a fixed context N (law 2)."""
+"""Rotary position tables, made once per run in fp32 for a fixed context N (law 2), and how a run meets positions that
+its model was not trained for (law 8)."""
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
+from tokenswift_py.kernels.base import BlockShifts, QueryTurns
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.positions import STRETCHES, Positions, extent, group_size, grouped_shifts
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+AUTO, TRAINED = Positions(), Positions("trained")
 
 
 @dataclass(frozen=True)
 class RopeTables:
     """cos, sin: [context, head_dim / 2] fp32, the attention factor included. `label` is part of the numerics
-    contract, `note` says what was chosen when the model's own scaling did not reach."""
+    contract, `note` says what was chosen where the config's own tables do not reach. positions: the scheme that was
+    chosen, never auto. shifts: how far keys are met; None is at their true distances."""
 
     cos: torch.Tensor
     sin: torch.Tensor
     label: str
     note: str | None = None
+    positions: Positions = TRAINED
+    shifts: BlockShifts | None = None
 
     @property
     def context(self) -> int:
         return self.cos.shape[0]
 
 
-def rope_tables(config: Any, context: int) -> RopeTables:
+def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeTables:
     """Tables of a transformers config for positions 0 .. context - 1.
 
-    Beyond the trained length a model without scaling gets YaRN (arXiv 2309.00071) with the smallest whole factor
-    that suffices (whole, so that runs of similar length share their numerics), and a YaRN model a larger factor.
-    Dynamic NTK is frozen at N. Raises UserError for longrope and for scalings that end before `context`.
+    Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N.
+    Raises UserError for longrope, and for a scheme that this config cannot have.
     """
     config = copy.deepcopy(config)
     check_rope(config)
+    trained = trained_length(config)
+    scheme = chosen_scheme(config, context, positions.scheme)
+    if scheme in STRETCHES:
+        return stretched(config, context, scheme)
+    kind = config.rope_parameters.get("rope_type", "default")
+    if scheme == "trained":
+        tables = tables_of(config, kind, context, context)
+        beyond = context > trained and kind != "dynamic"
+        note = f"context {context} is beyond the {trained} trained positions, which are met as they are: {UNREAD}"
+        return replace(tables, note=note if beyond else None)
+    window, block = extent(trained, positions)
+    group = group_size(context, trained, window, block)
+    tables = tables_of(config, kind, context, trained, exact=True)
+    return replace(
+        tables,
+        label=f"{tables.label}+self-extend-w{window}-b{block}-g{group}",
+        note=f"context {context} is beyond the {trained} trained positions: Self-Extend, beyond a window of {window} in"
+        f" blocks of {block} at 1/{group} of their distances",
+        positions=Positions("self-extend", window, block),
+        shifts=BlockShifts(block, grouped_shifts(context, window, block, group), trained),
+    )
+
+
+UNREAD = "no model reads those well"
+
+
+def chosen_scheme(config: Any, context: int, scheme: str) -> str:
+    """What auto stands for, and trained for whatever has no need of more."""
+    covered = context <= trained_length(config)
+    if scheme == "auto":
+        dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # which asks to be stretched with the text
+        return "trained" if covered or dynamic else "self-extend"
+    return "trained" if covered and scheme in (*STRETCHES, "self-extend") else scheme
+
+
+def stretched(config: Any, context: int, scheme: str) -> RopeTables:
+    """Frequencies stretched by the least whole factor of the original length that reaches the context."""
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
+    allowed = f"rope type {kind} of this model is not to be stretched so; trained and self-extend are"
+    check(kind == "default" or kind == scheme, "positions", scheme, allowed)
     trained = trained_length(config)
-    note = None
-    if context > trained and kind != "dynamic":
-        if kind not in ("default", "yarn"):
-            raise UserError(f"context: {context} is not allowed; rope type {kind} of this model ends at {trained}")
-        original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        factor = float(math.ceil(context / original))
-        parameters |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        note = f"context {context} is beyond the {trained} trained positions: YaRN with factor {factor:g}"
-        kind = "yarn"
-    config.rope_parameters = parameters
-    inverse, scale = inverse_frequencies(config, kind, context)
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    factor = float(math.ceil(context / original))
+    beyond = f"context {context} is beyond the {trained} trained positions"
+    note = f"{beyond}: {NAMES[scheme]} with factor {factor:g}, {COST}"
+    if scheme == "yarn":
+        config.rope_parameters = parameters | {
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original
+        }  # fmt: skip
+        tables = tables_of(config, "yarn", context, context)
+    elif scheme == "linear":
+        factor *= parameters.get("factor", 1.0)  # of a linear config, whose positions are those it reaches
+        config.rope_parameters = parameters | {"rope_type": "linear", "factor": factor}
+        tables = tables_of(config, "linear", context, context)
+    else:
+        config.rope_parameters = parameters | {"rope_type": "dynamic", "factor": 1.0}
+        tables = tables_of(config, "dynamic", context, int(factor) * original, label=f"rope-ntkx{factor:g}")
+    return replace(tables, note=note, positions=Positions(scheme))
+
+
+NAMES = {"linear": "position interpolation", "ntk": "NTK-aware RoPE", "yarn": "YaRN"}
+COST = "which the weights were not trained for: every token is predicted worse; self-extend keeps the trained distances"
+
+
+def tables_of(
+    config: Any, kind: str, context: int, frozen: int, label: str | None = None, exact: bool = False
+) -> RopeTables:
+    """The config's tables. frozen: the length that dynamic frequencies are made for. exact: angles in fp64, whose fp32
+    products are off by up to 2^-24 of the position; without it they are Hugging Face's own."""
+    inverse, scale = inverse_frequencies(config, kind, frozen)
+    parameters = config.rope_parameters
     check(bool(inverse.isfinite().all()), "rope_parameters", parameters, "frequencies must be finite")
-    angles = torch.arange(context, dtype=torch.float32)[:, None] * inverse[None, :]
-    factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
-    frozen = f"@{max(context, config.max_position_embeddings)}" if kind == "dynamic" else ""
-    return RopeTables(angles.cos() * scale, angles.sin() * scale, f"rope-{kind}{factor_label}{frozen}", note)
+    wide = torch.float64 if exact else torch.float32
+    angles = torch.arange(context, dtype=wide)[:, None] * inverse.to(wide)[None, :]
+    if label is None:
+        factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
+        length = f"@{max(frozen, config.max_position_embeddings)}" if kind == "dynamic" else ""
+        label = f"rope-{kind}{factor_label}{length}"
+    cos, sin = angles.cos(), angles.sin_()
+    return RopeTables(cos.float() * scale, sin.float() * scale, label)
+
+
+def query_turns(rope: RopeTables, spec: ModelSpec) -> QueryTurns | None:
+    """How a model's queries meet far keys; None where no run of these tables moves any."""
+    return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.windows)
 
 
 def rope_bytes(config: Any, context: int) -> int:
-    """What the tables take while they are made: angles, cos and sin."""
-    return 3 * context * head_dim(config) // 2 * torch.float32.itemsize
+    """What the tables take while they are made: angles, cos and sin, at most in fp64."""
+    return 3 * context * head_dim(config) // 2 * torch.float64.itemsize
 
 
 def head_dim(config: Any) -> int:

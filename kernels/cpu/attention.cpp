@@ -16,11 +16,12 @@ int rows_a_block(int group) { return std::max(1, block_queries / group); }
 
 }  // namespace
 
-void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, int rows,
-                        int mass_pages, int threads) {
+void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies,
+                        const RopeTables& rope, int rows, int mass_pages, int threads) {
   segments_ = std::move(segments);
   pool_ = &pool;
   copies_ = copies;
+  rope_ = rope;
   rows_ = rows;
   threads_ = threads;
   group_ = heads_ / pool.kv_heads();
@@ -60,6 +61,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
+    if (rope.shifts.shifts) scratch.moved.reserve(block * std::max(query_bytes(false), query_bytes(true)));
   }
 }
 
@@ -130,6 +132,7 @@ void Attention::run_piece(const AttentionLayer& layer, int index, Scratch& scrat
   const size_t stride = state_floats(head_dim_);
   const SegmentState& kept = segment_states_[piece.segment];
   const std::vector<int>& splits = kept.splits[piece.head];
+  scratch.block = -1;
   for (int i = piece.splits.begin; i < piece.splits.end; ++i) {
     const char* behind = nullptr;
     if (i + 1 < piece.splits.end) {
@@ -270,6 +273,42 @@ bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int win
   return partial;
 }
 
+// The piece's queries as they meet the keys of a page: those that stand at their rows' own positions where no row is
+// moved for it.
+const char* Attention::queries_for(const AttentionLayer& layer, const Piece& piece, int page, bool copied,
+                                   Scratch& scratch) const {
+  const SegmentInput& in = segments_[piece.segment].in;
+  const size_t first = (size_t(piece.head) * rows_ + in.start + piece.rows.begin) * group_;
+  const char* own = (copied ? layer.copy_q : layer.q) + first * query_bytes(copied);
+  if (!layer.plain) return own;
+  const int block = page / rope_.shifts.pages;
+  bool moved = false;
+  for (int row = piece.rows.begin; row < piece.rows.end; ++row) moved |= rope_.shifts.of(in.positions[row], block) > 0;
+  if (!moved) return own;
+  if (scratch.block != block || scratch.copied != copied) {
+    move_queries(layer, piece, block, copied, scratch.moved.data());
+    scratch.block = block;
+    scratch.copied = copied;
+  }
+  return scratch.moved.data();
+}
+
+void Attention::move_queries(const AttentionLayer& layer, const Piece& piece, int block, bool copied, char* out) const {
+  const SegmentInput& in = segments_[piece.segment].in;
+  const RoundOperands round = copied ? kernels_.copies.round : kernels_.of(pool_->type()).round;
+  const size_t bytes = query_bytes(copied);
+  alignas(64) float turned[longest_head] = {};  // zero behind
+  for (int row = piece.rows.begin; row < piece.rows.end; ++row) {
+    const int position = in.positions[row];
+    const size_t angles = size_t(position - rope_.shifts.of(position, block)) * (values_ / 2);
+    const float* plain = layer.plain + (size_t(piece.head) * rows_ + in.start + row) * group_ * head_dim_;
+    for (int g = 0; g < group_; ++g, out += bytes) {
+      kernels_.rotate(plain + g * head_dim_, rope_.cos + angles, rope_.sin + angles, values_ / 2, turned);
+      round(turned, head_dim_, out);
+    }
+  }
+}
+
 void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied,
                       const char* block, const char* next, float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
@@ -282,8 +321,8 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
   visit.head_dim = head_dim_;
   visit.scale = float(1.4426950408889634 / std::sqrt(double(values_)));
   visit.queries = (rows.end - rows.begin) * group_;
-  visit.q = copied ? layer.copy_q + query * kernels_.copies.query_bytes(head_dim_)
-                   : layer.q + query * head_dim_ * kernels.operand_bytes;
+  visit.q = queries_for(layer, piece, page, copied, scratch) +
+            size_t(rows.begin - piece.rows.begin) * group_ * query_bytes(copied);
   visit.state = states + size_t(rows.begin - piece.rows.begin) * group_ * state_floats(head_dim_);
   if (set_lanes(in, rows, page, layer.window, scratch)) {
     visit.first = scratch.first.data();

@@ -17,6 +17,7 @@ struct AttentionLayer {
   int window;        // a row at p sees (p - window, p]; 0 is everything
   const char* q;     // operands of the pool's page type, [queries][padded head_dim]
   const char* copy_q;  // of its copies', where they are read
+  const float* plain;  // before RoPE, [queries][padded head_dim]; null where all keys are met from the rows' positions
   float* out;        // [rows][out_stride], query head h at h * head_dim
   size_t out_stride;
   float* mass;       // [rows][kv_heads][pages]; null when not wanted
@@ -27,6 +28,10 @@ struct AttentionLayer {
 // the rows beside it, on threads, or on whether splits ran side by side or one after the other. A split of which a view
 // holds no page is passed over: merging what has seen nothing changes nothing. A view of copies, which only drafts
 // have, has splits of its own: 8 of its pages each, and the tail.
+//
+// Where queries are moved (BlockShifts), those of a piece are rotated anew when its walk comes to another block: a split
+// is no shorter than a block, so that this happens once for a row, head and block. A row's queries depend on its own
+// position and the block.
 class Attention {
  public:
   // head_dim: values of a head; the pool has them padded to vector_multiple.
@@ -34,9 +39,9 @@ class Attention {
       : kernels_(kernels), heads_(heads), values_(head_dim), head_dim_(round_up(head_dim, vector_multiple)) {}
 
   // Once a pass. copies: read instead of full pages; null for the pages themselves. mass_pages: pages of the mass that is
-  // wanted, a multiple of vector_multiple; 0 for none. Pool and copies must outlive the pass.
-  void prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, int rows, int mass_pages,
-               int threads);
+  // wanted, a multiple of vector_multiple; 0 for none. Pool, copies and tables must outlive the pass.
+  void prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, const RopeTables& rope,
+               int rows, int mass_pages, int threads);
 
   // Once a layer.
   void run(Team& team, const AttentionLayer& layer);
@@ -63,6 +68,9 @@ class Attention {
     Buffer<char> widened;       // an int8 page as bf16
     Buffer<float> states;       // the current split's, where one is kept for all
     std::vector<int> first, last;
+    Buffer<char> moved;         // operands of a piece's queries as they meet the keys of `block`
+    int block = -1;
+    bool copied = false;        // whether they are operands of copies
   };
 
   void find_splits(int segment, int layer);
@@ -76,6 +84,12 @@ class Attention {
   const int32_t* view_of(int segment, int layer, int head) const;
   bool has_own_splits(const SegmentInput& in) const { return copies_ && in.view; }
   const char* full_block(const AttentionLayer& layer, const Piece& piece, int page) const;
+  const char* queries_for(const AttentionLayer& layer, const Piece& piece, int page, bool copied,
+                          Scratch& scratch) const;
+  void move_queries(const AttentionLayer& layer, const Piece& piece, int block, bool copied, char* out) const;
+  size_t query_bytes(bool copied) const {
+    return copied ? kernels_.copies.query_bytes(head_dim_) : head_dim_ * size_t(kernels_.of(pool_->type()).operand_bytes);
+  }
   const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
   void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied, const char* block,
@@ -93,6 +107,7 @@ class Attention {
   size_t mass_stride_ = 0;
   const Pool* pool_ = nullptr;
   const PageCopies* copies_ = nullptr;
+  RopeTables rope_;
   std::vector<SegmentPlan> segments_;
   std::vector<SegmentState> segment_states_;
   std::vector<Piece> pieces_;

@@ -26,6 +26,8 @@ template <class T, int N>
 using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
 using Ints = Array<const int32_t, 1>;
 using Table = Array<const float, 2>;
+// (positions of a block, shifts [blocks], trained distances)
+using ShiftArrays = std::tuple<int, Ints, int>;
 
 // (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
 using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
@@ -163,9 +165,16 @@ SegmentInput segment_input(const SegmentArrays& arrays, int start, const Pool& p
   return in;
 }
 
+BlockShifts block_shifts(const ShiftArrays& arrays) {
+  const auto& [block, shifts, trained] = arrays;
+  require(block > 0 && block % page_size == 0, "a block of shifts is whole pages");
+  require(size(shifts) > 0, "shifts of no block");
+  return {shifts.data(), size(shifts), block / page_size, trained};
+}
+
 void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& positions, const Ints& slots,
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
-             const Array<float, 2>& hidden, const Array<float, 2>& residual, const Array<float, 2>& logits,
+             const std::optional<ShiftArrays>& shifts, const Array<float, 2>& hidden, const Array<float, 2>& residual, const Array<float, 2>& logits,
              const std::optional<Array<float, 4>>& mass, const std::optional<Array<float, 4>>& queries,
              bool int8_pages) {
   const Shape& shape = decoder.shape();
@@ -189,8 +198,9 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
             "RoPE tables are [context, head_dim / 2]");
   }
   pass.context = size(cos, 0);
-  pass.cos = cos.data();
-  pass.sin = sin.data();
+  pass.rope.cos = cos.data();
+  pass.rope.sin = sin.data();
+  if (shifts) pass.rope.shifts = block_shifts(*shifts);
   for (const Array<float, 2>* states : {&hidden, &residual}) {
     require(size(*states, 0) == pass.rows && size(*states, 1) == shape.hidden,
             "hidden and residual are [rows, hidden_size]");
@@ -284,7 +294,7 @@ NB_MODULE(_native, m) {
            }, "part"_a, "layer"_a, "data"_a.noconvert())
       .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
-           "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none(),
+           "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(), "mass"_a.noconvert().none(),
            "queries"_a.noconvert().none(), "int8_pages"_a)
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")

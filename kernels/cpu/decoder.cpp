@@ -21,15 +21,6 @@ std::string among(const char* name, long value, long limit) {
 
 size_t padded(int n) { return round_up(n, row_multiple); }
 
-// In place, halves against each other as in Hugging Face's checkpoints.
-void rotate(float* x, const float* cos, const float* sin, int half) {
-  for (int i = 0; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
-    x[i] = first * cos[i] - second * sin[i];
-    x[i + half] = second * cos[i] + first * sin[i];
-  }
-}
-
 }  // namespace
 
 Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team)
@@ -143,6 +134,7 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
   require(pool.layers() == shape_.layers && pool.kv_heads() == shape_.kv_heads && pool.head_dim() == padded_head(),
           "the pool's pages are not of this model's shape");
   require(pass.rows > 0, "a pass without rows");
+  check_shifts(pass.rope.shifts, pass.context);
   for (int row = 0; row < pass.rows; ++row) {
     require(pass.tokens[row] >= 0 && pass.tokens[row] < shape_.vocab, among("token", pass.tokens[row], shape_.vocab));
     require(pass.positions[row] >= 0 && pass.positions[row] < pass.context,
@@ -178,6 +170,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
   buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
   if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
+  if (pass.rope.shifts.shifts) buffers_.plain_queries.reserve(rows * shape_.heads * padded_head());
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
@@ -189,7 +182,8 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   reserve(pass, pool);
   PageCopies* const copies = pass.int8_pages ? pool.copies() : nullptr;
   if (copies) copies->update(*team_, kernels_, plans);
-  attention_.prepare(std::move(plans), pool, copies, pass.rows, pass.mass ? pass.mass_pages : 0, team_->size());
+  const int mass_pages = pass.mass ? pass.mass_pages : 0;
+  attention_.prepare(std::move(plans), pool, copies, pass.rope, pass.rows, mass_pages, team_->size());
   embed(pass);
   for (int i = 0; i < shape_.layers; ++i) {
     const Layer& layer = layers_[i];
@@ -283,15 +277,18 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   const float* q = buffers_.qkv.data() + row * qkv_stride_;
   const float* k = q + q_width();
   const float* v = k + kv_width();
+  const bool moves = pass.rope.shifts.serve(layer.window);
   alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {}, head_v[longest_head] = {};  // zero behind
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
-    rotate_head(head_q, layer.q_norm, pass, row);
+    normalise_head(head_q, layer.q_norm);
+    const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
+    if (moves) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
+    rotate_head(head_q, pass, row);
     if (pass.queries) {
       const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
       std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
     }
-    const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
     if (pass.int8_pages) {
       kernels_.copies.round(head_q, padded_head(), buffers_.copy_queries.data() + query * copy_query_bytes());
@@ -300,23 +297,28 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   for (int head = 0; head < shape_.kv_heads; ++head) {
     std::copy_n(k + head * head_dim, head_dim, head_k);
     std::copy_n(v + head * head_dim, head_dim, head_v);
-    rotate_head(head_k, layer.k_norm, pass, row);
+    normalise_head(head_k, layer.k_norm);
+    rotate_head(head_k, pass, row);
     pool.write(index, head, pass.slots[row], head_k, head_v);
   }
 }
 
-void Decoder::rotate_head(float* x, const std::vector<float>& norm, const Pass& pass, int row) const {
+void Decoder::normalise_head(float* x, const std::vector<float>& norm) const {
+  if (shape_.qk_norm) kernels_.rms_norm(x, norm.data(), shape_.head_dim, shape_.norm_eps, x);
+}
+
+void Decoder::rotate_head(float* x, const Pass& pass, int row) const {
   const int half = shape_.head_dim / 2;
   const size_t angles = size_t(pass.positions[row]) * half;
-  if (shape_.qk_norm) kernels_.rms_norm(x, norm.data(), shape_.head_dim, shape_.norm_eps, x);
-  rotate(x, pass.cos + angles, pass.sin + angles, half);
+  kernels_.rotate(x, pass.rope.cos + angles, pass.rope.sin + angles, half, x);
 }
 
 void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   const size_t stride = padded(q_width());
   float* mass = pass.mass;
   if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
-  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(),
+  const float* plain = pass.rope.shifts.serve(layer.window) ? buffers_.plain_queries.data() : nullptr;
+  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(), plain,
                           buffers_.attended.data(), stride, mass});
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }

@@ -33,8 +33,7 @@ struct Pass {
   const int32_t* logit_rows = nullptr;
   int logit_count = 0;
   int context = 0;                     // positions end before it
-  const float* cos = nullptr;          // [context][head_dim / 2]
-  const float* sin = nullptr;
+  RopeTables rope;                     // of as many positions
   float* hidden = nullptr;             // [rows][hidden], after the final norm
   float* residual = nullptr;           // [rows][hidden], before it
   float* logits = nullptr;             // [logit_count][vocab]
@@ -94,6 +93,7 @@ class Decoder {
     Buffer<float> x, normed, qkv, attended, activated;
     Buffer<char> operands;  // of the weights' element type, for the next multiplication
     Buffer<char> queries;   // of the pool's
+    Buffer<float> plain_queries;  // before RoPE, where they are moved for far keys
     Buffer<char> copy_queries;  // of its copies'
   };
 
@@ -111,7 +111,8 @@ class Decoder {
   void rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool);
   void rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row);
   size_t copy_query_bytes() const { return kernels_.copies.query_bytes(padded_head()); }
-  void rotate_head(float* x, const std::vector<float>& norm, const Pass& pass, int row) const;
+  void normalise_head(float* x, const std::vector<float>& norm) const;
+  void rotate_head(float* x, const Pass& pass, int row) const;
   void attend(const Layer& layer, int index, const Pass& pass);
   void add_projected(const Linear& linear, int rows);
   void feed_forward(const Layer& layer, int rows);

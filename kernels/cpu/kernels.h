@@ -85,6 +85,8 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  // RoPE: the halves of x [2 * half] against each other, as in Hugging Face's checkpoints; out may be x.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int half, float* out);
   // Softmax state `part` merged into `state`.
   void (*merge)(float* state, const float* part, int head_dim);
   // out = values / sum of weights.

@@ -98,6 +98,14 @@ std::vector<TailGroup> group_rows(const SegmentInput& in, int page) {
 
 }  // namespace
 
+void check_shifts(const BlockShifts& all, int context) {
+  if (!all.shifts) return;
+  require(all.pages > 0 && all.pages <= 1 << 20, "pages of a block of shifts", all.pages);
+  const long block = long(all.pages) * page_size;
+  require(all.count > (context - 1) / block, "shifts of too few blocks", all.count);
+  for (int i = 0; i < all.count; ++i) require(all.shifts[i] >= 0 && all.shifts[i] <= i * block, "a shift", all.shifts[i]);
+}
+
 SegmentPlan plan_segment(const SegmentInput& in, const Pool& pool, int context) {
   check(in, pool, context);
   SegmentPlan plan{in, 0, {}};

@@ -22,6 +22,31 @@ struct SegmentInput {
   int tail_rows = 0, tail_width = 0;   // one tail row for all: a chain whose rows see its beginning
 };
 
+// How rows meet keys at distances that the model was not trained for: the query of a row at p is rotated to
+// p - shifts[p / block - c] for the keys of block c (kernels/base.py, BlockShifts). The array stays the caller's.
+struct BlockShifts {
+  const int32_t* shifts = nullptr;  // [count]; null is none: every key is met from the row's own position
+  int count = 0;
+  int pages = 1;                    // of a block
+  int trained = 0;                  // a layer whose window is no wider moves nothing
+
+  bool serve(int window) const { return shifts && (window == 0 || window > trained); }
+  int of(int position, int block) const {
+    const int behind = position / (pages * page_size) - block;
+    return behind > 0 ? shifts[behind] : 0;
+  }
+};
+
+// Rotations by position, [context][head_dim / 2] each, and how far keys are met. The arrays stay the caller's.
+struct RopeTables {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  BlockShifts shifts;
+};
+
+// Throws std::invalid_argument for shifts that do not reach over the context, or would move a query before position 0.
+void check_shifts(const BlockShifts& shifts, int context);
+
 using Slots = std::array<int32_t, page_size>;
 
 struct RowRun {

@@ -51,6 +51,22 @@ inline void swiglu(const float* gate, const float* up, int n, float* out) {
   }
 }
 
+// Products and sums stay apart, so that every ISA gives the same bits.
+inline void rotate(const float* x, const float* cos, const float* sin, int half, float* out) {
+  int i = 0;
+  for (; i + Isa::lanes <= half; i += Isa::lanes) {
+    const Vec first = Isa::load(x + i), second = Isa::load(x + i + half);
+    const Vec c = Isa::load(cos + i), s = Isa::load(sin + i);
+    Isa::store(out + i, Isa::sub(Isa::mul(first, c), Isa::mul(second, s)));
+    Isa::store(out + i + half, Isa::add(Isa::mul(second, c), Isa::mul(first, s)));
+  }
+  for (; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    out[i] = first * cos[i] - second * sin[i];
+    out[i + half] = second * cos[i] + first * sin[i];
+  }
+}
+
 // Merging with a state that has seen nothing leaves the other one's bits as they are.
 inline void merge(float* state, const float* part, int head_dim) {
   const int at = state_maximum(head_dim);

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, Room
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries, Room
 from tokenswift_py.kernels.triton.runtime import (
     AMD,
     DTYPES,
@@ -30,7 +31,16 @@ from tokenswift_py.kernels.triton.runtime import (
     padded,
     precision,
 )
-from tokenswift_py.kernels.triton.tables import EVERYTHING, FIELDS, MOST_STATES, FixedPlan, Heads, Plan, splits
+from tokenswift_py.kernels.triton.tables import (
+    EVERYTHING,
+    FIELDS,
+    LAST_LEVEL,
+    MOST_STATES,
+    FixedPlan,
+    Heads,
+    Plan,
+    splits,
+)
 
 LOG2_E = 1.4426950408889634
 MERGED_AT_ONCE = 16  # splits in a step of the merge
@@ -59,6 +69,7 @@ def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD, int8: bool = Fals
 # A value of 1, or one that 16 divides, must not make another binary: row counts and layers change from pass to pass.
 ATTEND_SCALARS = (
     "first_item", "first_row", "rows", "split_count", "layer", "window", "pool_pages", "heads", "group", "mass_pages",
+    "block_pages",
 )  # fmt: skip
 
 
@@ -79,6 +90,9 @@ def attend_kernel(
     state_max: tl.tensor,  # [kv_heads, splits, rows] fp32
     state_sum: tl.tensor,
     page_lse: tl.tensor,  # [kv_heads, rows, mass_pages] fp32, base 2
+    cos: tl.tensor,  # [context, HEAD_DIM / 2] fp32, where queries are moved for far keys; or anything
+    sin: tl.tensor,
+    shifts: tl.tensor,  # [blocks] int32
     scale: tl.tensor,
     first_item: tl.tensor,
     first_row: tl.tensor,
@@ -90,6 +104,7 @@ def attend_kernel(
     heads: tl.tensor,
     group: tl.tensor,
     mass_pages: tl.tensor,
+    block_pages: tl.tensor,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
@@ -97,9 +112,13 @@ def attend_kernel(
     FIELDS: tl.constexpr,
     MASS: tl.constexpr,
     INT8: tl.constexpr,
+    FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """One tile of rows, one KV head, one split: updates (max, sum, sum of p v) of the split, base 2."""
+    """One tile of rows, one KV head, one split: updates (max, sum, sum of p v) of the split, base 2.
+
+    FAR: q is not rotated yet. A split is no longer than a block, so its keys are all met from one position.
+    """
     item = items + (first_item + tl.program_id(0)) * FIELDS
     head = tl.program_id(1)
     source = tl.load(item)
@@ -131,6 +150,20 @@ def attend_kernel(
     lowest = tl.min(tl.where(valid, position, 0x3FFFFFFF), 0)
     at_q = (row * heads + head).to(tl.int64) * group + packed % group
     q_tile = tl.load(q + at_q[:, None] * HEAD_DIM + column[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+    if FAR:
+        half: tl.constexpr = HEAD_DIM // 2
+        behind = tl.maximum(position // PAGE // block_pages - tl.load(item + 10) // block_pages, 0)
+        met = position - tl.load(shifts + behind, mask=valid, other=0)
+        partner = tl.where(column < half, column + half, column - half)
+        beside = tl.load(
+            q + at_q[:, None] * HEAD_DIM + partner[None, :], mask=valid[:, None] & inside[None, :], other=0.0
+        )
+        angle = met[:, None].to(tl.int64) * half + (column % half)[None, :]
+        c = tl.load(cos + angle, mask=valid[:, None] & inside[None, :], other=0.0)
+        s = tl.load(sin + angle, mask=valid[:, None] & inside[None, :], other=0.0)
+        across = beside.to(tl.float32) * s
+        across = tl.where((column < half)[None, :], -across, across)
+        q_tile = (q_tile.to(tl.float32) * c + across).to(q_tile.dtype)
     if PRECISION == "interpret":  # whose own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
     plane = (head * pool_pages).to(tl.int64) * PAGE
@@ -269,6 +302,7 @@ def mass_kernel(
 class TritonAttention:
     name = "triton"
     reads_int8 = True
+    moves_queries = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Plan:
         check_device(device)
@@ -288,8 +322,9 @@ class TritonAttention:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        far: FarQueries | None = None,
     ) -> torch.Tensor:
-        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales)[0]
+        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales, far)[0]
 
     def attend_with_lse(
         self,
@@ -301,6 +336,7 @@ class TritonAttention:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        far: FarQueries | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
         if q.dtype not in DTYPES:
@@ -309,9 +345,13 @@ class TritonAttention:
         group, depth = q.shape[1] // kv_heads, padded(head_dim)
         chosen = config(q.dtype, head_dim, int8=scales is not None)
         width = EVERYTHING if window is None else window
-        tables = plan.table(Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth))
-        q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+        block_pages = LAST_LEVEL if far is None else far.shifts.block // PAGE_SIZE
+        heads = Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth, min(LAST_LEVEL, block_pages))
+        tables = plan.table(heads)
+        q = (q if far is None else far.q).contiguous()
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        turns = (lse, lse, tables["positions"]) if far is None else (far.cos, far.sin, far.table)
         scale = head_dim**-0.5 * LOG2_E
         for launch in tables.launches:
             rows = (launch.stop - launch.first) * group
@@ -325,10 +365,11 @@ class TritonAttention:
                     attend_kernel[(last - first, kv_heads)](
                         q, keys, values, *(scales or (lse, lse)), tables["items"], tables["positions"],
                         tables["numbers"], tables["bounds"], tables["pages"], tables["tails"], state, state_max,
-                        state_sum, page_lse, scale, first,
+                        state_sum, page_lse, *turns, scale, first,
                         launch.first * group, rows, launch.splits, layer, width, pool_pages, kv_heads, group,
-                        mass_pages, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile, PAGE=PAGE_SIZE, FIELDS=FIELDS,
-                        MASS=mass is not None, INT8=scales is not None, PRECISION=PRECISION,
+                        mass_pages, block_pages, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile, PAGE=PAGE_SIZE,
+                        FIELDS=FIELDS, MASS=mass is not None, INT8=scales is not None, FAR=far is not None,
+                        PRECISION=PRECISION,
                         **launch_options(chosen.warps, chosen.stages),
                     )  # fmt: skip
             merge_kernel[(rows, kv_heads)](
@@ -350,15 +391,15 @@ def variants(amd: bool) -> Iterator[Variant]:
         for head_dim in HEAD_DIMS:
             depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
-            for mass, int8 in ((False, False), (True, False), (False, True), (True, True)):
+            for mass, int8, far in product((False, True), repeat=3):
                 chosen = config(dtype, head_dim, amd, int8)
                 constants = {
                     **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass, "INT8": int8,
-                    "PRECISION": precision(amd),
+                    "FAR": far, "PRECISION": precision(amd),
                 }  # fmt: skip
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
                 kinds = {"q": data, **pool, "scale": "fp32"}
-                name = "attend" + ("+int8" if int8 else "") + ("+mass" if mass else "")
+                name = "attend" + ("+int8" if int8 else "") + ("+mass" if mass else "") + ("+far" if far else "")
                 yield Variant(name, attend_kernel, dtype, head_dim, kinds, constants, chosen.warps, chosen.stages)
             yield Variant(
                 "merge", merge_kernel, dtype, head_dim, {"out": data}, {**shape, "AT_ONCE": MERGED_AT_ONCE}, 4, 2

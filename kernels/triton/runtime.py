@@ -49,7 +49,7 @@ class Variant:
         return self.kinds.get(name) or ("*i32" if name in TABLES else "*fp32" if name in FLOATS else "i32")
 
 
-TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges"}
+TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges", "shifts"}
 FLOATS = {"state", "state_max", "state_sum", "page_lse", "lse", "cos", "sin", "key_scales", "value_scales"}
 
 

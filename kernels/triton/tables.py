@@ -21,24 +21,27 @@ LAST_LEVEL = 32  # pages of all further splits
 MOST_STATES = 1 << 13  # rows x splits of a fixed shape, whose partial states stay reserved
 
 # Fields of a work item, int32 each: a tile of packed rows (row * group + query head of the KV head) and the pages of
-# one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones. The others are where
-# `TableBuilder.add_launch` makes them.
-FIELDS = 10
+# one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones; the last is the first page
+# of the split. The others are where `TableBuilder.add_launch` makes them.
+FIELDS = 11
 COMMITTED, GATHERED = 0, 1
 
 LISTS = ("positions", "numbers", "bounds", "pages", "tails", "ranges", "items")
 
 
-def splits(pages: int) -> IntArray:
-    """[n + 1] first page of each split that begins before `pages`, and of the one behind.
+def splits(pages: int, longest: int = LAST_LEVEL) -> IntArray:
+    """[n + 1] first page of each split that begins before `pages`, and of the one behind. longest: pages of a split at
+    most, a power of two.
 
     Short at the beginning, so that a short context has splits enough to fill a GPU, longer later, so that the partial
     states cost little beside the keys. A function of absolute pages only.
     """
     starts = [0]
     for count, size in SPLIT_LEVELS:
-        starts.extend(range(starts[-1] + size, starts[-1] + count * size + 1, size))
-    starts.extend(range(starts[-1] + LAST_LEVEL, max(pages, starts[-1]) + LAST_LEVEL, LAST_LEVEL))
+        step = min(size, longest)
+        starts.extend(range(starts[-1] + step, starts[-1] + count * size + 1, step))
+    step = min(LAST_LEVEL, longest)
+    starts.extend(range(starts[-1] + step, max(pages, starts[-1]) + step, step))
     ends = np.array(starts, np.int32)
     return ends[: int(np.searchsorted(ends, max(pages, 1))) + 1]
 
@@ -81,6 +84,7 @@ class Heads:
     """What tables depend on beside the segments; a layer tells.
 
     group: query heads of a KV head. tile: packed rows of an item. row_bytes: of a row's state, all heads of one split.
+    split_pages: pages of a split at most.
     """
 
     kv_heads: int
@@ -88,6 +92,7 @@ class Heads:
     window: int
     tile: int
     row_bytes: int
+    split_pages: int = LAST_LEVEL
 
     def __post_init__(self) -> None:
         if self.group > self.tile:
@@ -138,7 +143,7 @@ class FixedTables:
     rows, and rows of no splits."""
 
     def __init__(self, room: Room, heads: Heads, device: torch.device):
-        edges = splits(room.pages)
+        edges = splits(room.pages, heads.split_pages)
         count, lists = len(edges) - 1, 1 if room.viewed is None else room.layers * heads.kv_heads
         self.heads = heads
         self.prefix_items = count * -(-room.rows * heads.group // heads.tile)
@@ -212,14 +217,14 @@ class TableBuilder:
 
     def __init__(self, heads: Heads, workspace: int):
         self.group, self.window, self.tile, self.row_bytes = heads.group, heads.window, heads.tile, heads.row_bytes
-        self.workspace = workspace
+        self.workspace, self.split_pages = workspace, heads.split_pages
         self.lists = {name: Lists() for name in LISTS if name != "items"}
         self.items: list[tuple[int, ...]] = []
         self.launches: list[Launch] = []
 
     def add(self, segment: AttentionSegment) -> None:
         """Rows in as many launches as the workspace asks for."""
-        edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1)
+        edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1, self.split_pages)
         n, at_once = len(segment.positions), max(1, self.workspace // (self.row_bytes * (len(edges) - 1)))
         pages = self.lists["pages"].add(segment.pages)
         chosen = np.arange(len(segment.pages), dtype=np.int32) if segment.view is None else segment.view
@@ -261,20 +266,8 @@ class TableBuilder:
             for split in range(first_split, after):
                 for start in packed[:: self.tile]:
                     count = min(self.tile, packed.stop - start)
-                    self.items.append(
-                        (
-                            COMMITTED,
-                            place + start,
-                            count,
-                            split,
-                            0,
-                            numbers,
-                            strides[0],
-                            bounds + split,
-                            strides[1],
-                            pages,
-                        )
-                    )
+                    lists = (numbers, strides[0], bounds + split, strides[1], pages)
+                    self.items.append((COMMITTED, place + start, count, split, 0, *lists, int(edges[split])))
         tail = len(self.items)
         for start in range(rows.start, rows.stop, together):
             stop = min(start + together, rows.stop)
@@ -285,7 +278,8 @@ class TableBuilder:
                 if begin < end:
                     resume = int(first_page < full and split < after)
                     tile = (GATHERED, place + start * self.group, (stop - start) * self.group, split, resume)
-                    self.items.append((*tile, int(tails[stop - 1]) - segment.boundary, last + 1, begin, end, 0))
+                    gathered = (int(tails[stop - 1]) - segment.boundary, last + 1, begin, end, 0)
+                    self.items.append((*tile, *gathered, int(edges[split])))
         behind = np.searchsorted(edges, positions // PAGE_SIZE, "right")
         self.lists["ranges"].add(np.stack([np.full(len(positions), first_split), behind], 1))
         start = segment.rows.start

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokenswift_py.kernels.base import QueryTurns
 from tokenswift_py.kvcache.base import Committed, FloatArray, IntArray, PagePool, PageStats
 
 Array = npt.NDArray[Any]
@@ -40,18 +42,31 @@ class LastQueries:
 
     def __init__(self) -> None:
         self._queries: torch.Tensor | None = None
+        self._position = 0
+        self._turns: QueryTurns | None = None
 
     def observe(self, committed: Committed) -> None:
         assert committed.queries is not None
         self._queries = torch.tensor(committed.queries[-1])  # a copy
+        self._position, self._turns = committed.start + committed.rows - 1, committed.turns
 
     def score(self, stats: PageStats) -> FloatArray:
         scores = np.zeros((stats.layers, stats.kv_heads, stats.pages), np.float32)
         held = stats.held
         if self._queries is not None and len(held):
             assert stats.pool is not None and stats.table is not None
-            scores[..., held] = self.worth(stats.pool, stats.table[held], self._queries).cpu().numpy()
+            for pages, queries in self._met(held):
+                scores[..., pages] = self.worth(stats.pool, stats.table[pages], queries).cpu().numpy()
         return scores
+
+    def _met(self, pages: IntArray) -> Iterator[tuple[IntArray, torch.Tensor]]:
+        """The pages in groups, each with the queries as they meet its keys (law 8)."""
+        assert self._queries is not None
+        if self._turns is None:
+            yield pages, self._queries
+            return
+        for at, some in self._turns.groups(self._position, pages):
+            yield some, self._turns.turned(self._queries, self._position, at)
 
     def worth(self, pool: PagePool, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         """[layers, kv_heads, n] of these pages of the pool; queries: [layers, heads, head_dim]."""

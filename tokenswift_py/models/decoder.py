@@ -16,19 +16,25 @@ import torch
 
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import AttentionBackend, on_device
+from tokenswift_py.kernels.base import AttentionBackend, FarQueries, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.models.steps import Steps, recorder_for, row_shapes
-from tokenswift_py.rope import RopeTables
+from tokenswift_py.rope import RopeTables, query_turns
 
 
 def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:
     """Whether keys and values can be int8: attention reads them with their scales, ops write them so."""
     return ops.pads and getattr(attention, "reads_int8", False)
+
+
+def check_moves_queries(attention: AttentionBackend) -> None:
+    """Raise UserError for attention that cannot meet far keys from other positions than the rows' own."""
+    allowed = f"attention {attention.name} meets all keys alike; attention triton and sdpa, and engine native, can"
+    check(getattr(attention, "moves_queries", False), "positions", "self-extend", allowed)
 
 
 class TorchDecoder:
@@ -60,6 +66,10 @@ class TorchDecoder:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
+        self.shifts, self._turns = rope.shifts, query_turns(rope, spec)
+        if rope.shifts is not None:
+            check_moves_queries(attention)
+            self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
@@ -131,13 +141,19 @@ class TorchDecoder:
             at = f"model.layers.{layer}."
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             q, k, v = self._qkv(normed, f"{at}self_attn.")
+            options: dict[str, Any] = {}
+            if self.shifts is not None and self.shifts.serves(spec.windows[layer]):
+                options["far"] = FarQueries(
+                    q.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
+                )
             q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
             if want_queries:
                 queries.append(q.float())
-            scales = pool.scales_of(layer)
+            if (scales := pool.scales_of(layer)) is not None:
+                options["scales"] = scales
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
-                None if mass is None else mass[layer], **({} if scales is None else {"scales": scales}),
+                None if mass is None else mass[layer], **options,
             )  # fmt: skip
             x, normed = self._add_norm(x, self._join(attended.flatten(1), f"{at}self_attn.o_proj"),
                                        f"{at}post_attention_layernorm")  # fmt: skip
@@ -145,7 +161,7 @@ class TorchDecoder:
             added = self._join(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
         stream, hidden = self._add_norm(x, added, "model.norm")
         asked = torch.stack(queries, 1) if want_queries else None
-        return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream)
+        return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import RopeTables
+from tokenswift_py.rope import RopeTables, query_turns
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 WEIGHTS = {**DTYPES, torch.int8: "q8"}
@@ -224,6 +224,8 @@ class NativeDecoder:
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
         check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
+        shifts, self._turns = rope.shifts, query_turns(rope, self.spec)
+        self._shifts = None if shifts is None else (shifts.block, native_ints(shifts.shifts), shifts.trained)
         kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
@@ -262,6 +264,7 @@ class NativeDecoder:
             logit_rows=native_ints(wanted),
             cos=self._cos,
             sin=self._sin,
+            shifts=self._shifts,
             hidden=hidden,
             residual=residual,
             logits=logits,
@@ -271,7 +274,8 @@ class NativeDecoder:
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
         asked = None if queries is None else torch.from_numpy(queries)
-        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), page_mass, asked, torch.from_numpy(residual))
+        rest = (page_mass, asked, torch.from_numpy(residual), self._turns)
+        return Output(torch.from_numpy(hidden), torch.from_numpy(logits), *rest)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.detach().to("cpu", torch.float32).contiguous()

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 
 
@@ -94,9 +95,3 @@ class TorchOps:
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         move_rows(keys, values, source, target)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE in the half-split layout of Hugging Face's checkpoints, in fp32 or better. x: [R, heads, head_dim]."""
-    first, second = (x if x.dtype == torch.float64 else x.float()).chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -152,6 +152,7 @@ def cut(output: Output, rows: int, pages: int) -> Output:
         None if mass is None else mass[:, :rows, :, :pages].clone(),
         None if queries is None else queries[:rows].clone(),
         None if residual is None else residual[:rows].clone(),
+        output.turns,
     )
 
 

@@ -1,0 +1,290 @@
+"""How well does the model read at each position, by the scheme that meets positions beyond the trained ones?
+
+    python experiments/positions.py --texts code,docs,prose --spots 2048,7168,9216,16384,32768,65536,98304
+
+Teacher forcing on real text: nats per token of the SPAN tokens from each spot on, the whole text before them in the
+cache. Schemes:
+  trained, linear, ntk, yarn   as --positions has them
+  self-extend[:W[:B]]          with this window and block
+  slower[:W[:B]]               the same mechanism with distances that grow ever slower (by a logarithm that begins at
+                               true distances) instead of linearly
+  truncated                    the same tokens, with the latest trained length minus 1 024 tokens before them alone, in
+                               trained positions: what a long context must at least match
+
+    python experiments/positions.py --passkeys 4096,7168,16384,32768
+
+Nine sentences that each give somebody's pass key, five digits, stand at depths of 10 to 90 % of a text of prose. Each
+is asked for at the end, on a fork of the cache: `found` of nine answered right, greedily, and `nats` per token of the
+right answers.
+
+    python experiments/positions.py --costs 16384,65536
+
+Milliseconds of a pass of one row over the same cache with and without queries moved, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from results import Results, Row, add_flags, start
+from tokenswift_py import TokenSwift, snapshot
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.errors import check
+from tokenswift_py.kernels.base import BlockShifts
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.positions import Positions, extent
+from tokenswift_py.report import rounded
+from tokenswift_py.rope import RopeTables, rope_tables, trained_length
+from workloads import CONTINUATIONS, continuation
+
+CHUNK, SPAN = 512, 512
+MARGIN = 1024  # of the trained length, that a truncated reading leaves
+WHOLE = 1024  # contexts are rounded up to so many, so that close ones share their tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--texts", default=",".join(CONTINUATIONS))
+    parser.add_argument("--spots", default="2048,7168,9216,11264,16384")
+    parser.add_argument("--schemes", default="truncated,trained,linear,ntk,yarn,self-extend")
+    parser.add_argument("--context", type=int, default=0, help="N of the tables (default: what the last spot needs)")
+    parser.add_argument("--passkeys", default="", help="lengths of texts that hide pass keys, instead of spots")
+    parser.add_argument("--costs", default="", help="lengths to time a pass of one row at, instead of spots")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of texts there, to go on with")
+    parser.add_argument("--name", default="positions", help="of the files in results/")
+    add_flags(parser)
+    args = parser.parse_args()
+    for text in args.texts.split(","):
+        check(text in CONTINUATIONS, "texts", text, f"known are {', '.join(CONTINUATIONS)}")
+    schemes = args.schemes.split(",")
+    for scheme in schemes:
+        parsed(scheme)
+    results = Results(
+        args.name,
+        "How well does the model read at each position, by the scheme that meets positions beyond the trained ones?",
+        args,
+        guarantees={
+            "nats": f"exact, of {SPAN} tokens of one text each",
+            "found": "exact, of nine pass keys in one text",
+            "milliseconds": "measured, medians of interleaved passes",
+        },
+        axes=("texts", "spots", "schemes", "passkeys", "costs", "kept"),
+    )
+    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, threads=args.threads)
+    if args.costs:
+        for length, scheme in ((n, s) for n in numbers(args.costs) for s in schemes if parsed(s)[0] == "self-extend"):
+            results.cell({"length": length, "scheme": scheme}, lambda n=length, s=scheme: cost(swift, args, s, n))  # type: ignore[misc]
+    elif args.passkeys:
+        for length, scheme in ((n, s) for n in numbers(args.passkeys) for s in schemes):
+            results.cell(
+                {"length": length, "scheme": scheme},
+                lambda n=length, s=scheme: passkeys(swift, args, s, n),  # type: ignore[misc]
+            )
+    else:
+        for text in args.texts.split(","):
+            for scheme in schemes:
+                read_at_spots(swift, args, results, text, scheme)
+    results.save(None if args.costs or args.passkeys else plot)
+
+
+def numbers(value: str) -> list[int]:
+    return [int(n) for n in value.split(",")]
+
+
+def parsed(scheme: str) -> tuple[str, Positions]:
+    """A scheme's name, and its window and block where they are given."""
+    name, *sizes = scheme.split(":")
+    known = (*SCHEMES, "truncated", "slower")
+    check(name in known, "schemes", scheme, f"one of {', '.join(known)}")
+    window, block = (int(size) for size in (*sizes, 0, 0)[:2])
+    base = "self-extend" if name == "slower" else "trained" if name == "truncated" else name
+    return name, Positions(base, window or None, block or None)
+
+
+SCHEMES = ("trained", "linear", "ntk", "yarn", "self-extend")
+
+
+def tables_of(swift: TokenSwift, scheme: str, context: int) -> RopeTables:
+    name, positions = parsed(scheme)
+    config = swift.checkpoint.config
+    tables = rope_tables(config, -(-context // WHOLE) * WHOLE, positions)
+    if name != "slower" or tables.shifts is None:
+        return tables
+    trained = trained_length(config)
+    window, block = extent(trained, positions)
+    shifts = BlockShifts(block, slower_shifts(tables.context, window, block, trained), trained)
+    return replace(tables, shifts=shifts, label=tables.label.replace("self-extend", "slower"))
+
+
+def slower_shifts(context: int, window: int, block: int, trained: int) -> Any:
+    """Distances beyond the window grow as s ln(1 + x / s), which begins as x itself; s is the largest with which the
+    last block still fits the trained length."""
+    beyond = np.maximum(np.arange((context - 1) // block + 1) * block - window, 0).astype(np.float64)
+    room, low, high = trained - window - block, 1e-3, 1e9
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if middle * math.log1p(beyond[-1] / middle) <= room else (low, middle)
+    return np.floor(beyond - low * np.log1p(beyond / low)).astype(np.int32)
+
+
+class Reading:
+    """A text read from its beginning under one scheme."""
+
+    def __init__(self, model: Any, tokens: Sequence[int], kept: Path | None = None, cache: KVCache | None = None):
+        self.model, self.tokens, self.kept = model, np.array(tokens, np.int32), kept
+        self.cache: KVCache = model.new_cache() if cache is None else cache
+
+    @classmethod
+    def begin(cls, swift: TokenSwift, tokens: Sequence[int], rope: RopeTables, kept: Path | None = None) -> Reading:
+        return cls(swift.executor.model(rope), tokens, kept)
+
+    def fork(self, tokens: Sequence[int]) -> Reading:
+        """Another text from here on, over the same pages."""
+        return Reading(self.model, tokens, None, self.cache.fork())
+
+    def read(self, length: int) -> None:
+        """Up to so many tokens in the cache."""
+        numerics = self.model.numerics
+        if self.kept is not None and not self.cache.length:
+            self.kept.mkdir(parents=True, exist_ok=True)
+            snapshot.load(self.kept, self.cache, self.tokens, numerics, length, lambda rows: None)
+        for chunk in self._chunks(length):
+            self.model.forward([Segment(chunk, self.cache, causal=True)], [])
+            self.cache.commit(range(len(chunk)))
+        if self.kept is not None:
+            snapshot.save(self.kept, self.cache, self.tokens, numerics)
+
+    def nats(self, stop: int) -> tuple[float, bool]:
+        """In all, of the tokens up to `stop` that follow those in the cache, but for the first; and whether each of
+        them is the likeliest there."""
+        total, right = 0.0, True
+        for chunk in self._chunks(stop - 1):
+            first = self.cache.length + 1
+            logits = self.model.forward([Segment(chunk, self.cache, causal=True)]).logits.double()
+            self.cache.commit(range(len(chunk)))
+            following = torch.from_numpy(self.tokens[first : first + len(chunk)].astype(np.int64))
+            total -= float(torch.log_softmax(logits, -1).gather(1, following[:, None]).sum())
+            right &= bool((logits.argmax(-1) == following).all())
+        return total, right
+
+    def _chunks(self, length: int) -> Iterator[DraftTree]:
+        while (missing := length - self.cache.length) > 0:
+            yield DraftTree.chain(self.tokens[self.cache.length :][: min(CHUNK, missing)])
+
+
+def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results, text: str, scheme: str) -> None:
+    """A cell a spot; the text is read on from one to the next."""
+    spots = sorted(numbers(args.spots))
+    context = args.context or spots[-1] + SPAN
+    tokens = continuation(text, swift.tokenizer, context).tokens
+    trained = trained_length(swift.checkpoint.config)
+    whole: list[Reading] = []
+
+    def measured(spot: int) -> Row:
+        if parsed(scheme)[0] == "truncated":
+            before = max(0, spot - (trained - MARGIN))
+            reading = Reading.begin(swift, tokens[before : spot + SPAN], tables_of(swift, scheme, trained))
+            spot -= before
+        else:
+            if not whole:
+                whole.append(Reading.begin(swift, tokens, tables_of(swift, scheme, context), args.kept))
+            reading = whole[0]
+        reading.read(spot - 1)
+        nats, _ = reading.nats(spot + SPAN)
+        return {"nats": rounded(nats / SPAN), "label": reading.model.numerics.rpartition("/")[2]}
+
+    for spot in spots:
+        key = {"text": text, "scheme": scheme, "context": context, "position": spot}
+        results.cell(key, lambda spot=spot: measured(spot))  # type: ignore[misc]
+
+
+TOLD = "\n\nThe pass key of {person} is {key}. Remember it: {person}'s pass key is {key}.\n\n"
+ASKED = "\n\nWhat is the pass key of {person}? The pass key of {person} is"
+PEOPLE = ("Adam", "Bella", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene")
+
+
+def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int) -> Row:
+    drawn = random.Random(length)
+    keys = {person: f"{drawn.randrange(10_000, 100_000)}" for person in PEOPLE}
+    ids = swift.tokenizer
+
+    def encoded(text: str) -> list[int]:
+        return list(ids(text, add_special_tokens=False).input_ids)
+
+    filler = continuation("prose", ids, length).tokens
+    told = {person: encoded(TOLD.format(person=person, key=key)) for person, key in keys.items()}
+    asked = {person: encoded(ASKED.format(person=person)) for person in PEOPLE}
+    answers = {person: encoded(f" {key}") for person, key in keys.items()}
+    room = length - sum(map(len, told.values())) - max(len(asked[p]) + len(answers[p]) for p in PEOPLE)
+    tokens: list[int] = []
+    for i, person in enumerate(PEOPLE):
+        tokens += filler[i * room // 10 : (i + 1) * room // 10] + told[person]
+    tokens += filler[9 * room // 10 : room]
+    trained = trained_length(swift.checkpoint.config)
+    if parsed(scheme)[0] == "truncated":
+        tokens = tokens[-(trained - MARGIN) :]
+    reading = Reading.begin(swift, tokens, tables_of(swift, scheme, length + 1), args.kept)
+    reading.read(len(tokens))
+    found, nats, count = [], 0.0, 0
+    for person in PEOPLE:
+        question = tokens + asked[person]
+        fork = reading.fork([*question, *answers[person]])
+        fork.read(len(question) - 1)
+        loss, right = fork.nats(len(question) + len(answers[person]))
+        fork.cache.release()
+        found.append(right)
+        nats, count = nats + loss, count + len(answers[person])
+    places = "".join("x" if right else "." for right in found)
+    return {"found": sum(found), "by_depth": places, "nats": rounded(nats / count)}
+
+
+def cost(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int, rounds: int = 60) -> Row:
+    tokens = continuation("docs", swift.tokenizer, length + 2).tokens
+    reading = Reading.begin(swift, tokens, tables_of(swift, scheme, length + 2), args.kept)
+    reading.read(length)
+    plain = swift.executor.model(tables_of(swift, "trained", length + 2))
+    times: dict[str, list[float]] = {"moved": [], "plain": []}
+    for _ in range(rounds):
+        for name, model in (("moved", reading.model), ("plain", plain)):
+            began = time.perf_counter()
+            model.forward([Segment(DraftTree.chain([tokens[length]]), reading.cache)])
+            times[name].append(1e3 * (time.perf_counter() - began))
+            reading.cache.drop_tail()
+    medians = {name: statistics.median(ms) for name, ms in times.items()}
+    ratios = statistics.median(a / b for a, b in zip(times["moved"], times["plain"], strict=True))
+    return {"moved_ms": rounded(medians["moved"]), "plain_ms": rounded(medians["plain"]), "ratio": rounded(ratios)}
+
+
+def plot(figure: Any, rows: list[Row]) -> None:
+    """A panel a text: nats against the position."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for panel, text in zip(panels, texts, strict=True):
+        for scheme in dict.fromkeys(row["scheme"] for row in rows):
+            here = [row for row in rows if (row["text"], row["scheme"]) == (text, scheme)]
+            style = "k--" if scheme == "truncated" else "o-"
+            at, nats = ([row[name] for row in here] for name in ("position", "nats"))
+            panel.plot(at, nats, style, linewidth=1, markersize=3, label=scheme)
+        panel.set_xscale("log", base=2)
+        panel.set_title(text, fontsize=9)
+        panel.set_xlabel("position")
+    panels[0].set_ylabel("nats a token")
+    panels[-1].legend(fontsize=6)
+
+
+if __name__ == "__main__":
+    start(main)
