@@ -87,10 +87,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path, family: str = "llama") -> None:
+def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> None:
     """A whole checkpoint on disk: config, sharded safetensors, tokenizer, generation defaults."""
     tokenizer = tiny_tokenizer()
-    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, **changes}
     config = tiny_config(family, **sizes, eos_token_id=2, bos_token_id=0)
     model = tiny_model(config, torch.float32)
     model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[2, 0])

@@ -387,10 +387,24 @@ def test_the_memory_check_counts_a_pages_bounds(swift: TokenSwift) -> None:
     assert swift.kv_bytes(100, bounds=True) == count * pool.page_bytes + sum(part.nbytes for part in bounds)
 
 
-def test_yarn_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
-    result = swift.generate("the cat", max_new_tokens=4, context=2500)
-    assert "YaRN with factor 3" in caplog.text
-    assert "rope-yarnx3" in result.report["numerics"]
+def test_self_extend_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
+    result = swift.generate("the cat", max_new_tokens=4, context=2500, seed=1)
+    assert "beyond the 1024 trained positions: Self-Extend, beyond a window of 256 in blocks of 128" in caplog.text
+    assert "/rope-default+self-extend-w256-b128-g4" in result.report["numerics"]
+    told = {name: result.report["parameters"][name] for name in ("positions", "positions_window", "positions_block")}
+    assert told == {"positions": "self-extend", "positions_window": 256, "positions_block": 128}
+    again = swift.generate("the cat", max_new_tokens=4, context=2500, seed=1, **told)
+    assert again.report["numerics"] == result.report["numerics"] and again.tokens == result.tokens
+
+
+def test_yarn_is_picked_by_the_user_alone_and_told_what_it_costs(
+    swift: TokenSwift, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = swift.generate("the cat", max_new_tokens=4, context=2500, positions="yarn")
+    assert "YaRN with factor 3, which the weights were not trained for" in caplog.text
+    assert "/rope-yarnx3" in result.report["numerics"]
+    within = swift.generate("the cat", max_new_tokens=4, positions="yarn").report
+    assert within["parameters"]["positions"] == "trained" and within["numerics"].endswith("/rope-default")
 
 
 @pytest.mark.parametrize(

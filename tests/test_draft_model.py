@@ -222,13 +222,13 @@ def test_a_draft_that_is_never_right_is_soon_left_alone(target: Model) -> None:
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of one layer with the tokenizer of `tiny_folder`, trained for 128 positions."""
+    """A checkpoint of one layer with the tokenizer of `tiny_folder`, trained for 160 positions."""
     return saved(tmp_path_factory.mktemp("drafts") / "smaller")
 
 
 def saved(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
     tokenizer = tokenizer or tiny_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, **SMALLER, **changes}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 160, **SMALLER, **changes}
     tiny_model(tiny_config(**shape), torch.float32, seed=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -261,7 +261,7 @@ def test_a_named_draft_model_is_loaded_once_and_drafts_under_auto(
         assert report["parameters"]["draft_model"] == str(smaller)
         assert report["numerics"] == plain.report["numerics"]
     assert loaded == ["auto"]
-    assert "draft model: context 170 is beyond the 128 trained positions: YaRN with factor 2" in caplog.text
+    assert "draft model: context 170 is beyond the 160 trained positions: Self-Extend" in caplog.text
 
 
 def test_weights_of_the_draft(swift: TokenSwift, smaller: Path, tiny_folder: Path) -> None:

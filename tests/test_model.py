@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tokenswift_py import TokenSwift, loading
 from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.positions import Positions
 from tokenswift_py.rope import rope_tables
 
 pytestmark = pytest.mark.model
@@ -95,7 +96,7 @@ def test_quantised_weights_take_the_bits_they_have() -> None:
 
 def chunked(swift: TokenSwift, text: list[int], context: int) -> torch.Tensor:
     """[len(text), vocab] logits, prefilled in chunks."""
-    model = swift.executor.model(rope_tables(swift.checkpoint.config, context))
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, context, Positions("yarn")))
     cache, rows = model.new_cache(), []
     for start in range(0, len(text), 100):
         chunk = text[start : start + 100]
@@ -151,6 +152,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.positions import Positions
 from tokenswift_py.rope import rope_tables
 
 def resident(what):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
+from test_journal import cut
 from test_native import assert_row_law, extend, one_by_one, prefill, random_tree, tokens
-from tokenswift_py import registry
+from tokenswift_py import TokenSwift, audit, journal, registry
 from tokenswift_py.core import DraftTree, Output, Segment
 from tokenswift_py.drafters.base import committed
 from tokenswift_py.errors import UserError
+from tokenswift_py.journal import Journal
 from tokenswift_py.kernels.base import BlockShifts
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
@@ -26,6 +29,7 @@ from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.positions import Positions
 from tokenswift_py.rope import RopeTables, rope_tables
+from toys import save_tiny
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
@@ -372,3 +376,48 @@ def test_no_distance_is_beyond_the_trained_ones(context: int, trained: int) -> N
     smaller = np.maximum(behind - window // shifts.block, 0) * shifts.block * (group - 2) // max(1, group - 1)
     assert group == 1 or (behind * shifts.block + shifts.block - 1 - smaller).max() >= trained
     assert math.isclose(float(shifts.shifts[: window // shifts.block + 1].sum()), 0)
+
+
+RUN: dict[str, Any] = {"max_new_tokens": 90, "seed": 2, "raw": True, "ignore_eos": True, "temperature": 0.9}
+LONG = "the cat and the dog and the bird sat on the mat, and then the rain began, " * 20
+
+
+@pytest.fixture(scope="module", params=["native", "torch"])
+def swift(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TokenSwift:
+    """A model of 256 trained positions, of which the prompt alone has more."""
+    folder = tmp_path_factory.mktemp("trained") / str(TRAINED)
+    save_tiny(folder, max_position_embeddings=TRAINED)
+    return TokenSwift.from_pretrained(str(folder), dtype="fp32", engine=request.param)
+
+
+def test_runs_are_resumed_and_audited(swift: TokenSwift, tmp_path: Path) -> None:
+    plain = swift.generate(LONG, drafter="none", **RUN)
+    assert plain.report["prompt_tokens"] > 300 and "+self-extend-w64-b64-g" in plain.report["numerics"]
+    with swift.stream(LONG, out=tmp_path / "run", draft_budget=128, **RUN) as stream:
+        list(stream)
+    assert stream.tokens == plain.tokens
+    for count in (1, 40, 89):
+        cut(tmp_path / "run", count)
+        with swift.resume(tmp_path / "run", drafter="ngram") as again:
+            list(again)
+        assert again.tokens == plain.tokens
+    proved = audit.audit(swift, tmp_path / "run")
+    assert not proved.faults and proved.proof is (swift.executor.name == "native")
+
+
+def test_a_journal_from_before_there_was_a_choice_goes_on_under_yarn(swift: TokenSwift, tmp_path: Path) -> None:
+    with swift.stream(LONG, out=tmp_path / "run", positions="yarn", **RUN) as stream:
+        list(stream)
+    record = journal.read(tmp_path / "run")
+    assert "/rope-yarnx" in record.header["numerics"]
+    for name in ("positions", "positions_window", "positions_block"):
+        del record.header["parameters"][name]
+    begun = Journal.create(tmp_path / "old", {k: v for k, v in record.header.items() if k != "version"})
+    for token in record.tokens[:30]:
+        begun._pending.append((token, False))
+    begun.close()
+    with swift.resume(tmp_path / "old") as again:
+        list(again)
+    assert again.tokens == stream.tokens and again.numerics == record.header["numerics"]
+    with pytest.raises(UserError, match=r"positions: 'self-extend' is not allowed; the run was written with 'yarn'"):
+        swift.resume(tmp_path / "run", positions="self-extend")

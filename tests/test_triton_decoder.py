@@ -28,6 +28,8 @@ from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.ops import TorchOps
+from tokenswift_py.positions import Positions
+from tokenswift_py.rope import rope_tables
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
@@ -94,6 +96,34 @@ def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype,
         assert torch.equal(decoder.forward([Segment(token, cache)]).logits[0], together[node])
         cache.commit([0])
     assert cache.length == 66
+
+
+@pytest.mark.parametrize(("block", "dtype", "kv_dtype"), [(64, torch.float32, None), (128, torch.bfloat16, torch.int8)])
+def test_far_keys_are_met_by_moved_queries(block: int, dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+    """Self-Extend in the kernel: naive attention's values, and the bits of tokens decoded one by one across the border
+    of a block. Blocks are of one page and of two, a split of four pages otherwise."""
+    config = tiny_config(**SMALL, max_position_embeddings=320)
+    model = tiny_model(config, dtype).to(DEVICE)
+    tables = rope_tables(config, 640, Positions("self-extend", block, block))
+    decoder = decoder_of(model, attention="triton", ops=TritonOps(True), kv_dtype=kv_dtype, rope=tables)
+    cache = decoder.new_cache()
+    for layer in range(2):
+        cache.pool.write(layer, torch.arange(574), *(3 * torch.randn(2, 574, 1, 16)).to(DEVICE, dtype))
+    cache.append(np.arange(574, dtype=np.int32), True)
+    cache.commit(range(574))
+    tree = DraftTree([9, 8, 7, 6, 5], [-1, 0, 1, 1, 3])  # crosses position 576
+    output = decoder.forward([Segment(tree, cache)], want_mass=True)
+    cache.drop_tail()
+    if kv_dtype is None:
+        naive = decoder_of(model, attention="naive", rope=tables)
+        wanted = naive.forward([Segment(tree, cache)], want_mass=True)
+        cache.drop_tail()
+        assert (output.logits - wanted.logits).abs().max() < 1e-3
+        assert (output.page_mass - wanted.page_mass).abs().max() < 1e-4
+    for node in tree.path(4):
+        alone = decoder.forward([Segment(DraftTree.chain(tree.tokens[[node]]), cache)])
+        assert torch.equal(alone.logits[0], output.logits[node])
+        cache.commit([0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
