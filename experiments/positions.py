@@ -190,7 +190,7 @@ def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results,
     """A cell a spot; the text is read on from one to the next."""
     spots = sorted(numbers(args.spots))
     context = args.context or spots[-1] + SPAN
-    tokens = continuation(text, swift.tokenizer, context).tokens
+    tokens = continuation(text, swift.tokenizer, spots[-1] + SPAN).tokens
     trained = trained_length(swift.checkpoint.config)
     whole: list[Reading] = []
 
