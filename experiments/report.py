@@ -2,9 +2,10 @@
 
     python experiments/report.py            (make report)
 
-`results/report.html` stands alone: pictures are inside, no script runs, nothing is fetched. Experiments come from
-`results/*.json` (see results.py), whole runs from `results/NAME/report.json`, which `generate.py --out` writes, with
-the pictures and the `sample.txt` beside it.
+`results/report.html` stands alone: pictures are inside, no script runs, nothing is fetched. It begins with the long
+runs and one table of speed-ups. Experiments come from `results/*.json` (see results.py), whole runs from
+`results/NAME/report.json`, which `generate.py --out` writes, with the pictures, the `sample.txt` and longrun.py's
+figures beside it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def build(folder: Path) -> str:
         check(known == SCHEMA, "results: schema", known, f"{SCHEMA} is read; is each .json of results.py's?")
     runs = sorted(folder.glob("*/report.json"))
     check(bool(records or runs), "results", folder.name, "there is nothing in it: run an experiment first")
-    sections = [experiment(record, folder) for record in records] + [run(path) for path in runs]
+    sections = [headline(records, folder), *(experiment(record, folder) for record in records), *map(run, runs)]
     contents = [(record["name"], record["question"]) for record in records]
     contents += [(path.parent.name, "A whole run, its report and a sample.") for path in runs]
     links = "".join(f'<li><a href="#{escape(name)}">{escape(name)}</a>: {escape(text)}</li>' for name, text in contents)
@@ -81,10 +82,49 @@ def build(folder: Path) -> str:
             f"<title>tokenswift-py: results</title>\n<style>{STYLE}</style>\n</head>\n<body>",
             f"<h1>tokenswift-py: results</h1>\n<p class=mild>Built {now()}, a section an experiment.</p>",
             f"<nav><ul>{links}</ul></nav>",
-            *sections,
+            *filter(None, sections),
             "</body>\n</html>\n",
         ]
     )
+
+
+def headline(records: Iterable[Mapping[str, Any]], folder: Path) -> str:
+    """The long runs, and the speed-up of `auto` over plain decoding by what stands before, each with its honesty."""
+    paths = sorted(folder.glob("*/longrun.json"))
+    runs = [{"run": path.parent.name, **long_run(json.loads(path.read_text(encoding="utf-8")))} for path in paths]
+    raced = [
+        {"experiment": record["name"], **{name: row[name] for name in RACED}, "as of": record.get("note") and "stale"}
+        for record in records
+        for row in record["rows"]
+        if row.get("drafter") == "auto" and all(name in row for name in RACED)
+    ]
+    if not (runs or raced):
+        return ""
+    return section(
+        "headline",
+        "<h3>Texts written whole</h3>" + table(runs, "long runs") if runs else "",
+        "<h3>Drafting over plain decoding, by what stands before</h3>" + table(raced, "speed-ups") if raced else "",
+    )
+
+
+RACED = ("workload", "length", "speedup", "identical", "tokens_a_pass", "distinct_4", "looping")
+
+
+def long_run(figures: Mapping[str, Any]) -> Row:
+    spots = figures["spots"]
+    return {
+        "new tokens": figures["new_tokens"],
+        "minutes": figures["wall_minutes"],
+        "plain minutes": figures["plain_minutes"],
+        "speed-up": figures["speedup"],
+        "plain's share of the memory limit": round(sum(s["share_of_memory_limit"] for s in spots) / len(spots), 2),
+        "windows identical": f"{sum(figures['spots_identical'])} of {len(spots)}",
+        "distinct-4 median": figures["distinct_4_median"],
+        "looping windows": figures["looping_windows"],
+        "window perplexity, median": (figures.get("window_perplexity") or {}).get("median"),
+        "worst": (figures.get("window_perplexity") or {}).get("worst"),
+        "numerics": figures["numerics"],
+    }
 
 
 def experiment(record: Mapping[str, Any], folder: Path) -> str:
@@ -105,6 +145,7 @@ def experiment(record: Mapping[str, Any], folder: Path) -> str:
     return section(
         name,
         f"<p>{escape(record['question'])}</p>",
+        f"<p class=measured>{escape(record['note'])}</p>" if record.get("note") else "",
         picture(folder / f"{name}.png"),
         *(table(rows, name) for rows in parts(record["rows"])),
         f"<h3>What the numbers rest on</h3>{pairs(told)}",

@@ -127,3 +127,23 @@ def test_other_files_and_empty_folders_are_told(folder: Path, tmp_path_factory: 
     (folder / "old.json").write_text(json.dumps([1, 2]))
     with pytest.raises(UserError, match="results: schema: None is not allowed; 1 is read"):
         build(folder)
+
+
+def test_the_page_begins_with_the_long_runs_and_the_speed_ups(tmp_path: Path) -> None:
+    raced = {"workload": "docs", "length": 2048, "drafter": "auto", "speedup": 2.25, "identical": True,
+             "tokens_a_pass": 3.5, "distinct_4": 0.91, "looping": False}  # fmt: skip
+    rows = [raced, {**raced, "drafter": "ngram", "speedup": 7.75}]
+    (tmp_path / "speedup.json").write_text(json.dumps(record("speedup", rows=rows, note="Stale: older texts.")))
+    figures = {
+        "new_tokens": 100_000, "wall_minutes": 31.5, "plain_minutes": 61.5, "speedup": 1.952, "distinct_4_median": 0.9,
+        "spots_identical": [True, False], "spots": [{"share_of_memory_limit": 0.5}, {"share_of_memory_limit": 0.7}],
+        "looping_windows": 3, "numerics": "native/rope", "window_perplexity": {"median": 17.5, "worst": 44.5},
+    }  # fmt: skip
+    (tmp_path / "story").mkdir()
+    (tmp_path / "story" / "longrun.json").write_text(json.dumps(figures))
+    page = Page(build(tmp_path))
+    assert [section["id"] for section in page.all("section")] == ["headline", "speedup"]
+    first = page.cells[: page.cells.index("stale") + 1]
+    for shown in ("story", "100000", "31.5", "61.5", "1.952", "0.6", "1 of 2", "17.5", "44.5", "docs", "2.25"):
+        assert shown in first
+    assert "7.75" not in first and "Stale: older texts." in page.text
