@@ -1,4 +1,4 @@
-"""Texts that people wrote and that every machine with Python has: what a model's text is held beside, or goes on from."""
+"""Texts that people wrote and that every machine with Python has: to hold a model's text beside, or to go on from."""
 
 from __future__ import annotations
 
