@@ -80,7 +80,7 @@ class WindowQuality:
     looping: tuple[int, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Median and worst of the windows, which is the lowest distinct-4 and the highest compression; null for none."""
+        """Median and worst of the windows: lowest distinct-4, highest compression. None where there are no windows."""
         return {
             "windows": len(self.distinct_4),
             "distinct_4_median": median(self.distinct_4),

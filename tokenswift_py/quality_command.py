@@ -109,7 +109,7 @@ class Judges:
         args = self.args
         if record is not None and not args.judge:
             return origin(record, args)
-        asked = {"model": args.judge or args.model, **{name: vars(args)[name] for name in ("dtype", "engine", "device")}}
+        asked = {"model": args.judge or args.model, "dtype": args.dtype, "engine": args.engine, "device": args.device}
         return {name: value for name, value in asked.items() if value is not None}
 
 
