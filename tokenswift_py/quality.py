@@ -179,21 +179,28 @@ def read(
     """
     if not windows:
         return ()
-    start, config = start_tokens(swift.tokenizer), swift.checkpoint.config
-    longest, most = max(map(len, windows)), most_tokens(swift)
-    name, vocab = swift.checkpoint.name, swift.checkpoint.spec.vocab_size
-    check(longest <= most, "window", longest, f"{name} was trained to read at most {most} tokens")
-    for token in {token for window in windows for token in window}:
-        check(0 <= token < vocab, "tokens", token, f"{name} knows token ids 0 to {vocab - 1}")
-    context = len(start) + max(1, longest)
-    check_memory(swift.kv_bytes(context), swift.executor.device, f"a KV cache of {context} tokens, to read windows,")
-    model, decode = swift.executor.model(rope_tables(config, context)), decoder(swift.tokenizer)
+    check_readable(swift, windows)
+    start = start_tokens(swift.tokenizer)
+    context = len(start) + max(1, *map(len, windows))
+    with swift.executor.ranks.same_fate():
+        size = swift.kv_bytes(context) // swift.executor.ranks.world
+        check_memory(size, swift.executor.device, f"a KV cache of {context} tokens, to read windows,")
+    model, decode = swift.executor.model(rope_tables(swift.checkpoint.config, context)), decoder(swift.tokenizer)
     readings = []
     for window in windows:
         scored = window if start else window[1:]
         readings.append(Reading(nats(model, [*start, *window], len(scored)), len(scored), len(decode(scored).encode())))
         progress()
     return tuple(readings)
+
+
+def check_readable(swift: TokenSwift, windows: Sequence[Sequence[int]]) -> None:
+    """Raise UserError for a window longer than the trained positions, and for ids that the model has no token for."""
+    name, vocab = swift.checkpoint.name, swift.checkpoint.spec.vocab_size
+    longest, most = max(map(len, windows)), most_tokens(swift)
+    check(longest <= most, "window", longest, f"{name} was trained to read at most {most} tokens")
+    for token in {token for window in windows for token in window}:
+        check(0 <= token < vocab, "tokens", token, f"{name} knows token ids 0 to {vocab - 1}")
 
 
 def nats(model: Model, tokens: Sequence[int], scored: int) -> float:
