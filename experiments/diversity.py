@@ -4,6 +4,7 @@
 
 Each workload is written with its own settings, without its contextual penalty, without DRY, without both, and greedily.
 Figures are means over the seeds. Real texts of the same length (Python's documentation and sources) stand beside them.
+window_perplexity, bits_per_byte: of windows of 1 000 tokens, each read on its own by the model, the median.
 self_bleu: BLEU-4 of each window against all others of the same text (Zhu et al. 2018, Texygen), 0 to 100, by sacrebleu.
 """
 
@@ -15,10 +16,10 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
-from quality import window_quality
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
+from tokenswift_py.quality import decoder, window_quality
 from tokenswift_py.report import text_figures
 from workloads import FREE, FreeRun, continuation, free_run
 
@@ -91,17 +92,16 @@ def human(swift: TokenSwift, args: argparse.Namespace, name: str) -> Row:
 
 
 def judged(tokens: Sequence[int], swift: TokenSwift, window: int) -> Row:
-    figures = text_figures(tokens)
-
-    def decode(ids: Sequence[int]) -> str:
-        return str(swift.tokenizer.decode(ids, skip_special_tokens=True))
-
+    figures, decode = text_figures(tokens), decoder(swift.tokenizer)
+    read = swift.window_perplexity(tokens).summary()
     return {
         "tokens": len(tokens),
         **{f"distinct_{n}": figures[f"distinct_{n}"] for n in (1, 2, 3, 4)},
         "self_bleu": self_bleu(tokens, decode, window),
         "compression": window_quality(tokens, decode, len(tokens)).compression[0],
         "looping": float(figures["looping"]),
+        "window_perplexity": read["median"],
+        "bits_per_byte": read["bits_per_byte_median"],
     }
 
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from quality import window_quality
 from results import ROOT, add_line, need_pictures, read_journal, save_picture, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Stream
+from tokenswift_py.quality import decoder, text_tokens, window_quality
 from tokenswift_py.report import rounded, text_figures
 from tokenswift_py.stats import memory_bandwidth
 from workloads import FREE, free_run
@@ -75,7 +75,7 @@ def main() -> None:
         figures = summary(swift, stream, log)
     if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else the run was finished before
         result = stream.result()
-        write_json(args.out / "report.json", result.report)
+        write_json(args.out / "report.json", {**result.report, "window_perplexity": figures["window_perplexity"]})
         (args.out / "text.txt").write_text(result.text, encoding="utf-8")
         np.save(args.out / "tokens.npy", np.array(stream.tokens, np.int32))
     write_json(args.out / "longrun.json", figures)
@@ -189,7 +189,7 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
     decode = sum(mark[phase] for mark in marks for phase in PHASES)
     wall = sum(mark["wall_ms"] for mark in marks)
     chosen = stream.result().chosen
-    quality = window_quality(chosen, lambda ids: str(swift.tokenizer.decode(ids, skip_special_tokens=True)))
+    quality = window_quality(text_tokens(swift.tokenizer, chosen), decoder(swift.tokenizer))
     return {
         "new_tokens": stream.stats.new_tokens,
         "forced_tokens": int(forced.sum()),
@@ -209,6 +209,7 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
         "marks": marks,
         **text_figures(chosen),
         **{key: round(value, 3) for key, value in quality.summary().items()},
+        "window_perplexity": swift.window_perplexity(chosen).summary(),
         "guarantee": stream.guarantee,
         "numerics": stream.numerics,
     }

@@ -272,11 +272,18 @@ def race(
     return {
         "distinct_4": round(distinct_n(tokens, 4), 3),
         "looping": find_loop(tokens) is not None,
+        **readability(swift, tokens),
         "ar_ms": round(ar_ms, 3),
         "ar_share": round(1e3 * reads / bandwidth / ar_ms, 3),
         "bandwidth_gb_s": round(bandwidth / 1e9, 1),
         "drafters": {runner.name: figures(runner, plain, args.slice) for runner in runners[1:]},
     }
+
+
+def readability(swift: TokenSwift, tokens: Sequence[int]) -> Row:
+    """The text read on its own by the model, as medians of windows (one, of fewer than 1 000 tokens)."""
+    read = swift.window_perplexity(tokens).summary()
+    return {"window_perplexity": read["median"], "bits_per_byte": read["bits_per_byte_median"]}
 
 
 def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:

@@ -272,7 +272,7 @@ def test_the_report_says_everything(swift: TokenSwift) -> None:
     assert set(report) >= {
         "schema", "model", "parameters", "seed", "drafter", "engine", "numerics", "prompt_tokens", "phase_ms",
         "mean_acceptance_length", "draft_acceptance_rate", "acceptance_histogram", "num_draft_tokens",
-        "distinct_1", "distinct_2", "distinct_3", "distinct_4", "looping", "peak_memory_bytes",
+        "distinct_1", "distinct_2", "distinct_3", "distinct_4", "looping", "window_perplexity", "peak_memory_bytes",
     }  # fmt: skip
 
 

@@ -49,6 +49,7 @@ def test_every_workload_is_raced_over_one_text(
     rows = json.loads((tmp_path / "r" / "speedup.json").read_text())["rows"]
     assert [row["drafter"] for row in rows] == 3 * ["auto", "ngram", "partial:64:3"]
     assert all(row["identical"] and row["speedup"] > 0 and row["ar_ms"] > 0 for row in rows)
+    assert all(row["window_perplexity"] > 1 and row["bits_per_byte"] > 0 for row in rows)
     always = [row for row in rows if row["drafter"] == "partial:64:3"]
     assert all(row["drafted_a_pass"] > 1.5 for row in always)
     run(speedup.main, monkeypatch, *flags)
@@ -125,6 +126,7 @@ def test_a_long_run_is_compared_at_its_spots_and_goes_on(
     tokens = np.load(out / "tokens.npy", allow_pickle=False)
     report = json.loads((out / "report.json").read_text())
     assert len(tokens) == 80 + figures["forced_tokens"] and report["ending"] == "length"
+    assert figures["window_perplexity"] == report["window_perplexity"] and report["window_perplexity"]["windows"] == 1
 
 
 def test_a_spot_that_differs_is_seen() -> None:

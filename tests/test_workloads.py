@@ -1,4 +1,4 @@
-"""What the experiments write and how they judge it: prompts of our own, real prefixes, quality by windows."""
+"""What the experiments write: prompts of our own, and real prefixes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from tokenswift_py.options import Options
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 workloads = runpy.run_path(str(EXPERIMENTS / "workloads" / "__init__.py"))
-quality = runpy.run_path(str(EXPERIMENTS / "quality.py"))
-window_quality = quality["window_quality"]
 
 
 class Letters:
@@ -29,35 +26,6 @@ class Letters:
 class Encoded:
     def __init__(self, input_ids: list[int], offset_mapping: list[tuple[int, int]]):
         self.input_ids, self.offset_mapping = input_ids, offset_mapping
-
-
-def letters(tokens: Any) -> str:
-    return "".join(chr(97 + token % 26) for token in tokens)
-
-
-def test_a_repeating_window_is_the_worst_and_the_looping_one() -> None:
-    rng = np.random.default_rng(0)
-    varied, looping = rng.integers(0, 26, 200).tolist(), [1, 2, 3, 4, 5] * 40
-    found = window_quality(varied + looping + varied[::-1] + [7] * 199, letters, window=200)
-    assert found.looping == (1,) and len(found.distinct_4) == 3  # the rest, shorter than a window, is left out
-    assert found.distinct_4[1] == pytest.approx(5 / 197) and min(found.distinct_4[::2]) > 0.99
-    assert found.compression[1] > 8 > 2 > max(found.compression[::2])
-    told = found.summary()
-    assert told["distinct_4_worst"] == found.distinct_4[1] and told["compression_worst"] == found.compression[1]
-    assert told["distinct_4_median"] > 0.99 and told["compression_median"] < 2
-
-
-def test_a_text_that_varies_each_round_is_no_loop_but_compresses() -> None:
-    sentence = list(range(24))
-    text = [token for n in range(20) for token in (*sentence[: n % 24], 25, *sentence[n % 24 :])]
-    found = window_quality(text, letters, window=500)
-    assert found.looping == () and found.compression[0] > 4
-
-
-def test_a_short_text_is_one_window_and_a_tiny_one_is_refused() -> None:
-    assert len(window_quality([1, 2, 3, 4, 5], letters).distinct_4) == 1
-    with pytest.raises(ValueError, match="tokens: 3 is not allowed"):
-        window_quality([1, 2, 3], letters)
 
 
 @pytest.mark.parametrize("name", workloads["FREE"])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenswift_py import __version__, contract, registry, report, snapshot
+from tokenswift_py import __version__, contract, quality, registry, report, snapshot
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import VIEWS, create
 from tokenswift_py.engine import Engine, Step
@@ -428,6 +428,17 @@ class TokenSwift:
             figures["baseline"]["what"] += ", evicting the same pages (lossy)"
         return replace(mine, report={**mine.report, **figures})
 
+    def window_perplexity(self, text: Result | Sequence[int], window: int | None = None) -> quality.WindowPerplexity:
+        """How the model reads a text, window by window, each on its own at positions that it was trained to.
+
+        text:   a result, of which the tokens that the model chose count, or token ids.
+        window: tokens of each; None is 1000, or what the trained positions hold. A rest is left out, but a shorter
+                text is one window.
+        `.summary()` of what is returned is the report's `window_perplexity`. Raises UserError for a window longer than
+        the trained positions, and for ids that the model does not know.
+        """
+        return quality.window_perplexity(self, text.chosen if isinstance(text, Result) else text, window)
+
 
 class Stream:
     """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing.
@@ -619,6 +630,7 @@ class Stream:
             **report.NO_BASELINE,
             **report.text_figures(result.chosen),
             "loops": [asdict(loop) for loop in engine.stops.loops.loops],
+            "window_perplexity": None,  # it takes passes of its own: see TokenSwift.window_perplexity
             "peak_memory_bytes": report.peak_memory(self.swift.executor.device),
         }
 

@@ -380,7 +380,7 @@ def strict(value: Any) -> Any:
 def origin(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained`: those recorded, but for what was given. Another engine goes without what is
     the recorded one's own."""
-    given = {name: getattr(args, name) for name in ("model", "engine", "dtype", "attention", "device")}
+    given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
     recorded = dict(record.header["origin"])
     if {"engine", "dtype", "attention", "device"} & given.keys():

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__, audit, train_heads
+from tokenswift_py import __version__, audit, quality_command, train_heads
 from tokenswift_py.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import UserError, check, check_new, files, shown
 from tokenswift_py.journal import Journal, JournalError, shared
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 MOST_CHAPTERS = 10_000  # that are asked for by number
 MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
-COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
+COMMANDS = {"audit": audit.main, "quality": quality_command.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", whole, "tokens to write at the most"),
@@ -87,7 +87,8 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         else "Long text from a language model, losslessly faster: the text goes to standard output. "
         "For example: tokenswift --prompt 'Write a story about a lighthouse.' --max-new-tokens 2000 --out runs/story",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
-        "what plain decoding writes. `tokenswift train-heads --help`: train draft heads on text that the model writes.",
+        "what plain decoding writes. `tokenswift quality --help`: how a recorded text reads, window by window. "
+        "`tokenswift train-heads --help`: train draft heads on text that the model writes.",
     )
     root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
@@ -133,6 +134,7 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
     output.add_argument("--extend", type=whole, default=0, metavar="N", help="with --resume: N tokens more")
     output.add_argument("--kv-snapshot", action="store_true", help="keep the KV cache in DIR too, for a quick resume")
     output.add_argument("--baseline", action="store_true", help="decode again without drafts and compare")
+    output.add_argument("--quality", action="store_true", help="let the model read windows of the text: perplexity")
     output.add_argument("--quiet", action="store_true", help="no bar, no summary")
     return root
 
@@ -255,6 +257,8 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
             restored = restore(folder, stream) if folder else []
         if restored:
             note(args, f"written again: {', '.join(restored)}")
+        if args.quality:
+            note(args, f"`tokenswift quality {args.resume} --write` reads it")
         return 0
     rows = len(stream.run.prompt) + len(stream.tokens)
     with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
@@ -305,6 +309,12 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         if args.baseline and not interrupted:
             note(args, "decoding again without drafts, to compare")
             result = swift.baseline(stream)
+            if folder:
+                save_report(folder, result.report)
+        if args.quality and not interrupted:
+            note(args, "reading the text again, window by window")
+            read = swift.window_perplexity(result).summary()
+            result = replace(result, report={**result.report, "window_perplexity": read})
             if folder:
                 save_report(folder, result.report)
     except KeyboardInterrupt:

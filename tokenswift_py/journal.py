@@ -73,6 +73,11 @@ class Record:
         return len(self.forced) - sum(self.forced)
 
     @property
+    def chosen_tokens(self) -> list[int]:
+        """Those of the tokens that the model chose."""
+        return [token for token, forced in zip(self.tokens, self.forced, strict=True) if not forced]
+
+    @property
     def max_new_tokens(self) -> int:
         return int(self.header["parameters"]["max_new_tokens"]) + self.extended
 

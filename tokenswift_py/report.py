@@ -181,7 +181,21 @@ def summary(report: dict[str, Any]) -> str:
     diversity = ", ".join(f"distinct-{n} {report[f'distinct_{n}']}" for n in (1, 4))
     loop = report["loop"]
     verdict = f"LOOPS with period {loop['period']} from token {loop['start']} on" if loop else "does not loop"
-    return "\n".join([*lines, f"{diversity}; the text {verdict}"])
+    lines.append(f"{diversity}; the text {verdict}")
+    if read := report.get("window_perplexity"):  # reports of earlier versions have none
+        lines.append(readability(read))
+    return "\n".join(lines)
+
+
+def readability(read: dict[str, Any]) -> str:
+    """What `window_perplexity` says in a line."""
+    if not read["windows"]:
+        return "too short to be read by windows"
+    many = f"{read['windows']} windows of {read['window']} tokens" if read["windows"] > 1 else "one window"
+    return (
+        f"{many}, read alone by {read['judge']}: perplexity {read['median']} (worst {read['worst']}), "
+        f"{read['bits_per_byte_median']} bits a byte (worst {read['bits_per_byte_worst']})"
+    )
 
 
 def lossy_note(eviction: dict[str, Any]) -> str:

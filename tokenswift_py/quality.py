@@ -1,0 +1,227 @@
+"""Does a text hold up over its length? Perplexity, distinct-4, compression and loops, window by window.
+
+Word salad is as varied as prose, so no measure of diversity tells them apart. A model that reads them does: each window
+by itself, in a fresh cache and at positions from 0 on, where it was trained, whatever the positions at which the text
+was written.
+
+- Perplexity is that of the judge's own tokens. Salad of short, frequent tokens looks better in it than it is, and two
+  judges with other vocabularies cannot be compared.
+- Bits per byte (Gao et al. 2020, arXiv 2101.00027, section 3.1) spread the same nats over the UTF-8 bytes of the text,
+  which are the same for every judge.
+- A low figure alone is no praise: a loop is easy to foresee. So distinct-4, compression and loops stand beside.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.errors import check
+from tokenswift_py.memory import check_memory
+from tokenswift_py.report import rounded
+from tokenswift_py.rope import rope_tables
+from tokenswift_py.stats import distinct_n, find_loop
+from tokenswift_py.text import special_ids
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import TokenSwift
+
+WINDOW = 1000  # tokens
+LEAST = 4  # tokens of a window: fewer have no 4-gram
+CHUNK = 128  # rows of a pass, each of which gives a row of logits
+
+Decode = Callable[[Sequence[int]], str]
+
+
+def windows_of(tokens: Sequence[int], window: int = WINDOW) -> list[Sequence[int]]:
+    """Windows of so many tokens, one behind the other; a rest is left out, but a shorter text is one window.
+
+    Raises ValueError for fewer tokens than LEAST.
+    """
+    if len(tokens) < LEAST:
+        raise ValueError(f"tokens: {len(tokens)} is not allowed; at least {LEAST}")
+    return [tokens[start : start + window] for start in range(0, max(1, len(tokens) - window + 1), window)]
+
+
+def text_tokens(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """The tokens that are text: those that end a chapter, and other markup, are nothing to be read."""
+    special = special_ids(tokenizer)
+    return [token for token in tokens if token not in special]
+
+
+def decoder(tokenizer: Any) -> Decode:
+    """What turns tokens into their text."""
+    return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+
+
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+@dataclass(frozen=True)
+class WindowQuality:
+    """distinct_4:  different 4-grams over all 4-grams, per window; low where a text repeats itself.
+    compression: UTF-8 bytes over their zlib (level 9) size, per window; high where a text repeats itself in any way,
+                 low in word salad.
+    looping:     the windows in which one block is said over and over (`stats.find_loop`).
+    """
+
+    distinct_4: tuple[float, ...]
+    compression: tuple[float, ...]
+    looping: tuple[int, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Median and worst of the windows: lowest distinct-4, highest compression. None where there are no windows."""
+        return {
+            "windows": len(self.distinct_4),
+            "distinct_4_median": median(self.distinct_4),
+            "distinct_4_worst": min(self.distinct_4, default=None),
+            "compression_median": median(self.compression),
+            "compression_worst": max(self.compression, default=None),
+            "looping_windows": len(self.looping),
+        }
+
+
+def window_quality(tokens: Sequence[int], decode: Decode, window: int = WINDOW) -> WindowQuality:
+    """The measures that need no model, of `windows_of` the tokens that the model chose, without forced ones."""
+    windows = windows_of(tokens, window)
+    texts = [decode(part).encode() for part in windows]
+    return WindowQuality(
+        tuple(distinct_n(part, 4) or 0.0 for part in windows),
+        tuple(len(text) / len(zlib.compress(text, 9)) for text in texts),
+        tuple(number for number, part in enumerate(windows) if find_loop(part)),
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How likely a judge finds one window.
+
+    nats:   -ln p, summed over the tokens that have something before them.
+    tokens: how many these are; size: UTF-8 bytes of their text.
+    """
+
+    nats: float
+    tokens: int
+    size: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean nats per token of the judge; infinite where a double ends."""
+        mean = self.nats / self.tokens if self.tokens else math.inf
+        return math.exp(mean) if mean < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.size if self.size else math.inf
+
+
+@dataclass(frozen=True)
+class WindowPerplexity:
+    """The windows of a text as a judge reads them. judge: the model's name; window: tokens of the writer."""
+
+    judge: str
+    window: int
+    readings: tuple[Reading, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """The report's `window_perplexity`: median and worst, which is the highest; null for a text without windows."""
+        figures: dict[str, Any] = {}
+        for name, prefix in (("perplexity", ""), ("bits_per_byte", "bits_per_byte_")):
+            values = [getattr(reading, name) for reading in self.readings]
+            figures[f"{prefix}median"] = rounded(median(values))
+            figures[f"{prefix}worst"] = rounded(max(values, default=None))
+        return {**figures, "windows": len(self.readings), "window": self.window, "judge": self.judge}
+
+
+def window_perplexity(swift: TokenSwift, tokens: Sequence[int], window: int | None = None) -> WindowPerplexity:
+    """How a model reads the text of its own tokens, as they are. Markup is left out (`text_tokens`).
+
+    window: tokens; None is WINDOW, or what the model's trained positions hold.
+    """
+    size = window_size(swift, window)
+    text = text_tokens(swift.tokenizer, tokens)
+    windows = windows_of(text, size) if len(text) >= LEAST else []
+    return WindowPerplexity(swift.checkpoint.name, size, read(swift, windows))
+
+
+def window_size(swift: TokenSwift, window: int | None) -> int:
+    """What was asked for, else the default. Raises UserError for windows in which there is nothing to measure."""
+    if window is None:
+        return min(WINDOW, most_tokens(swift))
+    check(window >= LEAST, "window", window, f"at least {LEAST}")
+    return window
+
+
+def most_tokens(swift: TokenSwift) -> int:
+    """How many tokens of a window the model's trained positions hold."""
+    return int(swift.checkpoint.config.max_position_embeddings) - len(start_tokens(swift.tokenizer))
+
+
+def read(
+    swift: TokenSwift, windows: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
+) -> tuple[Reading, ...]:
+    """A judge's reading of each window, which is tokens of its own vocabulary.
+
+    The tokens that the judge's tokenizer puts before a text (BOS), if any, stand before each window. Without them the
+    first token of a window has no context and is not scored.
+    progress: called behind each window.
+    Raises UserError for a window that the judge's trained positions do not hold, and for tokens that it does not know.
+    """
+    if not windows:
+        return ()
+    check_readable(swift, windows)
+    start = start_tokens(swift.tokenizer)
+    context = len(start) + max(1, *map(len, windows))
+    with swift.executor.ranks.same_fate():
+        size = swift.kv_bytes(context) // swift.executor.ranks.world
+        check_memory(size, swift.executor.device, f"a KV cache of {context} tokens, to read windows,")
+    model, decode = swift.executor.model(rope_tables(swift.checkpoint.config, context)), decoder(swift.tokenizer)
+    readings = []
+    for window in windows:
+        scored = window if start else window[1:]
+        readings.append(Reading(nats(model, [*start, *window], len(scored)), len(scored), len(decode(scored).encode())))
+        progress()
+    return tuple(readings)
+
+
+def check_readable(swift: TokenSwift, windows: Sequence[Sequence[int]]) -> None:
+    """Raise UserError for a window longer than the trained positions, and for ids that the model has no token for."""
+    name, vocab = swift.checkpoint.name, swift.checkpoint.spec.vocab_size
+    longest, most = max(map(len, windows)), most_tokens(swift)
+    check(longest <= most, "window", longest, f"{name} was trained to read at most {most} tokens")
+    for token in {token for window in windows for token in window}:
+        check(0 <= token < vocab, "tokens", token, f"{name} knows token ids 0 to {vocab - 1}")
+
+
+def nats(model: Model, tokens: Sequence[int], scored: int) -> float:
+    """-ln p of the last `scored` of the tokens, summed, each given all tokens before it (teacher forcing)."""
+    cache, total = model.new_cache(), 0.0
+    first = len(tokens) - scored - 1  # the row that predicts the first scored token
+    try:
+        while (at := cache.length) < len(tokens) - 1:
+            chunk = tokens[at : len(tokens) - 1][:CHUNK]
+            rows = range(max(0, first - at), len(chunk))
+            logits = model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], list(rows)).logits
+            after = torch.tensor([tokens[at + row + 1] for row in rows], dtype=torch.int64, device=logits.device)
+            total += float(torch.nn.functional.cross_entropy(logits, after, reduction="none").double().sum())
+            cache.commit(range(len(chunk)))
+    finally:
+        cache.release()
+    return total
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: BOS, or nothing."""
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
+    return [int(token) for token, _ in special]
