@@ -5,9 +5,7 @@
 Teacher forcing on real text: nats per token of the SPAN tokens from each spot on, the whole text before them in the
 cache. Schemes:
   trained, linear, ntk, yarn   as --positions has them
-  self-extend[:W[:B]]          with this window and block
-  slower[:W[:B]]               the same mechanism with distances that grow ever slower (by a logarithm that begins at
-                               true distances) instead of linearly
+  self-extend[:W[:B]], log-extend[:W[:B]]   the same with this window and block
   truncated                    the same tokens, with the latest trained length minus 1 024 tokens before them alone, in
                                trained positions: what a long context must at least match
 
@@ -25,12 +23,10 @@ Milliseconds of a pass of one row over the same cache with and without queries m
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +37,8 @@ from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift, snapshot
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import BlockShifts
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.positions import Positions, extent
+from tokenswift_py.positions import EXTENSIONS, SCHEMES, Positions
 from tokenswift_py.report import rounded
 from tokenswift_py.rope import RopeTables, rope_tables, trained_length
 from workloads import CONTINUATIONS, continuation
@@ -59,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--texts", default=",".join(CONTINUATIONS))
     parser.add_argument("--spots", default="2048,7168,9216,11264,16384")
-    parser.add_argument("--schemes", default="truncated,trained,linear,ntk,yarn,self-extend")
+    parser.add_argument("--schemes", default="truncated,trained,linear,ntk,yarn,self-extend,log-extend")
     parser.add_argument("--context", type=int, default=0, help="N of the tables (default: what the last spot needs)")
     parser.add_argument("--passkeys", default="", help="lengths of texts that hide pass keys, instead of spots")
     parser.add_argument("--costs", default="", help="lengths to time a pass of one row at, instead of spots")
@@ -86,7 +81,7 @@ def main() -> None:
     )
     swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, threads=args.threads)
     if args.costs:
-        for length, scheme in ((n, s) for n in numbers(args.costs) for s in schemes if parsed(s)[0] == "self-extend"):
+        for length, scheme in ((n, s) for n in numbers(args.costs) for s in schemes if parsed(s)[0] in EXTENSIONS):
             results.cell({"length": length, "scheme": scheme}, lambda n=length, s=scheme: cost(swift, args, s, n))  # type: ignore[misc]
     elif args.passkeys:
         for length, scheme in ((n, s) for n in numbers(args.passkeys) for s in schemes):
@@ -108,37 +103,14 @@ def numbers(value: str) -> list[int]:
 def parsed(scheme: str) -> tuple[str, Positions]:
     """A scheme's name, and its window and block where they are given."""
     name, *sizes = scheme.split(":")
-    known = (*SCHEMES, "truncated", "slower")
+    known = (*SCHEMES[1:], "truncated")
     check(name in known, "schemes", scheme, f"one of {', '.join(known)}")
     window, block = (int(size) for size in (*sizes, 0, 0)[:2])
-    base = "self-extend" if name == "slower" else "trained" if name == "truncated" else name
-    return name, Positions(base, window or None, block or None)
-
-
-SCHEMES = ("trained", "linear", "ntk", "yarn", "self-extend")
+    return name, Positions("trained" if name == "truncated" else name, window or None, block or None)
 
 
 def tables_of(swift: TokenSwift, scheme: str, context: int) -> RopeTables:
-    name, positions = parsed(scheme)
-    config = swift.checkpoint.config
-    tables = rope_tables(config, -(-context // WHOLE) * WHOLE, positions)
-    if name != "slower" or tables.shifts is None:
-        return tables
-    trained = trained_length(config)
-    window, block = extent(trained, positions)
-    shifts = BlockShifts(block, slower_shifts(tables.context, window, block, trained), trained)
-    return replace(tables, shifts=shifts, label=tables.label.replace("self-extend", "slower"))
-
-
-def slower_shifts(context: int, window: int, block: int, trained: int) -> Any:
-    """Distances beyond the window grow as s ln(1 + x / s), which begins as x itself; s is the largest with which the
-    last block still fits the trained length."""
-    beyond = np.maximum(np.arange((context - 1) // block + 1) * block - window, 0).astype(np.float64)
-    room, low, high = trained - window - block, 1e-3, 1e9
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if middle * math.log1p(beyond[-1] / middle) <= room else (low, middle)
-    return np.floor(beyond - low * np.log1p(beyond / low)).astype(np.int32)
+    return rope_tables(swift.checkpoint.config, -(-context // WHOLE) * WHOLE, parsed(scheme)[1])
 
 
 class Reading:

@@ -387,12 +387,12 @@ def test_the_memory_check_counts_a_pages_bounds(swift: TokenSwift) -> None:
     assert swift.kv_bytes(100, bounds=True) == count * pool.page_bytes + sum(part.nbytes for part in bounds)
 
 
-def test_self_extend_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_extend_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:
     result = swift.generate("the cat", max_new_tokens=4, context=2500, seed=1)
-    assert "beyond the 1024 trained positions: Self-Extend, beyond a window of 256 in blocks of 128" in caplog.text
-    assert "/rope-default+self-extend-w256-b128-g4" in result.report["numerics"]
+    assert "beyond the 1024 trained positions: log-extend, beyond a window of 256 in blocks of 128" in caplog.text
+    assert "/rope-default+log-extend-w256-b128-s" in result.report["numerics"]
     told = {name: result.report["parameters"][name] for name in ("positions", "positions_window", "positions_block")}
-    assert told == {"positions": "self-extend", "positions_window": 256, "positions_block": 128}
+    assert told == {"positions": "log-extend", "positions_window": 256, "positions_block": 128}
     again = swift.generate("the cat", max_new_tokens=4, context=2500, seed=1, **told)
     assert again.report["numerics"] == result.report["numerics"] and again.tokens == result.tokens
 

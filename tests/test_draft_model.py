@@ -261,7 +261,7 @@ def test_a_named_draft_model_is_loaded_once_and_drafts_under_auto(
         assert report["parameters"]["draft_model"] == str(smaller)
         assert report["numerics"] == plain.report["numerics"]
     assert loaded == ["auto"]
-    assert "draft model: context 170 is beyond the 160 trained positions: Self-Extend" in caplog.text
+    assert "draft model: context 170 is beyond the 160 trained positions: log-extend" in caplog.text
 
 
 def test_weights_of_the_draft(swift: TokenSwift, smaller: Path, tiny_folder: Path) -> None:

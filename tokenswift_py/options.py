@@ -40,8 +40,8 @@ class Options:
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
     context:       N, the positions the run is made for; None is what it needs.
-    positions:     auto, trained, linear, ntk, yarn or self-extend: how positions beyond the trained length are met; see
-                   `positions.Positions`, also for positions_window and positions_block.
+    positions:     how positions beyond the trained length are met; see `positions.Positions`, also for positions_window
+                   and positions_block.
     drafter:       auto, or a file name of drafters/.
     draft_tokens:  draft so many in every tree; None lets the planner decide.
     draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None

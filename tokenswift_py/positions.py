@@ -8,10 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tokenswift_py import noise
 from tokenswift_py.errors import check
 
 STRETCHES = ("linear", "ntk", "yarn")  # schemes that change the frequencies
-SCHEMES = ("auto", "trained", *STRETCHES, "self-extend")
+Shifts = npt.NDArray[np.int32]
+
+EXTENSIONS = ("self-extend", "log-extend")  # schemes that move queries
+SCHEMES = ("auto", "trained", *STRETCHES, *EXTENSIONS)
 BLOCKS = (64, 128, 256, 512, 1024)  # whole pages, and never more than a split of the CPU engine's attention
 
 
@@ -19,15 +23,16 @@ BLOCKS = (64, 128, 256, 512, 1024)  # whole pages, and never more than a split o
 class Positions:
     """Which scheme meets the positions of a run.
 
-    scheme: auto        the config's own tables where they reach the context, else Self-Extend;
+    scheme: auto        the config's own tables where they reach the context, else log-extend;
             trained     the config's own tables, however long the context;
             linear, ntk, yarn  frequencies stretched by the least whole factor that reaches the context, which the
                         weights were not trained for (position interpolation, arXiv 2306.15595; NTK-aware base; YaRN,
                         arXiv 2309.00071);
-            self-extend the config's own tables; a query meets far keys at grouped distances (arXiv 2401.01325).
-    window: of Self-Extend, in positions: nearer blocks of keys keep their true distances. None is a quarter of the
+            self-extend the config's own tables; a query meets far keys at grouped distances (arXiv 2401.01325);
+            log-extend  the same with distances that grow ever slower, by a logarithm that begins at true distances.
+    window: of an extension, in positions: nearer blocks of keys keep their true distances. None is a quarter of the
             trained length.
-    block:  of Self-Extend: positions that are moved together. None is 1 024, or an eighth of a short trained length.
+    block:  of an extension: positions that are moved together. None is 1 024, or an eighth of a short trained length.
     """
 
     scheme: str = "auto"
@@ -36,9 +41,9 @@ class Positions:
 
     def __post_init__(self) -> None:
         check(self.scheme in SCHEMES, "positions", self.scheme, f"one of {', '.join(SCHEMES)}")
-        extends = self.scheme in ("auto", "self-extend")
+        extends = self.scheme in ("auto", *EXTENSIONS)
         for name, value in (("positions_window", self.window), ("positions_block", self.block)):
-            check(value is None or extends, name, value, "only with positions self-extend or auto")
+            check(value is None or extends, name, value, f"only with positions {', '.join(EXTENSIONS)} or auto")
         blocks = ", ".join(map(str, BLOCKS))
         check(self.block is None or self.block in BLOCKS, "positions_block", self.block, f"one of {blocks}")
         wide = self.window is None or self.window >= BLOCKS[0]
@@ -46,9 +51,9 @@ class Positions:
 
 
 def extent(trained: int, positions: Positions) -> tuple[int, int]:
-    """Window and block of Self-Extend. Raises UserError where they leave no room for distances beyond them."""
+    """Window and block of an extension. Raises UserError where they leave no room for distances beyond them."""
     few = f"{trained} trained positions are too few; positions trained, linear, ntk and yarn go beyond them"
-    check(trained > 2 * BLOCKS[0], "positions", "self-extend", few)
+    check(trained > 2 * BLOCKS[0], "positions", positions.scheme, few)
     block = positions.block
     if block is None:
         block = max((size for size in BLOCKS if 8 * size <= trained), default=BLOCKS[0])
@@ -62,12 +67,42 @@ def extent(trained: int, positions: Positions) -> tuple[int, int]:
 
 def group_size(context: int, trained: int, window: int, block: int) -> int:
     """The least G for which the largest distance, W + (blocks beyond) B / G + B - 1, is below the trained length."""
-    beyond = max(0, (context - 1) // block * block - window)
+    beyond = distances_beyond(context, window, block)[-1]
     return max(1, math.ceil(beyond / (trained - window - block)))
 
 
-def grouped_shifts(context: int, window: int, block: int, group: int) -> npt.NDArray[np.int32]:
-    """[blocks] int32: by how many blocks a key's block lies behind the row's, how far the row's query is moved towards
-    it: floor((d - n) B (G - 1) / G) beyond the n blocks of the window."""
-    beyond = np.maximum(np.arange((context - 1) // block + 1, dtype=np.int64) - window // block, 0)
-    return (beyond * block * (group - 1) // group).astype(np.int32)
+def grouped_shifts(context: int, window: int, block: int, group: int) -> Shifts:
+    """[blocks] by how many blocks a key's block lies behind the row's, how far the row's query is moved towards it:
+    floor((d - n) B (G - 1) / G) beyond the n blocks of the window."""
+    beyond = distances_beyond(context, window, block)
+    return (beyond * (group - 1) // group).astype(np.int32)
+
+
+def log_scale(context: int, trained: int, window: int, block: int) -> int:
+    """The largest multiple of STEP for which the largest distance, W + s ln(1 + x / s) + B - 1 of the last block's x
+    positions beyond the window, is below the trained length."""
+    beyond, room = distances_beyond(context, window, block)[-1:], trained - window - block
+    scales = np.arange(STEP, STEP * 2**14, STEP)
+    fitting = scales[np.ceil(slowed(beyond, scales)) <= room]
+    check(len(fitting) > 0, "context", context, f"too long for the {room} trained distances beyond window and block")
+    return int(fitting[-1])
+
+
+def log_shifts(context: int, window: int, block: int, scale: int) -> Shifts:
+    """As `grouped_shifts`: x positions beyond the window are met at a distance of s ln(1 + x / s)."""
+    beyond = distances_beyond(context, window, block)
+    return np.floor(beyond - slowed(beyond, np.array(scale))).astype(np.int32)
+
+
+def distances_beyond(context: int, window: int, block: int) -> npt.NDArray[np.int64]:
+    """[blocks] how far a block that lies so many blocks behind the row's is beyond the window, 0 for those within."""
+    blocks = np.arange((context - 1) // block + 1, dtype=np.int64)
+    return np.maximum(blocks - window // block, 0) * block
+
+
+def slowed(beyond: npt.NDArray[np.int64], scale: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """s ln(1 + x / s), by the logarithm that the noise specifies: the same doubles on every machine."""
+    return scale * noise.log(1.0 + beyond / scale)
+
+
+STEP = 16  # so that runs of similar length share their numerics

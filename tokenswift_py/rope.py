@@ -14,7 +14,15 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.positions import STRETCHES, Positions, extent, group_size, grouped_shifts
+from tokenswift_py.positions import (
+    STRETCHES,
+    Positions,
+    extent,
+    group_size,
+    grouped_shifts,
+    log_scale,
+    log_shifts,
+)
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
 
@@ -58,19 +66,10 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
         beyond = context > trained and kind != "dynamic"
         note = f"context {context} is beyond the {trained} trained positions, which are met as they are: {UNREAD}"
         return replace(tables, note=note if beyond else None)
-    window, block = extent(trained, positions)
-    group = group_size(context, trained, window, block)
-    tables = tables_of(config, kind, context, trained, exact=True)
-    return replace(
-        tables,
-        label=f"{tables.label}+self-extend-w{window}-b{block}-g{group}",
-        note=f"context {context} is beyond the {trained} trained positions: Self-Extend, beyond a window of {window} in"
-        f" blocks of {block} at 1/{group} of their distances",
-        positions=Positions("self-extend", window, block),
-        shifts=BlockShifts(block, grouped_shifts(context, window, block, group), trained),
-    )
+    return extended(tables_of(config, kind, context, trained, exact=True), trained, replace(positions, scheme=scheme))
 
 
+EXTENSION = "log-extend"  # what auto takes: see results/positions.md
 UNREAD = "no model reads those well"
 
 
@@ -79,15 +78,36 @@ def chosen_scheme(config: Any, context: int, scheme: str) -> str:
     covered = context <= trained_length(config)
     if scheme == "auto":
         dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # which asks to be stretched with the text
-        return "trained" if covered or dynamic else "self-extend"
-    return "trained" if covered and scheme in (*STRETCHES, "self-extend") else scheme
+        return "trained" if covered or dynamic else EXTENSION
+    return "trained" if covered else scheme
+
+
+def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
+    """The config's own tables, queries moved for the keys beyond a window."""
+    window, block = extent(trained, positions)
+    size = (tables.context, trained, window, block)
+    if positions.scheme == "self-extend":
+        group = group_size(*size)
+        shifts, label = grouped_shifts(tables.context, window, block, group), f"g{group}"
+        how = f"Self-Extend, beyond a window of {window} in blocks of {block} at 1/{group} of their distances"
+    else:
+        scale = log_scale(*size)
+        shifts, label = log_shifts(tables.context, window, block, scale), f"s{scale}"
+        how = f"log-extend, beyond a window of {window} in blocks of {block} at distances that grow ever slower"
+    return replace(
+        tables,
+        label=f"{tables.label}+{positions.scheme}-w{window}-b{block}-{label}",
+        note=f"context {tables.context} is beyond the {trained} trained positions: {how}",
+        positions=Positions(positions.scheme, window, block),
+        shifts=BlockShifts(block, shifts, trained),
+    )
 
 
 def stretched(config: Any, context: int, scheme: str) -> RopeTables:
     """Frequencies stretched by the least whole factor of the original length that reaches the context."""
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
-    allowed = f"rope type {kind} of this model is not to be stretched so; trained and self-extend are"
+    allowed = f"rope type {kind} of this model is not to be stretched so; trained, self-extend and log-extend are"
     check(kind == "default" or kind == scheme, "positions", scheme, allowed)
     trained = trained_length(config)
     original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
@@ -110,7 +130,7 @@ def stretched(config: Any, context: int, scheme: str) -> RopeTables:
 
 
 NAMES = {"linear": "position interpolation", "ntk": "NTK-aware RoPE", "yarn": "YaRN"}
-COST = "which the weights were not trained for: every token is predicted worse; self-extend keeps the trained distances"
+COST = "which the weights were not trained for: every token is predicted worse; log-extend keeps the trained distances"
 
 
 def tables_of(
