@@ -39,6 +39,7 @@ from tokenswift_py.loading import (
 )
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.processors import check_processors, is_pure, name_of
 from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_bytes, rope_tables
@@ -227,7 +228,8 @@ class TokenSwift:
         journal:  the run's folder, or its journal opened.
         kv_snapshot: as for `stream`; one that is there is used in any case.
         extend:   write so many tokens more than were asked for, within the recorded context; of a finished run only.
-        settings: fields of `Options`, `logits_processors` foremost, which a journal names only. One that the text
+        settings: fields of `Options`, `logits_processors` foremost, which a journal names only: as they were when the
+                  run began, for each is called again for every token so far, unless it is pure. One that the text
                   depends on must be as recorded.
         Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
         """
@@ -265,6 +267,7 @@ class TokenSwift:
         """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
         recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
         processors = settings.pop("logits_processors", ())
+        check_processors(processors)
         names = [type(processor).__name__ for processor in processors]
         contract.check_parameter("logits_processors", names, recorded["logits_processors"])
         for name, value in settings.items():
@@ -395,6 +398,9 @@ class TokenSwift:
         """
         run, mine = stream.run, stream.result()
         recorded, allowed = mine.stats.recorded_tokens, "a stream that wrote all of its text itself"
+        stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]
+        why = "not with processors that keep state, which stands at the text's end by now"
+        check(not stateful, "baseline", stateful, why)
         check(recorded == 0, "baseline", f"a run resumed behind {recorded} tokens", allowed)
         cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
         if cache is None:
@@ -489,7 +495,7 @@ class Stream:
     def _restore(self, progress: Callable[[int], None]) -> None:
         """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
         engine, stop = self.engine, len(self.engine.history) - 2
-        if self.journal is not None and engine.eviction is None:
+        if self.journal is not None and engine.eviction is None and not engine.sampler.stateful:
             folder = self.journal.record.path.parent
             tokens = engine.history.tokens
             snapshot.load(folder, engine.cache, tokens, self.numerics, stop, progress, engine.ranks)

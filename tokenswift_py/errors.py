@@ -47,6 +47,10 @@ def need_extra(field: str, value: str, package: str) -> None:
         raise UserError(f"{field}: {value!r} is not allowed; {allowed} ({' '.join(str(error).split())})") from error
 
 
+class NumericsError(RuntimeError):
+    """Logits or scores that nobody can choose from."""
+
+
 @contextmanager
 def files(field: str, path: object, allowed: str) -> Iterator[None]:
     """Turn what the system has against a file or folder into the one line that every wrong setting gets."""

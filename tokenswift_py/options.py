@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
+from tokenswift_py.processors import check_processors
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class Options:
     kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
                    are evicted (None is recent). None keeps every token.
     logprobs:      return the model's own log-probability of each new token.
-    logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
+    logits_processors: Hugging Face LogitsProcessors, applied after the penalties, each called once for every token that
+                   is written, in order. Drafters guess without them, but for transformers' own that keep no state and
+                   those with an attribute `pure = True`.
     seed:          None draws one, which the report records.
     The others are those of `SamplingParams`; dry_breakers are strings here, `ban` token ids or strings.
     """
@@ -124,6 +127,7 @@ class Options:
             self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"
         )
         check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
+        check_processors(self.logits_processors)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
         heads, wanted = self.draft_heads, "an existing file or folder, or auto"
