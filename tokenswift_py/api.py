@@ -24,6 +24,7 @@ from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
+from tokenswift_py.generation_defaults import not_honoured
 from tokenswift_py.journal import Journal, JournalError, Record, shared
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
@@ -106,6 +107,7 @@ class Run:
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
         options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
         filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
+        filled["ban"] = list(self.sampling.ban if self.options.ban is None else self.options.ban)
         processors = [type(processor).__name__ for processor in self.options.logits_processors]
         bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
         return {**options, **filled, "context": self.context, "logits_processors": processors, "logit_bias": bias}
@@ -173,6 +175,8 @@ class TokenSwift:
             check_memory(needed, where, f"the weights of {model} in {dtype}")
             executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic, ranks)
             tokenizer = checkpoint.tokenizer()
+        if ranks.leads and (left := not_honoured(checkpoint.folder)):
+            logger.warning("generation_config.json: these change nothing here: %s", left)
         there = Path(model).expanduser()
         origin = {
             "model": str(there.resolve()) if there.exists() and model != DEFAULT_MODEL else model,

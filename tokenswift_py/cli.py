@@ -48,7 +48,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),
     "min_p": ("sampling", number, "keep tokens this probable beside the best; 0 is off (default: the checkpoint's)"),
     "penalty": ("sampling", number, "contextual penalty; 1 is off (default: the checkpoint's)"),
-    "penalty_window": ("sampling", whole, "how many of the latest tokens it looks at"),
+    "penalty_window": ("sampling", whole, "of the latest tokens (default: 1024; with the checkpoint's penalty: all)"),
     "dry_multiplier": ("sampling", number, "DRY repetition penalty; 0 is off"),
     "dry_base": ("sampling", number, "its growth per repeated token"),
     "dry_length": ("sampling", whole, "longest repeat that goes unpunished"),
@@ -117,7 +117,9 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
             groups[group].add_argument(flag, type=kind, default=default, help=explained + shown)
     sampling = groups["sampling"]
     sampling.add_argument("--dry-breakers", nargs="*", metavar="TEXT", help="no repeat is counted across these")
-    sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
+    sampling.add_argument(
+        "--ban", nargs="*", metavar="TOKEN", help="token ids or one-token texts (default: the checkpoint's)"
+    )
     sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
     output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
     output.add_argument(
@@ -517,7 +519,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in OPTION_HELP}
     options["stop"] = args.stop
     options["chapters"] = read_chapters(args.chapters)
-    options["ban"] = [int(item) if item.isdecimal() and len(item) < 20 else item for item in args.ban]
+    options["ban"] = None if args.ban is None else [token_or_text(item) for item in args.ban]
     options["logit_bias"] = dict(read_bias(item) for item in args.logit_bias)
     if args.dry_breakers is not None:
         options["dry_breakers"] = args.dry_breakers
@@ -534,6 +536,11 @@ def read_chapters(value: str | None) -> list[str]:
     lines = [line.strip() for line in read_text(Path(value), "chapters").splitlines()]
     check(any(lines), "chapters", value, "a file with a request on each line, or a number")
     return [line for line in lines if line]
+
+
+def token_or_text(item: str) -> int | str:
+    """A number is a token's id."""
+    return int(item) if item.isdecimal() and len(item) < 20 else item
 
 
 def read_bias(item: str) -> tuple[int, float]:

@@ -24,7 +24,7 @@ DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 DRAFT_WEIGHT_USERS = (*SELF_DRAFTERS, "heads")  # those that multiply with the model's draft weights
 ON_LOOP = ("warn", "stop", "ignore")
-CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
+CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
 
@@ -60,6 +60,7 @@ class Options:
                    is written, in order. Drafters guess without them, but for transformers' own that keep no state and
                    those with an attribute `pure = True`.
     seed:          None draws one, which the report records.
+    penalty_window: None is 1024, and the whole text where the penalty is the checkpoint's: repetition_penalty.
     The others are those of `SamplingParams`; dry_breakers are strings here, `ban` token ids or strings.
     """
 
@@ -90,12 +91,12 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     penalty: float | None = None
-    penalty_window: int = 1024
+    penalty_window: int | None = None
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_length: int = 2
     dry_breakers: Sequence[str] = ("\n", ":", '"', "*")
-    ban: Sequence[int | str] = ()
+    ban: Sequence[int | str] | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stream: int = 0
@@ -146,10 +147,7 @@ class Options:
             check(fine, name, strings, "a list of texts, none of them empty")
             for string in strings:
                 check_text(name, string)
-        fine = isinstance(self.ban, (list, tuple)) and all(isinstance(item, (int, str)) for item in self.ban)
-        check(fine, "ban", self.ban, "a list of token ids and one-token texts")
-        for item in self.ban:
-            check_text("ban", str(item))
+        check_tokens("ban", () if self.ban is None else self.ban)
         check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
         drafters = ["auto", *registry.names("tokenswift_py.drafters")]
         check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
@@ -168,11 +166,11 @@ class Options:
     def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
         """Sampling parameters: what was asked for, else the checkpoint's defaults, else plain greedy."""
         breakers = sorted(tokens_containing(tokenizer, self.dry_breakers)) if self.dry_multiplier > 0 else []
-        own = {
-            "seed": secrets.randbits(63),
-            "dry_breakers": tuple(breakers),
-            "ban": tuple(token for item in self.ban for token in banned(tokenizer, item)),
-        }
+        own: dict[str, Any] = {"seed": secrets.randbits(63), "dry_breakers": tuple(breakers)}
+        if self.ban is not None:
+            own["ban"] = tuple(token_of(tokenizer, item, "ban") for item in self.ban)
+        if self.penalty is not None:  # with a window of its own
+            own["penalty_window"] = SamplingParams.penalty_window
         return SamplingParams(**{**defaults, **own, **self._plain_sampling()})
 
     def _plain_sampling(self) -> dict[str, Any]:
@@ -223,10 +221,18 @@ def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     return found | set(tokenizer.all_special_ids)
 
 
-def banned(tokenizer: Any, item: int | str) -> list[int]:
+def check_tokens(field: str, items: Any) -> None:
+    """Raise UserError for what is no list of token ids and texts."""
+    fine = isinstance(items, (list, tuple)) and all(is_whole(item) or isinstance(item, str) for item in items)
+    check(fine, field, items, "a list of token ids and one-token texts")
+    for item in items:
+        check_text(field, str(item))
+
+
+def token_of(tokenizer: Any, item: int | str, field: str) -> int:
     """A token id as it is; a string must be one token."""
     if isinstance(item, int):
-        return [item]
+        return item
     tokens = token_ids(tokenizer, item)
-    check(len(tokens) == 1, "ban", item, f"token ids, or texts that are one token (this is {len(tokens)})")
-    return tokens
+    check(len(tokens) == 1, field, item, f"token ids, or texts that are one token (this is {len(tokens)})")
+    return tokens[0]
