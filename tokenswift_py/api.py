@@ -45,8 +45,8 @@ from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_bytes, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
-from tokenswift_py.stopping import Stops
-from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, turn_tokens
+from tokenswift_py.stopping import ChapterText, Stops
+from tokenswift_py.text import Prompt, end_tokens, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
 
@@ -92,7 +92,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that passed every check and has not begun. draft_model: what the drafter of this name is made with."""
+    """A run that passed every check and has not begun.
+
+    draft_model: what the drafter of this name is made with.
+    stop_tokens: ids of the tokens that end the text as stop strings do.
+    """
 
     options: Options
     prompt: list[int]
@@ -101,6 +105,7 @@ class Run:
     context: int
     rope: RopeTables
     draft_model: Mapping[str, Any] = field(default_factory=dict)
+    stop_tokens: tuple[int, ...] = ()
 
     def parameters(self) -> dict[str, Any]:
         """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
@@ -120,7 +125,7 @@ class TokenSwift:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
-        self.checkpoint = checkpoint
+        self.checkpoint = replace(checkpoint, eos=end_tokens(tokenizer, checkpoint.eos))
         self.tokenizer = tokenizer
         self.executor = executor
         self._draft: tuple[tuple[str, str], TokenSwift] | None = None  # the last one, and how it was asked for
@@ -295,7 +300,7 @@ class TokenSwift:
         turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
         highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
         check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
-        sampling = options.sampling(checkpoint.defaults, tokenizer)
+        sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
         needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
         context = options.context or needed
         parts = f"prompt ({len(tokens)})" + (
@@ -318,7 +323,8 @@ class TokenSwift:
         rope = rope_tables(checkpoint.config, context)
         if rope.note:
             logger.warning(rope.note)
-        return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
+        drafting = draft.as_draft(context, vocab) if draft else {}
+        return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
@@ -374,13 +380,22 @@ class TokenSwift:
         chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+        late, processors = (*eos, *run.stop_tokens), options.logits_processors
+        sampler = self.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
         return Engine(
             self.executor.model(run.rope),
             chosen,
-            self.executor.sampler(
-                run.sampling, vocab, eos, first_end, options.logits_processors, options.min_chapter_tokens
+            sampler,
+            Stops(
+                options.max_new_tokens,
+                ends,
+                options.stop,
+                decode,
+                special,
+                options.on_loop,
+                run.stop_tokens,
+                sampler.may_end_from,
             ),
-            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -570,7 +585,9 @@ class Stream:
             self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
         assert self._joiner is not None
-        text += self._joiner.push(step.tokens)
+        by_token = step.ending == "stop" and step.tokens[-1] in self.run.stop_tokens
+        told = step.tokens[:-1] if by_token else step.tokens
+        text += self._joiner.push(told, stopped=step.ending == "stop" and not by_token)
         self._text.append(text)
         self.tokens.extend(step.tokens)
         if self.journal is not None:
@@ -593,8 +610,8 @@ class Stream:
         self._text.append(rest)
         return rest
 
-    def _new_joiner(self) -> TextJoiner | None:
-        return TextJoiner(self.swift.tokenizer, self.run.options.stop)
+    def _new_joiner(self) -> ChapterText | None:
+        return ChapterText(self.swift.tokenizer, self.run.options.stop)
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self.engine

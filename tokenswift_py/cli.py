@@ -37,8 +37,8 @@ COMMANDS = {"audit": audit.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", whole, "tokens to write at the most"),
-    "min_new_tokens": ("text", whole, "no end-of-sequence token before so many"),
-    "min_chapter_tokens": ("text", whole, "no end-of-sequence token before so many in each chapter"),
+    "min_new_tokens": ("text", whole, "nothing ends the text before so many"),
+    "min_chapter_tokens": ("text", whole, "nor a chapter before it has so many"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
@@ -106,6 +106,10 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
     source.add_argument("--prompt-file", type=named_path, help="a UTF-8 file that holds the prompt")
     text.add_argument("--chapters", metavar="FILE|N", help="follow-up requests: a line each, or N generic ones")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    text.add_argument(
+        "--stop-token", dest="stop_tokens", action="append", default=[], metavar="TOKEN",
+        help="end before this token: its id, or its text (repeatable)",
+    )  # fmt: skip
     defaults = {f.name: f.default for f in fields(Options) if f.default is not MISSING}
     for name, (group, kind, explained) in OPTION_HELP.items():
         flag = f"--{name.replace('_', '-')}"
@@ -518,6 +522,7 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Options` that the flags stand for."""
     options = {name: getattr(args, name) for name in OPTION_HELP}
     options["stop"] = args.stop
+    options["stop_tokens"] = [token_or_text(item) for item in args.stop_tokens]
     options["chapters"] = read_chapters(args.chapters)
     options["ban"] = None if args.ban is None else [token_or_text(item) for item in args.ban]
     options["logit_bias"] = dict(read_bias(item) for item in args.logit_bias)

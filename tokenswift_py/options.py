@@ -32,10 +32,12 @@ PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in (
 class Options:
     """Parameters of one run. None means the checkpoint's own default; every wrong value is a `UserError`.
 
-    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
-    min_chapter_tokens: no EOS before a chapter has so many; a small model in a long talk answers in ever fewer words.
+    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted. Before the least there is no EOS
+                   and no stop token, and a stop string ends nothing.
+    min_chapter_tokens: the same for each chapter; a small model in a long talk answers in ever fewer words.
     ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
-    stop:          strings that end the text; they are not part of it.
+    stop:          strings that end the text; they are not part of it. One that is a special token is found by its id.
+    stop_tokens:   token ids, or texts that are one token, which end the text so too.
     on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
@@ -69,6 +71,7 @@ class Options:
     min_chapter_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
+    stop_tokens: Sequence[int | str] = ()
     on_loop: str = "warn"
     chapters: Sequence[str] = ()
     raw: bool = False
@@ -147,6 +150,7 @@ class Options:
             check(fine, name, strings, "a list of texts, none of them empty")
             for string in strings:
                 check_text(name, string)
+        check_tokens("stop_tokens", self.stop_tokens)
         check_tokens("ban", () if self.ban is None else self.ban)
         check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
         drafters = ["auto", *registry.names("tokenswift_py.drafters")]
@@ -172,6 +176,20 @@ class Options:
         if self.penalty is not None:  # with a window of its own
             own["penalty_window"] = SamplingParams.penalty_window
         return SamplingParams(**{**defaults, **own, **self._plain_sampling()})
+
+    def stop_ids(self, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+        """The tokens that end the text: `stop_tokens`, and stop strings that are a special token, which decodes to
+        nothing. Raises UserError for ids the model does not have, and for strings that hold such a token and more."""
+        ids = [token_of(tokenizer, item, "stop_tokens") for item in self.stop_tokens]
+        special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        for string in self.stop:
+            inside = next((text for text in special if text and text in string), None)
+            allowed = f"the special token {inside!r} in it is no text: give it alone"
+            check(inside is None or string in special, "stop", string, allowed)
+            ids += [special[string]] if string in special else []
+        for token in ids:
+            check(0 <= token < vocab_size, "stop_tokens", token, f"token ids are 0 to {vocab_size - 1}")
+        return tuple(ids)
 
     def _plain_sampling(self) -> dict[str, Any]:
         """What was asked for of the parameters that need no tokenizer."""

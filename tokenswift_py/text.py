@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
-from tokenswift_py.errors import check, check_text, one_line
+from tokenswift_py.errors import UserError, check, check_text, one_line
 
 Message = dict[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -15,6 +16,7 @@ BAD = "\ufffd"  # what decoding has for invalid UTF-8, and for a character that 
 # More than a character that is not whole can be: a byte-fallback vocabulary has one for each of its bytes, at most 3,
 # and for each of the whole character's before it, which it decodes together.
 HOPELESS = 8 * BAD
+ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
 
@@ -49,12 +51,23 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -
     """
     if raw or not tokenizer.chat_template:
         return token_ids(tokenizer, f"\n\n{request}\n\n")
-    roles = ("user", "assistant", "user")
-    messages = [{"role": role, "content": text} for role, text in zip(roles, ("", ANSWER, request), strict=True)]
+    messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("", ANSWER, request), strict=True)]
     text = templated(tokenizer, messages)
     check(ANSWER in text, "chapters", request, "this model's chat template drops earlier answers")
     tokens = token_ids(tokenizer, text.split(ANSWER, 1)[1])
     return tokens[1:] if tokens and tokens[0] in eos else tokens
+
+
+def end_tokens(tokenizer: Any, eos: Collection[int]) -> tuple[int, ...]:
+    """Every token that ends a text: the checkpoint's own, the tokenizer's, and the special token that the chat template
+    puts behind an answer, whether or not the checkpoint names it."""
+    ends = [*eos, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
+    if tokenizer.chat_template:
+        messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("x", ANSWER, "x"), strict=True)]
+        with suppress(UserError):  # a template that takes no such talk is told of where one is asked for
+            behind = token_ids(tokenizer, templated(tokenizer, messages).partition(ANSWER)[2].lstrip())
+            ends += [token for token in behind[:1] if token in special_ids(tokenizer) - {tokenizer.bos_token_id}]
+    return tuple(dict.fromkeys(ends))
 
 
 def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
