@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TextIO
 
 SHOWN = 200  # characters of a wrong value, of which a prompt may be one
@@ -23,8 +23,12 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as messages have it: of a long one its beginning."""
-    text = repr(value)
+    """A value as messages have it, which is as it was typed: a path and a number of numpy's as a text and a number are;
+    of a long one its beginning."""
+    if isinstance(value, PurePath):
+        value = str(value)
+    item = getattr(value, "item", None)
+    text = repr(item() if callable(item) and getattr(value, "shape", None) == () else value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 

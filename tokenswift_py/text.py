@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
 from tokenswift_py.errors import UserError, check, check_text, one_line
+
+logger = logging.getLogger("tokenswift")
 
 Message = dict[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -33,7 +36,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         check_text("prompt", prompt)
-        return token_ids(tokenizer, prompt, special=True)
+        return raw_tokens(tokenizer, prompt)
     fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
@@ -41,6 +44,16 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
     text = templated(tokenizer, messages)
     check_text("prompt", text)
     return token_ids(tokenizer, text)
+
+
+def raw_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the beginning of a text, with what the tokenizer puts around one: but no second BOS before one that
+    the text begins with, for no model has seen two."""
+    tokens, bos = token_ids(tokenizer, prompt, special=True), tokenizer.bos_token_id
+    if bos is None or tokens[:2] != [bos, bos] or token_ids(tokenizer, prompt)[:2] == [bos, bos]:
+        return tokens
+    logger.warning("prompt: it begins with %s, so the tokenizer's own is left out", tokenizer.bos_token)
+    return tokens[1:]
 
 
 def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -> list[int]:
