@@ -28,7 +28,10 @@ def shown(value: object) -> str:
     if isinstance(value, PurePath):
         value = str(value)
     item = getattr(value, "item", None)
-    text = repr(item() if callable(item) and getattr(value, "shape", None) == () else value)
+    try:
+        text = repr(item() if callable(item) and getattr(value, "shape", None) == () else value)
+    except ValueError:  # Python writes no number of more than a few thousand digits
+        text = f"this {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 

@@ -109,7 +109,9 @@ class Options:
         for name in (*whole_numbers, "context", "kv_budget"):
             value = getattr(self, name)
             optional = name in ("draft_tokens", "draft_budget", "context", "kv_budget") and value is None
-            check(optional or is_whole(value), name, value, "a whole number")
+            check(optional or (is_whole(value) and abs(value) < 2**63), name, value, "a whole number below 2^63")
+        for name in ("ignore_eos", "raw", "logprobs"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
@@ -141,7 +143,7 @@ class Options:
         model = self.draft_model
         wanted = "a folder, a .gguf file or a hub id of a smaller model"
         check(model is None or (isinstance(model, str) and model != ""), "draft_model", model, wanted)
-        check(self.trace is None or bool(self.trace), "trace", self.trace, "a file")
+        check(self.trace is None or (isinstance(self.trace, str) and self.trace != ""), "trace", self.trace, "a file")
         check(self.drafter != "draft_model" or model is not None, "draft_model", model, f"name {wanted}")
         check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
