@@ -45,7 +45,7 @@ class Once(argparse.Action):
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         earlier = parser.given.setdefault(self.dest, values)
-        if earlier != values:
+        if earlier is not values and earlier != values:  # NaN, given once, is not equal to itself
             raise argparse.ArgumentError(self, f"given twice, as {shown(earlier)} and as {shown(values)}")
         setattr(namespace, self.dest, values)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tokenswift_py.core import IntArray
 from tokenswift_py.errors import NumericsError, UserError
@@ -67,6 +66,8 @@ def apply_processors(processors: Sequence[Any], tokens: IntArray, scores: Double
     Raises NumericsError with the name of one that gives anything but as many scores, of which -inf excludes a token
     and NaN and +inf are none, or that excludes every token.
     """
+    import torch  # here, because options check processors before torch, which takes seconds, is needed
+
     for processor in processors:
         given = processor(torch.from_numpy(tokens.astype(np.int64))[None], torch.from_numpy(scores)[None])
         where = f"logits processor {name_of(processor)} at position {len(tokens)}"
