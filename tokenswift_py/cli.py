@@ -137,8 +137,9 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         metavar="TOKEN",
         help="token ids or one-token texts (default: the checkpoint's)",
     )
-    bias = {"nargs": "*", "action": "extend", "default": [], "metavar": "ID=BIAS", "help": "added to a token's logit"}
-    sampling.add_argument("--logit-bias", **bias)
+    sampling.add_argument(
+        "--logit-bias", nargs="*", action="extend", default=[], metavar="ID=BIAS", help="added to a token's logit"
+    )
     output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
     output.add_argument(
         "resume" if resumes else "--resume", type=named_path, metavar="DIR", help="go on with the run in this folder"
