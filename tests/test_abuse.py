@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flags import with_flags
 from tokenswift_py import TokenSwift, UserError, journal
 from tokenswift_py.cli import main, parser
 
@@ -107,7 +108,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
     a time, over all of them; nothing that was there is lost or changed."""
     rng, codes = random.Random(seed), []
     for _ in range(200):
-        arguments = ["--model", "model", *BASE, *some_flags(rng, parser(), rng.choice([1, 1, 1, 2, 3]))]
+        arguments = with_flags(["--model", "model", *BASE], *some_flags(rng, parser(), rng.choice([1, 1, 1, 2, 3])))
         arguments += ["--prompt", "the cat"] if rng.random() < 0.8 else []
         code, out, told = place.run(arguments)
         codes.append(code)
@@ -157,7 +158,7 @@ def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -
     ],
 )
 def test_what_is_wrong_is_named(place: Place, arguments: list[str], says: str) -> None:
-    code, out, told = place.run(["--model", "model", "--prompt", "the cat", *arguments])
+    code, out, told = place.run(with_flags(["--model", "model", "--prompt", "the cat"], *arguments))
     assert (code, out, told.count("\n")) == (2, "", 1)
     assert told.startswith(f"tokenswift: {says}")
     assert place.files() == place.before
@@ -210,7 +211,8 @@ def test_standard_streams_that_are_closed(place: Place) -> None:
 
 
 def test_an_encoding_that_lacks_the_texts_characters(tiny_folder: Path, tmp_path: Path) -> None:
-    arguments = ["--model", str(tiny_folder), *BASE, "--max-new-tokens", "300", "--ignore-eos", "--prompt", "日本"]
+    arguments = with_flags(["--model", str(tiny_folder), *BASE], "--max-new-tokens", "300", "--ignore-eos")
+    arguments += ["--prompt", "日本"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = child(*arguments, "--out", str(tmp_path / "run"), env=env)
     text = (tmp_path / "run" / "text.txt").read_bytes().decode()
@@ -364,7 +366,7 @@ def test_two_runs_convert_one_model_and_write_what_each_writes_alone(
 @pytest.mark.parametrize("limit", [3_000, 12_000])
 def test_a_disk_that_fills_up_keeps_what_was_written(place: Place, limit: int) -> None:
     """No file may become larger than the limit, be it the journal or the text: one line, and the run goes on later."""
-    arguments = ["--model", "model", *BASE, "--max-new-tokens", "2500", "--context", "3000", "--ignore-eos"]
+    arguments = with_flags(["--model", "model", *BASE], "--max-new-tokens", "2500", "--context", "3000", "--ignore-eos")
     arguments += ["--prompt", "the cat"]
     done = child(
         *arguments, "--out", "full", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

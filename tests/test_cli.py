@@ -23,10 +23,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from flags import with_flags
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py import cli as program
 from tokenswift_py.cli import main
 from tokenswift_py.journal import read
+from tokenswift_py.text import prompt_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +79,7 @@ def test_quiet_prints_the_text_alone(cli: list[str], capsys: pytest.CaptureFixtu
 
 def test_chapters_from_a_file_and_by_number(cli: list[str], tmp_path: Path) -> None:
     (tmp_path / "chapters.txt").write_text("and then\n\nthe rain\n")
-    base = [*cli, "--prompt", "a", "--max-new-tokens", "300", "--logit-bias", "2=6"]
+    base = with_flags(cli, "--prompt", "a", "--max-new-tokens", "300", "--logit-bias", "2=6")
     for value, out in ((str(tmp_path / "chapters.txt"), "file"), ("2", "number")):
         assert main([*base, "--chapters", value, "--out", str(tmp_path / out)]) == 0
         assert len(json.loads((tmp_path / out / "report.json").read_text())["forced"]) == 2
@@ -104,7 +106,7 @@ def test_chapters_from_a_file_and_by_number(cli: list[str], tmp_path: Path) -> N
 def test_wrong_input_is_one_line_and_exit_2(
     cli: list[str], arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*cli, *arguments]) == 2
+    assert main(with_flags(cli, *arguments)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(f"tokenswift: {says}")
@@ -129,7 +131,8 @@ def test_nothing_is_overwritten(cli: list[str], tmp_path: Path, capsys: pytest.C
 
 def test_what_is_refused_leaves_no_folder(cli: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for out in (tmp_path / "new" / "run", tmp_path / "new" / ".." / "run"):
-        assert main([*cli, "--prompt", "the cat", "--max-new-tokens", "9", "--context", "10", "--out", str(out)]) == 2
+        flags = with_flags(cli, "--prompt", "the cat", "--max-new-tokens", "9", "--context", "10", "--out", str(out))
+        assert main(flags) == 2
         assert capsys.readouterr().err.startswith("tokenswift: context: 10 is not allowed")
     assert list(tmp_path.iterdir()) == []
 
@@ -171,7 +174,8 @@ def heed_ctrl_c() -> None:
 
 def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = [*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "20000", "--context", "21000"]
+    arguments = with_flags(cli, "--prompt", "the cat", "--max-new-tokens", "20000", "--context", "21000")
+    arguments += ["--ignore-eos"]
     process = subprocess.Popen(
         command(*arguments, "--out", str(out), "--baseline"), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=heed_ctrl_c,
@@ -195,8 +199,9 @@ def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: P
 
 
 def test_a_reader_that_goes_away_is_no_traceback(cli: list[str]) -> None:
+    longer = with_flags(cli, "--max-new-tokens", "3000", "--context", "4000")
     process = subprocess.Popen(
-        command(*cli, "--prompt", "the cat", "--ignore-eos", "--max-new-tokens", "3000", "--context", "4000"),
+        command(*longer, "--prompt", "the cat", "--ignore-eos"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -224,7 +229,7 @@ def test_help_is_quick_and_names_every_flag() -> None:
 def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
     """The bar is drawn on the last line, between saving the cursor and restoring it: without that, the text stands
     in what the terminal received as it is."""
-    received = on_terminal(*cli, "--prompt", "the cat", "--max-new-tokens", "900", "--ignore-eos")
+    received = on_terminal(*with_flags(cli, "--prompt", "the cat", "--max-new-tokens", "900", "--ignore-eos"))
     swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
     text = swift.generate("the cat", max_new_tokens=900, seed=3, ignore_eos=True).text
     bars = re.findall(rb"\x1b7.*?\x1b8", received, re.DOTALL)
@@ -257,12 +262,12 @@ WARNING = b"tokenswift: the text loops: from new token 0 on it is one token over
 
 
 def test_a_warning_stands_on_a_line_of_its_own_between_text_and_bar(cli: list[str], tmp_path: Path) -> None:
-    received = re.sub(rb"\x1b7.*?\x1b8", b"", on_terminal(*cli, *LOOPING), flags=re.DOTALL)
+    received = re.sub(rb"\x1b7.*?\x1b8", b"", on_terminal(*with_flags(cli, *LOOPING)), flags=re.DOTALL)
     before, after = received.split(b"\r\n" + WARNING)
     text = TokenSwift.from_pretrained(cli[1]).tokenizer.decode([68]).encode()
     assert before.endswith(10 * text) and after.startswith(10 * text)
     with (tmp_path / "text").open("wb") as file:
-        received = on_terminal(*cli, *LOOPING, stdout=file.fileno())
+        received = on_terminal(*with_flags(cli, *LOOPING), stdout=file.fileno())
     assert (tmp_path / "text").read_bytes() == 300 * text + b"\n"
     before, after = received.split(WARNING)
     assert before.endswith(b"\r" + 99 * b" " + b"\r")  # the bar's line was cleared
@@ -270,18 +275,18 @@ def test_a_warning_stands_on_a_line_of_its_own_between_text_and_bar(cli: list[st
 
 
 def test_on_loop_stop_ends_the_text_there(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*cli, *LOOPING, "--on-loop", "stop"]) == 0
+    assert main(with_flags(cli, *LOOPING, "--on-loop", "stop")) == 0
     assert "64 new tokens after a prompt of" in (printed := capsys.readouterr().err)
     assert "ended by: loop" in printed and "LOOPS with period 1 from token 0 on" in printed
 
 
 def test_the_lossy_mode_says_so(cli: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    lossy = [*cli, "--prompt", "the cat", "--ignore-eos", "--kv-budget", "256", "--kv-policy", "recent"]
-    assert main([*lossy, "--max-new-tokens", "400", "--baseline"]) == 0
+    lossy = [*cli, "--prompt", "the cat", "--kv-budget", "256", "--kv-policy", "recent"]
+    assert main(with_flags(lossy, "--max-new-tokens", "400", "--baseline", "--ignore-eos")) == 0
     printed = capsys.readouterr().err
     assert "LOSSY: the cache keeps 256 tokens at most (policy recent); 192 were evicted" in printed
     assert "kv-recent-256-64 (lossy)" in printed and "plain decoding, just as lossy, " in printed
-    assert main(lossy) == 0
+    assert main([*lossy, "--ignore-eos"]) == 0
     assert "the text fitted, nothing was evicted" in capsys.readouterr().err
 
 
@@ -289,9 +294,11 @@ def test_an_error_in_the_middle_keeps_what_was_written(
     cli: list[str], tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A model that breaks at a token it writes: one line with the position, and all three files."""
-    tokens = TokenSwift.from_pretrained(cli[1], dtype="fp32").generate("the cat", max_new_tokens=40, seed=3).tokens
+    swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
+    prompt = prompt_tokens(swift.tokenizer, "the cat", raw=False)
+    tokens = swift.generate("the cat", max_new_tokens=40, seed=3).tokens
     broken = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
-    late = next(token for token in tokens[5:] if token not in tokens[:5])
+    late = next(token for token in tokens[5:] if token not in (*prompt, *tokens[:5]))
     for shard in broken.glob("*.safetensors"):
         tensors = load_file(shard)
         for name in ("model.embed_tokens.weight",):
@@ -299,7 +306,8 @@ def test_an_error_in_the_middle_keeps_what_was_written(
                 tensors[name][late] = float("nan")
                 save_file(tensors, shard, metadata={"format": "pt"})
     out = tmp_path / "run"
-    assert main([*cli, "--model", str(broken), "--drafter", "none", "--prompt", "the cat", "--out", str(out)]) == 1
+    flags = with_flags(cli, "--model", str(broken), "--drafter", "none", "--prompt", "the cat", "--out", str(out))
+    assert main(flags) == 1
     error = capsys.readouterr().err
     assert "position" in error
     assert "Traceback" not in error

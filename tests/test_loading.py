@@ -39,7 +39,7 @@ def refused(model: Path | str) -> str:
 def test_a_sharded_folder_with_its_generation_defaults(tiny_folder: Path) -> None:
     assert len(list(tiny_folder.glob("*.safetensors"))) > 1
     checkpoint = open_checkpoint(str(tiny_folder))
-    assert checkpoint.defaults == {"temperature": 0.7, "top_p": 0.9}
+    assert checkpoint.defaults == {"temperature": 0.7, "top_k": 50, "top_p": 0.9}
     assert checkpoint.eos == (2, 0)
     weights = checkpoint.tensors().to(torch.bfloat16, torch.device("cpu"))
     assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == checkpoint.spec.shapes()

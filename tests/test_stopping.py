@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokenswift_py.history import History
@@ -149,3 +149,30 @@ def test_tokens_without_a_text_cost_no_more_the_more_there_are() -> None:
         assert ending == "stop" and decoded == [1, 2]
         looks.append(history.looks / count)
     assert looks[1] <= looks[0]
+
+
+def test_a_stop_token_ends_the_text_as_a_stop_string_does() -> None:
+    assert ending_of([1, 2, 3, 4], Stops(9, [EOS], tokens=[3])) == (3, "stop")
+    assert ending_of([3, EOS], Stops(9, [EOS], tokens=[3, EOS]), prompt=[3]) == (1, "stop")
+    assert ending_of([1, EOS], Stops(9, [EOS], tokens=[3, EOS])) == (2, "eos")
+
+
+@given(
+    st.lists(st.integers(1, len(WORDS) - 1), max_size=30),
+    st.lists(st.text("abcSTOP", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 12),
+    st.lists(st.integers(1, len(WORDS) - 1), max_size=5),
+)
+@example([7, 7, 7, 7], ["STST"], 2, [])
+def test_a_stop_string_completed_before_the_text_may_end_ends_nothing(
+    tokens: list[int], strings: list[str], least: int, prompt: list[int]
+) -> None:
+    """As vLLM's min_tokens: a match counts if it ends in what a token behind the first `least` brought."""
+
+    def completes(count: int) -> bool:
+        known, text = len(decode(tokens[: count - 1])), decode(tokens[:count])
+        return any(text[:end].endswith(string) for string in strings for end in range(known + 1, len(text) + 1))
+
+    wanted = next((count for count in range(least + 1, len(tokens) + 1) if completes(count)), None)
+    stops = Stops(1000, [EOS], strings, decode, may_end_from=lambda position: len(prompt) + least)
+    assert ending_of(tokens, stops, prompt) == ((wanted, "stop") if wanted else (len(tokens), None))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import decoder_of, tiny_config, tiny_model
+from flags import with_flags
 from scripted import write as write_one
 from tokenswift_py import UserError
 from tokenswift_py.cli import main
@@ -207,7 +208,7 @@ def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
     began = time.monotonic()
     out = tmp_path / "h.safetensors"
     arguments = ["--tokens", "10000000", "--epochs", "100000", "--minutes", "0.1", "--quiet", "--out", str(out)]
-    assert main([*command, *arguments]) == 0
+    assert main([command[0], *with_flags(command[1:], *arguments)]) == 0
     assert time.monotonic() - began < 60
     assert 0 < read_heads(out).provenance["tokens"] < 10_000_000
 
@@ -233,6 +234,6 @@ def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
 def test_wrong_input_is_one_line_and_exit_2(
     command: list[str], arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*command, *arguments]) == 2
+    assert main([command[0], *with_flags(command[1:], *arguments)]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"tokenswift: {says}") and printed.count("\n") == 1

@@ -24,6 +24,7 @@ from tokenswift_py.engine import Engine, Step
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
+from tokenswift_py.generation_defaults import not_honoured
 from tokenswift_py.journal import Journal, JournalError, Record, shared
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
@@ -39,12 +40,13 @@ from tokenswift_py.loading import (
 )
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.processors import check_processors, is_pure, name_of
 from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
 from tokenswift_py.rope import RopeTables, rope_bytes, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
-from tokenswift_py.stopping import Stops
-from tokenswift_py.text import Prompt, TextJoiner, prompt_tokens, special_ids, turn_tokens
+from tokenswift_py.stopping import ChapterText, Stops
+from tokenswift_py.text import Prompt, end_tokens, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
 
@@ -91,7 +93,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that passed every check and has not begun. draft_model: what the drafter of this name is made with."""
+    """A run that passed every check and has not begun.
+
+    draft_model: what the drafter of this name is made with.
+    stop_tokens: ids of the tokens that end the text as stop strings do.
+    """
 
     options: Options
     prompt: list[int]
@@ -100,12 +106,14 @@ class Run:
     context: int
     rope: RopeTables
     draft_model: Mapping[str, Any] = field(default_factory=dict)
+    stop_tokens: tuple[int, ...] = ()
 
     def parameters(self) -> dict[str, Any]:
         """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
         options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
         filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
+        filled["ban"] = list(self.sampling.ban if self.options.ban is None else self.options.ban)
         processors = [type(processor).__name__ for processor in self.options.logits_processors]
         bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
         positions = {
@@ -124,7 +132,7 @@ class TokenSwift:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
-        self.checkpoint = checkpoint
+        self.checkpoint = replace(checkpoint, eos=end_tokens(tokenizer, checkpoint.eos))
         self.tokenizer = tokenizer
         self.executor = executor
         self._draft: tuple[tuple[str, str], TokenSwift] | None = None  # the last one, and how it was asked for
@@ -179,6 +187,8 @@ class TokenSwift:
             check_memory(needed, where, f"the weights of {model} in {dtype}")
             executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic, ranks)
             tokenizer = checkpoint.tokenizer()
+        if ranks.leads and (left := not_honoured(checkpoint.folder)):
+            logger.warning("generation_config.json: these change nothing here: %s", left)
         there = Path(model).expanduser()
         origin = {
             "model": str(there.resolve()) if there.exists() and model != DEFAULT_MODEL else model,
@@ -234,7 +244,8 @@ class TokenSwift:
         journal:  the run's folder, or its journal opened.
         kv_snapshot: as for `stream`; one that is there is used in any case.
         extend:   write so many tokens more than were asked for, within the recorded context; of a finished run only.
-        settings: fields of `Options`, `logits_processors` foremost, which a journal names only. One that the text
+        settings: fields of `Options`, `logits_processors` foremost, which a journal names only: as they were when the
+                  run began, for each is called again for every token so far, unless it is pure. One that the text
                   depends on must be as recorded.
         Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
         """
@@ -272,6 +283,7 @@ class TokenSwift:
         """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
         recorded = {**EARLIER, **record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
         processors = settings.pop("logits_processors", ())
+        check_processors(processors)
         names = [type(processor).__name__ for processor in processors]
         contract.check_parameter("logits_processors", names, recorded["logits_processors"])
         for name, value in settings.items():
@@ -295,7 +307,7 @@ class TokenSwift:
         turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
         highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
         check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
-        sampling = options.sampling(checkpoint.defaults, tokenizer)
+        sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
         needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
         context = options.context or needed
         parts = f"prompt ({len(tokens)})" + (
@@ -318,7 +330,8 @@ class TokenSwift:
         rope = rope_tables(checkpoint.config, context, options.met_positions)
         if rope.note:
             logger.warning(rope.note)
-        return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
+        drafting = draft.as_draft(context, vocab) if draft else {}
+        return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
@@ -374,13 +387,22 @@ class TokenSwift:
         chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
         ends = () if options.ignore_eos else eos
         decode = partial(self.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+        late, processors = (*eos, *run.stop_tokens), options.logits_processors
+        sampler = self.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
         return Engine(
             self.executor.model(run.rope),
             chosen,
-            self.executor.sampler(
-                run.sampling, vocab, eos, first_end, options.logits_processors, options.min_chapter_tokens
+            sampler,
+            Stops(
+                options.max_new_tokens,
+                ends,
+                options.stop,
+                decode,
+                special,
+                options.on_loop,
+                run.stop_tokens,
+                sampler.may_end_from,
             ),
-            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -402,6 +424,9 @@ class TokenSwift:
         """
         run, mine = stream.run, stream.result()
         recorded, allowed = mine.stats.recorded_tokens, "a stream that wrote all of its text itself"
+        stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]
+        why = "not with processors that keep state, which stands at the text's end by now"
+        check(not stateful, "baseline", stateful, why)
         check(recorded == 0, "baseline", f"a run resumed behind {recorded} tokens", allowed)
         cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
         if cache is None:
@@ -507,7 +532,7 @@ class Stream:
     def _restore(self, progress: Callable[[int], None]) -> None:
         """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
         engine, stop = self.engine, len(self.engine.history) - 2
-        if self.journal is not None and engine.eviction is None:
+        if self.journal is not None and engine.eviction is None and not engine.sampler.stateful:
             folder = self.journal.record.path.parent
             tokens = engine.history.tokens
             snapshot.load(folder, engine.cache, tokens, self.numerics, stop, progress, engine.ranks)
@@ -578,7 +603,9 @@ class Stream:
             self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
         assert self._joiner is not None
-        text += self._joiner.push(step.tokens)
+        by_token = step.ending == "stop" and step.tokens[-1] in self.run.stop_tokens
+        told = step.tokens[:-1] if by_token else step.tokens
+        text += self._joiner.push(told, stopped=step.ending == "stop" and not by_token)
         self._text.append(text)
         self.tokens.extend(step.tokens)
         if self.journal is not None:
@@ -601,8 +628,8 @@ class Stream:
         self._text.append(rest)
         return rest
 
-    def _new_joiner(self) -> TextJoiner | None:
-        return TextJoiner(self.swift.tokenizer, self.run.options.stop)
+    def _new_joiner(self) -> ChapterText | None:
+        return ChapterText(self.swift.tokenizer, self.run.options.stop)
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self.engine

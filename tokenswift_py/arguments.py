@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tokenswift_py.errors import UserError, shown
 
@@ -17,12 +18,54 @@ class Parser(argparse.ArgumentParser):
 
     stray = "--help lists what there is"
 
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.given: dict[str, Any] = {}
+        self.register("action", None, Once)
+        self.register("action", "store", Once)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = {}
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
             raise UserError(f"{message}; {self.stray}")
         flag, colon, rest = message.removeprefix("argument ").partition(": ")
-        name = flag.removeprefix("--").replace("-", "_") if colon and message.startswith("argument ") else None
+        name = (
+            flag.rpartition("/")[2].removeprefix("--").replace("-", "_")
+            if colon and message.startswith("argument ")
+            else None
+        )
         raise UserError(f"{name}: {rest}" if name else message)
+
+
+class Once(argparse.Action):
+    """Keeps a flag's value; another one for the same flag contradicts it."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        earlier = parser.given.setdefault(self.dest, values)
+        if earlier is not values and earlier != values:  # NaN, given once, is not equal to itself
+            raise argparse.ArgumentError(self, f"given twice, as {shown(earlier)} and as {shown(values)}")
+        setattr(namespace, self.dest, values)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, which end with a line feed, a carriage return or both; str.splitlines ends them at what else
+    Unicode has, too."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
+
+
+def unescaped(text: str) -> str:
+    r"""What \n, \r, \t, \\, \', \" and \xHH (a byte of ASCII) stand for; any other backslash is one."""
+
+    def meant(found: re.Match[str]) -> str:
+        return ESCAPES.get(found[1]) or chr(int(found[1][1:], 16))
+
+    return re.sub(r"""\\(x[0-7][0-9a-fA-F]|[nrt\\'"])""", meant, text)
 
 
 def whole(text: str) -> int:

@@ -196,14 +196,12 @@ class Pass:
         for row, position in zip(logits, at + 1 + np.flatnonzero(self.chosen[at + 1 : at + 1 + commit]), strict=True):
             self.seen.extend(self.tokens[len(self.seen) : position].tolist())
             self.found.checked += 1
-            choice, recorded = self.engine.sampler.choose(row, self.seen), int(self.tokens[position])
+            recorded = int(self.tokens[position])
+            choice, margin, slack = self.engine.sampler.judge(row, self.seen, recorded)
             if choice != recorded:
-                self.differ(Mismatch(int(position) - self.prompt, recorded, choice, *self.behind(row, recorded)))
+                self.differ(Mismatch(int(position) - self.prompt, recorded, choice, margin, slack))
             if self.found.mismatch is not None:
                 return
-
-    def behind(self, row: torch.Tensor, token: int) -> tuple[float, float]:
-        return self.engine.sampler.behind(row, self.seen, token)
 
     def differ(self, mismatch: Mismatch) -> None:
         if not self.found.proof and mismatch.slack <= self.found.rounding:

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenswift_py import __version__, audit, quality_command, train_heads
-from tokenswift_py.arguments import Parser, named_path, number, whole
+from tokenswift_py.arguments import Parser, lines_of, named_path, number, unescaped, whole
 from tokenswift_py.errors import UserError, check, check_new, files, shown
 from tokenswift_py.journal import Journal, JournalError, shared
 from tokenswift_py.options import Options, world_size
@@ -30,15 +30,18 @@ from tokenswift_py.options import Options, world_size
 if TYPE_CHECKING:
     from tokenswift_py.api import Stream, TokenSwift
 
+logger = logging.getLogger("tokenswift")
+
 INTERRUPTED = 130
 MOST_CHAPTERS = 10_000  # that are asked for by number
 MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
+BOM = "\ufeff"  # at the start of a file it says how the file is written, and is no text
 COMMANDS = {"audit": audit.main, "quality": quality_command.main, "train-heads": train_heads.main}
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", whole, "tokens to write at the most"),
-    "min_new_tokens": ("text", whole, "no end-of-sequence token before so many"),
-    "min_chapter_tokens": ("text", whole, "no end-of-sequence token before so many in each chapter"),
+    "min_new_tokens": ("text", whole, "nothing ends the text before so many"),
+    "min_chapter_tokens": ("text", whole, "nor a chapter before it has so many"),
     "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
     "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
     "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
@@ -55,7 +58,7 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),
     "min_p": ("sampling", number, "keep tokens this probable beside the best; 0 is off (default: the checkpoint's)"),
     "penalty": ("sampling", number, "contextual penalty; 1 is off (default: the checkpoint's)"),
-    "penalty_window": ("sampling", whole, "how many of the latest tokens it looks at"),
+    "penalty_window": ("sampling", whole, "of the latest tokens (default: 1024; with the checkpoint's penalty: all)"),
     "dry_multiplier": ("sampling", number, "DRY repetition penalty; 0 is off"),
     "dry_base": ("sampling", number, "its growth per repeated token"),
     "dry_length": ("sampling", whole, "longest repeat that goes unpunished"),
@@ -112,8 +115,16 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the prompt itself (default: standard input)")
     source.add_argument("--prompt-file", type=named_path, help="a UTF-8 file that holds the prompt")
+    text.add_argument(
+        "-e", "--escape", action="store_true",
+        help=r"read \n, \t, \r, \\, \" and \xHH in --prompt, --stop, --stop-token, --ban and --dry-breakers as escapes",
+    )  # fmt: skip
     text.add_argument("--chapters", metavar="FILE|N", help="follow-up requests: a line each, or N generic ones")
     text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    text.add_argument(
+        "--stop-token", dest="stop_tokens", action="append", default=[], metavar="TOKEN",
+        help="end before this token: its id, or its text (repeatable)",
+    )  # fmt: skip
     defaults = {f.name: f.default for f in fields(Options) if f.default is not MISSING}
     for name, (group, kind, explained) in OPTION_HELP.items():
         flag = f"--{name.replace('_', '-')}"
@@ -124,9 +135,19 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
             shown = "" if default is None else f" (default: {default})"
             groups[group].add_argument(flag, type=kind, default=default, help=explained + shown)
     sampling = groups["sampling"]
-    sampling.add_argument("--dry-breakers", nargs="*", metavar="TEXT", help="no repeat is counted across these")
-    sampling.add_argument("--ban", nargs="*", default=[], metavar="TOKEN", help="token ids or one-token texts")
-    sampling.add_argument("--logit-bias", nargs="*", default=[], metavar="ID=BIAS", help="added to a token's logit")
+    sampling.add_argument(
+        "--dry-breakers", nargs="*", action="extend", metavar="TEXT", help="no repeat is counted across these"
+    )
+    sampling.add_argument(
+        "--ban",
+        nargs="*",
+        action="extend",
+        metavar="TOKEN",
+        help="token ids or one-token texts (default: the checkpoint's)",
+    )
+    sampling.add_argument(
+        "--logit-bias", nargs="*", action="extend", default=[], metavar="ID=BIAS", help="added to a token's logit"
+    )
     output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
     output.add_argument(
         "resume" if resumes else "--resume", type=named_path, metavar="DIR", help="go on with the run in this folder"
@@ -504,15 +525,16 @@ def shared_journal(folder: Path) -> Journal:
 
 def read_prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        text = args.prompt
+        text = typed(args, args.prompt)
     elif args.prompt_file is not None:
         text = read_text(args.prompt_file, "prompt_file")
     else:
         if sys.stdin.isatty():
             print("tokenswift: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
         text = read_bytes(sys.stdin.buffer, "standard input")
+    text = str(text).removeprefix(BOM)
     check(bool(text), "prompt", text, "it must not be empty")
-    return str(text)
+    return text
 
 
 def read_text(path: Path, field: str) -> str:
@@ -532,12 +554,16 @@ def read_bytes(file: BinaryIO, field: str) -> str:
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Options` that the flags stand for."""
     options = {name: getattr(args, name) for name in OPTION_HELP}
-    options["stop"] = args.stop
+    options["stop"] = [typed(args, item) for item in args.stop]
+    options["stop_tokens"] = [token_or_text(typed(args, item)) for item in args.stop_tokens]
+    for item in args.stop:
+        if not args.escape and unescaped(item) != item:
+            logger.warning("stop: %s is taken as it is typed; with -e it is %s", shown(item), shown(unescaped(item)))
     options["chapters"] = read_chapters(args.chapters)
-    options["ban"] = [int(item) if item.isdecimal() and len(item) < 20 else item for item in args.ban]
-    options["logit_bias"] = dict(read_bias(item) for item in args.logit_bias)
+    options["ban"] = None if args.ban is None else [token_or_text(typed(args, item)) for item in args.ban]
+    options["logit_bias"] = read_biases(args.logit_bias)
     if args.dry_breakers is not None:
-        options["dry_breakers"] = args.dry_breakers
+        options["dry_breakers"] = [typed(args, item) for item in args.dry_breakers]
     return options
 
 
@@ -548,9 +574,28 @@ def read_chapters(value: str | None) -> list[str]:
         count = int(value) if len(value) < 20 else MOST_CHAPTERS + 1
         check(1 <= count <= MOST_CHAPTERS, "chapters", value, f"between 1 and {MOST_CHAPTERS}, or a file")
         return [f"Continue. Write part {part}." for part in range(2, count + 2)]
-    lines = [line.strip() for line in read_text(Path(value), "chapters").splitlines()]
+    lines = [line.strip(" \t") for line in lines_of(read_text(Path(value), "chapters").removeprefix(BOM))]
     check(any(lines), "chapters", value, "a file with a request on each line, or a number")
     return [line for line in lines if line]
+
+
+def token_or_text(item: str) -> int | str:
+    """A number is a token's id."""
+    return int(item) if item.isdecimal() and len(item) < 20 else item
+
+
+def typed(args: argparse.Namespace, text: str) -> str:
+    """A text of the command line, its escapes told apart with -e."""
+    return unescaped(text) if args.escape else text
+
+
+def read_biases(items: Sequence[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for token, bias in map(read_bias, items):
+        earlier = biases.setdefault(token, bias)
+        same = earlier == bias or bias != bias  # which is refused for itself
+        check(same, "logit_bias", f"{token}={bias}", f"it was given as {token}={earlier} before")
+    return biases
 
 
 def read_bias(item: str) -> tuple[int, float]:

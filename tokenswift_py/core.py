@@ -253,11 +253,15 @@ def is_finite(value: object) -> bool:
         return False
 
 
+GREEDY_BELOW = 1e-5  # a temperature that is lower is taken for 0, as vLLM takes it: scores divided by it stay finite
+MOST_BIAS = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How a row of logits becomes a token. Checked when made; a wrong value is a `UserError`.
 
-    temperature:       0 is greedy.
+    temperature:       0 is greedy, and so is anything below GREEDY_BELOW, which becomes 0.
     top_k:             keep the k largest logits, ties at the edge included; 0 is off.
     top_p:             keep the most probable tokens whose mass reaches top_p; 1 is off.
     min_p:             keep tokens at least min_p times as probable as the best; 0 is off.
@@ -267,7 +271,7 @@ class SamplingParams:
     dry_base, dry_length, dry_breakers: growth, longest match that goes unpunished, token ids no match crosses.
     seed, stream:      key and sample number of the position-keyed noise.
     ban:               token ids never written.
-    logit_bias:        token id -> added to its logit.
+    logit_bias:        token id -> added to its logit; no more than fp32 holds.
     """
 
     temperature: float = 0.0
@@ -305,7 +309,10 @@ class SamplingParams:
             for token in getattr(self, tokens):
                 check(is_whole(token), tokens, token, "token ids")
         for token, bias in self.logit_bias.items():
-            check(is_finite(bias), "logit_bias", {token: bias}, "finite numbers")
+            fine = is_finite(bias) and abs(bias) <= MOST_BIAS
+            check(fine, "logit_bias", {token: bias}, "finite numbers that fp32 can hold; ban excludes a token")
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as the report records them."""

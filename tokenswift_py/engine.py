@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
@@ -82,10 +82,12 @@ class Engine:
         self.history = History()
         self.eviction = eviction
         self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
-        self.context = Context(self.history, self.cache, model, sampler, draft_model or model, self.planner)
+        self.context = Context(self.history, self.cache, model, sampler.guessing(), draft_model or model, self.planner)
         self.trace = trace
         self.stats = GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
+        self._untold: set[int] = set()  # positions of replayed choices that processors were not called for yet
+        self._told = History()  # up to the latest of those they were called for
 
     def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
         """Write until something ends the text; every step's tokens are final when it is yielded.
@@ -130,6 +132,8 @@ class Engine:
                 place += 1
                 self.stats.recorded_tokens += 1
                 ending = self.stops(self.history)
+                if self.sampler.stateful:
+                    self._untold.add(len(self.history) - 1)
                 yield Step((tokens[place - 1],), forced, ending)
                 forced = ()
             if place == len(tokens):
@@ -147,7 +151,8 @@ class Engine:
                 raise ReplayError(place, "a turn without a token behind it")
 
     def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
-        """After a replay: compute the KV of everything but the pending token, and show the drafter the text.
+        """After a replay: compute the KV of everything but the pending token, and show the drafter the text. Processors
+        that keep state are called for each token that was chosen, in order, with the logits that chose it.
 
         progress: called with the number of rows of each pass.
         """
@@ -213,14 +218,28 @@ class Engine:
         """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the
         last."""
         progress = progress or (lambda rows: None)
+        chunk = min(self.prefill_chunk, SEEN_ROWS) if self._untold else self.prefill_chunk  # of these all logits
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
-            count = min(self.prefill_chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
-            self.commit_chunk(count, self.forward(self.chunk(count), [], seen=False))
+            count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
+            self.read(count, [], seen=False)
             progress(count)
-        output = self.forward(self.chunk(missing), [missing - 1])
-        self.commit_chunk(missing, output)
+        output = self.read(missing, [missing - 1])
         progress(missing)
         return output
+
+    def read(self, count: int, logit_rows: Sequence[int], seen: bool = True) -> Output:
+        """Commit the next `count` rows; their output, with the logits of `logit_rows`."""
+        at = self.cache.length
+        untold = [row for row in range(count) if at + row + 1 in self._untold] if self._untold else []
+        rows = sorted({*untold, *logit_rows})
+        output = self.forward(self.chunk(count), rows, seen)
+        for row, logits in zip(rows, output.logits, strict=True):
+            if row in untold:
+                self._told.extend(self.history.tokens[len(self._told) : at + row + 1].tolist())
+                self.sampler.process(logits, self._told)
+        self._untold -= {at + row + 1 for row in untold}
+        self.commit_chunk(count, output)
+        return replace(output, logits=output.logits[[rows.index(row) for row in logit_rows]])
 
     def chunk(self, count: int) -> Segment:
         """The next tokens of the history that the cache lacks."""

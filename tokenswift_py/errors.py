@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TextIO
 
 SHOWN = 200  # characters of a wrong value, of which a prompt may be one
@@ -23,8 +23,15 @@ def check(condition: bool, field: str, value: object, allowed: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A value as messages have it: of a long one its beginning."""
-    text = repr(value)
+    """A value as messages have it, which is as it was typed: a path and a number of numpy's as a text and a number are;
+    of a long one its beginning."""
+    if isinstance(value, PurePath):
+        value = str(value)
+    item = getattr(value, "item", None)
+    try:
+        text = repr(item() if callable(item) and getattr(value, "shape", None) == () else value)
+    except ValueError:  # Python writes no number of more than a few thousand digits
+        text = f"this {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
@@ -45,6 +52,10 @@ def need_extra(field: str, value: str, package: str) -> None:
     except ImportError as error:
         allowed = f"it needs {package}: pip install 'tokenswift-py[{value}]'"
         raise UserError(f"{field}: {value!r} is not allowed; {allowed} ({' '.join(str(error).split())})") from error
+
+
+class NumericsError(RuntimeError):
+    """Logits or scores that nobody can choose from."""
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from safetensors import safe_open
 
 from tokenswift_py.core import is_whole
 from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
+from tokenswift_py.generation_defaults import generation_defaults
 from tokenswift_py.gguf_config import check_metadata, write_ends
 from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.gguf_tensors import GgufTensors
@@ -248,23 +249,6 @@ def weight_files(folder: Path) -> list[Path]:
             there = file.is_file()
         check(there, "model", file.name, "the index names it, so it must be there")
     return found
-
-
-def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Sampling parameters and EOS ids from generation_config.json, the config filling in for the latter."""
-    path = folder / "generation_config.json"
-    values: dict[str, Any] = {}
-    if path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-    eos = values.get("eos_token_id", getattr(config, "eos_token_id", None))
-    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-    if not values.get("do_sample", False):
-        return {}, ids
-    names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
-    defaults = {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) is not None}
-    if values.get("repetition_penalty") is not None:
-        defaults["penalty"] = values["repetition_penalty"]
-    return {"temperature": 1.0, **defaults}, ids
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
 from tokenswift_py.positions import Positions
+from tokenswift_py.processors import check_processors
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 DRAFT_WEIGHT_USERS = (*SELF_DRAFTERS, "heads")  # those that multiply with the model's draft weights
 ON_LOOP = ("warn", "stop", "ignore")
-CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty")  # what a checkpoint may have a say in
+CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
 
@@ -32,10 +33,12 @@ PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in (
 class Options:
     """Parameters of one run. None means the checkpoint's own default; every wrong value is a `UserError`.
 
-    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted.
-    min_chapter_tokens: no EOS before a chapter has so many; a small model in a long talk answers in ever fewer words.
+    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted. Before the least there is no EOS
+                   and no stop token, and a stop string ends nothing.
+    min_chapter_tokens: the same for each chapter; a small model in a long talk answers in ever fewer words.
     ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
-    stop:          strings that end the text; they are not part of it.
+    stop:          strings that end the text; they are not part of it. One that is a special token is found by its id.
+    stop_tokens:   token ids, or texts that are one token, which end the text so too.
     on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
     chapters:      requests put to the model when it ends its answer, one after the other.
     raw:           the prompt is the beginning of the text itself, not a user message.
@@ -58,8 +61,11 @@ class Options:
     kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
                    are evicted (None is recent). None keeps every token.
     logprobs:      return the model's own log-probability of each new token.
-    logits_processors: Hugging Face LogitsProcessors, applied after the penalties.
+    logits_processors: Hugging Face LogitsProcessors, applied after the penalties, each called once for every token that
+                   is written, in order. Drafters guess without them, but for transformers' own that keep no state and
+                   those with an attribute `pure = True`.
     seed:          None draws one, which the report records.
+    penalty_window: None is 1024, and the whole text where the penalty is the checkpoint's: repetition_penalty.
     The others are those of `SamplingParams`; dry_breakers are strings here, `ban` token ids or strings.
     """
 
@@ -68,6 +74,7 @@ class Options:
     min_chapter_tokens: int = 0
     ignore_eos: bool = False
     stop: Sequence[str] = ()
+    stop_tokens: Sequence[int | str] = ()
     on_loop: str = "warn"
     chapters: Sequence[str] = ()
     raw: bool = False
@@ -93,12 +100,12 @@ class Options:
     top_p: float | None = None
     min_p: float | None = None
     penalty: float | None = None
-    penalty_window: int = 1024
+    penalty_window: int | None = None
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_length: int = 2
     dry_breakers: Sequence[str] = ("\n", ":", '"', "*")
-    ban: Sequence[int | str] = ()
+    ban: Sequence[int | str] | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stream: int = 0
@@ -109,7 +116,9 @@ class Options:
         for name in (*whole_numbers, *extent, "kv_budget"):
             value = getattr(self, name)
             optional = name in ("draft_tokens", "draft_budget", *extent, "kv_budget") and value is None
-            check(optional or is_whole(value), name, value, "a whole number")
+            check(optional or (is_whole(value) and abs(value) < 2**63), name, value, "a whole number below 2^63")
+        for name in ("ignore_eos", "raw", "logprobs"):
+            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
@@ -131,6 +140,7 @@ class Options:
             self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"
         )
         check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
+        check_processors(self.logits_processors)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
         heads, wanted = self.draft_heads, "an existing file or folder, or auto"
@@ -140,7 +150,7 @@ class Options:
         model = self.draft_model
         wanted = "a folder, a .gguf file or a hub id of a smaller model"
         check(model is None or (isinstance(model, str) and model != ""), "draft_model", model, wanted)
-        check(self.trace is None or bool(self.trace), "trace", self.trace, "a file")
+        check(self.trace is None or (isinstance(self.trace, str) and self.trace != ""), "trace", self.trace, "a file")
         check(self.drafter != "draft_model" or model is not None, "draft_model", model, f"name {wanted}")
         check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
         for name in ("stop", "chapters", "dry_breakers"):
@@ -149,10 +159,8 @@ class Options:
             check(fine, name, strings, "a list of texts, none of them empty")
             for string in strings:
                 check_text(name, string)
-        fine = isinstance(self.ban, (list, tuple)) and all(isinstance(item, (int, str)) for item in self.ban)
-        check(fine, "ban", self.ban, "a list of token ids and one-token texts")
-        for item in self.ban:
-            check_text("ban", str(item))
+        check_tokens("stop_tokens", self.stop_tokens)
+        check_tokens("ban", () if self.ban is None else self.ban)
         check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
         drafters = ["auto", *registry.names("tokenswift_py.drafters")]
         check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
@@ -176,12 +184,26 @@ class Options:
     def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
         """Sampling parameters: what was asked for, else the checkpoint's defaults, else plain greedy."""
         breakers = sorted(tokens_containing(tokenizer, self.dry_breakers)) if self.dry_multiplier > 0 else []
-        own = {
-            "seed": secrets.randbits(63),
-            "dry_breakers": tuple(breakers),
-            "ban": tuple(token for item in self.ban for token in banned(tokenizer, item)),
-        }
+        own: dict[str, Any] = {"seed": secrets.randbits(63), "dry_breakers": tuple(breakers)}
+        if self.ban is not None:
+            own["ban"] = tuple(token_of(tokenizer, item, "ban") for item in self.ban)
+        if self.penalty is not None:  # with a window of its own
+            own["penalty_window"] = SamplingParams.penalty_window
         return SamplingParams(**{**defaults, **own, **self._plain_sampling()})
+
+    def stop_ids(self, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+        """The tokens that end the text: `stop_tokens`, and stop strings that are a special token, which decodes to
+        nothing. Raises UserError for ids the model does not have, and for strings that hold such a token and more."""
+        ids = [token_of(tokenizer, item, "stop_tokens") for item in self.stop_tokens]
+        special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        for string in self.stop:
+            inside = next((text for text in special if text and text in string), None)
+            allowed = f"the special token {inside!r} in it is no text: give it alone"
+            check(inside is None or string in special, "stop", string, allowed)
+            ids += [special[string]] if string in special else []
+        for token in ids:
+            check(0 <= token < vocab_size, "stop_tokens", token, f"token ids are 0 to {vocab_size - 1}")
+        return tuple(ids)
 
     def _plain_sampling(self) -> dict[str, Any]:
         """What was asked for of the parameters that need no tokenizer."""
@@ -231,10 +253,18 @@ def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     return found | set(tokenizer.all_special_ids)
 
 
-def banned(tokenizer: Any, item: int | str) -> list[int]:
+def check_tokens(field: str, items: Any) -> None:
+    """Raise UserError for what is no list of token ids and texts."""
+    fine = isinstance(items, (list, tuple)) and all(is_whole(item) or isinstance(item, str) for item in items)
+    check(fine, field, items, "a list of token ids and one-token texts")
+    for item in items:
+        check_text(field, str(item))
+
+
+def token_of(tokenizer: Any, item: int | str, field: str) -> int:
     """A token id as it is; a string must be one token."""
     if isinstance(item, int):
-        return [item]
+        return item
     tokens = token_ids(tokenizer, item)
-    check(len(tokens) == 1, "ban", item, f"token ids, or texts that are one token (this is {len(tokens)})")
-    return tokens
+    check(len(tokens) == 1, field, item, f"token ids, or texts that are one token (this is {len(tokens)})")
+    return tokens[0]

@@ -2,10 +2,23 @@
 
 The same rule chooses tokens of plain decoding, verified tokens and a draft's own guesses, so the output depends on
 the logits, the parameters and the seed, never on the drafter or the shape of a tree.
+
+This class is the reference, `NativeSampler` and `TritonSampler` choose the same tokens. What all three keep to:
+ 1. Every number is a double, each operation rounded once; a logit of fewer bits is converted first, and one below the
+    smallest normal number counts as what it is.
+ 2. A logit of -inf excludes its token. A row with a NaN or +inf in it, or of -inf alone, is a `NumericsError`, whatever
+    is banned; so is a row of which bans or processors leave nothing.
+ 3. Penalty, DRY, bias, bans, then processors, in this order. -0 is 0: multiplied by a penalty, as what is not positive.
+ 4. A temperature below 1e-5 is greedy (`core.GREEDY_BELOW`, where parameters are made): the largest processed logit.
+ 5. Else processed logits are divided by the temperature, and top-k, top-p and min-p, in this order, each set a floor,
+    under which tokens are out. A token whose quotient equals the floor stays, so that ties stay or go together: top-k
+    keeps more than k where several are equal to the k-th.
+ 6. Noise is added to what stays, and the largest sum wins. -0 and 0 are equal; of equals the lowest id wins.
 """
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,18 +29,16 @@ import torch
 
 from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, SamplingParams
+from tokenswift_py.errors import NumericsError as NumericsError
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
 from tokenswift_py.penalties import contextual_penalty, dry_penalty, dry_powers
+from tokenswift_py.processors import LARGEST, apply_processors, is_pure
 
 Doubles = npt.NDArray[np.float64]
 
 MASS_BITS = 40  # probabilities relative to the best are summed as integers of this many bits
 NEGLIGIBLE = -28.0  # e^-28 < 2^-40: such a token has no mass
-
-
-class NumericsError(RuntimeError):
-    """The model produced logits nobody can choose from."""
 
 
 class Sampler:
@@ -36,7 +47,7 @@ class Sampler:
     eos, first_end: the ids in `eos` are not written before absolute position `first_end` (min_new_tokens).
     chapter_tokens: nor before a chapter has so many.
     processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
-                    penalties and before the temperature. They must be functions of their arguments alone.
+                    penalties and before the temperature: once for each token of the text, in its order (processors.py).
     """
 
     def __init__(
@@ -68,6 +79,20 @@ class Sampler:
         self._breakers = np.array(params.dry_breakers, np.int32)
         self._log_min_p = float(noise.log(params.min_p)) if params.min_p > 0 else -np.inf
 
+    @property
+    def stateful(self) -> bool:
+        """Whether a processor may depend on what it was called with before."""
+        return not all(is_pure(processor) for processor in self.processors)
+
+    def guessing(self) -> Sampler:
+        """What drafters guess with: this sampler, but for the processors that may only be called for the text's own
+        tokens. Chapters that begin here begin there."""
+        if not self.stateful:
+            return self
+        guesser = copy.copy(self)
+        guesser.processors = tuple(processor for processor in self.processors if is_pure(processor))
+        return guesser
+
     def begin_chapter(self, position: int) -> None:
         """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
         self._chapters.append(position)
@@ -95,19 +120,22 @@ class Sampler:
 
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
         """As `rank`, each token with its perturbed score (greedy: with its processed logit)."""
-        scores = self.process(logits, history)
+        return self.ranked_scores(self.process(logits, history), len(history), count)
+
+    def ranked_scores(self, scores: Doubles, position: int, count: int) -> list[tuple[int, float]]:
+        """As `ranked`, of processed logits: [vocab_size]."""
         if self.params.temperature == 0:
             return best(scores, np.arange(len(scores)), min(count, int((scores > -np.inf).sum()) if count > 1 else 1))
-        scores = scores / self.params.temperature
+        scores = self.divided(scores)
         tokens = self.candidates(scores, count)
-        perturbed = scores[tokens] + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)
+        perturbed = scores[tokens] + noise.gumbel(self.params.seed, position, tokens, self.params.stream)
         return best(perturbed, tokens, count)
 
     def process(self, logits: torch.Tensor, history: History) -> Doubles:
         """[vocab_size] logits after penalties, bias, bans and processors, in double."""
         params = self.params
         scores = logits.detach().to("cpu", torch.float64, copy=True).numpy()
-        if not np.isfinite(scores.max()):
+        if not -np.inf < scores.max() <= LARGEST:
             raise NumericsError(f"the model's logits for position {len(history)} are not finite")
         if params.penalty != 1:
             contextual_penalty(scores, history.tokens, params.penalty, params.penalty_window)
@@ -117,12 +145,14 @@ class Sampler:
         scores[self._ban] = -np.inf
         if len(history) < self.may_end_from(len(history)):
             scores[self._eos] = -np.inf
-        for processor in self.processors:
-            ids = torch.from_numpy(history.tokens.astype(np.int64))[None]
-            scores = processor(ids, torch.from_numpy(scores)[None])[0].to(torch.float64).numpy()
-        if not np.isfinite(scores.max()):
+        if scores.max() == -np.inf:
             raise NumericsError(f"no token is left to choose from at position {len(history)}")
-        return np.asarray(scores)
+        return apply_processors(self.processors, history.tokens, scores)
+
+    def divided(self, scores: Doubles) -> Doubles:
+        """Scores / T. A processor's lowest number of all, divided, is -inf."""
+        with np.errstate(over="ignore"):
+            return np.asarray(scores / self.params.temperature)
 
     def floor(self, scores: Doubles) -> float:
         """The least score that survives top-k, top-p and min-p. scores: [vocab_size], divided by the temperature."""
@@ -135,6 +165,14 @@ class Sampler:
             floor = max(floor, nucleus_floor(massive, params.top_p))
         return float(max(floor, top + self._log_min_p))
 
+    def judge(self, logits: torch.Tensor, history: History, token: int) -> tuple[int, float, float]:
+        """The choice, and how far `token` is behind it (see `behind`). Processors are called once."""
+        if not self.processors:
+            choice = self.choose(logits, history)
+            return (choice, 0.0, 0.0) if choice == token else (choice, *self.behind(logits, history, token))
+        scores = self.process(logits, history)
+        return self.ranked_scores(scores, len(history), 1)[0][0], *self.trailing(scores, len(history), token)
+
     def behind(self, logits: torch.Tensor, history: History, token: int) -> tuple[float, float]:
         """How far `token` is from being the choice: its margin and its slack, both 0 for the choice itself.
 
@@ -143,13 +181,16 @@ class Sampler:
                 token over the floor of top-k, top-p and min-p, and every other token of a better perturbed score below
                 either that floor or the token. The floor itself is taken as it is.
         """
-        scores = self.process(logits, history)
+        return self.trailing(self.process(logits, history), len(history), token)
+
+    def trailing(self, scores: Doubles, position: int, token: int) -> tuple[float, float]:
+        """As `behind`, of processed logits: [vocab_size]."""
         perturbed, floor = scores, -np.inf
         if self.params.temperature > 0:
-            scores = scores / self.params.temperature
+            scores = self.divided(scores)
             floor = self.floor(scores)
             tokens = np.arange(len(scores))
-            perturbed = scores + noise.gumbel(self.params.seed, len(history), tokens, self.params.stream)
+            perturbed = scores + noise.gumbel(self.params.seed, position, tokens, self.params.stream)
         allowed = scores >= max(floor, np.finfo(np.float64).min)
         lead = perturbed[allowed] - perturbed[token]
         slack = np.minimum(lead, scores[allowed] - floor).max()

@@ -8,16 +8,21 @@ from collections.abc import Callable, Collection, Sequence
 
 from tokenswift_py.history import History
 from tokenswift_py.stats import Loop, LoopDetector
+from tokenswift_py.text import BAD, TextJoiner
 
 logger = logging.getLogger("tokenswift")
 
 
 class Stops:
-    """End-of-sequence tokens, stop strings, loops and the number of new tokens.
+    """End-of-sequence tokens, stop tokens and strings, loops and the number of new tokens.
 
     decode:  token ids -> text, needed for stop strings only.
     special: ids that decode to nothing.
     on_loop: what to do where the text begins to repeat itself: warn (a line to the log), stop or ignore.
+    tokens:  ids that end the text as a stop string does.
+    may_end_from: the first position that may end what a given position lies in (`Sampler.may_end_from`, which bans EOS
+             and stop tokens before it). A stop string that a token before it completes is text, as vLLM's min_tokens
+             has it.
 
     Called with a history, once for each new token, it returns "eos", "stop", "loop", "length" or None. Forced tokens
     do not count as new, and no stop string begins in them. Loops are looked for in the new tokens alone, joined across
@@ -32,6 +37,8 @@ class Stops:
         decode: Callable[[Sequence[int]], str] | None = None,
         special: Collection[int] = (),
         on_loop: str = "ignore",
+        tokens: Collection[int] = (),
+        may_end_from: Callable[[int], int] = lambda position: 0,
     ):
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
@@ -39,6 +46,9 @@ class Stops:
         self.loops = LoopDetector()
         self._on_loop = on_loop
         self._eos = frozenset(eos)
+        self._tokens = frozenset(tokens)
+        self._may_end_from = may_end_from
+        self._passed = False  # whether a stop string that ended nothing may stand in the latest tokens
         self._strings = tuple(strings)
         self._decode = decode
         self._special = frozenset(special)
@@ -49,30 +59,63 @@ class Stops:
     def begin_chapter(self) -> None:
         """What was written so far is over, or was forced: no stop string begins in it."""
         self._recent.clear()
+        self._passed = False
 
     def __call__(self, history: History) -> str | None:
         self.tokens_left -= 1
-        loop = self.loops.push(history[-1])
+        token = history[-1]
+        loop = self.loops.push(token)
         if loop and self._on_loop == "warn":
             logger.warning(loop_note(loop))
-        if history[-1] in self._eos:
+        if token in self._eos:
             return "eos"
-        if self._stopped_by(history[-1]):
+        if token in self._tokens or self._stopped_by(token, len(history) - 1):
             return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"
         return "length" if self.tokens_left <= 0 else None
 
-    def _stopped_by(self, token: int) -> bool:
-        """Whether a stop string ends in this token. One without a text ends none."""
+    def _stopped_by(self, token: int, position: int) -> bool:
+        """Whether a stop string ends in this token, and may. One without a text ends none."""
         if self._decode is None or not self._strings or token in self._special:
             return False
         self._recent.append(token)
         recent = list(self._recent)
         # The latest tokens may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole
         # characters behind it as bad bytes; a character has four at most.
-        texts = (self._decode(recent[first:]) for first in range(min(BYTES, len(recent))))
-        return any(string in text for text in texts for string in self._strings)
+        found = any(self._completed(recent[first:]) for first in range(min(BYTES, len(recent))))
+        early = found and position < self._may_end_from(position)
+        self._passed |= early
+        return found and not early
+
+    def _completed(self, tokens: list[int]) -> bool:
+        """Whether a stop string stands in the tokens' text and, where one may have been passed over, did not without
+        the last of them."""
+        assert self._decode is not None
+        text = self._decode(tokens)
+        known = len(self._decode(tokens[:-1]).rstrip(BAD)) if self._passed else 0
+        return any(text.rfind(string) + len(string) > known for string in self._strings if string in text)
+
+
+class ChapterText(TextJoiner):
+    """As `TextJoiner`, but the text is cut before a stop string only where it ended by one (`stopped`): one that came
+    before the text might end is text."""
+
+    def push(self, tokens: Sequence[int], stopped: bool = False) -> str:
+        """stopped: the last token completed the stop string that ended the text."""
+        if stopped:
+            return self.push(tokens[:-1]) + super().push(tokens[-1:])
+        return super().push(tokens) + self._passed_over()
+
+    def _passed_over(self) -> str:
+        """What is certain behind the beginning of the last whole stop string that is held back."""
+        begins = [self._held.rfind(stop) for stop in self._stops if stop in self._held]
+        if not begins:
+            return ""
+        text, self._held = self._held[: max(begins) + 1], self._held[max(begins) + 1 :]
+        certain = self._certain()
+        text, self._held = text + self._held[:certain], self._held[certain:]
+        return text
 
 
 BYTES = 4  # of a character, at most

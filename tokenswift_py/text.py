@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
-from tokenswift_py.errors import check, check_text, one_line
+from tokenswift_py.errors import UserError, check, check_text, one_line
+
+logger = logging.getLogger("tokenswift")
 
 Message = dict[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -15,6 +19,7 @@ BAD = "\ufffd"  # what decoding has for invalid UTF-8, and for a character that 
 # More than a character that is not whole can be: a byte-fallback vocabulary has one for each of its bytes, at most 3,
 # and for each of the whole character's before it, which it decodes together.
 HOPELESS = 8 * BAD
+ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
 
@@ -31,7 +36,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
         return tokens
     if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
         check_text("prompt", prompt)
-        return token_ids(tokenizer, prompt, special=True)
+        return raw_tokens(tokenizer, prompt)
     fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
     check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
@@ -39,6 +44,16 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
     text = templated(tokenizer, messages)
     check_text("prompt", text)
     return token_ids(tokenizer, text)
+
+
+def raw_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the beginning of a text, with what the tokenizer puts around one: but no second BOS before one that
+    the text begins with, for no model has seen two."""
+    tokens, bos = token_ids(tokenizer, prompt, special=True), tokenizer.bos_token_id
+    if bos is None or tokens[:2] != [bos, bos] or token_ids(tokenizer, prompt)[:2] == [bos, bos]:
+        return tokens
+    logger.warning("prompt: it begins with %s, so the tokenizer's own is left out", tokenizer.bos_token)
+    return tokens[1:]
 
 
 def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -> list[int]:
@@ -49,12 +64,23 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -
     """
     if raw or not tokenizer.chat_template:
         return token_ids(tokenizer, f"\n\n{request}\n\n")
-    roles = ("user", "assistant", "user")
-    messages = [{"role": role, "content": text} for role, text in zip(roles, ("", ANSWER, request), strict=True)]
+    messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("", ANSWER, request), strict=True)]
     text = templated(tokenizer, messages)
     check(ANSWER in text, "chapters", request, "this model's chat template drops earlier answers")
     tokens = token_ids(tokenizer, text.split(ANSWER, 1)[1])
     return tokens[1:] if tokens and tokens[0] in eos else tokens
+
+
+def end_tokens(tokenizer: Any, eos: Collection[int]) -> tuple[int, ...]:
+    """Every token that ends a text: the checkpoint's own, the tokenizer's, and the special token that the chat template
+    puts behind an answer, whether or not the checkpoint names it."""
+    ends = [*eos, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
+    if tokenizer.chat_template:
+        messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("x", ANSWER, "x"), strict=True)]
+        with suppress(UserError):  # a template that takes no such talk is told of where one is asked for
+            behind = token_ids(tokenizer, templated(tokenizer, messages).partition(ANSWER)[2].lstrip())
+            ends += [token for token in behind[:1] if token in special_ids(tokenizer) - {tokenizer.bos_token_id}]
+    return tuple(dict.fromkeys(ends))
 
 
 def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py import __version__
-from tokenswift_py.arguments import Parser, named_path, number, whole
+from tokenswift_py.arguments import Parser, lines_of, named_path, number, whole
 from tokenswift_py.errors import check, files
 from tokenswift_py.options import world_size
 
@@ -157,8 +157,8 @@ def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[
             for subjects in (listed["subjects"][:-held], listed["subjects"][-held:])
         )
     with files("prompts", path, "a readable UTF-8 file is"):
-        text = path.read_text(encoding="utf-8")
-    lines = [(line.strip(), False) for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+    lines = [(line.strip(), False) for line in lines_of(text) if line.strip()]
     check(len(lines) >= 2, "prompts", str(path), "a file with at least two lines")
     held = max(1, len(lines) // 10)
     return lines[:-held], lines[-held:]

@@ -1,0 +1,96 @@
+"""What generation_config.json asks for: honoured as transformers honours it, or told in one line; nothing is dropped
+without a word.
+
+Source: transformers' GenerationConfig and the processors that `generate` makes of it. A field that is missing or null
+has transformers' default. What `generate` is always told here by a parameter of its own, as max_new_tokens, or what
+cannot change a text, as use_cache, is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenswift_py.core import is_finite
+from tokenswift_py.errors import check, shown
+
+NAME = "generation_config.json"
+WHOLE_TEXT = 2**31 - 1  # as penalty_window: transformers' repetition penalty looks at the prompt and all of the text
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults, with do_sample
+PENALTY = "repetition_penalty"
+
+READ = ("do_sample", PENALTY, "suppress_tokens", "bad_words_ids", "eos_token_id")
+# Values that leave the text as it is; false, null and empty ones do so of any field.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "no_repeat_ngram_size": (0,),
+    "min_length": (0,), "min_new_tokens": (0,), "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0.0,),
+    "guidance_scale": (1.0,), "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,),
+    "num_return_sequences": (1,), **{name: (value,) for name, value in SAMPLING.items()}, "top_k": (0, 50),
+}  # fmt: skip
+# What a parameter of ours says in any case, what is of beams alone, and what changes the speed and not the text.
+UNREAD = frozenset(
+    (
+        "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "decoder_start_token_id", "length_penalty",
+        "early_stopping", "renormalize_logits", "transformers_version", "use_cache", "use_mtp", "cache_implementation",
+        "cache_config", "max_cache_len", "return_legacy_cache", "output_attentions", "output_hidden_states",
+        "output_scores", "output_logits", "return_dict_in_generate", "compile_config", "disable_compile",
+        "continuous_batching_config", "low_memory", "prefill_chunk_size", "is_assistant", "num_assistant_tokens",
+        "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prompt_lookup_num_tokens",
+        "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+        "assistant_ensemble_weight", "speculation_type",
+    )
+)  # fmt: skip
+
+
+def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Sampling parameters, under our names, and EOS ids of generation_config.json, the config filling in for the
+    latter."""
+    values = read(folder)
+    eos = values.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    return sampling_defaults(values, ids, int(getattr(config, "vocab_size", 0))), ids
+
+
+def sampling_defaults(values: Mapping[str, Any], eos: tuple[int, ...], vocab: int) -> dict[str, Any]:
+    """The parameters that differ from plain greedy decoding."""
+    defaults: dict[str, Any] = {}
+    if values.get("do_sample"):
+        asked = {name: values[name] for name in SAMPLING if values.get(name) is not None}
+        defaults |= {"temperature": SAMPLING["temperature"], "top_k": SAMPLING["top_k"], **asked}
+    if is_honoured_penalty(values.get(PENALTY)):
+        defaults |= {"penalty": values[PENALTY], "penalty_window": WHOLE_TEXT}
+    words = [word[0] for word in values.get("bad_words_ids") or () if len(word) == 1 and word[0] not in eos]
+    ban = {token for token in (*(values.get("suppress_tokens") or ()), *words) if 0 <= token < vocab}
+    return {**defaults, "ban": tuple(sorted(ban))} if ban else defaults
+
+
+def is_honoured_penalty(value: Any) -> bool:
+    """One that punishes; 1 is off, and a reward for repetition is none that is offered here."""
+    return bool(is_finite(value) and 1 < value <= 100)
+
+
+def not_honoured(folder: Path) -> str:
+    """The fields of generation_config.json that would change the text and do not, as `name value, name value`."""
+    values = {name: value for name, value in read(folder).items() if value}
+    if values.get("do_sample"):
+        values = {name: value for name, value in values.items() if name not in SAMPLING}
+    words = [word for word in values.pop("bad_words_ids", ()) if len(word) > 1]
+    penalty = values.get(PENALTY, 1)
+    left = {"bad_words_ids": words} if words else {}
+    left |= {PENALTY: penalty} if penalty != 1 and not is_honoured_penalty(penalty) else {}
+    known = (*READ, *UNREAD)
+    left |= {
+        name: value
+        for name, value in values.items()
+        if name not in known and not name.startswith("_") and value not in NEUTRAL.get(name, ())
+    }
+    return ", ".join(f"{name} {shown(value)}" for name, value in left.items())
+
+
+def read(folder: Path) -> dict[str, Any]:
+    path = folder / NAME
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check(isinstance(values, dict), NAME, values, "names with their values")
+    return dict(values)
