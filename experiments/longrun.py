@@ -93,7 +93,7 @@ def keep(run: Path, folder: Path, figures: Record) -> None:
     for name in ("report.json", "longrun.json"):
         shutil.copyfile(run / name, folder / name)
     text = (run / "text.txt").read_text(encoding="utf-8")
-    places = [i * max(0, len(text) - EXCERPT) // (EXCERPTS - 1) for i in range(EXCERPTS)]
+    places = [i * len(text) // EXCERPTS for i in range(EXCERPTS)]
     marks = [f"[... from character {place} of {len(text)} on]\n" if place else "" for place in places]
     parts = [mark + text[place : place + EXCERPT] for mark, place in zip(marks, places, strict=True)]
     (folder / "sample.txt").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -210,9 +210,30 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
         **text_figures(chosen),
         **{key: round(value, 3) for key, value in quality.summary().items()},
         "window_perplexity": swift.window_perplexity(chosen).summary(),
+        "answers": len(told := answers(swift, stream)),
+        "answers_in_json": sum(map(is_object, told)),
         "guarantee": stream.guarantee,
         "numerics": stream.numerics,
     }
+
+
+def answers(swift: TokenSwift, stream: Stream) -> list[str]:
+    """What the model wrote to each request, the last answer that the end of the run cuts left out."""
+    starts = [0, *(stop for _, stop in stream.forced)]
+    stops = [start for start, _ in stream.forced]
+    return [
+        str(swift.tokenizer.decode(stream.tokens[start:stop], skip_special_tokens=True))
+        for start, stop in zip(starts, stops, strict=False)
+    ]
+
+
+def is_object(answer: str) -> bool:
+    """Whether an answer is one JSON object, in a code fence or not: what the workload `records` asks for."""
+    inside = answer.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
+    try:
+        return isinstance(json.loads(inside), dict)
+    except ValueError:
+        return False
 
 
 def nearby(spot: Record, marks: Sequence[Record]) -> float:
@@ -231,7 +252,7 @@ def same(tokens: Sequence[int], spot: Record) -> bool:
 
 MARK = 1000  # new tokens between marks
 NEARBY = 5000
-EXCERPTS, EXCERPT = 5, 1200  # of the text, and characters of each
+EXCERPTS, EXCERPT = 10, 1000  # one from each tenth of the text: characters, which are some ten lines
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 
 if __name__ == "__main__":

@@ -156,3 +156,18 @@ def test_a_long_run_that_could_not_draw_its_picture_does_not_begin(
     monkeypatch.setattr(sys, "argv", ["longrun.py", "--out", str(tmp_path / "run")])
     with pytest.raises(UserError, match=r"pip install 'tokenswift-py\[experiments\]'"):
         longrun.main()
+
+
+@pytest.mark.parametrize(
+    ("answer", "valid"),
+    [
+        ('{"name": "a lock", "gates": [1, 2]}', True),
+        ('\n```json\n{"name": "a lock"}\n```\n', True),
+        ('{"name": "a lock"} and more', False),
+        ('[{"name": "a lock"}]', False),
+        ('{"name": a lock}', False),
+        ("", False),
+    ],
+)
+def test_an_answer_is_one_json_object_or_not(answer: str, valid: bool) -> None:
+    assert longrun.is_object(answer) is valid
