@@ -32,7 +32,7 @@ NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tran
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file does not say
 # Tokens with these texts are markup, even where a file calls them normal ones: what llama.cpp takes for the end of a
 # text, and for parts of code to be filled in.
-MARKUP = frozenset(
+MARKUP_TEXTS = (
     "</s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> "
     "<fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> "
     "<|calls|> <|call|> <|code_middle|> <|code_prefix|> <|code_suffix|> <|end_of_text|> <|endoftext|> <|end|> "
@@ -40,8 +40,9 @@ MARKUP = frozenset(
     "<|flush|> <|ifm|im_end|> <|im_end|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|suffix|> "
     "<|tool_response> [EOS] [EOT] [PAD] [e~[ _<EOT> \u2581<MID> \u2581<PRE> \u2581<SUF> "
     "<\uff5cend\u2581of\u2581sentence\uff5c> <\uff5cfim\u2581begin\uff5c> <\uff5cfim\u2581end\uff5c> "
-    "<\uff5cfim\u2581hole\uff5c>".split()  # noqa: SIM905 - a line each would be a page
+    "<\uff5cfim\u2581hole\uff5c>"
 )
+MARKUP = frozenset(MARKUP_TEXTS.split())
 PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # behind the others of its markup spaces are dropped
 
 
