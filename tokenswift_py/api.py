@@ -313,6 +313,10 @@ class TokenSwift:
             logger.warning(rope.note)
         return Run(options, tokens, turns, sampling, context, rope, draft.as_draft(context, vocab) if draft else {})
 
+    def goes_on(self, options: Options) -> bool:
+        """Whether a prompt is the beginning of the text, which then goes on from it."""
+        return options.raw or not self.tokenizer.chat_template
+
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
         as policy quest reads them. dtype: None is the executor's."""
@@ -373,7 +377,7 @@ class TokenSwift:
             self.executor.sampler(
                 run.sampling, vocab, eos, first_end, options.logits_processors, options.min_chapter_tokens
             ),
-            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop),
+            Stops(options.max_new_tokens, ends, options.stop, decode, special, options.on_loop, self.goes_on(options)),
             run.turns,
             options.draft_tokens,
             want_logprobs=options.logprobs,
@@ -556,9 +560,9 @@ class Stream:
         if self.tokens and step.forced:
             forced = step.forced
             text = (self._joiner.finish() if self._joiner else "") + "\n\n"
-            self._joiner = self._new_joiner()
             self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
+            self._joiner = self._new_joiner()
         assert self._joiner is not None
         text += self._joiner.push(step.tokens)
         self._text.append(text)
@@ -584,7 +588,8 @@ class Stream:
         return rest
 
     def _new_joiner(self) -> TextJoiner | None:
-        return TextJoiner(self.swift.tokenizer, self.run.options.stop)
+        before = [*self.run.prompt, *self.tokens] if self.swift.goes_on(self.run.options) else ()
+        return TextJoiner(self.swift.tokenizer, self.run.options.stop, before)
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self.engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from tokenswift_py.history import History
 from tokenswift_py.stats import Loop, LoopDetector
@@ -18,6 +18,8 @@ class Stops:
     decode:  token ids -> text, needed for stop strings only.
     special: ids that decode to nothing.
     on_loop: what to do where the text begins to repeat itself: warn (a line to the log), stop or ignore.
+    goes_on: whether a text goes on from what stands before it, so that a space at its start is its own: a
+             SentencePiece vocabulary drops the one at the start of what it decodes.
 
     Called with a history, once for each new token, it returns "eos", "stop", "loop", "length" or None. Forced tokens
     do not count as new, and no stop string begins in them. Loops are looked for in the new tokens alone, joined across
@@ -32,12 +34,15 @@ class Stops:
         decode: Callable[[Sequence[int]], str] | None = None,
         special: Collection[int] = (),
         on_loop: str = "ignore",
+        goes_on: bool = False,
     ):
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
         self.tokens_left = max_new_tokens
         self.loops = LoopDetector()
         self._on_loop = on_loop
+        self._goes_on = goes_on
+        self._before: list[int] = []  # the token that the new text goes on from
         self._eos = frozenset(eos)
         self._strings = tuple(strings)
         self._decode = decode
@@ -57,22 +62,35 @@ class Stops:
             logger.warning(loop_note(loop))
         if history[-1] in self._eos:
             return "eos"
-        if self._stopped_by(history[-1]):
+        if self._stopped_by(history):
             return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"
         return "length" if self.tokens_left <= 0 else None
 
-    def _stopped_by(self, token: int) -> bool:
-        """Whether a stop string ends in this token. One without a text ends none."""
-        if self._decode is None or not self._strings or token in self._special:
+    def _stopped_by(self, history: History) -> bool:
+        """Whether a stop string ends in the latest token. One without a text ends none."""
+        if self._decode is None or not self._strings or history[-1] in self._special:
             return False
-        self._recent.append(token)
+        if not self._recent:
+            self._before = self._latest_text(history)
+        self._recent.append(history[-1])
+        return any(string in text for text in self._texts(self._decode) for string in self._strings)
+
+    def _texts(self, decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
+        """Of the latest tokens; those of a text's start also behind the token that it goes on from."""
         recent = list(self._recent)
         # The latest tokens may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole
         # characters behind it as bad bytes; a character has four at most.
-        texts = (self._decode(recent[first:]) for first in range(min(BYTES, len(recent))))
-        return any(string in text for text in texts for string in self._strings)
+        for first in range(min(BYTES, len(recent))):
+            yield decode(recent[first:])
+        if self._before and len(recent) < (self._recent.maxlen or 0):
+            yield decode(self._before + recent)[len(decode(self._before)) :]
+
+    def _latest_text(self, history: History) -> list[int]:
+        """The last token with a text before the latest one, if the text goes on from it."""
+        places = range(len(history) - 2, -1, -1) if self._goes_on else ()
+        return next(([history[place]] for place in places if history[place] not in self._special), [])
 
 
 BYTES = 4  # of a character, at most
