@@ -229,7 +229,7 @@ def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     if vocabulary.charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded(vocabulary.charsmap)})
     if vocabulary.one_space:
-        steps += [{"type": "Strip", "strip_left": True, "strip_right": True}, replace({"Regex": " +"}, " ")]
+        steps += [replace({"Regex": r"\A +| +\z"}, ""), replace({"Regex": " +"}, " ")]
     if prefix:
         steps.append({"type": "Prepend", "prepend": SPACE})
     return tokenizer_json(
