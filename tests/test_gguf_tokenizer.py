@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 import regex
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tokenswift_py import loading
+from conftest import tiny_config, tiny_model
+from tokenswift_py import TokenSwift, loading
 from tokenswift_py.errors import UserError
 from tokenswift_py.gguf_tokenizer import write_tokenizer
 from tokenswift_py.pretokenizers import PRE_TOKENIZERS
@@ -182,6 +184,27 @@ def test_sentencepieces_own_tokens_of_any_text(pairs: list[tuple[Any, Any]], tex
         ids = model.encode(text)
         assert ids_of(tokenizer, text) == ids
         assert tokenizer.decode(ids) == model.decode(ids)
+
+
+def test_a_raw_text_goes_on_from_its_prompt(tmp_path: Path) -> None:
+    """Prompt and text join as their tokens do, a space between them included, and a stop string may begin with it."""
+    tokenizer = tokenizer_of(tmp_path, SENTENCEPIECE)
+    kinds = SENTENCEPIECE["token_type"]
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "eos_token_id": 2, "bos_token_id": 1}
+    tiny_model(tiny_config("llama", **sizes), torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "tiny.gguf").unlink()
+    swift = TokenSwift.from_pretrained(str(tmp_path), dtype="fp32", engine="torch")
+    ban = [token for token, kind in enumerate(kinds) if kind != 1]  # bytes that are no characters decode to anything
+    settings: dict[str, Any] = {"raw": True, "max_new_tokens": 4, "temperature": 1.0, "ban": ban}
+    prompt, first = tokenizer("in 2024").input_ids, set()
+    for seed in range(12):
+        result = swift.generate("in 2024", seed=seed, **settings)
+        assert "in 2024" + result.text == tokenizer.decode([*prompt, *result.tokens], skip_special_tokens=True)
+        first.add(result.text[:1] == " ")
+        if result.text[:1] == " ":
+            stopped = swift.generate("in 2024", seed=seed, stop=[result.text[:2]], **settings)
+            assert (stopped.text, stopped.ending) == ("", "stop")
+    assert first == {True, False}
 
 
 def test_tokens_keep_their_ids_whatever_they_are_spelt_like(tmp_path: Path) -> None:
