@@ -126,6 +126,45 @@ def test_byte_fallback_vocabularies_join_exactly_too(text: str) -> None:
     assert "".join([*(joiner.push([token]) for token in tokens), joiner.finish()]) == text
 
 
+@given(st.text(" ab日本語👋é", min_size=1, max_size=12), st.text(" ab日本語👋é", max_size=12))
+@example("Once upon a", " time")
+@example("日本語", "b")
+def test_a_text_that_goes_on_from_its_prompt_keeps_its_first_space(prompt: str, text: str) -> None:
+    """Prompt and text join to what decoding both gives. Decoded alone, the text would lose the space."""
+    before, tokens = ids_of(prompt), ids_of(text)
+    joiner = TextJoiner(FALLBACK, before=[1, *before])
+    told = "".join([*(joiner.push([token]) for token in tokens), joiner.finish()])
+    assert FALLBACK.decode(before) + told == FALLBACK.decode(before + tokens)
+
+
+def test_a_character_that_the_prompt_began_is_told_whole() -> None:
+    first, *rest = [2 + byte for byte in "日".encode()]
+    joiner = TextJoiner(FALLBACK, before=[first])
+    assert [joiner.push([token]) for token in rest] == ["", "日"]
+
+
+def ids_of(text: str) -> list[int]:
+    return list(FALLBACK(text, add_special_tokens=False).input_ids)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_stop_string_is_found_at_the_very_start_of_a_text_as_it_is_told(goes_on: bool) -> None:
+    """ " a" begins with a space where the text goes on from another one, and without it where it stands alone."""
+    word, prompt = ids_of("a"), [1, *ids_of("b")]
+    stops = Stops(9, strings=[" a"], decode=FALLBACK.backend_tokenizer.decode, special=[0, 1], goes_on=goes_on)
+    joiner = TextJoiner(FALLBACK, [" a"], prompt if goes_on else ())
+    stops.begin_chapter()
+    history = History([*prompt, *word])
+    assert stops(history) == ("stop" if goes_on else None)
+    assert joiner.push(word) + joiner.finish() == ("" if goes_on else "a")
+
+
+def test_no_stop_string_begins_in_the_prompt_that_a_text_goes_on_from() -> None:
+    stops = Stops(9, strings=["ba", "b a"], decode=FALLBACK.backend_tokenizer.decode, goes_on=True)
+    stops.begin_chapter()
+    assert stops(History([*ids_of("b"), *ids_of("a")])) is None
+
+
 @given(st.lists(st.integers(0, len(FALLBACK) - 1), max_size=30))
 @example([2 + 0xE8, 260, 72, 223, 260, 257, 259, 262, 262])
 def test_invalid_bytes_never_break_off_a_run(tokens: list[int]) -> None:

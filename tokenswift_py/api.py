@@ -333,6 +333,10 @@ class TokenSwift:
         drafting = draft.as_draft(context, vocab) if draft else {}
         return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
 
+    def goes_on(self, options: Options) -> bool:
+        """Whether a prompt is the beginning of the text, which then goes on from it."""
+        return options.raw or not self.tokenizer.chat_template
+
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
         as policy quest reads them. dtype: None is the executor's."""
@@ -402,6 +406,7 @@ class TokenSwift:
                 options.on_loop,
                 run.stop_tokens,
                 sampler.may_end_from,
+                self.goes_on(options),
             ),
             run.turns,
             options.draft_tokens,
@@ -599,9 +604,9 @@ class Stream:
         if self.tokens and step.forced:
             forced = step.forced
             text = (self._joiner.finish() if self._joiner else "") + "\n\n"
-            self._joiner = self._new_joiner()
             self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
             self.tokens.extend(forced)
+            self._joiner = self._new_joiner()
         assert self._joiner is not None
         by_token = step.ending == "stop" and step.tokens[-1] in self.run.stop_tokens
         told = step.tokens[:-1] if by_token else step.tokens
@@ -629,7 +634,8 @@ class Stream:
         return rest
 
     def _new_joiner(self) -> ChapterText | None:
-        return ChapterText(self.swift.tokenizer, self.run.options.stop)
+        before = [*self.run.prompt, *self.tokens] if self.swift.goes_on(self.run.options) else ()
+        return ChapterText(self.swift.tokenizer, self.run.options.stop, before)
 
     def _report(self, result: Result) -> dict[str, Any]:
         run, engine = self.run, self.engine

@@ -33,6 +33,7 @@ from tokenswift_py.generation_defaults import generation_defaults
 from tokenswift_py.gguf_config import check_metadata, write_ends
 from tokenswift_py.gguf_layout import check_layout
 from tokenswift_py.gguf_tensors import GgufTensors
+from tokenswift_py.gguf_tokenizer import write_tokenizer
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
@@ -55,7 +56,7 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 SUMS = "checksums.json"  # beside what was made from a GGUF file: CRC32C of each file
 MOST_LAYERS = 10_000
-CONVERSION = 2  # part of the name of converted checkpoints; raised when conversion changes
+CONVERSION = 3  # part of the name of converted checkpoints; raised when conversion changes
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -426,8 +427,8 @@ def gguf_header(path: Path) -> tuple[str, int]:
 
 
 def write_converted(path: Path, folder: Path) -> None:
-    """transformers reads the file, dequantises it and writes the folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    """transformers reads the file, dequantises it and writes the folder; the tokenizer is ours."""
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     with no_bars():
         source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
@@ -436,17 +437,17 @@ def write_converted(path: Path, folder: Path) -> None:
             path.parent, quantization_config=dequantise, dtype=torch.bfloat16, **source
         )
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+    write_tokenizer(path, folder)
 
 
 def write_described(path: Path, folder: Path) -> None:
-    """transformers reads the file's config and tokenizer and writes the folder."""
-    from transformers import AutoConfig, AutoTokenizer
+    """transformers reads the file's config and writes it; the tokenizer is ours."""
+    from transformers import AutoConfig
 
     with no_bars():
         source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
         AutoConfig.from_pretrained(path.parent, **source).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+    write_tokenizer(path, folder)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from tokenswift_py.history import History
 from tokenswift_py.stats import Loop, LoopDetector
@@ -23,6 +23,8 @@ class Stops:
     may_end_from: the first position that may end what a given position lies in (`Sampler.may_end_from`, which bans EOS
              and stop tokens before it). A stop string that a token before it completes is text, as vLLM's min_tokens
              has it.
+    goes_on: whether a text goes on from what stands before it, so that a space at its start is its own: a
+             SentencePiece vocabulary drops the one at the start of what it decodes.
 
     Called with a history, once for each new token, it returns "eos", "stop", "loop", "length" or None. Forced tokens
     do not count as new, and no stop string begins in them. Loops are looked for in the new tokens alone, joined across
@@ -39,12 +41,15 @@ class Stops:
         on_loop: str = "ignore",
         tokens: Collection[int] = (),
         may_end_from: Callable[[int], int] = lambda position: 0,
+        goes_on: bool = False,
     ):
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
         self.tokens_left = max_new_tokens
         self.loops = LoopDetector()
         self._on_loop = on_loop
+        self._goes_on = goes_on
+        self._before: list[int] = []  # the token that the new text goes on from
         self._eos = frozenset(eos)
         self._tokens = frozenset(tokens)
         self._may_end_from = may_end_from
@@ -69,32 +74,52 @@ class Stops:
             logger.warning(loop_note(loop))
         if token in self._eos:
             return "eos"
-        if token in self._tokens or self._stopped_by(token, len(history) - 1):
+        if token in self._tokens or self._stopped_by(history):
             return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"
         return "length" if self.tokens_left <= 0 else None
 
-    def _stopped_by(self, token: int, position: int) -> bool:
-        """Whether a stop string ends in this token, and may. One without a text ends none."""
+    def _stopped_by(self, history: History) -> bool:
+        """Whether a stop string ends in the latest token, and may. One without a text ends none."""
+        token, position = history[-1], len(history) - 1
         if self._decode is None or not self._strings or token in self._special:
             return False
+        if not self._recent:
+            self._before = self._latest_text(history)
         self._recent.append(token)
-        recent = list(self._recent)
-        # The latest tokens may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole
-        # characters behind it as bad bytes; a character has four at most.
-        found = any(self._completed(recent[first:]) for first in range(min(BYTES, len(recent))))
+        found = any(self._completed(before, tokens) for before, tokens in self._readings())
         early = found and position < self._may_end_from(position)
         self._passed |= early
         return found and not early
 
-    def _completed(self, tokens: list[int]) -> bool:
+    def _readings(self) -> Iterator[tuple[list[int], list[int]]]:
+        """The latest tokens, and what they are decoded behind: at a text's start also the token that it goes on from.
+
+        They may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole characters
+        behind it as bad bytes; a character has four at most.
+        """
+        recent = list(self._recent)
+        for first in range(min(BYTES, len(recent))):
+            yield [], recent[first:]
+        if self._before and len(recent) < (self._recent.maxlen or 0):
+            yield self._before, recent
+
+    def _completed(self, before: list[int], tokens: list[int]) -> bool:
         """Whether a stop string stands in the tokens' text and, where one may have been passed over, did not without
         the last of them."""
-        assert self._decode is not None
-        text = self._decode(tokens)
-        known = len(self._decode(tokens[:-1]).rstrip(BAD)) if self._passed else 0
+        text = self._text(before, tokens)
+        known = len(self._text(before, tokens[:-1]).rstrip(BAD)) if self._passed else 0
         return any(text.rfind(string) + len(string) > known for string in self._strings if string in text)
+
+    def _text(self, before: list[int], tokens: list[int]) -> str:
+        assert self._decode is not None
+        return self._decode([*before, *tokens])[len(self._decode(before)) if before else 0 :]
+
+    def _latest_text(self, history: History) -> list[int]:
+        """The last token with a text before the latest one, if the text goes on from it."""
+        places = range(len(history) - 2, -1, -1) if self._goes_on else ()
+        return next(([history[place]] for place in places if history[place] not in self._special), [])
 
 
 class ChapterText(TextJoiner):

@@ -106,22 +106,26 @@ class TextJoiner:
     The pieces of one chapter, `finish` included, join to exactly what decoding all of its tokens gives, cut before
     the first stop string. (But for invalid UTF-8 in byte-fallback vocabularies: there a bad byte turns the whole
     characters before it bad, which may have been told.)
+
+    before: tokens that the text goes on from. A SentencePiece vocabulary drops the space at the start of what it
+    decodes, so a text that continues another is decoded behind it.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()):
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
         self._stops = tuple(stops)
-        self._window: list[int] = []  # the latest tokens, the first of them told: they are the context of the others
-        self._context = 0  # how many these are
-        self._told = 0  # characters of the window's text that were told
+        # The latest tokens, the first of them told: they are the context of the others.
+        self._window = [token for token in before if self._has_text(token)]
+        self._context = len(self._window)  # how many these are
+        self._told = len(self._decode(self._window).rstrip(BAD))  # characters of the window's text that were told
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """The text that is certain after these tokens; empty while a character or a stop string may go on."""
         for token in tokens:
-            if token in self._special or self._tokenizer.id_to_token(token) is None:
-                continue  # an id without a token has no text
+            if not self._has_text(token):
+                continue
             self._window.append(token)
             text = self._decode(self._window)
             if text.endswith(HOPELESS):
@@ -140,6 +144,10 @@ class TextJoiner:
         rest = self._held + self._decode(self._window)[self._told :]
         starts = [rest.find(stop) for stop in self._stops if stop in rest]
         return rest[: min(starts, default=len(rest))]
+
+    def _has_text(self, token: int) -> bool:
+        """An id without a token has none."""
+        return token not in self._special and self._tokenizer.id_to_token(token) is not None
 
     def _decode(self, tokens: Sequence[int]) -> str:
         """(tokenizers' DecodeStream does this too, but raises an exception where invalid UTF-8 in a byte-fallback
