@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
 
-SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
+SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ def rope_tables(config: Any, context: int) -> RopeTables:
 
     Beyond the trained length a model without scaling gets YaRN (arXiv 2309.00071) with the smallest whole factor
     that suffices (whole, so that runs of similar length share their numerics), and a YaRN model a larger factor.
-    Dynamic NTK is frozen at N. Raises UserError for longrope and for scalings that end before `context`.
+    Dynamic NTK is frozen at N, and so is LongRoPE's choice between factors for short and for long texts. Raises
+    UserError for scalings that end before `context`.
     """
     config = copy.deepcopy(config)
     check_rope(config)
@@ -57,6 +58,8 @@ def rope_tables(config: Any, context: int) -> RopeTables:
     angles = torch.arange(context, dtype=torch.float32)[:, None] * inverse[None, :]
     factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
     frozen = f"@{max(context, config.max_position_embeddings)}" if kind == "dynamic" else ""
+    if kind == "longrope":
+        frozen = "@long" if context > parameters["original_max_position_embeddings"] else "@short"
     return RopeTables(angles.cos() * scale, angles.sin() * scale, f"rope-{kind}{factor_label}{frozen}", note)
 
 
