@@ -276,9 +276,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_file_is_run_as_it_is(
-    tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_run_as_it_is(tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swift = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf")
     assert sum(file.stat().st_size for file in own_cache.rglob("*")) < 200_000
     settings: dict[str, Any] = {"max_new_tokens": 120, "ignore_eos": True, "temperature": 0.7, "seed": 5}

@@ -297,9 +297,7 @@ def test_one_number_for_every_layer_may_be_a_list(tmp_path: Path) -> None:
         ("qwen2", "blk.0.attn_output.bias", 256),
     ],
 )
-def test_tensors_that_nothing_reads_are_refused(
-    tmp_path: Path, dtype: str, family: str, name: str, size: int
-) -> None:
+def test_tensors_that_nothing_reads_are_refused(tmp_path: Path, dtype: str, family: str, name: str, size: int) -> None:
     path = write_gguf(tmp_path / "t.gguf", gguf_config(family), {}, more={name: np.full(size, 2, np.float32)})
     with pytest.raises(UserError, match=f"model: tensor {re.escape(name)}"):
         open_checkpoint(str(path), dtype=dtype)

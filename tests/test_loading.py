@@ -241,7 +241,7 @@ def read_as_transformers_does(folder: Path) -> bool:
     return all(torch.equal(tensor.float(), theirs[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "zzz.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", [f"{stem}.safetensors" for stem in ("a", "zzz", "consolidated", "adapter_model")])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_files_beside_the_model_are_not_read(
     copy: Path, name: str, sharded: bool, caplog: pytest.LogCaptureFixture
@@ -301,7 +301,8 @@ def test_a_tensor_that_changes_nothing_is_let_pass(copy: Path, caplog: pytest.Lo
     assert not caplog.records
     more(copy, **{"v_head.weight": torch.ones(48), "vision.weight": torch.ones(48)})
     open_checkpoint(str(copy))
-    assert [record.message for record in caplog.records] == ["copy: not read: tensor v_head.weight, tensor vision.weight"]
+    (record,) = caplog.records
+    assert record.message == "copy: not read: tensor v_head.weight, tensor vision.weight"
 
 
 def test_an_lm_head_beside_tied_embeddings_must_be_the_same(copy: Path) -> None:

@@ -115,7 +115,9 @@ def check_unread(folder: Path, spec: ModelSpec) -> None:
     for name in sorted(found.keys() - shapes.keys()):
         if TABLES.fullmatch(name) is None and not is_neutral(name, found, spec):
             changes = name.startswith(("model.", "lm_head.")) or "lora_" in name
-            why = f"no model of this config reads it, and without it the text would be another; {found[name].name} has it"
+            why = (
+                f"no model of this config reads it, yet {found[name].name} has it and the text would be another with it"
+            )
             check(not changes, "model: tensor", name, why)
             others.append(f"tensor {name}")
     if others:
@@ -126,6 +128,7 @@ def check_unread(folder: Path, spec: ModelSpec) -> None:
 def is_neutral(name: str, found: Mapping[str, Path], spec: ModelSpec) -> bool:
     """Whether the model computes the same with this tensor: an LM head equal to the embedding that it is tied to, or
     a bias of zeros."""
+
     def read(name: str) -> torch.Tensor:
         with safe_open(found[name], "pt") as tensors:
             tensor: torch.Tensor = tensors.get_tensor(name)
