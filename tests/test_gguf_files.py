@@ -403,3 +403,47 @@ def test_a_run_is_a_function_of_the_file(tmp_path: Path, model: Any, own_cache: 
     write_gguf(path, model.config, {}, state=tiny_model(model.config, torch.float32, seed=1).state_dict())
     with pytest.raises(UserError, match=rf"^model: tiny\.gguf: .*{header}"):
         TokenSwift.from_pretrained(str(path)).resume(tmp_path / "run")
+
+
+# docs/files.md
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, model: Any) -> dict[str, Path]:
+    """The default model and hub ids are a GGUF file and a folder of safetensors, found in other ways."""
+    folder, parts = (tmp_path_factory.mktemp(name) for name in ("folder", "parts"))
+    file = write_gguf(folder / "one.gguf", model.config, {}, "Q8_0")
+    split = write_gguf(parts / "part.gguf", model.config, {}, "Q4_1", parts=2)
+    return {"safetensors": tiny_folder, "gguf": file, "gguf in a folder": folder, "gguf in parts": split}
+
+
+NO_BLOCKS = "dtype: 'gguf' is not allowed; only for a .gguf file or smollm2-135m; int8 is for any model"
+NATIVE = "dtype: {!r} is not allowed; with engine torch one of bf16, fp32; engine native has {}"
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+@pytest.mark.parametrize("dtype", loading.WEIGHTS)
+@pytest.mark.parametrize("source", ["safetensors", "gguf", "gguf in a folder", "gguf in parts"])
+def test_every_cell_of_the_matrix_runs_or_says_why_not(
+    sources: dict[str, Path], source: str, dtype: str, engine: str
+) -> None:
+    refused = NO_BLOCKS if (source, dtype) == ("safetensors", "gguf") else ""
+    if not refused and engine == "torch" and dtype in ("int8", "gguf"):
+        refused = NATIVE.format(dtype, dtype)
+    if refused:
+        with pytest.raises(UserError, match=f"^{re.escape(refused)}$"):
+            TokenSwift.from_pretrained(str(sources[source]), dtype=dtype, engine=engine)
+        return
+    swift = TokenSwift.from_pretrained(str(sources[source]), dtype=dtype, engine=engine)
+    settings: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0}
+    plain, drafted = (swift.generate("the cat", drafter=drafter, **settings) for drafter in ("none", "ngram"))
+    assert plain.report["dtype"] == dtype and len(plain.tokens) == 12
+    assert drafted.tokens == plain.tokens or engine == "torch"  # there a tie may fall otherwise
+
+
+def test_the_page_about_files_names_tests_that_are_there() -> None:
+    root = Path(__file__).parent.parent
+    named = re.findall(r"`(test_\w+)\.py::(test_\w+)`", (root / "docs" / "files.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, name in named:
+        assert f"def {name}(" in (root / "tests" / f"{file}.py").read_text(encoding="utf-8"), (file, name)

@@ -30,7 +30,8 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-AT_ONCE = 2**15  # weights that a thread dequantises together: they stay in its core's cache, torch adds no threads
+AT_ONCE = 2**17  # weights that a thread dequantises together: they stay in its core's cache
+ALONE = 2**15  # elements up to which torch starts no threads of its own to convert them
 
 
 class GgufPlaces:
@@ -67,7 +68,7 @@ class GgufPlaces:
         """
         tensor, shape = self.tensors[name], self.shapes[name]
         rows = shape[0] if len(shape) == 2 else 1
-        data: Bytes = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows))
+        data: Bytes = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows)))
         heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(name.split(".")[-2])
         if not self._paired or heads is None:
             return data
@@ -172,7 +173,9 @@ def dequantised(data: Bytes, kind: str, dtype: torch.dtype) -> torch.Tensor | No
     out = torch.empty((len(data), columns_of(data, kind)), dtype=dtype)
 
     def put(rows: slice, values: Floats) -> bool:
-        out[rows] = torch.from_numpy(values)
+        into, found = (tensor.view(-1).split(ALONE) for tensor in (out[rows], torch.from_numpy(values)))
+        for target, source in zip(into, found, strict=True):
+            target.copy_(source)
         return bool(np.isfinite(values).all())
 
     return out if all(by_rows(data, kind, put)) else None
