@@ -64,9 +64,9 @@ class Metadata:
         """A finite number, the same for all layers where there is one for each. No default: the file must have it."""
         key = f"{self.architecture}.{part}"
         found = self.file.metadata.get(key, default)
-        values = np.unique(found) if isinstance(found, np.ndarray) else [found]
+        values = np.unique(found).tolist() if isinstance(found, np.ndarray) else [found]
         check(len(values) == 1, f"model: {key}", found, "only the same number for every layer")
-        value = values[0].item() if isinstance(found, np.ndarray) else found
+        value = values[0]
         right = is_whole(value) if whole else is_finite(value)
         check(right, f"model: {key}", value, f"{self.file.name} must have {'a whole' if whole else 'a finite'} number")
         return value
