@@ -337,10 +337,8 @@ def by_chance(place: Place) -> tuple[float, int]:
 
 def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
     """The drafter with the heads that `path` names, see `find_heads`."""
-    blocks = "with --dtype gguf the embedding that heads read stays in blocks; bf16, fp32 and int8 are allowed"
-    check(checkpoint.gguf is None, "drafter", "heads", blocks)
     weights = find_heads(checkpoint, path)
-    return Heads(weights, checkpoint.tensors()["model.embed_tokens.weight"])
+    return Heads(weights, checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"])
 
 
 DRAFTER = for_checkpoint

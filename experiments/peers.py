@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
+import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
@@ -210,14 +210,14 @@ def ours(task: Task) -> Iterator[Writer]:
 @contextmanager
 def hugging_face(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
     """transformers, bf16 with SDPA and its dynamic cache."""
-    from transformers import AutoModelForCausalLM, GenerationConfig, __version__
+    from transformers import GenerationConfig, __version__
 
-    def load(folder: Path) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    def load(checkpoint: Checkpoint) -> Any:
+        model = toys.hugging_face(checkpoint, torch.bfloat16)
         model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS, no defaults of the checkpoint's
         return model
 
-    args, spec, model = task.args, checkpoint.spec, load(checkpoint.folder)
+    args, spec, model = task.args, checkpoint.spec, load(checkpoint)
     name, reads = f"transformers {__version__}", 2 * spec.multiplied + spec.kv_bytes(1, torch.bfloat16) * task.middle
     sampled = task.sampling["temperature"] > 0
     common = {
@@ -230,7 +230,7 @@ def hugging_face(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
         f"assisted by its own first {args.early_exit} layers": {"assistant_early_exit": args.early_exit},
     }
     if args.assistant:
-        smaller = load(open_checkpoint(args.assistant, None, "bf16").folder)
+        smaller = load(open_checkpoint(args.assistant, None, "bf16"))
         ways["assisted by a smaller model"] = {"assistant_model": smaller}
     writers: list[Writer] = []
     for how, way in ways.items():
@@ -292,14 +292,13 @@ def llama_cpp(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     args, name = task.args, f"llama.cpp ({library.__version__})"
-    gguf = open_checkpoint(args.model, None, "gguf").gguf
-    assert gguf is not None
-    reads = gguf.path.stat().st_size + checkpoint.spec.kv_bytes(1, torch.float16) * task.middle
+    path, *_ = open_checkpoint(args.model, None, "gguf").weight_files
+    reads = path.stat().st_size + checkpoint.spec.kv_bytes(1, torch.float16) * task.middle
     with ExitStack() as stack:
         writers: list[Writer] = []
         for how, draft in (("plain", None), ("prompt lookup", LlamaPromptLookupDecoding(2, LOOKUP))):
             model = library.Llama(
-                str(gguf.path), n_ctx=task.room + LOOKUP + 1, n_threads=args.threads, n_threads_batch=args.threads,
+                str(path), n_ctx=task.room + LOOKUP + 1, n_threads=args.threads, n_threads_batch=args.threads,
                 n_batch=512, flash_attn=True, verbose=False, seed=args.seed, draft_model=draft,
                 logits_all=draft is not None, rope_scaling_type=library.LLAMA_ROPE_SCALING_TYPE_NONE,
             )  # fmt: skip

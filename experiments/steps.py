@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Model, Segment
@@ -204,12 +205,12 @@ def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
 @contextlib.contextmanager
 def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
     """transformers' own model, bf16, SDPA, its dynamic cache; left out beyond 32 K, where a step takes seconds."""
-    from transformers import AutoModelForCausalLM, DynamicCache
+    from transformers import DynamicCache
 
     if context > 32768:
         yield []
         return
-    model: Any = AutoModelForCausalLM.from_pretrained(swift.checkpoint.folder, dtype=torch.bfloat16)
+    model: Any = toys.hugging_face(swift.checkpoint, torch.bfloat16)
     spec, token = swift.checkpoint.spec, torch.tensor([[5]])
     cache = DynamicCache(config=model.config)
     for layer in range(spec.layers):

@@ -26,6 +26,7 @@ from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.engine import Engine, Step
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.loading import Checkpoint
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.sampling import Sampler
 from tokenswift_py.stopping import Stops
@@ -69,6 +70,16 @@ def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -
         for name, tensor in model.named_parameters():
             if tensor.ndim == 1:
                 tensor.add_(0.3 * torch.randn_like(tensor) if "norm" in name else torch.randn_like(tensor))
+    return model
+
+
+def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """transformers' own model of a checkpoint, with the weights that we read: of a GGUF file, too."""
+    state = dict(checkpoint.tensors(dtype=dtype))
+    if checkpoint.spec.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
+    model.load_state_dict(state)
     return model
 
 

@@ -1,11 +1,11 @@
 """--dtype gguf: the file's own blocks reach the engine unchanged, in Hugging Face's order, and a broken file is told in
-one line."""
+one line. (What values and configs are read of GGUF files: test_gguf_files.py.)"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from gguf.quants import dequantize, quantize
 from conftest import decoder_of, tiny_config, tiny_model, tiny_tokenizer
 from tokenswift_py import TokenSwift, UserError, loading
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.gguf_tensors import GgufTensors
+from tokenswift_py.gguf_file import open_gguf
+from tokenswift_py.gguf_tensors import GgufBlocks, GgufPlaces
 from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.spec import ModelSpec
@@ -46,7 +47,8 @@ KINDS = (*EXACT, "Q5_0", "Q5_1", *SCALES)
 
 
 def gguf_config(family: str, **changes: Any) -> Any:
-    return tiny_config(family, **{**SIZES, "vocab_size": len(tiny_tokenizer()), **changes})
+    sizes = {**SIZES, "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
+    return tiny_config(family, **{**sizes, **changes})
 
 
 def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
@@ -66,40 +68,74 @@ def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
     return raw.reshape(len(weights), -1)
 
 
-def write_gguf(path: Path, config: Any, kinds: Mapping[str, str], default: str = "F32") -> Path:
-    """A random model of this config. kinds: GGML type by the last parts of Hugging Face's names."""
+def write_gguf(
+    path: Path,
+    config: Any,
+    kinds: Mapping[str, str],
+    default: str = "F32",
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    change: Callable[[GGUFWriter], None] = lambda writer: None,
+    without: Collection[str] = (),
+    more: Mapping[str, npt.NDArray[Any]] | None = None,
+    parts: int = 1,
+) -> Path:
+    """A model of this config, random unless `state` has its weights, as llama.cpp's converter lays it out.
+
+    kinds: GGML type by the last parts of Hugging Face's names. change: called with the writer, for more metadata.
+    without: keys of the architecture and names of tensors that are left out. more: other tensors. parts: split so.
+    """
     family, spec = config.model_type, ModelSpec.from_config(config)
-    writer = GGUFWriter(path, family)
-    writer.add_block_count(spec.layers)
-    writer.add_context_length(1024)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_head_count(spec.heads)
-    writer.add_head_count_kv(spec.kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_rope_dimension_count(spec.head_dim)
-    writer.add_rope_freq_base(10_000.0)
+    tensors = gguf_tensors_of(config, state or tiny_model(config, torch.float32).state_dict(), kinds, default)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
+    tensors |= {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
+    limit = {"split_max_tensors": -(-len(tensors) // parts)} if parts > 1 else {}
+    writer = GGUFWriter(path, family, **limit)
+    for key, value in {
+        "block_count": spec.layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.heads,
+        "attention.head_count_kv": spec.kv_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "rope.dimension_count": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+    }.items():
+        if key not in without:
+            writer.add_uint32(f"{family}.{key}", value)
+    if "rope.freq_base" not in without:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(spec.norm_eps)
-    writer.add_vocab_size(spec.vocab_size)
     add_tokenizer(writer)
-    names = get_tensor_name_map(ARCHITECTURES[family], spec.layers)
-    state = tiny_model(config, torch.float32).state_dict()
+    change(writer)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
+
+
+def gguf_tensors_of(
+    config: Any, state: Mapping[str, torch.Tensor], kinds: Mapping[str, str], default: str
+) -> dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]:
+    """Under GGUF's names, q and k of llama in llama.cpp's order of rows."""
+    family, spec = config.model_type, ModelSpec.from_config(config)
+    names, tensors = get_tensor_name_map(ARCHITECTURES[family], spec.layers), {}
     for seed, (name, shape) in enumerate(spec.shapes().items()):
         stem, suffix = name.rsplit(".", 1)
         weights = state[name].numpy()
         part = stem.split(".")[-1]
         if family == "llama" and part in ("q_proj", "k_proj"):
             heads = spec.heads if part == "q_proj" else spec.kv_heads
-            weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)  # as llama.cpp does
+            weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
         kind = kinds.get(part, default) if len(shape) == 2 else "F32"
         data = encoded(np.ascontiguousarray(weights), kind, seed)
-        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", data, raw_dtype=GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+        tensors[f"{names.get_name(stem)}.{suffix}"] = data, GGMLQuantizationType[kind]
+    return tensors
 
 
 def add_tokenizer(writer: GGUFWriter) -> None:
@@ -145,9 +181,13 @@ def unpacked(tensor: torch.Tensor | Blocks) -> Floats:
     return (d * np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], -1) + m).reshape(tensor.shape)
 
 
+def blocks(path: Path, config: Any) -> GgufBlocks:
+    return GgufBlocks(GgufPlaces(open_gguf(path), ModelSpec.from_config(config)))
+
+
 def decoder(path: Path, config: Any, threads: int = 2) -> NativeDecoder:
-    spec = ModelSpec.from_config(config)
-    return NativeDecoder(NativeWeights(spec, GgufTensors(path, spec), torch.int8, threads), rope_tables(config, 512))
+    weights = NativeWeights(ModelSpec.from_config(config), blocks(path, config), torch.int8, threads)
+    return NativeDecoder(weights, rope_tables(config, 512))
 
 
 def forward(model: Any, count: int = 90) -> torch.Tensor:
@@ -159,10 +199,10 @@ def forward(model: Any, count: int = 90) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_keeps_the_files_weights(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the engine has, to the bit; scales of Q4_K to fp16; other types to blocks of 8 bits."""
-    monkeypatch.setattr("tokenswift_py.gguf_tensors.ROUNDED_AT_ONCE", 10_000)  # in several pieces
+    monkeypatch.setattr("tokenswift_py.gguf_tensors.AT_ONCE", 10_000)  # in several pieces
     config = gguf_config("llama", tie_word_embeddings=False)
     path = write_gguf(tmp_path / "tiny.gguf", config, {}, kind)
-    tensors, expected = GgufTensors(path, ModelSpec.from_config(config)), reference(path, config)
+    tensors, expected = blocks(path, config), reference(path, config)
     for name, tensor in tensors.items():
         values, theirs = unpacked(tensor), expected[name].numpy()
         largest = np.abs(theirs).max(-1, keepdims=True)
@@ -216,7 +256,7 @@ def test_packed_blocks_take_the_bits_they_have(tmp_path: Path) -> None:
     config = gguf_config("llama", vocab_size=len(tiny_tokenizer()))
     path = write_gguf(tmp_path / "tiny.gguf", config, {"embed_tokens": "Q8_0"}, "Q4_0")
     spec = ModelSpec.from_config(config)
-    tensors = GgufTensors(path, spec)
+    tensors = blocks(path, config)
     weights = NativeWeights(spec, tensors, torch.int8)
     embedding = spec.vocab_size * spec.hidden_size
     expected = (5 * (spec.parameters - embedding) + 8.5 * embedding) / 8
@@ -236,10 +276,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_file_is_run_without_being_converted(
-    tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loading, "write_converted", None)
+def test_a_file_is_run_as_it_is(tiny_gguf: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swift = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf")
     assert sum(file.stat().st_size for file in own_cache.rglob("*")) < 200_000
     settings: dict[str, Any] = {"max_new_tokens": 120, "ignore_eos": True, "temperature": 0.7, "seed": 5}
@@ -254,16 +291,11 @@ def test_a_file_is_run_without_being_converted(
     assert "/kv-fp32/" in again.generate("the cat", max_new_tokens=3).report["numerics"]
 
 
-def test_config_and_tokenizer_are_those_of_the_converted_file(tiny_gguf: Path, own_cache: Path) -> None:
-    own, converted = (TokenSwift.from_pretrained(str(tiny_gguf), dtype=dtype) for dtype in ("gguf", "fp32"))
-    assert own.checkpoint.spec == converted.checkpoint.spec
-    assert own.checkpoint.eos == converted.checkpoint.eos
-    assert own.checkpoint.defaults == converted.checkpoint.defaults
-    text = "the cat <|im_end|> sat\n"
-    assert own.tokenizer(text)["input_ids"] == converted.tokenizer(text)["input_ids"]
-    assert own.tokenizer.chat_template == converted.tokenizer.chat_template
-    rope = rope_tables(own.checkpoint.config, 512)
-    logits, expected = (forward(swift.executor.model(rope)) for swift in (own, converted))
+def test_blocks_compute_about_what_their_values_do(tiny_gguf: Path, own_cache: Path) -> None:
+    blocks, values = (TokenSwift.from_pretrained(str(tiny_gguf), dtype=dtype) for dtype in ("gguf", "fp32"))
+    assert blocks.checkpoint.folder == values.checkpoint.folder
+    rope = rope_tables(blocks.checkpoint.config, 512)
+    logits, expected = (forward(swift.executor.model(rope)) for swift in (blocks, values))
     assert (logits - expected).pow(2).mean() < 0.15**2 * expected.pow(2).mean()
 
 
@@ -309,9 +341,9 @@ def test_a_file_cut_after_it_was_opened(tiny_gguf: Path, own_cache: Path, tmp_pa
     path = copy_of(tiny_gguf, tmp_path / "late", tiny_gguf.read_bytes())
     checkpoint = loading.open_checkpoint(str(path), dtype="gguf")
     path.write_bytes(path.read_bytes()[:-1000])
-    assert checkpoint.gguf is not None
-    with pytest.raises(UserError, match=r"broken\.gguf"):
-        dict(checkpoint.gguf)
+    for weights in (checkpoint.blocks(), checkpoint.tensors()):
+        with pytest.raises(UserError, match=r"broken\.gguf"):
+            dict(weights)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -343,82 +375,16 @@ def test_scales_that_are_not_finite_are_refused(tmp_path: Path, own_cache: Path)
     content = bytearray(path.read_bytes())
     content[tensor.data_offset : tensor.data_offset + 2] = np.float16(np.nan).tobytes()
     path.write_bytes(content)
-    assert "up_proj" in refused(path) and "finite" in refused(path)
+    for dtype in ("gguf", "bf16"):
+        message = refused(path, dtype=dtype)
+        assert "up_proj" in message and "finite" in message
 
 
 def test_a_tensor_of_another_shape_or_missing(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama", tie_word_embeddings=True), {}, "Q8_0")
     with pytest.raises(UserError, match=r"ffn_gate\.weight"):
-        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", intermediate_size=544)))
+        blocks(path, gguf_config("llama", intermediate_size=544))
     with pytest.raises(UserError, match=r"blk\.2\.attn_q\.weight"):
-        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", num_hidden_layers=3)))
+        blocks(path, gguf_config("llama", num_hidden_layers=3))
     with pytest.raises(UserError, match=r"output\.weight"):
-        GgufTensors(path, ModelSpec.from_config(gguf_config("llama", tie_word_embeddings=False)))
-
-
-def written(path: Path, change: Any, **tensors: npt.NDArray[Any]) -> Path:
-    """A tiny file with more metadata or tensors. change: called with the writer."""
-    original = GGUFWriter.write_header_to_file
-
-    def more(self: GGUFWriter, *args: Any, **settings: Any) -> None:
-        change(self)
-        for name, data in tensors.items():
-            self.add_tensor(name, data)
-        original(self, *args, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GGUFWriter, "write_header_to_file", more)
-        return write_gguf(path, gguf_config("llama"), {}, "F32")
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rope.scaling.type", "linear"),
-        ("rope.scaling.factor", 4.0),
-        ("rope.scale_linear", 2.0),
-        ("logit_scale", 0.5),
-        ("attention.sliding_window", 64),
-        ("expert_count", 8),
-    ],
-)
-def test_metadata_that_change_the_arithmetic_are_refused(
-    tmp_path: Path, own_cache: Path, dtype: str, key: str, value: Any
-) -> None:
-    """transformers' reading drops them without a word."""
-
-    def change(writer: GGUFWriter) -> None:
-        adds = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
-        adds[type(value)](f"llama.{key}", value)
-
-    with pytest.raises(UserError, match=rf"model: llama\.{key}: {value!r} is not allowed"):
-        loading.open_checkpoint(str(written(tmp_path / "tiny.gguf", change)), dtype=dtype)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
-def test_tensors_that_nothing_reads_are_refused(tmp_path: Path, own_cache: Path, dtype: str) -> None:
-    def nothing(writer: GGUFWriter) -> None:
-        pass
-
-    for name, data in (
-        ("blk.0.attn_q.bias", np.zeros(256, np.float32)),
-        ("rope_freqs.weight", np.full(16, 8, np.float32)),
-    ):
-        path = written(tmp_path / f"{name}.gguf", nothing, **{name: data})
-        with pytest.raises(UserError, match=f"model: tensor {name}"):
-            loading.open_checkpoint(str(path), dtype=dtype)
-    path = written(tmp_path / "ones.gguf", nothing, **{"rope_freqs.weight": np.ones(16, np.float32)})
-    assert loading.open_checkpoint(str(path), dtype=dtype).spec.layers == 2
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "gguf"])
-def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, own_cache: Path, dtype: str) -> None:
-    def change(writer: GGUFWriter) -> None:
-        writer.add_eot_token_id(5)
-        writer.add_uint32("tokenizer.ggml.eom_token_id", 2)
-        writer.add_float32("llama.rope.scaling.factor", 1.0)
-        writer.add_string("llama.rope.scaling.type", "none")
-
-    path = written(tmp_path / "tiny.gguf", change)
-    assert loading.open_checkpoint(str(path), dtype=dtype).eos == (2, 5)
+        blocks(path, gguf_config("llama", tie_word_embeddings=False))

@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from conftest import tiny_config, tiny_model
 from tokenswift_py import TokenSwift, loading
 from tokenswift_py.errors import UserError
+from tokenswift_py.gguf_file import open_gguf
 from tokenswift_py.gguf_tokenizer import write_tokenizer
 from tokenswift_py.pretokenizers import PRE_TOKENIZERS
 from vocabularies import write_vocabulary
@@ -51,7 +52,7 @@ DIFFERENT = {
 
 
 def tokenizer_of(folder: Path, fields: dict[str, Any], name: str = "tiny") -> Any:
-    write_tokenizer(write_vocabulary(folder / "tiny.gguf", fields, name), folder)
+    write_tokenizer(open_gguf(write_vocabulary(folder / "tiny.gguf", fields, name)), folder)
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.loading import open_checkpoint
 from tokenswift_py.memory import cgroup_room
+from tokenswift_py.rope import rope_tables
 
 
 @pytest.fixture
@@ -62,10 +65,20 @@ def test_an_unsupported_family(copy: Path) -> None:
     assert "llama, mistral, qwen2, qwen3" in refused(copy)
 
 
-def test_longrope_is_refused(copy: Path) -> None:
-    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    edit(copy, rope_parameters={**scaling, "original_max_position_embeddings": 512, "factor": 2.0})
-    assert "longrope" in refused(copy)
+def test_longrope_in_config_json_is_that_of_transformers(copy: Path) -> None:
+    """As Phi-3's config has it, with the original length outside; short texts and long ones."""
+    factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 9.0]}
+    edit(copy, rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "longrope", **factors},
+         original_max_position_embeddings=64)  # fmt: skip
+    swift = TokenSwift.from_pretrained(str(copy), dtype="fp32", engine="torch")
+    model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
+    for count in (64, 100):
+        tokens = np.random.default_rng(0).integers(0, 250, count)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(tokens)[None]).logits[0]
+        decoder = swift.executor.model(rope_tables(swift.checkpoint.config, count))
+        logits = decoder.forward([Segment(DraftTree.chain(tokens), decoder.new_cache(), causal=True)]).logits
+        assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_a_config_that_is_not_json(copy: Path) -> None:
@@ -193,18 +206,115 @@ def test_weights_of_another_type_are_refused(copy: Path) -> None:
     assert "F8_E4M3" in refused(copy)
 
 
-def test_a_gguf_that_cannot_fit_is_refused_before_it_is_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8", "gguf"])
+def test_a_gguf_that_cannot_fit_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
+    test_gguf = pytest.importorskip("test_gguf")
     monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    path = test_gguf.write_gguf(tmp_path / "large.gguf", test_gguf.gguf_config("llama"), {}, "Q8_0")
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 2**20)
-    writer = GGUFWriter(tmp_path / "large.gguf", "llama")
-    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert refused(tmp_path / "large.gguf").startswith("memory:")
+    monkeypatch.setattr("tokenswift_py.gguf_tensors.GgufPlaces.bytes_of", None)
+    with pytest.raises(UserError, match=f"^memory: .* the weights of .* in {dtype}"):
+        TokenSwift.from_pretrained(str(path), dtype=dtype, engine="native")
+
+
+# Which tensors of which files are the model's
+
+
+def whole(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's shards, which are removed, and their index with them."""
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    return tensors
+
+
+def others(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the same names and shapes."""
+    return {name: tensor + 1 for name, tensor in open_checkpoint(str(folder)).tensors().items()}
+
+
+def read_as_transformers_does(folder: Path) -> bool:
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    tensors = open_checkpoint(str(folder)).tensors()
+    return all(torch.equal(tensor.float(), theirs[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("name", [f"{stem}.safetensors" for stem in ("a", "zzz", "consolidated", "adapter_model")])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_files_beside_the_model_are_not_read(
+    copy: Path, name: str, sharded: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither where their names sort first nor last; they are named in one line of the log."""
+    same = others(copy)
+    if not sharded:
+        save_file(whole(copy), copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(same, copy / name, metadata={"format": "pt"})
+    assert read_as_transformers_does(copy)
+    caplog.clear()
+    open_checkpoint(str(copy))
+    assert [record.message for record in caplog.records] == [f"copy: not read: {name}"]
+
+
+def test_model_safetensors_goes_before_the_index(copy: Path) -> None:
+    save_file(others(copy), copy / "model.safetensors", metadata={"format": "pt"})
+    assert read_as_transformers_does(copy)
+
+
+def test_a_tensor_in_two_files_is_refused_with_both(copy: Path) -> None:
+    """Where neither an index nor the name says which is the model."""
+    tensors = whole(copy)
+    for name in ("one.safetensors", "two.safetensors"):
+        save_file(tensors, copy / name, metadata={"format": "pt"})
+    message = refused(copy)
+    assert "it is in one.safetensors and in two.safetensors" in message
+    (copy / "two.safetensors").unlink()
+    assert open_checkpoint(str(copy)).tensors()["model.norm.weight"].equal(tensors["model.norm.weight"])
+
+
+def more(folder: Path, **tensors: torch.Tensor) -> None:
+    save_file({**whole(folder), **tensors}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.3.mlp.up_proj.weight",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.lm_head.lora_B.weight",
+        "lm_head.bias",
+    ],
+)
+def test_a_tensor_that_would_change_the_text_is_refused(copy: Path, name: str) -> None:
+    more(copy, **{name: torch.ones(48)})
+    assert f"model: tensor: '{name}' is not allowed; no model of this config reads it" in refused(copy)
+
+
+def test_a_tensor_that_changes_nothing_is_let_pass(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    more(copy, **{"model.layers.0.self_attn.q_proj.bias": torch.zeros(48),
+                  "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})  # fmt: skip
+    caplog.clear()
+    open_checkpoint(str(copy))
+    assert not caplog.records
+    more(copy, **{"v_head.weight": torch.ones(48), "vision.weight": torch.ones(48)})
+    open_checkpoint(str(copy))
+    (record,) = caplog.records
+    assert record.message == "copy: not read: tensor v_head.weight, tensor vision.weight"
+
+
+def test_an_lm_head_beside_tied_embeddings_must_be_the_same(copy: Path) -> None:
+    """transformers then leaves them untied; what the config says and what the file holds must agree here."""
+    edit(copy, tie_word_embeddings=True)
+    tensors = whole(copy)
+    for head, differs in ((tensors["model.embed_tokens.weight"].clone(), False), (tensors["lm_head.weight"], True)):
+        save_file({**tensors, "lm_head.weight": head}, copy / "model.safetensors", metadata={"format": "pt"})
+        if differs:
+            assert "'lm_head.weight' is not allowed" in refused(copy)
+        else:
+            assert read_as_transformers_does(copy)
 
 
 def test_the_memory_of_control_groups(tmp_path: Path) -> None:

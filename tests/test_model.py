@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from tokenswift_py import TokenSwift, loading
 from tokenswift_py.core import DraftTree, Segment
@@ -33,6 +33,15 @@ def text(default_model: TokenSwift) -> list[int]:
     return list(default_model.tokenizer(words).input_ids)
 
 
+def hugging_face(swift: TokenSwift) -> Any:
+    """The same file as transformers reads it, in fp32."""
+    (path,) = swift.checkpoint.weight_files
+    dequantise: Any = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=dequantise, dtype=torch.float32
+    )
+
+
 @cache
 def native(dtype: str, kv_dtype: str | None = None) -> TokenSwift:
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
@@ -45,8 +54,7 @@ NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "brid
 @pytest.mark.parametrize("context", [1000, 16384], ids=["trained", "yarn"])
 def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], context: int) -> None:
     """In fp32. In bf16 the native engine must stay closer to fp32 than Hugging Face's own bf16 does."""
-    folder = default_model.checkpoint.folder
-    reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reference = hugging_face(default_model)
     if context > 8192:
         scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}
         config = reference.config
@@ -76,7 +84,7 @@ def test_quantised_logits_are_near_hugging_face(default_model: TokenSwift, dtype
     words = topics["operator-summary"] + topics["for"] + topics["with"]
     text = list(default_model.tokenizer(words).input_ids)[:600]
     assert len(text) == 600
-    reference: Any = AutoModelForCausalLM.from_pretrained(default_model.checkpoint.folder, dtype=torch.float32)
+    reference = hugging_face(default_model)
     with torch.inference_mode():
         expected = reference(torch.tensor([text])).logits[0]
     logits = chunked(native(dtype, kv_dtype), text, 1000)
@@ -181,16 +189,15 @@ print(json.dumps([resident("VmHWM") - imported, held]))
 @pytest.mark.parametrize(("dtype", "kv_dtype"), [("bf16", "bf16"), ("int8", "bf16"), ("gguf", "int8")])
 def test_memory_is_that_of_weights_and_kv(dtype: str, kv_dtype: str) -> None:
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
-    loading.open_checkpoint(dtype=dtype)  # fetched and converted where it is not in the cache
+    loading.open_checkpoint(dtype=dtype)  # fetched and described where it is not in the cache
     command = [sys.executable, "-c", PEAK, dtype, kv_dtype]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     grown, held = json.loads(done.stdout)
     assert 0.9 * held < grown < 1.15 * held + 200e6
 
 
-def test_the_second_load_converts_nothing(default_model: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "default_gguf", None)
-    monkeypatch.setattr(loading, "write_converted", None)
+def test_the_second_load_describes_nothing(default_model: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "write_described", None)
     again = TokenSwift.from_pretrained()
     assert again.executor.dtype == "bf16"
     assert again.checkpoint.folder == default_model.checkpoint.folder

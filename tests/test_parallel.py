@@ -38,12 +38,13 @@ from tokenswift_py.errors import UserError
 from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.executors import choose_engine
 from tokenswift_py.journal import JournalError, read
-from tokenswift_py.loading import StoredTensors, open_checkpoint, weight_files
+from tokenswift_py.loading import open_checkpoint
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.ranks import Ranks, RanksError, join
 from tokenswift_py.rope import rope_tables
+from tokenswift_py.stored_tensors import StoredTensors, weight_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]

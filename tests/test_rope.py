@@ -25,6 +25,12 @@ KINDS: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
     },
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0 + step / 16 for step in range(16)],
+        "long_factor": [1.0 + step for step in range(16)],
+        "original_max_position_embeddings": 32,
+    },
 }
 
 
@@ -150,10 +156,9 @@ def test_a_window_that_cannot_be_is_told(window: int | None, block: int | None, 
         Positions("yarn", 512)
 
 
-def test_longrope_and_partial_rotation_are_refused() -> None:
-    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "original_max_position_embeddings": 64}
-    with pytest.raises(UserError, match=r"^rope_type: 'longrope' is not allowed; supported are default, linear"):
-        rope_tables(config_of("longrope", factor=2.0, **factors), 64)
+def test_unknown_scalings_and_partial_rotation_are_refused() -> None:
+    with pytest.raises(UserError, match=r"^rope_type: 'proportional' is not allowed; supported are default, linear"):
+        rope_tables(config_of("proportional", factor=2.0), 64)
     with pytest.raises(UserError, match="over the whole head"):
         rope_tables(config_of("default", partial_rotary_factor=0.5), 64)
 
@@ -165,6 +170,16 @@ def test_dynamic_is_frozen_at_the_context_of_the_run() -> None:
     assert long.label == "rope-dynamicx2@500" and longer.label != long.label
     assert not torch.equal(long.cos, longer.cos[:500])
     assert rope_tables(config_of("dynamic"), 64).label == rope_tables(config_of("dynamic"), TRAINED).label
+
+
+def test_longrope_is_frozen_at_the_context_of_the_run() -> None:
+    """Hugging Face's factors change when a text outgrows the original length; ours are those for the run's context
+    from its first token on, which the label says."""
+    short, long = rope_tables(config_of("longrope"), 32), rope_tables(config_of("longrope"), 33)
+    assert (short.label, long.label) == ("rope-longropex4@short", "rope-longropex4@long")
+    assert not torch.equal(short.cos, long.cos[:32])
+    assert_tables(config_of("longrope"), 32)
+    assert_tables(config_of("longrope"), 33)
 
 
 def test_the_models_config_is_left_alone() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import __version__
 from tokenswift_py.errors import check
-from tokenswift_py.loading import Checkpoint, cache_folder, cache_name, sha256, weight_files
+from tokenswift_py.loading import Checkpoint, cache_folder, cache_name, sha256
 
 if TYPE_CHECKING:
     from tokenswift_py.api import Stream
@@ -73,7 +73,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of every file of weights, and of what config.json says."""
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     said = json.dumps({name: value for name, value in config.items() if name not in UNREAD}, sort_keys=True)
-    files = [checkpoint.gguf.path] if checkpoint.gguf else weight_files(checkpoint.folder)
+    files = checkpoint.weight_files
     return {"config": hashlib.sha256(said.encode()).hexdigest(), **{file.name: kept_sha256(file) for file in files}}
 
 

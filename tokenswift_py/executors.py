@@ -122,7 +122,7 @@ class TorchExecutor:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
-        self._weights = checkpoint.tensors(part).to(DTYPES[dtype], device)
+        self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device)
 
     @property
     def threads(self) -> int:
@@ -180,7 +180,9 @@ class NativeExecutor:
         self.device = torch.device("cpu")
         self._checkpoint = checkpoint
         packed = DTYPES.get(dtype, torch.int8)
-        tensors: Mapping[str, torch.Tensor | Blocks] = checkpoint.gguf or checkpoint.tensors()
+        tensors: Mapping[str, torch.Tensor | Blocks] = (
+            checkpoint.blocks() if dtype == "gguf" else checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
+        )
         self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads, team)
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 

@@ -1,64 +1,187 @@
-"""What a GGUF file's metadata say that transformers' reading of it drops: honoured here, or refused in one line.
+"""The config.json of a GGUF file, from its metadata: keys, defaults and the meaning of both are llama.cpp's.
 
-Only what would change the text without a word: scalings of RoPE, factors of other architectures, more than one token
-that ends a text. Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+What would change the text and is not computed here is refused in one line, never dropped.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; defaults: `load_hparams` in llama.cpp's
+src/llama-model.cpp, RoPE scaling: the constructor in its src/llama-context.cpp.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from tokenswift_py.core import is_finite, is_whole
 from tokenswift_py.errors import check
+from tokenswift_py.gguf_file import GgufFile, StoredTensor
 
-# Keys of an architecture that transformers reads, that the tensors' shapes say too, or that do not matter here.
+# Families of GGUF's own names; llama is also what llama.cpp calls Mistral's models.
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Keys of an architecture that `config_of` reads, or whose value the tensors' shapes say too.
 READ = (
     "context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
-    "rope.dimension_count", "rope.freq_base",
+    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned",
 )  # fmt: skip
+# Others, with the only value that leaves the arithmetic as it is here.
 NEUTRAL: dict[str, Any] = {
-    "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0, "expert_count": 0,
-    "expert_used_count": 0, "attention.causal": True, "attention.sliding_window": 0,
+    "expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.sliding_window": 0,
+    "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0,
+    "tensor_data_layout": "Meta AI original pth",
 }  # fmt: skip
-FREQUENCIES = "rope_freqs.weight"  # a factor for each, as Llama 3's scaling is stored
+# Factors of RoPE's frequencies: of Llama 3's scaling, and of LongRoPE's two.
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+FACTORS = (FREQUENCIES, LONG, SHORT)
 ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+TOKENS = "tokenizer.ggml.tokens"
 
 
-def check_metadata(path: Path) -> None:
-    """Raise UserError for what changes the arithmetic and is not computed here from a GGUF file."""
-    from gguf import GGUFReader
+class Metadata:
+    """The values of a file's own architecture, each checked when it is asked for."""
 
-    reader = GGUFReader(path)
-    architecture = value_of(reader, "general.architecture")
-    for key in reader.fields:
-        part = str(key).removeprefix(f"{architecture}.")
-        if part != key and part not in READ:
-            found, wanted = value_of(reader, key), NEUTRAL.get(part)
-            allowed = f"from a GGUF file only {wanted!r}; a folder of the same model has it in config.json"
-            check(found == wanted and wanted is not None, f"model: {key}", found, allowed)
-    for tensor in reader.tensors:
-        if tensor.name == FREQUENCIES:
-            allowed = "from a GGUF file only ones; a folder of the same model has its RoPE scaling in config.json"
-            check(bool((np.asarray(tensor.data) == 1).all()), f"model: tensor {FREQUENCIES}", "scaling", allowed)
+    def __init__(self, file: GgufFile):
+        self.file = file
+        self.architecture = str(file.metadata.get("general.architecture", ""))
+        allowed = f"GGUF files of {', '.join(CLASSES)} are supported"
+        check(self.architecture in CLASSES, "model family", self.architecture, allowed)
+        kind = file.metadata.get("general.type", "model")
+        check(kind == "model", "model: general.type", kind, f"{file.name} must be a model")
+
+    def check_keys(self) -> None:
+        """Raise UserError for a key that nothing here reads, unless its value changes nothing."""
+        for key, found in self.file.metadata.items():
+            part = key.removeprefix(f"{self.architecture}.")
+            if part != key and part not in READ:
+                wanted = NEUTRAL.get(part)
+                allowed = f"from a GGUF file only {wanted!r}; a folder of the same model has it in config.json"
+                check(wanted is not None and np.array_equal(found, wanted), f"model: {key}", found, allowed)
+
+    def number(self, part: str, default: float | None = None, whole: bool = False) -> Any:
+        """A finite number, the same for all layers where there is one for each. No default: the file must have it."""
+        key = f"{self.architecture}.{part}"
+        found = self.file.metadata.get(key, default)
+        values = np.unique(found).tolist() if isinstance(found, np.ndarray) else [found]
+        check(len(values) == 1, f"model: {key}", found, "only the same number for every layer")
+        value = values[0]
+        right = is_whole(value) if whole else is_finite(value)
+        check(right, f"model: {key}", value, f"{self.file.name} must have {'a whole' if whole else 'a finite'} number")
+        return value
+
+    def size(self, part: str, default: int | None = None) -> int:
+        found: int = self.number(part, default, whole=True)
+        check(found >= 1, f"model: {self.architecture}.{part}", found, "at least 1")
+        return found
 
 
-def write_ends(path: Path, folder: Path) -> None:
-    """Put every token that ends a text into generation_config.json: llama.cpp stops at each, transformers reads one."""
-    from gguf import GGUFReader
+def config_of(file: GgufFile) -> dict[str, Any]:
+    """What config.json says of the same model. Raises UserError for what is missing or not supported."""
+    said = Metadata(file)
+    said.check_keys()
+    heads, hidden = said.size("attention.head_count"), said.size("embedding_length")
+    head_dim = said.size("attention.key_length", hidden // heads)
+    for part in ("attention.value_length", "rope.dimension_count"):
+        found = said.size(part, hidden // heads if "value" in part else head_dim)
+        check(found == head_dim, f"model: {said.architecture}.{part}", found, f"only that of the keys, {head_dim}")
+    tokens = file.metadata.get(TOKENS)
+    check(isinstance(tokens, list), f"model: {TOKENS}", tokens, f"{file.name} must have a list of tokens")
+    return {
+        "model_type": said.architecture,
+        "architectures": [CLASSES[said.architecture]],
+        "vocab_size": len(tokens or ()),
+        "hidden_size": hidden,
+        "intermediate_size": said.size("feed_forward_length"),
+        "num_hidden_layers": said.size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": said.size("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": said.size("context_length"),
+        "rms_norm_eps": said.number("attention.layer_norm_rms_epsilon"),
+        "rope_parameters": rope_parameters(said, head_dim),
+        "sliding_window": None,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": said.architecture != "qwen2" and any(biases(file, "attn")),
+        "mlp_bias": said.architecture == "llama" and any(biases(file, "ffn")),
+        **token_ids(file),
+    }
 
-    reader = GGUFReader(path)
-    ends = [int(value_of(reader, key)) for key in ENDS if reader.get_field(key) is not None]
-    ends = list(dict.fromkeys(ends))
-    if len(ends) > 1:
-        config = folder / "generation_config.json"
-        kept = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        config.write_text(json.dumps({**kept, "eos_token_id": ends}, indent=2), encoding="utf-8")
+
+def biases(file: GgufFile, block: str) -> Iterable[str]:
+    return (name for name in file.tensors if f".{block}_" in name and name.endswith(".bias"))
 
 
-def value_of(reader: Any, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+def token_ids(file: GgufFile) -> dict[str, Any]:
+    """The token that begins a text, and all that end one: llama.cpp stops at each of them."""
+    ends = dict.fromkeys(int(file.metadata[key]) for key in ENDS if key in file.metadata)
+    begin = file.metadata.get("tokenizer.ggml.bos_token_id")
+    return {"bos_token_id": begin, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
+
+
+def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:
+    """RoPE under transformers' names.
+
+    A factor for each frequency (llama.cpp divides by it) is LongRoPE's form, with the same factors for short and long
+    texts where there is only one set.
+    """
+    kind = said.file.metadata.get(f"{said.architecture}.rope.scaling.type", "linear")
+    factor = said.number("rope.scaling.factor", said.number("rope.scale_linear", 0.0)) or 1.0
+    attention = said.number("rope.scaling.attn_factor", 1.0)
+    sets = factor_sets(said, kind, head_dim)
+    key = f"model: {said.architecture}.rope.scaling"
+    check(kind in ("none", "linear", "yarn", "longrope"), f"{key}.type", kind, "none, linear, yarn or longrope")
+    check(factor > 0, f"{key}.factor", factor, "above 0")
+    scaled = attention == 1 or (kind == "yarn" and factor != 1) or kind == "longrope"
+    check(scaled, f"{key}.attn_factor", attention, f"with scaling {kind} only 1.0")
+    base = {"rope_theta": said.number("rope.freq_base", 10_000.0)}
+    original = said.size("rope.scaling.original_context_length", said.size("context_length"))
+    if sets:
+        check(kind != "yarn" or factor == 1, f"{key}.type", kind, f"not beside {FREQUENCIES}")
+        scale = 1.0 if kind in ("none", "yarn") else factor
+        short, long = ([scale * value for value in values] for values in sets)
+        return {**base, "rope_type": "longrope", "short_factor": short, "long_factor": long, "factor": 1.0,
+                "attention_factor": attention, "original_max_position_embeddings": original}  # fmt: skip
+    if kind == "none" or factor == 1:
+        return {**base, "rope_type": "default"}
+    if kind == "linear":
+        return {**base, "rope_type": "linear", "factor": factor}
+    return {**base, **yarn(said, factor, attention), "original_max_position_embeddings": original}
+
+
+def yarn(said: Metadata, factor: float, attention: float) -> dict[str, Any]:
+    """attention: what llama.cpp multiplies YaRN's own factor of the attention by."""
+    own = {} if attention == 1 else {"attention_factor": attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)}
+    fast, slow = said.number("rope.scaling.yarn_beta_fast", 32.0), said.number("rope.scaling.yarn_beta_slow", 1.0)
+    return {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow, **own}
+
+
+def factor_sets(said: Metadata, kind: str, head_dim: int) -> tuple[list[float], list[float]] | None:
+    """Factors of the frequencies for short and for long texts; None where there are none but ones.
+
+    Raises UserError for factors that llama.cpp does not read with this architecture or scaling.
+    """
+    there = [name for name in FACTORS if name in said.file.tensors]
+    used = [] if said.architecture != "llama" else [SHORT, LONG] if kind == "longrope" else [FREQUENCIES]
+    for name in used if kind == "longrope" else ():
+        check(name in there, f"model: tensor {name}", None, f"{said.file.name} must hold it, as its scaling is {kind}")
+    check(kind != "longrope" or bool(used), f"model: {said.architecture}.rope.scaling.type", kind, "only of llama")
+    found = {name: factors(said.file.tensors[name], head_dim) for name in there}
+    for name, values in found.items():
+        ones, allowed = set(values) == {1}, f"with {said.architecture} and scaling {kind} only ones"
+        check(name in used or ones, f"model: tensor {name}", values, allowed)
+    sets = [found[name] for name in used if name in found]
+    if not sets or (kind != "longrope" and set(sets[0]) == {1}):
+        return None
+    return sets[0], sets[-1]
+
+
+def factors(tensor: StoredTensor, head_dim: int) -> list[float]:
+    name = f"model: tensor {tensor.name}"
+    check(tensor.kind == "F32", f"{name}: type", tensor.kind, "F32")
+    check(tensor.shape == (head_dim // 2,), name, tensor.shape, f"it must be {(head_dim // 2,)}")
+    values = np.fromfile(tensor.path, "<f4", head_dim // 2, offset=tensor.offset)
+    check(bool((np.isfinite(values) & (values > 0)).all()), name, values.tolist(), "finite factors above 0")
+    return [float(value) for value in values]

@@ -1,122 +1,223 @@
-"""The weights of a GGUF file in the file's own blocks, for --dtype gguf.
+"""The weights of a GGUF file: dequantised, or in the file's own blocks for --dtype gguf.
 
+As values every type that the gguf package dequantises, in fp32 and from there to the type asked for. As blocks:
 Q8_0, Q4_1    as they are
 Q4_0          as Q4_1 blocks with the minimum -8 d, which is exact
 Q4_K          as eight Q4_1 blocks whose scale and minimum, there products of two numbers, are rounded to fp16
 F32 F16 BF16  as tensors; the engine rounds matrices to blocks of 8 bits
-all others    dequantised by the gguf package and rounded to blocks of 8 bits, some rows at a time
+all others    dequantised and rounded to blocks of 8 bits
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tokenswift_py.errors import check, one_line
-from tokenswift_py.gguf_config import FREQUENCIES
-from tokenswift_py.gguf_layout import check_layout
+from tokenswift_py.gguf_config import FACTORS, TOKENS
+from tokenswift_py.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.models.blocks import BLOCK, BLOCK_BYTES, Blocks
+from tokenswift_py.models.native import available_threads
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.stored_tensors import Part, Tensors
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-ROUNDED_AT_ONCE = 2**24  # weights of a tensor of another type that are dequantised together
+AT_ONCE = 2**17  # weights that a thread dequantises together: they stay in its core's cache
+ALONE = 2**15  # elements up to which torch starts no threads of its own to convert them
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in the file: its GGML type, [rows, bytes of a row] and the offset."""
+class GgufPlaces:
+    """Which tensor of a file each of Hugging Face's names is.
 
-    kind: str
-    shape: tuple[int, ...]
-    rows: int
-    row_bytes: int
-    offset: int
-
-
-class GgufTensors(Mapping[str, "torch.Tensor | Blocks"]):
-    """Tensors under Hugging Face's names, mapped from the file when they are asked for and not kept.
-
-    Raises UserError for a tensor that is missing or has another shape, and whatever the gguf package raises for a file
-    that is cut or broken.
+    Raises UserError for a tensor that is missing, has another shape or a type that nothing dequantises, and for one
+    that no model of this config reads. A bias that a file does not have is zero, as in llama.cpp.
     """
 
-    def __init__(self, path: Path, spec: ModelSpec):
-        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+    def __init__(self, file: GgufFile, spec: ModelSpec):
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        check_layout(path)
-        reader = GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        architecture = "" if field is None else str(field.contents())
-        known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-        check(architecture in known, "general.architecture", architecture, "one that the gguf package knows")
-        names = get_tensor_name_map(known[architecture], spec.layers)
-        found = {tensor.name: tensor for tensor in reader.tensors}
-        self.path, self._spec = path, spec
-        self._permuted = architecture == "llama"
-        self._places: dict[str, Place] = {}
-        for name, shape in spec.shapes().items():
+        architecture = file.metadata["general.architecture"]
+        number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
+        names, unread = get_tensor_name_map(number, spec.layers), dict(file.tensors)
+        self.file, self.spec, self.shapes = file, spec, spec.shapes()
+        self._paired = architecture == "llama"
+        self.tensors: dict[str, StoredTensor] = {}
+        for name, shape in self.shapes.items():
             stem, suffix = name.rsplit(".", 1)
             theirs = f"{names.get_name(stem)}.{suffix}"
-            check(theirs in found, f"model: tensor {theirs}", None, f"{path.name} must hold it")
-            self._places[name] = place(found.pop(theirs), shape)
-        unread = sorted(found.keys() - {FREQUENCIES})  # that is ones, see `gguf_config.check_metadata`
-        check(not unread, f"model: tensor {unread[0] if unread else ''}", path.name, "no model of this config reads it")
+            there = theirs in unread
+            check(there or suffix == "bias", f"model: tensor {theirs}", None, f"{file.name} must hold it")
+            if there:
+                self.tensors[name] = checked(unread.pop(theirs), shape)
+        others = sorted(unread.keys() - set(FACTORS))  # those are in the config's RoPE parameters
+        check(not others, f"model: tensor {others[0] if others else ''}", file.name, "no model of this config reads it")
+
+    def bytes_of(self, name: str) -> Bytes:
+        """[rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
+
+        Rows of q and k are in Hugging Face's order: files of the llama architecture hold the two halves of a head,
+        which RoPE turns against each other, row by row.
+        """
+        tensor, shape = self.tensors[name], self.shapes[name]
+        rows = shape[0] if len(shape) == 2 else 1
+        data: Bytes = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows)))
+        heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(name.split(".")[-2])
+        if not self._paired or heads is None:
+            return data
+        values = data.reshape(shape[0], -1)  # a bias has a value a row
+        halves: Bytes = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        return halves
+
+
+class GgufTensors(Tensors):
+    """Tensors under Hugging Face's names, or a part of each, dequantised when they are asked for and not kept.
+
+    dtype: what matrices in blocks are rounded to. Vectors and tensors without blocks have the file's own type.
+    """
+
+    def __init__(self, places: GgufPlaces, part: Part | None = None, dtype: torch.dtype = torch.float32):
+        self._places, self._part, self._dtype = places, part, dtype
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        places, shape = self._places, self._places.shapes[name]
+        part = self._part(name, shape) if self._part else (slice(None),)
+        if name not in places.tensors:
+            return torch.zeros(shape)[part]
+        kind = places.tensors[name].kind
+        with one_line(f"{where(places, name)} cannot be read"):
+            data = places.bytes_of(name)
+            if kind in VALUES:
+                return valued(data, kind, shape)[part]
+            found = dequantised(data[part[0]], kind, self._dtype)
+        check(found is not None, where(places, name), "inf or nan", "finite scales")
+        assert found is not None
+        return found[:, part[1]] if len(part) > 1 else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places.shapes)
+
+    def __len__(self) -> int:
+        return len(self._places.shapes)
+
+
+class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
+    """Tensors under Hugging Face's names: matrices as blocks where the file has blocks, the others as values."""
+
+    def __init__(self, places: GgufPlaces):
+        self._places = places
 
     @property
     def nbytes(self) -> int:
         """What the tensors take when packed: matrices in blocks, norms and biases as fp32."""
-        return sum(packed_bytes(place) for place in self._places.values())
+        tensors = self._places.tensors
+        return sum(packed_bytes(tensors[name].kind if name in tensors else "F32", self._places.shapes[name])
+                   for name in self)  # fmt: skip
 
     def __getitem__(self, name: str) -> torch.Tensor | Blocks:
-        at, where = self._places[name], f"model: tensor {name} of {self.path.name}"
-        with one_line(f"{where} cannot be read"):
-            data: Bytes = np.memmap(self.path, np.uint8, "r", at.offset, (at.rows, at.row_bytes))
-            data = self._in_order(name, data)
-            if at.kind in VALUES:
-                return torch.from_numpy(np.array(data)).view(VALUES[at.kind]).reshape(at.shape)
-            blocks = (REPACKED.get(at.kind) or rounded(at.kind))(data)
-        check(finite(blocks), where, "inf or nan", "finite scales")
+        places = self._places
+        if name not in places.tensors:
+            return torch.zeros(places.shapes[name])
+        kind = places.tensors[name].kind
+        with one_line(f"{where(places, name)} cannot be read"):
+            data = places.bytes_of(name)
+            if kind in VALUES:
+                return valued(data, kind, places.shapes[name])
+            blocks = REPACKED[kind](data) if kind in REPACKED else rounded(data, kind)
+        check(finite(blocks), where(places, name), "inf or nan", "finite scales")
         return blocks
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._places.shapes)
 
     def __len__(self) -> int:
-        return len(self._places)
-
-    def _in_order(self, name: str, data: Bytes) -> Bytes:
-        """Rows of q and k in Hugging Face's order: llama.cpp's files for the llama architecture hold the two halves of
-        a head, which RoPE turns against each other, row by row."""
-        heads = {"q_proj": self._spec.heads, "k_proj": self._spec.kv_heads}.get(name.split(".")[-2])
-        if not self._permuted or heads is None:
-            return data
-        rows = data.reshape(self._places[name].shape[0], -1)  # a bias has a value a row
-        paired: npt.NDArray[np.uint8] = rows.reshape(heads, -1, 2, rows.shape[1]).swapaxes(1, 2).reshape(data.shape)
-        return paired
+        return len(self._places.shapes)
 
 
-def place(tensor: Any, shape: tuple[int, ...]) -> Place:
-    """A ReaderTensor's place. Raises UserError where it has not this shape, or a type that is not for weights."""
-    name, kind = f"model: tensor {tensor.name}", tensor.tensor_type.name
-    found = tuple(int(size) for size in reversed(tensor.shape))
-    check(found == shape, name, found, f"it must be {shape}")
-    usable = len(shape) == 2 or kind in VALUES
-    check(usable, f"{name}: type", kind, f"norms and biases are {', '.join(VALUES)}")
-    rows = shape[0] if len(shape) == 2 else 1
-    return Place(kind, shape, rows, int(tensor.n_bytes) // rows, int(tensor.data_offset))
+def where(places: GgufPlaces, name: str) -> str:
+    return f"model: tensor {name} of {places.tensors[name].path.name}"
 
 
-def packed_bytes(place: Place) -> int:
-    weights = int(np.prod(place.shape))
-    if len(place.shape) == 1:
+def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
+    """Raise UserError unless it has this shape and a type that can be read."""
+    name = f"model: tensor {tensor.name}"
+    rows = f"; there are as many tokens in {TOKENS}" if tensor.name == "token_embd.weight" else ""
+    check(tensor.shape == shape, name, tensor.shape, f"it must be {shape}{rows}")
+    usable = len(shape) == 2 or tensor.kind in VALUES
+    check(usable, f"{name}: type", tensor.kind, f"norms and biases are {', '.join(VALUES)}")
+    known = tensor.kind in VALUES or quantisation(tensor.kind) is not None
+    check(known, f"{name}: type", tensor.kind, "one that the gguf package dequantises")
+    return tensor
+
+
+def quantisation(kind: str) -> Any:
+    """The gguf package's class of a type in blocks; None where it knows the type's size only."""
+    from gguf import quants
+
+    return getattr(quants, kind, None)
+
+
+def valued(data: Bytes, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(np.array(data)).view(VALUES[kind]).reshape(shape)
+
+
+def dequantised(data: Bytes, kind: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """[rows, columns] of blocks as values; None where one is not finite."""
+    out = torch.empty((len(data), columns_of(data, kind)), dtype=dtype)
+
+    def put(rows: slice, values: Floats) -> bool:
+        into, found = (tensor.view(-1).split(ALONE) for tensor in (out[rows], torch.from_numpy(values)))
+        for target, source in zip(into, found, strict=True):
+            target.copy_(source)
+        return bool(np.isfinite(values).all())
+
+    return out if all(by_rows(data, kind, put)) else None
+
+
+def rounded(data: Bytes, kind: str) -> Blocks:
+    """Blocks of 8 bits from those of a type that the engine has none for."""
+    from tokenswift_py.kernels.cpu import _native
+
+    out = np.empty((len(data), columns_of(data, kind) // BLOCK * BLOCK_BYTES["q8"]), np.uint8)
+    by_rows(data, kind, lambda rows, values: _native.quantise(values, out[rows]))
+    return Blocks("q8", out)
+
+
+def by_rows(data: Bytes, kind: str, put: Callable[[slice, Floats], Any]) -> list[Any]:
+    """Give the values of some rows after others to `put`, on as many threads as this process may use, and return what
+    it returned."""
+    type_of, columns = quantisation(kind), columns_of(data, kind)
+    type_of.init_grid()
+    step = max(1, AT_ONCE // columns)
+    starts = range(0, len(data), step)
+
+    def convert(start: int) -> Any:
+        blocks = np.ascontiguousarray(data[start : start + step]).reshape(-1, type_of.type_size)
+        with np.errstate(all="ignore"):  # scales that are not finite show in what comes of them
+            values = np.ascontiguousarray(type_of.dequantize_blocks(blocks), np.float32)
+        return put(slice(start, start + step), values.reshape(-1, columns))
+
+    with ThreadPoolExecutor(min(available_threads(), len(starts)) or 1) as team:
+        return list(team.map(convert, starts))
+
+
+def columns_of(data: Bytes, kind: str) -> int:
+    type_of = quantisation(kind)
+    return int(data.shape[1] // type_of.type_size * type_of.block_size)
+
+
+def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
+    weights = int(np.prod(shape))
+    if len(shape) == 1:
         return 4 * weights
-    return weights * BLOCK_BYTES["q4" if place.kind in ("Q4_0", "Q4_1", "Q4_K") else "q8"] // BLOCK
+    return weights * BLOCK_BYTES["q4" if kind in ("Q4_0", "Q4_1", "Q4_K") else "q8"] // BLOCK
 
 
 def blocks_of(data: Bytes, size: int) -> Bytes:
@@ -146,29 +247,6 @@ def from_q4_k(data: Bytes) -> Blocks:
     quants = pairs.reshape(-1, 8, 2, 16)  # k = 0 .. 15 and 16 .. 31 of each block of 32
     packed = quants[:, :, 0] | quants[:, :, 1] << np.uint8(4)
     return Blocks("q4", np.concatenate([halves.view(np.uint8), packed], -1).reshape(len(data), -1))
-
-
-def rounded(kind: str) -> Callable[[Bytes], Blocks]:
-    """What turns rows of a type that the engine has no blocks for into those of 8 bits."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    from tokenswift_py.kernels.cpu import _native
-
-    type_of = GGMLQuantizationType[kind]
-    block, block_bytes = GGML_QUANT_SIZES[type_of]
-
-    def convert(data: Bytes) -> Blocks:
-        columns = data.shape[1] // block_bytes * block
-        out = np.empty((len(data), columns // BLOCK * BLOCK_BYTES["q8"]), np.uint8)
-        step = max(1, ROUNDED_AT_ONCE // columns)
-        for start in range(0, len(data), step):
-            rows = slice(start, start + step)
-            weights = np.ascontiguousarray(dequantize(data[rows], type_of), np.float32)
-            _native.quantise(weights, out[rows])
-        return Blocks("q8", out)
-
-    return convert
 
 
 REPACKED: dict[str, Callable[[Bytes], Blocks]] = {

