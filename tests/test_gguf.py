@@ -286,7 +286,7 @@ def test_a_file_is_run_as_it_is(tiny_gguf: Path, own_cache: Path, monkeypatch: p
     assert plain.report["dtype"] == "gguf"
     assert "/q4+q8-block32/kv-bf16/" in plain.report["numerics"]
     assert swift.checkpoint.eos == (2,)
-    monkeypatch.setattr(loading, "write_described", None)
+    monkeypatch.setattr(loading, "write_tokenizer", None)
     again = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf", kv_dtype="fp32")
     assert "/kv-fp32/" in again.generate("the cat", max_new_tokens=3).report["numerics"]
 
