@@ -93,8 +93,8 @@ def attention_work(shape: Shape, context: int, rows: int, int8: bool = False, ma
     """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
     states of every split written once and read once (the split at the boundary twice).
 
-    int8: of keys and values, each with its scale. mass: every page's log-sum-exp is set, written and read for each row
-    and head, and its mass written.
+    int8: of keys and values, each with its scale. mass: every page's maximum is set, it and the page's sum are written and
+    read for each row and head, and its mass is written.
     """
     # Here, because they need triton.
     from tokenswift_py.kernels.triton.attention import config, padded
@@ -113,10 +113,10 @@ def attention_work(shape: Shape, context: int, rows: int, int8: bool = False, ma
     minimum = token * tokens + 2 * activations
     read = keys + (count + bool(full)) * activations + count * state + boundary  # q in every split
     written = count * state + boundary + activations
-    name = f"attend{'+int8' if int8 else ''}{'+mass' if mass else ''}, merge"
+    name = f"attend{'+int8' if int8 else ''}, merge"
     if mass:
         page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
-        read, written = read + shape.heads * page_mass, written + (2 * shape.heads + shape.kv_heads) * page_mass
+        read, written = read + 2 * shape.heads * page_mass, written + (3 * shape.heads + shape.kv_heads) * page_mass
         name, minimum = f"{name}, mass", minimum + shape.kv_heads * page_mass
     return Work(name, rows, context, read, written, minimum, flops)
 
