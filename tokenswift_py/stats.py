@@ -49,6 +49,15 @@ class GenerationStats:
             self.latest_ms[phase] = 1e3 * (time.perf_counter() - start)
             self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + self.latest_ms[phase]
 
+    def settle(self, phase: str, waited: str, ms: float) -> None:
+        """What a phase asked of a device took so many milliseconds there, some of which went by in the next phase,
+        which waited for it; not a number is unknown, and changes nothing."""
+        moved = min(ms - self.latest_ms[phase], self.latest_ms[waited])
+        if moved == moved:
+            for name, by in ((phase, moved), (waited, -moved)):
+                self.latest_ms[name] += by
+                self.phase_ms[name] += by
+
     def record(self, tree: DraftTree, taken: Acceptance) -> None:
         accepted = len(taken.path) - 1
         self.num_spec_steps += 1

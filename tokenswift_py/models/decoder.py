@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
+from tokenswift_py.clock import clock_of
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend, FarQueries, on_device
@@ -78,6 +79,7 @@ class TorchDecoder:
         parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
         self.row_shapes = row_shapes(attention, self.ops)
+        self.clock = clock_of(self.device)
         self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
