@@ -143,7 +143,8 @@ def check_all(args: argparse.Namespace) -> bool:
             if planned.number not in args.steps:
                 continue
             if left < planned.seconds and not args.tiny:
-                print(f"{planned.number} {planned.title}: skipped, {left:.0f} s are left of {planned.seconds}", flush=True)
+                told = f"skipped, {left:.0f} s are left of {planned.seconds}"
+                print(f"{planned.number} {planned.title}: {told}", flush=True)
                 continue
             held &= run(planned, gpu_stage.Stage(device, args.tiny, until, scratch, ceilings), record)
             if device.type == "cuda":
@@ -168,7 +169,7 @@ def numbers(text: str) -> list[int]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=numbers, default=numbers("0-7"), help="numbers and ranges (default: 0-7)")
+    parser.add_argument("--steps", type=numbers, default="0-7", help="numbers and ranges (default: 0-7)")
     parser.add_argument("--seconds", type=float, default=460, help="no step begins that would not end in this time")
     parser.add_argument("--tiny", action="store_true", help="sizes for Triton's interpreter, where there is no GPU")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="where gpu.json is")

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 import triton
 import triton.language as tl
+
 from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
 from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
@@ -41,12 +43,12 @@ def ceilings(stage: Stage) -> Iterator[Row]:
     yield {"what": "read, GB/s", "value": stage.bandwidth / 1e9}
     source = torch.ones(stage.pick(2**30, 2**18), dtype=torch.float32, device=stage.device)
     target = torch.empty_like(source)
-    ms = stage.ms(lambda: target.copy_(source), 5, 1)
+    ms = stage.ms(partial(target.copy_, source), 5, 1)
     yield {"what": f"copy of {source.nbytes / 1e9:.3g} GB, GB/s", "value": 2e-6 * source.nbytes / ms}
-    del source, target
     size = stage.pick(8192, 64)
     square = torch.ones(size, size, dtype=stage.dtype, device=stage.device)
-    yield {"what": f"product of {size} squared, TFLOP/s", "value": 2e-9 * size**3 / stage.ms(lambda: square @ square, 5)}
+    ms = stage.ms(partial(torch.matmul, square, square), 5)
+    yield {"what": f"product of {size} squared, TFLOP/s", "value": 2e-9 * size**3 / ms}
 
 
 TESTS = {
@@ -190,19 +192,17 @@ def products(stage: Stage) -> Iterator[Row]:
         other = torch.randn_like(x)
         other[:7] = x[:7]
         neighbours = torch.equal(F.linear(other, weight)[:7], together[:7])
-        us = {f"{kind} us": 1e3 * stage.ms(lambda run=run: run(x, weight)) for kind, run in (
-            ("cublas", F.linear), ("tiles", linear))}  # fmt: skip
-        one = x[:1].contiguous()
-        us["tiles us, one row"] = 1e3 * stage.ms(lambda: linear(one, weight))
+        timed = {"cublas us": (F.linear, x), "tiles us": (linear, x), "tiles us, one row": (linear, x[:1].contiguous())}
+        us = {kind: 1e3 * stage.ms(partial(run, rows, weight)) for kind, (run, rows) in timed.items()}
         floor = 1e6 * weight.nbytes / stage.bandwidth
         yield {"product": name, "permuted alike": moved, "neighbours alike": neighbours, **us, "floor us": floor}
 
 
 def attention_variants(stage: Stage) -> Iterator[Row]:
-    """One layer, one row: warps and stages against PyTorch's own, and the share of a plain read's bandwidth. Bits are of
-    the variant that runs by default; the others are only timed."""
+    """One layer, one row: warps and stages against PyTorch's own, and the share of a plain read's bandwidth."""
     heads, kv_heads, head_dim = stage.pick((32, 8, 128), (2, 1, 16))
-    own = attention.config
+    default = attention.config(stage.dtype, head_dim)
+    others = stage.pick([(warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 5)], [(8, 1)])
     for length in stage.pick((4096, 32_768, 100_000), (130,)):
         pages = -(-length // PAGE_SIZE)
         keys, values = (
@@ -214,29 +214,21 @@ def attention_variants(stage: Stage) -> Iterator[Row]:
         at = np.array([length - 1], np.int32)
         segment = AttentionSegment(slice(0, 1), at, np.arange(full, dtype=np.int32), None, tail, False)
         flat = [part.flatten(1, 2)[None, :, :length] for part in (keys, values)]
-        read = 2 * kv_heads * length * head_dim * stage.dtype.itemsize
-
-        def row(name: str, ms: float, length: int = length, read: int = read) -> Row:
-            share = read / (1e-3 * ms) / stage.bandwidth
-            return {"attention": name, "context": length, "us": 1e3 * ms, "share": share}
-
-        def theirs(q: torch.Tensor = q, flat: list[torch.Tensor] = flat) -> torch.Tensor:
-            return F.scaled_dot_product_attention(q[:, :, None], *flat, enable_gqa=True)
-
-        expected = theirs()[0, :, 0]
-        yield row("sdpa", stage.ms(theirs))
-        default = own(stage.dtype, head_dim)
-        variants = [(default.warps, default.stages), *stage.pick([(w, s) for w in (4, 8) for s in (1, 2, 3, 5)], [(8, 1)])]
-        for warps, stages in dict.fromkeys(variants):
-            attention.config = lambda *a, w=warps, s=stages, **k: Config(default.tile, w, s)
-            try:
+        ideal_us = 1e6 * 2 * kv_heads * length * head_dim * stage.dtype.itemsize / stage.bandwidth
+        theirs = partial(F.scaled_dot_product_attention, q[:, :, None], *flat, enable_gqa=True)
+        expected, us = theirs()[0, :, 0].float(), 1e3 * stage.ms(theirs)
+        yield {"attention": "sdpa", "context": length, "us": us, "share": ideal_us / us}
+        for warps, stages in dict.fromkeys([(default.warps, default.stages), *others]):
+            name = f"triton, {warps} warps, {stages} stages"
+            with mock.patch.object(attention, "config", return_value=Config(default.tile, warps, stages)):
                 plan = TritonAttention().prepare([segment], stage.device)
-                run = lambda: TritonAttention().attend(plan, 0, q, keys, values)[0]  # noqa: B023, E731
-                error = float((run().float() - expected.float()).abs().max())
-                name = f"triton, {warps} warps, {stages} stages"
-                yield {**row(name, stage.ms(run)), "default": (warps, stages) == (default.warps, default.stages),
-                       "ok": error < 0.02, "error": error}  # fmt: skip
-            except triton.runtime.errors.OutOfResources as error:
-                yield {"attention": f"triton, {warps} warps, {stages} stages", "context": length, "note": str(error)}
-            finally:
-                attention.config = own
+                run = partial(TritonAttention().attend, plan, 0, q, keys, values)
+                try:
+                    error = float((run()[0].float() - expected).abs().max() / expected.abs().max())
+                    us = 1e3 * stage.ms(run)
+                except triton.runtime.errors.OutOfResources as told:
+                    yield {"attention": name, "context": length, "note": str(told)}
+                    continue
+            yield {"attention": name, "context": length, "us": us, "share": ideal_us / us,
+                   "default": (warps, stages) == (default.warps, default.stages), "ok": error < 0.03,
+                   "error": error}  # fmt: skip

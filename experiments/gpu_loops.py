@@ -86,7 +86,8 @@ class Planted(Drafter):
         at = len(context.history)
         tokens = [context.history[-1], *self.truth[at : at + min(self.length, budget - 1)]]
         wrong = self.rng.random(len(tokens)) >= self.right
-        return DraftTree.chain([tokens[0], *((t + int(w)) % self.vocab for t, w in zip(tokens[1:], wrong[1:], strict=True))])
+        wrong[0] = False
+        return DraftTree.chain((np.array(tokens) + wrong) % self.vocab)
 
     def prefill(self, context: Context, output: Output) -> None:
         pass

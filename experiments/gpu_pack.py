@@ -60,7 +60,8 @@ def join(folder: Path) -> list[str]:
         missing = [name for name, module in WHEELS.items() if importlib.util.find_spec(module) is None]
         if missing:
             site = str(folder / "site")
-            pip("install", "--quiet", "--no-index", "--no-deps", "--find-links", str(wheels), "--target", site, *missing)
+            offline = ("--no-index", "--no-deps", "--find-links", str(wheels))
+            pip("install", "--quiet", *offline, "--target", site, *missing)
         told.append(f"installed: {', '.join(missing) or 'nothing, all is there'}")
     use(folder)
     halves = [folder / load / "model" for load in ("first", "second")]

@@ -96,9 +96,9 @@ def attention_work(
     """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
     states of every split written once and read once (the split at the boundary twice).
 
-    int8: of keys and values, each with its scale. mass: every page's maximum is set, it and the page's sum are written and
-    read for each row and head, and its mass is written. far: queries are turned in every split, which reads their other
-    halves and two angles for each element (in blocks no shorter than a split).
+    int8: of keys and values, each with its scale. mass: every page's maximum is set, it and the page's sum are written
+    and read for each row and head, and its mass is written. far: queries are turned in every split, which reads their
+    other halves and two angles for each element (in blocks no shorter than a split).
     """
     # Here, because they need triton.
     from tokenswift_py.kernels.triton.attention import config, padded

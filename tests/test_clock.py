@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model
-from toys import MarkovModel, write
 from tokenswift_py.clock import CudaClock, HostClock, clock_of
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.planner import PassCost, Planner
 from tokenswift_py.stats import GenerationStats
+from toys import MarkovModel, write
 
 
 class Device(HostClock):

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 
 import triton
 import triton.language as tl
+
 from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise

@@ -36,7 +36,8 @@ class TritonOps:
     def __init__(self, deterministic: bool):
         self.deterministic = deterministic
         self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
-        self.label = f"triton-{triton.__version__}/kernels-{configurations()}" + ("/fixed-tiles" if deterministic else "")
+        kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
+        self.label = f"{kernels}/fixed-tiles" if deterministic else kernels
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias) if self.deterministic else F.linear(x, weight, bias)
