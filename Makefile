@@ -14,7 +14,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test soak check bench report sanitize sanitize-address sanitize-thread aarch64 kernels clean
+.PHONY: help install demo test soak check bench gpu report sanitize sanitize-address sanitize-thread aarch64 kernels clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
@@ -22,6 +22,7 @@ help:
 	@echo "make soak     the tests that take minutes: kills at random moments"
 	@echo "make check    ruff and mypy"
 	@echo "make bench    a short benchmark"
+	@echo "make gpu      on a machine with a GPU: whether it is right there, and how fast (ARGS=--tiny exercises it without)"
 	@echo "make report   results/report.html, one page of all that the experiments have left in results/"
 	@echo "make sanitize tests of the C++ engine under ASan+UBSan and TSan"
 	@echo "make aarch64  tests of the C++ engine built for aarch64, emulated (Debian)"
@@ -60,6 +61,10 @@ check: install
 
 bench: install
 	$(BIN)/python experiments/steps.py --contexts 64,1024,4096 --rows 1,8 --rounds 7
+
+# In the machine's own Python: one that is lent for minutes has no network to install from (see the script's --pack).
+gpu:
+	$(PYTHON) experiments/gpu_check.py $(ARGS)
 
 report: install
 	$(BIN)/python experiments/report.py

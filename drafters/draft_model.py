@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -112,11 +111,12 @@ class DraftModel(Drafter):
         """One pass: the rows that the cache lacks, and what the last of them guesses."""
         if len(self._chain) == 1:
             self._catch_up(context.history)
-        clock = time.perf_counter()
+        lap = self.model.clock.start()
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = self._forward(context.history, rows)
         node = self._confidence.guess(context, candidates, self._chain[-1], logits)
-        self._cost.observe(rows, kept, 1e3 * (time.perf_counter() - clock))
+        lap.stop()
+        self._cost.observe(rows, kept, lap.ms)
         return node
 
     def _catch_up(self, history: History) -> None:

@@ -20,7 +20,6 @@ import json
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -288,9 +287,10 @@ class Heads(Drafter):
             gain = sum(takewhile(lambda saved: saved > 0, gains))
             if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
-            clock = time.perf_counter()
+            lap = context.draft_model.clock.start()
             [(x, guesses)] = self.ask(head, [place], context)
-            cost.observe(1, 0, 1e3 * (time.perf_counter() - clock))
+            lap.stop()
+            cost.observe(1, 0, lap.ms)
             best = None
             for token, each in zip(guesses, odds, strict=False):
                 if terms.gain_ms(place.chance * each.chance, len(draft)) <= 0:

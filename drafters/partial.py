@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
@@ -143,7 +142,7 @@ class Partial(Drafter):
             if not self._pays(draft, ahead, ms, planner, place) and (tail or not planner.may_probe(ms)):
                 break
             tree = self._ask_heads(context, draft, ahead, keys).build()
-            clock = time.perf_counter()
+            lap = context.draft_model.clock.start()
             first = cache.tail_length
             output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
             rows, tokens = [0], []  # type: list[int], list[int]
@@ -162,7 +161,8 @@ class Partial(Drafter):
             ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
             self._see(output, rows[-1])
             if self._passed == self._now.tokens:  # the first pass of a size may have many pages to copy
-                planner.draft.observe(len(tree), keys, 1e3 * (time.perf_counter() - clock))
+                lap.stop()  # behind the guesses, which cost as much every time
+                planner.draft.observe(len(tree), keys, lap.ms)
             self._passed = self._now.tokens
         return place
 

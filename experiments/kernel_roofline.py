@@ -16,6 +16,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +90,15 @@ class Work:
         return 1e6 * max((self.read + self.written) / device.bandwidth, self.flops / device.flops)
 
 
-def attention_work(shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False) -> Work:
+def attention_work(
+    shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False, far: bool = False
+) -> Work:
     """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
     states of every split written once and read once (the split at the boundary twice).
 
-    int8: of keys and values, each with its scale. mass: every page's log-sum-exp is set, written and read for each row
-    and head, and its mass written.
+    int8: of keys and values, each with its scale. mass: every page's maximum is set, it and the page's sum are written
+    and read for each row and head, and its mass is written. far: queries are turned in every split, which reads their
+    other halves and two angles for each element (in blocks no shorter than a split).
     """
     # Here, because they need triton.
     from tokenswift_py.kernels.triton.attention import config, padded
@@ -113,10 +117,12 @@ def attention_work(shape: Shape, context: int, rows: int, int8: bool = False, ma
     minimum = token * tokens + 2 * activations
     read = keys + (count + bool(full)) * activations + count * state + boundary  # q in every split
     written = count * state + boundary + activations
-    name = f"attend{'+int8' if int8 else ''}{'+mass' if mass else ''}, merge"
+    if far:
+        read += (count + bool(full)) * (activations + 2 * activations // ITEM * FP32)
+    name = f"attend{'+int8' if int8 else ''}{'+far' if far else ''}, merge"
     if mass:
         page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
-        read, written = read + shape.heads * page_mass, written + (2 * shape.heads + shape.kv_heads) * page_mass
+        read, written = read + 2 * shape.heads * page_mass, written + (3 * shape.heads + shape.kv_heads) * page_mass
         name, minimum = f"{name}, mass", minimum + shape.kv_heads * page_mass
     return Work(name, rows, context, read, written, minimum, flops)
 
@@ -160,8 +166,8 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
 
 def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
     works = [
-        attention_work(shape, context, rows, int8, mass)
-        for int8, mass in ((False, False), (False, True), (True, False), (True, True))
+        attention_work(shape, context, rows, int8, mass, far)
+        for int8, mass, far in product((False, True), repeat=3)
         for context in contexts
         for rows in row_counts
     ]

@@ -44,6 +44,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def architecture(device: torch.device) -> str:
+    """What a device's kernels are compiled for, which their bits depend on: cuda-sm_90, cuda-gfx942, cpu."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip is not None:
+        return f"cuda-{torch.cuda.get_device_properties(device).gcnArchName.split(':')[0]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"cuda-sm_{major}{minor}"
+
+
 @dataclass(frozen=True, eq=False)
 class BlockShifts:
     """How queries meet keys at distances that the model was not trained for: Self-Extend (arXiv 2401.01325), by the

@@ -202,7 +202,7 @@ def test_a_draft_that_is_never_right_is_soon_left_alone(target: Model) -> None:
     class Wrong:
         """The target itself, but for its last row's logits."""
 
-        context, row_shapes = target.context, target.row_shapes
+        context, row_shapes, clock = target.context, target.row_shapes, target.clock
 
         def __init__(self) -> None:
             self.new_cache = target.new_cache

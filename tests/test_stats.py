@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,6 +153,17 @@ def test_time_is_added_up_by_phase_and_decoding_is_all_but_prefill() -> None:
 
 def test_memory_bandwidth_is_a_rate_a_machine_can_have() -> None:
     assert 1e8 < memory_bandwidth(8) < 1e13
+
+
+def test_memory_bandwidth_of_a_gpu_is_its_own_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 GB, of which the host sees no more than that it asked: on `meta`, which has no memory to read at all."""
+    laps = iter([8.0, 4.0, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0])
+    lap = SimpleNamespace(stop=lambda: None)
+    clock = SimpleNamespace(start=lambda: SimpleNamespace(stop=lap.stop, ms=next(laps)))
+    monkeypatch.setattr("tokenswift_py.stats.clock_of", lambda device: clock)
+    assert memory_bandwidth(device=torch.device("meta")) == pytest.approx(2**31 / 1e-3)
+    with pytest.raises(StopIteration):
+        next(laps)
 
 
 def test_peak_memory_is_the_processes_own(tmp_path: Path) -> None:

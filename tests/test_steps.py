@@ -30,7 +30,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.rows import lay_out
-from tokenswift_py.models.steps import Recorder, Replayed, Step
+from tokenswift_py.models.steps import Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.stopping import Stops
 from tokenswift_py.triton_sampling import TritonSampler
 
@@ -98,9 +98,12 @@ def without_steps(
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_step_recorded_once_serves_every_text_of_its_shape(deterministic: bool) -> None:
-    """Records the launches of one step, changes the memory they read, launches them again, and compares with a step
+def test_a_step_recorded_once_serves_every_text_of_its_shape(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records the launches of one shape, changes the memory they read, launches them again, and compares with a step
     that nothing was recorded of. With torch's own products too: on a GPU they are cuBLAS's, and recorded as well."""
+    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (4,))
     decoder = new_decoder(deterministic=deterministic)
     tapes = []
 
@@ -231,8 +234,66 @@ def test_what_stays_as_it_is() -> None:
     assert other.length == 0
 
 
-def test_a_text_written_by_recorded_steps() -> None:
-    """The loop with drafts of changing shapes: recorded at their second run, launched again from the third on."""
+def test_shapes_are_recorded_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain decoding needs one; a tree of two rows brings all with it; a longer text those that it had. Each is warmed
+    up thrice; the pass that waits for it is no measure, and every other one is."""
+    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
+    monkeypatch.setattr("tokenswift_py.models.steps.MOST_DRAFT_ROWS", 2)
+    decoder, recorded, computed = new_decoder("llama"), [], []
+
+    def compute(pool: Any, plan: Any, places: torch.Tensor, *rest: Any) -> Output:
+        computed.append(places.shape[1])
+        return Output(torch.zeros(places.shape[1], 32), torch.zeros(places.shape[1], 61))
+
+    monkeypatch.setattr(decoder, "compute", compute)
+
+    def noted(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        result = function()
+        recorded.append(len(result.hidden))
+        return result, lambda: None
+
+    decoder.recorder = Recorder(noted)
+    pool = decoder.new_pool(160)
+    view = PageView(np.zeros((2, 1, 1), np.int32))
+
+    def run(length: int, rows: int, view: PageView | None = None) -> tuple[list[int], list[int], bool]:
+        recorded.clear()
+        computed.clear()
+        cache, lap = drawn_cache(decoder, length, pool), decoder.clock.start()
+        decoder.forward([Segment(DraftTree.chain(range(rows)), cache, view)])
+        lap.stop()
+        cache.release()
+        return list(recorded), list(computed), bool(np.isnan(lap.ms))
+
+    assert run(70, 1) == ([1], [1] * 4, True)
+    assert run(71, 1) == ([], [], False)
+    assert run(71, 2) == ([2, 4], [2] * 4 + [4] * 4, True)
+    assert run(72, 4) == run(73, 3) == run(4000, 1) == ([], [], False)
+    assert run(4096, 1)[0] == [1, 2, 4], "room for twice as many pages"
+    assert run(100, 1, view) == ([1], [1] * 4, True)
+    assert run(100, 2, view)[0] == [2], "draft passes have few rows"
+    assert run(100, 4, view)[0] == [4], "but may have more"
+    assert run(4096, 2, view)[0] == [1, 2, 4]
+
+
+def test_recording_writes_nothing_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of a pool and what a pass says of a text are the same whether shapes were recorded beside it or not."""
+    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
+    outputs, pools = [], []
+    for recorder in (Recorder(None), Recorder(record)):
+        decoder = new_decoder("llama")
+        decoder.recorder = recorder
+        cache = drawn_cache(decoder, 130)
+        outputs.append(decoder.forward([Segment(TREES["three nodes"], cache)], want_mass=True))
+        pools.append(cache.pool)
+    assert_same(*outputs)
+    for one, other in ((pools[0].keys, pools[1].keys), (pools[0].values, pools[1].values)):
+        assert torch.equal(one.nan_to_num(9.0), other.nan_to_num(9.0))
+
+
+def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop with drafts of changing shapes."""
+    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
     params = SamplingParams(temperature=0.9, seed=1)
     prompt = [3, 14, 15, 9, 26]
     plain = write(new_decoder("llama"), prompt, 14, params)[0]
@@ -291,10 +352,74 @@ def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> 
     recorder = Recorder(failing)
     runs = [Replayed(lambda i=i: i, recorder) for i in range(2)]
     with caplog.at_level(logging.WARNING, "tokenswift"):
+        for run in runs:
+            run.record()
         assert [run.run() for _ in range(3) for run in runs] == [0, 1] * 3
     assert len(attempts) == 1
     (line,) = caplog.messages
     assert "operation not permitted" in line and "\n" not in line
+
+
+class FakeCuda:
+    """The streams and captures of two devices, as torch has them: a capture that fails raises as it ends, and leaves
+    its stream current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.waited, self.made = {0: "first", 1: "second"}, [], []
+        cuda = self
+
+        class Graph:
+            def __init__(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str):
+                self.stream, self.before = stream, cuda.current[stream[0]]
+
+            def __enter__(self) -> None:
+                cuda.current[self.stream[0]] = self.stream
+
+            def __exit__(self, kind: Any, *rest: Any) -> None:
+                if kind is not None:
+                    raise RuntimeError("the capture was invalidated")
+                cuda.current[self.stream[0]] = self.before
+
+        class CUDAGraph:
+            replayed = 0
+
+            def replay(self) -> None:
+                self.replayed += 1
+
+        def stream(device: torch.device) -> Any:
+            cuda.made.append(device.index)
+            return (device.index, f"stream {len(cuda.made)}")
+
+        names = {
+            "graph_pool_handle": object, "Stream": stream, "graph": Graph, "CUDAGraph": CUDAGraph,
+            "current_stream": lambda device: cuda.current[device.index],
+            "set_stream": lambda before: cuda.current.update({{"first": 0, "second": 1}[before]: before}),
+            "synchronize": lambda device: cuda.waited.append(device.index),
+        }  # fmt: skip
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), KeyboardInterrupt()])
+def test_a_capture_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """The stream is the one from before, and nothing of the capture is still running."""
+    cuda = FakeCuda(monkeypatch)
+    records = [cuda_graphs(torch.device("cuda", index)) for index in (0, 1)]
+    assert cuda.made == [0, 1], "a stream for each device"
+
+    def failing() -> None:
+        assert cuda.current[1] == (1, "stream 2")
+        raise error
+
+    with pytest.raises(RuntimeError, match="invalidated"):
+        records[1](failing)
+    assert cuda.current == {0: "first", 1: "second"} and cuda.waited == [1]
+    result, replay = records[1](lambda: "done")
+    replay()
+    assert result == "done" and cuda.current == {0: "first", 1: "second"} and cuda.waited == [1]
+    run = Replayed(lambda: 5, Recorder(records[0]))
+    run.record()
+    assert run.recorded is not None and run.run() == 5
 
 
 def test_a_pool_goes_with_its_cache() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +14,20 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
+from tokenswift_py import noise
 from tokenswift_py.kernels.triton.compile import MODULES, SHARED_LIMITS, Compiled, variants_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(*arguments: str, interpret: str | None = None) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "tokenswift_py.kernels.triton.compile", *arguments, interpret=interpret)
+
+
+def run_python(*arguments: str, interpret: str | None = None) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT)} | ({} if interpret is None else {"TRITON_INTERPRET": interpret})
-    command = [sys.executable, "-m", "tokenswift_py.kernels.triton.compile", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def test_one_variant_of_each_kernel_compiles_for_hopper() -> None:
@@ -31,6 +38,35 @@ def test_one_variant_of_each_kernel_compiles_for_hopper() -> None:
     assert len(lines) == len(names) + 2
     assert {name for name in names if any(line[9:25].strip() == name for line in lines)} == names
     assert lines[-1] == f"{len(names)} compiled, 0 that would not do"
+
+
+def test_the_constants_of_the_noise_are_doubles_to_the_last_bit() -> None:
+    """Every fp64 constant of every kernel, out of the PTX, against the specification's: Triton rounds a plain number
+    that a double is compared with to fp32, which its interpreter does not."""
+    code = (
+        "import json\n"
+        "from tokenswift_py.kernels.triton.compile import MODULES, compile_variant, variants_of\n"
+        "found = {}\n"
+        "for module in MODULES:\n"
+        "    for i, variant in enumerate(variants_of(module, 'sm_90')):\n"
+        "        if '*fp64' in variant.signature().values():\n"
+        "            found[f'{variant.name} {variant.dtype}'] = compile_variant('sm_90', module, i).doubles\n"
+        "print(json.dumps(found))\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr
+    found = {name: {value(bits) for bits in doubles} for name, doubles in json.loads(done.stdout).items()}
+    coefficients = {1.0 / (2 * k + 1) for k in range(11)}
+    needed = {*coefficients, noise.LN2, noise.SQRT_HALF, 0.5, 2.0**-32}
+    assert len(found) == 5
+    for name, doubles in found.items():
+        assert doubles <= {*needed, 0.0, -1.0, -math.inf}, name
+        assert needed <= doubles or not name.startswith("gumbel"), name
+
+
+def value(bits: str) -> float:
+    """Of the sixteen digits by which PTX names a double."""
+    return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
 def test_attention_compiles_for_amd() -> None:

@@ -24,7 +24,9 @@ from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.executors import choose_attention, choose_ops
-from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.base import architecture
+from tokenswift_py.kernels.triton.attention import Config
+from tokenswift_py.kernels.triton.matmul import Tiles, linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.ops import TorchOps
@@ -206,6 +208,32 @@ def test_the_deterministic_executor_says_so() -> None:
     decoder, _ = triton_decoder()
     assert decoder.guarantee == "bitwise, unverified on hardware"
     assert decoder.numerics.endswith("/fixed-tiles") and "/triton/" in decoder.numerics
+
+
+def test_the_contract_names_the_gpu_and_how_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another architecture, tile, number of warps, depth of pipeline or place of a split is another contract."""
+    capability = {0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
+    assert [architecture(torch.device("cuda", i)) for i in (0, 1)] == ["cuda-sm_90", "cuda-sm_80"]
+    plain, _ = triton_decoder()
+    assert f"/{architecture(DEVICE)}/" in plain.numerics
+    monkeypatch.setattr("tokenswift_py.models.decoder.architecture", lambda device: "cuda-sm_90")
+    assert "/cuda-sm_90/" in triton_decoder()[0].numerics
+    labels = {TritonOps(True).label, TritonOps(False).label}
+    changes: list[tuple[str, Any]] = [
+        ("matmul.tiles", lambda *args: Tiles(64, 32, 32, 4, 4)),
+        ("matmul.tiles", lambda *args: Tiles(64, 32, 64, 8, 4)),
+        ("attention.config", lambda *args, **kwargs: Config(64, 4, 3)),
+        ("fused.BLOCK", 512),
+        ("tables.LAST_LEVEL", 16),
+        ("tables.SPLIT_LEVELS", ((8, 4),)),
+    ]
+    for name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"tokenswift_py.kernels.triton.{name}", value)
+            labels.add(TritonOps(True).label)
+    assert len(labels) == 2 + len(changes)
+    assert TritonOps(True).label in labels
 
 
 def test_cublas_is_labelled_measured() -> None:

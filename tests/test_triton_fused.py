@@ -11,6 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
+import triton
+import triton.language as tl
+
 from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
 from tokenswift_py import noise
@@ -18,7 +21,8 @@ from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.history import History
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kernels.triton import fused
-from tokenswift_py.kernels.triton.sampling import BLOCK, choose
+from tokenswift_py.kernels.triton.runtime import launch_options
+from tokenswift_py.kernels.triton.sampling import BLOCK, choose, log_polynomial
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.sampling import NumericsError, Sampler
 from tokenswift_py.triton_sampling import TritonSampler
@@ -164,6 +168,23 @@ def test_the_noise_is_the_specification_to_the_bit() -> None:
         got = choose(scores, torch.full((len(tokens),), position, dtype=torch.int32), 1.0, seed=99)
         assert got[0].tolist() == tokens
         assert got[1].tolist() == noise.gumbel(99, position, np.array(tokens)).tolist()
+
+
+@triton.jit
+def log_kernel(x: tl.tensor, out: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    tl.store(out + at, log_polynomial(tl.load(x + at)))
+
+
+def test_the_logarithm_at_the_edge_of_its_interval_is_the_specification_to_the_bit() -> None:
+    """Words whose u lies between the root of 1/2 and what that is in fp32, and those around them: the mantissa must be
+    compared in double. The interpreter does so whatever the kernel says: test_triton_compile.py reads its binary."""
+    words = np.arange(3037000448, 3037000512)
+    u = (words + 0.5) * 2.0**-32
+    got = torch.empty(len(u), dtype=torch.float64)
+    log_kernel[(1,)](torch.from_numpy(u).to(DEVICE), got, BLOCK=len(u), **launch_options(4, 1))
+    assert got.tolist() == noise.log(u).tolist()
+    assert (u < noise.SQRT_HALF).any() and (u >= noise.SQRT_HALF).any()
 
 
 def test_ties_go_to_the_lowest_id_and_floors_exclude() -> None:

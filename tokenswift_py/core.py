@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
+    from tokenswift_py.clock import Clock
     from tokenswift_py.kernels.base import QueryTurns
     from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
@@ -188,12 +189,14 @@ class Model(Protocol):
 
     context: positions there are RoPE tables for.
     row_shapes: numbers of rows, ascending, that the passes of a tree are padded to; larger ones are not.
+    clock: what its passes take.
     """
 
     numerics: str
     guarantee: str
     context: int
     row_shapes: tuple[int, ...]
+    clock: Clock
 
     def forward(
         self,

@@ -177,8 +177,10 @@ class Engine:
             budget = self.budget()
             tree = self.ranks.first_tree(self.drafter.propose(self.context, budget), budget)
         with clock("verify"):
+            lap = self.model.clock.start()
             self.cache.drop_tail()
             output = self.forward(Segment(tree, self.cache))
+            lap.stop()
         with clock("accept"):
             taken = self.walk(tree, output)
         with clock("commit"):
@@ -186,7 +188,8 @@ class Engine:
         with clock("learn"):
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
-        self.planner.observe(len(tree), len(taken.tokens), self.stats.latest_ms)
+        self.stats.settle("verify", "accept", lap.ms)
+        self.planner.observe(len(tree), len(taken.tokens), {**self.stats.latest_ms, "verify": lap.ms})
         if self.trace is not None:
             self.trace(self.record(tree, taken))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)

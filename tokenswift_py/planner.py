@@ -8,6 +8,7 @@ milliseconds of drafting and verifying, it pays exactly if p > rate * c. Plain d
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -47,7 +48,10 @@ class PassCost:
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:
+        """ms: NaN for a pass that took what no other will, and tells nothing."""
         ms = max(float(self._times(np.array([ms]))[0]), SHORTEST)
+        if math.isnan(ms):
+            return
         rows = self.padded(rows)
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
@@ -253,12 +257,13 @@ class Planner:
         return True
 
     def observe(self, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
-        """One round: rows verified, tokens it gave, milliseconds of its phases."""
+        """One round: rows verified, tokens it gave, milliseconds of its phases. A verification of NaN milliseconds (see
+        `PassCost.observe`) counts as what it should have taken."""
         draft, verify, *others = self._times(np.array([phase_ms[phase] for phase in PHASES])).tolist()
         self.target.observe(rows, self.context, verify)
         verify_ms = self.target(rows, self.context)
         other_ms = sum(others)
-        self._total_ms += draft + verify + other_ms
+        self._total_ms += draft + (verify_ms if math.isnan(verify) else verify) + other_ms
         self._overhead_ms += (min(verify_ms, other_ms) - self._overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens

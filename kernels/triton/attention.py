@@ -5,7 +5,8 @@ key in the page and lane of its absolute position: full committed pages are read
 gathered by position. One kernel does both, so that a page gives the same bits either way, and the partial state of
 the split that holds the boundary is handed from the first launch to the second in fp32. A second kernel merges the
 splits in fixed order. The query heads of a KV head, and all rows of a tree, share a tile of fixed height, so that each
-key is read once and the tensor cores see the same shape however many rows there are.
+key is read once and the tensor cores see the same shape however many rows there are. Whether page masses are wanted is
+no part of the binary: a pass that reports them and one that does not run the same instructions.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def attend_kernel(
     state: tl.tensor,  # [kv_heads, splits, rows, D] fp32
     state_max: tl.tensor,  # [kv_heads, splits, rows] fp32
     state_sum: tl.tensor,
-    page_lse: tl.tensor,  # [kv_heads, rows, mass_pages] fp32, base 2
+    page_max: tl.tensor,  # [kv_heads, rows, mass_pages] fp32; or anything, where mass_pages is 0
+    page_sum: tl.tensor,
     cos: tl.tensor,  # [context, HEAD_DIM / 2] fp32, where queries are moved for far keys; or anything
     sin: tl.tensor,
     shifts: tl.tensor,  # [blocks] int32
@@ -110,7 +112,6 @@ def attend_kernel(
     TILE: tl.constexpr,
     PAGE: tl.constexpr,
     FIELDS: tl.constexpr,
-    MASS: tl.constexpr,
     INT8: tl.constexpr,
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -211,9 +212,10 @@ def attend_kernel(
         else:
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         top = above
-        if MASS:
-            at_lse = page_lse + (head * rows + packed - first_row).to(tl.int64) * mass_pages + number
-            tl.store(at_lse, finite + tl.log2(tl.where(p_sum > 0, p_sum, 1.0)), mask=valid & (p_sum > 0))
+        told = valid & (p_sum > 0) & (number < mass_pages)
+        at_page = (head * rows + packed - first_row).to(tl.int64) * mass_pages + number
+        tl.store(page_max + at_page, finite, mask=told)
+        tl.store(page_sum + at_page, p_sum, mask=told)
 
     tl.store(state_max + local, top, mask=valid)
     tl.store(state_sum + local, total, mask=valid)
@@ -275,7 +277,8 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["first_row", "rows", "heads", "group", "mass_pages"])
 def mass_kernel(
-    page_lse: tl.tensor,
+    page_max: tl.tensor,  # -inf where a page's sum was not written
+    page_sum: tl.tensor,
     lse: tl.tensor,
     mass: tl.tensor,  # [R, kv_heads, mass_pages]
     first_row: tl.tensor,
@@ -293,7 +296,9 @@ def mass_kernel(
     for member in range(0, group):
         local = tl.program_id(0) * group + member
         at = (head * rows + local).to(tl.int64) * mass_pages + page
-        part = tl.load(page_lse + at, mask=page < mass_pages, other=float("-inf"))
+        top = tl.load(page_max + at, mask=page < mass_pages, other=float("-inf"))
+        there = top > float("-inf")
+        part = top + tl.log2(tl.load(page_sum + at, mask=there, other=1.0))
         acc += tl.exp2(part - tl.load(lse + (row * heads + head) * group + member))
     at_mass = mass + (row * heads + head).to(tl.int64) * mass_pages + page
     tl.store(at_mass, acc.to(mass.dtype.element_ty), mask=page < mass_pages)
@@ -359,16 +364,19 @@ class TritonAttention:
             state = torch.empty((*shape, depth), dtype=torch.float32, device=q.device)
             state_max, state_sum = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
             mass_pages = 0 if mass is None else mass.shape[-1]
-            page_lse = lse if mass is None else state.new_full((kv_heads, rows, mass_pages), -torch.inf)
+            page_max = page_sum = lse
+            if mass is not None:
+                page_max = state.new_full((kv_heads, rows, mass_pages), -torch.inf)
+                page_sum = torch.empty_like(page_max)
             for first, last in ((launch.prefix, launch.tail), (launch.tail, launch.end)):
                 if first < last:
                     attend_kernel[(last - first, kv_heads)](
                         q, keys, values, *(scales or (lse, lse)), tables["items"], tables["positions"],
                         tables["numbers"], tables["bounds"], tables["pages"], tables["tails"], state, state_max,
-                        state_sum, page_lse, *turns, scale, first,
+                        state_sum, page_max, page_sum, *turns, scale, first,
                         launch.first * group, rows, launch.splits, layer, width, pool_pages, kv_heads, group,
                         mass_pages, block_pages, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile, PAGE=PAGE_SIZE,
-                        FIELDS=FIELDS, MASS=mass is not None, INT8=scales is not None, FAR=far is not None,
+                        FIELDS=FIELDS, INT8=scales is not None, FAR=far is not None,
                         PRECISION=PRECISION,
                         **launch_options(chosen.warps, chosen.stages),
                     )  # fmt: skip
@@ -379,7 +387,7 @@ class TritonAttention:
             if mass is not None:
                 grid = (launch.stop - launch.first, kv_heads, triton.cdiv(mass_pages, 128))
                 mass_kernel[grid](
-                    page_lse, lse, mass, launch.first * group, rows, kv_heads, group, mass_pages,
+                    page_max, page_sum, lse, mass, launch.first * group, rows, kv_heads, group, mass_pages,
                     BLOCK=128, **launch_options(4, 1),
                 )  # fmt: skip
         return out, lse
@@ -391,15 +399,15 @@ def variants(amd: bool) -> Iterator[Variant]:
         for head_dim in HEAD_DIMS:
             depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
-            for mass, int8, far in product((False, True), repeat=3):
+            for int8, far in product((False, True), repeat=2):
                 chosen = config(dtype, head_dim, amd, int8)
                 constants = {
-                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "MASS": mass, "INT8": int8,
-                    "FAR": far, "PRECISION": precision(amd),
+                    **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "INT8": int8, "FAR": far,
+                    "PRECISION": precision(amd),
                 }  # fmt: skip
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
                 kinds = {"q": data, **pool, "scale": "fp32"}
-                name = "attend" + ("+int8" if int8 else "") + ("+mass" if mass else "") + ("+far" if far else "")
+                name = "attend" + ("+int8" if int8 else "") + ("+far" if far else "")
                 yield Variant(name, attend_kernel, dtype, head_dim, kinds, constants, chosen.warps, chosen.stages)
             yield Variant(
                 "merge", merge_kernel, dtype, head_dim, {"out": data}, {**shape, "AT_ONCE": MERGED_AT_ONCE}, 4, 2

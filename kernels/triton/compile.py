@@ -26,7 +26,7 @@ from pathlib import Path
 import triton
 import triton.backends.nvidia
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.kernels.triton.runtime import Variant
+from tokenswift_py.kernels.triton.runtime import Variant, launch_options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -34,15 +34,16 @@ from triton.compiler import ASTSource
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MODULES = ("attention", "fused", "matmul", "sampling")
 # Correct, and slow there: fp32 is for checks, and no supported family has such heads.
-MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+mass", "+int8", "+int8+mass")}
+MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
 
 # These take a logarithm, whose own steps are fused multiply-adds.
-MAY_FUSE = {"attend+mass", "attend+int8+mass", "merge"}
+MAY_FUSE = {"mass", "merge"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of a thread. shared, spills: bytes, of a block and of a thread. fused: multiply-adds in the PTX."""
+    """registers: of a thread. shared, spills: bytes, of a block and of a thread. fused: multiply-adds in the PTX.
+    doubles: every fp64 constant that stands in the PTX, as the 16 hexadecimal digits of its bits."""
 
     target: str
     name: str
@@ -53,6 +54,7 @@ class Compiled:
     spills: int
     fused: int
     seconds: float
+    doubles: tuple[str, ...] = ()
 
     @property
     def faults(self) -> list[str]:
@@ -85,16 +87,17 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     }
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages, "enable_fp_fusion": False}
+    options = launch_options(variant.warps, variant.stages)
     start = time.perf_counter()
     built = triton.compile(ASTSource(variant.kernel, signature, constants, aligned), target=gpu, options=options)
     seconds = time.perf_counter() - start
     registers, spills = usage_amd(built.asm["amdgcn"]) if amd else usage_nvidia(built.asm["cubin"])
+    doubles = () if amd else tuple(sorted(set(re.findall(r"\b0[dD]([0-9A-Fa-f]{16})\b", built.asm["ptx"]))))
     # Division in AMD's assembly is made of fused steps that are its own; PTX has an instruction for it.
     fused = 0 if amd else len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f(?:32|64)\b", built.asm["ptx"]))
     dtype = str(variant.dtype).removeprefix("torch.")
     return Compiled(
-        target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, fused, seconds
+        target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, fused, seconds, doubles
     )
 
 

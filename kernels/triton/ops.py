@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import triton
-from tokenswift_py.kernels.triton import fused
+from tokenswift_py.kernels.base import PAGE_SIZE
+from tokenswift_py.kernels.triton import attention, fused, matmul, tables
 from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.runtime import AMD
+
+
+def configurations() -> str:
+    """Eight hexadecimal digits of how the kernels of a pass are compiled (tiles, warps, stages, precision) and where
+    attention is split: others give other bits."""
+    modules = (attention, fused, matmul)
+    chosen = [
+        (v.name, str(v.dtype), v.head_dim, sorted(v.constants.items()), v.warps, v.stages)
+        for module in modules
+        for v in module.variants(AMD)
+    ]
+    splits = (PAGE_SIZE, tables.SPLIT_LEVELS, tables.LAST_LEVEL)
+    return hashlib.sha256(repr((chosen, splits)).encode()).hexdigest()[:8]
 
 
 class TritonOps:
@@ -20,7 +36,8 @@ class TritonOps:
     def __init__(self, deterministic: bool):
         self.deterministic = deterministic
         self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
-        self.label = f"triton-{triton.__version__}" + ("/fixed-tiles" if deterministic else "")
+        kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
+        self.label = f"{kernels}/fixed-tiles" if deterministic else kernels
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias) if self.deterministic else F.linear(x, weight, bias)

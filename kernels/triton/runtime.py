@@ -50,7 +50,7 @@ class Variant:
 
 
 TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges", "shifts"}
-FLOATS = {"state", "state_max", "state_sum", "page_lse", "lse", "cos", "sin", "key_scales", "value_scales"}
+FLOATS = {"state", "state_max", "state_sum", "page_max", "page_sum", "lse", "cos", "sin", "key_scales", "value_scales"}
 
 
 def check_device(device: torch.device) -> None:

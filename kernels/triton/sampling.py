@@ -26,7 +26,7 @@ def log_polynomial(x: tl.tensor) -> tl.tensor:
     bits = x.to(tl.int64, bitcast=True)
     m = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)  # in [1/2, 1)
     e = ((bits >> 52) & 0x7FF) - 1022
-    small = m < SQRT_HALF
+    small = m < tl.full(m.shape, SQRT_HALF, tl.float64)  # a plain number would be rounded to fp32 before it is compared
     m = tl.where(small, m + m, m)
     e = tl.where(small, e - 1, e)
     s = (m - 1.0) / (m + 1.0)

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
+from tokenswift_py.clock import clock_of
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import AttentionBackend, FarQueries, on_device
+from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.ops import Ops, TorchOps
@@ -75,9 +76,10 @@ class TorchDecoder:
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
         check(self.kv_dtype == self.dtype or (int8 and self.kv_dtype == torch.int8), "kv_dtype", kv_dtype, allowed)
         kind, kv = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, self.kv_dtype))
-        parts = [f"torch-{torch.__version__}", self.device.type, kind, f"kv-{kv}", attention.name, rope.label]
+        parts = [f"torch-{torch.__version__}", architecture(self.device), kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
         self.row_shapes = row_shapes(attention, self.ops)
+        self.clock = clock_of(self.device)
         self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 

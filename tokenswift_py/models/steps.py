@@ -5,6 +5,9 @@ pass of a tree is padded to one of a few shapes, everything that changes between
 slots, page tables, ancestors, how many rows there are) is copied to memory that stays in place, and what was launched
 once is launched again as a whole. The rows that pad attend to nothing, and their keys and values are written nowhere;
 by law 1 they change no bit of the others.
+
+Shapes are recorded before they are needed: when a tree first has branches all of them, when a text outgrows its room
+those that it had. The pass that brings this about is no measure of any other, and the executor's clock says so.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from tokenswift_py.clock import Clock
 from tokenswift_py.core import Output
 from tokenswift_py.kernels.base import AttentionBackend, FixedPlan, Room, upload
 from tokenswift_py.kvcache.pages import TorchPagePool
@@ -29,21 +33,28 @@ logger = logging.getLogger("tokenswift")
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 LEAST_PAGES, LEAST_VIEWED = 64, 16  # of a shape; twice as many until they suffice
+MOST_DRAFT_ROWS = 8  # of a pass under a view that is recorded before it is needed
+WARM_UPS = 3  # runs before a recording: they compile, load and allocate
 
 T = TypeVar("T")
 # Runs a function and returns its result, and what does the same again in the same memory.
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
-def cuda_graphs() -> Record:
+def cuda_graphs(device: torch.device) -> Record:
     """Records CUDA graphs, whose memory they share: only one runs at a time, and what it leaves is copied out before
-    another does."""
-    pool = torch.cuda.graph_pool_handle()
+    another does. They are captured in a stream of the device's own; torch's is one of the device that was first."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            result = function()  # runs nothing yet
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = function()  # runs nothing yet
+        except BaseException:
+            torch.cuda.set_stream(before)  # torch ends the capture, which raises, before it would do so itself
+            torch.cuda.synchronize(device)
+            raise
         graph.replay()
         return result, graph.replay
 
@@ -71,27 +82,30 @@ class Recorder:
 def recorder_for(device: torch.device) -> Recorder:
     """CUDA graphs on a GPU, unless TOKENSWIFT_GRAPHS is 0."""
     wanted = device.type == "cuda" and os.environ.get("TOKENSWIFT_GRAPHS") != "0"
-    return Recorder(cuda_graphs() if wanted else None)
+    return Recorder(cuda_graphs(device) if wanted else None)
 
 
 class Replayed(Generic[T]):
-    """A function over memory that stays in place. The first run compiles and allocates, the second is recorded."""
+    """A function over memory that stays in place, and its recording, once there is one."""
 
     def __init__(self, function: Callable[[], T], recorder: Recorder):
         self.function, self.recorder = function, recorder
-        self.warm = False
         self.recorded: tuple[T, Callable[[], None]] | None = None
+
+    def record(self) -> None:
+        """The memory holds what the function can run on."""
+        if self.recorder.record is not None:
+            for _ in range(WARM_UPS):
+                self.function()
+            self.recorded = self.recorder(self.function)
 
     def run(self) -> T:
         """The result; where it was recorded, the next run overwrites it."""
-        if self.recorded is not None:
-            result, replay = self.recorded
-            replay()
-            return result
-        if self.warm:
-            self.recorded = self.recorder(self.function)
-        self.warm = True
-        return self.recorded[0] if self.recorded is not None else self.function()
+        if self.recorded is None:
+            return self.function()
+        result, replay = self.recorded
+        replay()
+        return result
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,11 @@ class Shape:
     mass: bool
     queries: bool
 
+    @property
+    def kind(self) -> Shape:
+        """What passes of a run have in common while rows and pages change."""
+        return replace(self, room=replace(self.room, rows=0, pages=0))
+
 
 class Decoder(Protocol):
     """What a step needs of the decoder; see `TorchDecoder`."""
@@ -111,6 +130,7 @@ class Decoder(Protocol):
     device: torch.device
     attention: AttentionBackend
     ops: Ops
+    clock: Clock
 
     def compute(
         self,
@@ -134,13 +154,28 @@ class Step:
             lambda: decoder.compute(pool, plan, self.places, logits, pages, shape.queries), recorder
         )
 
+    def record(self, rows: Rows) -> None:
+        """Where a graph can be: with the first row of a pass to compute, and nothing written."""
+        self.fill(first_row(rows))
+        self.replayed.record()
+
     def run(self, rows: Rows) -> Output:
+        self.fill(rows)
+        return cut(self.replayed.run(), len(rows.tokens), rows.pages)
+
+    def fill(self, rows: Rows) -> None:
         padded = np.zeros((3, self.shape.room.rows), np.int64)
         padded[2] = -1  # written nowhere
         padded[:, : len(rows.tokens)] = rows.places
         upload(self.places, padded)
         self.plan.fill(rows.segments[0])
-        return cut(self.replayed.run(), len(rows.tokens), rows.pages)
+
+
+def first_row(rows: Rows) -> Rows:
+    """Alone, its key and value written nowhere."""
+    (segment,) = rows.segments
+    alone = replace(segment, rows=slice(0, 1), positions=segment.positions[:1], tail=segment.tail[:1])
+    return Rows(rows.tokens[:1], rows.positions[:1], np.full(1, -1, np.int32), (alone,))
 
 
 def cut(output: Output, rows: int, pages: int) -> Output:
@@ -178,8 +213,25 @@ class Steps:
             return None
         shape = Shape(room, logits, mass, queries)
         if shape not in self.steps:
+            self.decoder.clock.spoil()
             self.steps[shape] = self.made(shape)
+            for other in self.due(shape):
+                step = self.steps[other] = self.steps.get(other) or self.made(other)
+                if step is not None and step.replayed.recorded is None:
+                    step.record(rows)
         return self.steps[shape]
+
+    def due(self, shape: Shape) -> list[Shape]:
+        """What is recorded when a pass first has this shape: itself, and with it all numbers of rows that this pass's
+        kind has had in a smaller room, or may have now that a tree has branches."""
+        if self.recorder.record is None:
+            return []
+        known = {other.room.rows for other in self.steps if other.kind == shape.kind}
+        needed, most = shape.room.rows, 1
+        if needed > 1:
+            most = max(needed, ROWS[-1] if shape.room.viewed is None else MOST_DRAFT_ROWS)
+        counts = [count for count in ROWS if count <= most or count in known]
+        return [replace(shape, room=replace(shape.room, rows=count)) for count in counts]
 
     def made(self, shape: Shape) -> Step | None:
         """None where the attention or the other operations cannot run it."""

@@ -1,0 +1,234 @@
+"""Steps 0 to 5 of `gpu_check.py`: ceilings, tests, noise, the row law, and kernels beside what they could be."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
+from tokenswift_py import noise
+from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.history import History
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.triton import attention
+from tokenswift_py.kernels.triton.attention import Config, TritonAttention
+from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.runtime import launch_options
+from tokenswift_py.kernels.triton.sampling import perturbed
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.sampling import Sampler
+from tokenswift_py.triton_sampling import TritonSampler
+
+ROOT = Path(__file__).resolve().parent.parent
+EDGE = range(3037000448, 3037000500)  # words whose u is at the root of 1/2
+
+
+def ceilings(stage: Stage) -> Iterator[Row]:
+    """A plain read, a copy (bytes read and written), and a product of large squares."""
+    yield {"what": "read, GB/s", "value": stage.bandwidth / 1e9}
+    source = torch.ones(stage.pick(2**30, 2**18), dtype=torch.float32, device=stage.device)
+    target = torch.empty_like(source)
+    ms = stage.ms(partial(target.copy_, source), 5, 1)
+    yield {"what": f"copy of {source.nbytes / 1e9:.3g} GB, GB/s", "value": 2e-6 * source.nbytes / ms}
+    size = stage.pick(8192, 64)
+    square = torch.ones(size, size, dtype=stage.dtype, device=stage.device)
+    ms = stage.ms(partial(torch.matmul, square, square), 5)
+    yield {"what": f"product of {size} squared, TFLOP/s", "value": 2e-9 * size**3 / ms}
+
+
+TESTS = {
+    "what only a GPU can tell": ["-m", "gpu", "tests/test_triton_gpu.py"],
+    "kernels, compiled": ["tests/test_triton_fused.py", "tests/test_triton.py"],
+}
+
+
+def tests(stage: Stage) -> Iterator[Row]:
+    """Of the suite, in processes of their own. Tiny: one that the interpreter runs."""
+    chosen = stage.pick(TESTS, {"swiglu": ["tests/test_triton_fused.py", "-k", "swiglu"]})
+    for what, arguments in chosen.items():
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=min(150, stage.left), check=False
+            )
+        except subprocess.TimeoutExpired:
+            yield {"what": what, "ok": False, "passed": 0, "skipped": 0, "failed": "not over in time"}
+            continue
+        counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
+        failed = "; ".join(re.findall(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", done.stdout, re.MULTILINE))
+        told = failed or (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or [""])[-1]
+        good = done.returncode == 0 and counts.get("passed", 0) > 0
+        yield {
+            "what": what, "ok": good, "passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0),
+            "failed": "" if good else told[:2000],
+        }  # fmt: skip
+
+
+@triton.jit
+def gumbel_kernel(words: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    word = tl.load(words + at, mask=at < count, other=0).to(tl.uint64)
+    zero = tl.full([BLOCK], 0.0, tl.float64)
+    tl.store(out + at, perturbed(zero, zero - 1.0, zero + 1.0, word), mask=at < count)
+
+
+def noise_bits(stage: Stage) -> Iterator[Row]:
+    """The kernel's noise against numpy's, bit by bit; and the choices that rest on it."""
+    words = np.random.default_rng(0).integers(0, 2**32, stage.pick(2**22, 2**10), np.int64)
+    words = np.concatenate([words, np.array(EDGE, np.int64)])
+    expected = -noise.log(-noise.log((words + 0.5) * 2.0**-32))
+    out = torch.empty(len(words), dtype=torch.float64, device=stage.device)
+    gumbel_kernel[(triton.cdiv(len(words), 1024),)](
+        torch.from_numpy(words).to(stage.device), out, len(words), BLOCK=1024, **launch_options(4, 1)
+    )
+    wrong = int((out.cpu().numpy() != expected).sum())
+    yield {"what": "noise", "ok": wrong == 0, "compared": len(words), "wrong": wrong}
+    vocab, rows = stage.pick(128_256, 300), stage.pick(16, 3)
+    logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
+    placed, tree = logits.to(stage.device), DraftTree(range(rows), [-1] + [0] * (rows - 1))
+    for params in ({}, {"top_k": 50}, {"min_p": 0.05}, {"penalty": 1.2, "min_p": 0.05}, {"temperature": 0.0}):
+        made = SamplingParams(**{"temperature": 0.8, "seed": 3, **params})
+        history = History()
+        history.extend([0] * 40)
+        chosen = TritonSampler(made, vocab).chooser(tree, placed, history)
+        same = 0
+        for row in range(rows):
+            own = History()
+            own.extend([*[0] * 40, *([row] if row else [])])
+            same += chosen(row) == Sampler(made, vocab).choose(logits[row], own)
+        told = ", ".join(f"{name} {value}" for name, value in params.items()) or "no filter"
+        yield {"what": f"choices, {told}", "ok": same == rows, "compared": rows, "wrong": rows - same}
+
+
+def row_law(stage: Stage) -> Iterator[Row]:
+    """Law 1 on two layers: a row of a tree has the bits that it has alone and in a causal chunk, with and without page
+    masses, under a view of all pages, launched and replayed; over keys and values in int8, and met by moved queries."""
+    contexts = stage.pick((63, 64, 4095, 32_767, 100_000), (63, 128))
+    counts = stage.pick((1, 2, 7, 16, 17, 64), (3,))
+    longest = contexts[-1] + 256
+    kinds = {
+        "plain": (Parts(stage, longest, layers=2), {}),
+        "int8": (Parts(stage, longest, layers=2), {"kv_dtype": torch.int8}),
+        "moved": (Parts(stage, longest, layers=2, trained=stage.pick(8192, 160)), {"positions": "self-extend"}),
+    }
+    for name, (parts, options) in kinds.items():
+        model, launched = parts.decoder(**options), parts.decoder(graphs=False, **options)
+        pool, rng = drawn_pool(model, 64), np.random.default_rng(0)
+        for length in contexts if name == "plain" else contexts[1::2]:
+            for count in counts if name == "plain" else counts[::2]:
+                base = drawn_cache(pool, model.context, length)
+                tree = random_tree(rng, count, parts.spec.vocab_size)
+                wrong = differences(model, launched, base, tree)
+                base.release()
+                differs = ", ".join(sorted(wrong))
+                yield {"keys": name, "context": length, "rows": count, "ok": not wrong, "differs": differs}
+
+
+def differences(model: TorchDecoder, launched: TorchDecoder, base: KVCache, tree: DraftTree) -> set[str]:
+    """What has other bits than the tree's pass."""
+    cache = base.fork()
+    segment = Segment(tree, cache)
+
+    def run(by: TorchDecoder, segment: Segment, **wants: bool) -> Output:
+        output = by.forward([segment], **wants)
+        segment.cache.drop_tail()
+        return output
+
+    together = run(model, segment, want_mass=True)
+    wrong = set() if together.logits.isfinite().all() else {"not finite"}
+    others = {"mass": run(model, segment), "graphs": run(launched, segment, want_mass=True)}
+    if cache.full_pages:
+        view = PageView.all(model.spec.layers, model.spec.kv_heads, cache.full_pages)
+        others["view"] = run(model, replace(segment, view=view))
+    wrong |= {name for name, output in others.items() if not same(output, together)}
+    cache.release()
+    for node in {0, len(tree) // 2, len(tree) - 1}:
+        tokens = tree.tokens[tree.path(node)]
+        cache = base.fork()
+        chunk = run(model, Segment(DraftTree.chain(tokens), cache, causal=True))
+        if len(tokens) > 1:
+            model.forward([Segment(DraftTree.chain(tokens[:-1]), cache, causal=True)], [])
+            cache.commit(range(len(tokens) - 1))
+        alone = run(model, Segment(DraftTree.chain(tokens[-1:]), cache))
+        cache.release()
+        wrong |= {name for name, output in (("chunk", chunk), ("alone", alone)) if not same(output, together, node)}
+    return wrong
+
+
+def same(output: Output, together: Output, node: int | None = None) -> bool:
+    """node: of which the output's last row is; None is all."""
+    pairs = ((output.hidden, together.hidden), (output.logits, together.logits))
+    return all(torch.equal(a, b) if node is None else torch.equal(a[-1], b[node]) for a, b in pairs)
+
+
+def products(stage: Stage) -> Iterator[Row]:
+    """cuBLAS in blocks of 64 rows: whether a row keeps its bits among others, and how long it takes beside the fixed
+    tiles."""
+    hidden, ffn, kv, vocab = stage.pick((4096, 14_336, 1024, 128_256), (32, 48, 16, 61))
+    shapes = {"q, o": (hidden, hidden), "k, v": (kv, hidden), "gate, up": (ffn, hidden), "down": (hidden, ffn),
+              "head": (vocab, hidden)}  # fmt: skip
+    torch.manual_seed(0)
+    for name, (columns, depth) in shapes.items():
+        x = torch.randn(64, depth, device=stage.device, dtype=stage.dtype)
+        weight = torch.randn(columns, depth, device=stage.device, dtype=stage.dtype) * depth**-0.5
+        together, order = F.linear(x, weight), torch.randperm(64, device=stage.device)
+        moved = torch.equal(F.linear(x[order], weight), together[order])
+        other = torch.randn_like(x)
+        other[:7] = x[:7]
+        neighbours = torch.equal(F.linear(other, weight)[:7], together[:7])
+        timed = {"cublas us": (F.linear, x), "tiles us": (linear, x), "tiles us, one row": (linear, x[:1].contiguous())}
+        us = {kind: 1e3 * stage.ms(partial(run, rows, weight)) for kind, (run, rows) in timed.items()}
+        floor = 1e6 * weight.nbytes / stage.bandwidth
+        yield {"product": name, "permuted alike": moved, "neighbours alike": neighbours, **us, "floor us": floor}
+
+
+def attention_variants(stage: Stage) -> Iterator[Row]:
+    """One layer, one row: warps and stages against PyTorch's own, and the share of a plain read's bandwidth."""
+    heads, kv_heads, head_dim = stage.pick((32, 8, 128), (2, 1, 16))
+    default = attention.config(stage.dtype, head_dim)
+    others = stage.pick([(warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 5)], [(8, 1)])
+    for length in stage.pick((4096, 32_768, 100_000), (130,)):
+        pages = -(-length // PAGE_SIZE)
+        keys, values = (
+            torch.randn(kv_heads, pages, PAGE_SIZE, head_dim, device=stage.device, dtype=stage.dtype) for _ in range(2)
+        )
+        q = torch.randn(1, heads, head_dim, device=stage.device, dtype=stage.dtype)
+        full = (length - 1) // PAGE_SIZE
+        tail = np.arange(full * PAGE_SIZE, length, dtype=np.int32)[None]
+        at = np.array([length - 1], np.int32)
+        segment = AttentionSegment(slice(0, 1), at, np.arange(full, dtype=np.int32), None, tail, False)
+        flat = [part.flatten(1, 2)[None, :, :length] for part in (keys, values)]
+        ideal_us = 1e6 * 2 * kv_heads * length * head_dim * stage.dtype.itemsize / stage.bandwidth
+        theirs = partial(F.scaled_dot_product_attention, q[:, :, None], *flat, enable_gqa=True)
+        expected, us = theirs()[0, :, 0].float(), 1e3 * stage.ms(theirs)
+        yield {"attention": "sdpa", "context": length, "us": us, "share": ideal_us / us}
+        for warps, stages in dict.fromkeys([(default.warps, default.stages), *others]):
+            name = f"triton, {warps} warps, {stages} stages"
+            with mock.patch.object(attention, "config", return_value=Config(default.tile, warps, stages)):
+                plan = TritonAttention().prepare([segment], stage.device)
+                run = partial(TritonAttention().attend, plan, 0, q, keys, values)
+                try:
+                    error = float((run()[0].float() - expected).abs().max() / expected.abs().max())
+                    us = 1e3 * stage.ms(run)
+                except triton.runtime.errors.OutOfResources as told:
+                    yield {"attention": name, "context": length, "note": str(told)}
+                    continue
+            yield {"attention": name, "context": length, "us": us, "share": ideal_us / us,
+                   "default": (warps, stages) == (default.warps, default.stages), "ok": error < 0.03,
+                   "error": error}  # fmt: skip

@@ -1,0 +1,155 @@
+"""What the steps of `gpu_check.py` share: the stage they run on, a model of the 8B shape with random weights, caches
+whose keys and values are drawn, and times by the device's clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from tokenswift_py.clock import clock_of
+from tokenswift_py.core import DraftTree, TreeBuilder
+from tokenswift_py.kernels.triton.attention import TritonAttention
+from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.steps import Recorder
+from tokenswift_py.positions import Positions
+from tokenswift_py.rope import rope_tables
+from tokenswift_py.stats import memory_bandwidth
+from toys import tiny_config
+
+Row = dict[str, Any]
+Step = Callable[["Stage"], Iterator[Row]]
+T = TypeVar("T")
+
+# Llama-3.1-8B
+LARGE = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a step runs. tiny: sizes that Triton's interpreter can do. until: of time.monotonic(), no cell begins
+    later. scratch: a folder that goes afterwards."""
+
+    device: torch.device
+    tiny: bool
+    until: float
+    scratch: Path
+    ceilings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def pick(self, full: T, tiny: T) -> T:
+        return tiny if self.tiny else full
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pick(torch.bfloat16, torch.float32)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of a plain read, measured once."""
+        if "read" not in self.ceilings:
+            self.ceilings["read"] = memory_bandwidth(self.pick(None, 1), self.device)
+        return self.ceilings["read"]
+
+    def ms(self, function: Callable[[], Any], rounds: int = 10, warm: int = 3) -> float:
+        """The median of what it takes on the device."""
+        clock, laps = clock_of(self.device), []
+        for _ in range(self.pick(warm, 1)):
+            function()
+        for _ in range(self.pick(rounds, 1)):
+            lap = clock.start()
+            function()
+            lap.stop()
+            laps.append(lap.ms)
+        return statistics.median(laps)
+
+
+class Parts:
+    """Random weights of the shape, from which decoders of several kinds are made. They prove bits and times, never
+    acceptance."""
+
+    def __init__(self, stage: Stage, context: int, layers: int | None = None, trained: int | None = None):
+        sizes = {**stage.pick(LARGE, TINY)}
+        sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
+        sizes["max_position_embeddings"] = trained or max(sizes["max_position_embeddings"], context)
+        self.stage, self.context, self.config = stage, context, tiny_config("llama", **sizes)
+        self.spec = ModelSpec.from_config(self.config)
+        torch.manual_seed(0)
+        self.weights = {name: self._drawn(shape) for name, shape in self.spec.shapes().items()}
+
+    def _drawn(self, shape: tuple[int, ...]) -> torch.Tensor:
+        made = torch.empty(shape, dtype=self.stage.dtype, device=self.stage.device)
+        return made.fill_(1.0) if len(shape) == 1 else made.normal_(0.0, self.stage.pick(0.02, 0.2))
+
+    def decoder(
+        self,
+        deterministic: bool = True,
+        kv_dtype: torch.dtype | None = None,
+        positions: str = "trained",
+        graphs: bool = True,
+        draft: bool = False,
+    ) -> TorchDecoder:
+        rope = rope_tables(self.config, self.context, Positions(positions))
+        parts = self.spec, self.weights, rope, TritonAttention(), TritonOps(deterministic), draft, kv_dtype
+        decoder = TorchDecoder(*parts)
+        if not graphs:
+            decoder.recorder = Recorder(None)
+        return decoder
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that every token is multiplied with."""
+        return self.spec.multiplied * self.stage.dtype.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values."""
+        return 2 * self.spec.layers * self.spec.kv_heads * self.spec.head_dim * self.stage.dtype.itemsize
+
+
+def drawn_pool(decoder: TorchDecoder, spare: int = 8) -> TorchPagePool:
+    """Of the decoder's context and so many pages more, with keys and values of no text."""
+    pool = decoder.new_pool(pages_for(decoder.context) + spare)
+    for part, scales in ((pool.keys, pool.key_scales), (pool.values, pool.value_scales)):
+        if scales is None:
+            part.normal_()
+        else:
+            part.random_(-127, 128)
+            scales.fill_(1 / 64)
+    return pool
+
+
+def drawn_cache(pool: TorchPagePool, context: int, length: int) -> KVCache:
+    """One of so many committed rows, which are whatever the pool holds."""
+    cache = KVCache(pool, context)
+    cache.append(np.arange(length, dtype=np.int32), True)
+    cache.commit(range(length))
+    return cache
+
+
+def random_tree(rng: np.random.Generator, nodes: int, vocab: int) -> DraftTree:
+    """Branches, and paths deep enough to cross a page."""
+    builder = TreeBuilder(int(rng.integers(vocab)))
+    while len(builder) < nodes:
+        builder.add(int(rng.integers(max(0, len(builder) - 3), len(builder))), int(rng.integers(vocab)))
+    return builder.build()

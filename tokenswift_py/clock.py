@@ -1,0 +1,91 @@
+"""How long a pass takes on the device that computes it, which on a GPU is not how long the host takes to ask for it.
+
+An executor owns a clock. A lap lasts from its start until the device has done all that was asked of it before the stop;
+it is read when the host has waited for the results anyway. A lap in which the executor compiled or captured something
+says nothing of the next one, and is not a number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Protocol
+
+import torch
+
+
+class Lap(Protocol):
+    def stop(self) -> None: ...
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds from start to stop; NaN where the clock was spoiled in between. Waits for the device to be
+        there."""
+
+
+class Clock(Protocol):
+    def start(self) -> Lap: ...
+
+    def spoil(self) -> None:
+        """What runs now will not be run again: laps that are not over are worthless."""
+
+
+class HostClock:
+    """Of an executor that has done its work when it returns."""
+
+    def __init__(self) -> None:
+        self.spoiled = 0
+
+    def start(self) -> HostLap:
+        return HostLap(self)
+
+    def spoil(self) -> None:
+        self.spoiled += 1
+
+
+class HostLap:
+    def __init__(self, clock: HostClock):
+        self.clock, self.spoiled = clock, clock.spoiled
+        self.ms = math.nan
+        self.began = time.perf_counter()
+
+    def stop(self) -> None:
+        if self.spoiled == self.clock.spoiled:
+            self.ms = 1e3 * (time.perf_counter() - self.began)
+
+
+class CudaClock(HostClock):
+    """Events in the device's current stream, between which the GPU may wait for the host as well: what a pass takes."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def start(self) -> CudaLap:
+        return CudaLap(self)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
+class CudaLap:
+    def __init__(self, clock: CudaClock):
+        self.clock, self.spoiled = clock, clock.spoiled
+        self.began = clock.mark()
+        self.ended: torch.cuda.Event | None = None
+
+    def stop(self) -> None:
+        self.ended = self.clock.mark() if self.spoiled == self.clock.spoiled else None
+
+    @property
+    def ms(self) -> float:
+        if self.ended is None:
+            return math.nan
+        self.ended.synchronize()
+        return float(self.began.elapsed_time(self.ended))
+
+
+def clock_of(device: torch.device) -> HostClock:
+    return CudaClock(device) if device.type == "cuda" else HostClock()
