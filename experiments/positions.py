@@ -173,7 +173,8 @@ def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results,
             spot -= before
         else:
             if not whole:
-                whole.append(Reading.begin(swift, tokens, tables_of(swift, scheme, context), args.kept))
+                kept = args.kept and args.kept / text / scheme.replace(":", "-")
+                whole.append(Reading.begin(swift, tokens, tables_of(swift, scheme, context), kept))
             reading = whole[0]
         reading.read(spot - 1)
         nats, _ = reading.nats(spot + SPAN)

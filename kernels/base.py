@@ -63,7 +63,8 @@ class BlockShifts:
     of block c with its query rotated to p - shifts[p // block - c]: distances inside a block stay true, far blocks come
     nearer to one another. The rule knows the row's own position and nothing else.
 
-    block:   whole pages. shifts: [blocks] int32, 0 for the row's own block, never more than the blocks in between.
+    block:   whole pages, a power of two of them.
+    shifts:  [blocks] int32, 0 for the row's own block, never more than the distance of the blocks.
     trained: distances that the model knows: a layer whose sliding window is no wider meets all its keys as they are.
     """
 
@@ -73,8 +74,9 @@ class BlockShifts:
 
     def __post_init__(self) -> None:
         within = (self.shifts >= 0) & (self.shifts <= np.arange(len(self.shifts)) * self.block)
-        if self.block < PAGE_SIZE or self.block % PAGE_SIZE or not within.all():
-            raise ValueError("blocks are whole pages, and no shift is larger than the distance of the blocks")
+        pages, rest = divmod(self.block, PAGE_SIZE)
+        if pages < 1 or rest or pages & (pages - 1) or not within.all():
+            raise ValueError("blocks are 1, 2, 4 ... pages, and no shift is larger than the distance of the blocks")
 
     def serves(self, window: int | None) -> bool:
         """Whether queries are moved in a layer with this sliding window."""
@@ -174,13 +176,14 @@ class Room:
     """What a pass of fixed shape has room for: rows of one sequence, which are no prefill.
 
     pages:  up to that of the last row. viewed: of a view, for each layer and KV head; None is no view.
-    layers: of the model.
+    layers: of the model. block_pages: of the blocks for which queries are moved; None moves none.
     """
 
     rows: int
     pages: int
     viewed: int | None
     layers: int
+    block_pages: int | None = None
 
     @property
     def tail(self) -> int:

@@ -551,6 +551,16 @@ BAD = {
     "mass's shape": ("mass", np.zeros((3, 2, 2, 0), np.float32)),
     "unpadded mass": ("mass", np.zeros((3, 2, 2, 1), np.float32)),
     "queries' shape": ("queries", np.zeros((2, 3, 6, 7), np.float32)),
+    "no shifts": ("shifts", (64, np.zeros(0, np.int32), 64)),
+    "shifts of too few blocks": ("shifts", (64, np.zeros(CONTEXT // 64 - 1, np.int32), 64)),
+    "blocks of no page": ("shifts", (0, np.zeros(CONTEXT, np.int32), 64)),
+    "blocks of half a page": ("shifts", (32, np.zeros(CONTEXT, np.int32), 64)),
+    "negative blocks": ("shifts", (-64, np.zeros(CONTEXT, np.int32), 64)),
+    "huge blocks": ("shifts", (2**31 - 64, np.zeros(CONTEXT, np.int32), 64)),
+    "a negative shift": ("shifts", (64, np.full(CONTEXT, -1, np.int32), 64)),
+    "a shift before the text": ("shifts", (64, np.full(CONTEXT, 65, np.int32), 64)),
+    "wide shifts": ("shifts", (64, np.zeros(CONTEXT, np.int64), 64)),
+    "strided shifts": ("shifts", (64, np.zeros(2 * CONTEXT, np.int32)[::2], 64)),
     "double queries": ("queries", np.zeros((2, 3, 6, 8))),
 }
 

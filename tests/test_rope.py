@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.positions import SCHEMES, STRETCHES, Positions
-from tokenswift_py.rope import UNREAD, rope_tables
+from tokenswift_py.rope import rope_tables
 
 TRAINED = 128
 KINDS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,15 @@ def test_what_is_covered_is_met_as_trained(scheme: str) -> None:
 def test_positions_as_trained_go_on_when_asked_for() -> None:
     assert_tables(config_of("default"), 500, scheme="trained")
     note = rope_tables(config_of("default"), 500, Positions("trained")).note
-    assert note == "context 500 is beyond the 128 trained positions, which are met as they are: " + UNREAD
+    assert note == "context 500 is beyond the 128 trained positions, which are met as they are"
+
+
+def test_where_sliding_windows_hide_the_untrained_distances_nothing_is_moved() -> None:
+    config = MistralConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=512, sliding_window=400)
+    tables = rope_tables(config, 5000)
+    assert (tables.label, tables.note, tables.shifts) == ("rope-default", None, None)
+    config.sliding_window = 600
+    assert rope_tables(config, 5000).shifts is not None
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dynamic"])
@@ -145,6 +153,7 @@ def test_auto_keeps_the_configs_tables_and_extends_itself_beyond_them(kind: str)
         (None, 100, "positions_block: 100 is not allowed; one of 64, 128, 256, 512, 1024"),
         (32, None, "positions_window: 32 is not allowed; at least 64, and a multiple of the block"),
         (192, 128, "positions_window: 192 is not allowed; a multiple of the block (128)"),
+        (None, 512, "positions_block: 512 is not allowed; with 1024 trained positions below 512"),
         (896, 128, "positions_window: 896 is not allowed; at most 895: with a block of 128 more leaves none of"),
     ],
 )

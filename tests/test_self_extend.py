@@ -273,7 +273,7 @@ def test_several_sequences_in_one_pass_keep_their_bits() -> None:
 
 @pytest.mark.parametrize("int8_pages", [False, True])
 def test_drafts_over_views_move_their_queries_too(int8_pages: bool) -> None:
-    """Rows under a view of all pages but one that hardly counts agree with the target's."""
+    """Rows under a view of all pages agree with the target's, as far as copies of them do."""
     weights = NativeWeights(
         ModelSpec.from_config(model_of("llama").config), weights_of(model_of("llama")), torch.bfloat16, 2
     )
@@ -288,7 +288,7 @@ def test_drafts_over_views_move_their_queries_too(int8_pages: bool) -> None:
 
 
 def test_shifts_that_would_read_outside_the_tables_are_refused() -> None:
-    for block, shifts in ((64, [0, 65]), (64, [0, -1]), (96, [0, 0]), (32, [0, 0])):
+    for block, shifts in ((64, [0, 65]), (64, [0, -1]), (96, [0, 0]), (32, [0, 0]), (192, [0, 0])):
         with pytest.raises(ValueError, match="shift"):
             BlockShifts(block, np.array(shifts, np.int32), TRAINED)
     short = BlockShifts(64, np.zeros(3, np.int32), TRAINED)
@@ -303,8 +303,9 @@ def test_a_backend_that_cannot_says_what_can() -> None:
     from tokenswift_py.models.decoder import TorchDecoder
 
     spec = ModelSpec.from_config(model_of("llama").config)
-    with pytest.raises(UserError, match=r"^positions: 'self-extend' .* xformers .* attention triton and sdpa"):
-        TorchDecoder(spec, weights_of(model_of("llama")), tables_of("llama"), with_function(None))
+    tables = rope_tables(model_of("llama").config, CONTEXT)
+    with pytest.raises(UserError, match=r"^positions: 'log-extend' .* xformers .* attention triton and sdpa"):
+        TorchDecoder(spec, weights_of(model_of("llama")), tables, with_function(None))
 
 
 @pytest.mark.parametrize("policy", ["quest", "importance"])
@@ -431,6 +432,50 @@ def test_runs_are_resumed_and_audited(swift: TokenSwift, tmp_path: Path) -> None
         assert again.tokens == plain.tokens
     proved = audit.audit(swift, tmp_path / "run")
     assert not proved.faults and proved.proof is (swift.executor.name == "native")
+
+
+def test_a_run_is_resumed_with_the_flags_that_it_was_begun_with(swift: TokenSwift, tmp_path: Path) -> None:
+    """Journals record what came of them."""
+    begun = {"beyond": (LONG, {"positions": "auto"}), "within": ("the cat", {"positions_window": 64})}
+    for name, (prompt, flags) in begun.items():
+        with swift.stream(prompt, out=tmp_path / name, **flags, **RUN) as stream:
+            list(stream)
+        assert stream.run.rope.positions.scheme == ("log-extend" if name == "beyond" else "trained")
+        cut(tmp_path / name, 30)
+        with swift.resume(tmp_path / name, **flags) as again:
+            list(again)
+        assert again.tokens == stream.tokens
+    with pytest.raises(UserError, match="positions: 'self-extend' is not allowed; the run was written with 'log-ext"):
+        swift.resume(tmp_path / "beyond", positions="self-extend")
+
+
+def test_a_bounded_cache_and_a_snapshot_beyond_the_trained_length(swift: TokenSwift, tmp_path: Path) -> None:
+    """In the lossy mode pages are evicted by scores of queries as they meet far keys: no drafter changes the text."""
+    for policy in ("quest", "importance"):
+        lossy = {"kv_budget": 320, "kv_policy": policy, **RUN}
+        plain = swift.generate(LONG, drafter="none", **lossy)
+        assert plain.report["eviction"]["evictions"] > 0
+        assert swift.generate(LONG, drafter="ngram", draft_tokens=6, **lossy).tokens == plain.tokens
+    with swift.stream(LONG, out=tmp_path / "run", kv_snapshot=True, **RUN) as stream:
+        pieces = iter(stream)
+        while len(stream.tokens) < 40:
+            next(pieces)
+    with swift.resume(tmp_path / "run") as again:
+        list(again)
+    assert again.tokens == swift.generate(LONG, drafter="none", **RUN).tokens
+
+
+def test_a_journal_of_dynamic_ntk_from_before_there_was_a_choice(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}
+    save_tiny(tmp_path / "model", max_position_embeddings=TRAINED, rope_parameters=rope)
+    swift = TokenSwift.from_pretrained(str(tmp_path / "model"), dtype="fp32", engine="native")
+    with swift.stream(LONG, out=tmp_path / "run", **RUN) as stream:
+        list(stream)
+    assert "/rope-dynamicx2@" in stream.numerics
+    record = journal.read(tmp_path / "run")
+    for name in ("positions", "positions_window", "positions_block"):
+        del record.header["parameters"][name]
+    assert swift.recorded_run(record).rope.label == stream.run.rope.label
 
 
 def test_a_journal_from_before_there_was_a_choice_goes_on_under_yarn(swift: TokenSwift, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tokenswift_py import __version__, contract, quality, registry, report, snap
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import VIEWS, create
 from tokenswift_py.engine import Engine, Step
-from tokenswift_py.errors import about, check, one_line
+from tokenswift_py.errors import UserError, about, check, one_line
 from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.executors import Executor, choose_engine, load
 from tokenswift_py.generation_defaults import not_honoured
@@ -40,17 +40,17 @@ from tokenswift_py.loading import (
 )
 from tokenswift_py.memory import check_memory
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.positions import Positions
 from tokenswift_py.processors import check_processors, is_pure, name_of
 from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
-from tokenswift_py.rope import RopeTables, rope_bytes, rope_tables
+from tokenswift_py.rope import TRAINED, RopeTables, rope_bytes, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import ChapterText, Stops
 from tokenswift_py.text import Prompt, end_tokens, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")
 
-EARLIER = {"positions": "yarn"}  # parameters that journals lack which were begun before there was a choice
 MOST_THREADS = 1024  # of the native engine's team
 
 
@@ -281,7 +281,10 @@ class TokenSwift:
 
     def recorded_run(self, record: Record, extend: int = 0, **settings: Any) -> Run:
         """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
-        recorded = {**EARLIER, **record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+        recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+        if "positions" not in recorded:  # begun before there was a choice
+            recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
+        settings |= self.resolved_positions(settings, recorded)
         processors = settings.pop("logits_processors", ())
         check_processors(processors)
         names = [type(processor).__name__ for processor in processors]
@@ -298,6 +301,18 @@ class TokenSwift:
         allowed = f"the recorded context of {run.context} has room for {room} more; begin with a larger one"
         check(extend <= room, "extend", extend, allowed)
         return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
+
+    def resolved_positions(self, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What is asked for of positions when a run is resumed, as a journal records what came of it; nothing where
+        nothing is."""
+        names = ("positions", "positions_window", "positions_block")
+        if not any(name in settings for name in names):
+            return {}
+        asked = {name: settings.get(name, recorded.get(name)) for name in names}
+        if "positions" not in settings and asked["positions"] == "trained":
+            asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
+        found = rope_tables(self.checkpoint.config, recorded["context"], Positions(*asked.values())).positions
+        return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:
         """Check everything that can be checked before any work. Raises UserError."""
@@ -328,6 +343,7 @@ class TokenSwift:
             draft_bytes = self.kv_bytes(seen + seen // 4, dtype=torch.int8)
         check_memory(own_bytes + draft_bytes, self.executor.device, what)
         rope = rope_tables(checkpoint.config, context, options.met_positions)
+        self.executor.check_rope(rope)
         if rope.note:
             logger.warning(rope.note)
         drafting = draft.as_draft(context, vocab) if draft else {}
@@ -367,11 +383,16 @@ class TokenSwift:
     def as_draft(self, context: int, target_vocab: int) -> Mapping[str, Any]:
         """What drafter draft_model takes of this model, for a run of a target over so many positions."""
         with about(f"draft_model {self.checkpoint.name}"):
-            rope = rope_tables(self.checkpoint.config, context)
+            try:
+                rope = rope_tables(self.checkpoint.config, context)
+                self.executor.check_rope(rope)
+            except UserError:  # a draft may be wrong, and must not stop the text
+                rope = rope_tables(self.checkpoint.config, context, TRAINED)
+            model = self.executor.model(rope)
         if rope.note:
             logger.warning("draft model: %s", rope.note)
         sizes = self.checkpoint.spec.vocab_size, target_vocab
-        return {"model": self.executor.model(rope), "vocab_sizes": sizes if sizes[0] != sizes[1] else None}
+        return {"model": model, "vocab_sizes": sizes if sizes[0] != sizes[1] else None}
 
     def engine(self, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> Engine:
         options = run.options

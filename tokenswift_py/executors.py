@@ -17,7 +17,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
-from tokenswift_py.models.decoder import TorchDecoder, reads_int8
+from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
@@ -59,6 +59,9 @@ class Executor(Protocol):
 
     def padded_head(self, head_dim: int) -> int:
         """What a head of this size takes in the KV cache."""
+
+    def check_rope(self, rope: RopeTables) -> None:
+        """Raise UserError for tables whose far keys this executor cannot meet."""
 
     def model(self, rope: RopeTables) -> Model:
         """The model for a run of these RoPE tables; weights are shared."""
@@ -139,6 +142,9 @@ class TorchExecutor:
     def padded_head(self, head_dim: int) -> int:
         return head_dim
 
+    def check_rope(self, rope: RopeTables) -> None:
+        check_moves_queries(self._attention, rope)
+
     def model(self, rope: RopeTables) -> Model:
         return self._decoder(rope, draft=False)
 
@@ -196,6 +202,9 @@ class NativeExecutor:
 
     def padded_head(self, head_dim: int) -> int:
         return round_up(head_dim, VECTOR)
+
+    def check_rope(self, rope: RopeTables) -> None:
+        pass
 
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)

@@ -12,6 +12,7 @@ from tokenswift_py import noise
 from tokenswift_py.errors import check
 
 STRETCHES = ("linear", "ntk", "yarn")  # schemes that change the frequencies
+STEP, LARGEST = 16, 2**18  # of log-extend's scale; steps, so that runs of similar length share their numerics
 Shifts = npt.NDArray[np.int32]
 
 EXTENSIONS = ("self-extend", "log-extend")  # schemes that move queries
@@ -52,11 +53,13 @@ class Positions:
 
 def extent(trained: int, positions: Positions) -> tuple[int, int]:
     """Window and block of an extension. Raises UserError where they leave no room for distances beyond them."""
-    few = f"{trained} trained positions are too few; positions trained, linear, ntk and yarn go beyond them"
+    few = f"{trained} trained positions are too few; positions trained goes beyond them"
     check(trained > 2 * BLOCKS[0], "positions", positions.scheme, few)
     block = positions.block
     if block is None:
         block = max((size for size in BLOCKS if 8 * size <= trained), default=BLOCKS[0])
+    few = f"with {trained} trained positions below {trained // 2}, to leave distances beyond a window of one block"
+    check(2 * block < trained, "positions_block", block, few)
     window = positions.window or max(block, trained // 4 // block * block)
     check(window % block == 0, "positions_window", window, f"a multiple of the block ({block})")
     most = trained - 1 - block
@@ -79,12 +82,13 @@ def grouped_shifts(context: int, window: int, block: int, group: int) -> Shifts:
 
 
 def log_scale(context: int, trained: int, window: int, block: int) -> int:
-    """The largest multiple of STEP for which the largest distance, W + s ln(1 + x / s) + B - 1 of the last block's x
-    positions beyond the window, is below the trained length."""
+    """The largest multiple of STEP, up to LARGEST, for which the largest distance, W + s ln(1 + x / s) + B - 1 of the
+    last block's x positions beyond the window, is below the trained length."""
     beyond, room = distances_beyond(context, window, block)[-1:], trained - window - block
-    scales = np.arange(STEP, STEP * 2**14, STEP)
+    scales = np.arange(STEP, LARGEST + STEP, STEP)
     fitting = scales[np.ceil(slowed(beyond, scales)) <= room]
-    check(len(fitting) > 0, "context", context, f"too long for the {room} trained distances beyond window and block")
+    few = f"{context} positions are too many for {room} trained distances beyond window and block; self-extend goes on"
+    check(len(fitting) > 0, "positions", "log-extend", few)
     return int(fitting[-1])
 
 
@@ -105,4 +109,3 @@ def slowed(beyond: npt.NDArray[np.int64], scale: npt.NDArray[np.int64]) -> npt.N
     return scale * noise.log(1.0 + beyond / scale)
 
 
-STEP = 16  # so that runs of similar length share their numerics

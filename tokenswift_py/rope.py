@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.spec import ModelSpec, windows
 from tokenswift_py.positions import (
     STRETCHES,
     Positions,
@@ -63,23 +63,28 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
     kind = config.rope_parameters.get("rope_type", "default")
     if scheme == "trained":
         tables = tables_of(config, kind, context, context)
-        beyond = context > trained and kind != "dynamic"
-        note = f"context {context} is beyond the {trained} trained positions, which are met as they are: {UNREAD}"
-        return replace(tables, note=note if beyond else None)
+        note = f"context {context} is beyond the {trained} trained positions, which are met as they are"
+        return replace(tables, note=None if covered(config, context) or kind == "dynamic" else note)
     return extended(tables_of(config, kind, context, trained, exact=True), trained, replace(positions, scheme=scheme))
 
 
-EXTENSION = "log-extend"  # what auto takes: see results/positions.md
-UNREAD = "no model reads those well"
+EXTENSION = "log-extend"  # what auto takes; experiments/positions.py measures all
 
 
 def chosen_scheme(config: Any, context: int, scheme: str) -> str:
     """What auto stands for, and trained for whatever has no need of more."""
-    covered = context <= trained_length(config)
+    if covered(config, context):
+        return "trained"
     if scheme == "auto":
         dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # which asks to be stretched with the text
-        return "trained" if covered or dynamic else EXTENSION
-    return "trained" if covered else scheme
+        return "trained" if dynamic else EXTENSION
+    return scheme
+
+
+def covered(config: Any, context: int) -> bool:
+    """Whether the model knows every distance of a text of this length: all are, or sliding windows hide the others."""
+    trained = trained_length(config)
+    return context <= trained or all(window is not None and window <= trained for window in windows(config))
 
 
 def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
@@ -110,7 +115,8 @@ def stretched(config: Any, context: int, scheme: str) -> RopeTables:
     allowed = f"rope type {kind} of this model is not to be stretched so; trained, self-extend and log-extend are"
     check(kind == "default" or kind == scheme, "positions", scheme, allowed)
     trained = trained_length(config)
-    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    known = parameters.get("original_max_position_embeddings") if kind != "linear" else None
+    original = known or config.max_position_embeddings
     factor = float(math.ceil(context / original))
     beyond = f"context {context} is beyond the {trained} trained positions"
     note = f"{beyond}: {NAMES[scheme]} with factor {factor:g}, {COST}"
@@ -130,7 +136,7 @@ def stretched(config: Any, context: int, scheme: str) -> RopeTables:
 
 
 NAMES = {"linear": "position interpolation", "ntk": "NTK-aware RoPE", "yarn": "YaRN"}
-COST = "which the weights were not trained for: every token is predicted worse; log-extend keeps the trained distances"
+COST = "which the weights were not trained for; log-extend keeps the distances that they were"
 
 
 def tables_of(

@@ -29,9 +29,9 @@ struct AttentionLayer {
 // holds no page is passed over: merging what has seen nothing changes nothing. A view of copies, which only drafts
 // have, has splits of its own: 8 of its pages each, and the tail.
 //
-// Where queries are moved (BlockShifts), those of a piece are rotated anew when its walk comes to another block: a split
-// is no shorter than a block, so that this happens once for a row, head and block. A row's queries depend on its own
-// position and the block.
+// Where queries are moved (BlockShifts), those of a piece are rotated anew when its walk comes to a page of another block:
+// once for a row, head and block but under a view of copies, whose splits may part a block. A row's queries depend on its
+// own position and the block alone.
 class Attention {
  public:
   // head_dim: values of a head; the pool has them padded to vector_multiple.

@@ -160,11 +160,11 @@ def attend_kernel(
             q + at_q[:, None] * HEAD_DIM + partner[None, :], mask=valid[:, None] & inside[None, :], other=0.0
         )
         angle = met[:, None].to(tl.int64) * half + (column % half)[None, :]
-        c = tl.load(cos + angle, mask=valid[:, None] & inside[None, :], other=0.0)
-        s = tl.load(sin + angle, mask=valid[:, None] & inside[None, :], other=0.0)
-        across = beside.to(tl.float32) * s
+        cosine = tl.load(cos + angle, mask=valid[:, None] & inside[None, :], other=0.0)
+        sine = tl.load(sin + angle, mask=valid[:, None] & inside[None, :], other=0.0)
+        across = beside.to(tl.float32) * sine
         across = tl.where((column < half)[None, :], -across, across)
-        q_tile = (q_tile.to(tl.float32) * c + across).to(q_tile.dtype)
+        q_tile = (q_tile.to(tl.float32) * cosine + across).to(q_tile.dtype)
     if PRECISION == "interpret":  # whose own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
     plane = (head * pool_pages).to(tl.int64) * PAGE
@@ -315,7 +315,8 @@ class TritonAttention:
 
     def prepare_fixed(self, room: Room, device: torch.device) -> FixedPlan | None:
         check_device(device)
-        return FixedPlan(room, device) if room.rows * (len(splits(room.pages)) - 1) <= MOST_STATES else None
+        edges = splits(room.pages, min(LAST_LEVEL, room.block_pages or LAST_LEVEL))
+        return FixedPlan(room, device) if room.rows * (len(edges) - 1) <= MOST_STATES else None
 
     def attend(
         self,

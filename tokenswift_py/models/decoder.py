@@ -32,10 +32,11 @@ def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:
     return ops.pads and getattr(attention, "reads_int8", False)
 
 
-def check_moves_queries(attention: AttentionBackend) -> None:
-    """Raise UserError for attention that cannot meet far keys from other positions than the rows' own."""
-    allowed = f"attention {attention.name} meets all keys alike; attention triton and sdpa, and engine native, can"
-    check(getattr(attention, "moves_queries", False), "positions", "self-extend", allowed)
+def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
+    """Raise UserError for attention that cannot meet far keys from other positions than the rows' own, if it should."""
+    able = rope.shifts is None or getattr(attention, "moves_queries", False)
+    allowed = f"attention {attention.name} cannot; attention triton and sdpa and engine native can, and positions"
+    check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
 
 
 class TorchDecoder:
@@ -68,8 +69,8 @@ class TorchDecoder:
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         self.shifts, self._turns = rope.shifts, query_turns(rope, spec)
+        check_moves_queries(attention, rope)
         if rope.shifts is not None:
-            check_moves_queries(attention)
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)

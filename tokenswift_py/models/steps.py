@@ -23,7 +23,7 @@ import torch
 
 from tokenswift_py.clock import Clock
 from tokenswift_py.core import Output
-from tokenswift_py.kernels.base import AttentionBackend, FixedPlan, Room, upload
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend, BlockShifts, FixedPlan, Room, upload
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.rows import Rows
@@ -131,6 +131,7 @@ class Decoder(Protocol):
     attention: AttentionBackend
     ops: Ops
     clock: Clock
+    shifts: BlockShifts | None
 
     def compute(
         self,
@@ -208,6 +209,7 @@ class Steps:
             doubled(LEAST_PAGES, rows.pages),
             None if segment.view is None else doubled(LEAST_VIEWED, segment.view.shape[-1]),
             self.decoder.spec.layers,
+            None if self.decoder.shifts is None else self.decoder.shifts.block // PAGE_SIZE,
         )
         if segment.tail.shape[1] > room.tail:
             return None
