@@ -51,8 +51,16 @@ OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
         str,
         "auto, trained, linear, ntk, yarn, self-extend or log-extend: how positions beyond the trained ones are met",
     ),
-    "positions_window": ("model", whole, "of an extension: nearer than this, distances stay true (default: a quarter of the trained)"),
-    "positions_block": ("model", whole, "of an extension: positions moved together, 64 to 1024 (default: 1024, less for short models)"),
+    "positions_window": (
+        "model",
+        whole,
+        "of an extension: nearer than this, distances stay true (default: a quarter of the trained length)",
+    ),
+    "positions_block": (
+        "model",
+        whole,
+        "of an extension: positions that are moved together, 64 to 1024 (default: an eighth of it, at most 1024)",
+    ),
     "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's, else 0)"),
     "top_k": ("sampling", whole, "keep the k best tokens; 0 is off (default: the checkpoint's)"),
     "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),
