@@ -135,7 +135,8 @@ def columns(
 def pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[kv_heads, group * n, head_dim] of [n, heads, head_dim]: the query heads of a KV head become rows, so that no key
     is repeated."""
-    return q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, q.shape[-1])
+    packed: torch.Tensor = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, q.shape[-1])
+    return packed
 
 
 def attend_far(
@@ -180,7 +181,7 @@ def far_weights(
         inside = slice(int(columns[0]), int(columns[-1]) + 1)
         products = accumulator(pack(far.met(rows, block), kv_heads)) @ accumulator(k[:, inside]).transpose(1, 2)
         scores[..., inside] = torch.where((blocks[:, inside] == block)[:, None], products, scores[..., inside])
-    weights = (scores * head_dim**-0.5).unflatten(1, (-1, n))
+    weights: torch.Tensor = (scores * head_dim**-0.5).unflatten(1, (-1, n))
     if mask is not None:
         weights = weights.masked_fill(~(mask[:, None] if mask.ndim == 3 else mask), -torch.inf)
     return weights.softmax(-1)

@@ -70,7 +70,7 @@ def extent(trained: int, positions: Positions) -> tuple[int, int]:
 
 def group_size(context: int, trained: int, window: int, block: int) -> int:
     """The least G for which the largest distance, W + (blocks beyond) B / G + B - 1, is below the trained length."""
-    beyond = distances_beyond(context, window, block)[-1]
+    beyond = int(distances_beyond(context, window, block)[-1])
     return max(1, math.ceil(beyond / (trained - window - block)))
 
 
