@@ -319,12 +319,21 @@ def test_what_cannot_draft_is_refused_in_one_line(
     size = len(tiny_tokenizer())
     says = rf"its vocabulary must be the target's: token {size} is '<|extra|>' there and None here"
     refused(swift, says.replace("|", r"\|"), draft_model=str(saved(tmp_path / "longer", longer)))
-    linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
-    folder = str(saved(tmp_path / "linear", **linear))
-    refused(swift, f"draft_model {folder}: context: .* rope type linear of this model ends at", draft_model=folder)
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 1000)
     swift._draft = None
     refused(swift, f"memory: .* the draft model {smaller} in (int8|fp32) must fit", draft_model=str(smaller))
+
+
+def test_a_draft_whose_positions_end_before_the_text_drafts_all_the_same(
+    swift: TokenSwift, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too few trained positions to be extended: they are met as trained, and a draft may be wrong."""
+    linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}
+    folder = saved(tmp_path / "linear", **linear, max_position_embeddings=100)
+    drafted = swift.generate("the cat", draft_model=str(folder), **RUN)
+    assert drafted.tokens == swift.generate("the cat", drafter="none", **RUN).tokens
+    assert drafted.report["num_draft_tokens"] > 0
+    assert "draft model: context 170 is beyond the 100 trained positions, which are met as they are" in caplog.text
 
 
 def test_the_drafts_cache_counts_in_the_memory_check(
