@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -184,6 +185,8 @@ def flat(row: Row) -> Row:
     for name, value in row.items():
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"{name}: {value!r} is not allowed; a number, text, boolean or None")
+        if isinstance(value, float) and not math.isfinite(value):  # rounded, it would become a silent null
+            raise ValueError(f"{name}: {value!r} is not JSON compliant")
     return {name: rounded(value) for name, value in row.items()}
 
 
