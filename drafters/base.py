@@ -146,7 +146,6 @@ class Candidates:
 
 
 VIEWS = (1024, 2048, 4096, 8192)  # tokens of its cache that a model drafts for itself over
-CHUNK = 512  # rows of a draft model's pass that only reads, for which its bounded cache has room
 UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, whatever it costs
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
-from tokenswift_py.drafters.base import CHUNK, Candidates, Context, Draft, Drafter
+from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.errors import check
 from tokenswift_py.history import History
@@ -161,6 +161,7 @@ def bounded_cache(model: Model, tokens: int) -> KVCache:
 
 
 SPREAD = 1.0  # expected of a smaller model's errors, in units of logit
+CHUNK = 512  # rows of a pass that only reads
 JOINED = 32  # rows that the first guess's pass reads beside the pending token's
 
 DRAFTER = DraftModel

@@ -342,7 +342,7 @@ class TokenSwift:
             seen = min(kept, options.draft_budget or VIEWS[-1])
             draft_bytes = self.kv_bytes(seen + seen // 4, dtype=torch.int8)
         check_memory(own_bytes + draft_bytes, self.executor.device, what)
-        rope = rope_tables(checkpoint.config, context, options.met_positions)
+        rope = rope_tables(checkpoint.config, context, options.met_positions())
         self.executor.check_rope(rope)
         if rope.note:
             logger.warning(rope.note)

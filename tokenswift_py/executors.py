@@ -76,9 +76,6 @@ class Executor(Protocol):
         Raises UserError for others, and for weights that this executor has not or memory has no room for.
         """
 
-    def draft_bytes(self, weights: str) -> int:
-        """What `draft_model` packs for these weights: 0 for the target's own, and for what was packed before."""
-
     def reads_copies(self, kv: str) -> bool:
         """Whether a draft model made with this `kv` reads int8 copies of pages."""
 
@@ -89,9 +86,6 @@ class Executor(Protocol):
         weights: bf16 are of the type that the target's were asked for in (bf16 where those are in blocks); int8 and
                  auto, and what is raised, as in `draft_model`.
         """
-
-    def dtype_beside(self, weights: str) -> str:
-        """What the weights of such another model are then, as --dtype names it. Raises UserError as `beside` does."""
 
 
 class TorchExecutor:
@@ -154,9 +148,6 @@ class TorchExecutor:
         check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
         return self._decoder(rope, draft=True)
 
-    def draft_bytes(self, weights: str) -> int:
-        return 0
-
     def reads_copies(self, kv: str) -> bool:
         return False
 
@@ -165,13 +156,9 @@ class TorchExecutor:
         return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts)
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        dtype = self.dtype_beside(weights)
-        check_draft_memory(checkpoint, dtype, self.device)
-        return TorchExecutor(checkpoint, dtype, *self._kernels)
-
-    def dtype_beside(self, weights: str) -> str:
         check_torch_draft_weights(weights)
-        return self.dtype
+        check_draft_memory(checkpoint, self.dtype, self.device)
+        return TorchExecutor(checkpoint, self.dtype, *self._kernels)
 
 
 class NativeExecutor:
@@ -217,27 +204,20 @@ class NativeExecutor:
         chosen = self._weights if weights == "bf16" else self._int8_weights()
         return NativeDecoder(chosen, rope, self.kv_dtype, draft=True, int8_pages=copies)
 
-    def draft_bytes(self, weights: str) -> int:
-        there = weights == "bf16" or self._draft_weights is not None
-        return 0 if there else self._checkpoint.weight_bytes("int8")
-
     def reads_copies(self, kv: str) -> bool:
         return kv != "own" and self.kv_dtype == torch.bfloat16
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        dtype = self.dtype_beside(weights)
-        check_draft_memory(checkpoint, dtype, self.device)
-        return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
-
-    def dtype_beside(self, weights: str) -> str:
         check_draft_weights(weights)
         own = self.dtype if self.dtype in DTYPES else "bf16"
-        return own if weights == "bf16" else "int8"
+        dtype = own if weights == "bf16" else "int8"
+        check_draft_memory(checkpoint, dtype, self.device)
+        return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
 
     def _int8_weights(self) -> NativeWeights:
         if self._draft_weights is None:
             checkpoint = self._checkpoint
-            check_memory(self.draft_bytes("int8"), self.device, "int8 weights for drafts")
+            check_memory(checkpoint.weight_bytes("int8"), self.device, "int8 weights for drafts")
             tensors = checkpoint.tensors()
             self._draft_weights = NativeWeights(
                 checkpoint.spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True

@@ -17,13 +17,8 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
     """Refuse what cannot fit into the memory that is free now."""
-    mib, free = (f"{size / 2**20:.0f} MiB" for size in (needed, free_on(device)))
-    check(fits(needed, device), "memory", mib, f"{what} must fit the {free} that are free")
-
-
-def fits(needed: int, device: torch.device) -> bool:
-    """Whether `check_memory` would let so many bytes pass."""
-    return needed + HEADROOM <= free_on(device)
+    mib, free = f"{needed / 2**20:.0f} MiB", free_on(device)
+    check(needed + HEADROOM <= free, "memory", mib, f"{what} must fit the {free / 2**20:.0f} MiB that are free")
 
 
 def free_on(device: torch.device) -> int:

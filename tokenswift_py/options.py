@@ -23,7 +23,6 @@ AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pa
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
-DRAFT_WEIGHT_USERS = (*SELF_DRAFTERS, "heads")  # those that multiply with the model's draft weights
 ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
@@ -166,10 +165,10 @@ class Options:
         check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         SamplingParams(**self._plain_sampling())
-        _ = self.met_positions
+        self.met_positions()
 
-    @property
     def met_positions(self) -> Positions:
+        """Raises UserError for a window or a block that the scheme does not have."""
         return Positions(self.positions, self.positions_window, self.positions_block)
 
     @classmethod
