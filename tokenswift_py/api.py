@@ -44,7 +44,7 @@ from tokenswift_py.positions import Positions
 from tokenswift_py.processors import check_processors, is_pure, name_of
 from tokenswift_py.ranks import ALONE, Ranks, join
 from tokenswift_py.report import Trace
-from tokenswift_py.rope import TRAINED, RopeTables, rope_bytes, rope_tables
+from tokenswift_py.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
 from tokenswift_py.stats import GenerationStats, memory_bandwidth
 from tokenswift_py.stopping import ChapterText, Stops
 from tokenswift_py.text import Prompt, end_tokens, prompt_tokens, special_ids, turn_tokens
@@ -311,7 +311,7 @@ class TokenSwift:
         asked = {name: settings.get(name, recorded.get(name)) for name in names}
         if "positions" not in settings and asked["positions"] == "trained":
             asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
-        found = rope_tables(self.checkpoint.config, recorded["context"], Positions(*asked.values())).positions
+        found = chosen_positions(self.checkpoint.config, recorded["context"], Positions(*asked.values()))
         return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
 
     def prepare(self, prompt: Prompt, options: Options) -> Run:

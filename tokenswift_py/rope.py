@@ -15,6 +15,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
 from tokenswift_py.models.spec import ModelSpec, windows
 from tokenswift_py.positions import (
+    EXTENSIONS,
     STRETCHES,
     Positions,
     extent,
@@ -54,31 +55,34 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
     Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N, and so is LongRoPE's
     choice between factors for short and for long texts. Raises UserError for a scheme that this config cannot have.
     """
-    config = copy.deepcopy(config)
-    check_rope(config)
-    trained = trained_length(config)
-    scheme = chosen_scheme(config, context, positions.scheme)
-    if scheme in STRETCHES:
-        return stretched(config, context, scheme)
-    kind = config.rope_parameters.get("rope_type", "default")
-    if scheme == "trained":
+    config = standardized(config)
+    trained, kind = trained_length(config), config.rope_parameters.get("rope_type", "default")
+    positions = chosen_positions(config, context, positions)
+    if positions.scheme in STRETCHES:
+        return stretched(config, context, positions.scheme)
+    if positions.scheme == "trained":
         tables = tables_of(config, kind, context, context)
         note = f"context {context} is beyond the {trained} trained positions, which are met as they are"
         return replace(tables, note=None if covered(config, context) or kind == "dynamic" else note)
-    return extended(tables_of(config, kind, context, trained, exact=True), trained, replace(positions, scheme=scheme))
+    return extended(tables_of(config, kind, context, trained, exact=True), trained, positions)
 
 
 EXTENSION = "log-extend"  # what auto takes; experiments/positions.py measures all
 
 
-def chosen_scheme(config: Any, context: int, scheme: str) -> str:
-    """What auto stands for, and trained for whatever has no need of more."""
+def chosen_positions(config: Any, context: int, positions: Positions) -> Positions:
+    """What is asked for comes to this: never auto, trained for whatever has no need of more, an extension with its
+    window and block. Raises UserError for a window and a block that the trained length does not hold."""
+    config = standardized(config)
     if covered(config, context):
-        return "trained"
+        return TRAINED
+    scheme = positions.scheme
     if scheme == "auto":
         dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # which asks to be stretched with the text
-        return "trained" if dynamic else EXTENSION
-    return scheme
+        scheme = "trained" if dynamic else EXTENSION
+    if scheme not in EXTENSIONS:
+        return Positions(scheme)
+    return Positions(scheme, *extent(trained_length(config), replace(positions, scheme=scheme)))
 
 
 def covered(config: Any, context: int) -> bool:
@@ -88,8 +92,9 @@ def covered(config: Any, context: int) -> bool:
 
 
 def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
-    """The config's own tables, queries moved for the keys beyond a window."""
-    window, block = extent(trained, positions)
+    """The config's own tables, queries moved for the keys beyond a window. positions: of `chosen_positions`."""
+    window, block = positions.window, positions.block
+    assert window is not None and block is not None
     size = (tables.context, trained, window, block)
     if positions.scheme == "self-extend":
         group = group_size(*size)
@@ -103,7 +108,7 @@ def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTabl
         tables,
         label=f"{tables.label}+{positions.scheme}-w{window}-b{block}-{label}",
         note=f"context {tables.context} is beyond the {trained} trained positions: {how}",
-        positions=Positions(positions.scheme, window, block),
+        positions=positions,
         shifts=BlockShifts(block, shifts, trained),
     )
 
@@ -173,8 +178,10 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def check_rope(config: Any) -> None:
-    """Raise UserError for a scaling that is not supported."""
+def standardized(config: Any) -> Any:
+    """A copy with rope_parameters as transformers completes them. Raises UserError for a scaling that is not
+    supported."""
+    config = copy.deepcopy(config)
     config.standardize_rope_params()
     kind = config.rope_parameters.get("rope_type", "default")
     whole = config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
@@ -182,6 +189,7 @@ def check_rope(config: Any) -> None:
         raise UserError(
             f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head"
         )
+    return config
 
 
 def trained_length(config: Any) -> int:
