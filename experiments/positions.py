@@ -26,24 +26,26 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from results import Results, Row, add_flags, start
-from tokenswift_py import TokenSwift, snapshot
+from speedup import Prefix
+from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import check
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.positions import EXTENSIONS, SCHEMES, Positions
+from tokenswift_py.quality import teacher_forced
 from tokenswift_py.report import rounded
-from tokenswift_py.rope import RopeTables, rope_tables, trained_length
+from tokenswift_py.rope import rope_tables, trained_length
 from workloads import CONTINUATIONS, continuation
 
-CHUNK, SPAN = 512, 512
+SPAN = 512  # tokens whose nats are taken at a spot
 MARGIN = 1024  # of the trained length, that a truncated reading leaves
 WHOLE = 1024  # contexts are rounded up to so many, so that close ones share their tables
 
@@ -109,53 +111,22 @@ def parsed(scheme: str) -> tuple[str, Positions]:
     return name, Positions("trained" if name == "truncated" else name, window or None, block or None)
 
 
-def tables_of(swift: TokenSwift, scheme: str, context: int) -> RopeTables:
-    return rope_tables(swift.checkpoint.config, -(-context // WHOLE) * WHOLE, parsed(scheme)[1])
+def prefix_of(
+    swift: TokenSwift, args: argparse.Namespace, name: str, tokens: list[int], scheme: str, context: int, forks: int = 0
+) -> Prefix:
+    """A text to be read under a scheme, from whose cache so many forks can go on for a page."""
+    kept = args.kept and args.kept / f"{name}-{scheme.replace(':', '-')}"
+    return Prefix(swift, tokens, -(-context // WHOLE) * WHOLE, forks, PAGE_SIZE, kept, parsed(scheme)[1])
 
 
-class Reading:
-    """A text read from its beginning under one scheme."""
-
-    def __init__(self, model: Any, tokens: Sequence[int], kept: Path | None = None, cache: KVCache | None = None):
-        self.model, self.tokens, self.kept = model, np.array(tokens, np.int32), kept
-        self.cache: KVCache = model.new_cache() if cache is None else cache
-
-    @classmethod
-    def begin(cls, swift: TokenSwift, tokens: Sequence[int], rope: RopeTables, kept: Path | None = None) -> Reading:
-        return cls(swift.executor.model(rope), tokens, kept)
-
-    def fork(self, tokens: Sequence[int]) -> Reading:
-        """Another text from here on, over the same pages."""
-        return Reading(self.model, tokens, None, self.cache.fork())
-
-    def read(self, length: int) -> None:
-        """Up to so many tokens in the cache."""
-        numerics = self.model.numerics
-        if self.kept is not None and not self.cache.length:
-            self.kept.mkdir(parents=True, exist_ok=True)
-            snapshot.load(self.kept, self.cache, self.tokens, numerics, length, lambda rows: None)
-        for chunk in self._chunks(length):
-            self.model.forward([Segment(chunk, self.cache, causal=True)], [])
-            self.cache.commit(range(len(chunk)))
-        if self.kept is not None:
-            snapshot.save(self.kept, self.cache, self.tokens, numerics)
-
-    def nats(self, stop: int) -> tuple[float, bool]:
-        """In all, of the tokens up to `stop` that follow those in the cache, but for the first; and whether each of
-        them is the likeliest there."""
-        total, right = 0.0, True
-        for chunk in self._chunks(stop - 1):
-            first = self.cache.length + 1
-            logits = self.model.forward([Segment(chunk, self.cache, causal=True)]).logits.double()
-            self.cache.commit(range(len(chunk)))
-            following = torch.from_numpy(self.tokens[first : first + len(chunk)].astype(np.int64))
-            total -= float(torch.log_softmax(logits, -1).gather(1, following[:, None]).sum())
-            right &= bool((logits.argmax(-1) == following).all())
-        return total, right
-
-    def _chunks(self, length: int) -> Iterator[DraftTree]:
-        while (missing := length - self.cache.length) > 0:
-            yield DraftTree.chain(self.tokens[self.cache.length :][: min(CHUNK, missing)])
+def judged(model: Any, cache: KVCache, tokens: Sequence[int], scored: int) -> tuple[float, bool]:
+    """Nats of the last `scored` of the tokens, of which the cache holds a beginning; and whether each of them is the
+    likeliest there."""
+    total, right = 0.0, True
+    for logits, after in teacher_forced(model, cache, tokens, scored):
+        total += float(torch.nn.functional.cross_entropy(logits.double(), after, reduction="sum"))
+        right &= bool((logits.argmax(-1) == after).all())
+    return total, right
 
 
 def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results, text: str, scheme: str) -> None:
@@ -164,21 +135,21 @@ def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results,
     context = args.context or spots[-1] + SPAN
     tokens = continuation(text, swift.tokenizer, spots[-1] + SPAN).tokens
     trained = trained_length(swift.checkpoint.config)
-    whole: list[Reading] = []
+    whole: list[Prefix] = []
 
     def measured(spot: int) -> Row:
+        text_before = tokens
         if parsed(scheme)[0] == "truncated":
             before = max(0, spot - (trained - MARGIN))
-            reading = Reading.begin(swift, tokens[before : spot + SPAN], tables_of(swift, scheme, trained))
-            spot -= before
+            text_before, spot = tokens[before:], spot - before
+            prefix = prefix_of(swift, args, f"{text}-{before}", text_before, scheme, trained)
         else:
             if not whole:
-                kept = args.kept and args.kept / text / scheme.replace(":", "-")
-                whole.append(Reading.begin(swift, tokens, tables_of(swift, scheme, context), kept))
-            reading = whole[0]
-        reading.read(spot - 1)
-        nats, _ = reading.nats(spot + SPAN)
-        return {"nats": rounded(nats / SPAN), "label": reading.model.numerics.rpartition("/")[2]}
+                whole.append(prefix_of(swift, args, text, tokens, scheme, context))
+            (prefix,) = whole
+        prefix.read(spot - 1)
+        nats, _ = judged(prefix.model, prefix.cache, text_before[: spot + SPAN], SPAN)
+        return {"nats": rounded(nats / SPAN), "label": prefix.rope.label}
 
     for spot in spots:
         key = {"text": text, "scheme": scheme, "context": context, "position": spot}
@@ -210,15 +181,13 @@ def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: i
     trained = trained_length(swift.checkpoint.config)
     if parsed(scheme)[0] == "truncated":
         tokens = tokens[-(trained - MARGIN) :]
-    reading = Reading.begin(swift, tokens, tables_of(swift, scheme, length + 1), args.kept)
-    reading.read(len(tokens))
+    prefix = prefix_of(swift, args, f"passkeys-{length}", tokens, scheme, length, forks=1)
+    prefix.read(len(tokens))
     found, nats, count = [], 0.0, 0
     for person in PEOPLE:
-        question = tokens + asked[person]
-        fork = reading.fork([*question, *answers[person]])
-        fork.read(len(question) - 1)
-        loss, right = fork.nats(len(question) + len(answers[person]))
-        fork.cache.release()
+        fork, text = prefix.cache.fork(), [*tokens, *asked[person], *answers[person]]
+        loss, right = judged(prefix.model, fork, text, len(answers[person]))
+        fork.release()
         found.append(right)
         nats, count = nats + loss, count + len(answers[person])
     places = "".join("x" if right else "." for right in found)
@@ -227,16 +196,16 @@ def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: i
 
 def cost(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int, rounds: int = 60) -> Row:
     tokens = continuation("docs", swift.tokenizer, length + 2).tokens
-    reading = Reading.begin(swift, tokens, tables_of(swift, scheme, length + 2), args.kept)
-    reading.read(length)
-    plain = swift.executor.model(tables_of(swift, "trained", length + 2))
+    prefix = prefix_of(swift, args, "docs", tokens, scheme, length + 2)
+    prefix.read(length)
+    plain = swift.executor.model(rope_tables(swift.checkpoint.config, prefix.rope.context, Positions("trained")))
     times: dict[str, list[float]] = {"moved": [], "plain": []}
     for _ in range(rounds):
-        for name, model in (("moved", reading.model), ("plain", plain)):
+        for name, model in (("moved", prefix.model), ("plain", plain)):
             began = time.perf_counter()
-            model.forward([Segment(DraftTree.chain([tokens[length]]), reading.cache)])
+            model.forward([Segment(DraftTree.chain([tokens[length]]), prefix.cache)])
             times[name].append(1e3 * (time.perf_counter() - began))
-            reading.cache.drop_tail()
+            prefix.cache.drop_tail()
     medians = {name: statistics.median(ms) for name, ms in times.items()}
     ratios = statistics.median(a / b for a, b in zip(times["moved"], times["plain"], strict=True))
     return {"moved_ms": rounded(medians["moved"]), "plain_ms": rounded(medians["plain"]), "ratio": rounded(ratios)}

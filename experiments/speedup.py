@@ -33,8 +33,9 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.options import Options
+from tokenswift_py.positions import Positions
 from tokenswift_py.report import Trace, rounded
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.rope import AUTO, rope_tables
 from tokenswift_py.stats import distinct_n, find_loop, memory_bandwidth
 from workloads import CONTINUATIONS, FREE, continuation, free_run
 
@@ -104,9 +105,16 @@ class Prefix:
     written: Sequence[int] = ()
 
     def __init__(
-        self, swift: TokenSwift, tokens: list[int], context: int, forks: int, new: int, kept: Path | None = None
+        self,
+        swift: TokenSwift,
+        tokens: list[int],
+        context: int,
+        forks: int,
+        new: int,
+        kept: Path | None = None,
+        positions: Positions = AUTO,
     ):
-        self.tokens, self.rope, self.kept = tokens, rope_tables(swift.checkpoint.config, context), kept
+        self.tokens, self.rope, self.kept = tokens, rope_tables(swift.checkpoint.config, context, positions), kept
         self.model: Any = swift.executor.model(self.rope)
         pool = self.model.new_pool(pages_for(context) + forks * (pages_for(new) + 12))
         self.cache = KVCache(pool, context)

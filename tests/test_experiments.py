@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrun
 import peers
+import positions
 from ablations import GROUPS, DraftingWith
 from diversity import VARIANTS, means, self_bleu
 from peers import Paused, Task, Writer
 from tokenswift_py.errors import UserError
 from tokenswift_py.options import Options
-from workloads import FREE, free_run
+from workloads import FREE, continuation, free_run
 
 
 def stepping(*steps: list[int] | Exception) -> Callable[[], list[int]]:
@@ -171,3 +173,41 @@ def test_a_long_run_that_could_not_draw_its_picture_does_not_begin(
 )
 def test_an_answer_is_one_json_object_or_not(answer: str, valid: bool) -> None:
     assert longrun.is_object(answer) is valid
+
+
+def run_positions(monkeypatch: pytest.MonkeyPatch, folder: Path, results: Path, *flags: str) -> list[dict[str, Any]]:
+    given = ["--model", str(folder), "--dtype", "fp32", "--threads", "1", "--results", str(results), *flags]
+    monkeypatch.setattr(sys, "argv", ["positions.py", *given])
+    positions.main()
+    rows: list[dict[str, Any]] = json.loads((results / "positions.json").read_text())["rows"]
+    return rows
+
+
+def test_nats_at_a_spot_are_transformers_loss(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As trained of the whole text, truncated of its last part."""
+    monkeypatch.setattr(positions, "SPAN", 90)
+    monkeypatch.setattr(positions, "MARGIN", 824)  # of 1 024 trained positions: 200 tokens are left before a spot
+    flags = ("--texts", "docs", "--spots", "300,700", "--schemes", "trained,truncated,log-extend:256:64")
+    rows = run_positions(monkeypatch, tiny_folder, tmp_path, *flags, "--context", "3000")
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).eval()
+    tokens = torch.tensor(continuation("docs", AutoTokenizer.from_pretrained(tiny_folder), 790).tokens)
+    for row in rows[:4]:
+        before = row["position"] - 200 if row["scheme"] == "truncated" else 0
+        with torch.inference_mode():
+            logits = model(tokens[None, before : row["position"] + 90]).logits[0, -91:-1]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[row["position"] : row["position"] + 90])
+        assert row["nats"] == pytest.approx(float(loss), rel=1e-4)
+    # Of 1 024 trained distances 704 are left for the last block's 2 752; 304 ln(1 + 2752 / 304) fits, 320 does not.
+    assert [row["label"] for row in rows[4:]] == ["rope-default+log-extend-w256-b64-s304"] * 2
+    assert rows[4]["nats"] == pytest.approx(rows[0]["nats"], rel=0.05) and rows[4]["nats"] != rows[0]["nats"]
+
+
+def test_pass_keys_are_hidden_and_asked_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run_positions(monkeypatch, tiny_folder, tmp_path, "--passkeys", "2500", "--schemes", "log-extend,yarn")
+    assert [row["scheme"] for row in rows] == ["log-extend", "yarn"]
+    assert all(len(row["by_depth"]) == 9 and row["found"] == row["by_depth"].count("x") for row in rows)
+    assert rows[0]["nats"] != rows[1]["nats"] and all(row["nats"] > 1 for row in rows)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -34,6 +34,7 @@ from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:
     from tokenswift_py.api import TokenSwift
+    from tokenswift_py.kvcache.cache import KVCache
 
 WINDOW = 1000  # tokens
 LEAST = 4  # tokens of a window: fewer have no 4-gram
@@ -205,19 +206,28 @@ def check_readable(swift: TokenSwift, windows: Sequence[Sequence[int]]) -> None:
 
 def nats(model: Model, tokens: Sequence[int], scored: int) -> float:
     """-ln p of the last `scored` of the tokens, summed, each given all tokens before it (teacher forcing)."""
-    cache, total = model.new_cache(), 0.0
-    first = len(tokens) - scored - 1  # the row that predicts the first scored token
+    cache = model.new_cache()
     try:
-        while (at := cache.length) < len(tokens) - 1:
-            chunk = tokens[at : len(tokens) - 1][:CHUNK]
-            rows = range(max(0, first - at), len(chunk))
-            logits = model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], list(rows)).logits
-            after = torch.tensor([tokens[at + row + 1] for row in rows], dtype=torch.int64, device=logits.device)
-            total += float(torch.nn.functional.cross_entropy(logits, after, reduction="none").double().sum())
-            cache.commit(range(len(chunk)))
+        return sum(
+            float(torch.nn.functional.cross_entropy(logits, after, reduction="none").double().sum())
+            for logits, after in teacher_forced(model, cache, tokens, scored)
+        )
     finally:
         cache.release()
-    return total
+
+
+def teacher_forced(
+    model: Model, cache: KVCache, tokens: Sequence[int], scored: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The logits of the rows that predict the last `scored` of the tokens, and these tokens, some at a time: [n, vocab]
+    and [n] int64. The cache, which holds a beginning of the tokens, grows by all but the last."""
+    first = len(tokens) - scored - 1  # the row that predicts the first scored token
+    while (at := cache.length) < len(tokens) - 1:
+        chunk = tokens[at : len(tokens) - 1][:CHUNK]
+        rows = range(max(0, first - at), len(chunk))
+        logits = model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], list(rows)).logits
+        cache.commit(range(len(chunk)))
+        yield logits, torch.tensor([tokens[at + row + 1] for row in rows], dtype=torch.int64, device=logits.device)
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
