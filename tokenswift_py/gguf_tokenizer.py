@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,7 +225,7 @@ def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     prefix = vocabulary.space_prefix
     steps: list[dict[str, Any]] = []
     if vocabulary.charsmap:
-        steps.append({"type": "Precompiled", "precompiled_charsmap": encoded(vocabulary.charsmap)})
+        steps.append({"type": "Precompiled", "precompiled_charsmap": b64encode(vocabulary.charsmap).decode()})
     if vocabulary.one_space:
         steps += [replace({"Regex": r"\A +| +\z"}, ""), replace({"Regex": " +"}, " ")]
     if prefix:
@@ -282,12 +283,6 @@ def characters(last: dict[str, Any] | None = None) -> dict[str, Any]:
     """The decoder of a vocabulary of characters with a token for each byte."""
     steps = [replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *([last] if last else [])]
     return {"type": "Sequence", "decoders": steps}
-
-
-def encoded(charsmap: bytes) -> str:
-    import base64
-
-    return base64.b64encode(charsmap).decode()
 
 
 def tokenizer_json(

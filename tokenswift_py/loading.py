@@ -203,8 +203,6 @@ def from_hub(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
 
 
-
-
 def cache_folder() -> Path:
     """Where what is made of models lives: $TOKENSWIFT_CACHE, else the user's cache folder."""
     if own := os.environ.get("TOKENSWIFT_CACHE"):
