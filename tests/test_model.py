@@ -196,13 +196,6 @@ def test_memory_is_that_of_weights_and_kv(dtype: str, kv_dtype: str) -> None:
     assert 0.9 * held < grown < 1.15 * held + 200e6
 
 
-def test_the_second_load_describes_nothing(default_model: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "write_described", None)
-    again = TokenSwift.from_pretrained()
-    assert again.executor.dtype == "bf16"
-    assert again.checkpoint.folder == default_model.checkpoint.folder
-
-
 def test_the_chat_template_of_the_gguf_came_along(default_model: TokenSwift) -> None:
     result = default_model.generate("What is the capital of France?", temperature=0, max_new_tokens=40)
     assert "Paris" in result.text
