@@ -11,11 +11,11 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
-from tokenswift_py.history import History
+from tokenswift_py.decoding.history import History
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.planner import Odds, Planner
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.planning.planner import Odds, Planner
+from tokenswift_py.sampling.reference import Sampler
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.errors import check
-from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.kvcache.policies.recent import Recent
-from tokenswift_py.planner import PassCost, Planner
+from tokenswift_py.planning.planner import PassCost, Planner
 
 
 class DraftModel(Drafter):

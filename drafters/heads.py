@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
+from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.drafters.base import Context, Draft, Drafter
 from tokenswift_py.errors import UserError, check, one_line
-from tokenswift_py.loading import Checkpoint, cache_folder
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planner import Odds
-from tokenswift_py.sampling import NumericsError
+from tokenswift_py.planning.planner import Odds
+from tokenswift_py.sampling.reference import NumericsError
 
 logger = logging.getLogger("tokenswift")
 

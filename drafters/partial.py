@@ -16,7 +16,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.planner import Planner
+from tokenswift_py.planning.planner import Planner
 
 
 class View(Confidence):

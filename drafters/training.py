@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder
 from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.heads import (
     FORMS,
     RANKS,
@@ -26,11 +28,9 @@ from tokenswift_py.drafters.heads import (
     write_heads,
 )
 from tokenswift_py.errors import check
-from tokenswift_py.history import History
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import Checkpoint, cache_folder
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.sampling.reference import Sampler
 
 
 @dataclass(frozen=True)

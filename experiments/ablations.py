@@ -21,14 +21,14 @@ from results import Results, Row, add_flags, start
 from speedup import Contender, Prefix, race
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Run
+from tokenswift_py.decoding.loop import SEEN_ROWS, Engine
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
-from tokenswift_py.engine import SEEN_ROWS, Engine
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import Options
-from tokenswift_py.report import Trace
+from tokenswift_py.runs.report import Trace
 from workloads import continuation
 
 

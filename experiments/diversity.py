@@ -20,7 +20,7 @@ from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.quality import decoder, window_quality
-from tokenswift_py.report import text_figures
+from tokenswift_py.runs.report import text_figures
 from workloads import FREE, FreeRun, continuation, free_run
 
 NO_PENALTY, NO_DRY = {"penalty": 1.0}, {"dry_multiplier": 0.0}

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 
 from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
-from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
-from tokenswift_py.history import History
+from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.triton import attention
 from tokenswift_py.kernels.triton.attention import Config, TritonAttention
@@ -31,8 +30,9 @@ from tokenswift_py.kernels.triton.sampling import perturbed
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.sampling.triton import TritonSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 EDGE = range(3037000448, 3037000500)  # words whose u is at the root of 1/2

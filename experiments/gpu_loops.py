@@ -17,15 +17,15 @@ import torch
 
 from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool
 from tokenswift_py import TokenSwift
-from tokenswift_py.audit import audit
+from tokenswift_py.checkpoints.loading import DEFAULT_MODEL
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, Drafter, create
-from tokenswift_py.engine import Engine
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.loading import DEFAULT_MODEL
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.stopping import Stops
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.runs.audit import audit
+from tokenswift_py.sampling.triton import TritonSampler
 from toys import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

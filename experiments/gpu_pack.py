@@ -27,7 +27,7 @@ THERE = ("--only-binary=:all:", "--python-version", "3.12", "--platform", "manyl
 
 
 def loading() -> Any:
-    return importlib.import_module("tokenswift_py.loading")
+    return importlib.import_module("tokenswift_py.checkpoints.loading")
 
 
 def pack(folder: Path, model: Path | None = None) -> list[Path]:

@@ -13,18 +13,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from tokenswift_py.clock import clock_of
 from tokenswift_py.core import DraftTree, TreeBuilder
 from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.models.captured import Recorder
+from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.models.steps import Recorder
-from tokenswift_py.positions import Positions
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stats import memory_bandwidth
+from tokenswift_py.runs.statistics import memory_bandwidth
 from toys import tiny_config
 
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ from tokenswift_py.kernels.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.rows import lay_out
-from tokenswift_py.stats import memory_bandwidth
+from tokenswift_py.runs.statistics import memory_bandwidth
 
 ITEM = 2  # bytes of a weight, an activation, a key
 FP32 = 4

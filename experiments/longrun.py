@@ -27,8 +27,8 @@ from results import ROOT, add_line, need_pictures, read_journal, save_picture, s
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Stream
 from tokenswift_py.quality import decoder, text_tokens, window_quality
-from tokenswift_py.report import rounded, text_figures
-from tokenswift_py.stats import memory_bandwidth
+from tokenswift_py.runs.report import rounded, text_figures
+from tokenswift_py.runs.statistics import memory_bandwidth
 from workloads import FREE, free_run
 
 Record = dict[str, Any]

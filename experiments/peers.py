@@ -27,11 +27,11 @@ import torch
 import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
+from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
 from tokenswift_py.errors import check, need_extra
-from tokenswift_py.loading import Checkpoint, open_checkpoint
 from tokenswift_py.options import Options
-from tokenswift_py.report import first_divergence, text_figures
-from tokenswift_py.stats import memory_bandwidth
+from tokenswift_py.runs.report import first_divergence, text_figures
+from tokenswift_py.runs.statistics import memory_bandwidth
 from workloads import continuation
 
 SAMPLINGS = {"greedy": {"temperature": 0.0, "min_p": 0.0}, "sampled": {"temperature": 0.8, "min_p": 0.05}}

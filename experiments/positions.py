@@ -39,10 +39,10 @@ from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.positions import EXTENSIONS, SCHEMES, Positions
+from tokenswift_py.models.positions import EXTENSIONS, SCHEMES, Positions
+from tokenswift_py.models.rope import rope_tables, trained_length
 from tokenswift_py.quality import teacher_forced
-from tokenswift_py.report import rounded
-from tokenswift_py.rope import rope_tables, trained_length
+from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS, continuation
 
 SPAN = 512  # tokens whose nats are taken at a spot

@@ -20,7 +20,7 @@ from typing import Any
 
 from results import ROOT, SCHEMA, Row, host_line, now, numeric, parts, replace, shown, start
 from tokenswift_py.errors import check
-from tokenswift_py.report import summary
+from tokenswift_py.runs.report import summary
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d7dbe0; --soft: #f4f6f8; --text: #1b1f24; --mild: #59636e; --page: #fff;

@@ -28,15 +28,15 @@ import torch
 import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
+from tokenswift_py.checkpoints.loading import DEFAULT_MEMBER, cache_folder, default_gguf
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.loading import DEFAULT_MEMBER, cache_folder, default_gguf
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stats import memory_bandwidth
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.runs.statistics import memory_bandwidth
 
 
 @dataclass

@@ -20,17 +20,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from tokenswift_py.clock import Clock, HostClock
+from tokenswift_py.checkpoints.loading import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
+from tokenswift_py.decoding.loop import Engine, Step
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
-from tokenswift_py.engine import Engine, Step
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
-from tokenswift_py.loading import Checkpoint
+from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.rows import lay_out
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.stopping import Stops
+from tokenswift_py.sampling.reference import Sampler
 
 Doubles = npt.NDArray[np.float64]
 

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, settings
 from tokenswift_py import registry
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import Ops
+from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import RopeTables, rope_tables
 from toys import FAMILIES as FAMILIES
 from toys import save_tiny, tiny_config, tiny_model
 from toys import tiny_tokenizer as tiny_tokenizer

@@ -65,7 +65,7 @@ CONTROL, USER_DEFINED = 3, 4
 
 
 def main() -> None:
-    from tokenswift_py.pretokenizers import PRE_TOKENIZERS
+    from tokenswift_py.checkpoints.pretokenizers import PRE_TOKENIZERS
 
     names = [name for name, pre in PRE_TOKENIZERS.items() if not pre.raw]
     bpe, raw, spm = byte_level(), characters(), sentencepiece()

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flags import with_flags
-from tokenswift_py import TokenSwift, UserError, journal
-from tokenswift_py.cli import main, parser
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.cli.main import main, parser
+from tokenswift_py.runs import journal
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ("--dtype", "fp32", "--max-new-tokens", "8", "--seed", "1")
@@ -123,7 +124,8 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
 
 @pytest.mark.parametrize("command", ["resume", "audit", "train-heads"])
 def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -> None:
-    from tokenswift_py import audit, train_heads
+    from tokenswift_py.cli import train_heads
+    from tokenswift_py.runs import audit
 
     roots = {"resume": lambda: parser(resumes=True), "audit": audit.parser, "train-heads": train_heads.parser}
     rng = random.Random(command)

@@ -11,8 +11,8 @@ import pytest
 
 import acceptance
 from tokenswift_py import UserError
+from tokenswift_py.decoding.loop import SEEN_ROWS
 from tokenswift_py.drafters.partial import Partial
-from tokenswift_py.engine import SEEN_ROWS
 from tokenswift_py.kvcache.base import Committed
 from tokenswift_py.kvcache.policies.h2o import H2O
 

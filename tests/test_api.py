@@ -15,13 +15,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
-from tokenswift_py import TokenSwift, UserError, api, executors
+from tokenswift_py import TokenSwift, UserError, api
 from tokenswift_py.errors import check_new
-from tokenswift_py.journal import read
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.report import baseline_figures, run_figures, summary
-from tokenswift_py.rope import rope_bytes, rope_tables
-from tokenswift_py.stats import GenerationStats
+from tokenswift_py.models import executors
+from tokenswift_py.models.rope import rope_bytes, rope_tables
+from tokenswift_py.runs.journal import read
+from tokenswift_py.runs.report import baseline_figures, run_figures, summary
+from tokenswift_py.runs.statistics import GenerationStats
 
 
 def cache_bytes(swift: TokenSwift, tokens: int) -> int:
@@ -239,7 +240,7 @@ def test_a_trace_that_cannot_be_begun_or_closed_costs_the_trace_alone(
         ("begin", taken, "'.*' is not allowed; a new file; nothing is overwritten"),
         ("close", lambda *_: Full(), "No space left on device"),
     ):
-        monkeypatch.setattr("tokenswift_py.report.new_file", new_file)
+        monkeypatch.setattr("tokenswift_py.runs.report.new_file", new_file)
         caplog.clear()
         with swift.stream("the cat", trace=str(tmp_path / f"{name}.jsonl"), out=tmp_path / name, **settings) as stream:
             list(stream)

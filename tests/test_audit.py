@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from tokenswift_py import TokenSwift, UserError, audit, journal
-from tokenswift_py.cli import main
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.cli.main import main
 from tokenswift_py.core import SamplingParams
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.heads import HeadWeights, write_heads
-from tokenswift_py.history import History
-from tokenswift_py.journal import Journal
-from tokenswift_py.report import first_divergence
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.runs import audit, journal
+from tokenswift_py.runs.journal import Journal
+from tokenswift_py.runs.report import first_divergence
+from tokenswift_py.sampling.reference import Sampler
 
 Change = Callable[[dict[str, Any], list[int], list[bool]], None]
 
@@ -351,7 +352,7 @@ def test_the_command_line(
 def test_a_file_for_the_findings_that_cannot_be_is_refused_before_any_work(
     honest: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenswift_py.audit.audit", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("tokenswift_py.runs.audit.audit", lambda *_: pytest.fail("it has begun"))
     (tmp_path / "file").touch()
     for path in (tmp_path / "none" / "found.json", tmp_path / "file" / "found.json", tmp_path / "file"):
         assert main(["audit", str(honest[0]), "--json", str(path)]) == 2

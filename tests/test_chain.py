@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tokenswift_py.core import Acceptance
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Candidates, Draft
 from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial, View
-from tokenswift_py.history import History
-from tokenswift_py.planner import Odds, Planner
+from tokenswift_py.planning.planner import Odds, Planner
 
 
 class Scores:

@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from flags import with_flags
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py import cli as program
-from tokenswift_py.cli import main
-from tokenswift_py.journal import read
+from tokenswift_py.cli import main as program
+from tokenswift_py.cli.main import main
+from tokenswift_py.runs.journal import read
 from tokenswift_py.text import prompt_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,7 +217,7 @@ def test_a_reader_that_goes_away_is_no_traceback(cli: list[str]) -> None:
 def test_help_is_quick_and_names_every_flag() -> None:
     """It must not import torch: that takes seconds."""
     code = (
-        "import sys; from tokenswift_py.cli import parser; print(parser().format_help());"
+        "import sys; from tokenswift_py.cli.main import parser; print(parser().format_help());"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
@@ -347,9 +347,9 @@ def test_each_file_is_kept_by_itself(
             raise RuntimeError("the engine broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tokenswift_py.cli.{step}", full)
+        patch.setattr(f"tokenswift_py.cli.main.{step}", full)
         if broken:
-            patch.setattr("tokenswift_py.stats.GenerationStats.record", fails)
+            patch.setattr("tokenswift_py.runs.statistics.GenerationStats.record", fails)
         assert main([*arguments, str(run)]) == 1
     told = capsys.readouterr().err
     assert told == f"tokenswift: {'RuntimeError: the engine broke' if broken else f'No space left on device: {name}'}\n"

@@ -9,9 +9,9 @@ import pytest
 from scipy import stats
 
 from tokenswift_py.core import SamplingParams
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Drafter, create
-from tokenswift_py.history import History
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.sampling.reference import Sampler
 from toys import MarkovModel, chi_square, pairs, transitions, write
 
 VOCAB, SAMPLES = 7, 21_000

@@ -21,8 +21,8 @@ from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.drafters.draft_model import SPREAD
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
 
 SAMPLED = SamplingParams(temperature=0.9, min_p=0.02, penalty=1.1, dry_multiplier=0.5, seed=3)
 SMALLER = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}

@@ -16,17 +16,17 @@ from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from scripted import Scripted, write
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.decoding.eviction import Eviction, pooled
 from tokenswift_py.drafters.base import create
 from tokenswift_py.errors import UserError
-from tokenswift_py.eviction import Eviction, pooled
 from tokenswift_py.kvcache.base import PAGE_SIZE, Committed, FloatArray, PageStats, best
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.rows import Rows
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
 
 CONTEXT = 1024
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(0, 61, 400)]

@@ -18,9 +18,11 @@ import numpy as np
 import psutil
 import pytest
 
-from tokenswift_py import TokenSwift, UserError, audit, journal, loading, snapshot
-from tokenswift_py.cli import main
-from tokenswift_py.gguf_file import open_gguf
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.gguf_file import open_gguf
+from tokenswift_py.cli.main import main
+from tokenswift_py.runs import audit, journal, snapshot
 
 # One round in the usual tests; make soak makes others.
 ROUNDS = [0, *(pytest.param(number, marks=pytest.mark.soak) for number in range(1, 7))]

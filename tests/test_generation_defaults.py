@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tokenswift_py import TokenSwift
-from tokenswift_py.generation_defaults import not_honoured
-from tokenswift_py.history import History
+from tokenswift_py.checkpoints.generation_defaults import not_honoured
+from tokenswift_py.decoding.history import History
 from tokenswift_py.options import Options
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.sampling.reference import Sampler
 
 PROMPT = [5, 9, 40, 9, 40, 9, 41]
 

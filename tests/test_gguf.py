@@ -25,14 +25,15 @@ from gguf import (
 from gguf.quants import dequantize, quantize
 
 from conftest import decoder_of, tiny_config, tiny_model, tiny_tokenizer
-from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.gguf_file import open_gguf
+from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.gguf_file import open_gguf
-from tokenswift_py.gguf_tensors import GgufBlocks, GgufPlaces
 from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
 
 pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
@@ -199,7 +200,7 @@ def forward(model: Any, count: int = 90) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_type_keeps_the_files_weights(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that the engine has, to the bit; scales of Q4_K to fp16; other types to blocks of 8 bits."""
-    monkeypatch.setattr("tokenswift_py.gguf_tensors.AT_ONCE", 10_000)  # in several pieces
+    monkeypatch.setattr("tokenswift_py.checkpoints.gguf_tensors.AT_ONCE", 10_000)  # in several pieces
     config = gguf_config("llama", tie_word_embeddings=False)
     path = write_gguf(tmp_path / "tiny.gguf", config, {}, kind)
     tensors, expected = blocks(path, config), reference(path, config)

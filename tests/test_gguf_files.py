@@ -21,13 +21,15 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
-from tokenswift_py import TokenSwift, UserError, contract, loading
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.gguf_config import config_of
+from tokenswift_py.checkpoints.gguf_file import open_gguf
+from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.checkpoints.stored_tensors import StoredTensors
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.gguf_config import config_of
-from tokenswift_py.gguf_file import open_gguf
-from tokenswift_py.loading import open_checkpoint
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stored_tensors import StoredTensors
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.runs import contract
 
 test_gguf = pytest.importorskip("test_gguf")
 gguf_config, write_gguf, VALUES = test_gguf.gguf_config, test_gguf.write_gguf, test_gguf.VALUES

@@ -22,11 +22,12 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import tiny_config, tiny_model
-from tokenswift_py import TokenSwift, loading
+from tokenswift_py import TokenSwift
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.gguf_file import open_gguf
+from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
+from tokenswift_py.checkpoints.pretokenizers import PRE_TOKENIZERS
 from tokenswift_py.errors import UserError
-from tokenswift_py.gguf_file import open_gguf
-from tokenswift_py.gguf_tokenizer import write_tokenizer
-from tokenswift_py.pretokenizers import PRE_TOKENIZERS
 from vocabularies import write_vocabulary
 
 FOUND = json.loads((Path(__file__).parent / "data" / "llama_cpp_tokens.json").read_text(encoding="utf-8"))

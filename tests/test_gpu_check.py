@@ -17,7 +17,7 @@ import gpu_check
 import gpu_kernels
 import gpu_pack
 from interpreter import INTERPRETED
-from tokenswift_py import loading
+from tokenswift_py.checkpoints import loading
 from tokenswift_py.errors import UserError
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="sizes for the interpreter; on a GPU: make gpu")

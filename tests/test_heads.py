@@ -20,9 +20,13 @@ from safetensors.torch import save_file
 from conftest import tiny_config, tiny_model, weights_of
 from scripted import write
 from test_output_law import PROMPT, samplers
-from tokenswift_py import TokenSwift, UserError, loading
-from tokenswift_py.clock import HostClock
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters import heads as heads_module
 from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.cascade import Cascade
@@ -39,15 +43,12 @@ from tokenswift_py.drafters.heads import (
     read_heads,
     write_heads,
 )
-from tokenswift_py.engine import Engine
-from tokenswift_py.history import History
-from tokenswift_py.loading import Checkpoint, open_checkpoint
+from tokenswift_py.models.clock import HostClock
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planner import Odds, Planner
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.stopping import Stops
+from tokenswift_py.planning.planner import Odds, Planner
+from tokenswift_py.sampling.reference import Sampler
 
 E, V, K = 48, 61, 3
 

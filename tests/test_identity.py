@@ -25,9 +25,9 @@ from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import FORMS, Heads
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planner import PassCost
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.planning.planner import PassCost
 
 CONTEXT, COUNT = 1024, 80
 PROMPT = [int(t) for t in np.random.default_rng(6).integers(0, 61, 500)]  # the text fills pages at 512 and 576

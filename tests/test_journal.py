@@ -22,19 +22,20 @@ from hypothesis import strategies as st
 from flags import with_flags
 from scripted import write
 from test_heads import random_heads
-from tokenswift_py import TokenSwift, UserError, contract, journal, snapshot
-from tokenswift_py.cli import main
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.cli.main import main
 from tokenswift_py.core import SamplingParams
+from tokenswift_py.decoding.eviction import Eviction
+from tokenswift_py.decoding.loop import Engine, ReplayError
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.partial import Partial
-from tokenswift_py.engine import Engine, ReplayError
-from tokenswift_py.eviction import Eviction
-from tokenswift_py.journal import NAME, Journal, JournalError
 from tokenswift_py.kvcache.policies.recent import POLICY as Recent
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.stopping import Stops
+from tokenswift_py.runs import contract, journal, snapshot
+from tokenswift_py.runs.journal import NAME, Journal, JournalError
+from tokenswift_py.sampling.reference import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER: dict[str, Any] = {"parameters": {"max_new_tokens": 100}, "prompt": [1, 2]}
@@ -599,7 +600,7 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
 FORKS = """
 import json, os, signal, sys, time
 import tokenswift_py.api
-from tokenswift_py.cli import main
+from tokenswift_py.cli.main import main
 for line in sys.stdin:
     arguments, kill_after = json.loads(line)
     pid = os.fork()

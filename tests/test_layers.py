@@ -21,7 +21,7 @@ MAPPED = ("drafters", "kvcache", "kernels")  # stand at the root, are imported a
 LEAVES = {"tokenswift_py.errors", "tokenswift_py.registry"}
 NOUNS = {
     f"tokenswift_py.{name}"
-    for name in ("core", "history", "noise", "planner", "sampling", "penalties", "models", "loading")
+    for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints")
 }
 ALLOWED = {
     "kernels": LEAVES | {"tokenswift_py.kernels"},
@@ -152,8 +152,8 @@ def test_every_file_imports_only_what_its_layer_may(folder):
         ("kernels/a.py", "import transformers"),
         ("kvcache/a.py", "from tokenswift_py.kernels.naive import Naive"),
         ("kvcache/a.py", "from tokenswift_py.kernels import naive"),
-        ("kvcache/policies/a.py", "from tokenswift_py import engine"),
-        ("drafters/a.py", "from tokenswift_py.engine import Engine"),
+        ("kvcache/policies/a.py", "from tokenswift_py.decoding import loop"),
+        ("drafters/a.py", "from tokenswift_py.decoding.loop import Engine"),
         ("drafters/a.py", "from tokenswift_py.kernels.base import PAGE_SIZE"),
         ("tokenswift_py/a.py", "from tokenswift_py.drafters.ngram import NGram"),
         ("tokenswift_py/a.py", "from tokenswift_py.drafters import ngram"),

@@ -14,11 +14,12 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.loading import open_checkpoint
 from tokenswift_py.memory import cgroup_room
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.models.rope import rope_tables
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_a_gguf_that_cannot_fit_is_refused_before_it_is_read(
     monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
     path = test_gguf.write_gguf(tmp_path / "large.gguf", test_gguf.gguf_config("llama"), {}, "Q8_0")
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 2**20)
-    monkeypatch.setattr("tokenswift_py.gguf_tensors.GgufPlaces.bytes_of", None)
+    monkeypatch.setattr("tokenswift_py.checkpoints.gguf_tensors.GgufPlaces.bytes_of", None)
     with pytest.raises(UserError, match=f"^memory: .* the weights of .* in {dtype}"):
         TokenSwift.from_pretrained(str(path), dtype=dtype, engine="native")
 

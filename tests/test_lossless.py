@@ -22,8 +22,8 @@ from lossless import (
     write_by_paths,
 )
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.history import History
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.decoding.history import History
+from tokenswift_py.sampling.reference import Sampler
 from toys import MarkovModel, chi_square, pairs, transitions, write
 
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from tokenswift_py import TokenSwift, loading
+from tokenswift_py import TokenSwift
+from tokenswift_py.checkpoints import loading
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.positions import Positions
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import rope_tables
 
 pytestmark = pytest.mark.model
 
@@ -160,8 +161,8 @@ from transformers import AutoTokenizer, LlamaConfig
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kvcache.base import PAGE_SIZE
-from tokenswift_py.positions import Positions
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import rope_tables
 
 def resident(what):
     return 1024 * int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1])

@@ -12,8 +12,8 @@ from conftest import tiny_config
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, BlockShifts
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import RopeTables
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.history import History
-from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.decoding.history import History
+from tokenswift_py.sampling.reference import NumericsError, Sampler
 
 pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
-from tokenswift_py.native_sampling import NativeSampler
+from tokenswift_py.sampling.native import NativeSampler
 
 VOCAB = 1500
 

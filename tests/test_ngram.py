@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenswift_py.core import DraftTree
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.ngram import TALLIED, NGram, SuffixAutomaton
 from tokenswift_py.errors import UserError
-from tokenswift_py.history import History
-from tokenswift_py.planner import Planner
+from tokenswift_py.planning.planner import Planner
 
 NO_OUTPUT: Any = None  # this drafter reads the history only
 

@@ -18,8 +18,8 @@ from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
 
 
 def decoders(threads: int = 2, **changes: Any) -> tuple[NativeDecoder, NativeDecoder]:

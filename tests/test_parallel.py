@@ -28,23 +28,24 @@ from interpreter import DEVICE
 from scripted import Scripted, write
 from test_draft_model import saved
 from test_heads import random_heads
-from tokenswift_py import TokenSwift, journal, registry, snapshot
-from tokenswift_py.cli import main
+from tokenswift_py import TokenSwift, registry
+from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.checkpoints.stored_tensors import StoredTensors, weight_files
+from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.decoding.eviction import Eviction, pooled
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import FORMS, Heads, fingerprint, heads_file, write_heads
 from tokenswift_py.errors import UserError
-from tokenswift_py.eviction import Eviction, pooled
-from tokenswift_py.executors import choose_engine
-from tokenswift_py.journal import JournalError, read
-from tokenswift_py.loading import open_checkpoint
+from tokenswift_py.models.executors import choose_engine
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
+from tokenswift_py.models.ranks import Ranks, RanksError, join
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.ranks import Ranks, RanksError, join
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stored_tensors import StoredTensors, weight_files
+from tokenswift_py.runs import journal, snapshot
+from tokenswift_py.runs.journal import JournalError, read
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.ngram import NGram
-from tokenswift_py.history import History
-from tokenswift_py.journal import read
-from tokenswift_py.planner import Odds, PassCost, Planner
+from tokenswift_py.planning.planner import Odds, PassCost, Planner
+from tokenswift_py.runs.journal import read
 
 CONTEXTS = (200, 1000, 5000, 20_000)
 Cost = Callable[[int, int], float]

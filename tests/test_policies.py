@@ -20,20 +20,20 @@ from conftest import tiny_config, tiny_model, weights_of
 from scripted import Scripted, write
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, committed
 from tokenswift_py.drafters.base import create as create_drafter
-from tokenswift_py.engine import Engine
 from tokenswift_py.errors import UserError
-from tokenswift_py.history import History
 from tokenswift_py.kvcache.base import PAGE_SIZE, RECENT_PAGES, Committed, FloatArray, PageStats, select
 from tokenswift_py.kvcache.policies.mass import Mass
 from tokenswift_py.kvcache.policies.snapkv import SnapKV
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.stopping import Stops
+from tokenswift_py.sampling.reference import Sampler
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 16
 FOLDER = "tokenswift_py.kvcache.policies"

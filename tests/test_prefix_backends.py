@@ -16,9 +16,9 @@ from test_kernels import Scene, ladder, new_pool, prefilled, random_tree, random
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError
-from tokenswift_py.executors import check_attention
 from tokenswift_py.kernels import flash, xformers
 from tokenswift_py.kernels._prefix import PrefixAndTail, merge
+from tokenswift_py.models.executors import check_attention
 
 
 def documented(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

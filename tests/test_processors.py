@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.generation import logits_process
 
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.audit import audit
-from tokenswift_py.processors import PURE, is_pure
-from tokenswift_py.sampling import NumericsError
+from tokenswift_py.runs.audit import audit
+from tokenswift_py.sampling.processors import PURE, is_pure
+from tokenswift_py.sampling.reference import NumericsError
 
 PROMPT = [5, 9, 40, 9, 40, 9, 40]
 DRAFTERS = [

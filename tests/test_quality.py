@@ -15,10 +15,11 @@ import torch
 from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tokenswift_py import TokenSwift, UserError, journal, quality
-from tokenswift_py.cli import main
+from tokenswift_py import TokenSwift, UserError, quality
+from tokenswift_py.cli.main import main
 from tokenswift_py.human import continuation
 from tokenswift_py.quality import Reading, WindowPerplexity, start_tokens, window_quality
+from tokenswift_py.runs import journal
 from toys import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,8 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.rope import rope_tables
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 

@@ -105,7 +105,7 @@ def test_it_is_readable_on_a_phone(folder: Path) -> None:
 
 
 def test_whole_runs_have_a_section_with_summary_pictures_and_sample(folder: Path) -> None:
-    from tokenswift_py.report import NO_BASELINE, text_figures
+    from tokenswift_py.runs.report import NO_BASELINE, text_figures
 
     run = {
         "new_tokens": 5, "prompt_tokens": 3, "ending": "length", "model": "m", "drafter": "auto", "numerics": "n",

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tokenswift_py.errors import UserError
-from tokenswift_py.positions import SCHEMES, STRETCHES, Positions
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.models.positions import SCHEMES, STRETCHES, Positions
+from tokenswift_py.models.rope import rope_tables
 
 TRAINED = 128
 KINDS: dict[str, dict[str, Any]] = {

@@ -13,12 +13,12 @@ from scipy.special import logsumexp
 from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 
-from tokenswift_py import noise
 from tokenswift_py.core import SamplingParams
+from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import UserError
-from tokenswift_py.history import History
-from tokenswift_py.penalties import DRY_LONGEST, dry_matches
-from tokenswift_py.sampling import NumericsError, Sampler, log_probability, nucleus_floor
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.penalties import DRY_LONGEST, dry_matches
+from tokenswift_py.sampling.reference import NumericsError, Sampler, log_probability, nucleus_floor
 
 
 def choose(logits: Any, history: Any = (), **params: Any) -> int:

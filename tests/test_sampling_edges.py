@@ -15,15 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 
-from tokenswift_py import noise
 from tokenswift_py.core import GREEDY_BELOW, SamplingParams
+from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import UserError
-from tokenswift_py.history import History
-from tokenswift_py.sampling import NumericsError, Sampler
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.reference import NumericsError, Sampler
 
 SAMPLERS: list[Any] = [Sampler]
 try:
-    from tokenswift_py.native_sampling import NativeSampler
+    from tokenswift_py.sampling.native import NativeSampler
 
     NativeSampler(SamplingParams(), 4)
     SAMPLERS.append(NativeSampler)
@@ -33,7 +33,7 @@ try:
     import triton  # noqa: F401
 
     from interpreter import DEVICE
-    from tokenswift_py.triton_sampling import TritonSampler
+    from tokenswift_py.sampling.triton import TritonSampler
 
     SAMPLERS.append(TritonSampler)
 except ImportError:

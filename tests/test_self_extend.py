@@ -16,19 +16,20 @@ import torch
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from test_journal import cut
 from test_native import assert_row_law, extend, one_by_one, prefill, random_tree, tokens
-from tokenswift_py import TokenSwift, audit, journal, registry
+from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import DraftTree, Output, Segment
 from tokenswift_py.drafters.base import committed
 from tokenswift_py.errors import UserError
-from tokenswift_py.journal import Journal
 from tokenswift_py.kernels.base import BlockShifts
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.positions import Positions
-from tokenswift_py.rope import RopeTables, rope_tables
+from tokenswift_py.runs import audit, journal
+from tokenswift_py.runs.journal import Journal
 from toys import save_tiny
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")

@@ -21,18 +21,18 @@ from recording import Tape, record
 from scripted import Scripted, write
 from test_triton import Reads, reads
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
+from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.none import NoDraft
-from tokenswift_py.engine import Engine
 from tokenswift_py.kernels.base import AttentionSegment, Room
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kernels.triton.tables import EVERYTHING, FixedTables, Heads, splits
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.captured import Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.rows import lay_out
-from tokenswift_py.models.steps import Recorder, Replayed, Step, cuda_graphs
-from tokenswift_py.stopping import Stops
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.sampling.triton import TritonSampler
 
 __all__ = ["reads"]  # the fixture
 
@@ -93,7 +93,7 @@ def without_steps(
 ) -> Output:
     """The pass as it is, not padded."""
     with monkeypatch.context() as patch:
-        patch.setattr("tokenswift_py.models.steps.ROWS", (0,))
+        patch.setattr("tokenswift_py.models.captured.ROWS", (0,))
         return decoder.forward(segments, **wants)
 
 
@@ -103,7 +103,7 @@ def test_a_step_recorded_once_serves_every_text_of_its_shape(
 ) -> None:
     """Records the launches of one shape, changes the memory they read, launches them again, and compares with a step
     that nothing was recorded of. With torch's own products too: on a GPU they are cuBLAS's, and recorded as well."""
-    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (4,))
+    monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (4,))
     decoder = new_decoder(deterministic=deterministic)
     tapes = []
 
@@ -237,8 +237,8 @@ def test_what_stays_as_it_is() -> None:
 def test_shapes_are_recorded_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain decoding needs one; a tree of two rows brings all with it; a longer text those that it had. Each is warmed
     up thrice; the pass that waits for it is no measure, and every other one is."""
-    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
-    monkeypatch.setattr("tokenswift_py.models.steps.MOST_DRAFT_ROWS", 2)
+    monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (1, 2, 4))
+    monkeypatch.setattr("tokenswift_py.models.captured.MOST_DRAFT_ROWS", 2)
     decoder, recorded, computed = new_decoder("llama"), [], []
 
     def compute(pool: Any, plan: Any, places: torch.Tensor, *rest: Any) -> Output:
@@ -278,7 +278,7 @@ def test_shapes_are_recorded_before_they_are_needed(monkeypatch: pytest.MonkeyPa
 
 def test_recording_writes_nothing_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of a pool and what a pass says of a text are the same whether shapes were recorded beside it or not."""
-    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
+    monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (1, 2, 4))
     outputs, pools = [], []
     for recorder in (Recorder(None), Recorder(record)):
         decoder = new_decoder("llama")
@@ -293,7 +293,7 @@ def test_recording_writes_nothing_and_changes_no_bit(monkeypatch: pytest.MonkeyP
 
 def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop with drafts of changing shapes."""
-    monkeypatch.setattr("tokenswift_py.models.steps.ROWS", (1, 2, 4))
+    monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (1, 2, 4))
     params = SamplingParams(temperature=0.9, seed=1)
     prompt = [3, 14, 15, 9, 26]
     plain = write(new_decoder("llama"), prompt, 14, params)[0]

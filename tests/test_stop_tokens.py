@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tokenswift_py import TokenSwift, UserError, audit
-from tokenswift_py.cli import main
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.cli.main import main
+from tokenswift_py.runs import audit
 from tokenswift_py.text import end_tokens
 from toys import tiny_tokenizer
 

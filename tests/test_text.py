@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.errors import UserError
-from tokenswift_py.history import History
-from tokenswift_py.stopping import Stops
 from tokenswift_py.text import TextJoiner, prompt_tokens, turn_tokens
 
 CHATML = (

@@ -17,13 +17,13 @@ from conftest import decoder_of, tiny_config, tiny_model
 from flags import with_flags
 from scripted import write as write_one
 from tokenswift_py import UserError
-from tokenswift_py.cli import main
+from tokenswift_py.cli.main import main
+from tokenswift_py.cli.train_heads import read_prompts
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters import training
 from tokenswift_py.drafters.heads import FORMS, HeadWeights, read_heads
 from tokenswift_py.drafters.training import Candidates, Rows
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.train_heads import read_prompts
+from tokenswift_py.sampling.reference import Sampler
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, 61, 5 + i)] for i in range(7)]
 EOS = 3

@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
-from tokenswift_py import noise
 from tokenswift_py.kernels.triton.compile import MODULES, SHARED_LIMITS, Compiled, variants_of
+from tokenswift_py.sampling import noise
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,21 +17,21 @@ from interpreter import DEVICE
 from scripted import Scripted, write
 from test_heads import random_heads
 from tokenswift_py import TokenSwift, api, registry
-from tokenswift_py.cli import main
+from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
-from tokenswift_py.executors import choose_attention, choose_ops
 from tokenswift_py.kernels.base import architecture
 from tokenswift_py.kernels.triton.attention import Config
 from tokenswift_py.kernels.triton.matmul import Tiles, linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.models.executors import choose_attention, choose_ops
 from tokenswift_py.models.ops import TorchOps
-from tokenswift_py.positions import Positions
-from tokenswift_py.rope import rope_tables
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import rope_tables
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}

@@ -16,16 +16,16 @@ import triton.language as tl
 
 from interpreter import DEVICE
 from test_kernels import LAYERS, fill, new_pool
-from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, SamplingParams
-from tokenswift_py.history import History
+from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kernels.triton.runtime import launch_options
 from tokenswift_py.kernels.triton.sampling import BLOCK, choose, log_polynomial
 from tokenswift_py.kvcache.pages import TorchPagePool
-from tokenswift_py.sampling import NumericsError, Sampler
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.reference import NumericsError, Sampler
+from tokenswift_py.sampling.triton import TritonSampler
 
 # The interpreter cuts bf16 short instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

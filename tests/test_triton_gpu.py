@@ -13,16 +13,16 @@ from interpreter import INTERPRETED
 from test_kernels import Scene, fill, random_tree
 from test_triton import TRITON, as_if_committed
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
-from tokenswift_py.engine import Engine
 from tokenswift_py.kernels.naive import Naive
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
-from tokenswift_py.models.steps import ROWS, Recorder
-from tokenswift_py.stopping import Stops
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.models.captured import ROWS, Recorder
+from tokenswift_py.sampling.triton import TritonSampler
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a GPU")]
 

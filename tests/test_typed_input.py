@@ -10,9 +10,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from tokenswift_py import TokenSwift, UserError, train_heads
-from tokenswift_py.arguments import lines_of, unescaped
-from tokenswift_py.cli import main, parser, read_options, read_prompt
+from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.cli import train_heads
+from tokenswift_py.cli.arguments import lines_of, unescaped
+from tokenswift_py.cli.main import main, parser, read_options, read_prompt
 from tokenswift_py.errors import check
 from tokenswift_py.text import prompt_tokens
 from toys import tiny_tokenizer

@@ -17,9 +17,17 @@ if TYPE_CHECKING:
     from tokenswift_py.core import SamplingParams as SamplingParams
     from tokenswift_py.errors import UserError as UserError
     from tokenswift_py.options import Options as Options
+    from tokenswift_py.runs.audit import audit as audit
 
-_HOME = {"TokenSwift": "api", "Result": "api", "SamplingParams": "core", "UserError": "errors", "Options": "options"}
-__all__ = ["Options", "Result", "SamplingParams", "TokenSwift", "UserError", "__version__"]
+_HOME = {
+    "Options": "options",
+    "Result": "api",
+    "SamplingParams": "core",
+    "TokenSwift": "api",
+    "UserError": "errors",
+    "audit": "runs.audit",
+}
+__all__ = ["Options", "Result", "SamplingParams", "TokenSwift", "UserError", "__version__", "audit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,19 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenswift_py import __version__, contract, quality, registry, report, snapshot
-from tokenswift_py.core import SamplingParams
-from tokenswift_py.drafters.base import VIEWS, create
-from tokenswift_py.engine import Engine, Step
-from tokenswift_py.errors import UserError, about, check, one_line
-from tokenswift_py.eviction import STATISTICS_ROWS, Eviction
-from tokenswift_py.executors import Executor, choose_engine, load
-from tokenswift_py.generation_defaults import not_honoured
-from tokenswift_py.journal import Journal, JournalError, Record, shared
-from tokenswift_py.kvcache.base import PAGE_SIZE
-from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.loading import (
+from tokenswift_py import __version__, quality, registry
+from tokenswift_py.checkpoints.generation_defaults import not_honoured
+from tokenswift_py.checkpoints.loading import (
     DEFAULT_MODEL,
     KV_DTYPES,
     WEIGHTS,
@@ -38,15 +28,26 @@ from tokenswift_py.loading import (
     open_checkpoint,
     open_draft_checkpoint,
 )
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
+from tokenswift_py.decoding.loop import Engine, Step
+from tokenswift_py.decoding.stopping import ChapterText, Stops
+from tokenswift_py.drafters.base import VIEWS, create
+from tokenswift_py.errors import UserError, about, check, one_line
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.executors import Executor, choose_engine, load
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.ranks import ALONE, Ranks, join
+from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
-from tokenswift_py.positions import Positions
-from tokenswift_py.processors import check_processors, is_pure, name_of
-from tokenswift_py.ranks import ALONE, Ranks, join
-from tokenswift_py.report import Trace
-from tokenswift_py.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
-from tokenswift_py.stats import GenerationStats, memory_bandwidth
-from tokenswift_py.stopping import ChapterText, Stops
+from tokenswift_py.runs import contract, report, snapshot
+from tokenswift_py.runs.journal import Journal, JournalError, Record, shared
+from tokenswift_py.runs.report import Trace
+from tokenswift_py.runs.statistics import GenerationStats, memory_bandwidth
+from tokenswift_py.sampling.processors import check_processors, is_pure, name_of
 from tokenswift_py.text import Prompt, end_tokens, prompt_tokens, special_ids, turn_tokens
 
 logger = logging.getLogger("tokenswift")

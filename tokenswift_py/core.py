@@ -16,11 +16,11 @@ from tokenswift_py.errors import check
 if TYPE_CHECKING:
     import torch
 
-    from tokenswift_py.clock import Clock
     from tokenswift_py.kernels.base import QueryTurns
     from tokenswift_py.kvcache.base import PagePool
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.kvcache.view import PageView
+    from tokenswift_py.models.clock import Clock
 
 IntArray = npt.NDArray[np.int32]
 

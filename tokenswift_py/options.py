@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
-from tokenswift_py.positions import Positions
-from tokenswift_py.processors import check_processors
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
-    from tokenswift_py.loading import Checkpoint
+    from tokenswift_py.checkpoints.loading import Checkpoint
 
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")

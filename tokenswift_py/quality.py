@@ -27,9 +27,9 @@ import torch
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
-from tokenswift_py.report import rounded
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stats import distinct_n, find_loop
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.runs.report import rounded
+from tokenswift_py.runs.statistics import distinct_n, find_loop
 from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:

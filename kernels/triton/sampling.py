@@ -1,5 +1,5 @@
 """Tokens from processed logits on the GPU: argmax(scores / T + Gumbel(seed, position, token)), the noise bit for bit
-that of `tokenswift_py/noise.py`, which specifies Philox4x32-10, its counter and the logarithm's polynomial."""
+that of `tokenswift_py/sampling/noise.py`, which specifies Philox4x32-10, its counter and the logarithm's polynomial."""
 
 from __future__ import annotations
 

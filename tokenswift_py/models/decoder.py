@@ -14,17 +14,17 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
-from tokenswift_py.clock import clock_of
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
+from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
+from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.models.steps import Steps, recorder_for, row_shapes
-from tokenswift_py.rope import RopeTables, query_turns
 
 
 def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:

@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py import noise
 from tokenswift_py.core import DraftTree, SamplingParams
+from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import NumericsError as NumericsError
 from tokenswift_py.errors import check
-from tokenswift_py.history import History
-from tokenswift_py.penalties import contextual_penalty, dry_penalty, dry_powers
-from tokenswift_py.processors import LARGEST, apply_processors, is_pure
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.penalties import contextual_penalty, dry_penalty, dry_powers
+from tokenswift_py.sampling.processors import LARGEST, apply_processors, is_pure
 
 Doubles = npt.NDArray[np.float64]
 

@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from tokenswift_py import __version__, audit, quality_command, train_heads
-from tokenswift_py.arguments import Parser, lines_of, named_path, number, unescaped, whole
+from tokenswift_py import __version__
+from tokenswift_py.cli import quality as quality_command
+from tokenswift_py.cli import train_heads
+from tokenswift_py.cli.arguments import Parser, lines_of, named_path, number, unescaped, whole
 from tokenswift_py.errors import UserError, check, check_new, files, shown
-from tokenswift_py.journal import Journal, JournalError, shared
 from tokenswift_py.options import Options, world_size
+from tokenswift_py.runs import audit
+from tokenswift_py.runs.journal import Journal, JournalError, shared
 
 if TYPE_CHECKING:
     from tokenswift_py.api import Stream, TokenSwift
@@ -272,7 +275,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     note(args, f"{len(record.tokens)} tokens are recorded")
 
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.progress import work_bar
+    from tokenswift_py.runs.progress import work_bar
 
     origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
@@ -306,7 +309,7 @@ def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> di
 
 def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines) -> int:
     """Write, compare, report. folder: what gets the files."""
-    from tokenswift_py.report import summary
+    from tokenswift_py.runs.report import summary
 
     interrupted = False
     failures: list[Exception] = []
@@ -514,7 +517,7 @@ def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
-    from tokenswift_py.ranks import join
+    from tokenswift_py.models.ranks import join
 
     ranks = join()
     with ranks.same_fate():
@@ -526,7 +529,7 @@ def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def shared_journal(folder: Path) -> Journal:
     """The journal of a run that several ranks go on with: rank 0 opens it."""
-    from tokenswift_py.ranks import join
+    from tokenswift_py.models.ranks import join
 
     return shared(join(), lambda: Journal.open(folder))
 

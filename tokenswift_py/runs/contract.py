@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import __version__
+from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder, cache_name, sha256
 from tokenswift_py.errors import check
-from tokenswift_py.loading import Checkpoint, cache_folder, cache_name, sha256
 
 if TYPE_CHECKING:
     from tokenswift_py.api import Stream

@@ -20,9 +20,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tokenswift_py.checkpoints.gguf_file import GgufFile
+from tokenswift_py.checkpoints.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from tokenswift_py.errors import check
-from tokenswift_py.gguf_file import GgufFile
-from tokenswift_py.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 logger = logging.getLogger("tokenswift")
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.clock import clock_of
 from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.models.clock import clock_of
 
 
 @dataclass

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenswift_py import journal
-from tokenswift_py.arguments import Parser, named_path, whole
+from tokenswift_py.cli.arguments import Parser, named_path, whole
+from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import UserError, check, check_new, new_file, one_line
-from tokenswift_py.history import History
+from tokenswift_py.runs import journal
 
 if TYPE_CHECKING:
     import torch
 
     from tokenswift_py.api import Stream, TokenSwift
-    from tokenswift_py.journal import Record
+    from tokenswift_py.runs.journal import Record
 
 LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
 WINDOW = 32  # tokens that --sample decodes at a place
@@ -104,9 +104,9 @@ def audit(
     progress: called with the number of rows of each pass.
     Raises UserError for another model, tokenizer or parameters than the recorded ones.
     """
-    from tokenswift_py import contract
     from tokenswift_py.api import Stream
-    from tokenswift_py.engine import ReplayError
+    from tokenswift_py.decoding.loop import ReplayError
+    from tokenswift_py.runs import contract
 
     record = journal.read(Path(folder))
     plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # what drafted may be gone
@@ -347,7 +347,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # Here, because torch and transformers take seconds to import.
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.progress import work_bar
+    from tokenswift_py.runs.progress import work_bar
 
     swift = TokenSwift.from_pretrained(**origin(record, args), threads=args.threads)
     rows = len(record.header["prompt"]) + len(record.tokens)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from tokenswift_py.core import DraftTree, IntArray
-from tokenswift_py.history import History
+from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import on_device
-from tokenswift_py.sampling import Doubles, NumericsError, Sampler
+from tokenswift_py.sampling.reference import Doubles, NumericsError, Sampler
 
 
 class TritonSampler(Sampler):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tokenswift_py import noise
 from tokenswift_py.errors import check
+from tokenswift_py.sampling import noise
 
 STRETCHES = ("linear", "ntk", "yarn")  # schemes that change the frequencies
 STEP, LARGEST = 16, 2**18  # of log-extend's scale; steps, so that runs of similar length share their numerics

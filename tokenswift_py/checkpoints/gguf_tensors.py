@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokenswift_py.checkpoints.gguf_config import FACTORS, TOKENS
+from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
+from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check, one_line
-from tokenswift_py.gguf_config import FACTORS, TOKENS
-from tokenswift_py.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.models.blocks import BLOCK, BLOCK_BYTES, Blocks
 from tokenswift_py.models.native import available_threads
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.stored_tensors import Part, Tensors
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

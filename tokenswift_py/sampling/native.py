@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tokenswift_py import noise
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.history import History
-from tokenswift_py.sampling import Sampler
+from tokenswift_py.decoding.history import History
+from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.reference import Sampler
 
 
 class NativeSampler(Sampler):

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tokenswift_py import journal
-from tokenswift_py.arguments import Parser, named_path, whole
-from tokenswift_py.audit import origin
+from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.errors import check, check_new, files, new_file, one_line
 from tokenswift_py.human import EVERYWHERE
 from tokenswift_py.options import world_size
+from tokenswift_py.runs import journal
+from tokenswift_py.runs.audit import origin
 
 if TYPE_CHECKING:
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.journal import Record
+    from tokenswift_py.runs.journal import Record
 
 HUMAN_WINDOWS = 10  # of each human text
 FIRST_WORDS = 70  # characters of a window that --per-window shows
@@ -135,7 +135,7 @@ def texts(
 
 def writer(record: Record, args: argparse.Namespace) -> Any:
     """The tokenizer of the model that wrote, without its weights."""
-    from tokenswift_py.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint
 
     asked = origin(record, args)
     checkpoint = open_checkpoint(asked["model"], asked["revision"], asked["dtype"])
@@ -154,7 +154,7 @@ def human(name: str, judge: TokenSwift, window: int | None) -> Text:
 def check_writer(record: Record, checkpoint: Any, weights: bool) -> None:
     """Raise UserError where the recorded token ids are not this checkpoint's, or, with `weights`, where another model
     would read them than the one that wrote them: that is what --judge is for."""
-    from tokenswift_py import contract
+    from tokenswift_py.runs import contract
 
     now = {**record.header, "tokenizer": contract.tokenizer_fingerprint(checkpoint)}
     if weights:
@@ -165,7 +165,7 @@ def check_writer(record: Record, checkpoint: Any, weights: bool) -> None:
 def judged(text: Text, judge: TokenSwift, args: argparse.Namespace) -> dict[str, Any]:
     """The figures of a text: `window_perplexity` as the report has it, what needs no model, and `per_window`."""
     from tokenswift_py import quality
-    from tokenswift_py.report import rounded
+    from tokenswift_py.runs.report import rounded
     from tokenswift_py.text import token_ids
 
     decode = quality.decoder(text.tokenizer)
@@ -195,7 +195,7 @@ def judged(text: Text, judge: TokenSwift, args: argparse.Namespace) -> dict[str,
 
 def write(folder: Path, found: dict[str, Any]) -> None:
     """Put the figures where the run itself would have: into its report."""
-    from tokenswift_py.cli import save_report
+    from tokenswift_py.cli.main import save_report
 
     path = folder / "report.json"
     with one_line(f"write: {path} is no report"):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py import __version__
-from tokenswift_py.arguments import Parser, lines_of, named_path, number, whole
+from tokenswift_py.cli.arguments import Parser, lines_of, named_path, number, whole
 from tokenswift_py.errors import check, files
 from tokenswift_py.options import world_size
 
 if TYPE_CHECKING:
-    from tokenswift_py.sampling import Sampler
+    from tokenswift_py.sampling.reference import Sampler
 
 WRITING = 0.6  # of the time that --minutes allows
 HELD_OUT = 1_000_000  # number of the first held-out text, so that its noise is its own
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.core import SamplingParams
     from tokenswift_py.drafters import training
-    from tokenswift_py.rope import rope_tables
+    from tokenswift_py.models.rope import rope_tables
 
     params = SamplingParams(temperature=args.temperature, min_p=args.min_p, seed=args.seed)
     swift = TokenSwift.from_pretrained(

@@ -12,21 +12,21 @@ from typing import Any, Protocol
 import torch
 
 from tokenswift_py import registry
+from tokenswift_py.checkpoints.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.loading import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.parallel import ParallelDecoder, Shard
-from tokenswift_py.native_sampling import NativeSampler
+from tokenswift_py.models.ranks import ALONE, Ranks
+from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
-from tokenswift_py.ranks import ALONE, Ranks
-from tokenswift_py.rope import RopeTables
-from tokenswift_py.sampling import Sampler
-from tokenswift_py.triton_sampling import TritonSampler
+from tokenswift_py.sampling.native import NativeSampler
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.sampling.triton import TritonSampler
 
 logger = logging.getLogger("tokenswift")
 

@@ -13,8 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
-from tokenswift_py.models.spec import ModelSpec, windows
-from tokenswift_py.positions import (
+from tokenswift_py.models.positions import (
     EXTENSIONS,
     STRETCHES,
     Positions,
@@ -24,6 +23,7 @@ from tokenswift_py.positions import (
     log_scale,
     log_shifts,
 )
+from tokenswift_py.models.spec import ModelSpec, windows
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 
 from tokenswift_py.core import Acceptance, DraftTree
-from tokenswift_py.history import History
-from tokenswift_py.sampling import Sampler, log_probability
+from tokenswift_py.decoding.history import History
+from tokenswift_py.sampling.reference import Sampler, log_probability
 
 
 def walk(

@@ -21,10 +21,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from tokenswift_py.clock import Clock
 from tokenswift_py.core import Output
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend, BlockShifts, FixedPlan, Room, upload
 from tokenswift_py.kvcache.pages import TorchPagePool
+from tokenswift_py.models.clock import Clock
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.rows import Rows
 from tokenswift_py.models.spec import ModelSpec

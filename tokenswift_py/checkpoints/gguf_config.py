@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.core import is_finite, is_whole
 from tokenswift_py.errors import check
-from tokenswift_py.gguf_file import GgufFile, StoredTensor
 
 # Families of GGUF's own names; llama is also what llama.cpp calls Mistral's models.
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}

@@ -26,17 +26,17 @@ from typing import Any
 import google_crc32c
 import torch
 
+from tokenswift_py.checkpoints.generation_defaults import generation_defaults
+from tokenswift_py.checkpoints.gguf_config import config_of
+from tokenswift_py.checkpoints.gguf_file import GgufFile, gguf_in, is_gguf, open_gguf
+from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
+from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
+from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, check_unread, weight_files
 from tokenswift_py.core import is_whole
 from tokenswift_py.errors import UserError, about, check, check_text, files, one_line
-from tokenswift_py.generation_defaults import generation_defaults
-from tokenswift_py.gguf_config import config_of
-from tokenswift_py.gguf_file import GgufFile, gguf_in, is_gguf, open_gguf
-from tokenswift_py.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
-from tokenswift_py.gguf_tokenizer import write_tokenizer
 from tokenswift_py.models.blocks import INT8_BYTES
+from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
-from tokenswift_py.rope import rope_tables
-from tokenswift_py.stored_tensors import Part, StoredTensors, Tensors, check_unread, weight_files
 
 logger = logging.getLogger("tokenswift")
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 
 from tokenswift_py.errors import UserError, check_new, new_file
-from tokenswift_py.stats import GenerationStats, distinct_n, find_loop
+from tokenswift_py.runs.statistics import GenerationStats, distinct_n, find_loop
 
 logger = logging.getLogger("tokenswift")
 
