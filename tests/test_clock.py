@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model
-from tokenswift_py.clock import CudaClock, HostClock, clock_of
+from tokenswift_py.clock import Clock, CudaClock, HostClock, clock_of
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.none import NoDraft
@@ -20,7 +20,7 @@ from tokenswift_py.stats import GenerationStats
 from toys import MarkovModel, write
 
 
-class Device(HostClock):
+class Device(Clock):
     """A device whose time goes by without the host's: a lap is what passes were scripted to take."""
 
     def __init__(self) -> None:

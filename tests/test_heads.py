@@ -21,6 +21,7 @@ from conftest import tiny_config, tiny_model, weights_of
 from scripted import write
 from test_output_law import PROMPT, samplers
 from tokenswift_py import TokenSwift, UserError, loading
+from tokenswift_py.clock import HostClock
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.drafters import heads as heads_module
 from tokenswift_py.drafters.base import Draft, create
@@ -156,7 +157,7 @@ class Fixed:
     """A model whose LM head says the same whatever it reads: token t's logit is `logits[t]`."""
 
     def __init__(self, logits: list[float]):
-        self.logits = torch.tensor(logits)
+        self.logits, self.clock = torch.tensor(logits), HostClock()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.logits.repeat(len(hidden), 1)

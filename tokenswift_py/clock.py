@@ -23,28 +23,29 @@ class Lap(Protocol):
         there."""
 
 
-class Clock(Protocol):
-    def start(self) -> Lap: ...
-
-    def spoil(self) -> None:
-        """What runs now will not be run again: laps that are not over are worthless."""
-
-
-class HostClock:
-    """Of an executor that has done its work when it returns."""
+class Clock:
+    """spoiled: how often it was."""
 
     def __init__(self) -> None:
         self.spoiled = 0
 
-    def start(self) -> HostLap:
-        return HostLap(self)
+    def start(self) -> Lap:
+        raise NotImplementedError
 
     def spoil(self) -> None:
+        """What runs now will not be run again: laps that are not over are worthless."""
         self.spoiled += 1
 
 
+class HostClock(Clock):
+    """Of an executor that has done its work when it returns."""
+
+    def start(self) -> Lap:
+        return HostLap(self)
+
+
 class HostLap:
-    def __init__(self, clock: HostClock):
+    def __init__(self, clock: Clock):
         self.clock, self.spoiled = clock, clock.spoiled
         self.ms = math.nan
         self.began = time.perf_counter()
@@ -54,14 +55,14 @@ class HostLap:
             self.ms = 1e3 * (time.perf_counter() - self.began)
 
 
-class CudaClock(HostClock):
+class CudaClock(Clock):
     """Events in the device's current stream, between which the GPU may wait for the host as well: what a pass takes."""
 
     def __init__(self, device: torch.device):
         super().__init__()
         self.device = device
 
-    def start(self) -> CudaLap:
+    def start(self) -> Lap:
         return CudaLap(self)
 
     def mark(self) -> torch.cuda.Event:
@@ -87,5 +88,5 @@ class CudaLap:
         return float(self.began.elapsed_time(self.ended))
 
 
-def clock_of(device: torch.device) -> HostClock:
+def clock_of(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
