@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tokenswift_py.clock import HostClock
+from tokenswift_py.clock import Clock, HostClock
 from tokenswift_py.core import Output, SamplingParams, Segment
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
@@ -130,7 +130,8 @@ class MarkovModel:
 
     def __init__(self, vocab: int = 7, context: int = 21_100) -> None:
         self.table = torch.from_numpy(np.random.default_rng(0).normal(0, 1.5, (vocab, vocab)))
-        self.context, self.clock = context, HostClock()
+        self.context = context
+        self.clock: Clock = HostClock()
 
     def new_cache(self) -> KVCache:
         pool = TorchPagePool(1, 1, 1, pages_for(self.context), torch.float32, torch.device("cpu"))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from tokenswift_py import __version__
-from tokenswift_py.clock import HostClock
+from tokenswift_py.clock import Clock, HostClock
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
@@ -220,7 +220,8 @@ class NativeDecoder:
     ):
         self.spec = weights.spec
         self.weights = weights
-        self.context, self.clock = rope.context, HostClock()
+        self.context = rope.context
+        self.clock: Clock = HostClock()
         self.draft, self.int8_pages = draft, draft and int8_pages
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
         check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
