@@ -2,7 +2,9 @@
 
     make gpu                                          # steps 0 to 7
     make gpu ARGS="--steps 8,9"                       # in a second call
-    make gpu ARGS="--tiny"                            # all of it on Triton's interpreter, to exercise this script
+    make gpu ARGS="--tiny --steps 0-9"                # all of it on Triton's interpreter, to exercise this script
+    make gpu ARGS="--pack build/gpu"                  # where there is a network; then, where build/gpu has come to:
+    make gpu ARGS="--join build/gpu"
 
 A machine that is lent for minutes has no network and little time. `--pack DIR` lays out, where there is a network, what
 has to travel (two loads, of wheels and halves of the default model's file); `--join DIR` puts together there what has

@@ -20,7 +20,8 @@ LIMIT = 64 * 2**20  # bytes of a load
 # Distribution -> what it is imported as. Those that the machine has are left alone.
 WHEELS = {
     "gguf": "gguf", "google-crc32c": "google_crc32c", "pytest": "pytest", "iniconfig": "iniconfig",
-    "pluggy": "pluggy", "hypothesis": "hypothesis", "sortedcontainers": "sortedcontainers",
+    "pluggy": "pluggy", "packaging": "packaging", "pygments": "pygments", "hypothesis": "hypothesis",
+    "sortedcontainers": "sortedcontainers",
 }  # fmt: skip
 THERE = ("--only-binary=:all:", "--python-version", "3.12", "--platform", "manylinux_2_28_x86_64",
          "--platform", "manylinux2014_x86_64", "--platform", "any")  # fmt: skip

@@ -166,6 +166,28 @@ def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+def test_launches_of_a_layer(record_property: Any) -> None:
+    """How many nodes of a graph a layer costs, page masses wanted or not: the difference of one layer more."""
+    counts = {}
+    for mass in (False, True):
+        names = []
+        for layers in (1, 2):
+            decoder = decoder_of(
+                tiny_model(tiny_config("llama", **{**SMALL, "num_hidden_layers": layers}), torch.float32),
+                context=256, attention="triton", ops=TritonOps(True),
+            )  # fmt: skip
+            cache = decoder.new_cache()
+            step, rows = step_of(decoder, Segment(TREES["a chain"], cache), mass=mass)
+            step.run(rows)
+            with Tape() as tape:
+                step.replayed.run()
+            names.append([launch.name for launch in tape.launches])
+        counts[mass] = len(names[1]) - len(names[0])
+        print(f"launches of a layer, page masses {'wanted' if mass else 'not wanted'}: {counts[mass]}")
+        record_property(f"launches of a layer, mass {mass}", counts[mass])
+    assert counts[False] <= 14 and counts[True] <= 16
+
+
 @pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])
 def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int, tree: DraftTree) -> None:
     """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself behind the

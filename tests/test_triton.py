@@ -140,6 +140,19 @@ def test_splits_are_a_function_of_absolute_pages() -> None:
         assert ends[-2] < pages <= ends[-1]
 
 
+def test_the_longest_splits_begin_first() -> None:
+    """Programs begin in the order of their items: a long one at the end would keep the GPU waiting."""
+    segment = AttentionSegment(
+        slice(0, 1), np.array([99_999], np.int32), np.arange(1562, dtype=np.int32), None, np.arange(32)[None], False
+    )
+    builder = tables.TableBuilder(tables.Heads(1, 4, tables.EVERYTHING, 64, 1), 1 << 40)
+    builder.add(segment)
+    (launch,) = builder.launches
+    edges = splits(1563)
+    pages = [min(1562, int(edges[item[3] + 1])) - int(edges[item[3]]) for item in builder.items[: launch.tail]]
+    assert sum(pages) == 1562 and pages[1:] == sorted(pages[1:], reverse=True)
+
+
 @pytest.fixture
 def fine_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two pages and of one, so that short texts have many."""

@@ -17,7 +17,7 @@ FLOAT_MIN = tl.constexpr(1.1754943508222875e-38)  # of normal fp32
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
 def norm_kernel(
     x: tl.tensor,  # [R, width]
     y: tl.tensor,  # [R, width], added to x before; or anything
@@ -25,16 +25,16 @@ def norm_kernel(
     total: tl.tensor,  # [R, width], x + y; or anything
     out: tl.tensor,  # [R, width]
     eps: tl.tensor,
-    width: tl.tensor,
+    WIDTH: tl.constexpr,  # known, so that loads are as wide as it allows
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """RMSNorm of one row, its mean in fp32; lane by lane over blocks, then over lanes."""
-    at = tl.program_id(0).to(tl.int64) * width
+    at = tl.program_id(0).to(tl.int64) * WIDTH
     lane = tl.arange(0, BLOCK)
     squares = tl.full([BLOCK], 0.0, tl.float32)
-    for start in range(0, width, BLOCK):
-        inside = start + lane < width
+    for start in range(0, WIDTH, BLOCK):
+        inside = start + lane < WIDTH
         row = tl.load(x + at + start + lane, mask=inside, other=0.0)
         if ADD:
             other = tl.load(y + at + start + lane, mask=inside, other=0.0)
@@ -42,9 +42,9 @@ def norm_kernel(
             tl.store(total + at + start + lane, row, mask=inside)
         row = row.to(tl.float32)
         squares += row * row
-    scale = tl.rsqrt(tl.sum(squares, 0) / width + eps)
-    for start in range(0, width, BLOCK):
-        inside = start + lane < width
+    scale = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    for start in range(0, WIDTH, BLOCK):
+        inside = start + lane < WIDTH
         row = tl.load(x + at + start + lane, mask=inside, other=0.0)
         if ADD:  # again, for what was stored may not be visible to every thread yet
             other = tl.load(y + at + start + lane, mask=inside, other=0.0)
@@ -60,7 +60,9 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    norm_kernel[(x.numel() // width,)](x, x, weight, x, out, eps, width, ADD=False, BLOCK=BLOCK, **launch_options(4, 1))
+    norm_kernel[(x.numel() // width,)](
+        x, x, weight, x, out, eps, WIDTH=width, ADD=False, BLOCK=BLOCK, **launch_options(4, 1)
+    )
     return out
 
 
@@ -68,7 +70,7 @@ def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float)
     """x + y, and its RMSNorm. x, y: [R, width], contiguous."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     norm_kernel[(len(x),)](
-        x, y, weight, total, out, eps, x.shape[1], ADD=True, BLOCK=BLOCK, **launch_options(4, 1)
+        x, y, weight, total, out, eps, WIDTH=x.shape[1], ADD=True, BLOCK=BLOCK, **launch_options(4, 1)
     )  # fmt: skip
     return total, out
 
@@ -249,9 +251,8 @@ def variants(amd: bool) -> Iterator[Variant]:
         data = POINTERS[dtype]
         for add in (False, True):
             kinds = {**dict.fromkeys(("x", "y", "weight", "total", "out"), data), "eps": "fp32"}
-            yield Variant(
-                "add_norm" if add else "norm", norm_kernel, dtype, None, kinds, {"ADD": add, "BLOCK": BLOCK}, 4, 1
-            )
+            constants = {"WIDTH": 4096, "ADD": add, "BLOCK": BLOCK}
+            yield Variant("add_norm" if add else "norm", norm_kernel, dtype, None, kinds, constants, 4, 1)
         kinds = dict.fromkeys(("gate", "up", "out"), data)
         yield Variant("swiglu", swiglu_kernel, dtype, None, kinds, {"BLOCK": BLOCK}, 4, 1)
         for head_dim in HEAD_DIMS:

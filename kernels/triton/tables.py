@@ -263,7 +263,7 @@ class TableBuilder:
             bounds = self.lists["bounds"].add(find_all(chosen, np.clip(edges, first_page, full)))
             strides = (0, 0) if chosen.ndim == 1 else (chosen.shape[-1], len(edges))
             packed = range(rows.start * self.group, rows.stop * self.group)
-            for split in range(first_split, after):
+            for split in reversed(range(first_split, after)):  # the longest first: programs begin in this order
                 for start in packed[:: self.tile]:
                     count = min(self.tile, packed.stop - start)
                     lists = (numbers, strides[0], bounds + split, strides[1], pages)
