@@ -27,6 +27,7 @@ from results import ROOT, add_line, need_pictures, read_journal, save_picture, s
 from tokenswift_py import TokenSwift
 from tokenswift_py.api import Stream
 from tokenswift_py.quality import decoder, text_tokens, window_quality
+from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.report import rounded, text_figures
 from tokenswift_py.runs.statistics import memory_bandwidth
 from workloads import FREE, free_run
@@ -75,16 +76,12 @@ def main() -> None:
         figures = summary(swift, stream, log)
     if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else the run was finished before
         result = stream.result()
-        write_json(args.out / "report.json", {**result.report, "window_perplexity": figures["window_perplexity"]})
-        (args.out / "text.txt").write_text(result.text, encoding="utf-8")
-        np.save(args.out / "tokens.npy", np.array(stream.tokens, np.int32))
-    write_json(args.out / "longrun.json", figures)
+        save_text(args.out, result.text)
+        save_tokens(args.out, result.tokens)
+        save_report(args.out, {**result.report, "window_perplexity": figures["window_perplexity"]})
+    (args.out / "longrun.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     keep(args.out, args.results / args.out.name, figures)
     print(json.dumps({key: value for key, value in figures.items() if key != "marks"}, indent=1))
-
-
-def write_json(path: Path, figures: Record) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def keep(run: Path, folder: Path, figures: Record) -> None:
@@ -92,7 +89,7 @@ def keep(run: Path, folder: Path, figures: Record) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "longrun.json"):
         shutil.copyfile(run / name, folder / name)
-    text = (run / "text.txt").read_text(encoding="utf-8")
+    text = (run / "text.txt").read_bytes().decode()  # line ends as they are
     places = [i * len(text) // EXCERPTS for i in range(EXCERPTS)]
     marks = [f"[... from character {place} of {len(text)} on]\n" if place else "" for place in places]
     parts = [mark + text[place : place + EXCERPT] for mark, place in zip(marks, places, strict=True)]
@@ -212,6 +209,7 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
         "window_perplexity": swift.window_perplexity(chosen).summary(),
         "answers": len(told := answers(swift, stream)),
         "answers_in_json": sum(map(is_object, told)),
+        "answers_with_json": sum(map(has_object, told)),
         "guarantee": stream.guarantee,
         "numerics": stream.numerics,
     }
@@ -228,12 +226,22 @@ def answers(swift: TokenSwift, stream: Stream) -> list[str]:
 
 
 def is_object(answer: str) -> bool:
-    """Whether an answer is one JSON object, in a code fence or not: what the workload `records` asks for."""
+    """Whether an answer is one JSON object and nothing else, in a code fence or not."""
     inside = answer.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         return isinstance(json.loads(inside), dict)
     except ValueError:
         return False
+
+
+def has_object(answer: str) -> bool:
+    """Whether the first brace of an answer begins a JSON object, which the workload `records` asks for. Words before
+    and behind it ("Here is the record:") are allowed."""
+    try:
+        json.JSONDecoder().raw_decode(answer, answer.index("{"))
+    except ValueError:
+        return False
+    return True
 
 
 def nearby(spot: Record, marks: Sequence[Record]) -> float:

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from flags import with_flags
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.cli.main import main, parser
+from tokenswift_py.cli.flags import parser
+from tokenswift_py.cli.main import main
 from tokenswift_py.runs import journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,8 +125,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
 
 @pytest.mark.parametrize("command", ["resume", "audit", "train-heads"])
 def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -> None:
-    from tokenswift_py.cli import train_heads
-    from tokenswift_py.runs import audit
+    from tokenswift_py.cli import audit, train_heads
 
     roots = {"resume": lambda: parser(resumes=True), "audit": audit.parser, "train-heads": train_heads.parser}
     rng = random.Random(command)

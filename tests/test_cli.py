@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 
 from flags import with_flags
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.cli import main as program
+from tokenswift_py.cli import terminal
 from tokenswift_py.cli.main import main
+from tokenswift_py.runs.folder import save_tokens
 from tokenswift_py.runs.journal import read
 from tokenswift_py.text import prompt_tokens
 
@@ -217,7 +218,7 @@ def test_a_reader_that_goes_away_is_no_traceback(cli: list[str]) -> None:
 def test_help_is_quick_and_names_every_flag() -> None:
     """It must not import torch: that takes seconds."""
     code = (
-        "import sys; from tokenswift_py.cli.main import parser; print(parser().format_help());"
+        "import sys; from tokenswift_py.cli.flags import parser; print(parser().format_help());"
         "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
@@ -347,7 +348,7 @@ def test_each_file_is_kept_by_itself(
             raise RuntimeError("the engine broke")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"tokenswift_py.cli.main.{step}", full)
+        patch.setattr(f"tokenswift_py.cli.write.{step}", full)
         if broken:
             patch.setattr("tokenswift_py.runs.statistics.GenerationStats.record", fails)
         assert main([*arguments, str(run)]) == 1
@@ -369,14 +370,14 @@ def test_each_file_is_kept_by_itself(
 
 def after_first(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Call something when the first piece has been written out."""
-    write, waiting = program.Output.write, [change]
+    write, waiting = terminal.Output.write, [change]
 
-    def written(self: program.Output, *arguments: Any) -> None:
+    def written(self: terminal.Output, *arguments: Any) -> None:
         write(self, *arguments)
         while waiting:
             waiting.pop()()
 
-    monkeypatch.setattr(program.Output, "write", written)
+    monkeypatch.setattr(terminal.Output, "write", written)
 
 
 def test_a_text_that_is_removed_is_written_again(
@@ -415,7 +416,7 @@ def test_an_output_folder_that_can_no_longer_be_written_is_one_line(
 
 
 def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program.save_tokens(tmp_path, [1, 2, 3])
+    save_tokens(tmp_path, [1, 2, 3])
 
     def full(path: Path, data: bytes) -> None:
         with path.open("wb") as file:
@@ -424,7 +425,7 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        program.save_tokens(tmp_path, list(range(1000)))
+        save_tokens(tmp_path, list(range(1000)))
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
     assert np.load(tmp_path / "tokens.npy").tolist() == [1, 2, 3]
 

@@ -161,18 +161,19 @@ def test_a_long_run_that_could_not_draw_its_picture_does_not_begin(
 
 
 @pytest.mark.parametrize(
-    ("answer", "valid"),
+    ("answer", "is_one", "has_one"),
     [
-        ('{"name": "a lock", "gates": [1, 2]}', True),
-        ('\n```json\n{"name": "a lock"}\n```\n', True),
-        ('{"name": "a lock"} and more', False),
-        ('[{"name": "a lock"}]', False),
-        ('{"name": a lock}', False),
-        ("", False),
+        ('{"name": "a lock", "gates": [1, 2]}', True, True),
+        ('\n```json\n{"name": "a lock"}\n```\n', True, True),
+        ('JSON: {"name": "a lock"} and more', False, True),
+        ('[{"name": "a lock"}]', False, True),
+        ('{"name": a lock}', False, False),
+        ('{"name": "a lock"', False, False),
+        ("", False, False),
     ],
 )
-def test_an_answer_is_one_json_object_or_not(answer: str, valid: bool) -> None:
-    assert longrun.is_object(answer) is valid
+def test_an_answer_is_or_has_a_json_object(answer: str, is_one: bool, has_one: bool) -> None:
+    assert (longrun.is_object(answer), longrun.has_object(answer)) == (is_one, has_one)
 
 
 def run_positions(monkeypatch: pytest.MonkeyPatch, folder: Path, results: Path, *flags: str) -> list[dict[str, Any]]:
@@ -204,9 +205,7 @@ def test_nats_at_a_spot_are_transformers_loss(
     assert rows[4]["nats"] == pytest.approx(rows[0]["nats"], rel=0.05) and rows[4]["nats"] != rows[0]["nats"]
 
 
-def test_pass_keys_are_hidden_and_asked_for(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pass_keys_are_hidden_and_asked_for(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run_positions(monkeypatch, tiny_folder, tmp_path, "--passkeys", "2500", "--schemes", "log-extend,yarn")
     assert [row["scheme"] for row in rows] == ["log-extend", "yarn"]
     assert all(len(row["by_depth"]) == 9 and row["found"] == row["by_depth"].count("x") for row in rows)

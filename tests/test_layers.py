@@ -20,8 +20,7 @@ MAPPED = ("drafters", "kvcache", "kernels")  # stand at the root, are imported a
 
 LEAVES = {"tokenswift_py.errors", "tokenswift_py.registry"}
 NOUNS = {
-    f"tokenswift_py.{name}"
-    for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints")
+    f"tokenswift_py.{name}" for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints")
 }
 ALLOWED = {
     "kernels": LEAVES | {"tokenswift_py.kernels"},

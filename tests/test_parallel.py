@@ -114,9 +114,7 @@ def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[in
 
 
 @pytest.mark.parametrize(("family", "temperature", "trained"), [("llama", 0.0, 512), ("qwen3", 0.9, 200)])
-def test_every_drafter_writes_what_one_process_does(
-    pair: Pair, family: str, temperature: float, trained: int
-) -> None:
+def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, temperature: float, trained: int) -> None:
     """Measured: in float64 no rounding comes near a choice. Where no number is given, rank 0's clock plans for both.
     With few trained positions most of the text is met by Self-Extend."""
     config = tiny_config(family, max_position_embeddings=trained)

@@ -49,9 +49,7 @@ def hugging_faces(config: LlamaConfig, length: int) -> tuple[torch.Tensor, torch
     return cos[0, :, :half], sin[0, :, :half]
 
 
-def assert_tables(
-    config: LlamaConfig, context: int, same_as: LlamaConfig | None = None, scheme: str = "auto"
-) -> None:
+def assert_tables(config: LlamaConfig, context: int, same_as: LlamaConfig | None = None, scheme: str = "auto") -> None:
     tables = rope_tables(config, context, Positions(scheme))
     cos, sin = hugging_faces(same_as or config, context)
     assert tables.context == context and tables.cos.dtype == tables.sin.dtype == torch.float32

@@ -13,7 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli import train_heads
 from tokenswift_py.cli.arguments import lines_of, unescaped
-from tokenswift_py.cli.main import main, parser, read_options, read_prompt
+from tokenswift_py.cli.flags import parser
+from tokenswift_py.cli.inputs import read_options, read_prompt
+from tokenswift_py.cli.main import main
 from tokenswift_py.errors import check
 from tokenswift_py.text import prompt_tokens
 from toys import tiny_tokenizer

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tokenswift_py.cli.arguments import Parser, named_path, whole
+from tokenswift_py.cli.inputs import origin_of
 from tokenswift_py.errors import check, check_new, files, new_file, one_line
 from tokenswift_py.human import EVERYWHERE
 from tokenswift_py.options import world_size
 from tokenswift_py.runs import journal
-from tokenswift_py.runs.audit import origin
 
 if TYPE_CHECKING:
     from tokenswift_py.api import TokenSwift
@@ -108,7 +108,7 @@ class Judges:
     def _origin(self, record: Record | None) -> dict[str, Any]:
         args = self.args
         if record is not None and not args.judge:
-            return origin(record, args)
+            return origin_of(record, args)
         asked = {"model": args.judge or args.model, "dtype": args.dtype, "engine": args.engine, "device": args.device}
         return {name: value for name, value in asked.items() if value is not None}
 
@@ -137,7 +137,7 @@ def writer(record: Record, args: argparse.Namespace) -> Any:
     """The tokenizer of the model that wrote, without its weights."""
     from tokenswift_py.checkpoints.loading import open_checkpoint
 
-    asked = origin(record, args)
+    asked = origin_of(record, args)
     checkpoint = open_checkpoint(asked["model"], asked["revision"], asked["dtype"])
     check_writer(record, checkpoint, weights=False)
     return checkpoint.tokenizer()
@@ -195,7 +195,7 @@ def judged(text: Text, judge: TokenSwift, args: argparse.Namespace) -> dict[str,
 
 def write(folder: Path, found: dict[str, Any]) -> None:
     """Put the figures where the run itself would have: into its report."""
-    from tokenswift_py.cli.main import save_report
+    from tokenswift_py.runs.folder import save_report
 
     path = folder / "report.json"
     with one_line(f"write: {path} is no report"):

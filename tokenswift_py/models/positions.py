@@ -107,5 +107,3 @@ def distances_beyond(context: int, window: int, block: int) -> npt.NDArray[np.in
 def slowed(beyond: npt.NDArray[np.int64], scale: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """s ln(1 + x / s), by the logarithm that the noise specifies: the same doubles on every machine."""
     return scale * noise.log(1.0 + beyond / scale)
-
-

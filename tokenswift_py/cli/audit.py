@@ -1,0 +1,74 @@
+"""`tokenswift audit`: prove that a recorded text is what plain decoding writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tokenswift_py.cli.arguments import Parser, named_path, whole
+from tokenswift_py.cli.inputs import origin_of
+from tokenswift_py.errors import UserError, check, check_new, new_file
+from tokenswift_py.runs import journal
+from tokenswift_py.runs.audit import WINDOW, audit, verdict
+
+
+def parser() -> argparse.ArgumentParser:
+    root = Parser(
+        prog="tokenswift audit",
+        description="Prove that a recorded text is what plain decoding writes, without decoding it. "
+        "Exit code 0: it is; 1: it is not; 2: it cannot be told.",
+    )
+    root.add_argument("folder", type=named_path, metavar="DIR", help="what --out wrote")
+    root.add_argument("--sample", type=whole, default=0, metavar="K", help=f"decode K windows of {WINDOW} tokens too")
+    root.add_argument("--model", help="where the model lies now (default: as recorded)")
+    root.add_argument("--engine", help="native or torch: another arithmetic cross-checks (default: as recorded)")
+    root.add_argument("--dtype", help="of the weights, as --engine")
+    root.add_argument("--attention", help="a backend of kernels/ (torch engine), as --engine")
+    root.add_argument("--device", help="auto, cpu, cuda, ..., as --engine")
+    root.add_argument("--threads", type=whole, help="CPU threads")
+    root.add_argument("--json", type=named_path, metavar="FILE", help="the findings as JSON")
+    root.add_argument("--quiet", action="store_true", help="no bar, no words: the exit code alone")
+    return root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises UserError for wrong input."""
+    args = parser().parse_args(arguments)
+    check(args.sample >= 0, "sample", args.sample, "at least 0")
+    if args.json:
+        check_new("json", args.json)
+    record = journal.read(args.folder)
+    check(not record.header["parameters"]["logits_processors"], "journal", str(args.folder), "processors need Python")
+
+    # Here, because torch and transformers take seconds to import.
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.runs.progress import work_bar
+
+    swift = TokenSwift.from_pretrained(**origin_of(record, args), threads=args.threads)
+    rows = len(record.header["prompt"]) + len(record.tokens)
+    hidden = args.quiet or not sys.stderr.isatty()
+    with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
+        try:
+            found = audit(swift, args.folder, args.sample, progress)
+        except (RuntimeError, MemoryError) as error:  # 1 would say that the text is wrong
+            told = " ".join(str(error).split())
+            raise UserError(f"audit: it broke off and says nothing ({type(error).__name__}: {told})") from error
+    if not args.quiet:
+        print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))), flush=True)
+    if args.json and swift.executor.ranks.leads:
+        with new_file("json", args.json) as file:
+            file.write(json.dumps(strict(found.to_dict()), indent=2, allow_nan=False) + "\n")
+    return 0 if found.passed else 1
+
+
+def strict(value: Any) -> Any:
+    """As JSON has it, which knows no infinity: the margin of a banned token is null."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,175 @@
+"""What the command line is given, read and checked before a model is loaded: prompt, chapters, options, folders."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tokenswift_py.cli.arguments import lines_of, unescaped
+from tokenswift_py.cli.flags import OPTION_HELP
+from tokenswift_py.errors import UserError, check, check_new, files, shown
+from tokenswift_py.options import Options
+from tokenswift_py.runs.journal import Journal, Record, shared
+
+logger = logging.getLogger("tokenswift")
+
+MOST_CHAPTERS = 10_000  # that are asked for by number
+MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
+BOM = "\ufeff"  # at the start of a file it says how the file is written, and is no text
+
+
+def follows() -> bool:
+    """Whether this is one of torchrun's processes, and not rank 0."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+
+
+def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The prompt and the options. Everything that needs no model is refused before one is loaded."""
+    prompt, options = read_prompt(args), read_options(args)
+    Options.of(**options)
+    check_trace(args.trace)
+    check_out(args.out)
+    return prompt, options
+
+
+def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
+    from tokenswift_py.models.ranks import join
+
+    ranks = join()
+    with ranks.same_fate():
+        if not ranks.leads:
+            args.prompt, args.prompt_file, args.out = "of rank 0", None, None
+        prompt, options = read_input(args)
+    return ranks.first_text(prompt), options
+
+
+def shared_journal(folder: Path) -> Journal:
+    """The journal of a run that several ranks go on with: rank 0 opens it."""
+    from tokenswift_py.models.ranks import join
+
+    return shared(join(), lambda: Journal.open(folder))
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        text = typed(args, args.prompt)
+    elif args.prompt_file is not None:
+        text = read_text(args.prompt_file, "prompt_file")
+    else:
+        if sys.stdin.isatty():
+            print("tokenswift: reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+        text = read_bytes(sys.stdin.buffer, "standard input")
+    text = str(text).removeprefix(BOM)
+    check(bool(text), "prompt", text, "it must not be empty")
+    return text
+
+
+def read_text(path: Path, field: str) -> str:
+    with files(field, path, "a readable file is"), path.open("rb") as file:
+        return read_bytes(file, field)
+
+
+def read_bytes(file: BinaryIO, field: str) -> str:
+    data = file.read(MOST_TEXT + 1)  # a device never ends
+    check(len(data) <= MOST_TEXT, field, f"more than {MOST_TEXT} bytes", "less, which is already more than a context")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{field}: byte {error.start} is not allowed; the text must be UTF-8") from error
+
+
+def read_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `Options` that the flags stand for."""
+    options = {name: getattr(args, name) for name in OPTION_HELP}
+    options["stop"] = [typed(args, item) for item in args.stop]
+    options["stop_tokens"] = [token_or_text(typed(args, item)) for item in args.stop_tokens]
+    for item in args.stop:
+        if not args.escape and unescaped(item) != item:
+            logger.warning("stop: %s is taken as it is typed; with -e it is %s", shown(item), shown(unescaped(item)))
+    options["chapters"] = read_chapters(args.chapters)
+    options["ban"] = None if args.ban is None else [token_or_text(typed(args, item)) for item in args.ban]
+    options["logit_bias"] = read_biases(args.logit_bias)
+    if args.dry_breakers is not None:
+        options["dry_breakers"] = [typed(args, item) for item in args.dry_breakers]
+    return options
+
+
+def read_chapters(value: str | None) -> list[str]:
+    if value is None:
+        return []
+    if value.isdecimal():
+        count = int(value) if len(value) < 20 else MOST_CHAPTERS + 1
+        check(1 <= count <= MOST_CHAPTERS, "chapters", value, f"between 1 and {MOST_CHAPTERS}, or a file")
+        return [f"Continue. Write part {part}." for part in range(2, count + 2)]
+    lines = [line.strip(" \t") for line in lines_of(read_text(Path(value), "chapters").removeprefix(BOM))]
+    check(any(lines), "chapters", value, "a file with a request on each line, or a number")
+    return [line for line in lines if line]
+
+
+def token_or_text(item: str) -> int | str:
+    """A number is a token's id."""
+    return int(item) if item.isdecimal() and len(item) < 20 else item
+
+
+def typed(args: argparse.Namespace, text: str) -> str:
+    """A text of the command line, its escapes told apart with -e."""
+    return unescaped(text) if args.escape else text
+
+
+def read_biases(items: Sequence[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for token, bias in map(read_bias, items):
+        earlier = biases.setdefault(token, bias)
+        same = earlier == bias or bias != bias  # which is refused for itself
+        check(same, "logit_bias", f"{token}={bias}", f"it was given as {token}={earlier} before")
+    return biases
+
+
+def read_bias(item: str) -> tuple[int, float]:
+    token, _, bias = item.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise UserError(f"logit_bias: {shown(item)} is not allowed; ID=BIAS is, like 42=-1.5") from error
+
+
+def check_trace(path: str | None) -> None:
+    """Refuse a trace that rank 0, which writes it, could not begin."""
+    if path is not None and not follows():
+        check_new("trace", path)
+
+
+def check_out(folder: Path | None) -> None:
+    """Refuse an output folder that holds anything or cannot be written. None is left: much else may be refused yet."""
+    if folder is None:
+        return
+    with files("out", folder, "a writable folder is"):
+        check(not folder.exists() or folder.is_dir(), "out", str(folder), "a new or empty folder")
+        empty = not folder.is_dir() or not any(folder.iterdir())
+        check(empty, "out", str(folder), "it must be empty; nothing is overwritten")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".tokenswift"
+        probe.touch()
+        probe.unlink()
+        for path in made:
+            with suppress(OSError):  # new/../run is made of more than it names
+                path.rmdir()
+
+
+def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `from_pretrained`: those recorded, but for what was given. Another engine goes without what is
+    the recorded one's own."""
+    given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
+    given = {name: value for name, value in given.items() if value is not None}
+    recorded = dict(record.header["origin"])
+    if {"engine", "dtype", "attention", "device"} & given.keys():
+        recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
+    return {**recorded, **given}

@@ -1,0 +1,180 @@
+"""What a person sees while a text is written: the text itself, a bar, lines of the log; and Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import Stream
+
+
+def open_standard_streams() -> None:
+    """What was closed leads nowhere: else the next file to be opened, the journal, would be standard output.
+
+    And characters that standard output's encoding lacks are no reason to stop; text.txt has them.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+class CtrlC:
+    """From `hold` on, Ctrl-C is a question that the loop asks between two pieces: in the middle of one, the engine has
+    counted tokens that the text has not. Before that (a long prompt is being read), and the second time, it interrupts
+    at once, as it does anywhere else.
+    """
+
+    def __init__(self) -> None:
+        self.pressed = False
+
+    def __enter__(self) -> CtrlC:
+        return self
+
+    def hold(self) -> None:
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        main = threading.current_thread() is threading.main_thread()  # where alone Python lets signals be handled
+        if usual and main and not self.pressed:
+            signal.signal(signal.SIGINT, self._press)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *raised: object) -> None:
+        if signal.getsignal(signal.SIGINT) == self._press:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class LogLines(logging.Handler):
+    """The log on standard error, by way of what else writes to the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.show: Callable[[str], None] = show_plainly
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.show(self.format(record))
+
+
+def show_plainly(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+class BottomLine:
+    """The last line of a terminal, kept for the bar while text scrolls above it (the scrolling region of VT100).
+
+    A bar drawn below the text in the usual way would overwrite the line that is being written.
+    """
+
+    def __init__(self) -> None:
+        self._size = shutil.get_terminal_size()
+        # A line of room, then everything but the last line scrolls; setting the region moves the cursor.
+        self._send(f"\n\x1b7\x1b[1;{self._size.lines - 1}r\x1b8\x1b[1A")
+
+    def draw(self, bar: tqdm[Any]) -> None:
+        bar.ncols = self._size.columns - 1
+        self._send(f"\x1b7\x1b[{self._size.lines};1H\x1b[2K{bar}\x1b8")
+
+    def close(self) -> None:
+        self._send(f"\x1b7\x1b[r\x1b[{self._size.lines};1H\x1b[2K\x1b8")
+
+    def _send(self, text: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+class Output:
+    """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
+
+    def __init__(self, args: argparse.Namespace, stream: Stream, folder: Path | None, lines: LogLines):
+        self.written = self._saved = len(stream.text)  # of a resumed text only what is new is shown
+        self._lines = lines
+        self._mid_line = False
+        self._file = None
+        if folder:
+            mode = "w" if args.resume else "x"
+            self._file = (folder / "text.txt").open(mode, encoding="utf-8", newline="")
+            self._file.write(stream.text)
+        self._bottom = None if no_bar(args) or not sys.stdout.isatty() else BottomLine()
+        self._bar = tqdm(
+            initial=stream.stats.new_tokens, total=stream.run.options.max_new_tokens, unit="tok", disable=no_bar(args),
+            file=sys.stderr if self._bottom is None else io.StringIO(), dynamic_ncols=self._bottom is None,
+        )  # fmt: skip
+
+    def __enter__(self) -> Output:
+        self._lines.show = self.log
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._lines.show = show_plainly
+        if self._bottom:
+            self._bottom.close()
+        self._bar.close()
+        if self._file:
+            with suppress(*([OSError] if kind else [])):  # what went wrong first is told
+                self._file.close()
+
+    def write(self, text: str, tokens: int, per_pass: float | None) -> None:
+        if text:
+            if self._file:
+                self._saved += len(text)  # also where the disk is full: the file keeps what it could not write yet
+                self._file.write(text)
+                self._file.flush()
+            self.written += len(text)
+            self._mid_line = not text.endswith("\n")
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        if per_pass is not None:
+            self._bar.set_postfix_str(f"{per_pass:.2f} tok/pass", refresh=False)
+        if self._bar.update(tokens) and self._bottom:  # true where tqdm finds it time to draw
+            self._bottom.draw(self._bar)
+
+    def log(self, line: str) -> None:
+        """A line of the log, on a line of its own; a bar on standard error is drawn again below it."""
+        sys.stdout.flush()
+        tqdm.write(f"\n{line}" if self._bottom and self._mid_line else line, file=sys.stderr)
+        self._mid_line = False
+
+    def save_rest(self, text: str) -> None:
+        """What an interruption kept from text.txt, or all of it where someone removed the file."""
+        if self._file:
+            rest, self._saved = text[self._saved :], len(text)
+            self._file.write(rest)
+            self._file.flush()
+            if not Path(self._file.name).exists():
+                Path(self._file.name).write_bytes(text.encode())
+
+    def end(self, text: str) -> None:
+        """What an interruption kept from standard output, and the end of the last line."""
+        sys.stdout.write(text[self.written :])
+        if sys.stdout.isatty() or not text.endswith("\n"):
+            sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def no_bar(args: argparse.Namespace) -> bool:
+    return bool(args.quiet) or not sys.stderr.isatty()
+
+
+def note(args: argparse.Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"\n{text}", file=sys.stderr)

@@ -1,0 +1,140 @@
+"""`tokenswift` and `tokenswift resume`: load a model, write a text, compare, report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tokenswift_py.cli.inputs import check_trace, read_input, read_options, shared_input, shared_journal
+from tokenswift_py.cli.terminal import CtrlC, LogLines, Output, no_bar, note
+from tokenswift_py.errors import check
+from tokenswift_py.options import world_size
+from tokenswift_py.runs.folder import restore, save_report, save_tokens
+from tokenswift_py.runs.journal import Journal, JournalError
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import Stream, TokenSwift
+
+INTERRUPTED = 130
+
+
+def write(args: argparse.Namespace, lines: LogLines) -> int:
+    """Check, load, write, compare, report."""
+    prompt, options = read_input(args) if world_size() == 1 else shared_input(args)
+    nowhere = args.kv_snapshot and args.out is None and world_size() == 1
+    check(not nowhere, "kv_snapshot", True, "only with out or resume")
+    check(args.extend == 0, "extend", args.extend, "only with resume")
+
+    # Here, because torch and transformers take seconds to import.
+    from tokenswift_py.api import TokenSwift
+
+    swift = TokenSwift.from_pretrained(
+        args.model, revision=args.revision, dtype=args.dtype, kv_dtype=args.kv_dtype, engine=args.engine,
+        attention=args.attention, device=args.device, threads=args.threads,
+        deterministic=args.deterministic,
+    )  # fmt: skip
+    stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
+    return write_out(args, swift, stream, args.out, lines)
+
+
+def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> int:
+    """Go on with a recorded run. given: the flags that were given; the others are as recorded."""
+    for name in ("prompt", "prompt_file", "out", "baseline"):
+        check(name not in given, name, given.get(name), "not with resume")
+    check(args.extend >= 0, "extend", args.extend, "at least 0")
+    check_trace(args.trace)
+    journal = Journal.open(args.resume) if world_size() == 1 else shared_journal(args.resume)
+    record = journal.record
+    if record.torn:
+        note(args, f"{record.torn} bytes behind token {len(record.tokens)} are torn and were cut off")
+    note(args, f"{len(record.tokens)} tokens are recorded")
+
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.runs.progress import work_bar
+
+    origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
+    swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
+    settings = {name: value for name, value in read_options(args).items() if name in given}
+    stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
+    finished = stream.ending != "interrupted" and (args.resume / "report.json").is_file()
+    folder = args.resume if swift.executor.ranks.leads else None
+    if swift.executor.ranks.first(np.array([finished])).item():
+        note(args, f"the run is finished, ended by: {stream.ending}")
+        with stream:
+            restored = restore(folder, stream) if folder else []
+        if restored:
+            note(args, f"written again: {', '.join(restored)}")
+        if args.quality:
+            note(args, f"`tokenswift quality {args.resume} --write` reads it")
+        return 0
+    rows = len(stream.run.prompt) + len(stream.tokens)
+    with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
+        stream.catch_up(progress)
+    for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
+        (args.resume / name).unlink(missing_ok=True)
+    return write_out(args, swift, stream, folder, lines)
+
+
+def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines) -> int:
+    """Write, compare, report. folder: what gets the files."""
+    from tokenswift_py.runs.report import summary
+
+    interrupted = False
+    failures: list[Exception] = []
+    with Output(args, stream, folder, lines) as output:
+        try:
+            with CtrlC() as ctrl_c:
+                for piece in stream:
+                    ctrl_c.hold()
+                    output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
+                    if ctrl_c.pressed:
+                        interrupted = True
+                        break
+        except KeyboardInterrupt:
+            interrupted = True
+        except Exception as error:
+            failures.append(error)
+        failures += attempted(stream.close)  # whatever happened, what was written is kept
+        result = stream.result()
+        if folder:
+            failures += attempted(output.save_rest, result.text)
+        if folder and not any(isinstance(failure, JournalError) for failure in failures):
+            failures += attempted(save_tokens, folder, result.tokens)  # these are of what the journal holds
+            failures += attempted(save_report, folder, result.report)
+        if failures:
+            raise failures[0]
+        output.end(result.text)
+        interrupted |= result.ending == "interrupted"  # on other ranks, by rank 0
+    try:
+        if args.baseline and not interrupted:
+            note(args, "decoding again without drafts, to compare")
+            result = swift.baseline(stream)
+            if folder:
+                save_report(folder, result.report)
+        if args.quality and not interrupted:
+            note(args, "reading the text again, window by window")
+            read = swift.window_perplexity(result).summary()
+            result = replace(result, report={**result.report, "window_perplexity": read})
+            if folder:
+                save_report(folder, result.report)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:  # of the text, which is whole though there be no memory to compare it
+        note(args, summary(result.report))
+    if folder and result.ending == "interrupted":
+        note(args, f"`tokenswift resume {folder}` goes on from there")
+    return INTERRUPTED if interrupted else 0
+
+
+def attempted(step: Callable[..., object], *arguments: object) -> list[Exception]:
+    """What the step has failed with, if it has: the steps behind it are no worse for that."""
+    try:
+        step(*arguments)
+    except (OSError, JournalError) as error:
+        return [error]
+    return []
