@@ -20,14 +20,15 @@ from typing import Any
 from results import Results, Row, add_flags, start
 from speedup import Contender, Prefix, race
 from tokenswift_py import TokenSwift
-from tokenswift_py.api import Run
-from tokenswift_py.decoding.loop import SEEN_ROWS, Engine
+from tokenswift_py.decoding.assembly import decode_loop
+from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import Options
+from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace
 from workloads import continuation
 
@@ -108,10 +109,10 @@ class DraftingWith:
     swift: TokenSwift
     make: Callable[[], Drafter]
 
-    def engine(self, run: Run, trace: Trace | None, cache: KVCache) -> Engine:
-        engine = self.swift.engine(run, trace, cache)
-        engine.drafter = self.make()
-        return engine
+    def loop(self, run: Run, trace: Trace | None, cache: KVCache) -> DecodeLoop:
+        loop = decode_loop(self.swift, run, trace, cache)
+        loop.drafter = self.make()
+        return loop
 
 
 def main() -> None:
@@ -183,7 +184,7 @@ def ablate(args: argparse.Namespace, before: Before, group: str) -> Iterator[Row
         )  # fmt: skip
         runners = [Contender("ar", {"drafter": "none"})]
         runners += [Varied(variant.name, variant.drafting, make=variant.make) for variant in variants]
-        found = race(swift, args, swift.prepare(prefix.tokens, options), prefix, runners)
+        found = race(swift, args, prepare(swift, prefix.tokens, options), prefix, runners)
         common = {name: value for name, value in found.items() if name != "drafters"}
         for variant in variants:
             yield {"variant": variant.name, **found["drafters"][variant.name], **common}

@@ -136,10 +136,10 @@ def accepted(prefix: Taught, policy: str, view: int, weights: str) -> Row:
     rounds: list[dict[str, Any]] = []
     writer = Varied(policy, drafting(policy, view, weights), make=lambda: drafter)
     writer.start(swift, prefix.run(prefix.length), prefix.source.cache.fork(), None)
-    assert writer.engine is not None
-    writer.engine.trace = rounds.append
+    assert writer.loop is not None
+    writer.loop.trace = rounds.append
     writer.write(new)
-    writer.engine.cache.release()
+    writer.loop.cache.release()
     text = writer.tokens[:new]
     return {
         **figures(rounds),

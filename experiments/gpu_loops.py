@@ -19,7 +19,7 @@ from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool
 from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.loading import DEFAULT_MODEL
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, Drafter, create
 from tokenswift_py.kvcache.cache import KVCache
@@ -133,12 +133,12 @@ def written(
 ) -> tuple[list[int], Row]:
     lines: list[dict[str, Any]] = []
     sampler = TritonSampler(SamplingParams(temperature=0.8, min_p=0.05, seed=1), model.spec.vocab_size)
-    engine = Engine(
+    loop = DecodeLoop(
         model, drafter, sampler, Stops(10**6, ()), draft_tokens=draft_tokens, draft_model=drafting, trace=lines.append,
         cache=base.fork(),
     )  # fmt: skip
     tokens: list[int] = []
-    steps = engine.run(prompt)
+    steps = loop.run(prompt)
     for step in steps:
         tokens += step.tokens
         if len(lines) >= rounds or (len(lines) > rounds // 4 and stage.left < 0):

@@ -25,11 +25,12 @@ import numpy as np
 
 from results import ROOT, add_line, need_pictures, read_journal, save_picture, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.api import Stream
+from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.quality import decoder, text_tokens, window_quality
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.report import rounded, text_figures
 from tokenswift_py.runs.statistics import memory_bandwidth
+from tokenswift_py.runs.stream import Stream
 from workloads import FREE, free_run
 
 Record = dict[str, Any]
@@ -136,7 +137,7 @@ def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace)
             phases = {name: ms - before.get(name, 0.0) for name, ms in stream.stats.phase_ms.items()}
             before, wall = dict(stream.stats.phase_ms), 1e3 * (time.perf_counter() - clock)
             log.append(
-                {"kind": "mark", "from": at, "to": new, "context": stream.engine.cache.length, "wall_ms": rounded(wall),
+                {"kind": "mark", "from": at, "to": new, "context": stream.loop.cache.length, "wall_ms": rounded(wall),
                  "passes": stream.stats.num_spec_steps, **{name: rounded(ms) for name, ms in phases.items()}}
             )  # fmt: skip
             print(json.dumps(log.lines[-1]), flush=True)
@@ -152,7 +153,7 @@ def spot(swift: TokenSwift, stream: Stream, window: int) -> Record:
     """What plain decoding writes from here on, on a fork of the run's cache, and the milliseconds of its tokens."""
     run = replace(stream.run, options=replace(stream.run.options, drafter="none", on_loop="ignore", trace=None))
     bandwidth = memory_bandwidth(threads=swift.executor.threads)
-    plain = swift.engine(run, cache=stream.engine.cache.fork())
+    plain = decode_loop(swift, run, cache=stream.loop.cache.fork())
     last = list(plain.replay(run.prompt, stream.tokens))[-1]
     steps = plain.run(run.prompt, last)
     tokens: list[int] = []
@@ -164,7 +165,7 @@ def spot(swift: TokenSwift, stream: Stream, window: int) -> Record:
         if not step.forced:
             times.append(round(ms, 3))
     steps.close()  # type: ignore[attr-defined]
-    context = stream.engine.cache.length
+    context = stream.loop.cache.length
     median = statistics.median(times)
     share = 1e3 * swift.step_bytes(context + window / 2) / bandwidth / median
     return {

@@ -28,10 +28,12 @@ import torch
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
+from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.drafters.heads import Heads, find_heads
 from tokenswift_py.options import Options
+from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.report import first_divergence
 from tokenswift_py.sampling.reference import Sampler
 from toys import FAMILIES, Doubles, MarkovModel, chi_square, pairs, save_tiny, transitions, write
@@ -304,13 +306,13 @@ def real(args: argparse.Namespace, name: str) -> Iterator[Row]:
         raw=True, max_new_tokens=(DEPTH + 1) * args.trees + NODES, seed=args.seed, drafter="heads",
         draft_tokens=NODES - 1, ignore_eos=True, on_loop="ignore", **WITHOUT_PENALTIES[name],
     )  # fmt: skip
-    engine = swift.engine(swift.prepare(prompt, options))
-    engine.drafter = drafter = Published(swift, engine.sampler, engine.history)
-    for _ in engine.run(prompt):
+    loop = decode_loop(swift, prepare(swift, prompt, options))
+    loop.drafter = drafter = Published(swift, loop.sampler, loop.history)
+    for _ in loop.run(prompt):
         if len(drafter.found) >= args.trees:
             break
     mean = {of: float(np.mean([row[of] for row in drafter.found])) for of in ("far", "by_path", "by_node")}
-    common = {"tokens": engine.stats.new_tokens}
+    common = {"tokens": loop.stats.new_tokens}
     yield {**common, "rule": RULES[1], "tokens_a_pass": 1 + mean["by_node"], "total_variation": 0.0}
     yield {**common, "rule": RULES[2], "tokens_a_pass": 1 + mean["by_path"], "total_variation": mean["far"]}
 

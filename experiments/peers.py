@@ -28,8 +28,10 @@ import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
+from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.options import Options
+from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.report import first_divergence, text_figures
 from tokenswift_py.runs.statistics import memory_bandwidth
 from workloads import continuation
@@ -195,9 +197,9 @@ def ours(task: Task) -> Iterator[Writer]:
     )  # fmt: skip
     for dtype in filter(None, args.ours.split(",")):
         swift = TokenSwift.from_pretrained(args.model, dtype=dtype, engine="native", threads=args.threads)
-        run, plain = swift.prepare(task.prompt, options), None
+        run, plain = prepare(swift, task.prompt, options), None
         for drafter, how in (("none", "plain"), ("auto", "auto")):
-            steps = swift.engine(replace(run, options=replace(options, drafter=drafter))).run(run.prompt)
+            steps = decode_loop(swift, replace(run, options=replace(options, drafter=drafter))).run(run.prompt)
 
             def step(steps: Iterator[Any] = steps) -> list[int]:
                 return [token for step in [next(steps, None)] if step for token in step.tokens]

@@ -26,9 +26,9 @@ import numpy as np
 
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.api import Run
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.decoding.loop import SEEN_ROWS, Engine
+from tokenswift_py.decoding.assembly import decode_loop
+from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -36,6 +36,7 @@ from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, rope_tables
 from tokenswift_py.options import Options
 from tokenswift_py.runs import snapshot
+from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace, rounded
 from tokenswift_py.runs.statistics import distinct_n, find_loop, memory_bandwidth
 from workloads import CONTINUATIONS, FREE, continuation, free_run
@@ -50,7 +51,7 @@ class Contender:
 
     name: str
     settings: dict[str, Any]
-    engine: Engine | None = None
+    loop: DecodeLoop | None = None
     steps: Iterator[Any] | None = None
     tokens: list[int] = field(default_factory=list)
     at: list[float] = field(default_factory=lambda: [0.0])  # milliseconds of decoding when token i was there
@@ -60,9 +61,9 @@ class Contender:
         self, swift: TokenSwift, run: Run, cache: KVCache, trace: str | None, written: Sequence[int] = ()
     ) -> None:
         options = replace(run.options, **self.settings)
-        self.engine = swift.engine(replace(run, options=options), Trace(trace) if trace else None, cache)
-        replayed = list(self.engine.replay(run.prompt, written))
-        self.steps = self.engine.run(run.prompt, replayed[-1] if replayed else None)
+        self.loop = decode_loop(swift, replace(run, options=options), Trace(trace) if trace else None, cache)
+        replayed = list(self.loop.replay(run.prompt, written))
+        self.steps = self.loop.run(run.prompt, replayed[-1] if replayed else None)
         self.tokens += next(self.steps).tokens
 
     def write(self, tokens: int) -> None:
@@ -146,7 +147,7 @@ class Written:
             **workload.settings,
         )  # fmt: skip
         self._pieces = iter(self._stream)
-        self.run, self.cache = self._stream.run, self._stream.engine.cache
+        self.run, self.cache = self._stream.run, self._stream.loop.cache
 
     @property
     def written(self) -> list[int]:
@@ -241,7 +242,7 @@ class Text:
                 "on_loop": "ignore", "ignore_eos": True, **(RANDOM if self.name == "random" else sampling),
             }
         )  # fmt: skip
-        return self.swift.prepare(self.source.tokens[:cut], options)
+        return prepare(self.swift, self.source.tokens[:cut], options)
 
     def close(self) -> None:
         if isinstance(self.__dict__.get("source"), Written):
@@ -272,8 +273,8 @@ def race(
         for runner in runners:
             runner.write(min(end, args.new))
     for runner in runners:
-        assert runner.engine is not None
-        runner.engine.cache.release()
+        assert runner.loop is not None
+        runner.loop.cache.release()
     plain = runners[0]
     tokens = plain.tokens[: args.new]
     ar_ms = plain.at[-1] / (len(plain.at) - 1)
@@ -297,8 +298,8 @@ def readability(swift: TokenSwift, tokens: Sequence[int]) -> Row:
 
 def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:
     """speedup: over all tokens; second_half: of the later ones; median_slice: of slices of `width`."""
-    assert runner.engine is not None
-    stats = runner.engine.stats
+    assert runner.loop is not None
+    stats = runner.loop.stats
     count = min(len(runner.at), len(plain.at)) - 1
 
     def ratio(first: int, last: int) -> float:

@@ -22,7 +22,7 @@ from transformers import (
 
 from tokenswift_py.checkpoints.loading import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
-from tokenswift_py.decoding.loop import Engine, Step
+from tokenswift_py.decoding.loop import DecodeLoop, Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
@@ -119,16 +119,16 @@ def write(
     vocab: int = 61,
     eos: Sequence[int] = (),
     **settings: Any,
-) -> tuple[list[int], Engine, list[Step]]:
-    """All new tokens (forced ones included), the engine and its steps."""
+) -> tuple[list[int], DecodeLoop, list[Step]]:
+    """All new tokens (forced ones included), the loop and its steps."""
     first_end = settings.pop("first_end", 0)
     sampler = Sampler(
         params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
     )
-    engine = Engine(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
-    steps = list(engine.run(prompt))
+    loop = DecodeLoop(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
+    steps = list(loop.run(prompt))
     tokens = [token for step in steps for token in (*step.forced, *step.tokens)]
-    return tokens[len(prompt) :], engine, steps
+    return tokens[len(prompt) :], loop, steps
 
 
 class MarkovModel:

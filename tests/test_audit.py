@@ -352,7 +352,7 @@ def test_the_command_line(
 def test_a_file_for_the_findings_that_cannot_be_is_refused_before_any_work(
     honest: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tokenswift_py.cli.audit.audit", lambda *_: pytest.fail("it has begun"))
+    monkeypatch.setattr("tokenswift_py.runs.audit.audit", lambda *_: pytest.fail("it has begun"))
     (tmp_path / "file").touch()
     for path in (tmp_path / "none" / "found.json", tmp_path / "file" / "found.json", tmp_path / "file"):
         assert main(["audit", str(honest[0]), "--json", str(path)]) == 2

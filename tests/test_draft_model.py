@@ -286,7 +286,7 @@ def test_the_lossy_mode_bounds_the_drafts_memory_too(swift: TokenSwift, smaller:
     stream = swift.stream("the cat", draft_model=str(smaller), **lossy)
     list(stream)
     assert stream.result().tokens == plain.tokens
-    cache = stream.engine.drafter.cache  # type: ignore[attr-defined]
+    cache = stream.loop.drafter.cache  # type: ignore[attr-defined]
     assert cache.length > 350
     assert len(cache.kept) == 4
 

@@ -118,7 +118,7 @@ def test_a_made_drafter_reaches_the_engine() -> None:
 
     variant = GROUPS["n-gram match"][-1]
     assert variant.make is not None
-    engine = DraftingWith(Swift(), variant.make).engine(None, None, None)  # type: ignore[arg-type]
+    engine = DraftingWith(Swift(), variant.make).loop(None, None, None)  # type: ignore[arg-type]
     assert engine.drafter.shortest == 6
 
 

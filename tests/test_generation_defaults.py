@@ -17,6 +17,7 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.decoding.history import History
 from tokenswift_py.options import Options
+from tokenswift_py.runs.plan import prepare
 from tokenswift_py.sampling.reference import Sampler
 
 PROMPT = [5, 9, 40, 9, 40, 9, 41]
@@ -72,7 +73,7 @@ def test_a_long_text_is_penalised_for_all_of_it(tiny_folder: Path, tmp_path: Pat
     swift = TokenSwift.from_pretrained(str(asking(tiny_folder, tmp_path / "m", repetition_penalty=1.5)), dtype="fp32")
 
     def window(**settings: Any) -> tuple[float, int]:
-        params = swift.prepare("the cat", Options(**settings)).sampling
+        params = prepare(swift, "the cat", Options(**settings)).sampling
         return params.penalty, params.penalty_window
 
     assert window() == (1.5, 2**31 - 1) and window(penalty_window=9) == (1.5, 9)
@@ -83,9 +84,9 @@ def test_bans_of_the_checkpoint_stay_until_others_are_asked_for(tiny_folder: Pat
     folder = asking(tiny_folder, tmp_path / "model", suppress_tokens=[7, 9])
     swift = TokenSwift.from_pretrained(str(folder), dtype="fp32")
     for asked, ban in ((None, (7, 9)), ([], ()), ([11], (11,))):
-        run = swift.prepare("the cat", Options(ban=asked, seed=1))
+        run = prepare(swift, "the cat", Options(ban=asked, seed=1))
         assert run.sampling.ban == ban and run.parameters()["ban"] == list(ban)
-        assert swift.prepare("the cat", Options.of(**run.parameters())).sampling == run.sampling
+        assert prepare(swift, "the cat", Options.of(**run.parameters())).sampling == run.sampling
 
 
 @pytest.mark.parametrize(

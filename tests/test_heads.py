@@ -25,7 +25,7 @@ from tokenswift_py.checkpoints import loading
 from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters import heads as heads_module
 from tokenswift_py.drafters.base import Draft, create
@@ -321,9 +321,9 @@ def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: A
     )]  # fmt: skip
     for make, size in product(drafters, (None, 8)):
         sampler = Sampler(SamplingParams(), V, processors=[Guarded(PROMPT + plain)])
-        engine = Engine(tiny_decoder, make(), sampler, Stops(60), draft_tokens=size)
-        assert [token for step in engine.run(PROMPT) for token in step.tokens] == plain
-        assert engine.stats.num_draft_tokens > 0 or size is None
+        loop = DecodeLoop(tiny_decoder, make(), sampler, Stops(60), draft_tokens=size)
+        assert [token for step in loop.run(PROMPT) for token in step.tokens] == plain
+        assert loop.stats.num_draft_tokens > 0 or size is None
 
 
 def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:

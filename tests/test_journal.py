@@ -26,7 +26,7 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.eviction import Eviction
-from tokenswift_py.decoding.loop import Engine, ReplayError
+from tokenswift_py.decoding.loop import DecodeLoop, ReplayError
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
@@ -227,7 +227,7 @@ def test_a_text_resumed_at_any_point_is_the_uninterrupted_one(tiny_decoder: Any,
         sampler = Sampler(params, 61, eos)
         heads = Heads(random_heads("recurrent"), tiny_decoder.weights["model.embed_tokens.weight"])
         made = {"heads": heads, "cascade with heads": Cascade(heads=heads)}.get(drafter) or create(drafter)
-        again = Engine(tiny_decoder, made, sampler, Stops(40, eos), turns, draft_tokens=6, prefill_chunk=16)
+        again = DecodeLoop(tiny_decoder, made, sampler, Stops(40, eos), turns, draft_tokens=6, prefill_chunk=16)
         replayed = list(again.replay(PROMPT, whole[:cut]))
         rest = list(again.run(PROMPT, replayed[-1]))
         tokens = [token for step in [*replayed, *rest] for token in (*step.forced, *step.tokens)]
@@ -252,10 +252,10 @@ def turn_places(whole: list[int], steps: list[Any]) -> set[int]:
 def test_evictions_are_replayed(tiny_decoder: Any) -> None:
     def run(tokens: list[int] | None = None) -> tuple[list[int], Any]:
         eviction = Eviction(Recent(), 256)
-        engine = Engine(tiny_decoder, create("ngram"), Sampler(SamplingParams(temperature=1.0, seed=2), 61),
+        loop = DecodeLoop(tiny_decoder, create("ngram"), Sampler(SamplingParams(temperature=1.0, seed=2), 61),
                         Stops(330), eviction=eviction, draft_tokens=5)  # fmt: skip
-        replayed = list(engine.replay(PROMPT, tokens or []))
-        rest = engine.run(PROMPT, replayed[-1] if replayed else None)
+        replayed = list(loop.replay(PROMPT, tokens or []))
+        rest = loop.run(PROMPT, replayed[-1] if replayed else None)
         written = [token for step in rest for token in step.tokens]
         return (tokens or []) + written, eviction.evictions
 
@@ -281,9 +281,9 @@ def test_a_record_that_is_no_text_of_its_parameters(
     eos = [plain[9]]
     end = plain.index(plain[9]) + 1
     whole, _, _ = write(tiny_decoder, PROMPT, 30, eos=eos, turns=[[5, 6]])
-    engine = Engine(tiny_decoder, create("none"), Sampler(SamplingParams(), 61, eos), Stops(30, eos), [[5, 6]])
+    loop = DecodeLoop(tiny_decoder, create("none"), Sampler(SamplingParams(), 61, eos), Stops(30, eos), [[5, 6]])
     with pytest.raises(ReplayError, match=says) as told:
-        list(engine.replay(PROMPT, change(whole, end)))
+        list(loop.replay(PROMPT, change(whole, end)))
     assert told.value.position == (len(whole) if position < 0 else end + position)
 
 
@@ -545,7 +545,7 @@ def test_files_of_an_earlier_session_stay_until_the_text_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("tokenswift_py.api.Stream.catch_up", pressed)
+        patch.setattr("tokenswift_py.runs.stream.Stream.catch_up", pressed)
         assert main(["resume", str(run), "--extend", "10", "--quiet"]) == 130
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != "journal.bin"} == before
     assert main(["resume", str(run), "--quiet"]) == 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import decoder_of, tiny_config, tiny_model
 from scripted import Scripted, write
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters import partial
 from tokenswift_py.drafters.base import Draft, create
@@ -253,15 +253,15 @@ def test_logits_that_are_not_finite_stop_with_their_position() -> None:
 
 def test_steps_are_final_when_they_are_yielded_and_closing_gives_the_pages_back(tiny_decoder: Any) -> None:
     plain, _, _ = write(tiny_decoder, PROMPT, 40)
-    engine = Engine(tiny_decoder, create("ngram"), Sampler(SamplingParams(), 61), Stops(40))
-    steps, seen = engine.run(PROMPT), []
+    loop = DecodeLoop(tiny_decoder, create("ngram"), Sampler(SamplingParams(), 61), Stops(40))
+    steps, seen = loop.run(PROMPT), []
     for step in steps:
         seen.extend(step.tokens)
         if len(seen) > 20:
             break
     steps.close()
     assert seen == plain[: len(seen)]
-    assert engine.cache.pool.in_use == 0
+    assert loop.cache.pool.in_use == 0
 
 
 def test_chapters_never_write_more_than_was_asked_for(tiny_decoder: Any) -> None:

@@ -21,7 +21,7 @@ from scripted import Scripted, write
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, committed
 from tokenswift_py.drafters.base import create as create_drafter
@@ -363,13 +363,13 @@ def test_no_bit_of_a_score_depends_on_the_trees_that_were_drafted() -> None:
     learnt: dict[str, list[FloatArray]] = {name: [] for name in LEARNING}
     for size, right, width in [(0, 0.0, 1), (1, 1.0, 1), (4, 0.8, 1), (40, 0.9, 3), (12, 0.0, 2)]:
         drafter = Watching(PROMPT + plain, 61, right, width=width)
-        engine = Engine(decoder, drafter, Sampler(SAMPLED, 61), Stops(90), draft_tokens=size)
+        loop = DecodeLoop(decoder, drafter, Sampler(SAMPLED, 61), Stops(90), draft_tokens=size)
         written = 0
-        for step in engine.run(PROMPT):
+        for step in loop.run(PROMPT):
             written += len(step.tokens)
             if written == 90:  # before the cache is given back
                 for name, policy in drafter.policies.items():
-                    learnt[name].append(policy.score(engine.cache.page_stats()))
+                    learnt[name].append(policy.score(loop.cache.page_stats()))
     for scores in learnt.values():
         assert len(scores) == 5
         assert all(np.array_equal(s, scores[0]) for s in scores)

@@ -30,6 +30,7 @@ from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.runs import audit, journal
 from tokenswift_py.runs.journal import Journal
+from tokenswift_py.runs.plan import recorded_run
 from toys import save_tiny
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
@@ -476,7 +477,7 @@ def test_a_journal_of_dynamic_ntk_from_before_there_was_a_choice(tmp_path: Path)
     record = journal.read(tmp_path / "run")
     for name in ("positions", "positions_window", "positions_block"):
         del record.header["parameters"][name]
-    assert swift.recorded_run(record).rope.label == stream.run.rope.label
+    assert recorded_run(swift, record).rope.label == stream.run.rope.label
 
 
 def test_a_journal_from_before_there_was_a_choice_goes_on_under_yarn(swift: TokenSwift, tmp_path: Path) -> None:

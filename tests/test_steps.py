@@ -21,7 +21,7 @@ from recording import Tape, record
 from scripted import Scripted, write
 from test_triton import Reads, reads
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.kernels.base import AttentionSegment, Room
@@ -354,13 +354,13 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     """However many tokens are accepted: the chosen tokens of all nodes come over together."""
     prompt = [3, 14, 15, 9, 26]
     sampler = TritonSampler(params, 61)
-    plain = Engine(new_decoder("llama"), NoDraft(), sampler, Stops(9, ()))
+    plain = DecodeLoop(new_decoder("llama"), NoDraft(), sampler, Stops(9, ()))
     text = [token for step in plain.run(prompt) for token in step.tokens]
-    engine = Engine(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
-    engine.force(prompt)
+    loop = DecodeLoop(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
+    loop.force(prompt)
     for _ in range(2):
         with HostReads() as reads:
-            step = engine.round()
+            step = loop.round()
         assert len(step.tokens) == 4 and reads.count == 1
 
 

@@ -13,7 +13,7 @@ from interpreter import INTERPRETED
 from test_kernels import Scene, fill, random_tree
 from test_triton import TRITON, as_if_committed
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
-from tokenswift_py.decoding.loop import Engine
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kernels.naive import Naive
@@ -95,6 +95,6 @@ def test_a_model_on_another_gpu_than_the_current_one() -> None:
         model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to(device)
         decoder = decoder_of(model, attention="triton", ops=TritonOps(True))
         sampler = TritonSampler(SamplingParams(temperature=0.9, seed=1), 61)
-        engine = Engine(decoder, create("ngram", shortest=1), sampler, Stops(80, ()), draft_tokens=4)
-        texts.append([token for step in engine.run([3, 14, 15, 9, 26]) for token in step.tokens])
+        loop = DecodeLoop(decoder, create("ngram", shortest=1), sampler, Stops(80, ()), draft_tokens=4)
+        texts.append([token for step in loop.run([3, 14, 15, 9, 26]) for token in step.tokens])
     assert torch.cuda.current_device() == 0 and texts[0] == texts[1]

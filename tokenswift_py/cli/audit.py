@@ -13,7 +13,6 @@ from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.cli.inputs import origin_of
 from tokenswift_py.errors import UserError, check, check_new, new_file
 from tokenswift_py.runs import journal
-from tokenswift_py.runs.audit import WINDOW, audit, verdict
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         "Exit code 0: it is; 1: it is not; 2: it cannot be told.",
     )
     root.add_argument("folder", type=named_path, metavar="DIR", help="what --out wrote")
-    root.add_argument("--sample", type=whole, default=0, metavar="K", help=f"decode K windows of {WINDOW} tokens too")
+    root.add_argument(
+        "--sample", type=whole, default=0, metavar="K", help="decode K random windows token by token, too"
+    )
     root.add_argument("--model", help="where the model lies now (default: as recorded)")
     root.add_argument("--engine", help="native or torch: another arithmetic cross-checks (default: as recorded)")
     root.add_argument("--dtype", help="of the weights, as --engine")
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # Here, because torch and transformers take seconds to import.
     from tokenswift_py.api import TokenSwift
+    from tokenswift_py.runs.audit import audit, verdict
     from tokenswift_py.runs.progress import work_bar
 
     swift = TokenSwift.from_pretrained(**origin_of(record, args), threads=args.threads)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import Stream
+    from tokenswift_py.runs.stream import Stream
 
 
 def open_standard_streams() -> None:

@@ -18,7 +18,8 @@ from tokenswift_py.runs.folder import restore, save_report, save_tokens
 from tokenswift_py.runs.journal import Journal, JournalError
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import Stream, TokenSwift
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.runs.stream import Stream
 
 INTERRUPTED = 130
 

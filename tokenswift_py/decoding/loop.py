@@ -42,7 +42,7 @@ class ReplayError(ValueError):
         self.position, self.reason = position, reason
 
 
-class Engine:
+class DecodeLoop:
     """One sequence being written.
 
     turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).

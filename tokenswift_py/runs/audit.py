@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.loop import ReplayError
 from tokenswift_py.errors import UserError, check, one_line
-from tokenswift_py.runs import journal
+from tokenswift_py.runs import contract, journal
+from tokenswift_py.runs.journal import Record
+from tokenswift_py.runs.plan import recorded_run
+from tokenswift_py.runs.stream import Stream
 
 if TYPE_CHECKING:
-    import torch
-
-    from tokenswift_py.api import Stream, TokenSwift
-    from tokenswift_py.runs.journal import Record
+    from tokenswift_py.api import TokenSwift
 
 LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
 WINDOW = 32  # tokens that --sample decodes at a place
@@ -99,20 +101,16 @@ def audit(
     progress: called with the number of rows of each pass.
     Raises UserError for another model, tokenizer or parameters than the recorded ones.
     """
-    from tokenswift_py.api import Stream
-    from tokenswift_py.decoding.loop import ReplayError
-    from tokenswift_py.runs import contract
-
     record = journal.read(Path(folder))
     plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # what drafted may be gone
-    run = swift.recorded_run(record, logits_processors=logits_processors, **plain)
+    run = recorded_run(swift, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(swift, replace(run, options=replace(run.options, on_loop=quiet)))
     same = {**contract.header(stream), "parameters": run.parameters()}
     contract.check_same(record.header, same, numerics=False)
     found = Audit(
         str(folder), stream.numerics, record.header["numerics"], stream.guarantee,
-        proof=stream.numerics == record.header["numerics"] and stream.engine.model.guarantee.startswith("bitwise"),
+        proof=stream.numerics == record.header["numerics"] and stream.loop.model.guarantee.startswith("bitwise"),
         rounding=rounding(record.header["origin"]["dtype"], swift.executor.dtype, run.sampling.temperature),
         prompt_tokens=len(run.prompt), ending="interrupted",
     )  # fmt: skip
@@ -134,7 +132,7 @@ class Pass:
     """The pass over the recorded tokens. Position p of the text is chosen by row p - 1."""
 
     def __init__(self, stream: Stream, found: Audit, sample: int, progress: Callable[[int], None]):
-        self.engine, self.found, self.progress = stream.engine, found, progress
+        self.loop, self.found, self.progress = stream.loop, found, progress
         self.prompt = len(stream.run.prompt)
         self.total = self.prompt + len(stream.tokens)
         self.chosen = np.ones(self.total, np.bool_)
@@ -142,10 +140,10 @@ class Pass:
         for start, stop in stream.forced:
             self.chosen[self.prompt + start : self.prompt + stop] = False
         found.forced = int((~self.chosen).sum()) - self.prompt
-        self.tokens = self.engine.history.tokens[: self.total].copy()
+        self.tokens = self.loop.history.tokens[: self.total].copy()
         self.seen = History()
         vocab_bytes = 4 * stream.swift.checkpoint.spec.vocab_size
-        self.most = max(1, min(self.engine.prefill_chunk, LOGITS_BYTES // vocab_bytes))
+        self.most = max(1, min(self.loop.prefill_chunk, LOGITS_BYTES // vocab_bytes))
         self.step_ms: list[list[float]] = []
         self.windows = self.places(sample)
 
@@ -161,12 +159,12 @@ class Pass:
     def run(self) -> None:
         if self.total == self.prompt:
             return
-        cache = self.engine.cache
+        cache = self.loop.cache
         try:
             while cache.length < self.total - 1 and self.found.mismatch is None:
                 at = cache.length
                 later = [start for start in self.windows if start > at]
-                count = min(self.most, self.engine.room, min([self.total - 1, *later]) - at)
+                count = min(self.most, self.loop.room, min([self.total - 1, *later]) - at)
                 if at in self.windows:
                     self.decode(min(count, self.windows[at]))
                 else:
@@ -180,19 +178,19 @@ class Pass:
 
     def rows(self, count: int) -> torch.Tensor:
         """[n, vocab_size] logits of those of the next `count` rows that chose a token; the rows are provisional."""
-        at = self.engine.cache.length
+        at = self.loop.cache.length
         wanted = np.flatnonzero(self.chosen[at + 1 : at + 1 + count]).tolist()
-        self.output = self.engine.forward(self.engine.chunk(count), wanted, seen=False)
+        self.output = self.loop.forward(self.loop.chunk(count), wanted, seen=False)
         return self.output.logits
 
     def check(self, at: int, logits: torch.Tensor, commit: int) -> None:
         """Commit `commit` rows from position `at` on, and hold the choices of their logits against the record."""
-        self.engine.commit_chunk(commit, self.output)
+        self.loop.commit_chunk(commit, self.output)
         for row, position in zip(logits, at + 1 + np.flatnonzero(self.chosen[at + 1 : at + 1 + commit]), strict=True):
             self.seen.extend(self.tokens[len(self.seen) : position].tolist())
             self.found.checked += 1
             recorded = int(self.tokens[position])
-            choice, margin, slack = self.engine.sampler.judge(row, self.seen, recorded)
+            choice, margin, slack = self.loop.sampler.judge(row, self.seen, recorded)
             if choice != recorded:
                 self.differ(Mismatch(int(position) - self.prompt, recorded, choice, margin, slack))
             if self.found.mismatch is not None:
@@ -206,9 +204,9 @@ class Pass:
 
     def decode(self, count: int) -> None:
         """The next tokens one by one, as plain decoding has them, beside the same rows computed together."""
-        at, times = self.engine.cache.length, []
+        at, times = self.loop.cache.length, []
         together = iter(self.rows(count))
-        self.engine.cache.drop_tail()
+        self.loop.cache.drop_tail()
         for place in range(at, at + count):
             began = time.perf_counter()
             alone = self.rows(1)

@@ -16,7 +16,7 @@ from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder, cache_na
 from tokenswift_py.errors import check
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import Stream
+    from tokenswift_py.runs.stream import Stream
 
 # Options that change how fast a text is written, never the text.
 FREE = (

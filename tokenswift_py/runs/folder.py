@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import Stream
+    from tokenswift_py.runs.stream import Stream
 
 
 def save_text(folder: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -9,13 +10,20 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 import torch
 
+from tokenswift_py import __version__
+from tokenswift_py.checkpoints.loading import dtype_name
 from tokenswift_py.errors import UserError, check_new, new_file
 from tokenswift_py.runs.statistics import GenerationStats, distinct_n, find_loop
+
+if TYPE_CHECKING:
+    from tokenswift_py.runs.stream import Result, Stream
 
 logger = logging.getLogger("tokenswift")
 
@@ -29,6 +37,38 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
         **{f"distinct_{n}": rounded(distinct_n(tokens, n)) for n in (1, 2, 3, 4)},
         "looping": loop is not None,
         "loop": None if loop is None else {"start": loop.start, "stop": loop.stop, "period": loop.period},
+    }
+
+
+def of_run(stream: Stream, result: Result) -> dict[str, Any]:
+    """The report of a text so far, before it is compared with plain decoding."""
+    run, swift, loop = stream.run, stream.swift, stream.loop
+    eviction = loop.eviction
+    return {
+        "schema": SCHEMA,
+        "version": __version__,
+        "model": swift.checkpoint.name,
+        "dtype": swift.executor.dtype,
+        "kv_dtype": dtype_name(swift.executor.kv_dtype),
+        "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
+        "parameters": run.parameters(),
+        "seed": run.sampling.seed,
+        "drafter": loop.drafter.name,
+        "engine": swift.executor.name,
+        "numerics": stream.numerics,
+        "guarantee": stream.guarantee,
+        "lossy": eviction is not None,
+        "eviction": eviction.figures() if eviction else None,
+        "prompt_tokens": len(run.prompt),
+        "resumed_behind": stream.recorded or None,
+        "ending": result.ending,
+        "forced": [list(span) for span in result.forced],
+        **run_figures(loop.stats),
+        **NO_BASELINE,
+        **text_figures(result.chosen),
+        "loops": [asdict(found) for found in loop.stops.loops.loops],
+        "window_perplexity": None,  # it takes passes of its own: see TokenSwift.window_perplexity
+        "peak_memory_bytes": peak_memory(swift.executor.device),
     }
 
 

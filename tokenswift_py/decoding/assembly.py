@@ -1,0 +1,79 @@
+"""The parts of a decode loop, put together for a run: model, drafter, sampler, stops, eviction."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tokenswift_py import registry
+from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.stopping import Stops
+from tokenswift_py.drafters.base import create
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.models.ranks import ALONE, Ranks
+from tokenswift_py.options import SELF_DRAFTERS, Options
+from tokenswift_py.runs.plan import Run
+from tokenswift_py.runs.report import Trace
+from tokenswift_py.text import special_ids
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import TokenSwift
+
+
+def decode_loop(swift: TokenSwift, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> DecodeLoop:
+    options = run.options
+    drafter, settings = options.drafter_settings(swift.checkpoint)
+    if drafter == "draft_model" and swift.executor.ranks.leads:
+        settings |= run.draft_model
+    elif drafter == "draft_model":
+        drafter, settings = "none", {}
+    with swift.executor.ranks.same_fate():
+        chosen = create(drafter, **settings)
+    if swift.executor.ranks.world > 1:
+        swift.executor.ranks.agree("the draft heads", chosen.alike())
+    eos = swift.checkpoint.eos
+    first_end = len(run.prompt) + options.min_new_tokens
+    vocab, special = swift.checkpoint.spec.vocab_size, special_ids(swift.tokenizer)
+    eviction = eviction_of(options, swift.executor.ranks)
+    chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
+    ends = () if options.ignore_eos else eos
+    decode = partial(swift.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    late, processors = (*eos, *run.stop_tokens), options.logits_processors
+    sampler = swift.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
+    return DecodeLoop(
+        swift.executor.model(run.rope),
+        chosen,
+        sampler,
+        Stops(
+            options.max_new_tokens,
+            ends,
+            options.stop,
+            decode,
+            special,
+            options.on_loop,
+            run.stop_tokens,
+            sampler.may_end_from,
+            swift.goes_on(options),
+        ),
+        run.turns,
+        options.draft_tokens,
+        want_logprobs=options.logprobs,
+        draft_model=swift.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
+        if drafter in (*SELF_DRAFTERS, "heads")
+        else None,
+        trace=trace,
+        eviction=eviction,
+        cache=cache,
+        ranks=swift.executor.ranks,
+        **chunk,
+    )
+
+
+def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
+    """Of the lossy mode, where it was asked for."""
+    if options.kv_budget is None:
+        return None
+    name = options.kv_policy or "recent"
+    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
+    return Eviction(policy, options.kv_budget, ranks=ranks)

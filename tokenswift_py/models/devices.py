@@ -1,0 +1,26 @@
+"""The device that a name stands for."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tokenswift_py.errors import check
+from tokenswift_py.models.ranks import ALONE, Ranks
+
+
+def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """Raises UserError for a device that is not there. Several ranks have a GPU each, by torchrun's LOCAL_RANK."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.world > 1:
+        check(":" not in name, "device", name, f"each of {ranks.world} ranks has one of its own: cuda or cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}" if name == "cuda" else name
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = (str(error).splitlines() or [""])[0][:200]  # some go on for a page
+        check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({why})")
+    return device

@@ -1,0 +1,152 @@
+"""A run before it begins: everything that can be checked without any work is checked here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.drafters.base import VIEWS
+from tokenswift_py.errors import UserError, about, check
+from tokenswift_py.memory import check_memory
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
+from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.runs import contract
+from tokenswift_py.runs.journal import Record
+from tokenswift_py.sampling.processors import check_processors
+from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import TokenSwift
+
+logger = logging.getLogger("tokenswift")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that passed every check and has not begun.
+
+    draft_model: what the drafter of this name is made with.
+    stop_tokens: ids of the tokens that end the text as stop strings do.
+    """
+
+    options: Options
+    prompt: list[int]
+    turns: list[list[int]]
+    sampling: SamplingParams
+    context: int
+    rope: RopeTables
+    draft_model: Mapping[str, Any] = field(default_factory=dict)
+    stop_tokens: tuple[int, ...] = ()
+
+    def parameters(self) -> dict[str, Any]:
+        """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
+        options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
+        options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
+        filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
+        filled["ban"] = list(self.sampling.ban if self.options.ban is None else self.options.ban)
+        processors = [type(processor).__name__ for processor in self.options.logits_processors]
+        bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
+        positions = {
+            "context": self.context,
+            "positions": self.rope.positions.scheme,
+            "positions_window": self.rope.positions.window,
+            "positions_block": self.rope.positions.block,
+        }
+        return {**options, **filled, **positions, "logits_processors": processors, "logit_bias": bias}
+
+
+def prepare(swift: TokenSwift, prompt: Prompt, options: Options) -> Run:
+    """Check everything that can be checked before any work. Raises UserError."""
+    tokenizer, checkpoint = swift.tokenizer, swift.checkpoint
+    tokens = prompt_tokens(tokenizer, prompt, options.raw)
+    check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
+    turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
+    highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
+    check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
+    sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
+    needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
+    context = options.context or needed
+    parts = f"prompt ({len(tokens)})" + (f" + turns ({needed - len(tokens) - options.max_new_tokens})" if turns else "")
+    allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
+    check(needed <= context, "context", context, allowed)
+    kept = min(context, options.kv_budget or context)
+    draft = swift.draft(options)
+    draft_bytes = draft.kv_bytes(min(kept, options.draft_budget or kept)) if draft else 0
+    tables = rope_bytes(checkpoint.config, context)
+    what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
+    what += f" with RoPE tables of {context} positions"
+    bounds = "quest" in (options.draft_policy, options.kv_policy)
+    own_bytes = swift.kv_bytes(kept, bounds) // swift.executor.ranks.world + tables
+    if options.chosen_drafter in SELF_DRAFTERS and swift.executor.reads_copies(options.draft_kv):
+        seen = min(kept, options.draft_budget or VIEWS[-1])
+        draft_bytes = swift.kv_bytes(seen + seen // 4, dtype=torch.int8)
+    check_memory(own_bytes + draft_bytes, swift.executor.device, what)
+    rope = rope_tables(checkpoint.config, context, options.met_positions())
+    swift.executor.check_rope(rope)
+    if rope.note:
+        logger.warning(rope.note)
+    drafting = as_draft(draft, context, vocab) if draft else {}
+    return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
+
+
+def recorded_run(swift: TokenSwift, record: Record, extend: int = 0, **settings: Any) -> Run:
+    """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
+    recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+    if "positions" not in recorded:  # begun before there was a choice
+        recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
+    settings |= resolved_positions(swift, settings, recorded)
+    processors = settings.pop("logits_processors", ())
+    check_processors(processors)
+    names = [type(processor).__name__ for processor in processors]
+    contract.check_parameter("logits_processors", names, recorded["logits_processors"])
+    for name, value in settings.items():
+        if name in recorded and name not in contract.FREE:
+            contract.check_parameter(name, value, recorded[name])
+    options = Options.of(**{**recorded, **settings, "logits_processors": processors})
+    run = prepare(swift, record.header["prompt"], options)
+    outside = [token for token in record.tokens if not 0 <= token < swift.checkpoint.spec.vocab_size]
+    check(not outside, "journal: token", outside[:1], "the model knows no such id")
+    room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
+    check(extend >= 0, "extend", extend, "a number of tokens")
+    allowed = f"the recorded context of {run.context} has room for {room} more; begin with a larger one"
+    check(extend <= room, "extend", extend, allowed)
+    return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
+
+
+def resolved_positions(swift: TokenSwift, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What is asked for of positions when a run is resumed, as a journal records what came of it; nothing where
+    nothing is."""
+    names = ("positions", "positions_window", "positions_block")
+    if not any(name in settings for name in names):
+        return {}
+    asked = {name: settings.get(name, recorded.get(name)) for name in names}
+    if "positions" not in settings and asked["positions"] == "trained":
+        asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
+    found = chosen_positions(swift.checkpoint.config, recorded["context"], Positions(*asked.values()))
+    return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
+
+
+def check_snapshot(wanted: bool, options: Options) -> None:
+    lossy = wanted and options.kv_budget is not None
+    check(not lossy, "kv_snapshot", wanted, "not with kv_budget: what its policy learnt is not kept")
+
+
+def as_draft(swift: TokenSwift, context: int, target_vocab: int) -> Mapping[str, Any]:
+    """What drafter draft_model takes of this model, for a run of a target over so many positions."""
+    with about(f"draft_model {swift.checkpoint.name}"):
+        try:
+            rope = rope_tables(swift.checkpoint.config, context)
+            swift.executor.check_rope(rope)
+        except UserError:  # a draft may be wrong, and must not stop the text
+            rope = rope_tables(swift.checkpoint.config, context, TRAINED)
+        model = swift.executor.model(rope)
+    if rope.note:
+        logger.warning("draft model: %s", rope.note)
+    sizes = swift.checkpoint.spec.vocab_size, target_vocab
+    return {"model": model, "vocab_sizes": sizes if sizes[0] != sizes[1] else None}

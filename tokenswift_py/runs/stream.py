@@ -1,0 +1,227 @@
+"""A text while it is written: an iterator over its pieces, which a journal may record."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tokenswift_py.decoding.assembly import decode_loop
+from tokenswift_py.decoding.loop import Step
+from tokenswift_py.decoding.stopping import ChapterText
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.runs import report, snapshot
+from tokenswift_py.runs.journal import Journal
+from tokenswift_py.runs.plan import Run
+from tokenswift_py.runs.statistics import GenerationStats
+
+if TYPE_CHECKING:
+    from tokenswift_py.api import TokenSwift
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream brought. tokens: chosen by the model; forced: put in before them; text: joined."""
+
+    tokens: tuple[int, ...]
+    forced: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished text.
+
+    text:     what the model wrote, chapters set apart by an empty line.
+    tokens:   every token behind the prompt, forced ones included.
+    forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
+    logprobs: of the chosen tokens, when asked for.
+    ending:   eos, stop, loop, length or interrupted.
+    report:   the fields of report.json.
+    """
+
+    text: str
+    tokens: list[int]
+    forced: list[tuple[int, int]]
+    logprobs: list[float] | None
+    ending: str
+    stats: GenerationStats
+    report: dict[str, Any]
+
+    @property
+    def chosen(self) -> list[int]:
+        """The tokens without the forced ones."""
+        inside = {i for start, stop in self.forced for i in range(start, stop)}
+        return [token for i, token in enumerate(self.tokens) if i not in inside]
+
+
+class Stream:
+    """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing.
+
+    cache: an empty one to write into; None makes one.
+    """
+
+    def __init__(self, swift: TokenSwift, run: Run, cache: KVCache | None = None):
+        self.run = run
+        self.swift = swift
+        self.tokens: list[int] = []
+        self.journal: Journal | None = None
+        self.recorded = 0
+        self._cold = False  # whether there is a text whose KV is not in the cache
+        with swift.executor.ranks.same_fate():
+            traced = run.options.trace if swift.executor.ranks.leads else None
+            self._trace = report.Trace(traced) if traced else None
+        self.loop = decode_loop(swift, run, self._trace, cache)
+        self._limit = self.loop.cache.limit  # which the lossy mode moves on
+        self._steps = self.loop.run(run.prompt)
+        self._joiner = self._new_joiner()
+        self._text: list[str] = []
+        self.forced: list[tuple[int, int]] = []
+        self._logprobs: list[float] = []
+        self.ending = "interrupted"
+
+    def __iter__(self) -> Iterator[Piece]:
+        self.catch_up()
+        for step in self._steps:
+            yield self._take(step)
+        if rest := self._finish():
+            yield Piece((), (), rest)
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Begin behind recorded tokens instead of behind the prompt. Raises ReplayError."""
+        step = None
+        for step in self.loop.replay(self.run.prompt, tokens):
+            self._take(step)
+        self.recorded, self._cold = len(tokens), bool(tokens)
+        if step is not None:
+            self._steps = self.loop.run(self.run.prompt, step)
+
+    def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
+        """Compute the KV of a replayed text now rather than with the first piece.
+
+        progress: called with the number of rows of each pass.
+        """
+        if self._cold and self.ending == "interrupted":
+            self._cold = False
+            self._restore(progress or (lambda rows: None))
+            self.loop.catch_up(progress)
+
+    def record(self, journal: Journal, kv_snapshot: bool) -> None:
+        """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
+        self.journal = journal
+        if kv_snapshot:
+            self.loop.keep = self._snapshot
+
+    def _snapshot(self) -> None:
+        assert self.journal is not None
+        self.journal.sync()
+        folder, tokens = self.journal.record.path.parent, self.loop.history.tokens
+        snapshot.save(folder, self.loop.cache, tokens, self.numerics, self.loop.ranks)
+
+    def _restore(self, progress: Callable[[int], None]) -> None:
+        """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
+        loop, stop = self.loop, len(self.loop.history) - 2
+        if self.journal is not None and loop.eviction is None and not loop.sampler.stateful:
+            folder = self.journal.record.path.parent
+            tokens = loop.history.tokens
+            snapshot.load(folder, loop.cache, tokens, self.numerics, stop, progress, loop.ranks)
+
+    def close(self) -> None:
+        """Stop writing; what was written stays."""
+        try:
+            self._steps.close()  # type: ignore[attr-defined]
+        finally:
+            self._finish()
+
+    def spare_cache(self, tokens: int) -> KVCache | None:
+        """An empty cache of so many tokens over the memory of this stream's own, which has ended; None while it goes
+        on. Its pages ascend, as those of a fresh one do: rows that follow one another are read faster."""
+        mine = self.loop.cache
+        if mine.nbytes:
+            return None
+        pages: list[int] = []
+        with suppress(MemoryError):  # the lossy mode has fewer
+            while len(pages) * PAGE_SIZE < tokens:
+                pages.append(mine.pool.allocate())
+        for page in sorted(pages, reverse=True):
+            mine.pool.release(page)
+        spare = KVCache(mine.pool, mine.context)
+        spare.limit = self._limit
+        return spare
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def result(self) -> Result:
+        """The text so far, `ending` "interrupted" unless something ended it."""
+        text = self.text + (self._joiner.finish() if self._joiner else "")
+        logprobs = list(self._logprobs) if self.run.options.logprobs else None
+        tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
+        result = Result(text, tokens, forced, logprobs, self.ending, stats, {})
+        return replace(result, report=report.of_run(self, result))
+
+    @property
+    def stats(self) -> GenerationStats:
+        return self.loop.stats
+
+    @property
+    def text(self) -> str:
+        """The text that is certain so far."""
+        return "".join(self._text)
+
+    @property
+    def numerics(self) -> str:
+        """The contract under which the text is reproducible."""
+        model, eviction = self.loop.model, self.loop.eviction
+        return f"{model.numerics}/{eviction.label}" if eviction else model.numerics
+
+    @property
+    def guarantee(self) -> str:
+        return "lossy" if self.loop.eviction else self.loop.model.guarantee
+
+    def _take(self, step: Step) -> Piece:
+        text = ""
+        forced: tuple[int, ...] = ()
+        if self.tokens and step.forced:
+            forced = step.forced
+            text = (self._joiner.finish() if self._joiner else "") + "\n\n"
+            self.forced.append((len(self.tokens), len(self.tokens) + len(forced)))
+            self.tokens.extend(forced)
+            self._joiner = self._new_joiner()
+        assert self._joiner is not None
+        by_token = step.ending == "stop" and step.tokens[-1] in self.run.stop_tokens
+        told = step.tokens[:-1] if by_token else step.tokens
+        text += self._joiner.push(told, stopped=step.ending == "stop" and not by_token)
+        self._text.append(text)
+        self.tokens.extend(step.tokens)
+        if self.journal is not None:
+            self.journal.append(step.tokens, forced)
+        self._logprobs.extend(step.logprobs or ())
+        self.ending = "interrupted" if step.ending == "eos" and self.loop.goes_on else step.ending or "interrupted"
+        return Piece(step.tokens, forced, text, step.logprobs)
+
+    def _finish(self) -> str:
+        try:
+            if self.journal is not None:
+                self.journal.close()
+        finally:
+            if self._trace is not None:
+                self._trace.close()
+        if self._joiner is None:
+            return ""
+        rest = self._joiner.finish()
+        self._joiner = None
+        self._text.append(rest)
+        return rest
+
+    def _new_joiner(self) -> ChapterText | None:
+        before = [*self.run.prompt, *self.tokens] if self.swift.goes_on(self.run.options) else ()
+        return ChapterText(self.swift.tokenizer, self.run.options.stop, before)
