@@ -54,6 +54,7 @@ soak: install
 # mypy needs the package as installed, without the editable install's redirections; nothing is compiled for it.
 check: install
 	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --quiet --check .
 	rm -rf build/check
 	$(PIP) install --quiet --no-deps --no-build-isolation -C wheel.cmake=false --target build/check .
 	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \

@@ -48,7 +48,7 @@ class Drafter:
 
     def prefill(self, context: Context, output: Output) -> None:
         """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
-        before the pending token, up to `engine.SEEN_ROWS` of them."""
+        before the pending token, up to `decoding.loop.SEEN_ROWS` of them."""
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""

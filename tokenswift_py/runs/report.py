@@ -1,4 +1,4 @@
-"""report.json: what was run, what came of it, and what the claims rest on. README documents every field."""
+"""report.json: what was run, what came of it, and what the claims rest on. docs/report.md documents every field."""
 
 from __future__ import annotations
 
