@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenswift_py.checkpoints.loading import Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.heads import for_checkpoint as heads_for
 from tokenswift_py.drafters.ngram import NGram

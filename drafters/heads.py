@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 
-from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder
+from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.drafters.base import Context, Draft, Drafter
 from tokenswift_py.errors import UserError, check, one_line

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder
+from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.heads import (

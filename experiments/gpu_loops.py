@@ -17,7 +17,7 @@ import torch
 
 from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool
 from tokenswift_py import TokenSwift
-from tokenswift_py.checkpoints.loading import DEFAULT_MODEL
+from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops

@@ -27,8 +27,8 @@ THERE = ("--only-binary=:all:", "--python-version", "3.12", "--platform", "manyl
          "--platform", "manylinux2014_x86_64", "--platform", "any")  # fmt: skip
 
 
-def loading() -> Any:
-    return importlib.import_module("tokenswift_py.checkpoints.loading")
+def finding() -> Any:
+    return importlib.import_module("tokenswift_py.checkpoints.finding")
 
 
 def pack(folder: Path, model: Path | None = None) -> list[Path]:
@@ -40,7 +40,7 @@ def pack(folder: Path, model: Path | None = None) -> list[Path]:
     for load in loads:
         shutil.rmtree(load, ignore_errors=True)
         load.mkdir(parents=True)
-    data = (model or loading().kept_default_gguf()).read_bytes()
+    data = (model or finding().kept_default_gguf()).read_bytes()
     (first / "model").write_bytes(data[: len(data) // 2])
     (second / "model").write_bytes(data[len(data) // 2 :])
     pip("download", "--quiet", "--no-deps", *THERE, "--dest", str(first / "wheels"), *WHEELS)
@@ -67,11 +67,11 @@ def join(folder: Path) -> list[str]:
     use(folder)
     halves = [folder / load / "model" for load in ("first", "second")]
     if all(half.is_file() for half in halves):
-        model = folder / "site" / loading().DEFAULT_MEMBER
+        model = folder / "site" / finding().DEFAULT_MEMBER
         model.parent.mkdir(parents=True, exist_ok=True)
         fresh = model.with_name("joined")
         fresh.write_bytes(b"".join(half.read_bytes() for half in halves))
-        loading().checked_default(fresh).replace(model)
+        finding().checked_default(fresh).replace(model)
         (model.parent / "__init__.py").touch()
         told.append(f"the model: {model}")
     else:

@@ -27,7 +27,8 @@ import torch
 import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.options import Options

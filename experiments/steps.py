@@ -28,7 +28,8 @@ import torch
 import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.checkpoints.loading import DEFAULT_MEMBER, cache_folder, default_gguf
+from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.finding import DEFAULT_MEMBER, default_gguf
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select

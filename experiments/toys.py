@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tokenswift_py.checkpoints.loading import Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop, Step
 from tokenswift_py.decoding.stopping import Stops

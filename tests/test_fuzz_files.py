@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints import gguf_folder
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.cli.main import main
 from tokenswift_py.runs import audit, journal, snapshot
@@ -116,7 +116,7 @@ def test_a_damaged_gguf(tiny_gguf: Path, own_cache: Path, tmp_path: Path, dtype:
         refused += bool(loaded(path, dtype=dtype))
         path.unlink()
     assert refused > 20
-    assert not [path for path in own_cache.iterdir() if not (path / loading.SUMS).is_file()]  # nothing half made
+    assert not [path for path in own_cache.iterdir() if not (path / gguf_folder.SUMS).is_file()]  # nothing half made
 
 
 def test_every_length_in_a_gguf_header_is_held_against_the_file(tiny_gguf: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_damaged_description_of_a_gguf_is_made_again(
     """Whichever byte of whichever file it was; one from before there were checksums is taken as it is."""
 
     def described() -> Path:
-        return loading.describe_gguf(open_gguf(tiny_gguf))
+        return gguf_folder.describe_gguf(open_gguf(tiny_gguf))
 
     folder = described()
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -164,7 +164,7 @@ def test_a_damaged_description_of_a_gguf_is_made_again(
     (folder / "config.json").unlink()
     assert described() == folder and (folder / "config.json").is_file()
     assert [path.name for path in own_cache.iterdir()] == [folder.name]
-    (folder / loading.SUMS).unlink()
+    (folder / gguf_folder.SUMS).unlink()
     caplog.clear()
     assert described() == folder and not caplog.text
 

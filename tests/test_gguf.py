@@ -26,7 +26,7 @@ from gguf.quants import dequantize, quantize
 
 from conftest import decoder_of, tiny_config, tiny_model, tiny_tokenizer
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints import gguf_folder, loading
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces
 from tokenswift_py.core import DraftTree, Segment
@@ -287,7 +287,7 @@ def test_a_file_is_run_as_it_is(tiny_gguf: Path, own_cache: Path, monkeypatch: p
     assert plain.report["dtype"] == "gguf"
     assert "/q4+q8-block32/kv-bf16/" in plain.report["numerics"]
     assert swift.checkpoint.eos == (2,)
-    monkeypatch.setattr(loading, "write_tokenizer", None)
+    monkeypatch.setattr(gguf_folder, "write_tokenizer", None)
     again = TokenSwift.from_pretrained(str(tiny_gguf), dtype="gguf", kv_dtype="fp32")
     assert "/kv-fp32/" in again.generate("the cat", max_new_tokens=3).report["numerics"]
 

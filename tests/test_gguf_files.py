@@ -22,7 +22,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints.cache import sha256
+from tokenswift_py.checkpoints.checkpoint import WEIGHTS
 from tokenswift_py.checkpoints.gguf_config import config_of
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.checkpoints.loading import open_checkpoint
@@ -400,7 +401,7 @@ def test_a_run_is_a_function_of_the_file(tmp_path: Path, model: Any, own_cache: 
     with TokenSwift.from_pretrained(str(path)).resume(tmp_path / "run") as stream:
         list(stream)
         assert stream.result().tokens == whole.tokens
-    header = loading.sha256(path)
+    header = sha256(path)
     assert contract.model_fingerprint(open_checkpoint(str(path)))["tiny.gguf"] == header
     write_gguf(path, model.config, {}, state=tiny_model(model.config, torch.float32, seed=1).state_dict())
     with pytest.raises(UserError, match=rf"^model: tiny\.gguf: .*{header}"):
@@ -440,7 +441,7 @@ NATIVE = "dtype: {!r} is not allowed; with engine torch one of bf16, fp32; engin
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("dtype", loading.WEIGHTS)
+@pytest.mark.parametrize("dtype", WEIGHTS)
 @pytest.mark.parametrize("source", ["safetensors", "gguf", "gguf in a folder", "gguf in parts"])
 def test_every_cell_of_the_matrix_runs_or_says_why_not(
     sources: dict[str, Path], source: str, dtype: str, engine: str

@@ -17,7 +17,8 @@ import gpu_check
 import gpu_kernels
 import gpu_pack
 from interpreter import INTERPRETED
-from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints import finding
+from tokenswift_py.checkpoints.cache import sha256
 from tokenswift_py.errors import UserError
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="sizes for the interpreter; on a GPU: make gpu")
@@ -129,7 +130,7 @@ def test_what_travels_is_put_together_there(tmp_path: Path, monkeypatch: pytest.
     """Two loads that each fit a transfer; the first alone brings the wheels, both the model, byte for byte."""
     model, asked = tmp_path / "m.gguf", []
     model.write_bytes(bytes(range(251)) * 3)
-    monkeypatch.setattr(loading, "DEFAULT_SHA256", loading.sha256(model))
+    monkeypatch.setattr(finding, "DEFAULT_SHA256", sha256(model))
     monkeypatch.setattr(gpu_pack, "pip", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(gpu_pack.sys, "path", [*gpu_pack.sys.path])
     packed = tmp_path / "packed"
@@ -145,9 +146,9 @@ def test_what_travels_is_put_together_there(tmp_path: Path, monkeypatch: pytest.
     assert {"--no-index", "--find-links"} <= set(asked[-1])
     shutil.copytree(loads[1], there / "second")
     gpu_pack.join(there)
-    joined = there / "site" / loading.DEFAULT_MEMBER
+    joined = there / "site" / finding.DEFAULT_MEMBER
     assert joined.read_bytes() == model.read_bytes()
-    assert loading.default_gguf(tmp_path) == joined, "found as the installed package's, nothing is fetched"
+    assert finding.default_gguf(tmp_path) == joined, "found as the installed package's, nothing is fetched"
     (there / "second" / "model").write_bytes(b"torn")
     with pytest.raises(UserError, match="SHA-256"):
         gpu_pack.join(there)

@@ -21,8 +21,9 @@ from conftest import tiny_config, tiny_model, weights_of
 from scripted import write
 from test_output_law import PROMPT, samplers
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.checkpoints import loading
-from tokenswift_py.checkpoints.loading import Checkpoint, open_checkpoint
+from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
@@ -623,7 +624,7 @@ def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint
 def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None:
     with pytest.raises(UserError, match=r"draft_heads: 'auto' .*there are none"):
         create("cascade", checkpoint=checkpoint, path="auto")
-    file = heads_file(loading.cache_folder(), fingerprint(checkpoint))
+    file = heads_file(cache_folder(), fingerprint(checkpoint))
     write_heads(replace(random_heads("medusa"), model=fingerprint(checkpoint)), file)
     assert create("cascade", checkpoint=checkpoint, path="auto").heads.weights.form == "medusa"
     assert create("cascade", checkpoint=checkpoint).heads is None and create("cascade").heads is None

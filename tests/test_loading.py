@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.checkpoints import loading
+from tokenswift_py.checkpoints import finding
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.memory import cgroup_room
@@ -142,7 +142,7 @@ def test_a_gguf_of_another_family(tmp_path: Path) -> None:
 def test_a_default_model_that_was_tampered_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "wrong.gguf").write_bytes(b"GGUF and something else")
-    monkeypatch.setattr(loading, "default_gguf", lambda scratch: tmp_path / "wrong.gguf")
+    monkeypatch.setattr(finding, "default_gguf", lambda scratch: tmp_path / "wrong.gguf")
     assert "SHA-256" in refused("smollm2-135m")
 
 

@@ -12,15 +12,10 @@ import numpy as np
 import torch
 
 from tokenswift_py import quality, registry
+from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS, Checkpoint
+from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
-from tokenswift_py.checkpoints.loading import (
-    DEFAULT_MODEL,
-    KV_DTYPES,
-    WEIGHTS,
-    Checkpoint,
-    open_checkpoint,
-    open_draft_checkpoint,
-)
+from tokenswift_py.checkpoints.loading import open_checkpoint, open_draft_checkpoint
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for

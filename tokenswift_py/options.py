@@ -17,7 +17,7 @@ from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
-    from tokenswift_py.checkpoints.loading import Checkpoint
+    from tokenswift_py.checkpoints.checkpoint import Checkpoint
 
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")

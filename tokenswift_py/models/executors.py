@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.checkpoints.loading import DTYPES, KV_DTYPES, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import __version__
-from tokenswift_py.checkpoints.loading import Checkpoint, cache_folder, cache_name, sha256
+from tokenswift_py.checkpoints.cache import cache_folder, cache_name, sha256
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.errors import check
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tokenswift_py import __version__
-from tokenswift_py.checkpoints.loading import dtype_name
+from tokenswift_py.checkpoints.checkpoint import dtype_name
 from tokenswift_py.errors import UserError, check_new, new_file
 from tokenswift_py.runs.statistics import GenerationStats, distinct_n, find_loop
 

@@ -1,0 +1,29 @@
+"""The folder where what is made of models is kept, and the names of what lies there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where what is made of models lives: $TOKENSWIFT_CACHE, else the user's cache folder."""
+    if own := os.environ.get("TOKENSWIFT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenswift"
+
+
+def cache_name(*paths: Path) -> str:
+    """Of what is made from files: another name when one of them is another file, or has changed."""
+    stats = [(path.resolve(), path.resolve().stat()) for path in paths]
+    said = ":".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
+    return f"{paths[0].stem}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,83 @@
+"""A model that was found: its config, and how to get at its weights and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
+from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
+from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, weight_files
+from tokenswift_py.errors import check, one_line
+from tokenswift_py.models.blocks import INT8_BYTES
+from tokenswift_py.models.spec import ModelSpec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = (*DTYPES, "int8", "gguf")
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
+NO_BLOCKS = f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As --dtype and --kv-dtype name it."""
+    return next(name for name, known in KV_DTYPES.items() if known == dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model found and read but for its weights and tokenizer.
+
+    name:     what the user called it.
+    folder:   config.json, tokenizer files and, unless they are in a GGUF file, the weights as *.safetensors.
+    config:   the transformers config.
+    defaults: sampling parameters of generation_config.json, under our names.
+    eos:      every end-of-sequence id that the checkpoint names.
+    gguf:     the GGUF file that holds the weights; config.json and tokenizer were made from its metadata.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    spec: ModelSpec
+    defaults: dict[str, Any]
+    eos: tuple[int, ...]
+    gguf: GgufPlaces | None = None
+
+    def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
+        """The weights as they lie on disk; blocks of a GGUF file dequantised in fp32 and rounded to `dtype`. Raises
+        UserError for a missing, misshapen or cut one.
+
+        part: of each tensor's name and shape, what is read of it; None is everything.
+        """
+        if self.gguf is not None:
+            return GgufTensors(self.gguf, part, dtype)
+        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part)
+
+    def blocks(self) -> GgufBlocks:
+        """The weights in the blocks of the GGUF file."""
+        check(self.gguf is not None, "dtype", "gguf", NO_BLOCKS)
+        assert self.gguf is not None
+        return GgufBlocks(self.gguf)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return self.gguf.file.parts if self.gguf else tuple(weight_files(self.folder))
+
+    def weight_bytes(self, dtype: str) -> int:
+        """What the weights take in memory, as --dtype names them."""
+        if dtype == "gguf":
+            return self.blocks().nbytes
+        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
+
+    def tokenizer(self) -> Any:
+        """A fast tokenizer. Raises UserError when there is none."""
+        from transformers import AutoTokenizer
+
+        with one_line(f"tokenizer: {self.name} has none that loads; needed is a tokenizer.json"):
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
+        return tokenizer
