@@ -14,7 +14,8 @@ from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.planning.planner import Odds, Planner
+from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tokenswift_py.core import Acceptance
 from tokenswift_py.drafters.base import Candidates, Context, Draft
-from tokenswift_py.planning.planner import Odds
+from tokenswift_py.planning.odds import Odds
 from tokenswift_py.sampling.reference import NumericsError
 
 Doubles = npt.NDArray[np.float64]

@@ -17,7 +17,8 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.kvcache.policies.recent import Recent
-from tokenswift_py.planning.planner import PassCost, Planner
+from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.planner import Planner
 
 
 class DraftModel(Drafter):

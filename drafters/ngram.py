@@ -15,7 +15,7 @@ from tokenswift_py.core import Acceptance, DraftTree, Output
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.errors import check
-from tokenswift_py.planning.planner import Odds
+from tokenswift_py.planning.odds import Odds
 
 
 class SuffixAutomaton:

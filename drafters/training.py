@@ -18,16 +18,8 @@ from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.decoding.history import History
-from tokenswift_py.drafters.heads import (
-    FORMS,
-    RANKS,
-    HeadWeights,
-    Table,
-    fingerprint,
-    heads_file,
-    rms_norm,
-    write_heads,
-)
+from tokenswift_py.drafters.head_files import fingerprint, heads_file, write_heads
+from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights, Table, rms_norm
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for

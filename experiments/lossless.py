@@ -31,7 +31,8 @@ from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Tr
 from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Context, Drafter
-from tokenswift_py.drafters.heads import Heads, find_heads
+from tokenswift_py.drafters.head_files import find_heads
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.options import Options
 from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.report import first_divergence

@@ -16,7 +16,8 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
-from tokenswift_py.drafters.heads import HeadWeights, write_heads
+from tokenswift_py.drafters.head_files import write_heads
+from tokenswift_py.drafters.head_weights import HeadWeights
 from tokenswift_py.runs import audit, journal
 from tokenswift_py.runs.journal import Journal
 from tokenswift_py.runs.report import first_divergence

@@ -16,7 +16,8 @@ from tokenswift_py.drafters.base import Candidates, Draft
 from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial, View
-from tokenswift_py.planning.planner import Odds, Planner
+from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Planner
 
 
 class Scores:

@@ -28,27 +28,17 @@ from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Se
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
-from tokenswift_py.drafters import heads as heads_module
 from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.cascade import Cascade
-from tokenswift_py.drafters.heads import (
-    FORMS,
-    RANKS,
-    UNLIKELY,
-    Heads,
-    HeadWeights,
-    Terms,
-    find_heads,
-    fingerprint,
-    heads_file,
-    read_heads,
-    write_heads,
-)
+from tokenswift_py.drafters.head_files import PACKAGED, find_heads, fingerprint, heads_file, read_heads, write_heads
+from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights
+from tokenswift_py.drafters.heads import UNLIKELY, Heads, Terms
 from tokenswift_py.models.clock import HostClock
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planning.planner import Odds, Planner
+from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
 
 E, V, K = 48, 61, 3
@@ -572,7 +562,7 @@ def test_heads_are_found_by_their_model(checkpoint: Checkpoint, tmp_path: Path) 
 
 def test_packaged_heads_fit_the_package() -> None:
     """Under 5 MB, with the figures and the command beside."""
-    files = sorted(heads_module.PACKAGED.glob("*.safetensors"))
+    files = sorted(PACKAGED.glob("*.safetensors"))
     assert files
     for file in files:
         assert file.stat().st_size < 5_000_000
@@ -588,7 +578,7 @@ def test_packaged_heads_guess_what_the_default_model_writes(default_model: Token
     """On a prompt that is not in the list. A chain of one guess a level: a floor for the first head alone."""
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
     checkpoint = default_model.checkpoint
-    packaged = heads_file(heads_module.PACKAGED, fingerprint(checkpoint))
+    packaged = heads_file(PACKAGED, fingerprint(checkpoint))
     swift = TokenSwift.from_pretrained(engine="native")
     settings: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.8, "min_p": 0.05, "seed": 3, "ignore_eos": True}
     prompt = "Write a story about two sisters who build a boat in the attic."

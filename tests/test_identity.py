@@ -22,12 +22,13 @@ from test_policies import NAMES
 from tokenswift_py.core import Model, Output, SamplingParams, Segment
 from tokenswift_py.drafters.base import Drafter, create
 from tokenswift_py.drafters.cascade import Cascade
-from tokenswift_py.drafters.heads import FORMS, Heads
+from tokenswift_py.drafters.head_weights import FORMS
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.planning.planner import PassCost
+from tokenswift_py.planning.costs import PassCost
 
 CONTEXT, COUNT = 1024, 80
 PROMPT = [int(t) for t in np.random.default_rng(6).integers(0, 61, 500)]  # the text fills pages at 512 and 576

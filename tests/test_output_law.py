@@ -18,7 +18,7 @@ from tokenswift_py.drafters import partial
 from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.kvcache import pages
-from tokenswift_py.planning.planner import Odds
+from tokenswift_py.planning.odds import Odds
 from tokenswift_py.runs.statistics import find_loop
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 

@@ -36,7 +36,9 @@ from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.eviction import Eviction, pooled
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
-from tokenswift_py.drafters.heads import FORMS, Heads, fingerprint, heads_file, write_heads
+from tokenswift_py.drafters.head_files import fingerprint, heads_file, write_heads
+from tokenswift_py.drafters.head_weights import FORMS
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.models.executors import choose_engine
 from tokenswift_py.models.ops import Ops

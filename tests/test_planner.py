@@ -17,7 +17,9 @@ import pytest
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.ngram import NGram
-from tokenswift_py.planning.planner import Odds, PassCost, Planner
+from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Planner
 from tokenswift_py.runs.journal import read
 
 CONTEXTS = (200, 1000, 5000, 20_000)

@@ -21,7 +21,8 @@ from tokenswift_py.cli.main import main
 from tokenswift_py.cli.train_heads import read_prompts
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters import training
-from tokenswift_py.drafters.heads import FORMS, HeadWeights, read_heads
+from tokenswift_py.drafters.head_files import read_heads
+from tokenswift_py.drafters.head_weights import FORMS, HeadWeights
 from tokenswift_py.drafters.training import Candidates, Rows
 from tokenswift_py.sampling.reference import Sampler
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-SHARED = ("base", "chain", "training")  # what implementations have in common, and what trains them
+SHARED = ("base", "chain", "head_files", "head_weights", "training")  # what implementations have in common
 
 
 def names(package: str) -> list[str]:
