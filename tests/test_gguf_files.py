@@ -96,7 +96,7 @@ def test_a_type_that_is_only_known_by_name_is_refused(tmp_path: Path) -> None:
 
 def test_shares_of_tensors_are_those_of_the_whole(tmp_path: Path) -> None:
     """Rows and columns, as ranks read them."""
-    from tokenswift_py.models.parallel import Shard
+    from tokenswift_py.parallel.shards import Shard
 
     config = gguf_config("llama", attention_bias=True)
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", config, {"o_proj": "Q8_0"}, "Q4_1")))

@@ -42,10 +42,10 @@ from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.models.executors import choose_engine
 from tokenswift_py.models.ops import Ops
-from tokenswift_py.models.parallel import ParallelDecoder, Shard
-from tokenswift_py.models.ranks import Ranks, RanksError, join
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.parallel.ranks import Ranks, RanksError, join
+from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.runs import journal, snapshot
 from tokenswift_py.runs.journal import JournalError, read
 

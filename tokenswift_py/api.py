@@ -22,8 +22,8 @@ from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.devices import find_device
 from tokenswift_py.models.executors import Executor, choose_engine, load
-from tokenswift_py.models.ranks import join
 from tokenswift_py.options import Options
+from tokenswift_py.parallel.ranks import join
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.baseline import baseline
 from tokenswift_py.runs.journal import Journal, JournalError, shared

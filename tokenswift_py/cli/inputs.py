@@ -40,7 +40,7 @@ def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
-    from tokenswift_py.models.ranks import join
+    from tokenswift_py.parallel.ranks import join
 
     ranks = join()
     with ranks.same_fate():
@@ -52,7 +52,7 @@ def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def shared_journal(folder: Path) -> Journal:
     """The journal of a run that several ranks go on with: rank 0 opens it."""
-    from tokenswift_py.models.ranks import join
+    from tokenswift_py.parallel.ranks import join
 
     return shared(join(), lambda: Journal.open(folder))
 

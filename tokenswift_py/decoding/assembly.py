@@ -11,8 +11,8 @@ from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.models.ranks import ALONE, Ranks
 from tokenswift_py.options import SELF_DRAFTERS, Options
+from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
 from tokenswift_py.text import special_ids

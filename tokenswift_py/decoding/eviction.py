@@ -13,7 +13,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, FloatArray, best, recent_of
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
-from tokenswift_py.models.ranks import ALONE, Ranks
+from tokenswift_py.parallel.ranks import ALONE, Ranks
 
 SMALLEST = 4  # pages: the first, the last, one that the policy chose, and one that is being written
 PERIOD = 4  # pages, where the budget is 16 of them or more

@@ -7,7 +7,7 @@ import os
 import torch
 
 from tokenswift_py.errors import check
-from tokenswift_py.models.ranks import ALONE, Ranks
+from tokenswift_py.parallel.ranks import ALONE, Ranks
 
 
 def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:

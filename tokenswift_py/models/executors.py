@@ -20,10 +20,10 @@ from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
-from tokenswift_py.models.parallel import ParallelDecoder, Shard
-from tokenswift_py.models.ranks import ALONE, Ranks
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
+from tokenswift_py.parallel.ranks import ALONE, Ranks
+from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.sampling.native import NativeSampler
 from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler

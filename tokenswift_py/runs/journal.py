@@ -28,7 +28,7 @@ import numpy as np
 from tokenswift_py.errors import UserError, check, files, one_line
 
 if TYPE_CHECKING:
-    from tokenswift_py.models.ranks import Ranks
+    from tokenswift_py.parallel.ranks import Ranks
 
 NAME = "journal.bin"
 MAGIC = b"tokenswift journal\n"

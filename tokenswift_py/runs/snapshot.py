@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from tokenswift_py.core import IntArray
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.models.ranks import ALONE, Ranks
+from tokenswift_py.parallel.ranks import ALONE, Ranks
 
 logger = logging.getLogger("tokenswift")
 

@@ -25,9 +25,9 @@ from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import Ops
-from tokenswift_py.models.ranks import Ranks
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.parallel.ranks import Ranks
 
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_TOKENS = ("embed_tokens", "lm_head")
