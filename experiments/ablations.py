@@ -20,7 +20,6 @@ from typing import Any
 from results import Results, Row, add_flags, start
 from speedup import Contender, Prefix, race
 from tokenswift_py import TokenSwift
-from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.ngram import NGram
@@ -28,6 +27,7 @@ from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import Options
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace
 from workloads import continuation

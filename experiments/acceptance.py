@@ -31,13 +31,13 @@ from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS
 from tokenswift_py.decoding.loop import SEEN_ROWS
+from tokenswift_py.decoding.statistics import distinct_n, find_loop
 from tokenswift_py.drafters.base import committed
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy
 from tokenswift_py.options import Options
 from tokenswift_py.runs.report import rounded
-from tokenswift_py.runs.statistics import distinct_n, find_loop
 from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"

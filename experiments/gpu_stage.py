@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tokenswift_py.core import DraftTree, TreeBuilder
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
@@ -24,7 +25,6 @@ from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.runs.statistics import memory_bandwidth
 from toys import tiny_config
 
 Row = dict[str, Any]

@@ -24,12 +24,12 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.rows import lay_out
-from tokenswift_py.runs.statistics import memory_bandwidth
 
 ITEM = 2  # bytes of a weight, an activation, a key
 FP32 = 4

@@ -25,11 +25,11 @@ import numpy as np
 
 from results import ROOT, add_line, need_pictures, read_journal, save_picture, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.decoding.assembly import decode_loop
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.quality import decoder, text_tokens, window_quality
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.report import rounded, text_figures
-from tokenswift_py.runs.statistics import memory_bandwidth
 from tokenswift_py.runs.stream import Stream
 from workloads import FREE, free_run
 

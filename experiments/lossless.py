@@ -28,12 +28,12 @@ import torch
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
-from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.options import Options
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.report import first_divergence
 from tokenswift_py.sampling.reference import Sampler

@@ -29,12 +29,12 @@ from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.loading import open_checkpoint
-from tokenswift_py.decoding.assembly import decode_loop
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.options import Options
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.report import first_divergence, text_figures
-from tokenswift_py.runs.statistics import memory_bandwidth
 from workloads import continuation
 
 SAMPLINGS = {"greedy": {"temperature": 0.0, "min_p": 0.0}, "sampled": {"temperature": 0.8, "min_p": 0.05}}

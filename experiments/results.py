@@ -27,10 +27,10 @@ from typing import Any
 import psutil
 import torch
 
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import UserError, need_extra
 from tokenswift_py.models.native import available_threads
 from tokenswift_py.runs.report import rounded
-from tokenswift_py.runs.statistics import memory_bandwidth
 
 SCHEMA = 1
 HERE = Path(__file__).resolve().parent

@@ -27,8 +27,8 @@ import numpy as np
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
+from tokenswift_py.decoding.statistics import distinct_n, find_loop, memory_bandwidth
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -36,9 +36,9 @@ from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, rope_tables
 from tokenswift_py.options import Options
 from tokenswift_py.runs import snapshot
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace, rounded
-from tokenswift_py.runs.statistics import distinct_n, find_loop, memory_bandwidth
 from workloads import CONTINUATIONS, FREE, continuation, free_run
 
 RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # of `random`: nearly any token may come

@@ -31,13 +31,13 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.finding import DEFAULT_MEMBER, default_gguf
 from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.rope import rope_tables
-from tokenswift_py.runs.statistics import memory_bandwidth
 
 
 @dataclass

@@ -16,13 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
 from tokenswift_py import TokenSwift, UserError, api
+from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.errors import check_new
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models import executors
 from tokenswift_py.models.rope import rope_bytes, rope_tables
 from tokenswift_py.runs.journal import read
 from tokenswift_py.runs.report import baseline_figures, run_figures, summary
-from tokenswift_py.runs.statistics import GenerationStats
 
 
 def cache_bytes(swift: TokenSwift, tokens: int) -> int:

@@ -350,7 +350,7 @@ def test_each_file_is_kept_by_itself(
     with monkeypatch.context() as patch:
         patch.setattr(f"tokenswift_py.cli.write.{step}", full)
         if broken:
-            patch.setattr("tokenswift_py.runs.statistics.GenerationStats.record", fails)
+            patch.setattr("tokenswift_py.decoding.statistics.GenerationStats.record", fails)
         assert main([*arguments, str(run)]) == 1
     told = capsys.readouterr().err
     assert told == f"tokenswift: {'RuntimeError: the engine broke' if broken else f'No space left on device: {name}'}\n"

@@ -12,12 +12,12 @@ import torch
 
 from conftest import decoder_of, tiny_config, tiny_model
 from tokenswift_py.core import Output, Segment
+from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.models.clock import Clock, CudaClock, HostClock, clock_of
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.planner import Planner
-from tokenswift_py.runs.statistics import GenerationStats
 from toys import MarkovModel, write
 
 

@@ -185,6 +185,39 @@ def test_an_allowed_import_passes(where, source):
     assert faults(source, where) == []
 
 
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """The modules from which a walk along the arrows comes back to where it began."""
+
+    def reached(start: str) -> set[str]:
+        found, left = set(), [start]
+        while left:
+            for name in arrows[left.pop()] - found:
+                found.add(name)
+                left.append(name)
+        return found
+
+    return [name for name in arrows if name in reached(name)]
+
+
+def test_a_circle_is_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+
+
+def test_no_import_goes_in_a_circle():
+    """Types that are imported for their names alone count, and so do imports inside of functions."""
+    paths = {path: path.relative_to(ROOT).with_suffix("") for path in files(*PACKAGE) if path.name != "__init__.py"}
+    modules = {".".join(("tokenswift_py", *p.parts) if p.parts[0] in MAPPED else p.parts): path
+               for path, p in paths.items()}  # fmt: skip
+    arrows = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level and node.module]
+        named = {name for node in froms for name in (node.module, *(f"{node.module}.{a.name}" for a in node.names))}
+        arrows[module] = {name for name in named if name in modules and name != module}
+    assert sum(map(len, arrows.values())) > 300
+    assert circles(arrows) == []
+
+
 @pytest.mark.parametrize("folder", MAPPED)
 def test_root_folders_are_no_packages(folder):
     """With an __init__.py, the folder would hide an installed package of its name, such as Hugging Face's kernels."""

@@ -13,13 +13,13 @@ from conftest import decoder_of, tiny_config, tiny_model
 from scripted import Scripted, write
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.statistics import find_loop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters import partial
 from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.kvcache import pages
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.runs.statistics import find_loop
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]

@@ -16,8 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.decoding.statistics import (
+    GenerationStats,
+    Loop,
+    LoopDetector,
+    distinct_n,
+    find_loop,
+    memory_bandwidth,
+)
 from tokenswift_py.runs.report import resident_peak
-from tokenswift_py.runs.statistics import GenerationStats, Loop, LoopDetector, distinct_n, find_loop, memory_bandwidth
 
 
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
@@ -160,7 +167,7 @@ def test_memory_bandwidth_of_a_gpu_is_its_own_clocks(monkeypatch: pytest.MonkeyP
     laps = iter([8.0, 4.0, 1.0, 2.0, 4.0, 4.0, 4.0, 4.0])
     lap = SimpleNamespace(stop=lambda: None)
     clock = SimpleNamespace(start=lambda: SimpleNamespace(stop=lap.stop, ms=next(laps)))
-    monkeypatch.setattr("tokenswift_py.runs.statistics.clock_of", lambda device: clock)
+    monkeypatch.setattr("tokenswift_py.decoding.statistics.clock_of", lambda device: clock)
     assert memory_bandwidth(device=torch.device("meta")) == pytest.approx(2**31 / 1e-3)
     with pytest.raises(StopIteration):
         next(laps)

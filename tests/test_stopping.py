@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.statistics import Loop
 from tokenswift_py.decoding.stopping import Stops
-from tokenswift_py.runs.statistics import Loop
 
 EOS = 0
 WORDS = ["", "a", "b", "c", "ab", "bc", "aSTOPb", "ST", "OP", "STOP", "S", "TO", "P", "xS"]

@@ -4,24 +4,25 @@ from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
+from tokenswift_py.version import __version__ as __version__
+
 # In a checkout drafters/, kvcache/ and kernels/ stand beside this folder; installed, they lie inside it.
 _root = _Path(__file__).resolve().parent.parent
 if all((_root / name).is_dir() for name in ("drafters", "kvcache", "kernels")) and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import Result as Result
     from tokenswift_py.api import TokenSwift as TokenSwift
     from tokenswift_py.core import SamplingParams as SamplingParams
     from tokenswift_py.errors import UserError as UserError
     from tokenswift_py.options import Options as Options
     from tokenswift_py.runs.audit import audit as audit
+    from tokenswift_py.runs.result import Result as Result
 
 _HOME = {
     "Options": "options",
-    "Result": "api",
+    "Result": "runs.result",
     "SamplingParams": "core",
     "TokenSwift": "api",
     "UserError": "errors",

@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from tokenswift_py import quality, registry
-from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
-from tokenswift_py.checkpoints.loading import open_checkpoint, open_draft_checkpoint
+from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.errors import check, one_line
-from tokenswift_py.kvcache.base import PAGE_SIZE
-from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.devices import find_device
-from tokenswift_py.models.executors import Executor, choose_engine, load
+from tokenswift_py.models.executors import choose_engine, load
 from tokenswift_py.options import Options
 from tokenswift_py.parallel.ranks import join
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.baseline import baseline
 from tokenswift_py.runs.journal import Journal, JournalError, shared
 from tokenswift_py.runs.plan import check_snapshot, prepare, recorded_run
-from tokenswift_py.runs.stream import Result, Stream
-from tokenswift_py.text import Prompt, end_tokens
+from tokenswift_py.runs.result import Result
+from tokenswift_py.runs.stream import Stream
+from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
 MOST_THREADS = 1024  # of the native engine's team
 
 
-class TokenSwift:
-    """A model with its tokenizer, ready to write. Make it with `from_pretrained`.
-
-    origin: the arguments of `from_pretrained` that load it again, as a journal records them.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
-        self.checkpoint = replace(checkpoint, eos=end_tokens(tokenizer, checkpoint.eos))
-        self.tokenizer = tokenizer
-        self.executor = executor
-        self._draft: tuple[tuple[str, str], TokenSwift] | None = None  # the last one, and how it was asked for
-        self.origin = origin
+class TokenSwift(LoadedModel):
+    """A model with its tokenizer, ready to write. Make it with `from_pretrained`."""
 
     @classmethod
     def from_pretrained(
@@ -143,7 +132,8 @@ class TokenSwift:
             check(not (folder and logprobs), "logprobs", logprobs, "not with out: a journal holds tokens only")
         stream = Stream(self, run)
         if folder:
-            journal = shared(ranks, lambda: Journal.create(Path(folder), contract.header(stream)))
+            header = contract.header(self, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
+            journal = shared(ranks, lambda: Journal.create(Path(folder), header))
             stream.record(journal, kv_snapshot)
         return stream
 
@@ -173,7 +163,8 @@ class TokenSwift:
             stream = Stream(self, run)
             with ranks.same_fate():
                 if ranks.leads:
-                    contract.check_same(record.header, contract.header(stream))
+                    header = contract.header(self, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
+                    contract.check_same(record.header, header)
                 with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
                     stream.replay(record.tokens)
                 if extend:
@@ -189,37 +180,6 @@ class TokenSwift:
             raise
         stream.record(journal, kv_snapshot)
         return stream
-
-    def goes_on(self, options: Options) -> bool:
-        """Whether a prompt is the beginning of the text, which then goes on from it."""
-        return options.raw or not self.tokenizer.chat_template
-
-    def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
-        """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
-        as policy quest reads them. dtype: None is the executor's."""
-        spec, padded = self.checkpoint.spec, self.executor.padded_head
-        pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
-        bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
-        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
-
-    def step_bytes(self, context: float) -> float:
-        """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
-        kv = self.checkpoint.spec.kv_bytes(1, self.executor.kv_dtype) * context
-        return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
-
-    def draft(self, options: Options) -> TokenSwift | None:
-        """The smaller model of drafter draft_model, loaded at its first use; of several ranks rank 0 has it whole, and
-        the others have none, for its trees are theirs. Raises UserError."""
-        if options.chosen_drafter != "draft_model" or not self.executor.ranks.leads:
-            return None
-        assert options.draft_model is not None
-        key = (options.draft_model, options.draft_weights)
-        if self._draft is None or self._draft[0] != key:
-            self._draft = None  # its weights make room
-            checkpoint, tokenizer = open_draft_checkpoint(options.draft_model, self.tokenizer)
-            executor = self.executor.beside(checkpoint, options.draft_weights)
-            self._draft = key, TokenSwift(checkpoint, tokenizer, executor, {})
-        return self._draft[1]
 
     def baseline(self, stream: Stream) -> Result:
         """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side.

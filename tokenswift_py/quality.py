@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.decoding.statistics import distinct_n, find_loop
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.runs.report import rounded
-from tokenswift_py.runs.statistics import distinct_n, find_loop
 from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
     from tokenswift_py.kvcache.cache import KVCache
+    from tokenswift_py.loaded import LoadedModel
 
 WINDOW = 1000  # tokens
 LEAST = 4  # tokens of a window: fewer have no 4-gram
@@ -144,32 +144,32 @@ class WindowPerplexity:
         return {**figures, "windows": len(self.readings), "window": self.window, "judge": self.judge}
 
 
-def window_perplexity(swift: TokenSwift, tokens: Sequence[int], window: int | None = None) -> WindowPerplexity:
+def window_perplexity(loaded: LoadedModel, tokens: Sequence[int], window: int | None = None) -> WindowPerplexity:
     """How a model reads the text of its own tokens, as they are. Markup is left out (`text_tokens`).
 
     window: tokens; None is WINDOW, or what the model's trained positions hold.
     """
-    size = window_size(swift, window)
-    text = text_tokens(swift.tokenizer, tokens)
+    size = window_size(loaded, window)
+    text = text_tokens(loaded.tokenizer, tokens)
     windows = windows_of(text, size) if len(text) >= LEAST else []
-    return WindowPerplexity(swift.checkpoint.name, size, read(swift, windows))
+    return WindowPerplexity(loaded.checkpoint.name, size, read(loaded, windows))
 
 
-def window_size(swift: TokenSwift, window: int | None) -> int:
+def window_size(loaded: LoadedModel, window: int | None) -> int:
     """What was asked for, else the default. Raises UserError for windows in which there is nothing to measure."""
     if window is None:
-        return min(WINDOW, most_tokens(swift))
+        return min(WINDOW, most_tokens(loaded))
     check(window >= LEAST, "window", window, f"at least {LEAST}")
     return window
 
 
-def most_tokens(swift: TokenSwift) -> int:
+def most_tokens(loaded: LoadedModel) -> int:
     """How many tokens of a window the model's trained positions hold."""
-    return int(swift.checkpoint.config.max_position_embeddings) - len(start_tokens(swift.tokenizer))
+    return int(loaded.checkpoint.config.max_position_embeddings) - len(start_tokens(loaded.tokenizer))
 
 
 def read(
-    swift: TokenSwift, windows: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
+    loaded: LoadedModel, windows: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
 ) -> tuple[Reading, ...]:
     """A judge's reading of each window, which is tokens of its own vocabulary.
 
@@ -180,13 +180,13 @@ def read(
     """
     if not windows:
         return ()
-    check_readable(swift, windows)
-    start = start_tokens(swift.tokenizer)
+    check_readable(loaded, windows)
+    start = start_tokens(loaded.tokenizer)
     context = len(start) + max(1, *map(len, windows))
-    with swift.executor.ranks.same_fate():
-        size = swift.kv_bytes(context) // swift.executor.ranks.world
-        check_memory(size, swift.executor.device, f"a KV cache of {context} tokens, to read windows,")
-    model, decode = swift.executor.model(rope_tables(swift.checkpoint.config, context)), decoder(swift.tokenizer)
+    with loaded.executor.ranks.same_fate():
+        size = loaded.kv_bytes(context) // loaded.executor.ranks.world
+        check_memory(size, loaded.executor.device, f"a KV cache of {context} tokens, to read windows,")
+    model, decode = loaded.executor.model(rope_tables(loaded.checkpoint.config, context)), decoder(loaded.tokenizer)
     readings = []
     for window in windows:
         scored = window if start else window[1:]
@@ -195,10 +195,10 @@ def read(
     return tuple(readings)
 
 
-def check_readable(swift: TokenSwift, windows: Sequence[Sequence[int]]) -> None:
+def check_readable(loaded: LoadedModel, windows: Sequence[Sequence[int]]) -> None:
     """Raise UserError for a window longer than the trained positions, and for ids that the model has no token for."""
-    name, vocab = swift.checkpoint.name, swift.checkpoint.spec.vocab_size
-    longest, most = max(map(len, windows)), most_tokens(swift)
+    name, vocab = loaded.checkpoint.name, loaded.checkpoint.spec.vocab_size
+    longest, most = max(map(len, windows)), most_tokens(loaded)
     check(longest <= most, "window", longest, f"{name} was trained to read at most {most} tokens")
     for token in {token for window in windows for token in window}:
         check(0 <= token < vocab, "tokens", token, f"{name} knows token ids 0 to {vocab - 1}")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from tokenswift_py import __version__
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.options import Options
+from tokenswift_py.version import __version__
 
 OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
     "max_new_tokens": ("text", whole, "tokens to write at the most"),

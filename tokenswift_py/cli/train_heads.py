@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenswift_py import __version__
 from tokenswift_py.cli.arguments import Parser, lines_of, named_path, number, whole
 from tokenswift_py.errors import check, files
 from tokenswift_py.options import world_size
+from tokenswift_py.version import __version__
 
 if TYPE_CHECKING:
     from tokenswift_py.sampling.reference import Sampler

@@ -67,7 +67,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     if swift.executor.ranks.first(np.array([finished])).item():
         note(args, f"the run is finished, ended by: {stream.ending}")
         with stream:
-            restored = restore(folder, stream) if folder else []
+            restored = restore(folder, stream.result()) if folder else []
         if restored:
             note(args, f"written again: {', '.join(restored)}")
         if args.quality:

@@ -9,13 +9,13 @@ from typing import Any
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.eviction import Eviction
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.decoding.verify import walk
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.planning.planner import Planner
-from tokenswift_py.runs.statistics import GenerationStats
 from tokenswift_py.sampling.reference import Sampler
 
 

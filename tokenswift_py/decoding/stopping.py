@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from tokenswift_py.decoding.history import History
-from tokenswift_py.runs.statistics import Loop, LoopDetector
+from tokenswift_py.decoding.statistics import Loop, LoopDetector
 from tokenswift_py.text import BAD, TextJoiner
 
 logger = logging.getLogger("tokenswift")

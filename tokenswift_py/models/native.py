@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenswift_py import __version__
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
@@ -24,6 +23,7 @@ from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.version import __version__
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 WEIGHTS = {**DTYPES, torch.int8: "q8"}

@@ -28,7 +28,7 @@ from tokenswift_py.runs.plan import recorded_run
 from tokenswift_py.runs.stream import Stream
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.loaded import LoadedModel
 
 LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
 WINDOW = 32  # tokens that --sample decodes at a place
@@ -89,7 +89,7 @@ class Audit:
 
 
 def audit(
-    swift: TokenSwift,
+    loaded: LoadedModel,
     folder: str | Path,
     sample: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
@@ -103,15 +103,15 @@ def audit(
     """
     record = journal.read(Path(folder))
     plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # what drafted may be gone
-    run = recorded_run(swift, record, logits_processors=logits_processors, **plain)
+    run = recorded_run(loaded, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
-    stream = Stream(swift, replace(run, options=replace(run.options, on_loop=quiet)))
-    same = {**contract.header(stream), "parameters": run.parameters()}
+    stream = Stream(loaded, replace(run, options=replace(run.options, on_loop=quiet)))
+    same = contract.header(loaded, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
     contract.check_same(record.header, same, numerics=False)
     found = Audit(
         str(folder), stream.numerics, record.header["numerics"], stream.guarantee,
         proof=stream.numerics == record.header["numerics"] and stream.loop.model.guarantee.startswith("bitwise"),
-        rounding=rounding(record.header["origin"]["dtype"], swift.executor.dtype, run.sampling.temperature),
+        rounding=rounding(record.header["origin"]["dtype"], loaded.executor.dtype, run.sampling.temperature),
         prompt_tokens=len(run.prompt), ending="interrupted",
     )  # fmt: skip
     try:
@@ -142,7 +142,7 @@ class Pass:
         found.forced = int((~self.chosen).sum()) - self.prompt
         self.tokens = self.loop.history.tokens[: self.total].copy()
         self.seen = History()
-        vocab_bytes = 4 * stream.swift.checkpoint.spec.vocab_size
+        vocab_bytes = 4 * stream.loaded.checkpoint.spec.vocab_size
         self.most = max(1, min(self.loop.prefill_chunk, LOGITS_BYTES // vocab_bytes))
         self.step_ms: list[list[float]] = []
         self.windows = self.places(sample)

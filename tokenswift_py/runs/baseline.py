@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tokenswift_py.decoding.assembly import eviction_of
+from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.runs import report
-from tokenswift_py.runs.statistics import memory_bandwidth
+from tokenswift_py.runs.assembly import eviction_of
 from tokenswift_py.runs.stream import Result, Stream
 from tokenswift_py.sampling.processors import is_pure, name_of
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.loaded import LoadedModel
 
 
-def baseline(swift: TokenSwift, stream: Stream) -> Result:
+def baseline(loaded: LoadedModel, stream: Stream) -> Result:
     """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side.
 
     Raises UserError for a resumed stream, whose times are of a part of its text, and where the stream has not
@@ -34,13 +34,13 @@ def baseline(swift: TokenSwift, stream: Stream) -> Result:
     cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
     if cache is None:
         kept = min(run.context, run.options.kv_budget or run.context)
-        size = swift.kv_bytes(kept, run.options.kv_policy == "quest") // swift.executor.ranks.world
-        with swift.executor.ranks.same_fate():
-            check_memory(size, swift.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
+        size = loaded.kv_bytes(kept, run.options.kv_policy == "quest") // loaded.executor.ranks.world
+        with loaded.executor.ranks.same_fate():
+            check_memory(size, loaded.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
     options = replace(run.options, drafter="none", trace=None)
     if options.on_loop == "warn":  # the stream has said so already
         options = replace(options, on_loop="ignore")
-    with Stream(swift, replace(run, options=options), cache) as plain:
+    with Stream(loaded, replace(run, options=options), cache) as plain:
         pieces = iter(plain)
         while mine.ending != "interrupted" or len(plain.tokens) < len(mine.tokens):
             if next(pieces, None) is None:
@@ -49,8 +49,8 @@ def baseline(swift: TokenSwift, stream: Stream) -> Result:
     first, eviction = len(run.prompt), eviction_of(run.options)
     positions = range(first, first + len(mine.tokens))
     mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
-    bandwidth = memory_bandwidth(device=swift.executor.device, threads=swift.executor.threads)
-    reads = swift.step_bytes(mean_context)
+    bandwidth = memory_bandwidth(device=loaded.executor.device, threads=loaded.executor.threads)
+    reads = loaded.step_bytes(mean_context)
     figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, reads, bandwidth)
     if eviction:
         figures["baseline"]["what"] += ", evicting the same pages (lossy)"

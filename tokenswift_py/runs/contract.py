@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenswift_py import __version__
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name, sha256
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.errors import check
+from tokenswift_py.version import __version__
 
 if TYPE_CHECKING:
-    from tokenswift_py.runs.stream import Stream
+    from tokenswift_py.loaded import LoadedModel
 
 # Options that change how fast a text is written, never the text.
 FREE = (
@@ -33,19 +33,20 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def header(stream: Stream) -> dict[str, Any]:
+def header(
+    loaded: LoadedModel, prompt: list[int], parameters: dict[str, Any], numerics: str, guarantee: str
+) -> dict[str, Any]:
     """What the journal of a run begins with: everything that is needed to write its text again."""
-    swift, run = stream.swift, stream.run
     return {
         "program": f"tokenswift-py {__version__}",
-        "origin": dict(swift.origin),
-        "model": model_fingerprint(swift.checkpoint),
-        "tokenizer": tokenizer_fingerprint(swift.checkpoint),
-        "eos": list(swift.checkpoint.eos),
-        "numerics": stream.numerics,
-        "guarantee": stream.guarantee,
-        "parameters": run.parameters(),
-        "prompt": run.prompt,
+        "origin": dict(loaded.origin),
+        "model": model_fingerprint(loaded.checkpoint),
+        "tokenizer": tokenizer_fingerprint(loaded.checkpoint),
+        "eos": list(loaded.checkpoint.eos),
+        "numerics": numerics,
+        "guarantee": guarantee,
+        "parameters": parameters,
+        "prompt": prompt,
     }
 
 

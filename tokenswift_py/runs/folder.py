@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from tokenswift_py.runs.stream import Stream
+    from tokenswift_py.runs.result import Result
 
 
 def save_text(folder: Path, text: str) -> None:
@@ -25,9 +25,8 @@ def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
     put(folder / "tokens.npy", data.getvalue())
 
 
-def restore(folder: Path, stream: Stream) -> list[str]:
+def restore(folder: Path, result: Result) -> list[str]:
     """Write what a finished run's folder lacks of the files that its journal says; their names."""
-    result = stream.result()
     missing = [name for name in ("text.txt", "tokens.npy") if not (folder / name).exists()]
     if "text.txt" in missing:
         save_text(folder, result.text)

@@ -22,7 +22,7 @@ from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.loaded import LoadedModel
 
 logger = logging.getLogger("tokenswift")
 
@@ -61,9 +61,9 @@ class Run:
         return {**options, **filled, **positions, "logits_processors": processors, "logit_bias": bias}
 
 
-def prepare(swift: TokenSwift, prompt: Prompt, options: Options) -> Run:
+def prepare(loaded: LoadedModel, prompt: Prompt, options: Options) -> Run:
     """Check everything that can be checked before any work. Raises UserError."""
-    tokenizer, checkpoint = swift.tokenizer, swift.checkpoint
+    tokenizer, checkpoint = loaded.tokenizer, loaded.checkpoint
     tokens = prompt_tokens(tokenizer, prompt, options.raw)
     check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
     turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
@@ -76,31 +76,31 @@ def prepare(swift: TokenSwift, prompt: Prompt, options: Options) -> Run:
     allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
     check(needed <= context, "context", context, allowed)
     kept = min(context, options.kv_budget or context)
-    draft = swift.draft(options)
+    draft = loaded.draft(options)
     draft_bytes = draft.kv_bytes(min(kept, options.draft_budget or kept)) if draft else 0
     tables = rope_bytes(checkpoint.config, context)
     what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
     what += f" with RoPE tables of {context} positions"
     bounds = "quest" in (options.draft_policy, options.kv_policy)
-    own_bytes = swift.kv_bytes(kept, bounds) // swift.executor.ranks.world + tables
-    if options.chosen_drafter in SELF_DRAFTERS and swift.executor.reads_copies(options.draft_kv):
+    own_bytes = loaded.kv_bytes(kept, bounds) // loaded.executor.ranks.world + tables
+    if options.chosen_drafter in SELF_DRAFTERS and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
-        draft_bytes = swift.kv_bytes(seen + seen // 4, dtype=torch.int8)
-    check_memory(own_bytes + draft_bytes, swift.executor.device, what)
+        draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
+    check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
     rope = rope_tables(checkpoint.config, context, options.met_positions())
-    swift.executor.check_rope(rope)
+    loaded.executor.check_rope(rope)
     if rope.note:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}
     return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
 
 
-def recorded_run(swift: TokenSwift, record: Record, extend: int = 0, **settings: Any) -> Run:
+def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, **settings: Any) -> Run:
     """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
     recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
     if "positions" not in recorded:  # begun before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
-    settings |= resolved_positions(swift, settings, recorded)
+    settings |= resolved_positions(loaded, settings, recorded)
     processors = settings.pop("logits_processors", ())
     check_processors(processors)
     names = [type(processor).__name__ for processor in processors]
@@ -109,8 +109,8 @@ def recorded_run(swift: TokenSwift, record: Record, extend: int = 0, **settings:
         if name in recorded and name not in contract.FREE:
             contract.check_parameter(name, value, recorded[name])
     options = Options.of(**{**recorded, **settings, "logits_processors": processors})
-    run = prepare(swift, record.header["prompt"], options)
-    outside = [token for token in record.tokens if not 0 <= token < swift.checkpoint.spec.vocab_size]
+    run = prepare(loaded, record.header["prompt"], options)
+    outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
     room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
     check(extend >= 0, "extend", extend, "a number of tokens")
@@ -119,7 +119,7 @@ def recorded_run(swift: TokenSwift, record: Record, extend: int = 0, **settings:
     return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
 
 
-def resolved_positions(swift: TokenSwift, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+def resolved_positions(loaded: LoadedModel, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
     """What is asked for of positions when a run is resumed, as a journal records what came of it; nothing where
     nothing is."""
     names = ("positions", "positions_window", "positions_block")
@@ -128,7 +128,7 @@ def resolved_positions(swift: TokenSwift, settings: Mapping[str, Any], recorded:
     asked = {name: settings.get(name, recorded.get(name)) for name in names}
     if "positions" not in settings and asked["positions"] == "trained":
         asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
-    found = chosen_positions(swift.checkpoint.config, recorded["context"], Positions(*asked.values()))
+    found = chosen_positions(loaded.checkpoint.config, recorded["context"], Positions(*asked.values()))
     return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
 
 
@@ -137,16 +137,16 @@ def check_snapshot(wanted: bool, options: Options) -> None:
     check(not lossy, "kv_snapshot", wanted, "not with kv_budget: what its policy learnt is not kept")
 
 
-def as_draft(swift: TokenSwift, context: int, target_vocab: int) -> Mapping[str, Any]:
+def as_draft(loaded: LoadedModel, context: int, target_vocab: int) -> Mapping[str, Any]:
     """What drafter draft_model takes of this model, for a run of a target over so many positions."""
-    with about(f"draft_model {swift.checkpoint.name}"):
+    with about(f"draft_model {loaded.checkpoint.name}"):
         try:
-            rope = rope_tables(swift.checkpoint.config, context)
-            swift.executor.check_rope(rope)
+            rope = rope_tables(loaded.checkpoint.config, context)
+            loaded.executor.check_rope(rope)
         except UserError:  # a draft may be wrong, and must not stop the text
-            rope = rope_tables(swift.checkpoint.config, context, TRAINED)
-        model = swift.executor.model(rope)
+            rope = rope_tables(loaded.checkpoint.config, context, TRAINED)
+        model = loaded.executor.model(rope)
     if rope.note:
         logger.warning("draft model: %s", rope.note)
-    sizes = swift.checkpoint.spec.vocab_size, target_vocab
+    sizes = loaded.checkpoint.spec.vocab_size, target_vocab
     return {"model": model, "vocab_sizes": sizes if sizes[0] != sizes[1] else None}

@@ -12,18 +12,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
-from tokenswift_py import __version__
 from tokenswift_py.checkpoints.checkpoint import dtype_name
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.statistics import GenerationStats, distinct_n, find_loop
 from tokenswift_py.errors import UserError, check_new, new_file
-from tokenswift_py.runs.statistics import GenerationStats, distinct_n, find_loop
-
-if TYPE_CHECKING:
-    from tokenswift_py.runs.stream import Result, Stream
+from tokenswift_py.loaded import LoadedModel
+from tokenswift_py.runs.plan import Run
+from tokenswift_py.runs.result import Result
+from tokenswift_py.version import __version__
 
 logger = logging.getLogger("tokenswift")
 
@@ -40,27 +41,31 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def of_run(stream: Stream, result: Result) -> dict[str, Any]:
-    """The report of a text so far, before it is compared with plain decoding."""
-    run, swift, loop = stream.run, stream.swift, stream.loop
+def of_run(
+    loaded: LoadedModel, run: Run, loop: DecodeLoop, result: Result, numerics: str, guarantee: str, recorded: int
+) -> dict[str, Any]:
+    """The report of a text so far, before it is compared with plain decoding.
+
+    recorded: tokens that a resumed run went on from.
+    """
     eviction = loop.eviction
     return {
         "schema": SCHEMA,
         "version": __version__,
-        "model": swift.checkpoint.name,
-        "dtype": swift.executor.dtype,
-        "kv_dtype": dtype_name(swift.executor.kv_dtype),
+        "model": loaded.checkpoint.name,
+        "dtype": loaded.executor.dtype,
+        "kv_dtype": dtype_name(loaded.executor.kv_dtype),
         "prompt_sha256": hashlib.sha256(np.array(run.prompt, np.int32).tobytes()).hexdigest(),
         "parameters": run.parameters(),
         "seed": run.sampling.seed,
         "drafter": loop.drafter.name,
-        "engine": swift.executor.name,
-        "numerics": stream.numerics,
-        "guarantee": stream.guarantee,
+        "engine": loaded.executor.name,
+        "numerics": numerics,
+        "guarantee": guarantee,
         "lossy": eviction is not None,
         "eviction": eviction.figures() if eviction else None,
         "prompt_tokens": len(run.prompt),
-        "resumed_behind": stream.recorded or None,
+        "resumed_behind": recorded or None,
         "ending": result.ending,
         "forced": [list(span) for span in result.forced],
         **run_figures(loop.stats),
@@ -68,7 +73,7 @@ def of_run(stream: Stream, result: Result) -> dict[str, Any]:
         **text_figures(result.chosen),
         "loops": [asdict(found) for found in loop.stops.loops.loops],
         "window_perplexity": None,  # it takes passes of its own: see TokenSwift.window_perplexity
-        "peak_memory_bytes": peak_memory(swift.executor.device),
+        "peak_memory_bytes": peak_memory(loaded.executor.device),
     }
 
 

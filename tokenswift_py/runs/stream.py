@@ -5,59 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tokenswift_py.decoding.assembly import decode_loop
 from tokenswift_py.decoding.loop import Step
+from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import ChapterText
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.runs import report, snapshot
+from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.journal import Journal
 from tokenswift_py.runs.plan import Run
-from tokenswift_py.runs.statistics import GenerationStats
+from tokenswift_py.runs.result import Piece, Result
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step of a stream brought. tokens: chosen by the model; forced: put in before them; text: joined."""
-
-    tokens: tuple[int, ...]
-    forced: tuple[int, ...]
-    text: str
-    logprobs: tuple[float, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished text.
-
-    text:     what the model wrote, chapters set apart by an empty line.
-    tokens:   every token behind the prompt, forced ones included.
-    forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
-    logprobs: of the chosen tokens, when asked for.
-    ending:   eos, stop, loop, length or interrupted.
-    report:   the fields of report.json.
-    """
-
-    text: str
-    tokens: list[int]
-    forced: list[tuple[int, int]]
-    logprobs: list[float] | None
-    ending: str
-    stats: GenerationStats
-    report: dict[str, Any]
-
-    @property
-    def chosen(self) -> list[int]:
-        """The tokens without the forced ones."""
-        inside = {i for start, stop in self.forced for i in range(start, stop)}
-        return [token for i, token in enumerate(self.tokens) if i not in inside]
+    from tokenswift_py.loaded import LoadedModel
 
 
 class Stream:
@@ -66,17 +30,17 @@ class Stream:
     cache: an empty one to write into; None makes one.
     """
 
-    def __init__(self, swift: TokenSwift, run: Run, cache: KVCache | None = None):
+    def __init__(self, loaded: LoadedModel, run: Run, cache: KVCache | None = None):
         self.run = run
-        self.swift = swift
+        self.loaded = loaded
         self.tokens: list[int] = []
         self.journal: Journal | None = None
         self.recorded = 0
         self._cold = False  # whether there is a text whose KV is not in the cache
-        with swift.executor.ranks.same_fate():
-            traced = run.options.trace if swift.executor.ranks.leads else None
+        with loaded.executor.ranks.same_fate():
+            traced = run.options.trace if loaded.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
-        self.loop = decode_loop(swift, run, self._trace, cache)
+        self.loop = decode_loop(loaded, run, self._trace, cache)
         self._limit = self.loop.cache.limit  # which the lossy mode moves on
         self._steps = self.loop.run(run.prompt)
         self._joiner = self._new_joiner()
@@ -166,7 +130,12 @@ class Stream:
         logprobs = list(self._logprobs) if self.run.options.logprobs else None
         tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
         result = Result(text, tokens, forced, logprobs, self.ending, stats, {})
-        return replace(result, report=report.of_run(self, result))
+        return replace(
+            result,
+            report=report.of_run(
+                self.loaded, self.run, self.loop, result, self.numerics, self.guarantee, self.recorded
+            ),
+        )
 
     @property
     def stats(self) -> GenerationStats:
@@ -223,5 +192,5 @@ class Stream:
         return rest
 
     def _new_joiner(self) -> ChapterText | None:
-        before = [*self.run.prompt, *self.tokens] if self.swift.goes_on(self.run.options) else ()
-        return ChapterText(self.swift.tokenizer, self.run.options.stop, before)
+        before = [*self.run.prompt, *self.tokens] if self.loaded.goes_on(self.run.options) else ()
+        return ChapterText(self.loaded.tokenizer, self.run.options.stop, before)

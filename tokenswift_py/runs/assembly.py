@@ -18,31 +18,31 @@ from tokenswift_py.runs.report import Trace
 from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:
-    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.loaded import LoadedModel
 
 
-def decode_loop(swift: TokenSwift, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> DecodeLoop:
+def decode_loop(loaded: LoadedModel, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> DecodeLoop:
     options = run.options
-    drafter, settings = options.drafter_settings(swift.checkpoint)
-    if drafter == "draft_model" and swift.executor.ranks.leads:
+    drafter, settings = options.drafter_settings(loaded.checkpoint)
+    if drafter == "draft_model" and loaded.executor.ranks.leads:
         settings |= run.draft_model
     elif drafter == "draft_model":
         drafter, settings = "none", {}
-    with swift.executor.ranks.same_fate():
+    with loaded.executor.ranks.same_fate():
         chosen = create(drafter, **settings)
-    if swift.executor.ranks.world > 1:
-        swift.executor.ranks.agree("the draft heads", chosen.alike())
-    eos = swift.checkpoint.eos
+    if loaded.executor.ranks.world > 1:
+        loaded.executor.ranks.agree("the draft heads", chosen.alike())
+    eos = loaded.checkpoint.eos
     first_end = len(run.prompt) + options.min_new_tokens
-    vocab, special = swift.checkpoint.spec.vocab_size, special_ids(swift.tokenizer)
-    eviction = eviction_of(options, swift.executor.ranks)
+    vocab, special = loaded.checkpoint.spec.vocab_size, special_ids(loaded.tokenizer)
+    eviction = eviction_of(options, loaded.executor.ranks)
     chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
     ends = () if options.ignore_eos else eos
-    decode = partial(swift.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    decode = partial(loaded.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
-    sampler = swift.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
+    sampler = loaded.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
     return DecodeLoop(
-        swift.executor.model(run.rope),
+        loaded.executor.model(run.rope),
         chosen,
         sampler,
         Stops(
@@ -54,18 +54,18 @@ def decode_loop(swift: TokenSwift, run: Run, trace: Trace | None = None, cache: 
             options.on_loop,
             run.stop_tokens,
             sampler.may_end_from,
-            swift.goes_on(options),
+            loaded.goes_on(options),
         ),
         run.turns,
         options.draft_tokens,
         want_logprobs=options.logprobs,
-        draft_model=swift.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
+        draft_model=loaded.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
         if drafter in (*SELF_DRAFTERS, "heads")
         else None,
         trace=trace,
         eviction=eviction,
         cache=cache,
-        ranks=swift.executor.ranks,
+        ranks=loaded.executor.ranks,
         **chunk,
     )
 

@@ -1,0 +1,62 @@
+"""A model with its tokenizer and what runs its passes: what writing, resuming, auditing and judging all need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.loading import open_draft_checkpoint
+from tokenswift_py.kvcache.base import PAGE_SIZE
+from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.models.executors import Executor
+from tokenswift_py.options import Options
+from tokenswift_py.text import end_tokens
+
+
+class LoadedModel:
+    """A checkpoint, its tokenizer and an executor that holds the weights.
+
+    origin: the arguments of `TokenSwift.from_pretrained` that load it again, as a journal records them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
+        self.checkpoint = replace(checkpoint, eos=end_tokens(tokenizer, checkpoint.eos))
+        self.tokenizer = tokenizer
+        self.executor = executor
+        self._draft: tuple[tuple[str, str], LoadedModel] | None = None  # the last one, and how it was asked for
+        self.origin = origin
+
+    def goes_on(self, options: Options) -> bool:
+        """Whether a prompt is the beginning of the text, which then goes on from it."""
+        return options.raw or not self.tokenizer.chat_template
+
+    def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
+        """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
+        as policy quest reads them. dtype: None is the executor's."""
+        spec, padded = self.checkpoint.spec, self.executor.padded_head
+        pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
+        bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
+        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
+
+    def step_bytes(self, context: float) -> float:
+        """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
+        kv = self.checkpoint.spec.kv_bytes(1, self.executor.kv_dtype) * context
+        return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
+
+    def draft(self, options: Options) -> LoadedModel | None:
+        """The smaller model of drafter draft_model, loaded at its first use; of several ranks rank 0 has it whole, and
+        the others have none, for its trees are theirs. Raises UserError."""
+        if options.chosen_drafter != "draft_model" or not self.executor.ranks.leads:
+            return None
+        assert options.draft_model is not None
+        key = (options.draft_model, options.draft_weights)
+        if self._draft is None or self._draft[0] != key:
+            self._draft = None  # its weights make room
+            checkpoint, tokenizer = open_draft_checkpoint(options.draft_model, self.tokenizer)
+            executor = self.executor.beside(checkpoint, options.draft_weights)
+            self._draft = key, LoadedModel(checkpoint, tokenizer, executor, {})
+        return self._draft[1]

@@ -1,0 +1,45 @@
+"""What a stream brings: pieces while it is written, and the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenswift_py.decoding.statistics import GenerationStats
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream brought. tokens: chosen by the model; forced: put in before them; text: joined."""
+
+    tokens: tuple[int, ...]
+    forced: tuple[int, ...]
+    text: str
+    logprobs: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished text.
+
+    text:     what the model wrote, chapters set apart by an empty line.
+    tokens:   every token behind the prompt, forced ones included.
+    forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
+    logprobs: of the chosen tokens, when asked for.
+    ending:   eos, stop, loop, length or interrupted.
+    report:   the fields of report.json.
+    """
+
+    text: str
+    tokens: list[int]
+    forced: list[tuple[int, int]]
+    logprobs: list[float] | None
+    ending: str
+    stats: GenerationStats
+    report: dict[str, Any]
+
+    @property
+    def chosen(self) -> list[int]:
+        """The tokens without the forced ones."""
+        inside = {i for start, stop in self.forced for i in range(start, stop)}
+        return [token for i, token in enumerate(self.tokens) if i not in inside]
