@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby, product
@@ -25,11 +25,8 @@ from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import Options
-from tokenswift_py.runs.assembly import decode_loop
-from tokenswift_py.runs.plan import Run, prepare
-from tokenswift_py.runs.report import Trace
+from tokenswift_py.runs.plan import prepare
 from workloads import continuation
 
 
@@ -98,20 +95,9 @@ class Varied(Contender):
 
     make: Callable[[], Drafter] | None = None
 
-    def start(self, swift: Any, run: Run, cache: KVCache, trace: str | None, written: Sequence[int] = ()) -> None:
-        super().start(swift if self.make is None else DraftingWith(swift, self.make), run, cache, trace, written)
-
-
-@dataclass(frozen=True)
-class DraftingWith:
-    """A model whose engines get this drafter."""
-
-    swift: TokenSwift
-    make: Callable[[], Drafter]
-
-    def loop(self, run: Run, trace: Trace | None, cache: KVCache) -> DecodeLoop:
-        loop = decode_loop(self.swift, run, trace, cache)
-        loop.drafter = self.make()
+    def made(self, loop: DecodeLoop) -> DecodeLoop:
+        if self.make is not None:
+            loop.drafter = self.make()
         return loop
 
 

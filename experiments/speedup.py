@@ -61,10 +61,14 @@ class Contender:
         self, swift: TokenSwift, run: Run, cache: KVCache, trace: str | None, written: Sequence[int] = ()
     ) -> None:
         options = replace(run.options, **self.settings)
-        self.loop = decode_loop(swift, replace(run, options=options), Trace(trace) if trace else None, cache)
+        self.loop = self.made(decode_loop(swift, replace(run, options=options), Trace(trace) if trace else None, cache))
         replayed = list(self.loop.replay(run.prompt, written))
         self.steps = self.loop.run(run.prompt, replayed[-1] if replayed else None)
         self.tokens += next(self.steps).tokens
+
+    def made(self, loop: DecodeLoop) -> DecodeLoop:
+        """The loop, changed where its settings cannot say what is wanted."""
+        return loop
 
     def write(self, tokens: int) -> None:
         """Go on until there are so many tokens, or the text ends."""

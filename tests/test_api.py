@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, TemperatureLogitsWarper
 
-from tokenswift_py import TokenSwift, UserError, api
+from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.errors import check_new
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models import executors
 from tokenswift_py.models.rope import rope_bytes, rope_tables
+from tokenswift_py.runs import plan
 from tokenswift_py.runs.journal import read
 from tokenswift_py.runs.report import baseline_figures, run_figures, summary
 
@@ -302,7 +303,7 @@ def test_a_loop_is_warned_of_live_and_once_stopped_or_ignored_and_always_reporte
 
 def test_the_lossy_mode_is_bounded_and_called_lossy(swift: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    monkeypatch.setattr(plan, "check_memory", lambda size, *_: needed.append(size))
     settings: dict[str, Any] = {"max_new_tokens": 380, "seed": 6, "ignore_eos": True}
     whole = swift.generate("the cat", **settings)
     with swift.stream("the cat", kv_budget=300, **settings) as stream:
@@ -360,7 +361,7 @@ def test_an_int8_cache_is_named_and_counted_with_its_scales(
     swift: TokenSwift, over_int8: TokenSwift, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    monkeypatch.setattr(plan, "check_memory", lambda size, *_: needed.append(size))
     reports = []
     for model in (swift, over_int8):
         with model.stream("the cat", max_new_tokens=100, seed=2, ignore_eos=True) as stream:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tokenswift_py import TokenSwift
+from tokenswift_py.cli.flags import reference
 from toys import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,11 @@ def test_every_field_of_the_report_is_documented(tiny: TokenSwift) -> None:
     documented = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "report.md").read_text(encoding="utf-8")))
     documented |= {f"distinct_{n}" for n in (2, 3)}  # "`distinct_1` ... `distinct_4`"
     assert set(tiny.generate("the cat", max_new_tokens=4).report) <= documented
+
+
+def test_the_page_of_options_is_that_of_the_options() -> None:
+    """python -m tokenswift_py.cli.flags > docs/options.md"""
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == reference()
 
 
 def code_under(page: str, heading: str) -> str:

@@ -340,7 +340,7 @@ def test_the_drafts_cache_counts_in_the_memory_check(
     swift: TokenSwift, smaller: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed: list[tuple[int, str]] = []
-    monkeypatch.setattr("tokenswift_py.api.check_memory", lambda size, device, what: needed.append((size, what)))
+    monkeypatch.setattr("tokenswift_py.runs.plan.check_memory", lambda size, device, what: needed.append((size, what)))
     named = {"draft_model": str(smaller)}
     for changes in ({}, named, {**named, "draft_budget": 64}):
         swift.generate("the cat", **{**RUN, **changes})

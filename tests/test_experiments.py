@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import longrun
 import peers
 import positions
-from ablations import GROUPS, DraftingWith
+from ablations import GROUPS, Varied
 from diversity import VARIANTS, means, self_bleu
 from peers import Paused, Task, Writer
 from tokenswift_py.errors import UserError
@@ -111,15 +111,12 @@ def test_every_variant_is_something_that_options_allow(group: str) -> None:
     assert all(told.count(one) == 1 for one in told)
 
 
-def test_a_made_drafter_reaches_the_engine() -> None:
-    class Swift:
-        def engine(self, *_: Any) -> Any:
-            return argparse.Namespace(drafter="by its name")
-
+def test_a_made_drafter_reaches_the_loop() -> None:
     variant = GROUPS["n-gram match"][-1]
     assert variant.make is not None
-    engine = DraftingWith(Swift(), variant.make).loop(None, None, None)  # type: ignore[arg-type]
-    assert engine.drafter.shortest == 6
+    loop: Any = argparse.Namespace(drafter="by its name")
+    assert Varied("", {}, make=variant.make).made(loop).drafter.shortest == 6  # type: ignore[attr-defined]
+    assert Varied("", {}).made(argparse.Namespace(drafter="by its name")).drafter == "by its name"  # type: ignore
 
 
 def test_self_bleu_is_high_where_windows_repeat_one_another() -> None:

@@ -410,14 +410,14 @@ def test_a_run_is_a_function_of_the_file(tmp_path: Path, model: Any, own_cache: 
 
 def test_heads_draft_for_a_model_in_blocks(tmp_path: Path, model: Any) -> None:
     """The embedding that they read is the file's, dequantised."""
-    from tokenswift_py.drafters import heads, training
+    from tokenswift_py.drafters import head_files, training
 
     path = write_gguf(tmp_path / "tiny.gguf", model.config, {}, "Q8_0")
     swift = TokenSwift.from_pretrained(str(path), dtype="gguf")
     tensors = swift.checkpoint.tensors()
     fresh = training.new_heads("medusa", 2, tensors["model.norm.weight"], swift.checkpoint.spec.norm_eps)
     file = tmp_path / "heads.safetensors"
-    heads.write_heads(fresh, file)
+    head_files.write_heads(fresh, file)
     settings: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.8, "seed": 3}
     drafted = swift.generate("the cat", drafter="heads", draft_heads=str(file), **settings)
     assert drafted.report["drafter"] == "heads"

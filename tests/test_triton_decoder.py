@@ -16,7 +16,7 @@ from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE
 from scripted import Scripted, write
 from test_heads import random_heads
-from tokenswift_py import TokenSwift, api, registry
+from tokenswift_py import TokenSwift, registry
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
@@ -32,6 +32,7 @@ from tokenswift_py.models.executors import choose_attention, choose_ops
 from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.runs import plan
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
@@ -174,7 +175,7 @@ def test_no_drafter_changes_a_token_over_int8_keys_and_values(temperature: float
 
 def test_the_flag_reaches_the_pool(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needed: list[int] = []
-    monkeypatch.setattr(api, "check_memory", lambda size, *_: needed.append(size))
+    monkeypatch.setattr(plan, "check_memory", lambda size, *_: needed.append(size))
     arguments = ["--model", str(tiny_folder), "--prompt", "the cat", "--raw", "--max-new-tokens", "2", "--quiet",
                  "--dtype", "fp32", "--kv-dtype", "int8", "--device", DEVICE.type]  # fmt: skip
     assert main([*arguments, "--attention", "triton", "--out", str(tmp_path / "out")]) == 0

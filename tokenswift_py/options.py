@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
-from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.positions import SCHEMES, Positions
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import token_ids
 
@@ -23,146 +23,271 @@ AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pa
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DRAFT_KV = ("auto", "own", "int8")
 SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
-ON_LOOP = ("warn", "stop", "ignore")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
 
 @dataclass(frozen=True)
-class Options:
-    """Parameters of one run. None means the checkpoint's own default; every wrong value is a `UserError`.
+class Whole:
+    """A whole number in a range, or None where `optional`. unit: behind the least, for the message."""
 
-    max_new_tokens, min_new_tokens: tokens the model chooses, forced turns not counted. Before the least there is no EOS
-                   and no stop token, and a stop string ends nothing.
-    min_chapter_tokens: the same for each chapter; a small model in a long talk answers in ever fewer words.
-    ignore_eos:    an EOS is a token like any other; with chapters, no chapter ever ends.
-    stop:          strings that end the text; they are not part of it. One that is a special token is found by its id.
-    stop_tokens:   token ids, or texts that are one token, which end the text so too.
-    on_loop:       warn, stop or ignore, where the text begins to say one block of tokens over and over.
-    chapters:      requests put to the model when it ends its answer, one after the other.
-    raw:           the prompt is the beginning of the text itself, not a user message.
-    context:       N, the positions the run is made for; None is what it needs.
-    positions:     how positions beyond the trained length are met; see `positions.Positions`, also for positions_window
-                   and positions_block.
-    drafter:       auto, or a file name of drafters/.
-    draft_tokens:  draft so many in every tree; None lets the planner decide.
-    draft_policy, draft_budget: which pages, and how many tokens of them, a partial-cache draft sees; a budget of None
-                   lets the planner decide.
-    draft_weights: auto, bf16 (the model's own) or int8, of partial-cache drafts and of a draft model; auto is int8
-                   where the engine has it: blocks of 8 bits, or of 4 where a partial-cache draft's are no finer.
-    draft_kv:      auto, own or int8: as what a partial-cache draft reads keys and values; auto is int8 where the engine
-                   has it and the cache is bf16.
-    draft_model:   a smaller model with the same vocabulary, named as `TokenSwift.from_pretrained` takes it; auto drafts
-                   with it where there is one. Of its own cache it keeps the latest `draft_budget` tokens (None: all).
-    draft_heads:   a file or folder of draft heads, or auto: those that this model has in the cache or the package. None
-                   is auto for drafter heads, and none at all for cascade.
-    trace:         a file that gets a JSON line for every round.
-    kv_budget, kv_policy: the lossy mode: tokens that the target's own cache keeps at most, and by whose scores pages
-                   are evicted (None is recent). None keeps every token.
-    logprobs:      return the model's own log-probability of each new token.
-    logits_processors: Hugging Face LogitsProcessors, applied after the penalties, each called once for every token that
-                   is written, in order. Drafters guess without them, but for transformers' own that keep no state and
-                   those with an attribute `pure = True`.
-    seed:          None draws one, which the report records.
-    penalty_window: None is 1024, and the whole text where the penalty is the checkpoint's: repetition_penalty.
-    The others are those of `SamplingParams`; dry_breakers are strings here, `ban` token ids or strings.
+    least: int | None = None
+    most: int | None = None
+    optional: bool = False
+    unit: str = ""
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        check(is_whole(value) and abs(value) < 2**63, name, value, "a whole number below 2^63")
+        fits = (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+        between = f"at least {self.least}" if self.most is None else f"between {self.least} and {self.most}"
+        check(fits, name, value, between + self.unit)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, whose range `SamplingParams` checks."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Nothing is left to check."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> None:
+        check(isinstance(value, bool), name, value, "True or False")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some names. package: the folder of implementations that has them, beside those named here."""
+
+    names: tuple[str, ...] = ()
+    package: str = ""
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if value is None and self.optional:
+            return
+        known = [*self.names, *(registry.names(self.package) if self.package else ())]
+        check(value in known, name, value, f"one of {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Named:
+    """The name of a file, a folder or a model; None is none."""
+
+    allowed: str
+    exists: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        fine = value is None or (isinstance(value, str) and value != "")
+        check(fine, name, value, self.allowed)
+        if fine and self.exists and value not in (None, "auto"):
+            with files(name, value, self.allowed):
+                there = Path(value).expanduser().exists()
+            check(there, name, value, self.allowed)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A list of texts, none of them empty."""
+
+    def check(self, name: str, value: Any) -> None:
+        fine = isinstance(value, (list, tuple)) and all(isinstance(text, str) and text for text in value)
+        check(fine, name, value, "a list of texts, none of them empty")
+        for text in value:
+            check_text(name, text)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A list of token ids and of texts that are one token, or None where `optional`."""
+
+    optional: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        check_tokens(name, () if value is None and self.optional else value)
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Token id -> number, which `SamplingParams` checks."""
+
+    def check(self, name: str, value: Any) -> None:
+        check(isinstance(value, Mapping), name, value, "token id -> number")
+
+
+@dataclass(frozen=True)
+class Processors:
+    """Hugging Face's LogitsProcessors."""
+
+    def check(self, name: str, value: Any) -> None:
+        check_processors(value)
+
+
+Kind = Whole | Number | Switch | Choice | Named | Texts | Tokens | Biases | Processors
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is said of an option in one place: checks, flags, help, journals and the reference page follow it.
+
+    group: of the help. kind: the values that it takes. help: what it does, its default not told.
+    unset: what the default stands for where that is None.
+    changes_text: whether the text depends on it; what does not may be changed when a run is resumed.
     """
 
-    max_new_tokens: int = 512
-    min_new_tokens: int = 0
-    min_chapter_tokens: int = 0
-    ignore_eos: bool = False
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[int | str] = ()
-    on_loop: str = "warn"
-    chapters: Sequence[str] = ()
-    raw: bool = False
-    context: int | None = None
-    positions: str = "auto"
-    positions_window: int | None = None
-    positions_block: int | None = None
-    drafter: str = "auto"
-    draft_tokens: int | None = None
-    draft_policy: str = "mass"
-    draft_budget: int | None = None
-    draft_weights: str = "auto"
-    draft_kv: str = "auto"
-    draft_model: str | None = None
-    draft_heads: str | None = None
-    trace: str | None = None
-    kv_budget: int | None = None
-    kv_policy: str | None = None
-    logprobs: bool = False
-    logits_processors: Sequence[Any] = ()
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    penalty: float | None = None
-    penalty_window: int | None = None
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_length: int = 2
-    dry_breakers: Sequence[str] = ("\n", ":", '"', "*")
-    ban: Sequence[int | str] | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    stream: int = 0
+    group: str
+    kind: Kind
+    help: str
+    unset: str = ""
+    changes_text: bool = True
+
+
+def option(default: Any, group: str, kind: Kind, help: str, unset: str = "", changes_text: bool = True) -> Any:
+    """A field of `Options` with its description."""
+    described = {"option": Description(group, kind, help, unset, changes_text)}
+    made = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**made, metadata=described)
+
+
+def drafting(default: Any, kind: Kind, help: str, unset: str = "") -> Any:
+    """An option of drafting, on which no text depends."""
+    return option(default, "drafting", kind, help, unset, changes_text=False)
+
+
+DRAFTERS, POLICIES = "tokenswift_py.drafters", "tokenswift_py.kvcache.policies"
+A_MODEL = "a folder, a .gguf file or a hub id of a smaller model"
+CHECKPOINTS = "the checkpoint's"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Parameters of one run; the arguments of `TokenSwift.generate`. Every wrong value is a `UserError`.
+
+    Each field is described where it stands; docs/options.md has them as a table. Those of sampling are those of
+    `SamplingParams`, where None means the checkpoint's own default.
+    """
+
+    max_new_tokens: int = option(512, "text", Whole(1), "tokens to write at the most, forced turns not counted")
+    min_new_tokens: int = option(
+        0, "text", Whole(), "nothing ends the text before so many: no EOS, no stop token, no stop string"
+    )
+    min_chapter_tokens: int = option(0, "text", Whole(0), "nor a chapter before it has so many")
+    ignore_eos: bool = option(
+        False, "text", Switch(), "an end-of-sequence token is one like any other, and ends nothing"
+    )
+    stop: Sequence[str] = option(
+        (), "text", Texts(), "end before this text (repeatable); a special token is found by its id"
+    )
+    stop_tokens: Sequence[int | str] = option(
+        (), "text", Tokens(), "end before this token: its id, or its text (repeatable)"
+    )
+    on_loop: str = option(
+        "warn", "text", Choice(("warn", "stop", "ignore")),
+        "warn, stop or ignore, where the text says one block of tokens over and over",
+    )  # fmt: skip
+    chapters: Sequence[str] = option(
+        (), "text", Texts(), "follow-up requests: put to the model when it ends its answer, one after the other"
+    )
+    raw: bool = option(False, "text", Switch(), "no chat template: the prompt is the beginning of the text")
+    context: int | None = option(
+        None, "model", Whole(2, optional=True), "positions the run is made for", "what it needs"
+    )
+    positions: str = option(
+        "auto", "model", Choice(SCHEMES),
+        "auto, trained, linear, ntk, yarn, self-extend or log-extend: how positions beyond the trained ones are met",
+    )  # fmt: skip
+    positions_window: int | None = option(
+        None, "model", Whole(optional=True), "of an extension: nearer than this, distances stay true",
+        "a quarter of the trained length",
+    )  # fmt: skip
+    positions_block: int | None = option(
+        None, "model", Whole(optional=True), "of an extension: positions that are moved together, 64 to 1024",
+        "an eighth of it, at most 1024",
+    )  # fmt: skip
+    drafter: str = drafting(
+        "auto", Choice(("auto",), DRAFTERS),
+        "auto (cascade), none, ngram, partial, heads, cascade or draft_model",
+    )  # fmt: skip
+    draft_tokens: int | None = drafting(None, Whole(1, 511, optional=True), "draft so many in every tree", "what pays")
+    draft_policy: str = drafting(
+        "mass", Choice(package=POLICIES),
+        "whose pages a partial cache has: h2o, importance, mass, quest, recent, snapkv",
+    )  # fmt: skip
+    draft_budget: int | None = drafting(
+        None, Whole(64, optional=True, unit=" tokens, one page"),
+        "tokens of the cache that a partial cache, or a draft model, sees", "what pays; of a draft model: all",
+    )  # fmt: skip
+    draft_weights: str = drafting(
+        "auto", Choice(DRAFT_WEIGHTS),
+        "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native",
+    )  # fmt: skip
+    draft_kv: str = drafting(
+        "auto", Choice(DRAFT_KV),
+        "own or int8, of the keys and values in a partial cache; auto is int8 on native",
+    )  # fmt: skip
+    draft_model: str | None = drafting(
+        None, Named(A_MODEL), "a smaller model with the same vocabulary, which then drafts under auto too", "none"
+    )
+    draft_heads: str | None = drafting(
+        None, Named("an existing file or folder, or auto", exists=True),
+        "a file or folder of draft heads, or auto: those made for the model", "auto for drafter heads, else none",
+    )  # fmt: skip
+    trace: str | None = option(
+        None, "output", Named("a file"), "a file that gets a JSON line for every round", "none", changes_text=False
+    )
+    kv_budget: int | None = option(
+        None, "lossy", Whole(256, optional=True, unit=" tokens, 4 pages"),
+        "tokens the target keeps of its cache; the text is no longer the full cache's", "all",
+    )  # fmt: skip
+    kv_policy: str | None = option(
+        None, "lossy", Choice(package=POLICIES, optional=True),
+        "by whose scores pages are evicted from it, as draft_policy", "recent",
+    )  # fmt: skip
+    logprobs: bool = option(False, "python", Switch(), "return the model's own log-probability of each new token")
+    logits_processors: Sequence[Any] = option(
+        (), "python", Processors(),
+        "Hugging Face's LogitsProcessors, applied after the penalties, each called once for every token that is "
+        "written, in order; drafters guess without them, but for those that keep no state and say so (`pure = True`)",
+    )  # fmt: skip
+    temperature: float | None = option(None, "sampling", Number(), "0 is greedy", f"{CHECKPOINTS}, else 0")
+    top_k: int | None = option(None, "sampling", Number(), "keep the k best tokens; 0 is off", CHECKPOINTS)
+    top_p: float | None = option(
+        None, "sampling", Number(), "keep the best tokens of this much mass; 1 is off", CHECKPOINTS
+    )
+    min_p: float | None = option(
+        None, "sampling", Number(), "keep tokens this probable beside the best; 0 is off", CHECKPOINTS
+    )
+    penalty: float | None = option(None, "sampling", Number(), "contextual penalty; 1 is off", CHECKPOINTS)
+    penalty_window: int | None = option(
+        None, "sampling", Number(), "of the latest tokens", "1024; with the checkpoint's penalty: all"
+    )
+    dry_multiplier: float = option(0.0, "sampling", Number(), "DRY repetition penalty; 0 is off")
+    dry_base: float = option(1.75, "sampling", Number(), "its growth per repeated token")
+    dry_length: int = option(2, "sampling", Number(), "longest repeat that goes unpunished")
+    dry_breakers: Sequence[str] = option(
+        ("\n", ":", '"', "*"), "sampling", Texts(), "no repeat is counted across these"
+    )
+    ban: Sequence[int | str] | None = option(
+        None, "sampling", Tokens(optional=True), "token ids or one-token texts, never written", CHECKPOINTS
+    )
+    logit_bias: Mapping[int, float] = option(dict, "sampling", Biases(), "added to a token's logit")
+    seed: int | None = option(None, "sampling", Number(), "of the noise", "random, and recorded")
+    stream: int = option(0, "python", Number(), "number of a sample of one prompt, with noise of its own")
 
     def __post_init__(self) -> None:
-        whole_numbers = ("max_new_tokens", "min_new_tokens", "min_chapter_tokens", "draft_tokens", "draft_budget")
-        extent = ("context", "positions_window", "positions_block")
-        for name in (*whole_numbers, *extent, "kv_budget"):
-            value = getattr(self, name)
-            optional = name in ("draft_tokens", "draft_budget", *extent, "kv_budget") and value is None
-            check(optional or (is_whole(value) and abs(value) < 2**63), name, value, "a whole number below 2^63")
-        for name in ("ignore_eos", "raw", "logprobs"):
-            check(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
-        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        for name, described in described_options().items():
+            described.kind.check(name, getattr(self, name))
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
-        check(self.min_chapter_tokens >= 0, "min_chapter_tokens", self.min_chapter_tokens, "at least 0")
-        check(self.context is None or self.context >= 2, "context", self.context, "at least 2")
-        fine = self.draft_tokens is None or 1 <= self.draft_tokens <= 511
-        check(fine, "draft_tokens", self.draft_tokens, "between 1 and 511")
-        fine = self.draft_budget is None or self.draft_budget >= 64
-        check(fine, "draft_budget", self.draft_budget, "at least 64 tokens, one page")
-        check(
-            self.draft_weights in DRAFT_WEIGHTS,
-            "draft_weights",
-            self.draft_weights,
-            f"one of {', '.join(DRAFT_WEIGHTS)}",
-        )
-        check(self.draft_kv in DRAFT_KV, "draft_kv", self.draft_kv, f"one of {', '.join(DRAFT_KV)}")
-        policies = registry.names("tokenswift_py.kvcache.policies")
-        check(
-            self.kv_budget is None or self.kv_budget >= 256, "kv_budget", self.kv_budget, "at least 256 tokens, 4 pages"
-        )
-        check(self.kv_policy in (None, *policies), "kv_policy", self.kv_policy, f"one of {', '.join(policies)}")
-        check_processors(self.logits_processors)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
-        check(self.draft_policy in policies, "draft_policy", self.draft_policy, f"one of {', '.join(policies)}")
-        heads, wanted = self.draft_heads, "an existing file or folder, or auto"
-        with files("draft_heads", heads, wanted):
-            there = heads in (None, "auto") or (isinstance(heads, str) and Path(heads).expanduser().exists())
-        check(there, "draft_heads", heads, wanted)
-        model = self.draft_model
-        wanted = "a folder, a .gguf file or a hub id of a smaller model"
-        check(model is None or (isinstance(model, str) and model != ""), "draft_model", model, wanted)
-        check(self.trace is None or (isinstance(self.trace, str) and self.trace != ""), "trace", self.trace, "a file")
-        check(self.drafter != "draft_model" or model is not None, "draft_model", model, f"name {wanted}")
-        check(self.on_loop in ON_LOOP, "on_loop", self.on_loop, f"one of {', '.join(ON_LOOP)}")
-        for name in ("stop", "chapters", "dry_breakers"):
-            strings = getattr(self, name)
-            fine = isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
-            check(fine, name, strings, "a list of texts, none of them empty")
-            for string in strings:
-                check_text(name, string)
-        check_tokens("stop_tokens", self.stop_tokens)
-        check_tokens("ban", () if self.ban is None else self.ban)
-        check(isinstance(self.logit_bias, Mapping), "logit_bias", self.logit_bias, "token id -> number")
-        drafters = ["auto", *registry.names("tokenswift_py.drafters")]
-        check(self.drafter in drafters, "drafter", self.drafter, f"one of {', '.join(drafters)}")
+        named = f"name {A_MODEL}"
+        check(self.drafter != "draft_model" or self.draft_model is not None, "draft_model", self.draft_model, named)
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         SamplingParams(**self._plain_sampling())
         self.met_positions()
@@ -229,6 +354,11 @@ class Options:
         if name == "heads":
             return name, heads
         return name, {}
+
+
+def described_options() -> dict[str, Description]:
+    """Every option by its name, in the order of the fields."""
+    return {f.name: f.metadata["option"] for f in fields(Options)}
 
 
 def world_size() -> int:

@@ -8,58 +8,17 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.options import Options
+from tokenswift_py.options import Choice, Named, Number, Options, Switch, Whole, described_options
 from tokenswift_py.version import __version__
 
-OPTION_HELP: dict[str, tuple[str, Callable[[str], Any] | None, str]] = {
-    "max_new_tokens": ("text", whole, "tokens to write at the most"),
-    "min_new_tokens": ("text", whole, "nothing ends the text before so many"),
-    "min_chapter_tokens": ("text", whole, "nor a chapter before it has so many"),
-    "ignore_eos": ("text", None, "an end-of-sequence token does not end the text"),
-    "on_loop": ("text", str, "warn, stop or ignore, where the text says one block of tokens over and over"),
-    "raw": ("text", None, "no chat template: the prompt is the beginning of the text"),
-    "context": ("model", whole, "positions the run is made for (default: what it needs)"),
-    "positions": (
-        "model",
-        str,
-        "auto, trained, linear, ntk, yarn, self-extend or log-extend: how positions beyond the trained ones are met",
-    ),
-    "positions_window": (
-        "model",
-        whole,
-        "of an extension: nearer than this, distances stay true (default: a quarter of the trained length)",
-    ),
-    "positions_block": (
-        "model",
-        whole,
-        "of an extension: positions that are moved together, 64 to 1024 (default: an eighth of it, at most 1024)",
-    ),
-    "temperature": ("sampling", number, "0 is greedy (default: the checkpoint's, else 0)"),
-    "top_k": ("sampling", whole, "keep the k best tokens; 0 is off (default: the checkpoint's)"),
-    "top_p": ("sampling", number, "keep the best tokens of this much mass; 1 is off (default: the checkpoint's)"),
-    "min_p": ("sampling", number, "keep tokens this probable beside the best; 0 is off (default: the checkpoint's)"),
-    "penalty": ("sampling", number, "contextual penalty; 1 is off (default: the checkpoint's)"),
-    "penalty_window": ("sampling", whole, "of the latest tokens (default: 1024; with the checkpoint's penalty: all)"),
-    "dry_multiplier": ("sampling", number, "DRY repetition penalty; 0 is off"),
-    "dry_base": ("sampling", number, "its growth per repeated token"),
-    "dry_length": ("sampling", whole, "longest repeat that goes unpunished"),
-    "seed": ("sampling", whole, "of the noise (default: random, and recorded)"),
-    "drafter": ("drafting", str, "auto (cascade), none, ngram, partial, heads, cascade or draft_model"),
-    "draft_tokens": ("drafting", whole, "draft so many in every tree (default: what pays)"),
-    "draft_policy": ("drafting", str, "whose pages a partial cache has: h2o, importance, mass, quest, recent, snapkv"),
-    "draft_budget": ("drafting", whole, "tokens of the cache that it sees (default: what pays; of a draft model: all)"),
-    "draft_weights": ("drafting", str, "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native"),
-    "draft_kv": ("drafting", str, "own or int8, of the keys and values in a partial cache; auto is int8 on native"),
-    "draft_model": ("drafting", str, "a smaller model with the same vocabulary, which then drafts under auto too"),
-    "draft_heads": (
-        "drafting",
-        str,
-        "a file or folder of draft heads, or auto: those made for the model (default for drafter heads)",
-    ),
-    "trace": ("output", str, "a file that gets a JSON line for every round"),
-    "kv_budget": ("lossy", whole, "tokens the target keeps of its cache; the text is no longer the full cache's"),
-    "kv_policy": ("lossy", str, "by whose scores pages are evicted from it, as --draft-policy (default: recent)"),
-}
+# What is typed, by the kind of its option. The others have flags of their own below.
+TYPED: dict[type, Callable[[str], Any]] = {Whole: whole, Number: number, Choice: str, Named: str}
+WHOLE = ("top_k", "penalty_window", "dry_length", "seed")  # of the numbers
+SINGLE = tuple(
+    name
+    for name, described in described_options().items()
+    if type(described.kind) in (*TYPED, Switch) and described.group != "python"
+)
 
 
 def parser(resumes: bool = False) -> argparse.ArgumentParser:
@@ -79,6 +38,7 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
     groups = {
         name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
     }
+    options = described_options()
     model, text, output = groups["model"], groups["text"], groups["output"]
     model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
     model.add_argument("--revision", help="of a hub id")
@@ -100,34 +60,36 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         "-e", "--escape", action="store_true",
         help=r"read \n, \t, \r, \\, \" and \xHH in --prompt, --stop, --stop-token, --ban and --dry-breakers as escapes",
     )  # fmt: skip
-    text.add_argument("--chapters", metavar="FILE|N", help="follow-up requests: a line each, or N generic ones")
-    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    text.add_argument(
+        "--chapters", metavar="FILE|N", help=f"{options['chapters'].help}: a line each, or N generic ones"
+    )
+    text.add_argument("--stop", action="append", default=[], metavar="TEXT", help=options["stop"].help)
     text.add_argument(
         "--stop-token", dest="stop_tokens", action="append", default=[], metavar="TOKEN",
-        help="end before this token: its id, or its text (repeatable)",
+        help=options["stop_tokens"].help,
     )  # fmt: skip
-    defaults = {f.name: f.default for f in fields(Options) if f.default is not MISSING}
-    for name, (group, kind, explained) in OPTION_HELP.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = defaults[name]
-        if kind is None:
-            groups[group].add_argument(flag, action="store_true", help=explained)
+    defaults = {f.name: f.default for f in fields(Options)}
+    for name in SINGLE:
+        described, flag = options[name], f"--{name.replace('_', '-')}"
+        if isinstance(described.kind, Switch):
+            groups[described.group].add_argument(flag, action="store_true", help=described.help)
         else:
-            shown = "" if default is None else f" (default: {default})"
-            groups[group].add_argument(flag, type=kind, default=default, help=explained + shown)
+            typed = whole if name in WHOLE else TYPED[type(described.kind)]
+            told = described.help + told_default(name)
+            groups[described.group].add_argument(flag, type=typed, default=defaults[name], help=told)
     sampling = groups["sampling"]
     sampling.add_argument(
-        "--dry-breakers", nargs="*", action="extend", metavar="TEXT", help="no repeat is counted across these"
+        "--dry-breakers", nargs="*", action="extend", metavar="TEXT", help=options["dry_breakers"].help
     )
     sampling.add_argument(
         "--ban",
         nargs="*",
         action="extend",
         metavar="TOKEN",
-        help="token ids or one-token texts (default: the checkpoint's)",
+        help=options["ban"].help + told_default("ban"),
     )
     sampling.add_argument(
-        "--logit-bias", nargs="*", action="extend", default=[], metavar="ID=BIAS", help="added to a token's logit"
+        "--logit-bias", nargs="*", action="extend", default=[], metavar="ID=BIAS", help=options["logit_bias"].help
     )
     output.add_argument("--out", type=named_path, metavar="DIR", help="journal, text and report go there; new or empty")
     output.add_argument(
@@ -146,3 +108,35 @@ def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> di
     nothing = argparse.Namespace(**{action.dest: None for action in root._actions})
     given = vars(root.parse_args(arguments, nothing))
     return {name: value for name, value in given.items() if value is not None}
+
+
+def told_default(name: str) -> str:
+    """What help says of an option that is not given."""
+    default = getattr(Options, name, None)
+    told = described_options()[name].unset if default is None else default
+    return f" (default: {told})" if told != "" else ""
+
+
+def reference() -> str:
+    """docs/options.md, which `python -m tokenswift_py.cli.flags` prints."""
+    lines = [
+        "# Every option of a run\n",
+        "Made of `tokenswift_py/options.py` by `python -m tokenswift_py.cli.flags > docs/options.md`.\n",
+        "These are the arguments of `TokenSwift.generate` and `.stream`. As flags they have `-` for `_`; those of group",
+        "`python` have no flag.\n",
+        "| option | group | default | what it does | changes the text |",
+        "|---|---|---|---|---|",
+    ]
+    for f in fields(Options):
+        described: Any = f.metadata["option"]
+        default = described.unset if f.default is None else "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
+        told = described.help.replace("|", "\\|")
+        default = default.replace("|", "\\|")
+        lines.append(
+            f"| `{f.name}` | {described.group} | {default} | {told} | {'yes' if described.changes_text else 'no'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

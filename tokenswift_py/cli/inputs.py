@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenswift_py.cli.arguments import lines_of, unescaped
-from tokenswift_py.cli.flags import OPTION_HELP
+from tokenswift_py.cli.flags import SINGLE
 from tokenswift_py.errors import UserError, check, check_new, files, shown
 from tokenswift_py.options import Options
 from tokenswift_py.runs.journal import Journal, Record, shared
@@ -87,7 +87,7 @@ def read_bytes(file: BinaryIO, field: str) -> str:
 
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Options` that the flags stand for."""
-    options = {name: getattr(args, name) for name in OPTION_HELP}
+    options = {name: getattr(args, name) for name in SINGLE}
     options["stop"] = [typed(args, item) for item in args.stop]
     options["stop_tokens"] = [token_or_text(typed(args, item)) for item in args.stop_tokens]
     for item in args.stop:

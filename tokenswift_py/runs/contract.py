@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name, sha256
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.errors import check
+from tokenswift_py.options import described_options
 from tokenswift_py.version import __version__
 
 if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
 # Options that change how fast a text is written, never the text.
-FREE = (
-    "drafter", "draft_tokens", "draft_policy", "draft_budget", "draft_weights", "draft_kv", "draft_model",
-    "draft_heads", "trace",
-)  # fmt: skip
+FREE = tuple(name for name, described in described_options().items() if not described.changes_text)
 LARGE = 16 * 2**20  # bytes; less is hashed in no time
 # Keys of config.json that say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
