@@ -129,9 +129,11 @@ def reference() -> str:
     ]
     for f in fields(Options):
         described: Any = f.metadata["option"]
-        default = described.unset if f.default is None else "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
-        told = described.help.replace("|", "\\|")
-        default = default.replace("|", "\\|")
+        if f.default is None:
+            default = described.unset
+        else:
+            default = "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
+        told, default = (text.replace("|", "\\|") for text in (described.help, default))
         lines.append(
             f"| `{f.name}` | {described.group} | {default} | {told} | {'yes' if described.changes_text else 'no'} |"
         )
