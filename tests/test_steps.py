@@ -318,7 +318,7 @@ def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (1, 2, 4))
     params = SamplingParams(temperature=0.9, seed=1)
     prompt = [3, 14, 15, 9, 26]
-    plain = write(new_decoder("llama"), prompt, 14, params)[0]
+    plain = write(new_decoder("llama"), prompt, 9, params)[0]
     decoder = new_decoder("llama")
     replays = []
 
@@ -327,7 +327,7 @@ def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> No
         return result, lambda: (replays.append(1), replay())[1]
 
     decoder.recorder = Recorder(counted)
-    drafted, engine, _ = write(decoder, prompt, 14, params, Scripted(prompt + plain, 61, 0.3, width=2), draft_tokens=3)
+    drafted, engine, _ = write(decoder, prompt, 9, params, Scripted(prompt + plain, 61, 0.4, width=2), draft_tokens=3)
     assert drafted == plain
     assert replays and engine.stats.num_accepted_draft_tokens > 0
 

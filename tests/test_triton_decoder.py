@@ -163,11 +163,11 @@ def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
 def test_no_drafter_changes_a_token_over_int8_keys_and_values(temperature: float) -> None:
     decoder, model = triton_decoder(kv_dtype=torch.int8)
     params = SamplingParams(temperature=temperature, seed=2, logit_bias=FOUR_TOKENS)
-    plain, _, _ = write(decoder, PROMPT, 7, params)
+    plain, _, _ = write(decoder, PROMPT, 5, params)
     drafters = int8_drafters(model, plain)
     assert {drafter.name for drafter in drafters} == {"scripted", *registry.names("tokenswift_py.drafters")} - {"none"}
     for drafter in drafters if temperature else drafters[:2]:
-        drafted, engine, _ = write(decoder, PROMPT, 7, params, drafter, draft_tokens=4)
+        drafted, engine, _ = write(decoder, PROMPT, 5, params, drafter, draft_tokens=4)
         assert drafted == plain, drafter.name
         assert engine.stats.num_draft_tokens > 0, drafter.name
         assert drafter is not drafters[0] or engine.stats.num_accepted_draft_tokens > 0

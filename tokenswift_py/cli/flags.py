@@ -129,10 +129,8 @@ def reference() -> str:
     ]
     for f in fields(Options):
         described: Any = f.metadata["option"]
-        if f.default is None:
-            default = described.unset
-        else:
-            default = "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
+        given = "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
+        default = described.unset if f.default is None else given
         told, default = (text.replace("|", "\\|") for text in (described.help, default))
         lines.append(
             f"| `{f.name}` | {described.group} | {default} | {told} | {'yes' if described.changes_text else 'no'} |"
