@@ -69,7 +69,7 @@ class DraftModel(Drafter):
         self._read = start - self.cache.length
         length = (budget - 1) // self.width if planner.fixed else budget - 1
         if self._cost.measured:
-            planner.hope(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
+            planner.expect_rate(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
         while len(self._chain) <= length and self._pays(planner):
             node = self._guess(context, candidates)
             if node is None:

@@ -26,11 +26,11 @@ from tokenswift_py.sampling.reference import NumericsError
 UNLIKELY = 0.01  # paths below this are not proposed
 MEASURED = 50.0  # guesses that an acceptance measured in training counts as
 MARGIN = 1.5  # what guesses must save over the time of asking for them, for what seems to pay just so seldom does
-BEAM = 3  # places of a level that get children
+BEAM = 3  # branches of a level that get children
 
 
 @dataclass(frozen=True)
-class Place:
+class Branch:
     """A node that the tree may have.
 
     chance: that the model writes the path; x: [1, E] what the head that guesses its children reads.
@@ -42,7 +42,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Terms:
+class Gain:
     """What guesses of heads are worth to a drafter that has more than heads.
 
     known:   the chance that its other guesses hold the next token already.
@@ -99,24 +99,24 @@ class Heads(Drafter):
         depth = min(len(self.weights), budget - 1)
         x = row.float()[None]
         same = self.same_ahead(x, depth, context.draft_model)
-        places = [Place(1.0, (), x)]
+        branches = [Branch(1.0, (), x)]
         for head in range(depth):
-            places.sort(key=by_chance)
-            least = places[budget - 1].chance if len(places) >= budget else UNLIKELY
-            best = max(odds.chance for odds in self.odds[head])  # a place is asked if one of its children could be in
-            parents = [p for p in places[:budget] if len(p.path) == head and (head == 0 or p.chance * best >= least)]
+            branches.sort(key=by_chance)
+            least = branches[budget - 1].chance if len(branches) >= budget else UNLIKELY
+            best = max(odds.chance for odds in self.odds[head])  # a branch is asked if one of its children could be in
+            parents = [p for p in branches[:budget] if len(p.path) == head and (head == 0 or p.chance * best >= least)]
             if not parents:
                 break
-            places += self.children(head, parents[:BEAM], context, None if same is None else same[head])
-        places = sorted(places, key=by_chance)[:budget]
+            branches += self.children(head, parents[:BEAM], context, None if same is None else same[head])
+        branches = sorted(branches, key=by_chance)[:budget]
         worth = context.planner.worth_row
-        rows = next((n for n, place in enumerate(places) if n and not worth(place.chance, n)), len(places))
+        rows = next((n for n, branch in enumerate(branches) if n and not worth(branch.chance, n)), len(branches))
         builder = TreeBuilder(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
-        for place in places[1 : context.planner.rows_paid([place.chance for place in places[:rows]], 1)]:
-            child = builder.add(nodes[place.path[:-1]], place.path[-1])
+        for branch in branches[1 : context.planner.rows_paid([branch.chance for branch in branches[:rows]], 1)]:
+            child = builder.add(nodes[branch.path[:-1]], branch.path[-1])
             assert child is not None
-            nodes[place.path] = child
+            nodes[branch.path] = child
         return builder.build()
 
     def same_ahead(self, x: torch.Tensor, heads: int, model: Model) -> torch.Tensor | None:
@@ -129,42 +129,44 @@ class Heads(Drafter):
             states.append(state)
         return self.weights.project(torch.cat(states), range(heads), model)
 
-    def children(self, head: int, parents: Sequence[Place], context: Context, same: torch.Tensor | None) -> list[Place]:
-        """The candidates of one head behind each of these places, as the sampler would rank them.
+    def children(
+        self, head: int, parents: Sequence[Branch], context: Context, same: torch.Tensor | None
+    ) -> list[Branch]:
+        """The candidates of one head behind each of these branches, as the sampler would rank them.
 
-        same: [V] logits of a head that sees no tokens: it is ranked once, behind the first place, for all of them.
+        same: [V] logits of a head that sees no tokens: it is ranked once, behind the first branch, for all of them.
         """
         if same is None:
             asked = self.ask(head, parents, context)
         else:
             guesses = self.rank(same, parents[0].path, context)
-            asked = [(place.x, guesses) for place in parents]
+            asked = [(branch.x, guesses) for branch in parents]
         found = []
-        for place, (x, guesses) in zip(parents, asked, strict=True):
-            self._guesses[place.path] = guesses
+        for branch, (x, guesses) in zip(parents, asked, strict=True):
+            self._guesses[branch.path] = guesses
             for guess, odds in zip(guesses, self.odds[head], strict=False):
-                chance = place.chance * odds.chance
+                chance = branch.chance * odds.chance
                 if chance >= UNLIKELY:
-                    found.append(Place(chance, (*place.path, guess), x))
+                    found.append(Branch(chance, (*branch.path, guess), x))
         return found
 
-    def ask(self, head: int, places: Sequence[Place], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
-        """What the next head reads behind each of these places, and this one's guesses there, best first."""
+    def ask(self, head: int, branches: Sequence[Branch], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
+        """What the next head reads behind each of these branches, and this one's guesses there, best first."""
         # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
         # for milliseconds. One row takes microseconds.
-        steps = [self.step(head, place, context.history[-1]) for place in places]
+        steps = [self.step(head, branch, context.history[-1]) for branch in branches]
         states = torch.cat([state for _, state in steps])
-        rows = self.weights.project(states, [head] * len(places), context.draft_model)
-        ranked = [self.rank(row, place.path, context) for row, place in zip(rows, places, strict=True)]
+        rows = self.weights.project(states, [head] * len(branches), context.draft_model)
+        ranked = [self.rank(row, branch.path, context) for row, branch in zip(rows, branches, strict=True)]
         return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
-    def step(self, head: int, place: Place, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head makes of a place, which the token on its way there is the last to enter."""
-        token = self.embedding[place.path[-1] if place.path else pending]
-        return self.weights.step(head, place.x, token[None].to(place.x.device, place.x.dtype))
+    def step(self, head: int, branch: Branch, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head makes of a branch, which the token on its way there is the last to enter."""
+        token = self.embedding[branch.path[-1] if branch.path else pending]
+        return self.weights.step(head, branch.x, token[None].to(branch.x.device, branch.x.dtype))
 
     @torch.inference_mode()
-    def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, terms: Terms) -> None:
+    def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, gain: Gain) -> None:
         """For a drafter that has more than heads: hang guesses behind node `end` of its draft, which carries the
         history's last token, head by head behind the likeliest, as long as one more head is worth its time, or until
         it is known what it takes.
@@ -172,30 +174,30 @@ class Heads(Drafter):
         row: [E], `weights.reads` of the row that gave that token.
         """
         self.move(row.device)
-        place = Place(draft.chances[end], (), row.float()[None])
+        branch = Branch(draft.chances[end], (), row.float()[None])
         for head, odds in enumerate(self.odds):
             if len(draft) == draft.budget:
                 return
             cost = context.planner.heads
             ms = cost(1, 0)
-            unknown = place.chance * (1 - terms.known)
-            gains = (terms.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
+            unknown = branch.chance * (1 - gain.known)
+            gains = (gain.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
             gain = sum(takewhile(lambda saved: saved > 0, gains))
             if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
             lap = context.draft_model.clock.start()
-            [(x, guesses)] = self.ask(head, [place], context)
+            [(x, guesses)] = self.ask(head, [branch], context)
             lap.stop()
             cost.observe(1, 0, lap.ms)
             best = None
             for token, each in zip(guesses, odds, strict=False):
-                if terms.gain_ms(place.chance * each.chance, len(draft)) <= 0:
+                if gain.gain_ms(branch.chance * each.chance, len(draft)) <= 0:
                     break
                 node = draft.guess(end, token, each)
                 best = node if best is None else best
             if best is None:
                 return
-            place, end = Place(draft.chances[best], (*place.path, draft.tokens[best]), x), best
+            branch, end = Branch(draft.chances[best], (*branch.path, draft.tokens[best]), x), best
 
     def move(self, device: torch.device) -> None:
         """The weights to where the model's rows are, in fp32."""
@@ -226,9 +228,9 @@ class Heads(Drafter):
         self._guesses = {}
 
 
-def by_chance(place: Place) -> tuple[float, int]:
+def by_chance(branch: Branch) -> tuple[float, int]:
     """Most probable first; of equals the shallower, so that a parent comes before its children."""
-    return -place.chance, len(place.path)
+    return -branch.chance, len(branch.path)
 
 
 def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:

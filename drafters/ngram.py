@@ -38,26 +38,26 @@ class SuffixAutomaton:
     def extend(self, token: int) -> None:
         """Append one token to the text."""
         state = self._add(self.longest[self.last] + 1, 0, {}, 0)
-        place = self.last
-        while place >= 0 and token not in self.next[place]:
-            self.next[place][token] = state
-            place = self.link[place]
-        if place >= 0:
-            target = self.next[place][token]
-            if self.longest[place] + 1 != self.longest[target]:
-                target = self._split(place, token, target)
+        suffix = self.last
+        while suffix >= 0 and token not in self.next[suffix]:
+            self.next[suffix][token] = state
+            suffix = self.link[suffix]
+        if suffix >= 0:
+            target = self.next[suffix][token]
+            if self.longest[suffix] + 1 != self.longest[target]:
+                target = self._split(suffix, token, target)
             self.link[state] = target
         self.last = state
         self.size += 1
         self._tally(state)
 
-    def _split(self, place: int, token: int, target: int) -> int:
-        """A state for the shorter substrings of `target`, which now end in one place more than the longer ones."""
-        clone = self._add(self.longest[place] + 1, self.link[target], dict(self.next[target]), self.count[target])
+    def _split(self, suffix: int, token: int, target: int) -> int:
+        """A state for the shorter substrings of `target`, which now end in one suffix more than the longer ones."""
+        clone = self._add(self.longest[suffix] + 1, self.link[target], dict(self.next[target]), self.count[target])
         self.link[target] = clone
-        while place >= 0 and self.next[place].get(token) == target:
-            self.next[place][token] = clone
-            place = self.link[place]
+        while suffix >= 0 and self.next[suffix].get(token) == target:
+            self.next[suffix][token] = clone
+            suffix = self.link[suffix]
         return clone
 
     def _tally(self, state: int) -> None:
@@ -78,7 +78,7 @@ class SuffixAutomaton:
 
 TALLIED = 32
 
-Place = tuple[int, int]  # a state, and how many of the latest tokens it matches
+Match = tuple[int, int]  # a state, and how many of the latest tokens it matches
 
 
 class NGram(Drafter):
@@ -102,8 +102,8 @@ class NGram(Drafter):
         self.read(context.history)
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        draft, place = Draft(context.history[-1], budget), self.read(context.history)
-        draft.fill(context.planner, lambda worth: self.extend(draft, place, worth))
+        draft, match = Draft(context.history[-1], budget), self.read(context.history)
+        draft.fill(context.planner, lambda worth: self.extend(draft, match, worth))
         self._draft = draft
         return draft.build()
 
@@ -111,31 +111,31 @@ class NGram(Drafter):
         if self._draft is not None:
             self._draft.learn(taken)
 
-    def read(self, history: History) -> Place:
+    def read(self, history: History) -> Match:
         """Take in what is new and say where its end occurred before."""
         for token in history.tokens[self.automaton.size :].tolist():
             self.automaton.extend(token)
         state = max(0, self.automaton.link[self.automaton.last])
         return state, self.automaton.longest[state]
 
-    def step(self, place: Place, token: int) -> Place:
-        """The place after one more token, which need not become part of the text."""
-        automaton, (state, matched) = self.automaton, place
+    def step(self, match: Match, token: int) -> Match:
+        """The match after one more token, which need not become part of the text."""
+        automaton, (state, matched) = self.automaton, match
         while state > 0 and token not in automaton.next[state]:
             state = automaton.link[state]
             matched = automaton.longest[state]
         target = automaton.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
-    def extend(self, draft: Draft, place: Place, worth: Callable[[float], bool]) -> None:
-        """Hang repeats of what followed `place` from a draft's root, the likeliest first, while they are worth it."""
+    def extend(self, draft: Draft, match: Match, worth: Callable[[float], bool]) -> None:
+        """Hang repeats of what followed `match` from a draft's root, the likeliest first, while they are worth it."""
         candidates = Candidates(draft)
-        candidates.take(worth, self.push(candidates, 0, place))
+        candidates.take(worth, self.push(candidates, 0, match))
 
-    def push(self, candidates: Candidates, node: int, place: Place) -> Callable[[int, Place], None]:
-        """Make candidates of what followed the suffixes that end at `place`, the longest SUFFIXES of them. Returns what
+    def push(self, candidates: Candidates, node: int, match: Match) -> Callable[[int, Match], None]:
+        """Make candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns what
         `Candidates.take` has to call with each node, for what followed the match that led there."""
-        state, matched = place
+        state, matched = match
         for _ in range(SUFFIXES):
             if state <= 0 or matched < self.shortest:
                 break
@@ -144,8 +144,8 @@ class NGram(Drafter):
             matched = self.automaton.longest[state]
         return partial(self._push_followers, candidates)
 
-    def _push_followers(self, candidates: Candidates, node: int, place: Place) -> None:
-        automaton, (state, matched) = self.automaton, place
+    def _push_followers(self, candidates: Candidates, node: int, match: Match) -> None:
+        automaton, (state, matched) = self.automaton, match
         if matched < self.shortest:
             return
         followers, count = list(automaton.next[state].items()), automaton.count

@@ -10,8 +10,8 @@ from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
 from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, committed
 from tokenswift_py.drafters.chain import Confidence, Experience
-from tokenswift_py.drafters.heads import Heads, Terms
-from tokenswift_py.drafters.ngram import NGram, Place
+from tokenswift_py.drafters.heads import Gain, Heads
+from tokenswift_py.drafters.ngram import Match, NGram
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.pages import SPARE_PAGES
@@ -26,7 +26,7 @@ class View(Confidence):
         super().__init__(width, family)
         self.tokens = tokens
 
-    def face(self, text: int, temperature: float) -> None:
+    def set_text(self, text: int, temperature: float) -> None:
         """A text of so many tokens, most of which the view leaves out."""
         self.expect(SPREAD * max(1.0, text / self.tokens) ** GROWTH, temperature)
 
@@ -86,15 +86,15 @@ class Partial(Drafter):
         planner, history, self._length = context.planner, context.history, context.cache.length
         draft, start = Draft(history[-1], budget), len(history)
         candidates = Candidates(draft)
-        place = self.reuse.read(history) if self.reuse is not None else (0, 0)
-        place = self._grow_chain(context, draft, candidates, place)
+        match = self.reuse.read(history) if self.reuse is not None else (0, 0)
+        match = self._grow_chain(context, draft, candidates, match)
         if self.heads is not None and self._row is not None:
-            terms = Terms(next_chance(self._repeats(draft, planner, place)), planner.gain_ms)
-            self.heads.extend(draft, self._chain[-1], self._row, context, terms)
+            gain = Gain(next_chance(self._repeats(draft, planner, match)), planner.gain_ms)
+            self.heads.extend(draft, self._chain[-1], self._row, context, gain)
         history.truncate(start)
         follow = None
         if self.reuse is not None:
-            follow = self.reuse.push(candidates, self._chain[-1], place)
+            follow = self.reuse.push(candidates, self._chain[-1], match)
         draft.fill(planner, lambda worth: candidates.take(worth, follow))
         self._draft = draft
         return draft.build()
@@ -124,7 +124,7 @@ class Partial(Drafter):
             "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
         }
 
-    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, place: Place) -> Place:
+    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, match: Match) -> Match:
         """Guess on, pass by pass, as long as it pays; the history grows with the chain. Returns where the chain's end
         occurred in the text before."""
         cache, planner = context.cache, context.planner
@@ -137,9 +137,9 @@ class Partial(Drafter):
         while len(self._chain) <= length:
             rejected = cache.tail_length - len(tail)  # rows, which take room as well
             room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
-            ahead = self._look_ahead(context, place, keys, room)
+            ahead = self._look_ahead(context, match, keys, room)
             ms = planner.draft_ms(len(ahead), keys)
-            if not self._pays(draft, ahead, ms, planner, place) and (tail or not planner.may_probe(ms)):
+            if not self._pays(draft, ahead, ms, planner, match) and (tail or not planner.may_probe(ms)):
                 break
             tree = self._ask_heads(context, draft, ahead, keys).build()
             lap = context.draft_model.clock.start()
@@ -147,13 +147,13 @@ class Partial(Drafter):
             output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
             rows, tokens = [0], []  # type: list[int], list[int]
             while True:
-                token = self._guess(context, candidates, output.logits[rows[-1]], place)
+                token = self._guess(context, candidates, output.logits[rows[-1]], match)
                 if token is None:
                     self._row = None
-                    return place
+                    return match
                 tail = (*tail, first + rows[-1])
                 tokens.append(token)
-                place = self.reuse.step(place, tokens[-1]) if self.reuse is not None else place
+                match = self.reuse.step(match, tokens[-1]) if self.reuse is not None else match
                 child = tree.children[rows[-1]].get(tokens[-1])
                 if child is None or len(self._chain) > length:
                     break
@@ -164,9 +164,9 @@ class Partial(Drafter):
                 lap.stop()  # behind the guesses, which cost as much every time
                 planner.draft.observe(len(tree), keys, lap.ms)
             self._passed = self._now.tokens
-        return place
+        return match
 
-    def _look_ahead(self, context: Context, place: Place, keys: int, room: int) -> Draft:
+    def _look_ahead(self, context: Context, match: Match, keys: int, room: int) -> Draft:
         """The last token and the repeats behind it that are likely enough to save a pass of their own, up to `room`."""
         planner = context.planner
         ahead = Draft(context.history[-1], min(1 + AHEAD, room))
@@ -174,12 +174,12 @@ class Partial(Drafter):
             pass_ms = planner.draft(1, keys)
             self.reuse.extend(
                 ahead,
-                place,
+                match,
                 lambda chance: chance * pass_ms > planner.draft(len(ahead) + 1, keys) - planner.draft(len(ahead), keys),
             )
         return ahead
 
-    def _pays(self, draft: Draft, ahead: Draft, ms: float, planner: Planner, place: Place) -> bool:
+    def _pays(self, draft: Draft, ahead: Draft, ms: float, planner: Planner, match: Match) -> bool:
         """Whether one more draft pass of so many milliseconds saves more time than repeats would without it.
 
         A pass makes a guess at its first row, and at each row behind it that the guesses lead to.
@@ -190,17 +190,17 @@ class Partial(Drafter):
         tokens = 0.0
         for c, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
             tokens += path * c * chance ** (1 + depth)
-            ms += c * planner.seat_ms(rows + depth)
-        free = self._repeats(draft, planner, place).chances[1:]
+            ms += c * planner.shared_row_ms(rows + depth)
+        free = self._repeats(draft, planner, match).chances[1:]
         return planner.token_ms(tokens) - ms > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
 
-    def _repeats(self, draft: Draft, planner: Planner, place: Place) -> Draft:
+    def _repeats(self, draft: Draft, planner: Planner, match: Match) -> Draft:
         """Those behind the chain's end that are worth the target's rows without a draft pass."""
         end, rows = self._chain[-1], len(draft)
-        free = Draft(draft.tokens[end], min(FREE, 1 + draft.budget - rows))
+        free = Draft(draft.tokens[end], min(MOST_REPEATS, 1 + draft.budget - rows))
         if self.reuse is not None:
             path = draft.chances[end]
-            self.reuse.extend(free, place, lambda chance: planner.worth_row(path * chance, rows + len(free) - 1))
+            self.reuse.extend(free, match, lambda chance: planner.worth_row(path * chance, rows + len(free) - 1))
         return free
 
     def _ask_heads(self, context: Context, draft: Draft, ahead: Draft, keys: int) -> Draft:
@@ -217,13 +217,13 @@ class Partial(Drafter):
             def gain_ms(chance: float, rows: int) -> float:
                 return chance * saved_ms - (cost(rows + 1, keys) - cost(rows, keys))
 
-            self.heads.extend(ahead, 0, self._row, context, Terms(next_chance(ahead), gain_ms))
+            self.heads.extend(ahead, 0, self._row, context, Gain(next_chance(ahead), gain_ms))
         return ahead
 
-    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, place: Place) -> int | None:
+    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, match: Match) -> int | None:
         """One more token of the chain, as `Confidence.guess` finds it."""
         reuse = self.reuse
-        more = None if reuse is None else lambda other: reuse.step(place, other)
+        more = None if reuse is None else lambda other: reuse.step(match, other)
         node = self._now.guess(context, candidates, self._chain[-1], logits, more)
         if node is None:
             return None
@@ -252,7 +252,7 @@ class Partial(Drafter):
         planner what it promises, at first in every round."""
         planner, text = context.planner, self._held(context)
         for view in self.views:
-            view.face(text, context.sampler.params.temperature)
+            view.set_text(text, context.sampler.params.temperature)
         self._round += 1
         often = self._round % VIEW_ROUNDS == 0
         if not (often or self._round <= VIEW_ROUNDS):
@@ -272,7 +272,7 @@ class Partial(Drafter):
         if best != now:
             self._now, self._chosen = self.views[best], None
         if planner.draft.measured:
-            planner.hope(rate(best))
+            planner.expect_rate(rate(best))
 
 
 def next_chance(draft: Draft) -> float:
@@ -285,6 +285,6 @@ FIRST_VIEW = 13  # times the root of the text: the least view that is tried befo
 SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights
 GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
 AHEAD = 6  # repeats checked by one draft pass
-FREE = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
+MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
 
 DRAFTER = Partial

@@ -21,7 +21,7 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.errors import check, need_extra
 from tokenswift_py.quality import decoder, window_quality
 from tokenswift_py.runs.report import text_figures
-from workloads import FREE, FreeRun, continuation, free_run
+from workloads import WORKLOADS, FreeRun, continuation, free_run
 
 NO_PENALTY, NO_DRY = {"penalty": 1.0}, {"dry_multiplier": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--workloads", default=",".join(FREE))
+    parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--new", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=2)

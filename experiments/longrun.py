@@ -31,7 +31,7 @@ from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.report import rounded, text_figures
 from tokenswift_py.runs.stream import Stream
-from workloads import FREE, free_run
+from workloads import WORKLOADS, free_run
 
 Record = dict[str, Any]
 
@@ -53,7 +53,7 @@ class Log:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", default="story", choices=FREE)
+    parser.add_argument("--workload", default="story", choices=WORKLOADS)
     parser.add_argument("--tokens", type=int, default=100_000, help="new tokens that the model chooses")
     parser.add_argument("--context", type=int, default=0, help="default: what the run needs")
     parser.add_argument("--model", default="smollm2-135m")

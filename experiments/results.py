@@ -36,7 +36,7 @@ SCHEMA = 1
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ENGINE = ("tokenswift_py", "drafters", "kvcache", "kernels")
-FREE = ("again", "results", "trace", "json", "kept")  # flags that no number depends on, and that name places
+LOOSE_FLAGS = ("again", "results", "trace", "json", "kept")  # flags that no number depends on, and that name places
 
 Row = dict[str, Any]
 Plot = Callable[[Any, list[Row]], None]  # draws rows on a matplotlib Figure
@@ -52,7 +52,7 @@ def command(argv: Sequence[str]) -> str:
     kept, words = [], iter(argv[1:])
     for word in words:
         flag, equals, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or flag not in FREE:
+        if not word.startswith("--") or flag not in LOOSE_FLAGS:
             kept.append(word)
         elif not equals and flag != "again":
             next(words, None)
@@ -90,7 +90,7 @@ class Results:
         need_pictures()
         self.name, self.question, self.guarantees = name, question, dict(guarantees)
         self.folder, self._again = Path(args.results), bool(args.again)
-        told = {flag: value for flag, value in vars(args).items() if flag not in FREE}
+        told = {flag: value for flag, value in vars(args).items() if flag not in LOOSE_FLAGS}
         self.settings: dict[str, Any] = json.loads(json.dumps(told, default=str))
         self.machine = machine(getattr(args, "threads", None))
         self.versions = versions(peers)

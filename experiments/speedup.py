@@ -39,7 +39,7 @@ from tokenswift_py.runs import snapshot
 from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace, rounded
-from workloads import CONTINUATIONS, FREE, continuation, free_run
+from workloads import CONTINUATIONS, WORKLOADS, continuation, free_run
 
 RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # of `random`: nearly any token may come
 CUT = 1024  # tokens from one cut of a text to the next
@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--workloads", default="code,docs", help=", ".join((*CONTINUATIONS, *FREE, "random")))
+    parser.add_argument("--workloads", default="code,docs", help=", ".join((*CONTINUATIONS, *WORKLOADS, "random")))
     parser.add_argument("--lengths", default="2048,16384", help="tokens before those that are raced")
     parser.add_argument("--cuts", type=int, default=1, help=f"places in the text, {CUT} tokens apart")
     parser.add_argument("--new", type=int, default=256)
@@ -187,7 +187,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.workloads.split(",")
     for name in names:
-        known = (*CONTINUATIONS, *FREE, "random")
+        known = (*CONTINUATIONS, *WORKLOADS, "random")
         check(name in known, "workloads", name, f"known are {', '.join(known)}")
     results = Results(
         args.name,
@@ -226,7 +226,7 @@ class Text:
     @cached_property
     def source(self) -> Prefix | Written:
         swift, args = self.swift, self.args
-        if self.name in FREE:
+        if self.name in WORKLOADS:
             return Written(swift, self.name, self.last + 2 * args.new, args)
         if self.name == "random":
             vocab = swift.checkpoint.spec.vocab_size

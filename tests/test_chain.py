@@ -79,18 +79,18 @@ def test_what_one_view_learns_is_expected_of_the_others() -> None:
     family = Experience()
     small, large = View(1024, 2, family), View(4096, 2, family)
     for view in (small, large):
-        view.face(65536, 1.0)
+        view.set_text(65536, 1.0)
     assert small.spread == pytest.approx(4**0.7 * large.spread)
     before = large.next
     assert before > small.next, "the more is in view the fewer errors"
     experience(small, 4 * small.spread, 100)
     assert large.next < before - 0.03 and large.next > small.next
     fresh = View(4096, 2, Experience())
-    fresh.face(65536, 1.0)
+    fresh.set_text(65536, 1.0)
     assert fresh.next == pytest.approx(before)
-    fresh.face(4000, 1.0)
+    fresh.set_text(4000, 1.0)
     whole = fresh.next
-    fresh.face(65536, 0.5)
+    fresh.set_text(65536, 0.5)
     assert whole > before > fresh.next, "errors weigh more at a low temperature"
 
 
@@ -119,7 +119,7 @@ def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -
             planner.draft.observe(rows, 1056, 25.0 + 0.1 * rows)
         assert drafter.reuse is not None
         drafter.reuse._odds = [[Odds(0.5) for _ in odds] for odds in drafter.reuse._odds]
-        drafter._now.face(64000, 1.0)
+        drafter._now.set_text(64000, 1.0)
         drafter._chain = [0]
         place, draft = drafter.reuse.read(History(text)), Draft(text[-1], 17)
         context: Any = SimpleNamespace(planner=planner, history=History(text))
@@ -154,7 +154,7 @@ def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
     assert all(max(step) == 2 * min(step) for step in steps)
     keys = drafter._now.tokens + 32
     promised = planner.best_rate(drafter._now.next, planner.draft_ms(1, keys))
-    assert planner._hope == promised
+    assert planner._expected_rate == promised
 
 
 def test_candidates_keep_the_chance_they_were_found_with() -> None:

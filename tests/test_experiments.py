@@ -22,7 +22,7 @@ from diversity import VARIANTS, means, self_bleu
 from peers import Paused, Task, Writer
 from tokenswift_py.errors import UserError
 from tokenswift_py.options import Options
-from workloads import FREE, continuation, free_run
+from workloads import WORKLOADS, continuation, free_run
 
 
 def stepping(*steps: list[int] | Exception) -> Callable[[], list[int]]:
@@ -133,7 +133,7 @@ def test_self_bleu_is_high_where_windows_repeat_one_another() -> None:
 
 def test_means_over_texts_and_variants_of_every_workload() -> None:
     assert means([{"a": 1, "b": None}, {"a": 2, "b": 3.0}]) == {"a": 1.5, "b": None}
-    for name in FREE:
+    for name in WORKLOADS:
         for settings in VARIANTS.values():
             Options.of(**{**free_run(name).settings, **settings})
 

@@ -32,7 +32,7 @@ from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.head_files import PACKAGED, find_heads, fingerprint, heads_file, read_heads, write_heads
 from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights
-from tokenswift_py.drafters.heads import UNLIKELY, Heads, Terms
+from tokenswift_py.drafters.heads import UNLIKELY, Gain, Heads
 from tokenswift_py.models.clock import HostClock
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
@@ -317,7 +317,7 @@ def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: A
         assert loop.stats.num_draft_tokens > 0 or size is None
 
 
-def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
+def extended(acceptance: list[list[float]], gain: Gain, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
     """What heads hang behind the second node of a draft; each of them took `ms` until now."""
     drafter, _, context = proposal(acceptance, 1)
     planner = Planner()
@@ -325,25 +325,25 @@ def extended(acceptance: list[list[float]], terms: Terms, budget: int = 9, ms: f
         planner.heads.observe(1, 0, ms)
     draft = Draft(9, budget)
     assert draft.guess(0, 7, Odds(0.5)) == 1
-    drafter.extend(draft, 1, torch.ones(E), SimpleNamespace(**{**vars(context), "planner": planner}), terms)
+    drafter.extend(draft, 1, torch.ones(E), SimpleNamespace(**{**vars(context), "planner": planner}), gain)
     return drafter, draft
 
 
 def test_heads_go_on_behind_their_likeliest_guess_as_long_as_that_pays() -> None:
     acceptance = [[0.5, 0.3], [0.8, 0.1]]
-    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.01))
+    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.01))
     assert list(zip(draft.tokens, draft.parents, strict=True))[2:] == [(0, 1), (1, 1), (0, 2), (1, 2)]
     assert draft.chances[2:] == pytest.approx([0.25, 0.15, 0.2, 0.025]), "chances multiply from the root on"
-    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.16))
+    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.16))
     assert draft.tokens[2:] == [0, 0], "a guess that is not worth its row is left out"
-    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance - 0.1 * rows))
+    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.1 * rows))
     assert draft.tokens[2:] == [0], "rows may cost the more the more there are"
-    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance), budget=4)
+    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance), budget=4)
     assert len(draft) == 4, "no more than there is room for"
-    drafter, draft = extended(acceptance, Terms(0.0, lambda chance, rows: chance), budget=2)
+    drafter, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance), budget=2)
     assert len(draft) == 2
     context: Any = SimpleNamespace(planner=Planner())
-    drafter.extend(draft, 1, torch.ones(E), context, Terms(0.0, lambda chance, rows: float("inf")))
+    drafter.extend(draft, 1, torch.ones(E), context, Gain(0.0, lambda chance, rows: float("inf")))
     assert not context.planner.heads.measured, "and where there is none heads are not asked"
 
 
@@ -356,10 +356,10 @@ def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> N
     asked = []
     for _ in range(30):
         draft = Draft(9, 9)
-        drafter.extend(draft, 0, torch.ones(E), context, Terms(0.0, lambda chance, rows: chance / 1e5))
+        drafter.extend(draft, 0, torch.ones(E), context, Gain(0.0, lambda chance, rows: chance / 1e5))
         asked.append(len(draft) > 1)
     assert asked[0] and not any(asked[9:]), "what saves microseconds is not worth a millisecond"
-    _, draft = extended(acceptance, Terms(0.0, lambda chance, rows: 2 * chance), ms=0.3)
+    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: 2 * chance), ms=0.3)
     assert len(draft) > 2
 
 
@@ -384,7 +384,7 @@ def test_a_guess_saves_no_more_of_a_draft_pass_than_its_token_is_worth(reached: 
 
 
 def test_what_became_of_heads_guesses_is_learned() -> None:
-    drafter, draft = extended([[0.5, 0.3]], Terms(0.0, lambda chance, rows: chance))
+    drafter, draft = extended([[0.5, 0.3]], Gain(0.0, lambda chance, rows: chance))
     before = [odds.chance for odds in drafter.odds[0]]
     draft.learn(Acceptance((0, 1), (7, 1)))
     assert drafter.odds[0][0].chance < before[0] and drafter.odds[0][1].chance > before[1]

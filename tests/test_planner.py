@@ -155,7 +155,7 @@ def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
 def test_what_is_hoped_for_counts_beside_what_rounds_tell() -> None:
     planner = planner_of(rounds=1)
     plain = planner.rate
-    planner.hope(3 * plain)
+    planner.expect_rate(3 * plain)
     assert 2.5 * plain < planner.rate <= 3 * plain, "the first trees are weighed against what they are to bring"
     for _ in range(48):
         planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
@@ -163,7 +163,7 @@ def test_what_is_hoped_for_counts_beside_what_rounds_tell() -> None:
     for _ in range(300):
         planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
     assert planner.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.02), "most of it, but never all"
-    planner.hope(0.1 * plain)
+    planner.expect_rate(0.1 * plain)
     assert planner.rate == pytest.approx(plain, rel=0.05), "no hope is plain decoding's rate"
 
 

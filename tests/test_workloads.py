@@ -28,7 +28,7 @@ class Encoded:
         self.input_ids, self.offset_mapping = input_ids, offset_mapping
 
 
-@pytest.mark.parametrize("name", workloads["FREE"])
+@pytest.mark.parametrize("name", workloads["WORKLOADS"])
 def test_a_free_run_is_one_that_generate_takes(name: str) -> None:
     run = workloads["free_run"](name)
     options = Options.of(chapters=run.chapters, max_new_tokens=100_000, **run.settings)

@@ -16,7 +16,7 @@ from tokenswift_py.human import CONTINUATIONS as CONTINUATIONS
 from tokenswift_py.human import continuation as continuation
 
 HERE = Path(__file__).resolve().parent
-FREE = ("story", "manual", "records")
+WORKLOADS = ("story", "manual", "records")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class FreeRun:
 
 
 def free_run(name: str) -> FreeRun:
-    """One of FREE. Raises ValueError for another name."""
-    if name not in FREE:
-        raise ValueError(f"workload: {name!r} is not allowed; one of {', '.join(FREE)}")
+    """One of WORKLOADS. Raises ValueError for another name."""
+    if name not in WORKLOADS:
+        raise ValueError(f"workload: {name!r} is not allowed; one of {', '.join(WORKLOADS)}")
     prompt, chapters, settings = (
         (HERE / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("prompt.txt", "chapters.txt", "json")
     )

@@ -89,7 +89,7 @@ def pooled(scores: FloatArray, keep: int) -> FloatArray:
     loose = scores[..., 1:last]
     centred = loose - loose.mean(-1, keepdims=True)
     spread = np.sqrt((centred**2).mean(-1, keepdims=True))
-    tells = spread > 1e-9 * np.abs(loose).max(-1, keepdims=True)  # else its differences are rounding
+    informative = spread > 1e-9 * np.abs(loose).max(-1, keepdims=True)  # else its differences are rounding
     total = np.zeros(scores.shape[-1])
-    total[1:last] = np.divide(centred, spread, out=np.zeros_like(centred), where=tells).sum((0, 1))
+    total[1:last] = np.divide(centred, spread, out=np.zeros_like(centred), where=informative).sum((0, 1))
     return total

@@ -34,7 +34,7 @@ class Planner:
         self.context = 0
         self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
         self._total_ms = 0.0
-        self._hope = 0.0  # tokens per millisecond
+        self._expected_rate = 0.0  # tokens per millisecond
         self._probe_ms: dict[str, float] = {}
         self._overhead_ms = 0.0
 
@@ -54,19 +54,19 @@ class Planner:
     def rate(self) -> float:
         """Tokens per millisecond that the text is being written at, and no less than plain decoding would give.
 
-        What drafters hope for counts as HOPED rounds beside the latest: weighed against plain decoding alone, the first
+        What drafters hope for counts as EXPECTED_ROUNDS rounds beside the latest: weighed against plain decoding alone, the first
         trees would hold guesses that do not pay. It never fades; where it did, texts were written 1 % slower.
         """
         plain = self.target(1, self.context) + self._overhead_ms
         if not plain:
             return 0.0
-        hoped = HOPED * plain if self._hope else 0.0
-        rounds = (self._tokens + hoped * self._hope) / max(self._ms + hoped, SHORTEST)
+        hoped = EXPECTED_ROUNDS * plain if self._expected_rate else 0.0
+        rounds = (self._tokens + hoped * self._expected_rate) / max(self._ms + hoped, SHORTEST)
         return max(1 / plain, rounds)
 
-    def hope(self, rate: float) -> None:
+    def expect_rate(self, rate: float) -> None:
         """A drafter expects to write so many tokens per millisecond."""
-        self._hope = rate
+        self._expected_rate = rate
 
     def worth(self, chance: float, ms: float) -> bool:
         """Whether a node that is emitted with this chance pays for its milliseconds."""
@@ -84,7 +84,7 @@ class Planner:
         """
         if self.fixed:
             return float("inf")
-        return self.token_ms(chance) - self.seat_ms(rows)
+        return self.token_ms(chance) - self.shared_row_ms(rows)
 
     def token_ms(self, chance: float) -> float:
         """Milliseconds that a token takes at the present rate, times this chance; without bound before any is known."""
@@ -109,7 +109,7 @@ class Planner:
         """What one more row costs in a verify pass of `rows`."""
         return self.target(rows + 1, self.context) - self.target(rows, self.context)
 
-    def seat_ms(self, rows: int) -> float:
+    def shared_row_ms(self, rows: int) -> float:
         """The same where a pass is padded: the next shape's cost, shared by all rows that have room in it."""
         return self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
 
@@ -160,4 +160,4 @@ LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
 PROBES = 0.01
 FREE_PROBES = 8
 ROUNDS = 48  # rounds after which one counts 1/e in the rate
-HOPED = 8  # rounds
+EXPECTED_ROUNDS = 8  # rounds

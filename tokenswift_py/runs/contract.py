@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
 # Options that change how fast a text is written, never the text.
-FREE = tuple(name for name, described in described_options().items() if not described.changes_text)
+SPEED_ONLY = tuple(name for name, described in described_options().items() if not described.changes_text)
 LARGE = 16 * 2**20  # bytes; less is hashed in no time
 # Keys of config.json that say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
@@ -60,7 +60,7 @@ def check_same(recorded: Mapping[str, Any], now: Mapping[str, Any], numerics: bo
     for name in ("tokenizer", "eos", *(("numerics",) if numerics else ())):
         check(now[name] == recorded[name], name, now[name], f"the run was written with {recorded[name]!r}")
     for name, value in recorded["parameters"].items():
-        if name not in (*FREE, "max_new_tokens"):
+        if name not in (*SPEED_ONLY, "max_new_tokens"):
             check_parameter(name, now["parameters"].get(name), value)
 
 

@@ -106,7 +106,7 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, **setting
     names = [type(processor).__name__ for processor in processors]
     contract.check_parameter("logits_processors", names, recorded["logits_processors"])
     for name, value in settings.items():
-        if name in recorded and name not in contract.FREE:
+        if name in recorded and name not in contract.SPEED_ONLY:
             contract.check_parameter(name, value, recorded[name])
     options = Options.of(**{**recorded, **settings, "logits_processors": processors})
     run = prepare(loaded, record.header["prompt"], options)
