@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from tokenswift_py import registry
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.options import Options
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
@@ -38,14 +40,31 @@ class Context:
     planner: Planner = field(default_factory=lambda: Planner(fixed=True))
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a drafter of a run may be made of.
+
+    second_model: of a drafter that has one, its `model` and `vocab_sizes`, as DraftModel takes them.
+    """
+
+    checkpoint: Checkpoint
+    second_model: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Drafter:
     """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text.
 
     needs: of "mass" and "queries", what the passes it sees the output of must report.
+    runs_target: whether it makes passes of the target with the draft's weights, or products with its LM head.
+    sees_views: whether these see views of the target's cache, of which an engine may keep copies.
+    has_second_model: whether it drafts with a model of its own, which of several ranks rank 0 alone holds.
     """
 
     name: str
     needs: frozenset[str] = frozenset()
+    runs_target = False
+    sees_views = False
+    has_second_model = False
 
     def prefill(self, context: Context, output: Output) -> None:
         """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
@@ -173,7 +192,29 @@ def host_array(x: torch.Tensor) -> FloatArray:
     return array
 
 
+FOLDER = "tokenswift_py.drafters"
+
+
 def create(name: str, **settings: Any) -> Drafter:
     """The drafter called `name`. Raises UserError for a name that no file carries."""
-    drafter: Drafter = registry.create("tokenswift_py.drafters", "DRAFTER", "drafter", name, **settings)
+    drafter: Drafter = registry.create(FOLDER, "DRAFTER", "drafter", name, **settings)
     return drafter
+
+
+def kind_of(name: str) -> type[Drafter]:
+    """The class of the drafter called `name`."""
+    kind: type[Drafter] = registry.module(FOLDER, "drafter", name).DRAFTER
+    return kind
+
+
+def for_run(options: Options, resources: Resources) -> Drafter:
+    """The drafter of a run: what its file's `create` makes of the options, or its class without settings."""
+    module = registry.module(FOLDER, "drafter", options.chosen_drafter)
+    make: Callable[[Options, Resources], Drafter] | None = getattr(module, "create", None)
+    made: Drafter = make(options, resources) if make else module.DRAFTER()
+    return made
+
+
+def width_of(options: Options) -> dict[str, Any]:
+    """With a fixed number of draft tokens a draft is one chain."""
+    return {} if options.draft_tokens is None else {"width": 1}

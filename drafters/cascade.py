@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.drafters.base import Resources, width_of
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.heads import for_checkpoint as heads_for
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
+from tokenswift_py.options import Options
 
 
 class Cascade(Partial):
@@ -23,11 +24,12 @@ class Cascade(Partial):
         super().__init__(**settings, reuse=NGram(shortest), heads=heads)
 
 
-def for_checkpoint(checkpoint: Checkpoint | None = None, path: str | None = None, **settings: Any) -> Cascade:
-    """The drafter with the heads that `path` names, see `heads.find_heads`; with none for None: those of the default
-    model do not pay beside the other tiers (`results/ablations.md`). Raises UserError where there are no such heads."""
-    heads = None if checkpoint is None or path is None else heads_for(checkpoint, path)
-    return Cascade(heads=heads, **settings)
+def create(options: Options, resources: Resources) -> Cascade:
+    """With heads where they are asked for: those of the default model do not pay beside the other tiers
+    (`results/ablations.md`). Raises UserError where there are no such heads."""
+    named = options.draft_heads
+    heads = None if named is None else heads_for(resources.checkpoint, named)
+    return Cascade(heads=heads, policy=options.draft_policy, view_tokens=options.draft_budget, **width_of(options))
 
 
-DRAFTER = for_checkpoint
+DRAFTER = Cascade

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
-from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
+from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, Resources, width_of
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.kvcache.policies.recent import Recent
+from tokenswift_py.options import Options
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.planner import Planner
 
@@ -36,6 +37,7 @@ class DraftModel(Drafter):
     """
 
     name = "draft_model"
+    has_second_model = True
 
     def __init__(
         self,
@@ -164,5 +166,11 @@ def bounded_cache(model: Model, tokens: int) -> KVCache:
 SPREAD = 1.0  # expected of a smaller model's errors, in units of logit
 CHUNK = 512  # rows of a pass that only reads
 JOINED = 32  # rows that the first guess's pass reads beside the pending token's
+
+
+def create(options: Options, resources: Resources) -> DraftModel:
+    kept = options.draft_budget or options.kv_budget
+    return DraftModel(keep_tokens=kept, **width_of(options), **resources.second_model)
+
 
 DRAFTER = DraftModel

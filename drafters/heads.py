@@ -17,9 +17,10 @@ import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
-from tokenswift_py.drafters.base import Context, Draft, Drafter
+from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.head_weights import HeadWeights
+from tokenswift_py.options import Options
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.sampling.reference import NumericsError
 
@@ -64,6 +65,7 @@ class Heads(Drafter):
     """
 
     name = "heads"
+    runs_target = True
 
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
         self.weights = weights
@@ -182,8 +184,8 @@ class Heads(Drafter):
             ms = cost(1, 0)
             unknown = branch.chance * (1 - gain.known)
             gains = (gain.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
-            gain = sum(takewhile(lambda saved: saved > 0, gains))
-            if cost.measured and gain <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
+            saved_ms = sum(takewhile(lambda saved: saved > 0, gains))
+            if cost.measured and saved_ms <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
             lap = context.draft_model.clock.start()
             [(x, guesses)] = self.ask(head, [branch], context)
@@ -239,4 +241,8 @@ def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
     return Heads(weights, checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"])
 
 
-DRAFTER = for_checkpoint
+def create(options: Options, resources: Resources) -> Heads:
+    return for_checkpoint(resources.checkpoint, options.draft_heads)
+
+
+DRAFTER = Heads

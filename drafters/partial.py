@@ -8,7 +8,7 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
-from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, committed
+from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, Resources, committed, width_of
 from tokenswift_py.drafters.chain import Confidence, Experience
 from tokenswift_py.drafters.heads import Gain, Heads
 from tokenswift_py.drafters.ngram import Match, NGram
@@ -16,6 +16,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.options import Options
 from tokenswift_py.planning.planner import Planner
 
 
@@ -45,6 +46,7 @@ class Partial(Drafter):
     """
 
     name = "partial"
+    runs_target = sees_views = True
 
     def __init__(
         self,
@@ -286,5 +288,10 @@ SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits)
 GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
 AHEAD = 6  # repeats checked by one draft pass
 MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
+
+
+def create(options: Options, resources: Resources) -> Partial:
+    return Partial(options.draft_policy, options.draft_budget, **width_of(options))
+
 
 DRAFTER = Partial

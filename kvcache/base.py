@@ -107,7 +107,8 @@ class EvictionPolicy(Protocol):
     it was asked for scores. A page of which it knows nothing (no row it was shown attended to it) scores 0; before
     the first row all pages do, and `select` keeps the latest.
 
-    needs: of "mass" and "queries", what full-view passes must report to `observe`.
+    needs: of "mass" and "queries", what full-view passes must report to `observe`; and "bounds", where `score` asks the
+           pool for bounds of each page's keys, which take memory.
     """
 
     name: str

@@ -20,7 +20,8 @@ MAPPED = ("drafters", "kvcache", "kernels")  # stand at the root, are imported a
 
 LEAVES = {"tokenswift_py.errors", "tokenswift_py.registry"}
 NOUNS = {
-    f"tokenswift_py.{name}" for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints")
+    f"tokenswift_py.{name}"
+    for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints", "options")
 }
 ALLOWED = {
     "kernels": LEAVES | {"tokenswift_py.kernels"},

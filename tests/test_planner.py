@@ -152,7 +152,7 @@ def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
     assert planner.rate == pytest.approx(before, rel=0.1)
 
 
-def test_what_is_hoped_for_counts_beside_what_rounds_tell() -> None:
+def test_what_is_expected_counts_beside_what_rounds_tell() -> None:
     planner = planner_of(rounds=1)
     plain = planner.rate
     planner.expect_rate(3 * plain)
@@ -164,7 +164,7 @@ def test_what_is_hoped_for_counts_beside_what_rounds_tell() -> None:
         planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
     assert planner.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.02), "most of it, but never all"
     planner.expect_rate(0.1 * plain)
-    assert planner.rate == pytest.approx(plain, rel=0.05), "no hope is plain decoding's rate"
+    assert planner.rate == pytest.approx(plain, rel=0.05), "nothing expected is plain decoding's rate"
 
 
 SHAPES = (1, 2, 4, 8, 16, 32, 64)

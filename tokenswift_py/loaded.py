@@ -10,6 +10,7 @@ import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.loading import open_draft_checkpoint
+from tokenswift_py.drafters.base import kind_of
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.executors import Executor
@@ -36,7 +37,7 @@ class LoadedModel:
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
-        as policy quest reads them. dtype: None is the executor's."""
+        which some policies read. dtype: None is the executor's."""
         spec, padded = self.checkpoint.spec, self.executor.padded_head
         pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
         bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
@@ -50,7 +51,7 @@ class LoadedModel:
     def draft(self, options: Options) -> LoadedModel | None:
         """The smaller model of drafter draft_model, loaded at its first use; of several ranks rank 0 has it whole, and
         the others have none, for its trees are theirs. Raises UserError."""
-        if options.chosen_drafter != "draft_model" or not self.executor.ranks.leads:
+        if not kind_of(options.chosen_drafter).has_second_model or not self.executor.ranks.leads:
             return None
         assert options.draft_model is not None
         key = (options.draft_model, options.draft_weights)

@@ -17,12 +17,11 @@ from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import token_ids
 
 if TYPE_CHECKING:
-    from tokenswift_py.checkpoints.checkpoint import Checkpoint
+    pass
 
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 DRAFT_KV = ("auto", "own", "int8")
-SELF_DRAFTERS = ("partial", "cascade")  # those that run the model over a view of its cache
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
 
@@ -341,19 +340,6 @@ class Options:
         if self.drafter != "auto":
             return self.drafter
         return "draft_model" if self.draft_model is not None else AUTO_DRAFTER
-
-    def drafter_settings(self, checkpoint: Checkpoint) -> tuple[str, dict[str, Any]]:
-        """The drafter's name and what its constructor takes, but for the model of a draft model."""
-        name = self.chosen_drafter
-        width = {} if self.draft_tokens is None else {"width": 1}
-        if name == "draft_model":
-            return name, {"keep_tokens": self.draft_budget or self.kv_budget, **width}
-        heads = {"checkpoint": checkpoint, "path": self.draft_heads} if name in ("cascade", "heads") else {}
-        if name in SELF_DRAFTERS:
-            return name, {"policy": self.draft_policy, "view_tokens": self.draft_budget, **width, **heads}
-        if name == "heads":
-            return name, heads
-        return name, {}
 
 
 def described_options() -> dict[str, Description]:

@@ -17,8 +17,13 @@ def names(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(path) if m.name not in SHARED and not m.name.startswith("_"))
 
 
-def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:
-    """Make what file `name` of the folder calls `attribute`. Raises UserError, naming `field`, if there is none."""
+def module(package: str, field: str, name: str) -> Any:
+    """File `name` of the folder. Raises UserError, naming `field`, if there is none."""
     known = names(package)
     check(name in known, field, name, f"known are {', '.join(known)}")
-    return getattr(importlib.import_module(f"{package}.{name}"), attribute)(**settings)
+    return importlib.import_module(f"{package}.{name}")
+
+
+def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:
+    """Make what file `name` of the folder calls `attribute`. Raises UserError, naming `field`, if there is none."""
+    return getattr(module(package, field, name), attribute)(**settings)

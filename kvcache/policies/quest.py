@@ -17,6 +17,7 @@ class Quest(LastQueries):
     """
 
     name = "quest"
+    needs = frozenset({"queries", "bounds"})
 
     def worth(self, pool: PagePool, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         low, high = pool.key_bounds(pages)  # [layers, kv_heads, pages, head_dim]

@@ -54,14 +54,14 @@ class Planner:
     def rate(self) -> float:
         """Tokens per millisecond that the text is being written at, and no less than plain decoding would give.
 
-        What drafters hope for counts as EXPECTED_ROUNDS rounds beside the latest: weighed against plain decoding alone, the first
-        trees would hold guesses that do not pay. It never fades; where it did, texts were written 1 % slower.
+        What drafters expect counts as EXPECTED_ROUNDS rounds beside the latest: weighed against plain decoding alone,
+        the first trees would hold guesses that do not pay. It never fades; where it did, texts were written 1 % slower.
         """
         plain = self.target(1, self.context) + self._overhead_ms
         if not plain:
             return 0.0
-        hoped = EXPECTED_ROUNDS * plain if self._expected_rate else 0.0
-        rounds = (self._tokens + hoped * self._expected_rate) / max(self._ms + hoped, SHORTEST)
+        expected = EXPECTED_ROUNDS * plain if self._expected_rate else 0.0
+        rounds = (self._tokens + expected * self._expected_rate) / max(self._ms + expected, SHORTEST)
         return max(1 / plain, rounds)
 
     def expect_rate(self, rate: float) -> None:

@@ -9,9 +9,9 @@ from tokenswift_py import registry
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
-from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.options import SELF_DRAFTERS, Options
+from tokenswift_py.options import Options
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
 
 def decode_loop(loaded: LoadedModel, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> DecodeLoop:
     options = run.options
-    drafter, settings = options.drafter_settings(loaded.checkpoint)
-    if drafter == "draft_model" and loaded.executor.ranks.leads:
-        settings |= run.draft_model
-    elif drafter == "draft_model":
-        drafter, settings = "none", {}
     with loaded.executor.ranks.same_fate():
-        chosen = create(drafter, **settings)
+        if kind_of(options.chosen_drafter).has_second_model and not loaded.executor.ranks.leads:
+            chosen = create("none")  # rank 0's trees are verified
+        else:
+            chosen = for_run(options, Resources(loaded.checkpoint, run.second_model))
     if loaded.executor.ranks.world > 1:
         loaded.executor.ranks.agree("the draft heads", chosen.alike())
     eos = loaded.checkpoint.eos
@@ -60,7 +58,7 @@ def decode_loop(loaded: LoadedModel, run: Run, trace: Trace | None = None, cache
         options.draft_tokens,
         want_logprobs=options.logprobs,
         draft_model=loaded.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
-        if drafter in (*SELF_DRAFTERS, "heads")
+        if chosen.runs_target
         else None,
         trace=trace,
         eviction=eviction,

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.drafters.base import VIEWS
+from tokenswift_py.drafters.base import VIEWS, kind_of
 from tokenswift_py.errors import UserError, about, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
-from tokenswift_py.options import CHECKPOINT_DEFAULTS, SELF_DRAFTERS, Options
+from tokenswift_py.options import CHECKPOINT_DEFAULTS, POLICIES, Options
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Record
 from tokenswift_py.sampling.processors import check_processors
@@ -31,7 +32,7 @@ logger = logging.getLogger("tokenswift")
 class Run:
     """A run that passed every check and has not begun.
 
-    draft_model: what the drafter of this name is made with.
+    second_model: what a drafter that has one is made with.
     stop_tokens: ids of the tokens that end the text as stop strings do.
     """
 
@@ -41,7 +42,7 @@ class Run:
     sampling: SamplingParams
     context: int
     rope: RopeTables
-    draft_model: Mapping[str, Any] = field(default_factory=dict)
+    second_model: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: tuple[int, ...] = ()
 
     def parameters(self) -> dict[str, Any]:
@@ -81,9 +82,9 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options) -> Run:
     tables = rope_bytes(checkpoint.config, context)
     what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
     what += f" with RoPE tables of {context} positions"
-    bounds = "quest" in (options.draft_policy, options.kv_policy)
+    bounds = reads_bounds(options.draft_policy) or reads_bounds(options.kv_policy)
     own_bytes = loaded.kv_bytes(kept, bounds) // loaded.executor.ranks.world + tables
-    if options.chosen_drafter in SELF_DRAFTERS and loaded.executor.reads_copies(options.draft_kv):
+    if kind_of(options.chosen_drafter).sees_views and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
         draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
     check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
@@ -130,6 +131,11 @@ def resolved_positions(loaded: LoadedModel, settings: Mapping[str, Any], recorde
         asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
     found = chosen_positions(loaded.checkpoint.config, recorded["context"], Positions(*asked.values()))
     return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
+
+
+def reads_bounds(policy: str | None) -> bool:
+    """Whether a policy has bounds of all pages' keys kept."""
+    return policy is not None and "bounds" in registry.module(POLICIES, "policy", policy).POLICY.needs
 
 
 def check_snapshot(wanted: bool, options: Options) -> None:
