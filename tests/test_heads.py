@@ -28,7 +28,7 @@ from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Se
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
-from tokenswift_py.drafters.base import Draft, create
+from tokenswift_py.drafters.base import Draft, Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.head_files import PACKAGED, find_heads, fingerprint, heads_file, read_heads, write_heads
 from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights
@@ -37,6 +37,7 @@ from tokenswift_py.models.clock import HostClock
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.options import Options
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
@@ -612,12 +613,15 @@ def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint
 
 
 def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None:
+    def made(**settings: Any) -> Any:
+        return for_run(Options(drafter="cascade", **settings), Resources(checkpoint))
+
     with pytest.raises(UserError, match=r"draft_heads: 'auto' .*there are none"):
-        create("cascade", checkpoint=checkpoint, path="auto")
+        made(draft_heads="auto")
     file = heads_file(cache_folder(), fingerprint(checkpoint))
     write_heads(replace(random_heads("medusa"), model=fingerprint(checkpoint)), file)
-    assert create("cascade", checkpoint=checkpoint, path="auto").heads.weights.form == "medusa"
-    assert create("cascade", checkpoint=checkpoint).heads is None and create("cascade").heads is None
+    assert made(draft_heads="auto").heads.weights.form == "medusa"
+    assert made().heads is None
 
 
 def test_a_step_without_rows_proposes_nothing() -> None:
