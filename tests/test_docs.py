@@ -1,7 +1,10 @@
 """What the pages of docs/ say can be relied on: links lead somewhere, fields are documented, recipes run."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,17 @@ def test_the_recipes_run(
     drafted = tiny.generate("the cat sat on the", **settings, **sampling)
     assert drafted.tokens == tiny.generate("the cat sat on the", drafter="none", **sampling).tokens
     assert drafted.stats.num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.name)
+def test_the_examples_run(script: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    folder = [str(tmp_path / "run")] if script.name == "resume.py" else []
+    command = [sys.executable, str(script), *folder, str(tmp_path / "model")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 20
+    assert "identical: False" not in done.stdout and "proven: False" not in done.stdout
+    assert len(script.read_text(encoding="utf-8").splitlines()) < 35

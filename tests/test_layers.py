@@ -186,6 +186,19 @@ def test_an_allowed_import_passes(where, source):
     assert faults(source, where) == []
 
 
+CROWDED = {"policies", "drafters", "cli", "experiments", "tests"}  # folders that may have more than MOST_FILES
+MOST_FILES, MOST_LINES = 12, 350
+LONG = {"tokenswift_py/options.py"}  # modules that say why they are longer
+
+
+def test_rooms_are_small():
+    for folder in [ROOT / "tokenswift_py", *(p for p in (ROOT / "tokenswift_py").rglob("*") if p.is_dir())]:
+        assert folder.name in CROWDED or len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+    lengths = {p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines())
+               for p in files("tokenswift_py")}  # fmt: skip
+    assert {name for name, length in lengths.items() if length > MOST_LINES} == LONG
+
+
 def circles(arrows: dict[str, set[str]]) -> list[str]:
     """The modules from which a walk along the arrows comes back to where it began."""
 

@@ -1,4 +1,7 @@
-"""What a run can be asked for: the parameters of `TokenSwift.generate`, which are the flags of the command line."""
+"""What a run can be asked for: the parameters of `TokenSwift.generate`, which are the flags of the command line.
+
+The module is longer than others because it is one table: every option with its checks and its help, and nowhere else.
+"""
 
 from __future__ import annotations
 
