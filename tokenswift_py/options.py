@@ -49,7 +49,9 @@ class Whole:
 
 @dataclass(frozen=True)
 class Number:
-    """A number, whose range `SamplingParams` checks."""
+    """A number, `whole` or not, whose range `SamplingParams` checks."""
+
+    whole: bool = False
 
     def check(self, name: str, value: Any) -> None:
         """Nothing is left to check."""
@@ -258,7 +260,7 @@ class Options:
         "written, in order; drafters guess without them, but for those that keep no state and say so (`pure = True`)",
     )  # fmt: skip
     temperature: float | None = option(None, "sampling", Number(), "0 is greedy", f"{CHECKPOINTS}, else 0")
-    top_k: int | None = option(None, "sampling", Number(), "keep the k best tokens; 0 is off", CHECKPOINTS)
+    top_k: int | None = option(None, "sampling", Number(whole=True), "keep the k best tokens; 0 is off", CHECKPOINTS)
     top_p: float | None = option(
         None, "sampling", Number(), "keep the best tokens of this much mass; 1 is off", CHECKPOINTS
     )
@@ -267,11 +269,11 @@ class Options:
     )
     penalty: float | None = option(None, "sampling", Number(), "contextual penalty; 1 is off", CHECKPOINTS)
     penalty_window: int | None = option(
-        None, "sampling", Number(), "of the latest tokens", "1024; with the checkpoint's penalty: all"
+        None, "sampling", Number(whole=True), "of the latest tokens", "1024; with the checkpoint's penalty: all"
     )
     dry_multiplier: float = option(0.0, "sampling", Number(), "DRY repetition penalty; 0 is off")
     dry_base: float = option(1.75, "sampling", Number(), "its growth per repeated token")
-    dry_length: int = option(2, "sampling", Number(), "longest repeat that goes unpunished")
+    dry_length: int = option(2, "sampling", Number(whole=True), "longest repeat that goes unpunished")
     dry_breakers: Sequence[str] = option(
         ("\n", ":", '"', "*"), "sampling", Texts(), "no repeat is counted across these"
     )
@@ -279,8 +281,8 @@ class Options:
         None, "sampling", Tokens(optional=True), "token ids or one-token texts, never written", CHECKPOINTS
     )
     logit_bias: Mapping[int, float] = option(dict, "sampling", Biases(), "added to a token's logit")
-    seed: int | None = option(None, "sampling", Number(), "of the noise", "random, and recorded")
-    stream: int = option(0, "python", Number(), "number of a sample of one prompt, with noise of its own")
+    seed: int | None = option(None, "sampling", Number(whole=True), "of the noise", "random, and recorded")
+    stream: int = option(0, "python", Number(whole=True), "number of a sample of one prompt, with noise of its own")
 
     def __post_init__(self) -> None:
         for name, described in described_options().items():

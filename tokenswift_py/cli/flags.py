@@ -8,16 +8,14 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.options import Choice, Named, Number, Options, Switch, Whole, described_options
+from tokenswift_py.options import Choice, Description, Named, Number, Options, Switch, Whole, described_options
 from tokenswift_py.version import __version__
 
-# What is typed, by the kind of its option. The others have flags of their own below.
-TYPED: dict[type, Callable[[str], Any]] = {Whole: whole, Number: number, Choice: str, Named: str}
-WHOLE = ("top_k", "penalty_window", "dry_length", "seed")  # of the numbers
+TYPED = (Whole, Number, Choice, Named)  # kinds of options whose value is one word; other flags stand below
 SINGLE = tuple(
     name
     for name, described in described_options().items()
-    if type(described.kind) in (*TYPED, Switch) and described.group != "python"
+    if isinstance(described.kind, (*TYPED, Switch)) and described.group != "python"
 )
 
 
@@ -74,9 +72,8 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         if isinstance(described.kind, Switch):
             groups[described.group].add_argument(flag, action="store_true", help=described.help)
         else:
-            typed = whole if name in WHOLE else TYPED[type(described.kind)]
             told = described.help + told_default(name)
-            groups[described.group].add_argument(flag, type=typed, default=defaults[name], help=told)
+            groups[described.group].add_argument(flag, type=typed(described), default=defaults[name], help=told)
     sampling = groups["sampling"]
     sampling.add_argument(
         "--dry-breakers", nargs="*", action="extend", metavar="TEXT", help=options["dry_breakers"].help
@@ -108,6 +105,13 @@ def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> di
     nothing = argparse.Namespace(**{action.dest: None for action in root._actions})
     given = vars(root.parse_args(arguments, nothing))
     return {name: value for name, value in given.items() if value is not None}
+
+
+def typed(described: Description) -> Callable[[str], Any]:
+    """What makes a value of the word on the command line."""
+    if isinstance(described.kind, Whole) or (isinstance(described.kind, Number) and described.kind.whole):
+        return whole
+    return number if isinstance(described.kind, Number) else str
 
 
 def told_default(name: str) -> str:
