@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from conftest import decoder_of, tiny_config, tiny_model, tiny_tokenizer, weights_of
+from samplings import PROMPT, samplers
 from scripted import write
-from test_output_law import PROMPT, samplers
+from small_models import SMALLER, saved
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, SamplingParams
 from tokenswift_py.drafters.base import Context, create
@@ -25,7 +26,6 @@ from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
 
 SAMPLED = SamplingParams(temperature=0.9, min_p=0.02, penalty=1.1, dry_multiplier=0.5, seed=3)
-SMALLER = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 
 
 def native_of(model: Any, context: int = 512) -> NativeDecoder:
@@ -224,14 +224,6 @@ def test_a_draft_that_is_never_right_is_soon_left_alone(target: Model) -> None:
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of one layer with the tokenizer of `tiny_folder`, trained for 160 positions."""
     return saved(tmp_path_factory.mktemp("drafts") / "smaller")
-
-
-def saved(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
-    tokenizer = tokenizer or tiny_tokenizer()
-    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 160, **SMALLER, **changes}
-    tiny_model(tiny_config(**shape), torch.float32, seed=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=["native", "torch"])

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from conftest import tiny_config, tiny_model, weights_of
+from random_heads import E, K, V, random_heads
+from samplings import PROMPT, samplers
 from scripted import write
-from test_output_law import PROMPT, samplers
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
@@ -42,29 +43,10 @@ from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
 
-E, V, K = 48, 61, 3
-
 
 def drafting(**parts: Any) -> Any:
     """A context of which only these parts are looked at."""
     return SimpleNamespace(planner=Planner(fixed=True), **parts)
-
-
-def random_heads(form: str, own_head: bool = False, hidden: int = E, vocab: int = V, seed: int = 0) -> HeadWeights:
-    draw = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw)
-
-    if form == "medusa":
-        tensors = {"weight": normal(K, 2, hidden, hidden) / 7, "bias": normal(K, 2, hidden)}
-        if own_head:
-            tensors["head"] = normal(K, vocab, hidden)
-    else:
-        tensors = {"weight": normal(K, hidden, hidden), "norm_in": normal(K, hidden), "norm_out": normal(K, hidden)}
-        if form == "recurrent":
-            tensors["token"] = normal(K, hidden, hidden)
-    return HeadWeights(form, tensors, 1e-5)
 
 
 def embedding_of(decoder: Any) -> torch.Tensor:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
+from random_heads import random_heads
 from scripted import write
-from test_heads import random_heads
-from test_policies import NAMES
+from tokenswift_py import registry
 from tokenswift_py.core import Model, Output, SamplingParams, Segment
 from tokenswift_py.drafters.base import Drafter, create
 from tokenswift_py.drafters.cascade import Cascade
@@ -38,6 +38,7 @@ PARAMS = {
         temperature=0.8, min_p=0.02, penalty=1.1, penalty_window=64, dry_multiplier=0.5, ban=(7,), seed=5
     ),
 }
+NAMES = registry.names("tokenswift_py.kvcache.policies")
 SIZES = {"fixed trees": 6, "planned trees": None}
 WINDOW = 230  # of the sliding ones: the latest row's reaches over four full pages
 

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flags import with_flags
+from journals import cut_short
+from random_heads import random_heads
 from scripted import write
-from test_heads import random_heads
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import SamplingParams
@@ -309,23 +310,13 @@ def run(swift: TokenSwift, tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "run", stream.result()
 
 
-def cut(folder: Path, count: int) -> None:
-    """Leave the record of `count` tokens, as if the process had been killed there."""
-    record = journal.read(folder)
-    shutil.rmtree(folder)
-    again = Journal.create(folder, {k: v for k, v in record.header.items() if k != "version"})
-    for token, forced in zip(record.tokens[:count], record.forced, strict=False):
-        again._pending.append((token, forced))
-    again.close()
-
-
 def test_a_recorded_run_goes_on_where_it_was_cut(swift: TokenSwift, run: tuple[Path, Any]) -> None:
     folder, whole = run
     record = journal.read(folder)
     assert record.tokens == whole.tokens and record.chosen == whole.report["new_tokens"]
     assert whole.forced, "the run has a second chapter"
     for count in (0, 1, whole.forced[0][0], whole.forced[0][1] + 1, len(whole.tokens) - 1, len(whole.tokens)):
-        cut(folder, count)
+        cut_short(folder, count)
         with swift.resume(folder, drafter="partial") as stream:
             pieces = list(stream)
         again = stream.result()
@@ -357,7 +348,7 @@ def test_a_run_goes_on_with_drafts_that_see_a_few_pages(
         list(stream)
     assert stream.tokens == plain.tokens
     for count in (1, 37, 64, 75):
-        cut(folder, count)
+        cut_short(folder, count)
         seen.clear()
         with swift.resume(folder) as stream:
             list(stream)
@@ -379,7 +370,7 @@ def test_extending_writes_what_a_longer_run_writes(swift: TokenSwift, tmp_path: 
         longer = swift.generate("the cat", **{**plain, "max_new_tokens": target})
         assert stream.result().tokens == longer.tokens and stream.result().text == longer.text
         assert journal.read(tmp_path / "run").max_new_tokens == target
-    cut(tmp_path / "run", 100)
+    cut_short(tmp_path / "run", 100)
     with pytest.raises(UserError, match=r"extend: 5 is not allowed; the run is not finished \(100 of 120 tokens\)"):
         swift.resume(tmp_path / "run", extend=5)
     Journal.open(tmp_path / "run").close()  # a refusal gives the lock back
@@ -479,7 +470,7 @@ def test_a_snapshot_spares_the_prefill_and_is_checked(
     shutil.move(folder / NAME, folder / "run" / NAME)
     every = resumed(swift, folder / "run", whole)
     for damaged, spared in ((None, 2), (1, 1), (0, 0)):
-        cut(folder / "run", length)
+        cut_short(folder / "run", length)
         (folder / "run" / "kv").mkdir(exist_ok=True)
         for number, path in enumerate(shards):
             broken = bytearray(data[number])

@@ -2,110 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 
-from tokenswift_py.core import DraftTree, Segment, TreeBuilder
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend, AttentionSegment
+from scenes import DEVICE, LAYERS, Scene, ladder, new_pool, prefilled, random_tree, random_view
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
 from tokenswift_py.kernels.sdpa import SDPA
-from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.rows import lay_out
 
-LAYERS, CONTEXT = 2, 512
 PREFIXES = (0, 1, 63, 64, 65, 200)
-DEVICE = torch.device("cpu")
-
-
-def new_pool(
-    kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64, device: torch.device = DEVICE
-) -> TorchPagePool:
-    """All lanes NaN, and pages handed out in no order."""
-    pool = TorchPagePool(LAYERS, kv_heads, head_dim, 48, dtype, device)
-    pool.keys.fill_(torch.nan)
-    pool.values.fill_(torch.nan)
-    np.random.default_rng(1).shuffle(pool._free)
-    return pool
-
-
-def fill(pool: TorchPagePool, slots: np.ndarray) -> None:
-    at = torch.from_numpy(slots.astype(np.int64)).to(pool.keys.device)
-    for layer in range(pool.layers):
-        shape = (len(slots), pool.kv_heads, pool.keys.shape[-1])
-        pool.write(layer, at, torch.randn(shape).to(pool.keys), torch.randn(shape).to(pool.keys))
-
-
-def prefilled(pool: TorchPagePool, length: int) -> KVCache:
-    cache = KVCache(pool, CONTEXT)
-    fill(pool, cache.append(np.arange(length, dtype=np.int32), True))
-    cache.commit(range(length))
-    return cache
-
-
-def random_tree(rng: np.random.Generator, nodes: int) -> DraftTree:
-    builder = TreeBuilder(0)
-    while len(builder) < nodes:
-        builder.add(int(rng.integers(len(builder))), len(builder))
-    return builder.build()
-
-
-def random_view(rng: np.random.Generator, cache: KVCache, count: int) -> PageView:
-    """Other pages for each layer and head."""
-    pages = np.arange(cache.full_pages)
-    chosen = [[np.sort(rng.permutation(pages)[:count]) for _ in range(cache.pool.kv_heads)] for _ in range(LAYERS)]
-    return PageView(np.array(chosen, np.int32).reshape(LAYERS, cache.pool.kv_heads, min(count, len(pages))))
-
-
-@dataclass
-class Scene:
-    """Segments laid out, the pool written, queries drawn."""
-
-    pool: TorchPagePool
-    segments: tuple[AttentionSegment, ...]
-    q: torch.Tensor
-
-    @classmethod
-    def of(cls, segments: Sequence[Segment], group: int) -> Scene:
-        rows = lay_out(segments)
-        pool = segments[0].cache.pool
-        assert isinstance(pool, TorchPagePool)
-        fill(pool, rows.slots)
-        shape = (len(rows.tokens), pool.kv_heads * group, pool.keys.shape[-1])
-        return cls(pool, rows.segments, torch.randn(shape).to(pool.keys))
-
-    def attend(self, backend: AttentionBackend, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = backend.prepare(self.segments, self.q.device)
-        last = max(int(segment.positions.max()) for segment in self.segments)
-        kind = torch.promote_types(self.q.dtype, torch.float32)
-        shape = (len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1)
-        mass = torch.full(shape, torch.nan, dtype=kind, device=self.q.device)
-        keys, values = self.pool.keys[layer], self.pool.values[layer]
-        out = backend.attend(plan, layer, self.q, keys, values, window, mass)
-        if not isinstance(backend, Naive):
-            assert torch.equal(out, backend.attend(plan, layer, self.q, keys, values, window))
-        return out, mass
-
-    def agree(
-        self,
-        window: int | None = None,
-        tolerance: float = 1e-12,
-        backend: AttentionBackend = SDPA(),  # noqa: B008
-        layers: Sequence[int] = range(LAYERS),
-    ) -> None:
-        for layer in layers:
-            out, mass = self.attend(backend, layer, window)
-            true, true_mass = self.attend(Naive(), layer, window)
-            assert out.dtype == self.q.dtype and not true.isnan().any()
-            torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(mass, true_mass, rtol=tolerance, atol=tolerance)
-            group = self.q.shape[1] // self.pool.kv_heads
-            torch.testing.assert_close(mass.sum(-1), torch.full_like(mass[..., 0], group))
 
 
 @pytest.fixture(autouse=True)
@@ -210,15 +119,6 @@ def test_lanes_that_no_row_attends_to_may_hold_anything(count: int | None) -> No
                 for part in (scene.pool.keys, scene.pool.values):
                     part[layer, head].flatten(0, 1)[torch.from_numpy(unseen)] = torch.nan
         scene.agree(window)
-
-
-def ladder(rungs: int) -> DraftTree:
-    """Two children at every step."""
-    builder, node = TreeBuilder(0), 0
-    for rung in range(rungs):
-        builder.add(node, 100 + rung)
-        node = builder.add(node, rung) or 0
-    return builder.build()
 
 
 @pytest.mark.parametrize("backend", [Naive(), SDPA()])

@@ -199,6 +199,14 @@ def test_rooms_are_small():
     assert {name for name, length in lengths.items() if length > MOST_LINES} == LONG
 
 
+def test_no_test_imports_another():
+    """What several share is in tests/support."""
+    tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    for path in files("tests"):
+        where = path.relative_to(ROOT).as_posix()
+        assert not tests & {name for name, _ in imports(path.read_text(encoding="utf-8"), where)}, where
+
+
 def circles(arrows: dict[str, set[str]]) -> list[str]:
     """The modules from which a walk along the arrows comes back to where it began."""
 

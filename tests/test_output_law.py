@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import decoder_of, tiny_config, tiny_model
+from samplings import PROMPT, samplers
 from scripted import Scripted, write
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.loop import DecodeLoop
@@ -22,20 +22,6 @@ from tokenswift_py.kvcache import pages
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 
-PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
-
-samplers = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.7, 1.3]),
-    top_k=st.sampled_from([0, 20]),
-    top_p=st.sampled_from([1.0, 0.9]),
-    min_p=st.sampled_from([0.0, 0.05]),
-    penalty=st.sampled_from([1.0, 1.2]),
-    penalty_window=st.sampled_from([8, 1024]),
-    dry_multiplier=st.sampled_from([0.0, 0.8]),
-    dry_breakers=st.sampled_from([(), (3, 4)]),
-    seed=st.integers(0, 2**64 - 1),
-)
 drafters = st.one_of(
     st.builds(lambda n: ("ngram", {"shortest": n}), st.integers(1, 3)),
     st.builds(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from conftest import tiny_model, weights_of
-from test_native import CONTEXT, config_of, prefill, quantised, tokens
-from test_native import isa as isa
+from native_rows import CONTEXT, config_of, prefill, quantised, tokens
+from native_rows import isa as isa
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError

@@ -25,9 +25,9 @@ import torch
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from interpreter import DEVICE
+from random_heads import random_heads
 from scripted import Scripted, write
-from test_draft_model import saved
-from test_heads import random_heads
+from small_models import saved
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.checkpoints.stored_tensors import StoredTensors, weight_files

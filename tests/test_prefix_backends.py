@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_kernels import Scene, ladder, new_pool, prefilled, random_tree, random_view
+from scenes import Scene, ladder, new_pool, prefilled, random_tree, random_view
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
-from test_journal import cut
-from test_native import assert_row_law, extend, one_by_one, prefill, random_tree, tokens
+from journals import cut_short
+from native_rows import assert_row_law, extend, one_by_one, prefill, random_tree, tokens
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import DraftTree, Output, Segment
 from tokenswift_py.drafters.base import committed
@@ -428,7 +428,7 @@ def test_runs_are_resumed_and_audited(swift: TokenSwift, tmp_path: Path) -> None
         list(stream)
     assert stream.tokens == plain.tokens
     for count in (1, 40, 89):
-        cut(tmp_path / "run", count)
+        cut_short(tmp_path / "run", count)
         with swift.resume(tmp_path / "run", drafter="ngram") as again:
             list(again)
         assert again.tokens == plain.tokens
@@ -443,7 +443,7 @@ def test_a_run_is_resumed_with_the_flags_that_it_was_begun_with(swift: TokenSwif
         with swift.stream(prompt, out=tmp_path / name, **flags, **RUN) as stream:
             list(stream)
         assert stream.run.rope.positions.scheme == ("log-extend" if name == "beyond" else "trained")
-        cut(tmp_path / name, 30)
+        cut_short(tmp_path / name, 30)
         with swift.resume(tmp_path / name, **flags) as again:
             list(again)
         assert again.tokens == stream.tokens

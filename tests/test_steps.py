@@ -19,7 +19,6 @@ from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE, INTERPRETED
 from recording import Tape, record
 from scripted import Scripted, write
-from test_triton import Reads, reads
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
@@ -33,6 +32,7 @@ from tokenswift_py.models.captured import Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.sampling.triton import TritonSampler
+from triton_scenes import Reads, reads
 
 __all__ = ["reads"]  # the fixture
 

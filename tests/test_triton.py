@@ -10,23 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
-
-import test_kernels
+import scenes
 from interpreter import DEVICE, INTERPRETED
-from test_kernels import LAYERS, Scene, fill, ladder, prefilled, random_tree, random_view
+from scenes import LAYERS, Scene, fill, ladder, prefilled, random_tree, random_view
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
 from tokenswift_py.kernels.triton import attention, fused, matmul, sampling, tables
-from tokenswift_py.kernels.triton.attention import LOG2_E, TritonAttention
+from tokenswift_py.kernels.triton.attention import LOG2_E
 from tokenswift_py.kernels.triton.tables import splits
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.rows import lay_out
+from triton_scenes import TRITON, Reads, as_if_committed
+from triton_scenes import reads as reads
 
-TRITON = TritonAttention()
+pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def seeded() -> None:
 
 
 def new_pool(kv_heads: int, head_dim: int, dtype: torch.dtype) -> TorchPagePool:
-    return test_kernels.new_pool(kv_heads, head_dim, dtype, DEVICE)
+    return scenes.new_pool(kv_heads, head_dim, dtype, DEVICE)
 
 
 def agree(scene: Scene, window: int | None = None, tolerance: float = 1e-5, layer: int = 0) -> None:
@@ -164,25 +164,6 @@ def attend(scene: Scene, window: int | None = None, view: PageView | None = None
     return scene.attend(TRITON, 0, window)[0]
 
 
-def as_if_committed(scene: Scene, segment: AttentionSegment, index: int) -> Scene:
-    """The row alone, as plain decoding would have it: everything before it committed, in other pages of the pool."""
-    pool = scene.pool
-    _, slots = visible(segment, 0, 0, index, None)
-    cache = KVCache(pool, len(slots))
-    fresh = cache.append(np.arange(len(slots), dtype=np.int32), True)
-    for part in (pool.keys, pool.values):
-        flat = part.flatten(2, 3)
-        flat[:, :, torch.from_numpy(fresh.astype(np.int64))] = flat[:, :, torch.from_numpy(slots)]
-    cache.commit(range(len(slots) - 1))
-    full = cache.full_pages
-    tail = fresh[None, full * PAGE_SIZE :]
-    position = np.array([len(slots) - 1], np.int32)
-    alone = AttentionSegment(
-        slice(0, 1), position, fresh[: full * PAGE_SIZE : PAGE_SIZE] // PAGE_SIZE, None, tail, False
-    )
-    return Scene(pool, (alone,), scene.q[segment.rows.start + index][None])
-
-
 @pytest.mark.usefixtures("fine_splits")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 66])
@@ -255,34 +236,6 @@ def test_the_log_sum_exp_is_that_of_the_scores() -> None:
             k = scene.pool.keys[0, head // 3].flatten(0, 1)[torch.from_numpy(slots)]
             expected = torch.logsumexp(scene.q[row, head] @ k.T * 16**-0.5, 0) * LOG2_E
             torch.testing.assert_close(lse[row, head], expected, rtol=1e-5, atol=1e-5)
-
-
-class Reads:
-    """Bytes that interpreted kernels load from some tensors."""
-
-    def __init__(self, *tensors: torch.Tensor):
-        self.bytes = 0
-        self.spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
-
-    def count(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
-        for start, stop in self.spans:
-            self.bytes += size * int(((pointers >= start) & (pointers < stop) & mask).sum())
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    if not INTERPRETED:
-        pytest.skip("counts loads in the interpreter")
-    counter, load = Reads(), InterpreterBuilder.create_masked_load
-
-    def counted(builder, ptrs, mask, *rest):  # type: ignore[no-untyped-def]
-        counter.count(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)
-        return load(builder, ptrs, mask, *rest)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
-    return counter
 
 
 class FarPool(TorchPagePool):

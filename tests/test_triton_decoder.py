@@ -14,8 +14,8 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 
 from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE
+from random_heads import random_heads
 from scripted import Scripted, write
-from test_heads import random_heads
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment

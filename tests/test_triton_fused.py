@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from interpreter import DEVICE
-from test_kernels import LAYERS, fill, new_pool
+from scenes import LAYERS, fill, new_pool
 from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import rotate

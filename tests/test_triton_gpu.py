@@ -10,8 +10,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 
 from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import INTERPRETED
-from test_kernels import Scene, fill, random_tree
-from test_triton import TRITON, as_if_committed
+from scenes import Scene, fill, random_tree
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
@@ -23,6 +22,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.captured import ROWS, Recorder
 from tokenswift_py.sampling.triton import TritonSampler
+from triton_scenes import TRITON, as_if_committed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a GPU")]
 

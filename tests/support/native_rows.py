@@ -1,0 +1,96 @@
+"""Rows of the native engine: tiny decoders, caches that were filled in chunks or one by one, and the row law."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_config, tiny_model, weights_of
+from tokenswift_py.core import DraftTree, Output, Segment
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.models.spec import ModelSpec
+
+_native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
+ISAS = _native.runnable_isas().split(", ")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+CONTEXT = 2048
+
+
+def native_of(config: Any, dtype: torch.dtype = torch.bfloat16, threads: int = 2, **options: Any) -> NativeDecoder:
+    weights = weights_of(tiny_model(config, torch.float32))
+    tables = rope_tables(config, CONTEXT)
+    packed = NativeWeights(ModelSpec.from_config(config), weights, dtype, threads)
+    return NativeDecoder(packed, tables, **options)
+
+
+def config_of(**changes: Any) -> Any:
+    return tiny_config(**{"max_position_embeddings": CONTEXT, **changes})
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TOKENSWIFT_ISA", request.param)
+    return str(request.param)
+
+
+def tokens(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 61, count).astype(np.int32)
+
+
+def prefill(decoder: Any, ids: np.ndarray, chunks: Sequence[int] = ()) -> tuple[KVCache, torch.Tensor]:
+    cache = decoder.new_cache()
+    return cache, extend(decoder, cache, ids, chunks)
+
+
+def extend(decoder: Any, cache: KVCache, ids: np.ndarray, chunks: Sequence[int] = ()) -> torch.Tensor:
+    """Commits `ids` in these chunks, the rest in one; all logits."""
+    logits, start = [], 0
+    for size in [*chunks, len(ids) - sum(chunks)]:
+        if size:
+            chain = DraftTree.chain(ids[start : start + size])
+            logits.append(decoder.forward([Segment(chain, cache, causal=True)]).logits)
+            cache.commit(range(size))
+            start += size
+    return torch.cat(logits)
+
+
+def one_by_one(decoder: Any, cache: KVCache, ids: Sequence[int]) -> Output:
+    """Plain decoding on a copy of the cache: what every row of a tree must reproduce."""
+    copy, outputs = cache.fork(), []
+    for token in ids:
+        outputs.append(decoder.forward([Segment(DraftTree.chain([token]), copy)]))
+        copy.commit([0])
+    copy.release()
+    return Output(torch.cat([o.hidden for o in outputs]), torch.cat([o.logits for o in outputs]))
+
+
+def random_tree(seed: int, nodes: int, branching: float) -> DraftTree:
+    """Mostly deep for a small `branching`, mostly wide for a large one."""
+    rng = np.random.default_rng(seed)
+    parents = [-1] + [i - 1 if rng.random() > branching else int(rng.integers(0, i)) for i in range(1, nodes)]
+    siblings = [parents[:node].count(parent) for node, parent in enumerate(parents)]
+    return DraftTree(np.array(siblings, np.int32) % 61, np.array(parents, np.int32))
+
+
+def assert_row_law(decoder: Any, prefix: int, tree: DraftTree) -> None:
+    cache, _ = prefill(decoder, tokens(prefix), [prefix // 2])
+    output = decoder.forward([Segment(tree, cache)])
+    cache.drop_tail()
+    leaves = set(range(len(tree))) - set(tree.parents.tolist())
+    for leaf in leaves:
+        path = tree.path(leaf)
+        alone = one_by_one(decoder, cache, tree.tokens[path].tolist())
+        assert torch.equal(output.logits[path], alone.logits)
+        assert torch.equal(output.hidden[path], alone.hidden)
+
+
+def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 and its scale, by the last dimension: what kv_dtype int8 promises."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).nan_to_num().round().to(torch.int8), scale
