@@ -28,8 +28,8 @@ class Context:
 
     draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
 
-    A drafter may push guesses onto the history (to see their processed logits) and write provisional rows into the
-    cache; it must cut the history back before it returns. It never commits.
+    A drafter may push guesses onto the history (to see their processed logits), inside of `history.guesses()`, which
+    forgets them, and write provisional rows into the cache. It never commits.
     """
 
     history: History

@@ -67,17 +67,16 @@ class DraftModel(Drafter):
         self._draft, self._chain = draft, [0]
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()
-        start = len(history)
-        self._read = start - self.cache.length
+        self._read = len(history) - self.cache.length
         length = (budget - 1) // self.width if planner.fixed else budget - 1
         if self._cost.measured:
             planner.expect_rate(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
-        while len(self._chain) <= length and self._pays(planner):
-            node = self._guess(context, candidates)
-            if node is None:
-                break
-            self._chain.append(node)
-        history.truncate(start)
+        with history.guesses():
+            while len(self._chain) <= length and self._pays(planner):
+                node = self._guess(context, candidates)
+                if node is None:
+                    break
+                self._chain.append(node)
         draft.fill(planner, candidates.take)
         return draft.build()
 

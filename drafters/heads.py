@@ -210,14 +210,12 @@ class Heads(Drafter):
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
         """What the target's sampler would choose of these logits behind this path, best first; nothing where nobody
         can choose: whether the text comes that far is for the target to say."""
-        start = len(context.history)
-        context.history.extend(path)
-        try:
-            return context.sampler.rank(logits, context.history, len(self.odds[0]))
-        except NumericsError:
-            return []
-        finally:
-            context.history.truncate(start)
+        with context.history.guesses():
+            context.history.extend(path)
+            try:
+                return context.sampler.rank(logits, context.history, len(self.odds[0]))
+            except NumericsError:
+                return []
 
     def learn(self, tokens: Sequence[int]) -> None:
         """What the model wrote behind the pending token of the last tree."""

@@ -86,14 +86,14 @@ class Partial(Drafter):
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         planner, history, self._length = context.planner, context.history, context.cache.length
-        draft, start = Draft(history[-1], budget), len(history)
+        draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
         match = self.reuse.read(history) if self.reuse is not None else (0, 0)
-        match = self._grow_chain(context, draft, candidates, match)
-        if self.heads is not None and self._row is not None:
-            gain = Gain(next_chance(self._repeats(draft, planner, match)), planner.gain_ms)
-            self.heads.extend(draft, self._chain[-1], self._row, context, gain)
-        history.truncate(start)
+        with history.guesses():
+            match = self._grow_chain(context, draft, candidates, match)
+            if self.heads is not None and self._row is not None:
+                gain = Gain(next_chance(self._repeats(draft, planner, match)), planner.gain_ms)
+                self.heads.extend(draft, self._chain[-1], self._row, context, gain)
         follow = None
         if self.reuse is not None:
             follow = self.reuse.push(candidates, self._chain[-1], match)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class History:
     def extend(self, tokens: Iterable[int]) -> None:
         for token in tokens:
             self.append(token)
+
+    @contextmanager
+    def guesses(self) -> Iterator[None]:
+        """Tokens that join the history inside this context are guesses: they are forgotten when it is left."""
+        length = self._length
+        try:
+            yield
+        finally:
+            self.truncate(length)
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""
