@@ -20,7 +20,7 @@ help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
 	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
 	@echo "make soak     the tests that take minutes: kills at random moments"
-	@echo "make check    ruff and mypy"
+	@echo "make check    ruff, clang-format and mypy"
 	@echo "make bench    a short benchmark"
 	@echo "make gpu      on a machine with a GPU: whether it is right there, and how fast (ARGS=--tiny exercises it without)"
 	@echo "make report   results/report.html, one page of all that the experiments have left in results/"
@@ -55,6 +55,7 @@ soak: install
 check: install
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --quiet --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find kernels/cpu -name '*.cpp' -o -name '*.h')
 	rm -rf build/check
 	$(PIP) install --quiet --no-deps --no-build-isolation -C wheel.cmake=false --target build/check .
 	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \

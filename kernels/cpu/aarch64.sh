@@ -73,10 +73,10 @@ cmake -S "$root/kernels/cpu" -B "$work/build" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_
 cmake --build "$work/build" --parallel
 
 # The inner products have to be NEON's fused ones, four at a time.
-aarch64-linux-gnu-objdump -dr "$work/build/CMakeFiles/_native.dir/isa_generic.cpp.o" >"$work/isa_generic.s"
-count() { grep -cE "$1" "$work/isa_generic.s" || true; }
+aarch64-linux-gnu-objdump -dr "$work/build/CMakeFiles/_native.dir/isa/generic.cpp.o" >"$work/generic.s"
+count() { grep -cE "$1" "$work/generic.s" || true; }
 vector=$(count '\sfmla\s+v[0-9]+\.4s') scalar=$(count '\sfn?m(add|sub)\s|fmaf')
-echo "isa_generic.cpp: $vector fused multiply-adds of vectors, $scalar of single values"
+echo "isa/generic.cpp: $vector fused multiply-adds of vectors, $scalar of single values"
 [ "$vector" -gt "$scalar" ] || { echo "aarch64.sh: the compiler does not vectorise Isa::fma" >&2; exit 1; }
 
 rm -rf "$work/checkout"

@@ -1,0 +1,75 @@
+// The sampler at the Python boundary.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "bindings/bind.h"
+#include "engine/sampler.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace tokenswift {
+namespace {
+
+using Tokens = std::vector<int32_t>;
+using Logits = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using History = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void init_sampler(Sampler* self, int vocab, double temperature, int top_k, double top_p,
+                  std::optional<double> log_min_p, double penalty, int penalty_window, int dry_length,
+                  std::vector<double> dry_powers, Tokens dry_breakers, Tokens ban, Tokens eos, int64_t first_end,
+                  Tokens bias_tokens, std::vector<double> bias, uint64_t seed, uint32_t stream, double highest,
+                  double lowest) {
+  if (vocab < 1) throw std::invalid_argument("vocab must be positive");
+  SamplerParams params;
+  params.temperature = temperature;
+  params.top_k = top_k;
+  params.top_p = top_p;
+  params.has_min_p = log_min_p.has_value();
+  params.log_min_p = log_min_p.value_or(0);
+  params.penalty = penalty;
+  params.penalty_window = penalty_window;
+  params.dry_length = dry_length;
+  params.dry_powers = std::move(dry_powers);
+  params.dry_breakers = std::move(dry_breakers);
+  params.ban = std::move(ban);
+  params.eos = std::move(eos);
+  params.first_end = first_end;
+  params.bias_tokens = std::move(bias_tokens);
+  params.bias = std::move(bias);
+  params.seed = seed;
+  params.stream = stream;
+  params.highest = highest;
+  params.lowest = lowest;
+  new (self) Sampler(params, vocab);
+}
+
+std::vector<std::pair<int32_t, double>> rank(Sampler& sampler, const Logits& logits, const History& history,
+                                             int count) {
+  if (logits.shape(0) != size_t(sampler.vocab())) throw std::invalid_argument("logits are [vocab]");
+  if (history.shape(0) > size_t(INT32_MAX)) throw std::invalid_argument("the history is too long");
+  if (count < 1) throw std::invalid_argument("count must be at least 1");
+  std::vector<std::pair<int32_t, double>> ranked;
+  for (const auto& [token, score] : sampler.rank(logits.data(), history.data(), int(history.shape(0)), count)) {
+    ranked.emplace_back(token, score);
+  }
+  return ranked;
+}
+
+}  // namespace
+
+void bind_sampler(nb::module_& m) {
+  nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling.py does.")
+      .def("__init__", &init_sampler, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a.none(),
+           "penalty"_a, "penalty_window"_a, "dry_length"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "eos"_a,
+           "first_end"_a, "bias_tokens"_a, "bias"_a, "seed"_a, "stream"_a, "highest"_a, "lowest"_a)
+      .def("rank", &rank, "logits"_a.noconvert(), "history"_a.noconvert(), "count"_a,
+           "Up to `count` (token, perturbed score), the best first; none where no finite logit is left.");
+}
+
+}  // namespace tokenswift

@@ -1,0 +1,393 @@
+#include "engine/decoder.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace tokenswift {
+namespace {
+
+constexpr int row_multiple = 32;  // whole panels of every ISA, whole vectors of every kernel
+constexpr int row_block = 96;     // rows of one piece of a multiplication: whole tiles of every ISA
+constexpr int widest_panel = 32;
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw std::invalid_argument(what);
+}
+
+std::string among(const char* name, long value, long limit) {
+  return std::string(name) + " " + std::to_string(value) + " of " + std::to_string(limit);
+}
+
+size_t padded(int n) { return round_up(n, row_multiple); }
+
+}  // namespace
+
+Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team)
+    : shape_(shape),
+      weights_(weights),
+      kernels_(kernels),
+      arithmetic_(kernels.of(weights)),
+      attention_(kernels, shape.heads, shape.head_dim),
+      team_(std::move(team)) {
+  for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
+    require(n > 0, "a model's sizes must be positive");
+  }
+  require(shape.heads % shape.kv_heads == 0, "heads must be a multiple of kv_heads");
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= longest_head,
+          "head_dim " + std::to_string(shape.head_dim) + ": only even numbers up to 512 are allowed");
+  require(int(shape.windows.size()) == shape.layers, "as many windows as layers");
+  hidden_stride_ = padded(shape.hidden);
+  qkv_stride_ = padded(q_width() + 2 * kv_width());
+  ffn_stride_ = padded(shape.ffn);
+  operand_stride_ = std::max({hidden_stride_, padded(q_width()), ffn_stride_});
+
+  const auto linear = [&](int rows, int columns) { return Linear{Matrix(weights, kernels.panel, rows, columns), {}}; };
+  head_ = linear(shape.vocab, shape.hidden);
+  if (!shape.tied) embed_ = linear(shape.vocab, shape.hidden);
+  final_norm_.assign(hidden_stride_, 0.0f);
+  layers_.resize(shape.layers);
+  for (int i = 0; i < shape.layers; ++i) {
+    Layer& layer = layers_[i];
+    layer.q = linear(q_width(), shape.hidden);
+    layer.k = linear(kv_width(), shape.hidden);
+    layer.v = linear(kv_width(), shape.hidden);
+    layer.o = linear(shape.hidden, q_width());
+    layer.gate = linear(shape.ffn, shape.hidden);
+    layer.up = linear(shape.ffn, shape.hidden);
+    layer.down = linear(shape.hidden, shape.ffn);
+    layer.input_norm.assign(hidden_stride_, 0.0f);
+    layer.post_norm.assign(hidden_stride_, 0.0f);
+    if (shape.qk_norm) {
+      layer.q_norm.assign(padded_head(), 0.0f);
+      layer.k_norm.assign(padded_head(), 0.0f);
+    }
+    layer.window = shape.windows[i];
+    require(layer.window >= 0, "a window must not be negative");
+  }
+}
+
+size_t Decoder::multiplied_bytes() const {
+  size_t bytes = head_.weight.bytes();
+  for (const Layer& layer : layers_) {
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      bytes += linear->weight.bytes();
+    }
+  }
+  return bytes;
+}
+
+Decoder::Layer& Decoder::layer_at(int layer) {
+  require(layer >= 0 && layer < shape_.layers, among("layer", layer, shape_.layers));
+  return layers_[layer];
+}
+
+Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
+  if (part == "head" || (part == "embed" && shape_.tied)) return head_;
+  if (part == "embed") return embed_;
+  Layer& layer = layer_at(index);
+  if (part == "q") return layer.q;
+  if (part == "k") return layer.k;
+  if (part == "v") return layer.v;
+  if (part == "o") return layer.o;
+  if (part == "gate") return layer.gate;
+  if (part == "up") return layer.up;
+  if (part == "down") return layer.down;
+  throw std::invalid_argument("unknown part '" + part + "'");
+}
+
+Element Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  Matrix& matrix = linear_at(part, layer).weight;
+  const bool blocks = weights_ == Element::q8;
+  const bool four = blocks && (source.element == Element::q4 || (fewest && four_bits_suffice(*team_, source)));
+  Matrix packed(four ? Element::q4 : weights_, kernels_.panel, matrix.rows(), matrix.columns());
+  try {
+    packed.pack(*team_, source);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(part + ": " + error.what());
+  }
+  matrix = std::move(packed);
+  return matrix.element();
+}
+
+void Decoder::set_vector(const std::string& part, int layer, const float* data, int rows) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const auto copy = [&](std::vector<float>& whole, int expected) {
+    require(rows == expected, part + " has " + std::to_string(expected) + " values, not " + std::to_string(rows));
+    std::copy_n(data, rows, whole.begin());
+  };
+  if (part == "final_norm") return copy(final_norm_, shape_.hidden);
+  if (part == "input_norm") return copy(layer_at(layer).input_norm, shape_.hidden);
+  if (part == "post_norm") return copy(layer_at(layer).post_norm, shape_.hidden);
+  if (part == "q_norm" && shape_.qk_norm) return copy(layer_at(layer).q_norm, shape_.head_dim);
+  if (part == "k_norm" && shape_.qk_norm) return copy(layer_at(layer).k_norm, shape_.head_dim);
+  const size_t stem = part.rfind("_bias");
+  require(stem != std::string::npos && stem + 5 == part.size() && part != "embed_bias" && part != "head_bias",
+          "unknown vector '" + part + "'");
+  Linear& linear = linear_at(part.substr(0, stem), layer);
+  linear.bias.assign(size_t(linear.weight.panels()) * kernels_.panel, 0.0f);
+  copy(linear.bias, linear.weight.rows());
+}
+
+void Decoder::check(const Pass& pass, const Pool& pool) const {
+  require(pool.layers() == shape_.layers && pool.kv_heads() == shape_.kv_heads && pool.head_dim() == padded_head(),
+          "the pool's pages are not of this model's shape");
+  require(pass.rows > 0, "a pass without rows");
+  check_shifts(pass.rope.shifts, pass.context);
+  for (int row = 0; row < pass.rows; ++row) {
+    require(pass.tokens[row] >= 0 && pass.tokens[row] < shape_.vocab, among("token", pass.tokens[row], shape_.vocab));
+    require(pass.positions[row] >= 0 && pass.positions[row] < pass.context,
+            among("position", pass.positions[row], pass.context));
+    require(pool.usable_slot(pass.slots[row]), "slot " + std::to_string(pass.slots[row]) + " is not in use");
+  }
+  for (int i = 0; i < pass.logit_count; ++i) {
+    const int row = pass.logit_rows[i];
+    require(row >= 0 && row < pass.rows, among("logit row", row, pass.rows));
+  }
+  int row = 0;
+  for (const SegmentInput& segment : pass.segments) {
+    require(segment.start == row && segment.rows > 0 && segment.rows <= pass.rows - row,
+            "segments must cover the rows in order");
+    require(std::equal(segment.positions, segment.positions + segment.rows, pass.positions + row),
+            "a segment's positions are not the pass's");
+    if (pass.mass) {
+      const int last = *std::max_element(segment.positions, segment.positions + segment.rows);
+      require(pass.mass_pages % vector_multiple == 0 && last / page_size < pass.mass_pages, "too few pages of mass");
+    }
+    row += segment.rows;
+  }
+  require(row == pass.rows, "segments must cover the rows in order");
+}
+
+void Decoder::reserve(const Pass& pass, const Pool& pool) {
+  const size_t rows = pass.rows;
+  buffers_.x.reserve(rows * hidden_stride_);
+  buffers_.normed.reserve(rows * hidden_stride_);
+  buffers_.qkv.reserve(rows * qkv_stride_);
+  buffers_.attended.reserve(rows * padded(q_width()));
+  buffers_.activated.reserve(rows * ffn_stride_);
+  buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
+  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
+  if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
+  if (pass.rope.shifts.shifts) buffers_.plain_queries.reserve(rows * shape_.heads * padded_head());
+}
+
+void Decoder::forward(const Pass& pass, Pool& pool) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const FlushDenormals flush;
+  check(pass, pool);
+  std::vector<SegmentPlan> plans;
+  for (const SegmentInput& segment : pass.segments) plans.push_back(plan_segment(segment, pool, pass.context));
+  reserve(pass, pool);
+  PageCopies* const copies = pass.int8_pages ? pool.copies() : nullptr;
+  if (copies) copies->update(*team_, kernels_, plans);
+  const int mass_pages = pass.mass ? pass.mass_pages : 0;
+  attention_.prepare(std::move(plans), pool, copies, pass.rope, pass.rows, mass_pages, team_->size());
+  embed(pass);
+  for (int i = 0; i < shape_.layers; ++i) {
+    const Layer& layer = layers_[i];
+    normalise(layer.input_norm.data(), pass.rows);
+    project_qkv(layer, pass.rows);
+    rotate_and_store(layer, i, pass, pool);
+    attend(layer, i, pass);
+    add_projected(layer.o, pass.rows);
+    normalise(layer.post_norm.data(), pass.rows);
+    feed_forward(layer, pass.rows);
+    add_projected(layer.down, pass.rows);
+  }
+  finish(pass);
+}
+
+// work(panel, first row, rows, room for the products of two panels), for every panel and block of rows.
+template <class Work>
+void Decoder::share(int rows, int panels, const Work& work) {
+  team_->run(panels * ((rows + row_block - 1) / row_block), [&](int piece, int) {
+    alignas(64) float products[2 * row_block * widest_panel];
+    const int first = piece / panels * row_block;
+    work(piece % panels, first, std::min(row_block, rows - first), products);
+  });
+}
+
+// products [rows][panel] of operand rows with one panel, bias added.
+void Decoder::multiply(const Linear& linear, int panel, int first, int rows, float* products) const {
+  const int width = kernels_.panel;
+  const Matrix& weight = linear.weight;
+  kernels_.of(weight.element())
+      .multiply(weight.panel_data(panel), weight.steps(), operands(first), operand_stride_, rows, products, width);
+  if (linear.bias.empty()) return;
+  const float* bias = linear.bias.data() + panel * width;
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < width; ++i) products[row * width + i] += bias[i];
+}
+
+char* Decoder::operands(int row) const {
+  return buffers_.operands.data() + row * operand_stride_ * arithmetic_.operand_bytes;
+}
+
+void Decoder::embed(const Pass& pass) {
+  const Matrix& table = (shape_.tied ? head_ : embed_).weight;
+  team_->run(pass.rows, size_t(pass.rows) * shape_.hidden * 16, [&](int row, int) {
+    float* x = buffers_.x.data() + row * hidden_stride_;
+    table.unpack_row(pass.tokens[row], x);
+    std::fill(x + shape_.hidden, x + hidden_stride_, 0.0f);
+  });
+}
+
+// The residual stream normalised, as operands of the next multiplication.
+void Decoder::normalise(const float* weight, int rows) {
+  team_->run(rows, rows * hidden_stride_, [&](int row, int) {
+    float* normed = buffers_.normed.data() + row * hidden_stride_;
+    kernels_.rms_norm(buffers_.x.data() + row * hidden_stride_, weight, shape_.hidden, shape_.norm_eps, normed);
+    round(normed, shape_.hidden, row);
+  });
+}
+
+void Decoder::round_rows(const float* x, size_t stride, int columns, int rows) {
+  team_->run(rows, size_t(rows) * columns, [&](int row, int) { round(x + row * stride, columns, row); });
+}
+
+void Decoder::project_qkv(const Layer& layer, int rows) {
+  const int width = kernels_.panel;
+  const Linear* const parts[] = {&layer.q, &layer.k, &layer.v};
+  int panels = 0;
+  for (const Linear* part : parts) panels += part->weight.panels();
+  share(rows, panels, [&](int panel, int first, int count, float* products) {
+    int part = 0, column = 0;
+    for (; panel >= parts[part]->weight.panels(); ++part) {
+      panel -= parts[part]->weight.panels();
+      column += parts[part]->weight.rows();
+    }
+    multiply(*parts[part], panel, first, count, products);
+    const int columns = std::min(width, parts[part]->weight.rows() - panel * width);
+    for (int row = 0; row < count; ++row) {
+      std::memcpy(buffers_.qkv.data() + (first + row) * qkv_stride_ + column + panel * width, products + row * width,
+                  columns * sizeof(float));
+    }
+  });
+}
+
+void Decoder::rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool) {
+  team_->run(pass.rows, pass.rows * qkv_stride_ * 4, [&](int row, int) { rotate_row(layer, index, pass, pool, row); });
+}
+
+void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row) {
+  const int head_dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
+  const PageKernels& cached = kernels_.of(pool.type());
+  const float* q = buffers_.qkv.data() + row * qkv_stride_;
+  const float* k = q + q_width();
+  const float* v = k + kv_width();
+  const bool moves = pass.rope.shifts.serve(layer.window);
+  alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {}, head_v[longest_head] = {};  // zero behind
+  for (int head = 0; head < shape_.heads; ++head) {
+    std::copy_n(q + head * head_dim, head_dim, head_q);
+    normalise_head(head_q, layer.q_norm);
+    const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
+    if (moves) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
+    rotate_head(head_q, pass, row);
+    if (pass.queries) {
+      const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
+      std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
+    }
+    cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
+    if (pass.int8_pages) {
+      kernels_.copies.round(head_q, padded_head(), buffers_.copy_queries.data() + query * copy_query_bytes());
+    }
+  }
+  for (int head = 0; head < shape_.kv_heads; ++head) {
+    std::copy_n(k + head * head_dim, head_dim, head_k);
+    std::copy_n(v + head * head_dim, head_dim, head_v);
+    normalise_head(head_k, layer.k_norm);
+    rotate_head(head_k, pass, row);
+    pool.write(index, head, pass.slots[row], head_k, head_v);
+  }
+}
+
+void Decoder::normalise_head(float* x, const std::vector<float>& norm) const {
+  if (shape_.qk_norm) kernels_.rms_norm(x, norm.data(), shape_.head_dim, shape_.norm_eps, x);
+}
+
+void Decoder::rotate_head(float* x, const Pass& pass, int row) const {
+  const int half = shape_.head_dim / 2;
+  const size_t angles = size_t(pass.positions[row]) * half;
+  kernels_.rotate(x, pass.rope.cos + angles, pass.rope.sin + angles, half, x);
+}
+
+void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
+  const size_t stride = padded(q_width());
+  float* mass = pass.mass;
+  if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
+  const float* plain = pass.rope.shifts.serve(layer.window) ? buffers_.plain_queries.data() : nullptr;
+  attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(), plain,
+                          buffers_.attended.data(), stride, mass});
+  round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
+}
+
+// The operands times `linear`, added to the residual stream.
+void Decoder::add_projected(const Linear& linear, int rows) {
+  const int width = kernels_.panel;
+  share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
+    multiply(linear, panel, first, count, products);
+    for (int row = 0; row < count; ++row) {
+      float* x = buffers_.x.data() + (first + row) * hidden_stride_ + panel * width;
+      for (int i = 0; i < width; ++i) x[i] += products[row * width + i];
+    }
+  });
+}
+
+// SwiGLU, as operands of the down projection.
+void Decoder::feed_forward(const Layer& layer, int rows) {
+  const int width = kernels_.panel;
+  share(rows, layer.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
+    float* up = products + size_t(count) * width;
+    multiply(layer.gate, panel, first, count, products);
+    multiply(layer.up, panel, first, count, up);
+    kernels_.swiglu(products, up, count * width, products);
+    for (int row = 0; row < count; ++row) {
+      std::memcpy(buffers_.activated.data() + (first + row) * ffn_stride_ + panel * width, products + row * width,
+                  width * sizeof(float));
+    }
+  });
+  round_rows(buffers_.activated.data(), ffn_stride_, shape_.ffn, rows);
+}
+
+void Decoder::finish(const Pass& pass) {
+  normalise(final_norm_.data(), pass.rows);
+  for (int row = 0; row < pass.rows; ++row) {
+    std::memcpy(pass.hidden + size_t(row) * shape_.hidden, buffers_.normed.data() + row * hidden_stride_,
+                shape_.hidden * sizeof(float));
+    std::memcpy(pass.residual + size_t(row) * shape_.hidden, buffers_.x.data() + row * hidden_stride_,
+                shape_.hidden * sizeof(float));
+  }
+  for (int i = 0; i < pass.logit_count; ++i) {
+    round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_, shape_.hidden, i);
+  }
+  project_rounded(pass.logit_count, pass.logits);
+}
+
+void Decoder::project(const float* hidden, int rows, float* logits) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const FlushDenormals flush;
+  buffers_.operands.reserve(size_t(rows) * operand_stride_ * arithmetic_.operand_bytes);
+  std::vector<float> row(hidden_stride_, 0.0f);  // zero behind
+  for (int i = 0; i < rows; ++i) {
+    std::copy_n(hidden + size_t(i) * shape_.hidden, shape_.hidden, row.begin());
+    round(row.data(), shape_.hidden, i);
+  }
+  project_rounded(rows, logits);
+}
+
+// The operands times the head.
+void Decoder::project_rounded(int rows, float* logits) {
+  const int width = kernels_.panel;
+  share(rows, head_.weight.panels(), [&](int panel, int first, int count, float* products) {
+    multiply(head_, panel, first, count, products);
+    const int columns = std::min(width, shape_.vocab - panel * width);
+    for (int row = 0; row < count; ++row) {
+      std::memcpy(logits + size_t(first + row) * shape_.vocab + panel * width, products + row * width,
+                  columns * sizeof(float));
+    }
+  });
+}
+
+}  // namespace tokenswift

@@ -1,0 +1,170 @@
+#include "engine/matrix.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "math/bf16.h"
+#include "math/quant.h"
+
+namespace tokenswift {
+namespace {
+
+// A step of one row is four bytes in either type of values: two bf16 or one fp32.
+constexpr size_t cell_bytes = 4;
+
+bool in_blocks(Element e) { return e == Element::q8 || e == Element::q4; }
+
+size_t bytes_of_step(Element e, int panel) {
+  if (e == Element::q8) return q8_block_bytes(panel);
+  if (e == Element::q4) return q4_block_bytes(panel);
+  return panel * cell_bytes;
+}
+
+// The 32 values from column `first` on, zero behind the last; and what lies behind nobody reads.
+void read_block(const MatrixSource& source, const char* row, int first, float* w) {
+  const int count = std::min(block_size, source.columns - first);
+  std::fill(w + count, w + block_size, 0.0f);
+  if (source.element == Element::f32) {
+    std::memcpy(w, row + first * sizeof *w, count * sizeof *w);
+    return;
+  }
+  uint16_t halves[block_size];
+  std::memcpy(halves, row + first * sizeof *halves, count * sizeof *halves);
+  std::transform(halves, halves + count, w, to_float);
+}
+
+constexpr int piece_rows = 64;
+constexpr double four_bits_error = 0.01;  // relative, root mean square; rounding normal values to 8 bits costs 0.006
+
+}  // namespace
+
+bool four_bits_suffice(Team& team, const MatrixSource& source) {
+  if (in_blocks(source.element)) return false;
+  std::atomic<bool> suffice{true};
+  team.run((source.rows + piece_rows - 1) / piece_rows, [&](int piece, int) {
+    double error = 0, size = 0;
+    for (int row = piece * piece_rows; suffice && row < std::min(source.rows, (piece + 1) * piece_rows); ++row) {
+      const char* values = static_cast<const char*>(source.data) + row * source.row_bytes();
+      for (int first = 0; first < source.columns; first += block_size) {
+        float w[block_size], found[block_size];
+        char block[q4_row_bytes];
+        read_block(source, values, first, w);
+        quantise_to_four_bits(w, block);
+        widen_four_bits(block, found);
+        for (int i = 0; i < block_size; ++i) {
+          error += double(found[i] - w[i]) * (found[i] - w[i]);
+          size += double(w[i]) * w[i];
+        }
+      }
+    }
+    if (!(error <= four_bits_error * four_bits_error * size)) suffice = false;
+  });
+  return suffice;
+}
+
+size_t MatrixSource::row_bytes() const {
+  if (element == Element::q8) return size_t(columns / block_size) * q8_row_bytes;
+  if (element == Element::q4) return size_t(columns / block_size) * q4_row_bytes;
+  return columns * bytes_of(element);
+}
+
+Matrix::Matrix(Element element, int panel, int rows, int columns)
+    : element_(element), panel_(panel), rows_(rows), columns_(columns), step_bytes_(bytes_of_step(element, panel)) {
+  const int step = in_blocks(element) ? block_size : step_of(element);
+  steps_ = (columns + step - 1) / step;
+  data_ = Mapping(panels() * panel_bytes());
+}
+
+void Matrix::pack(Team& team, const MatrixSource& source) {
+  const bool same = source.element == element_, rounded = in_blocks(element_) && !in_blocks(source.element);
+  if (!same && !rounded) throw std::invalid_argument("values of a type that this matrix cannot hold");
+  if (source.rows != rows_ || source.columns != columns_ || (in_blocks(source.element) && columns_ % block_size)) {
+    throw std::invalid_argument("[" + std::to_string(source.rows) + ", " + std::to_string(source.columns) +
+                                "] values for a matrix of [" + std::to_string(rows_) + ", " + std::to_string(columns_) +
+                                "]");
+  }
+  team.run((rows_ + piece_rows - 1) / piece_rows, [&](int piece, int) {
+    for (int row = piece * piece_rows; row < std::min(rows_, (piece + 1) * piece_rows); ++row) {
+      const char* values = static_cast<const char*>(source.data) + row * source.row_bytes();
+      if (rounded) quantise(source, values, row);
+      else if (in_blocks(element_)) pack_blocks(values, row);
+      else pack_values(values, row);
+    }
+  });
+}
+
+char* Matrix::step_at(int row, int step) const {
+  return data_.data() + (row / panel_) * panel_bytes() + step * step_bytes_;
+}
+
+void Matrix::pack_values(const char* source, int row) {
+  const int whole = columns_ / step_of(element_);
+  const size_t lane = row % panel_ * cell_bytes;
+  for (int step = 0; step < whole; ++step) {
+    std::memcpy(step_at(row, step) + lane, source + step * cell_bytes, cell_bytes);
+  }
+  if (whole < steps_) {
+    std::memcpy(step_at(row, whole) + lane, source + whole * cell_bytes, bytes_of(element_));
+  }
+}
+
+void Matrix::pack_blocks(const char* source, int row) {
+  const int lane = row % panel_, halfs = element_ == Element::q4 ? 2 : 1, groups = element_ == Element::q4 ? 4 : 8;
+  for (int step = 0; step < steps_; ++step) {
+    char* at = step_at(row, step);
+    for (int i = 0; i < halfs; ++i, source += 2) std::memcpy(at + (i * panel_ + lane) * 2, source, 2);
+    char* quants = at + halfs * panel_ * 2 + lane * 4;
+    for (int group = 0; group < groups; ++group, source += 4) {
+      uint32_t four;
+      std::memcpy(&four, source, sizeof four);
+      if (element_ == Element::q8) four ^= 0x80808080u;  // adds 128 to each
+      std::memcpy(quants + group * panel_ * 4, &four, sizeof four);
+    }
+  }
+}
+
+void Matrix::quantise(const MatrixSource& source, const char* values, int row) {
+  thread_local Buffer<char> blocks;
+  const bool q4 = element_ == Element::q4;
+  const size_t bytes = q4 ? q4_row_bytes : q8_row_bytes;
+  blocks.reserve(steps_ * bytes);
+  for (int step = 0; step < steps_; ++step) {
+    float w[block_size];
+    read_block(source, values, step * block_size, w);
+    (q4 ? quantise_to_four_bits : quantise_weights)(w, blocks.data() + step * bytes);
+  }
+  pack_blocks(blocks.data(), row);
+}
+
+void Matrix::unpack_row(int row, float* out) const {
+  const int lane = row % panel_;
+  for (int step = 0; step < steps_; ++step) {
+    const char* at = step_at(row, step);
+    if (element_ == Element::f32) {
+      std::memcpy(out + step, at + lane * cell_bytes, cell_bytes);
+    } else if (element_ == Element::bf16) {
+      uint16_t pair[2];
+      std::memcpy(pair, at + lane * cell_bytes, cell_bytes);
+      out[2 * step] = to_float(pair[0]);
+      if (2 * step + 1 < columns_) out[2 * step + 1] = to_float(pair[1]);
+    } else {
+      const bool halves = element_ == Element::q4;
+      uint16_t d, m = 0;
+      std::memcpy(&d, at + lane * 2, sizeof d);
+      if (halves) std::memcpy(&m, at + (panel_ + lane) * 2, sizeof m);
+      const auto* quants = reinterpret_cast<const uint8_t*>(at) + (halves ? 4 : 2) * panel_ + lane * 4;
+      for (int i = 0; i < block_size; ++i) {
+        const int k = halves ? i % 16 : i;
+        const uint8_t byte = quants[k / 4 * panel_ * 4 + k % 4];
+        const int quant = !halves ? byte - 128 : i < 16 ? byte & 15 : byte >> 4;
+        out[step * block_size + i] = half_to_float(d) * float(quant) + half_to_float(m);
+      }
+    }
+  }
+}
+
+}  // namespace tokenswift

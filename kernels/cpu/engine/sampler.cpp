@@ -1,0 +1,266 @@
+#include "engine/sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <stdexcept>
+
+#include "math/noise.h"
+
+namespace tokenswift {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr double negligible = -28.0;  // e^-28 < 2^-40: such a token has no mass
+constexpr double hopeless_slack = 1e-6;
+constexpr int longest_match = 64;
+constexpr int block = 64;  // logits that are looked at together
+constexpr float no_logit = -std::numeric_limits<float>::infinity();
+
+double nth_largest(std::vector<double>& values, size_t n) {
+  std::nth_element(values.begin(), values.begin() + (n - 1), values.end(), std::greater<double>());
+  return values[n - 1];
+}
+
+// The mass of the last token of the nucleus. Only a head of the tokens is sorted, and grows until it holds the mass.
+int64_t nucleus_edge(std::vector<int64_t>& mass, double wanted) {
+  int64_t sum = 0;
+  size_t done = 0;
+  for (size_t head = 256;; head *= 8) {
+    const size_t end = std::min(head, mass.size());
+    std::partial_sort(mass.begin() + done, mass.begin() + end, mass.end(), std::greater<int64_t>());
+    for (; done < end; ++done) {
+      sum += mass[done];
+      if (double(sum) >= wanted || done + 1 == mass.size()) return mass[done];
+    }
+  }
+}
+
+// The largest of `count` logits; `bad` if one is not a number. In lanes, because one chain would wait for itself.
+float largest(const float* logits, int count, bool& bad) {
+  constexpr int lanes = 16;
+  float top[lanes];
+  std::fill_n(top, lanes, no_logit);
+  int unordered = 0, i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    for (int j = 0; j < lanes; ++j) {
+      top[j] = logits[i + j] > top[j] ? logits[i + j] : top[j];
+      unordered |= logits[i + j] != logits[i + j];
+    }
+  }
+  for (; i < count; ++i) {
+    top[0] = logits[i] > top[0] ? logits[i] : top[0];
+    unordered |= logits[i] != logits[i];
+  }
+  bad |= unordered != 0;
+  return *std::max_element(top, top + lanes);
+}
+
+// By far more than rounding.
+double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(score); }
+
+}  // namespace
+
+Sampler::Sampler(const SamplerParams& params, int vocab)
+    : params_(params), vocab_(vocab), place_(vocab), stamp_(vocab), block_top_((vocab + block - 1) / block) {
+  for (const auto* tokens : {&params.dry_breakers, &params.ban, &params.eos, &params.bias_tokens}) {
+    for (const int32_t token : *tokens) {
+      if (token < 0 || token >= vocab)
+        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
+    }
+  }
+  if (params.bias.size() != params.bias_tokens.size()) throw std::invalid_argument("as many biases as tokens");
+  if (!params.dry_powers.empty() && (int(params.dry_powers.size()) <= longest_match || params.dry_length < 1)) {
+    throw std::invalid_argument("DRY needs its powers and a length");
+  }
+  std::sort(params_.dry_breakers.begin(), params_.dry_breakers.end());
+}
+
+bool Sampler::breaks(int32_t token) const {
+  return std::binary_search(params_.dry_breakers.begin(), params_.dry_breakers.end(), token);
+}
+
+std::vector<Sampler::Scored> Sampler::rank(float* logits, const int32_t* history, int length, int count) {
+  scored_.clear();
+  changes_.clear();
+  originals_.clear();
+  const Restore restore{*this, logits};
+  modify(logits, history, length);
+  collect(logits, count);
+  if (scored_.empty()) return {};
+  if (params_.temperature > 0) {
+    filter(count);
+    for (Scored& s : scored_)
+      s.score = s.score + gumbel(params_.seed, uint32_t(length), uint32_t(s.token), params_.stream);
+  }
+  const auto better = [](const Scored& a, const Scored& b) {
+    return a.score > b.score || (a.score == b.score && a.token < b.token);
+  };
+  const size_t wanted = std::min(scored_.size(), size_t(count));
+  std::partial_sort(scored_.begin(), scored_.begin() + wanted, scored_.end(), better);
+  return {scored_.begin(), scored_.begin() + wanted};
+}
+
+Sampler::Restore::~Restore() {
+  for (size_t i = 0; i < sampler.changes_.size(); ++i) logits[sampler.changes_[i].token] = sampler.originals_[i];
+}
+
+// The score of a token that differs from its logit; the logit itself goes out of the way of the scan.
+double& Sampler::modified(float* logits, int32_t token) {
+  if (token < 0 || token >= vocab_)
+    throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
+  if (stamp_[token] != call_) {
+    stamp_[token] = call_;
+    place_[token] = uint32_t(changes_.size());
+    changes_.push_back({token, double(logits[token])});
+    originals_.push_back(logits[token]);
+    logits[token] = no_logit;
+  }
+  return changes_[place_[token]].score;
+}
+
+void Sampler::modify(float* logits, const int32_t* history, int length) {
+  if (++call_ == 0) {  // the counter went round
+    std::fill(stamp_.begin(), stamp_.end(), 0);
+    call_ = 1;
+  }
+  if (params_.penalty != 1) penalise_context(logits, history, length);
+  if (!params_.dry_powers.empty()) penalise_repeats(logits, history, length);
+  for (size_t i = 0; i < params_.bias.size(); ++i) {
+    double& score = modified(logits, params_.bias_tokens[i]);
+    score = score + params_.bias[i];
+  }
+  for (const int32_t token : params_.ban) modified(logits, token) = -infinity;
+  if (length < params_.first_end) {
+    for (const int32_t token : params_.eos) modified(logits, token) = -infinity;
+  }
+}
+
+void Sampler::penalise_context(float* logits, const int32_t* history, int length) {
+  for (int i = std::max(0, length - params_.penalty_window); i < length; ++i) {
+    const size_t before = changes_.size();
+    double& score = modified(logits, history[i]);
+    if (changes_.size() == before) continue;  // once a token, however often it stands there
+    score = score > 0 ? score / params_.penalty : score * params_.penalty;
+  }
+}
+
+// Every earlier place at which the text's last tokens stand: its successor is penalised by the longest match.
+void Sampler::penalise_repeats(float* logits, const int32_t* history, int length) {
+  const int shortest = params_.dry_length;
+  int limit = std::min(length, longest_match);
+  for (int back = 0; back < limit; ++back) {
+    if (breaks(history[length - 1 - back])) limit = back;
+  }
+  if (limit < shortest || length <= shortest) return;
+  const int32_t last = history[length - 1];
+  std::vector<std::pair<int32_t, int>> found;
+  for (int end = shortest - 1; end < length - 1; ++end) {
+    if (history[end] != last) continue;
+    int matched = 1;
+    while (matched < limit && matched <= end && history[end - matched] == history[length - 1 - matched]) ++matched;
+    if (matched >= shortest && !breaks(history[end + 1])) found.emplace_back(history[end + 1], matched);
+  }
+  std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) {
+    return a.first < b.first || (a.first == b.first && a.second > b.second);
+  });
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (i && found[i].first == found[i - 1].first) continue;
+    double& score = modified(logits, found[i].first);
+    score = score - params_.dry_powers[found[i].second - shortest];
+  }
+}
+
+// Scores of every token that may survive: cheaply, from the fp32 logits, then in double.
+void Sampler::collect(const float* logits, int count) {
+  bool bad = false;
+  double best = -infinity;
+  for (int i = 0; i < int(block_top_.size()); ++i) {
+    block_top_[i] = largest(logits + i * block, std::min(block, vocab_ - i * block), bad);
+    best = std::max(best, double(block_top_[i]));
+  }
+  for (size_t i = 0; i < changes_.size(); ++i) {
+    bad |= !(originals_[i] < std::numeric_limits<float>::infinity());
+    best = std::max(best, changes_[i].score);
+  }
+  if (bad || !std::isfinite(best)) return;
+  const double divisor = params_.temperature > 0 ? params_.temperature : 1.0;
+  double floor = std::max(deepest(reached(count), divisor), -std::numeric_limits<double>::max());
+  if (params_.temperature > 0 && params_.has_min_p && params_.top_p == 1) {
+    floor = std::max(floor, slightly_below(best + params_.log_min_p * divisor));
+  }
+  for (int i = 0; i < int(block_top_.size()); ++i) {
+    if (!(double(block_top_[i]) >= floor)) continue;
+    for (int token = i * block; token < std::min(vocab_, (i + 1) * block); ++token) {
+      if (double(logits[token]) >= floor) scored_.push_back({token, double(logits[token]) / divisor});
+    }
+  }
+  for (const Scored& change : changes_) {
+    if (change.score >= floor) scored_.push_back({change.token, change.score / divisor});
+  }
+}
+
+// A score that at least `count` tokens have: the count-th largest of the blocks' largest and the changed ones.
+double Sampler::reached(int count) {
+  scratch_.clear();
+  for (const float top : block_top_) scratch_.push_back(double(top));
+  for (const Scored& change : changes_) scratch_.push_back(change.score);
+  return size_t(count) > scratch_.size() ? -infinity : nth_largest(scratch_, count);
+}
+
+// What scores below this, before the temperature, can neither be chosen nor count in a nucleus.
+double Sampler::deepest(double best, double divisor) const {
+  double depth = params_.temperature > 0 ? params_.highest - params_.lowest : 0.0;
+  if (params_.top_p < 1) depth = std::max(depth, -negligible);
+  return slightly_below(best - depth * divisor);
+}
+
+// Top-k, then top-p, then min-p, and what the noise cannot lift among the first `count`. Equal scores stay or go
+// together.
+void Sampler::filter(int count) {
+  double top = -infinity;
+  for (const Scored& s : scored_) top = std::max(top, s.score);
+  scratch_.resize(scored_.size());
+  const auto copy_scores = [&] {
+    for (size_t i = 0; i < scored_.size(); ++i) scratch_[i] = scored_[i].score;
+  };
+  double floor = -infinity;
+  if (params_.top_k > 0 && params_.top_k < vocab_ && size_t(params_.top_k) <= scored_.size()) {
+    copy_scores();
+    floor = nth_largest(scratch_, params_.top_k);
+  }
+  if (params_.top_p < 1) floor = std::max(floor, nucleus_floor(floor, top));
+  if (params_.has_min_p) floor = std::max(floor, top + params_.log_min_p);
+  double reach = top;
+  if (count > 1) {
+    copy_scores();
+    reach = size_t(count) <= scored_.size() ? nth_largest(scratch_, count) : -infinity;
+  }
+  const double hopeless = reach - (params_.highest - params_.lowest) - hopeless_slack;
+  const auto gone = [&](const Scored& s) { return !(s.score >= floor && s.score >= hopeless); };
+  scored_.erase(std::remove_if(scored_.begin(), scored_.end(), gone), scored_.end());
+}
+
+// Probabilities relative to the best are summed as integers, so that no order of summation matters.
+double Sampler::nucleus_floor(double floor, double top) {
+  const double lowest = std::max(floor, top + negligible);
+  scratch_.clear();
+  mass_.clear();
+  int64_t total = 0;
+  for (const Scored& s : scored_) {
+    if (!(s.score >= lowest)) continue;
+    scratch_.push_back(s.score);
+    mass_.push_back(int64_t(std::floor(exp_polynomial(s.score - top) * 0x1p40)));
+    total += mass_.back();
+  }
+  std::vector<int64_t> sorted = mass_;
+  const int64_t smallest = nucleus_edge(sorted, params_.top_p * double(total));
+  double result = infinity;
+  for (size_t i = 0; i < mass_.size(); ++i) {
+    if (mass_[i] >= smallest) result = std::min(result, scratch_[i]);
+  }
+  return result;
+}
+
+}  // namespace tokenswift

@@ -1,0 +1,70 @@
+// A row of logits becomes a token, equal to tokenswift_py/sampling.py token for token.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace tokenswift {
+
+struct SamplerParams {
+  double temperature = 0, top_p = 1, log_min_p = 0, penalty = 1;
+  bool has_min_p = false;
+  int top_k = 0, penalty_window = 0, dry_length = 0;
+  std::vector<double> dry_powers;  // multiplier * base^k; empty is off
+  std::vector<int32_t> dry_breakers, ban, eos, bias_tokens;
+  std::vector<double> bias;
+  uint64_t seed = 0;
+  uint32_t stream = 0;
+  int64_t first_end = 0;           // eos are not written before this position
+  double highest = 0, lowest = 0;  // bounds of the noise
+};
+
+class Sampler {
+ public:
+  struct Scored {
+    int32_t token;
+    double score;
+  };
+
+  // Throws std::invalid_argument for token ids outside the vocabulary.
+  Sampler(const SamplerParams& params, int vocab);
+
+  int vocab() const { return vocab_; }
+
+  // Up to `count` tokens for position `length` and their perturbed scores, the best first; empty where no finite logit
+  // is left. `logits` [vocab] are changed and restored. history: [length], every id in the vocabulary.
+  std::vector<Scored> rank(float* logits, const int32_t* history, int length, int count);
+
+ private:
+  // Puts the logits back, whatever happens.
+  struct Restore {
+    Sampler& sampler;
+    float* logits;
+    ~Restore();
+  };
+
+  void modify(float* logits, const int32_t* history, int length);
+  double& modified(float* logits, int32_t token);
+  void penalise_context(float* logits, const int32_t* history, int length);
+  void penalise_repeats(float* logits, const int32_t* history, int length);
+  void collect(const float* logits, int count);
+  double reached(int count);
+  double deepest(double best, double divisor) const;
+  void filter(int count);
+  double nucleus_floor(double floor, double top);
+  bool breaks(int32_t token) const;
+
+  SamplerParams params_;
+  int vocab_;
+  // Scores that differ from the logits, sparse: place_ says where a token's is, by the call that put it there.
+  std::vector<Scored> changes_;
+  std::vector<float> originals_;
+  std::vector<uint32_t> place_, stamp_;
+  uint32_t call_ = 0;
+  std::vector<float> block_top_;
+  std::vector<Scored> scored_;
+  std::vector<double> scratch_;
+  std::vector<int64_t> mass_;
+};
+
+}  // namespace tokenswift

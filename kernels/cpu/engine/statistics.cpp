@@ -1,0 +1,52 @@
+// What policies want to know about the keys of pages.
+#include <algorithm>
+
+#include "engine/decoder.h"
+
+namespace tokenswift {
+namespace {
+
+constexpr int piece_pages = 32;
+
+// work(layer, head, first, last) for every (layer, KV head) and run of the `count` pages.
+template <class F>
+void share_pages(Team& team, const Pool& pool, int count, const F& work) {
+  const int runs = (count + piece_pages - 1) / piece_pages, heads = pool.kv_heads();
+  team.run(pool.layers() * heads * runs, [&](int piece, int) {
+    const int first = piece % runs * piece_pages;
+    work(piece / runs / heads, piece / runs % heads, first, std::min(first + piece_pages, count));
+  });
+}
+
+}  // namespace
+
+void Decoder::key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  share_pages(*team_, pool, count, [&](int layer, int head, int first, int last) {
+    for (int i = first; i < last; ++i) {
+      const size_t at = ((size_t(layer) * pool.kv_heads() + head) * pool.pages() + pages[i]) * width;
+      pool.key_bounds(layer, head, pages[i], width, low + at, high + at);
+    }
+  });
+}
+
+void Decoder::key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const FlushDenormals flush;
+  const PageKernels& kernels = kernels_.of(pool.type());
+  share_pages(*team_, pool, count, [&](int layer, int head, int first, int last) {
+    const size_t at = size_t(layer) * pool.kv_heads() + head;
+    alignas(64) float query[longest_head];
+    kernels.round(queries + at * pool.head_dim(), pool.head_dim(), query);
+    PageVisit visit{};
+    visit.head_dim = pool.head_dim();
+    visit.q = query;
+    for (int i = first; i < last; ++i) {
+      visit.block = pool.block(layer, head, pages[i]);
+      visit.next = pool.block(layer, head, pages[std::min(i + 1, last - 1)]);
+      out[at * count + i] = kernels.best_score(visit);
+    }
+  });
+}
+
+}  // namespace tokenswift

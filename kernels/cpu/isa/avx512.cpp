@@ -1,0 +1,13 @@
+#include "isa/vec_avx512.h"
+// The vectors come first: the other headers are written in their terms.
+#include "isa/table.h"
+#include "isa/variants.h"
+
+namespace tokenswift {
+
+const Kernels& kernels_avx512() {
+  static const Kernels kernels = make_kernels("avx512");
+  return kernels;
+}
+
+}  // namespace tokenswift

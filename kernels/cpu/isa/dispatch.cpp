@@ -1,0 +1,62 @@
+#include <stdexcept>
+#include <vector>
+
+#include "isa/kernels.h"
+#include "isa/variants.h"
+
+#ifdef TOKENSWIFT_X86
+#include <cpuid.h>
+#endif
+
+namespace tokenswift {
+namespace {
+
+struct Variant {
+  const char* name;
+  bool runnable;
+  const Kernels& (*kernels)();
+};
+
+#ifdef TOKENSWIFT_X86
+// Not every compiler's __builtin_cpu_supports knows it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+std::vector<Variant> variants() {
+  std::vector<Variant> all;
+#ifdef TOKENSWIFT_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  all.push_back({"avx512bf16", avx512 && dots, kernels_avx512bf16});
+  all.push_back({"avx512", avx512, kernels_avx512});
+  all.push_back({"avx2", avx2, kernels_avx2});
+#endif
+  all.push_back({generic_name, true, kernels_generic});
+  return all;
+}
+
+}  // namespace
+
+std::string runnable_kernels() {
+  std::string names;
+  for (const Variant& variant : variants()) {
+    if (variant.runnable) names += (names.empty() ? "" : ", ") + std::string(variant.name);
+  }
+  return names;
+}
+
+const Kernels& choose_kernels(const std::string& wanted) {
+  for (const Variant& variant : variants()) {
+    if (variant.runnable && (wanted.empty() || wanted == variant.name)) return variant.kernels();
+  }
+  throw std::invalid_argument("TOKENSWIFT_ISA: '" + wanted + "' is not allowed; this machine runs " +
+                              runnable_kernels());
+}
+
+}  // namespace tokenswift

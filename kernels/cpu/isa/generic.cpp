@@ -1,0 +1,13 @@
+#include "isa/vec_generic.h"
+// The vectors come first: the other headers are written in their terms.
+#include "isa/table.h"
+#include "isa/variants.h"
+
+namespace tokenswift {
+
+const Kernels& kernels_generic() {
+  static const Kernels kernels = make_kernels(generic_name);
+  return kernels;
+}
+
+}  // namespace tokenswift

@@ -1,0 +1,122 @@
+// What an ISA variant offers: a table of functions, chosen once at run time. Everything outside the table is plain
+// C++ that runs anywhere and computes no floating-point sum.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace tokenswift {
+
+constexpr int page_size = 64;         // tokens
+constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to a multiple of this many floats
+constexpr int longest_head = 512;     // values
+constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
+
+enum class Element { bf16, f32, q8, q4 };  // of weights; q8 and q4 are in blocks (quant.h)
+enum class PageType { bf16, f32, int8 };   // of cached keys and values
+
+constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
+constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Running softmax of one query: weighted values, 16 partial sums of the weights, the maximum (base 2) they refer to.
+//   [head_dim] values, [16] sums, [1] maximum, padding to a cache line
+constexpr int sums_width = 16;
+constexpr int state_floats(int head_dim) { return head_dim + sums_width + 16; }
+constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
+
+// Some queries meet one page of keys and values.
+struct PageVisit {
+  const char* block;  // as Pool lays it out, or a copy
+  const char* next;   // the one visited next, for prefetching; this one where there is none
+  char* copy;         // scratch for the keys and values of an int8 page as bf16
+  int head_dim;       // multiple of 16
+  float scale;        // of the scores, log2(e) included
+  int queries;
+  const void* q;     // operands of each query, as the kernels' `round` leaves them
+  float* state;      // [queries][state_floats(head_dim)]
+  const int* first;  // [queries] visible lanes are first .. last - 1; null when all are
+  const int* last;
+  float* mass;  // sum of exp2(score - maximum) of each query over this page; null when not wanted
+  float* mass_maximum;
+  size_t mass_stride;  // floats from one query to the next
+};
+
+// Activations or queries as the other factor's type wants them: n floats (a multiple of vector_multiple) rounded.
+using RoundOperands = void (*)(const float* x, int n, void* out);
+
+// The arithmetic of one element type of weights.
+struct ElementKernels {
+  int operand_bytes;  // of one value
+  RoundOperands round;
+  // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
+  void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
+                   size_t out_stride);
+};
+
+// The arithmetic of one type of cached keys and values.
+struct PageKernels {
+  int operand_bytes;
+  RoundOperands round;
+  void (*visit)(const PageVisit&);
+  // The largest product of the first query with a key of the page; reads block, next, head_dim and q.
+  float (*best_score)(const PageVisit&);
+};
+
+// The arithmetic of the copies of pages that drafts read (page_copies.h): whole numbers, four products an instruction.
+struct CopyKernels {
+  int query_multiple, operand_bytes;  // values that a query is padded to a multiple of, bytes of each
+  RoundOperands round;
+  void (*visit)(const PageVisit&);
+  // A block of bf16 (see Pool) as a copy.
+  void (*copy)(const char* block, int head_dim, char* out);
+
+  size_t query_bytes(int head_dim) const { return size_t(round_up(head_dim, query_multiple)) * operand_bytes; }
+};
+
+struct Kernels {
+  const char* name;
+  int panel;  // output columns of a packed panel
+  ElementKernels bf16, f32, q8, q4;
+  PageKernels bf16_pages, f32_pages, int8_pages;
+  CopyKernels copies;
+  // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // out = silu(gate) * up; n a multiple of vector_multiple.
+  void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  // RoPE: the halves of x [2 * half] against each other, as in Hugging Face's checkpoints; out may be x.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int half, float* out);
+  // Softmax state `part` merged into `state`.
+  void (*merge)(float* state, const float* part, int head_dim);
+  // out = values / sum of weights.
+  void (*normalise)(const float* state, int head_dim, float* out);
+  // out[i] += share of page i in the softmax of `state`.
+  void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
+                   float* out);
+
+  const ElementKernels& of(Element e) const {
+    switch (e) {
+      case Element::q8:
+        return q8;
+      case Element::q4:
+        return q4;
+      case Element::bf16:
+        return bf16;
+      default:
+        return f32;
+    }
+  }
+  const PageKernels& of(PageType type) const {
+    return type == PageType::bf16 ? bf16_pages : type == PageType::f32 ? f32_pages : int8_pages;
+  }
+};
+
+// The best variant of this machine, or the one named by `wanted`; empty is the best.
+// Throws std::invalid_argument for an unknown name or one that this machine cannot run.
+const Kernels& choose_kernels(const std::string& wanted);
+
+// Names of the variants that this machine can run, best first.
+std::string runnable_kernels();
+
+}  // namespace tokenswift

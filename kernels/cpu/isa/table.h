@@ -1,0 +1,47 @@
+// The table of this translation unit's ISA.
+#pragma once
+
+#include "math/blocks.h"
+#include "math/gemm.h"
+#include "isa/kernels.h"
+#include "math/narrow.h"
+#include "math/page.h"
+#include "math/page_bytes.h"
+#include "math/rowwise.h"
+
+namespace tokenswift {
+namespace {
+
+template <class Format>
+ElementKernels element_kernels() {
+  return {Format::operand_bytes, round_operands<Format>, multiply<Format>};
+}
+
+template <class Page>
+PageKernels page_kernels() {
+  using Operands = Values<typename Page::Dot>;
+  return {Operands::operand_bytes, round_operands<Operands>, visit_page<Page>, best_score<Page>};
+}
+
+Kernels make_kernels(const char* name) {
+  constexpr int panel = Isa::gemm_vectors * Isa::lanes;
+  return {name,
+          panel,
+          element_kernels<Values<Bf16Dot>>(),
+          element_kernels<Values<F32Dot>>(),
+          element_kernels<Blocks<Q8>>(),
+          element_kernels<Blocks<Q4>>(),
+          page_kernels<PageOf<Bf16Dot>>(),
+          page_kernels<PageOf<F32Dot>>(),
+          page_kernels<PageOf<Bf16Dot, int8_t>>(),
+          {block_size, activation_bytes, round_query, visit_bytes, copy_page},
+          rms_norm,
+          swiglu,
+          rotate,
+          merge,
+          normalise,
+          add_mass};
+}
+
+}  // namespace
+}  // namespace tokenswift

@@ -1,0 +1,20 @@
+// The tables of the variants that were compiled in.
+#pragma once
+
+#include "isa/kernels.h"
+
+namespace tokenswift {
+
+const Kernels& kernels_avx512bf16();
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx2();
+const Kernels& kernels_generic();
+
+// Two names, for where the compiler's target fuses products with sums (aarch64) the bits are others.
+#ifdef __FP_FAST_FMAF
+constexpr const char* generic_name = "generic-fma";
+#else
+constexpr const char* generic_name = "generic";
+#endif
+
+}  // namespace tokenswift

@@ -1,0 +1,128 @@
+// Vectors of 16 floats: AVX-512 F/BW/VL/DQ. Included by one translation unit per ISA variant.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace tokenswift {
+namespace {  // internal linkage: no variant's inline functions may be merged with another's by the linker
+
+struct Isa {
+  static constexpr int lanes = 16;
+  static constexpr int gemm_rows = 12, gemm_vectors = 2;  // 24 accumulators of the 32 registers
+  static constexpr int block_rows = 6;                    // as many sums of whole numbers beside them
+  static constexpr int page_rows = 6, page_vectors = 4;
+
+  using Vec = __m512;
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec splat(float x) { return _mm512_set1_ps(x); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+  static void store_first(float* p, Vec a) { *p = _mm512_cvtss_f32(a); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  // The second operand where one of them is NaN.
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+  static Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // a * 2^n for whole n; zero where that is too small for a float.
+  static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
+
+  // Whether some lane of a is greater than b's; never for NaN.
+  static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+
+  // Sums and maxima of all lanes, in one fixed tree.
+  static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
+  static Vec max_across(Vec a) {
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, _MM_SHUFFLE(1, 0, 3, 2)));
+    a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, _MM_SHUFFLE(2, 3, 0, 1)));
+    a = _mm512_max_ps(a, _mm512_permute_ps(a, _MM_SHUFFLE(1, 0, 3, 2)));
+    return _mm512_max_ps(a, _mm512_permute_ps(a, _MM_SHUFFLE(2, 3, 0, 1)));
+  }
+
+  // a where first <= index < last, `other` elsewhere; lane j has index start + j.
+  static Vec keep(Vec a, Vec other, int start, int first, int last) {
+    const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(start),
+                                           _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    const __mmask16 in = _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(first)) &
+                         _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(last));
+    return _mm512_mask_blend_ps(in, other, a);
+  }
+
+  // The even and the odd elements of 32 bf16 values, widened exactly.
+  static Vec widen_even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  static Vec widen_odd(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))));
+  }
+
+  // Dot products of bytes: four of every column, each with one of four that all columns share.
+  using Wholes = __m512i;
+  using Bytes = __m512i;
+  static Wholes wholes(int32_t x) { return _mm512_set1_epi32(x); }
+  static Vec to_floats(Wholes a) { return _mm512_cvtepi32_ps(a); }
+  static Vec load_halfs(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+  static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Bytes low_halves(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+  static Bytes high_halves(Bytes a) { return low_halves(_mm512_srli_epi16(a, 4)); }
+  static Bytes repeat(const void* four) {
+    int32_t bytes;
+    std::memcpy(&bytes, four, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+  }
+#ifdef __AVX512VNNI__
+  using Unsigned = __m512i;
+  using Signed = __m512i;
+  static Unsigned unsigned_bytes(Bytes a) { return a; }
+  static Signed signed_bytes(Bytes a) { return a; }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm512_dpbusd_epi32(a, w, x); }
+#else
+  // By 16-bit products, for those of 8 bits saturate.
+  struct Unsigned {
+    __m512i even, odd;
+  };
+  using Signed = Unsigned;
+  static Unsigned unsigned_bytes(Bytes a) {
+    return {_mm512_and_si512(a, _mm512_set1_epi16(255)), _mm512_srli_epi16(a, 8)};
+  }
+  static Signed signed_bytes(Bytes a) {
+    return {_mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), _mm512_srai_epi16(a, 8)};
+  }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) {
+    const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
+    return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
+  }
+#endif
+  // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.
+  static void store_bytes(uint8_t* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(12582912.0f)));  // 1.5 * 2^23
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
+  }
+  // 16 int8 values; the even and the odd ones of 32.
+  static Vec widen(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static Vec widen_even(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs(p), 24), 24));
+  }
+  static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
+
+  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  __attribute__((always_inline)) static void prefetch(const void* p) {
+    _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+  }
+
+ private:
+  static __m512i pairs(const int8_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+};
+
+}  // namespace
+}  // namespace tokenswift

@@ -1,0 +1,223 @@
+// Some queries meet one page: scores, online softmax, weighted values.
+//
+// What is computed for a query does not depend on the queries beside it, and a page none of whose lanes it sees
+// leaves its state as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, every weight exactly 0.
+#pragma once
+
+#include <type_traits>
+
+#include "math/dot.h"
+#include "isa/kernels.h"
+#include "math/rowwise.h"
+
+namespace tokenswift {
+namespace {
+
+// S is what lies in memory (see Pool): what Dot multiplies with, or int8 quants, which become just that on the way.
+// Their scales multiply the scores, and the weights before they meet the values. `copied` reads a widened copy instead:
+// the same bits, cheaper where many queries share it.
+template <class D, class S = typename D::Weight, bool copied = false>
+struct PageOf {
+  using Dot = D;
+  using Operand = typename D::Operand;
+  using Weights = Operand[page_size];
+  using Element = std::conditional_t<copied, typename D::Weight, S>;
+  using Copied = PageOf<D, S, true>;
+  static constexpr bool scaled = sizeof(S) == 1;
+  static constexpr Precision precision = sizeof(Operand) == 2 ? Precision::short_ : Precision::full;
+
+  static size_t half(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
+  static size_t half_bytes(const PageVisit& visit) { return half(visit) * sizeof(S); }
+  static const Element* keys(const PageVisit& visit) {
+    return reinterpret_cast<const Element*>(copied ? visit.copy : visit.block);
+  }
+  static const Element* values(const PageVisit& visit) { return keys(visit) + half(visit); }
+  static const float* key_scales(const PageVisit& visit) {
+    return reinterpret_cast<const float*>(visit.block + 2 * half_bytes(visit));
+  }
+  static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
+
+  static void round(const Vec (&s)[page_size / Isa::lanes], Weights& out) {
+    for (int j = 0; j < page_size / Isa::lanes; ++j) Dot::round(s[j], out + j * Isa::lanes);
+  }
+
+  // Whether widening costs enough to be done once for all tiles: where two products a lane leave it little company.
+  static constexpr bool worth_copying = scaled && !copied && sizeof(Operand) == 2;
+  static constexpr int bytes_a_step = Dot::step * sizeof(S);
+};
+
+constexpr int score_vectors = page_size / Isa::lanes;  // vectors that hold a score for every lane of a page
+constexpr float hidden_score = -3e38f;                 // stays below no_maximum when scaled, and finite
+
+inline __attribute__((always_inline)) void multiply(Vec (&s)[score_vectors], const float* scales) {
+  for (int j = 0; j < score_vectors; ++j) s[j] = Isa::mul(s[j], Isa::load(scales + j * Isa::lanes));
+}
+
+// A query's scores become its weights; updates its maximum and sums, writes the weights rounded, and returns the
+// factor by which everything accumulated so far has to be scaled.
+template <class Page>
+inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors],
+                                                  typename Page::Weights& weights) {
+  float* sums = visit.state + size_t(query) * state_floats(visit.head_dim) + visit.head_dim;
+  float* maximum = sums + sums_width;
+  if constexpr (Page::scaled) multiply(s, Page::key_scales(visit));
+  if (visit.first) {
+    for (int j = 0; j < score_vectors; ++j) {
+      s[j] = Isa::keep(s[j], Isa::splat(hidden_score), j * Isa::lanes, visit.first[query], visit.last[query]);
+    }
+  }
+  Vec top = s[0];
+  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[j]);
+  const Vec scale = Isa::splat(visit.scale);
+  Vec now = Isa::splat(*maximum), rescale = Isa::splat(1.0f);
+  if (Isa::any_greater(Isa::mul(top, scale), now)) {  // seldom behind a split's first pages
+    const Vec old = now;
+    now = Isa::max(old, Isa::mul(Isa::max_across(top), scale));
+    rescale = exp2(Isa::sub(old, now));
+    Isa::store_first(maximum, now);
+  }
+  const Vec offset = Isa::sub(Isa::zero(), now);
+  for (int j = 0; j < score_vectors; ++j) s[j] = exp2<Page::precision>(Isa::fma(s[j], scale, offset));
+  // Sum i of the 16 holds the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
+  constexpr int parts = sums_width / Isa::lanes;
+  Vec page_sum = Isa::zero();
+  for (int part = 0; part < parts; ++part) {
+    Vec sum = s[part];
+    for (int j = part + parts; j < score_vectors; j += parts) sum = Isa::add(sum, s[j]);
+    Isa::store(sums + part * Isa::lanes, Isa::fma(Isa::load(sums + part * Isa::lanes), rescale, sum));
+    page_sum = Isa::add(page_sum, sum);
+  }
+  if (visit.mass) {
+    visit.mass[query * visit.mass_stride] = Isa::sum(page_sum);
+    visit.mass_maximum[query * visit.mass_stride] = *maximum;
+  }
+  if constexpr (Page::scaled) multiply(s, Page::value_scales(visit));
+  Page::round(s, weights);
+  return rescale;
+}
+
+// The next page is asked for while this one is computed with. A visit of one tile asks for all of it; one of several
+// spreads it over them, a part each: else it would wait for memory in the first tile and leave memory idle in the
+// others. parts: 1, or up to a line a step.
+template <class Page, int V, int parts>
+constexpr int lines_ahead = V * Isa::lanes * Page::bytes_a_step / line_bytes / parts;
+
+// Where the part of the next page's keys (`half` 0) or values (1) begins that a query's tile asks for.
+template <class Page, int parts>
+uintptr_t part_ahead(const PageVisit& visit, int half, int query) {
+  const size_t bytes = Page::half_bytes(visit);
+  return reinterpret_cast<uintptr_t>(visit.next) + half * bytes + query / Isa::page_rows % parts * (bytes / parts);
+}
+
+template <class Page, int M, int parts>
+inline __attribute__((always_inline)) void score(const PageVisit& visit, int query, Vec (&s)[M][score_vectors]) {
+  using Dot = typename Page::Dot;
+  constexpr int V = Isa::page_vectors;
+  const auto* keys = Page::keys(visit);
+  const auto* q = static_cast<const typename Dot::Operand*>(visit.q) + size_t(query) * visit.head_dim;
+  uintptr_t ahead = part_ahead<Page, parts>(visit, 0, query);
+  for (int block = 0; block < score_vectors; block += V) {
+    Vec acc[M][V];
+    each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
+    accumulate<Dot, M, V, lines_ahead<Page, V, parts>>(acc, keys + block * Isa::lanes * Dot::step,
+                                                       page_size * Dot::step, q, visit.head_dim,
+                                                       visit.head_dim / Dot::step, ahead);
+    each<M, V>([&](int i, int j) { s[i][block + j] = acc[i][j]; });
+  }
+}
+
+// V vectors of the values' columns from `column` on.
+template <class Page, int M, int V, int parts>
+inline __attribute__((always_inline)) void add_values(const PageVisit& visit, int query, int column,
+                                                      const typename Page::Operand* weights, const Vec (&rescale)[M],
+                                                      uintptr_t& ahead) {
+  using Dot = typename Page::Dot;
+  const auto* values = Page::values(visit) + column * Dot::step;
+  const size_t stride = state_floats(visit.head_dim);
+  float* state = visit.state + query * stride + column;
+  Vec acc[M][V];
+  each<M, V>([&](int i, int j) { acc[i][j] = Isa::mul(Isa::load(state + i * stride + j * Isa::lanes), rescale[i]); });
+  accumulate<Dot, M, V, lines_ahead<Page, V, parts>>(acc, values, visit.head_dim * Dot::step, weights, page_size,
+                                                     page_size / Dot::step, ahead);
+  each<M, V>([&](int i, int j) { Isa::store(state + i * stride + j * Isa::lanes, acc[i][j]); });
+}
+
+template <class Page, int M, int parts>
+void visit_tile(const PageVisit& visit, int query) {
+  alignas(64) typename Page::Weights weights[M];
+  Vec s[M][score_vectors], rescale[M];
+  score<Page, M, parts>(visit, query, s);
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
+  constexpr int block = Isa::page_vectors * Isa::lanes;
+  uintptr_t ahead = part_ahead<Page, parts>(visit, 1, query);
+  int column = 0;
+  for (; column + block <= visit.head_dim; column += block) {
+    add_values<Page, M, Isa::page_vectors, parts>(visit, query, column, weights[0], rescale, ahead);
+  }
+  for (; column < visit.head_dim; column += Isa::lanes) {
+    add_values<Page, M, 1, parts>(visit, query, column, weights[0], rescale, ahead);
+  }
+}
+
+template <class Page, int M, int parts>
+void visit_queries(int m, const PageVisit& visit, int query) {
+  if (m == M) return visit_tile<Page, M, parts>(visit, query);
+  if constexpr (M > 1) visit_queries<Page, M - 1, parts>(m, visit, query);
+}
+
+template <class Page, int parts>
+void visit_tiles(const PageVisit& visit) {
+  constexpr int tile = Isa::page_rows;
+  for (int query = 0; query < visit.queries; query += tile) {
+    visit_queries<Page, tile, parts>(visit.queries - query < tile ? visit.queries - query : tile, visit, query);
+  }
+}
+
+template <class Page>
+void ask_for_scales(const PageVisit& visit) {
+  if (!Page::scaled) return;
+  const char* scales = visit.next + 2 * Page::half_bytes(visit);
+  for (size_t at = 0; at < 2 * page_size * sizeof(float); at += line_bytes) Isa::prefetch(scales + at);
+}
+
+template <class Page>
+void copy_widened(const PageVisit& visit) {
+  const auto* quants = reinterpret_cast<const int8_t*>(visit.block);
+  constexpr int step = Isa::lanes * Page::Dot::step;
+  for (size_t i = 0; i < 2 * Page::half(visit); i += step) {
+    const auto columns = Page::Dot::columns(quants + i);
+    std::memcpy(visit.copy + i * sizeof(typename Page::Dot::Weight), &columns, sizeof columns);
+  }
+}
+
+template <class Page>
+void visit_page(const PageVisit& visit) {
+  if constexpr (Page::worth_copying) {
+    if (visit.queries > Isa::page_rows) {
+      copy_widened<Page>(visit);
+      return visit_page<typename Page::Copied>(visit);
+    }
+  }
+  ask_for_scales<Page>(visit);
+  constexpr int most = lines_ahead<Page, Isa::page_vectors, 1>;
+  if (most % 4 == 0 && visit.queries > 3 * Isa::page_rows) return visit_tiles<Page, most % 4 ? 1 : 4>(visit);
+  if (most % 2 == 0 && visit.queries > Isa::page_rows) return visit_tiles<Page, most % 2 ? 1 : 2>(visit);
+  visit_tiles<Page, 1>(visit);
+}
+
+template <class Page>
+float best_score(const PageVisit& visit) {
+  ask_for_scales<Page>(visit);
+  Vec s[1][score_vectors];
+  score<Page, 1, 1>(visit, 0, s);
+  if constexpr (Page::scaled) multiply(s[0], Page::key_scales(visit));
+  Vec top = s[0][0];
+  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[0][j]);
+  float best;
+  Isa::store_first(&best, Isa::max_across(top));
+  return best;
+}
+
+}  // namespace
+}  // namespace tokenswift

@@ -1,0 +1,105 @@
+// Everything that is computed row by row: exponentials, norms, activations, merging of softmax states.
+#pragma once
+
+#include <cmath>
+
+#include "math/dot.h"
+#include "isa/kernels.h"
+
+namespace tokenswift {
+namespace {
+
+// 2^t for finite t <= 127, exactly 1 at 0 and exactly 0 far below -127. Polynomials: minimax for 2^f over f in
+// [-1/2, 1/2] with constant term 1; the short one is for what is rounded to bf16's 8 bits afterwards.
+enum class Precision { full, short_ };  // relative error 1e-7, 1e-4
+
+template <Precision precision = Precision::full>
+inline Vec exp2(Vec t) {
+  const Vec n = Isa::nearest(t);
+  const Vec f = Isa::sub(t, n);
+  if constexpr (precision == Precision::short_) {
+    Vec p = Isa::splat(0.05500892549753189f);
+    p = Isa::fma(p, f, Isa::splat(0.2422109693288803f));
+    p = Isa::fma(p, f, Isa::splat(0.6932829022407532f));
+    return Isa::scale(Isa::fma(p, f, Isa::splat(1.0f)), n);
+  }
+  Vec p = Isa::splat(0.001326472614891827f);
+  p = Isa::fma(p, f, Isa::splat(0.009671512991189957f));
+  p = Isa::fma(p, f, Isa::splat(0.05550733581185341f));
+  p = Isa::fma(p, f, Isa::splat(0.24022242426872253f));
+  p = Isa::fma(p, f, Isa::splat(0.6931470036506653f));
+  p = Isa::fma(p, f, Isa::splat(1.0f));
+  return Isa::scale(p, n);
+}
+
+inline void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
+  Vec squares = Isa::zero();
+  const int padded = round_up(n, vector_multiple);
+  for (int i = 0; i < padded; i += Isa::lanes) squares = Isa::fma(Isa::load(x + i), Isa::load(x + i), squares);
+  const Vec inverse = Isa::splat(1.0f / std::sqrt(Isa::sum(squares) / float(n) + eps));
+  for (int i = 0; i < padded; i += Isa::lanes) {
+    Isa::store(out + i, Isa::mul(Isa::load(weight + i), Isa::mul(Isa::load(x + i), inverse)));
+  }
+}
+
+inline void swiglu(const float* gate, const float* up, int n, float* out) {
+  const Vec minus_log2e = Isa::splat(-1.4426950408889634f), one = Isa::splat(1.0f), top = Isa::splat(127.0f);
+  for (int i = 0; i < n; i += Isa::lanes) {
+    const Vec x = Isa::load(gate + i);
+    const Vec power = exp2(Isa::min(top, Isa::mul(x, minus_log2e)));
+    Isa::store(out + i, Isa::mul(Isa::div(x, Isa::add(one, power)), Isa::load(up + i)));
+  }
+}
+
+// Products and sums stay apart, so that every ISA gives the same bits.
+inline void rotate(const float* x, const float* cos, const float* sin, int half, float* out) {
+  int i = 0;
+  for (; i + Isa::lanes <= half; i += Isa::lanes) {
+    const Vec first = Isa::load(x + i), second = Isa::load(x + i + half);
+    const Vec c = Isa::load(cos + i), s = Isa::load(sin + i);
+    Isa::store(out + i, Isa::sub(Isa::mul(first, c), Isa::mul(second, s)));
+    Isa::store(out + i + half, Isa::add(Isa::mul(second, c), Isa::mul(first, s)));
+  }
+  for (; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    out[i] = first * cos[i] - second * sin[i];
+    out[i + half] = second * cos[i] + first * sin[i];
+  }
+}
+
+// Merging with a state that has seen nothing leaves the other one's bits as they are.
+inline void merge(float* state, const float* part, int head_dim) {
+  const int at = state_maximum(head_dim);
+  const Vec old = Isa::splat(state[at]), other = Isa::splat(part[at]);
+  const Vec top = Isa::max(old, other);
+  const Vec keep = exp2(Isa::sub(old, top)), add = exp2(Isa::sub(other, top));
+  for (int i = 0; i < head_dim + sums_width; i += Isa::lanes) {
+    Isa::store(state + i, Isa::fma(Isa::load(state + i), keep, Isa::mul(Isa::load(part + i), add)));
+  }
+  state[at] = state[at] > part[at] ? state[at] : part[at];
+}
+
+inline float sum_of_weights(const float* state, int head_dim) {
+  Vec sums = Isa::load(state + head_dim);
+  for (int i = Isa::lanes; i < sums_width; i += Isa::lanes) sums = Isa::add(sums, Isa::load(state + head_dim + i));
+  return Isa::sum(sums);
+}
+
+inline void normalise(const float* state, int head_dim, float* out) {
+  const Vec total = Isa::splat(sum_of_weights(state, head_dim));
+  for (int i = 0; i < head_dim; i += Isa::lanes) Isa::store(out + i, Isa::div(Isa::load(state + i), total));
+}
+
+// The buffers are padded to whole vectors.
+inline void add_mass(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
+                     float* out) {
+  const Vec top = Isa::splat(state[state_maximum(head_dim)]);
+  const Vec share = Isa::splat(1.0f / sum_of_weights(state, head_dim));
+  for (int i = 0; i < pages; i += Isa::lanes) {
+    const Vec weight = Isa::mul(exp2(Isa::sub(Isa::load(mass_maximum + i), top)), share);
+    Isa::store(out + i, Isa::fma(Isa::load(mass + i), weight, Isa::load(out + i)));
+  }
+}
+
+}  // namespace
+}  // namespace tokenswift
