@@ -1,4 +1,4 @@
-"""Weights in blocks of 32 along the input dimension, as the native engine multiplies them (kernels/cpu/math/quant.h)."""
+"""Weights in blocks of 32 along the input dimension, as the C++ engine multiplies them (kernels/cpu/math/quant.h)."""
 
 from __future__ import annotations
 
