@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import gguf_writer
 from flags import with_flags
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.flags import parser
@@ -327,8 +328,8 @@ def test_two_runs_convert_one_model_and_write_what_each_writes_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first conversion is raced for; a second writer of the same folder is refused."""
-    test_gguf = pytest.importorskip("test_gguf", reason="the C++ engine is not built")
-    path = test_gguf.write_gguf(tmp_path / "tiny.gguf", test_gguf.gguf_config("llama"), {}, "Q8_0")
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    path = gguf_writer.write_gguf(tmp_path / "tiny.gguf", gguf_writer.gguf_config("llama"), {}, "Q8_0")
     arguments = [
         "--model",
         str(path),

@@ -20,7 +20,9 @@ from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import gguf_writer
 from conftest import tiny_config, tiny_model, tiny_tokenizer
+from gguf_writer import VALUES, gguf_config, write_gguf
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.cache import sha256
 from tokenswift_py.checkpoints.checkpoint import WEIGHTS
@@ -32,8 +34,7 @@ from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.runs import contract
 
-test_gguf = pytest.importorskip("test_gguf")
-gguf_config, write_gguf, VALUES = test_gguf.gguf_config, test_gguf.write_gguf, test_gguf.VALUES
+pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 
 KINDS = sorted(kind for kind in GGMLQuantizationType.__members__ if hasattr(quants, kind) and kind not in VALUES)
 HEAD = 32
@@ -68,7 +69,7 @@ def test_the_values_of_every_type_are_those_that_transformers_reads(
 ) -> None:
     """In fp32 to the bit; in bf16 these rounded; q and k of the llama architecture in transformers' order of rows."""
     monkeypatch.setattr(
-        test_gguf, "encoded", lambda weights, kind, seed: weights if kind == "F32"
+        gguf_writer, "encoded", lambda weights, kind, seed: weights if kind == "F32"
         else weights.astype(np.float16) if kind == "F16" else random_blocks(weights.shape, kind, seed)
     )  # fmt: skip
     config = gguf_config("llama", num_hidden_layers=1, tie_word_embeddings=False)
@@ -215,7 +216,7 @@ def test_the_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None
 
 def test_a_mistral_in_the_llama_architecture(tmp_path: Path) -> None:
     """As llama.cpp's converter writes it."""
-    sizes = {**test_gguf.SIZES, "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
+    sizes = {**gguf_writer.SIZES, "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
     model = tiny_model(tiny_config("mistral", **{**sizes, "head_dim": 64}, sliding_window=None), torch.float32)
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama", head_dim=64), {}, state=model.state_dict())
     tokens = np.random.default_rng(0).integers(0, 250, 100)

@@ -1,0 +1,140 @@
+"""GGUF files of tiny models, as llama.cpp's converter lays them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH,
+    GGMLQuantizationType,
+    GGUFWriter,
+    TokenType,
+    get_tensor_name_map,
+)
+from gguf.quants import quantize
+
+from conftest import tiny_config, tiny_model, tiny_tokenizer
+from tokenswift_py.models.spec import ModelSpec
+
+Floats = npt.NDArray[np.float32]
+ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32}
+# Where the fp16 scales lie in a block, for types that gguf.quants reads but does not write.
+SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
+VALUES = ("F32", "F16", "BF16")
+EXACT = ("Q4_0", "Q4_1", "Q8_0", *VALUES)
+KINDS = (*EXACT, "Q5_0", "Q5_1", *SCALES)
+
+
+def gguf_config(family: str, **changes: Any) -> Any:
+    sizes = {**SIZES, "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
+    return tiny_config(family, **{**sizes, **changes})
+
+
+def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
+    """`weights` in this type; a K-quant gets random blocks of about their size instead."""
+    if kind == "F16":
+        return weights.astype(np.float16)
+    if kind == "F32":
+        return weights
+    if kind not in SCALES:
+        return quantize(weights, GGMLQuantizationType[kind])
+    columns, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (len(weights), weights.shape[1] // columns, block_bytes)).astype(np.uint8)
+    for at in SCALES[kind]:
+        scale = rng.uniform(1, 3, raw.shape[:2]) * {"Q4_K": 1e-4, "Q5_K": 5e-5, "Q6_K": 4e-5}.get(kind, 1e-3)
+        raw[..., at : at + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
+    return raw.reshape(len(weights), -1)
+
+
+def write_gguf(
+    path: Path,
+    config: Any,
+    kinds: Mapping[str, str],
+    default: str = "F32",
+    *,
+    state: Mapping[str, torch.Tensor] | None = None,
+    change: Callable[[GGUFWriter], None] = lambda writer: None,
+    without: Collection[str] = (),
+    more: Mapping[str, npt.NDArray[Any]] | None = None,
+    parts: int = 1,
+) -> Path:
+    """A model of this config, random unless `state` has its weights, as llama.cpp's converter lays it out.
+
+    kinds: GGML type by the last parts of Hugging Face's names. change: called with the writer, for more metadata.
+    without: keys of the architecture and names of tensors that are left out. more: other tensors. parts: split so.
+    """
+    family, spec = config.model_type, ModelSpec.from_config(config)
+    tensors = gguf_tensors_of(config, state or tiny_model(config, torch.float32).state_dict(), kinds, default)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
+    tensors |= {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
+    limit = {"split_max_tensors": -(-len(tensors) // parts)} if parts > 1 else {}
+    writer = GGUFWriter(path, family, **limit)
+    for key, value in {
+        "block_count": spec.layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": spec.hidden_size,
+        "feed_forward_length": spec.intermediate_size,
+        "attention.head_count": spec.heads,
+        "attention.head_count_kv": spec.kv_heads,
+        "attention.key_length": spec.head_dim,
+        "attention.value_length": spec.head_dim,
+        "rope.dimension_count": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+    }.items():
+        if key not in without:
+            writer.add_uint32(f"{family}.{key}", value)
+    if "rope.freq_base" not in without:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(spec.norm_eps)
+    add_tokenizer(writer)
+    change(writer)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
+
+
+def gguf_tensors_of(
+    config: Any, state: Mapping[str, torch.Tensor], kinds: Mapping[str, str], default: str
+) -> dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]:
+    """Under GGUF's names, q and k of llama in llama.cpp's order of rows."""
+    family, spec = config.model_type, ModelSpec.from_config(config)
+    names, tensors = get_tensor_name_map(ARCHITECTURES[family], spec.layers), {}
+    for seed, (name, shape) in enumerate(spec.shapes().items()):
+        stem, suffix = name.rsplit(".", 1)
+        weights = state[name].numpy()
+        part = stem.split(".")[-1]
+        if family == "llama" and part in ("q_proj", "k_proj"):
+            heads = spec.heads if part == "q_proj" else spec.kv_heads
+            weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        kind = kinds.get(part, default) if len(shape) == 2 else "F32"
+        data = encoded(np.ascontiguousarray(weights), kind, seed)
+        tensors[f"{names.get_name(stem)}.{suffix}"] = data, GGMLQuantizationType[kind]
+    return tensors
+
+
+def add_tokenizer(writer: GGUFWriter) -> None:
+    tokenizer = tiny_tokenizer()
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    special = set(tokenizer.all_special_tokens) | {"<|endoftext|>", "<|im_start|>"}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in special else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(2)
+    writer.add_bos_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
