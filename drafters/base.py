@@ -15,7 +15,7 @@ from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.options import Options
+from tokenswift_py.options import DRAFTERS, Options
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import Planner
 from tokenswift_py.sampling.reference import Sampler
@@ -192,24 +192,21 @@ def host_array(x: torch.Tensor) -> FloatArray:
     return array
 
 
-FOLDER = "tokenswift_py.drafters"
-
-
 def create(name: str, **settings: Any) -> Drafter:
     """The drafter called `name`. Raises UserError for a name that no file carries."""
-    drafter: Drafter = registry.create(FOLDER, "DRAFTER", "drafter", name, **settings)
+    drafter: Drafter = registry.create(DRAFTERS, "DRAFTER", "drafter", name, **settings)
     return drafter
 
 
 def kind_of(name: str) -> type[Drafter]:
     """The class of the drafter called `name`."""
-    kind: type[Drafter] = registry.module(FOLDER, "drafter", name).DRAFTER
+    kind: type[Drafter] = registry.module(DRAFTERS, "drafter", name).DRAFTER
     return kind
 
 
 def for_run(options: Options, resources: Resources) -> Drafter:
     """The drafter of a run: what its file's `create` makes of the options, or its class without settings."""
-    module = registry.module(FOLDER, "drafter", options.chosen_drafter)
+    module = registry.module(DRAFTERS, "drafter", options.chosen_drafter)
     make: Callable[[Options, Resources], Drafter] | None = getattr(module, "create", None)
     made: Drafter = make(options, resources) if make else module.DRAFTER()
     return made

@@ -16,7 +16,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.options import Options
+from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.planning.planner import Planner
 
 
@@ -60,7 +60,7 @@ class Partial(Drafter):
         check(view_tokens is None or view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
         check(refresh >= 1, "refresh", refresh, "at least 1")
-        self.policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
+        self.policy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
         self.needs = self.policy.needs
         self.width, self.refresh, self.reuse, self.heads = width, refresh, reuse, heads
         family = Experience()

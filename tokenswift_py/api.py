@@ -132,8 +132,7 @@ class TokenSwift(LoadedModel):
             check(not (folder and logprobs), "logprobs", logprobs, "not with out: a journal holds tokens only")
         stream = Stream(self, run)
         if folder:
-            header = contract.header(self, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
-            journal = shared(ranks, lambda: Journal.create(Path(folder), header))
+            journal = shared(ranks, lambda: Journal.create(Path(folder), stream.header()))
             stream.record(journal, kv_snapshot)
         return stream
 
@@ -163,8 +162,7 @@ class TokenSwift(LoadedModel):
             stream = Stream(self, run)
             with ranks.same_fate():
                 if ranks.leads:
-                    header = contract.header(self, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
-                    contract.check_same(record.header, header)
+                    contract.check_same(record.header, stream.header())
                 with one_line(f"journal: {record.path} does not hold a text of its own parameters"):
                     stream.replay(record.tokens)
                 if extend:

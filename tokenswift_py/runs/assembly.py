@@ -11,7 +11,7 @@ from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.options import Options
+from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
@@ -73,5 +73,5 @@ def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
     if options.kv_budget is None:
         return None
     name = options.kv_policy or "recent"
-    policy = registry.create("tokenswift_py.kvcache.policies", "POLICY", "kv_policy", name)
+    policy = registry.create(POLICIES, "POLICY", "kv_policy", name)
     return Eviction(policy, options.kv_budget, ranks=ranks)

@@ -106,7 +106,7 @@ def audit(
     run = recorded_run(loaded, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(loaded, replace(run, options=replace(run.options, on_loop=quiet)))
-    same = contract.header(loaded, run.prompt, run.parameters(), stream.numerics, stream.guarantee)
+    same = {**stream.header(), "parameters": run.parameters()}  # of the run as recorded, not of the quiet one
     contract.check_same(record.header, same, numerics=False)
     found = Audit(
         str(folder), stream.numerics, record.header["numerics"], stream.guarantee,

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 def baseline(loaded: LoadedModel, stream: Stream) -> Result:
-    """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side.
-
-    Raises UserError for a resumed stream, whose times are of a part of its text, and where the stream has not
-    ended and there is no room for a second KV cache beside its own.
-    """
+    """As `TokenSwift.baseline`."""
     run, mine = stream.run, stream.result()
     recorded, allowed = mine.stats.recorded_tokens, "a stream that wrote all of its text itself"
     stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]

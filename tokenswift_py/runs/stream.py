@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenswift_py.decoding.loop import Step
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import ChapterText
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.runs import report, snapshot
+from tokenswift_py.runs import contract, report, snapshot
 from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.journal import Journal
 from tokenswift_py.runs.plan import Run
@@ -80,6 +80,11 @@ class Stream:
         self.journal = journal
         if kv_snapshot:
             self.loop.keep = self._snapshot
+
+    def header(self) -> dict[str, Any]:
+        """What a journal of this text begins with."""
+        run = self.run
+        return contract.header(self.loaded, run.prompt, run.parameters(), self.numerics, self.guarantee)
 
     def _snapshot(self) -> None:
         assert self.journal is not None
