@@ -13,6 +13,7 @@ from tokenswift_py import registry
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import Passes, Timer, without_passes
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import DRAFTERS, Options
@@ -38,6 +39,7 @@ class Context:
     sampler: Sampler
     draft_model: Model
     planner: Planner = field(default_factory=lambda: Planner(fixed=True))
+    timer: Timer = field(default_factory=Timer)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Resources:
 class Drafter:
     """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text.
 
+    `prefill` and `propose` are coroutines (see `decoding.passes`): where they need a pass they yield it, and are sent
+    its output. One that needs none is made by `without_passes`.
+
     needs: of "mass" and "queries", what the passes it sees the output of must report.
     runs_target: whether it makes passes of the target with the draft's weights, or products with its LM head.
     sees_views: whether these see views of the target's cache, of which an engine may keep copies.
@@ -66,11 +71,12 @@ class Drafter:
     sees_views = False
     has_second_model = False
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
         before the pending token, up to `decoding.loop.SEEN_ROWS` of them."""
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import Pass, Passes
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, Resources, width_of
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.errors import check
@@ -57,10 +58,10 @@ class DraftModel(Drafter):
         self._chain: list[int] = []
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
 
-    def prefill(self, context: Context, output: Output) -> None:
-        self._catch_up(context.history)
+    def prefill(self, context: Context, output: Output) -> Passes[None]:
+        yield from self._catch_up(context.history)
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         planner, history = context.planner, context.history
         draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
@@ -73,7 +74,7 @@ class DraftModel(Drafter):
             planner.expect_rate(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
         with history.guesses():
             while len(self._chain) <= length and self._pays(planner):
-                node = self._guess(context, candidates)
+                node = yield from self._guess(context, candidates)
                 if node is None:
                     break
                 self._chain.append(node)
@@ -109,27 +110,27 @@ class DraftModel(Drafter):
         """What a pass of the draft model costs; before one was measured, what the planner takes for one."""
         return self._cost(rows, self._kept) if self._cost.measured else planner.draft_ms(rows, self._kept)
 
-    def _guess(self, context: Context, candidates: Candidates) -> int | None:
+    def _guess(self, context: Context, candidates: Candidates) -> Passes[int | None]:
         """One pass: the rows that the cache lacks, and what the last of them guesses."""
         if len(self._chain) == 1:
-            self._catch_up(context.history)
-        lap = self.model.clock.start()
+            yield from self._catch_up(context.history)
+        lap = context.timer.start(self.model)
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
-        logits = self._forward(context.history, rows)
+        logits = yield from self._forward(context.history, rows)
         node = self._confidence.guess(context, candidates, self._chain[-1], logits)
         lap.stop()
         self._cost.observe(rows, kept, lap.ms)
         return node
 
-    def _catch_up(self, history: History) -> None:
+    def _catch_up(self, history: History) -> Passes[None]:
         """Read the text but for so few rows that the pass of the first guess takes them along."""
         while (missing := len(history) - self.cache.length) > JOINED:
             rows = min(CHUNK, missing - JOINED)
-            self._forward(history, rows)
+            yield from self._forward(history, rows)
             self._commit(rows)
         self._read = missing
 
-    def _forward(self, history: History, rows: int) -> torch.Tensor:
+    def _forward(self, history: History, rows: int) -> Passes[torch.Tensor]:
         """Compute the next rows that the cache lacks: [vocab_size] logits of the last, in the target's vocabulary."""
         cache = self.cache
         known = cache.length + cache.tail_length
@@ -138,7 +139,8 @@ class DraftModel(Drafter):
             tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
         tail, read = tuple(range(cache.tail_length)), rows > JOINED  # what guesses is a pass of fixed shape on a GPU
         segment = Segment(DraftTree.chain(tokens), cache, tail=tail, causal=read)
-        logits = self.model.forward([segment], [rows - 1]).logits[0]
+        output = yield Pass(self.model, segment, [rows - 1])
+        logits = output.logits[0]
         if self.vocab_sizes is None:
             return logits
         return F.pad(logits, (0, self.vocab_sizes[1] - len(logits)), value=-torch.inf)

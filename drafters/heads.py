@@ -17,6 +17,7 @@ import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
+from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.head_weights import HeadWeights
@@ -75,9 +76,11 @@ class Heads(Drafter):
         self._row: torch.Tensor | None = None
         self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         self._row = self.weights.reads(output, -1)
 
+    @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         if self._row is None:
             return DraftTree.chain([context.history[-1]])
@@ -187,7 +190,7 @@ class Heads(Drafter):
             saved_ms = sum(takewhile(lambda saved: saved > 0, gains))
             if cost.measured and saved_ms <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
                 return
-            lap = context.draft_model.clock.start()
+            lap = context.timer.start(context.draft_model)
             [(x, guesses)] = self.ask(head, [branch], context)
             lap.stop()
             cost.observe(1, 0, lap.ms)

@@ -13,6 +13,7 @@ from functools import partial
 
 from tokenswift_py.core import Acceptance, DraftTree, Output
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.errors import check
 from tokenswift_py.planning.odds import Odds
@@ -98,9 +99,11 @@ class NGram(Drafter):
         self._odds = [[Odds(trust * share) for share in PRIORS] for trust in TRUST]
         self._draft: Draft | None = None
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         self.read(context.history)
 
+    @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         draft, match = Draft(context.history[-1], budget), self.read(context.history)
         draft.fill(context.planner, lambda worth: self.extend(draft, match, worth))

@@ -8,6 +8,7 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
+from tokenswift_py.decoding.passes import Pass, Passes, without_passes
 from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, Resources, committed, width_of
 from tokenswift_py.drafters.chain import Confidence, Experience
 from tokenswift_py.drafters.heads import Gain, Heads
@@ -76,21 +77,22 @@ class Partial(Drafter):
         self._chain: list[int] = []
         self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         self._chosen = None
         if self.reuse is not None:
-            self.reuse.prefill(context, output)
+            self.reuse.read(context.history)
         rows = len(output.hidden)
         self._see(output, -1)
         self.policy.observe(committed(output, range(rows), context.cache.length - rows))
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         planner, history, self._length = context.planner, context.history, context.cache.length
         draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
         match = self.reuse.read(history) if self.reuse is not None else (0, 0)
         with history.guesses():
-            match = self._grow_chain(context, draft, candidates, match)
+            match = yield from self._grow_chain(context, draft, candidates, match)
             if self.heads is not None and self._row is not None:
                 gain = Gain(next_chance(self._repeats(draft, planner, match)), planner.gain_ms)
                 self.heads.extend(draft, self._chain[-1], self._row, context, gain)
@@ -126,7 +128,7 @@ class Partial(Drafter):
             "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
         }
 
-    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, match: Match) -> Match:
+    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, match: Match) -> Passes[Match]:
         """Guess on, pass by pass, as long as it pays; the history grows with the chain. Returns where the chain's end
         occurred in the text before."""
         cache, planner = context.cache, context.planner
@@ -144,9 +146,9 @@ class Partial(Drafter):
             if not self._pays(draft, ahead, ms, planner, match) and (tail or not planner.may_probe(ms)):
                 break
             tree = self._ask_heads(context, draft, ahead, keys).build()
-            lap = context.draft_model.clock.start()
+            lap = context.timer.start(context.draft_model)
             first = cache.tail_length
-            output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
+            output = yield Pass(context.draft_model, Segment(tree, cache, self._view(context), tail))
             rows, tokens = [0], []  # type: list[int], list[int]
             while True:
                 token = self._guess(context, candidates, output.logits[rows[-1]], match)

@@ -20,6 +20,7 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, Drafter, create
 from tokenswift_py.kvcache.cache import KVCache
@@ -82,6 +83,7 @@ class Planted(Drafter):
         self.truth, self.right, self.length, self.vocab = list(truth), right, length, vocab
         self.rng = np.random.default_rng(0)
 
+    @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         at = len(context.history)
         tokens = [context.history[-1], *self.truth[at : at + min(self.length, budget - 1)]]
@@ -89,6 +91,7 @@ class Planted(Drafter):
         wrong[0] = False
         return DraftTree.chain((np.array(tokens) + wrong) % self.vocab)
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         pass
 

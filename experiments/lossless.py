@@ -29,6 +29,7 @@ from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, TreeBuilder
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.heads import Heads
@@ -197,6 +198,7 @@ class ToyTrees(Drafter):
     def __init__(self, trees: list[DraftTree]):
         self.trees = trees
 
+    @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         pending = context.history[-1]
         return self.trees[pending] if budget >= NODES else DraftTree.chain([pending])

@@ -80,7 +80,7 @@ def test_every_setting_drafts_the_same_text_by_policies_that_have_seen_its_end(
         observe(self, rows)
 
     def proposed(self: Partial, *given: Any) -> Any:
-        tree = propose(self, *given)
+        tree = yield from propose(self, *given)
         views.add(self.explain()["view_pages"])
         assert tree.is_chain
         return tree

@@ -17,6 +17,7 @@ from scripted import write
 from small_models import SMALLER, saved
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, SamplingParams
+from tokenswift_py.decoding.passes import Passes
 from tokenswift_py.drafters.base import Context, create
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.drafters.draft_model import SPREAD
@@ -112,7 +113,7 @@ class Sometimes:
         self.drafter, self.rounds = drafter, 0
         self.prefill, self.observe = drafter.prefill, drafter.observe
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         self.rounds += 1
         return self.drafter.propose(context, budget if self.rounds % 5 < 2 else 1)
 
@@ -144,12 +145,12 @@ class FromScratch:
         self.drafter: Any = create("draft_model", model=model, width=1, **rest)
         self.compared = 0
 
-    def prefill(self, context: Context, output: Output) -> None:
-        self.drafter.prefill(context, output)
+    def prefill(self, context: Context, output: Output) -> Passes[None]:
+        return self.drafter.prefill(context, output)
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
-        tree: DraftTree = self.drafter.propose(context, budget)
-        fresh: DraftTree = create("draft_model", model=self.model, width=1, **self.rest).propose(context, budget)
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
+        tree = yield from self.drafter.propose(context, budget)
+        fresh = yield from create("draft_model", model=self.model, width=1, **self.rest).propose(context, budget)
         assert tree.tokens.tolist() == fresh.tokens.tolist()
         self.compared += len(tree) > 1
         return tree

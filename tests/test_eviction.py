@@ -17,6 +17,7 @@ from scripted import Scripted, write
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.eviction import Eviction, pooled
+from tokenswift_py.decoding.passes import Passes
 from tokenswift_py.drafters.base import create
 from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.base import PAGE_SIZE, Committed, FloatArray, PageStats, best
@@ -223,13 +224,13 @@ def test_memory_is_bounded(native: Any, drafter: str, policy: str) -> None:
     most, lengths = 0, []
 
     class Watched(type(create(drafter))):  # type: ignore[misc]
-        def propose(self, context: Any, budget: int) -> DraftTree:
+        def propose(self, context: Any, budget: int) -> Passes[DraftTree]:
             nonlocal most
             cache = context.cache
             lengths.append(cache.length)
             held = cache.length - cache.evicted * PAGE_SIZE
             assert held <= eviction.budget and cache.nbytes == cache.pool.in_use * cache.pool.page_bytes
-            tree = super().propose(context, budget)
+            tree: DraftTree = yield from super().propose(context, budget)
             most = max(most, cache.pool.in_use)
             return tree
 

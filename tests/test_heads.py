@@ -28,6 +28,7 @@ from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import Timer, compute
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Draft, Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
@@ -46,7 +47,7 @@ from tokenswift_py.sampling.reference import Sampler
 
 def drafting(**parts: Any) -> Any:
     """A context of which only these parts are looked at."""
-    return SimpleNamespace(planner=Planner(fixed=True), **parts)
+    return SimpleNamespace(planner=Planner(fixed=True), timer=Timer(), **parts)
 
 
 def embedding_of(decoder: Any) -> torch.Tensor:
@@ -102,14 +103,13 @@ def test_the_first_path_is_that_of_the_papers_formulas(
         drafter = Heads(replace(weights, acceptance=np.ones((K, 1))), embedding)
         prompt = [int(t) for t in np.random.default_rng(seed).integers(0, V, 20)]
         output = model.forward([Segment(DraftTree.chain(prompt[:-1]), model.new_cache(), causal=True)])
-        context: Any = SimpleNamespace(
-            planner=Planner(fixed=True),
+        context: Any = drafting(
             history=History(prompt),
             sampler=Sampler(SamplingParams(), V),
             draft_model=model,
         )
-        drafter.prefill(context, output)
-        tree = drafter.propose(context, 9)
+        compute(drafter.prefill(context, output))
+        tree = compute(drafter.propose(context, 9))
         assert tree.is_chain and len(tree) == K + 1 and len(context.history) == 20
         expected = plain_logits(weights, output, [embedding[t] for t in tree.tokens[:K].tolist()], lm_head)
         best = expected.max(-1)
@@ -145,9 +145,7 @@ def proposal(acceptance: Any, budget: int, form: str = "tokenswift", params: Sam
     drafter = Heads(weights, torch.ones(V, E))
     logits = [float(-t) for t in range(V)]  # best tokens first: 0, 1, 2 ...
     sampler = Sampler(params or SamplingParams(), V)
-    context: Any = SimpleNamespace(
-        planner=Planner(fixed=True), history=History([7]), sampler=sampler, draft_model=Fixed(logits)
-    )
+    context = drafting(history=History([7]), sampler=sampler, draft_model=Fixed(logits))
     return drafter, drafter.tree(torch.ones(E), context, budget), context
 
 
@@ -458,9 +456,7 @@ def test_converted_checkpoints_give_the_same_proposals(
     sampler, rows = Sampler(SamplingParams(temperature=1, seed=2), vocab), torch.randn(5, E)
     model: Any = SimpleNamespace(project=lambda x: x @ embedding.T)
     for row in rows:
-        context: Any = SimpleNamespace(
-            planner=Planner(fixed=True), history=History([3, 4]), sampler=sampler, draft_model=model
-        )
+        context: Any = drafting(history=History([3, 4]), sampler=sampler, draft_model=model)
         trees = [Heads(w, embedding).tree(row, context, 12) for w in (weights, found)]
         assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and len(trees[0]) == 12
     (converted,) = (tmp_path / "cache" / "heads").glob("*.safetensors")
@@ -608,7 +604,7 @@ def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None
 
 def test_a_step_without_rows_proposes_nothing() -> None:
     context: Any = drafting(history=History([9]))
-    assert Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8).tokens.tolist() == [9]
+    assert compute(Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8)).tokens.tolist() == [9]
 
 
 def test_what_verification_took_is_learned() -> None:
@@ -617,5 +613,5 @@ def test_what_verification_took_is_learned() -> None:
     hidden = torch.arange(3 * E).reshape(3, E).float()
     drafter.observe(Acceptance((0, 2), (int(tree.tokens[2]), 4)), Output(hidden, hidden))
     assert shares(drafter)[0][1] > 0.5 > shares(drafter)[0][0]
-    drafter.propose(context, 3)
+    compute(drafter.propose(context, 3))
     assert torch.equal(drafter._row, hidden[2])

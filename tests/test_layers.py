@@ -20,8 +20,8 @@ MAPPED = ("drafters", "kvcache", "kernels")  # stand at the root, are imported a
 
 LEAVES = {"tokenswift_py.errors", "tokenswift_py.registry"}
 NOUNS = {
-    f"tokenswift_py.{name}"
-    for name in ("core", "decoding.history", "sampling", "planning", "models", "checkpoints", "options")
+    *(f"tokenswift_py.{name}" for name in ("core", "sampling", "planning", "models", "checkpoints", "options")),
+    *("tokenswift_py.decoding.history", "tokenswift_py.decoding.passes"),
 }
 ALLOWED = {
     "kernels": LEAVES | {"tokenswift_py.kernels"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tokenswift_py.core import DraftTree
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import TALLIED, NGram, SuffixAutomaton
 from tokenswift_py.errors import UserError
 from tokenswift_py.planning.planner import Planner
@@ -104,7 +105,7 @@ def test_a_hundred_thousand_tokens_of_one_kind_are_read_in_linear_time() -> None
 
 def propose(text: list[int], budget: int, drafter: NGram | None = None) -> DraftTree:
     context: Any = SimpleNamespace(history=History(text), planner=Planner(fixed=True))
-    return (drafter or NGram()).propose(context, budget)
+    return compute((drafter or NGram()).propose(context, budget))
 
 
 def test_text_that_repeats_is_proposed_as_far_as_the_budget_goes() -> None:
@@ -157,10 +158,10 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
     """The history may grow by any number of tokens between proposals, as it does by a forced turn."""
     drafter, history = NGram(shortest), History([4])
     context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
-    drafter.prefill(context, NO_OUTPUT)
+    compute(drafter.prefill(context, NO_OUTPUT))
     for part in parts:
         history.extend(part)
-        tree = drafter.propose(context, budget)
+        tree = compute(drafter.propose(context, budget))
         text = history.tokens.tolist()
         assert 1 <= len(tree) <= budget and tree.tokens[0] == text[-1]
         counts = occurrences(text)
@@ -173,6 +174,6 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
 def test_a_forced_turn_is_read_too() -> None:
     drafter, history = NGram(), History([1, 2, 3])
     context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
-    drafter.prefill(context, NO_OUTPUT)
+    compute(drafter.prefill(context, NO_OUTPUT))
     history.extend([10, 11, 12, 13, 20, 10, 11])
-    assert drafter.propose(context, 3).tokens.tolist() == [11, 12, 13]
+    assert compute(drafter.propose(context, 3)).tokens.tolist() == [11, 12, 13]

@@ -16,6 +16,7 @@ import pytest
 
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
@@ -228,7 +229,7 @@ def test_repeats_fill_a_shape_and_leave_one_that_does_not_pay() -> None:
         planner, drafter = padded_planner(step_ms), NGram()
         drafter._odds = [[Odds(0.7) for _ in odds] for odds in drafter._odds]
         context: Any = SimpleNamespace(history=History(text), planner=planner)
-        sizes.append(len(drafter.propose(context, 17)))
+        sizes.append(len(compute(drafter.propose(context, 17))))
     assert sizes == [11, 8]
 
 

@@ -22,6 +22,7 @@ from tokenswift_py import TokenSwift, registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import Passes, without_passes
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, committed
 from tokenswift_py.drafters.base import create as create_drafter
@@ -339,11 +340,12 @@ class Watching(Scripted):
         super().__init__(*script, width=width)
         self.policies = {name: create(name) for name in LEARNING}
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         rows = len(output.hidden)
         self.show(committed(output, range(rows), context.cache.length - rows))
 
-    def propose(self, context: Context, budget: int) -> DraftTree:
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         self.start = context.cache.length
         return super().propose(context, budget)
 

@@ -21,6 +21,7 @@ from recording import Tape, record
 from scripted import Scripted, write
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import compute
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.kernels.base import AttentionSegment, Room
@@ -357,10 +358,10 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     plain = DecodeLoop(new_decoder("llama"), NoDraft(), sampler, Stops(9, ()))
     text = [token for step in plain.run(prompt) for token in step.tokens]
     loop = DecodeLoop(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
-    loop.force(prompt)
+    compute(loop.force(prompt))
     for _ in range(2):
         with HostReads() as reads:
-            step = loop.round()
+            step = compute(loop.round())
         assert len(step.tokens) == 4 and reads.count == 1
 
 

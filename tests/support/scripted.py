@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokenswift_py.core import Acceptance, DraftTree, Output, TreeBuilder
+from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context
 from toys import write as write
 
@@ -24,9 +25,11 @@ class Scripted:
         self.truth, self.vocab, self.right, self.width = list(truth), vocab, right, width
         self.rng = np.random.default_rng(seed)
 
+    @without_passes
     def prefill(self, context: Context, output: Output) -> None:
         pass
 
+    @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         assert context.history.tokens.tolist() == self.truth[: len(context.history)]
         builder, node = TreeBuilder(context.history[-1], budget), 0

@@ -1,14 +1,19 @@
-"""The loop: draft, verify, accept, commit, learn. Plain decoding is the same loop over trees of one node."""
+"""The loop: draft, verify, accept, commit, learn. Plain decoding is the same loop over trees of one node.
+
+The loop is a coroutine (see `passes`): it yields the passes that it wants, and between rounds the steps of the text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.eviction import Eviction
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.passes import Pass, Passes, Timer, steps
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.decoding.verify import walk
@@ -55,6 +60,7 @@ class DecodeLoop:
         the prompt must be missing. Of rows it holds the drafter sees nothing.
     ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
            that are verified, and all must choose the same tokens.
+    timer: the time of whoever drives this loop; None is that of a loop alone.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class DecodeLoop:
         eviction: Eviction | None = None,
         cache: KVCache | None = None,
         ranks: Ranks = ALONE,
+        timer: Timer | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
@@ -82,7 +89,10 @@ class DecodeLoop:
         self.history = History()
         self.eviction = eviction
         self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
-        self.context = Context(self.history, self.cache, model, sampler.guessing(), draft_model or model, self.planner)
+        self.timer = timer or Timer()
+        self.context = Context(
+            self.history, self.cache, model, sampler.guessing(), draft_model or model, self.planner, self.timer
+        )
         self.trace = trace
         self.stats = GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
@@ -90,21 +100,27 @@ class DecodeLoop:
         self._told = History()  # up to the latest of those they were called for
 
     def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
-        """Write until something ends the text; every step's tokens are final when it is yielded.
+        """Writes the text alone, as `text` does."""
+        return steps(self.text(prompt, after))
 
-        after: the last step of a replay, behind which the text goes on.
+    def text(self, prompt: Sequence[int], after: Step | None = None) -> Generator[Pass | Step, Output | None, None]:
+        """Writes until something ends the text: yields passes, to be sent their outputs, and steps, whose tokens are
+        final when they are yielded. A step ends a round: between rounds nothing is provisional but the pending token.
+
+        after: the last step of a replay, after which the text goes on.
         """
+        step = after
         try:
-            step = after or self.force(prompt)
-            if after is None:
+            if step is None:
+                step = yield from self.force(prompt)
                 yield step
-            elif after.ending is None:
-                self.catch_up()
+            elif step.ending is None:
+                yield from self.catch_up()
             while self.unfinished(step) and self.ranks.go_on():
-                step = self.round() if step.ending is None else self.force(self.turns.pop(0))
+                step = yield from (self.round() if step.ending is None else self.force(self.turns.pop(0)))
                 yield step
         except GeneratorExit:
-            if self.unfinished(step):
+            if step is None or self.unfinished(step):
                 self.ranks.go_on(False)
             raise
         finally:
@@ -150,16 +166,16 @@ class DecodeLoop:
             if place == len(tokens):
                 raise ReplayError(place, "a turn without a token behind it")
 
-    def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
+    def catch_up(self, progress: Callable[[int], None] | None = None) -> Passes[None]:
         """After a replay: compute the KV of everything but the pending token, and show the drafter the text. Processors
         that keep state are called for each token that was chosen, in order, with the logits that chose it.
 
         progress: called with the number of rows of each pass.
         """
         if len(self.history) - 1 > self.cache.length:
-            with self.stats.clock("prefill"):
-                output = self.prefill(len(self.history) - 1, progress)
-                self.drafter.prefill(self.context, output)
+            with self.phase("prefill"):
+                output = yield from self.prefill(len(self.history) - 1, progress)
+                yield from self.drafter.prefill(self.context, output)
 
     def unfinished(self, step: Step) -> bool:
         return step.ending is None or (step.ending == "eos" and self.goes_on)
@@ -169,23 +185,23 @@ class DecodeLoop:
         """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
         return bool(self.turns) and self.stops.tokens_left > 0
 
-    def round(self) -> Step:
+    def round(self) -> Passes[Step]:
         """One tree: the accepted tokens and one more."""
-        clock = self.stats.clock
         self.planner.context = self.cache.length
-        with clock("draft"):
+        with self.phase("draft"):
             budget = self.budget()
-            tree = self.ranks.first_tree(self.drafter.propose(self.context, budget), budget)
-        with clock("verify"):
-            lap = self.model.clock.start()
+            proposed = yield from self.drafter.propose(self.context, budget)
+            tree = self.ranks.first_tree(proposed, budget)
+        with self.phase("verify"):
+            lap = self.timer.start(self.model)
             self.cache.drop_tail()
-            output = self.forward(Segment(tree, self.cache))
+            output = yield self.ask(Segment(tree, self.cache))
             lap.stop()
-        with clock("accept"):
+        with self.phase("accept"):
             taken = self.walk(tree, output)
-        with clock("commit"):
+        with self.phase("commit"):
             self.commit(taken.path, output)
-        with clock("learn"):
+        with self.phase("learn"):
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
         self.stats.settle("verify", "accept", lap.ms)
@@ -194,15 +210,15 @@ class DecodeLoop:
             self.trace(self.record(tree, taken))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
 
-    def force(self, tokens: Sequence[int]) -> Step:
+    def force(self, tokens: Sequence[int]) -> Passes[Step]:
         """Put tokens into the text (the prompt, or a turn behind the pending token) and choose the next."""
-        with self.stats.clock("prefill"):
+        with self.phase("prefill"):
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             self.history.extend(tokens)
             self.begin_chapter()
-            output = self.prefill(len(self.history))
+            output = yield from self.prefill(len(self.history))
             taken = self.walk(PENDING, output)
-            self.drafter.prefill(self.context, output)
+            yield from self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
 
@@ -217,25 +233,25 @@ class DecodeLoop:
         self.ranks.agree(f"the tokens from position {at} on", (taken.tokens, taken.path, taken.ending))
         return taken
 
-    def prefill(self, stop: int, progress: Callable[[int], None] | None = None) -> Output:
+    def prefill(self, stop: int, progress: Callable[[int], None] | None = None) -> Passes[Output]:
         """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the
         last."""
         progress = progress or (lambda rows: None)
         chunk = min(self.prefill_chunk, SEEN_ROWS) if self._untold else self.prefill_chunk  # of these all logits
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
-            self.read(count, [], seen=False)
+            yield from self.read(count, [], seen=False)
             progress(count)
-        output = self.read(missing, [missing - 1])
+        output = yield from self.read(missing, [missing - 1])
         progress(missing)
         return output
 
-    def read(self, count: int, logit_rows: Sequence[int], seen: bool = True) -> Output:
+    def read(self, count: int, logit_rows: Sequence[int], seen: bool = True) -> Passes[Output]:
         """Commit the next `count` rows; their output, with the logits of `logit_rows`."""
         at = self.cache.length
         untold = [row for row in range(count) if at + row + 1 in self._untold] if self._untold else []
         rows = sorted({*untold, *logit_rows})
-        output = self.forward(self.chunk(count), rows, seen)
+        output = yield self.ask(self.chunk(count), rows, seen)
         for row, logits in zip(rows, output.logits, strict=True):
             if row in untold:
                 self._told.extend(self.history.tokens[len(self._told) : at + row + 1].tolist())
@@ -257,10 +273,19 @@ class DecodeLoop:
         if self.eviction:
             self.eviction.committed(self.cache, rows, output)
 
-    def forward(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Output:
+    def ask(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Pass:
         """A pass of the target. seen: by the drafter, which may need more than logits of it."""
         needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
-        return self.model.forward([segment], logit_rows, want_mass="mass" in needs, want_queries="queries" in needs)
+        return Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Counts the time of what is done inside of this context."""
+        began = self.timer.now()
+        try:
+            yield
+        finally:
+            self.stats.spent(name, 1e3 * (self.timer.now() - began))
 
     @property
     def room(self) -> int:

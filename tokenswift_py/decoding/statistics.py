@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,14 +39,10 @@ class GenerationStats:
     phase_ms: dict[str, float] = field(default_factory=dict)
     latest_ms: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def clock(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.latest_ms[phase] = 1e3 * (time.perf_counter() - start)
-            self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + self.latest_ms[phase]
+    def spent(self, phase: str, ms: float) -> None:
+        """Counts the milliseconds of one time that a phase was gone through."""
+        self.latest_ms[phase] = ms
+        self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + ms
 
     def settle(self, phase: str, waited: str, ms: float) -> None:
         """What a phase asked of a device took so many milliseconds there, some of which went by in the next phase,

@@ -121,15 +121,15 @@ def audit(
     found.ending = stream.ending
     found.faults += marks_faults(stream, record)
     began = time.perf_counter()
-    Pass(stream, found, sample, progress).run()
+    Check(stream, found, sample, progress).run()
     found.seconds = time.perf_counter() - began
     if not found.faults:
         found.faults += file_faults(stream, Path(folder))
     return found
 
 
-class Pass:
-    """The pass over the recorded tokens. Position p of the text is chosen by row p - 1."""
+class Check:
+    """The passes over the recorded tokens. Position p of the text is chosen by row p - 1."""
 
     def __init__(self, stream: Stream, found: Audit, sample: int, progress: Callable[[int], None]):
         self.loop, self.found, self.progress = stream.loop, found, progress
@@ -180,7 +180,7 @@ class Pass:
         """[n, vocab_size] logits of those of the next `count` rows that chose a token; the rows are provisional."""
         at = self.loop.cache.length
         wanted = np.flatnonzero(self.chosen[at + 1 : at + 1 + count]).tolist()
-        self.output = self.loop.forward(self.loop.chunk(count), wanted, seen=False)
+        self.output = self.loop.ask(self.loop.chunk(count), wanted, seen=False).compute()
         return self.output.logits
 
     def check(self, at: int, logits: torch.Tensor, commit: int) -> None:

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tokenswift_py.decoding.loop import Step
+from tokenswift_py.decoding.passes import compute
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import ChapterText
 from tokenswift_py.kvcache.base import PAGE_SIZE
@@ -73,7 +74,7 @@ class Stream:
         if self._cold and self.ending == "interrupted":
             self._cold = False
             self._restore(progress or (lambda rows: None))
-            self.loop.catch_up(progress)
+            compute(self.loop.catch_up(progress))
 
     def record(self, journal: Journal, kv_snapshot: bool) -> None:
         """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
