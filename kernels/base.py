@@ -24,7 +24,7 @@ def upload(target: torch.Tensor, values: np.ndarray) -> None:
     """Copies an array of the tensor's shape and type to it. The host does not wait for the device."""
     source = torch.from_numpy(values)
     if target.is_cuda:
-        source = source.pin_memory()  # which torch keeps until the copy is over
+        source = source.pin_memory()  # torch keeps it until the copy is over
     target.copy_(source, non_blocking=True)
 
 
