@@ -100,8 +100,12 @@ struct Isa {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
     return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
   }
-  static Wholes short_dot(Wholes a, Bytes w, Bytes x) {
-    return _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+  using Shorts = __m256i;
+  static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
+  static Shorts shorts() { return _mm256_setzero_si256(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) {
+    return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
   static void store_bytes(uint8_t* p, Vec a) {
     const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));

@@ -93,8 +93,12 @@ struct Isa {
   static Unsigned unsigned_bytes(Bytes a) { return a; }
   static Signed signed_bytes(Bytes a) { return a; }
   static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm512_dpbusd_epi32(a, w, x); }
-  // The same where w is below 128, so that two products fit 16 bits.
-  static Wholes short_dot(Wholes a, Bytes w, Bytes x) { return dot(a, w, x); }
+  // Sums of so many dot products with w of so few bits as 16 bits may hold, where these are faster.
+  using Shorts = Wholes;
+  static constexpr int short_dots(int) { return 8; }
+  static Shorts shorts() { return _mm512_setzero_si512(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, w, x); }
+  static Wholes add_shorts(Wholes a, Shorts b) { return _mm512_add_epi32(a, b); }
 #else
   // By 16-bit products, for those of 8 bits saturate.
   struct Unsigned {
@@ -111,8 +115,12 @@ struct Isa {
     const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
     return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
   }
-  static Wholes short_dot(Wholes a, Bytes w, Bytes x) {
-    return _mm512_add_epi32(a, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+  using Shorts = __m512i;
+  static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
+  static Shorts shorts() { return _mm512_setzero_si512(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm512_add_epi16(a, _mm512_maddubs_epi16(w, x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) {
+    return _mm512_add_epi32(a, _mm512_madd_epi16(b, _mm512_set1_epi16(1)));
   }
 #endif
   // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.

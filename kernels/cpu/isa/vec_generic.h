@@ -114,7 +114,11 @@ struct Isa {
     for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
     return a;
   }
-  static Wholes short_dot(Wholes a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
+  using Shorts = Wholes;
+  static constexpr int short_dots(int) { return 8; }
+  static Shorts shorts() { return zero(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) { return a + b; }
   static void store_bytes(uint8_t* p, Vec a) {
     const Vec pushed = a + 12582912.0f;
     const Words bits = from<Words>(&pushed);

@@ -1,6 +1,7 @@
 // Rows of activations times one packed panel of block-quantised weights (formats.h, quant.h).
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -12,22 +13,30 @@ namespace {
 
 constexpr int gemm_columns = Isa::gemm_vectors * Isa::lanes;
 
-// Sums of products of bytes.
+// Sums of products of bytes: `groups` of them in one Sum, which begins where the others ended, or joins them.
 struct ByteDot {
   using Unsigned = Isa::Unsigned;
   using Signed = Isa::Signed;
+  using Sum = Isa::Wholes;
+  static constexpr int groups(int) { return 8; }
   static Unsigned unsigned_bytes(Isa::Bytes a) { return Isa::unsigned_bytes(a); }
   static Signed signed_bytes(Isa::Bytes a) { return Isa::signed_bytes(a); }
-  static Isa::Wholes add(Isa::Wholes sum, const Unsigned& w, const Signed& x) { return Isa::dot(sum, w, x); }
+  static Sum begin(Isa::Wholes before) { return before; }
+  static Sum add(Sum sum, const Unsigned& w, const Signed& x) { return Isa::dot(sum, w, x); }
+  static Isa::Wholes end(Isa::Wholes, Sum sum) { return sum; }
 };
 
-// The same where w is below 128.
+// The same for weights of up to 6 bits.
 struct ShortDot {
   using Unsigned = Isa::Bytes;
   using Signed = Isa::Bytes;
+  using Sum = Isa::Shorts;
+  static constexpr int groups(int bits) { return Isa::short_dots(bits); }
   static Unsigned unsigned_bytes(Isa::Bytes a) { return a; }
   static Signed signed_bytes(Isa::Bytes a) { return a; }
-  static Isa::Wholes add(Isa::Wholes sum, Unsigned w, Signed x) { return Isa::short_dot(sum, w, x); }
+  static Sum begin(Isa::Wholes) { return Isa::shorts(); }
+  static Sum add(Sum sum, Unsigned w, Signed x) { return Isa::short_dot(sum, w, x); }
+  static Isa::Wholes end(Isa::Wholes before, Sum sum) { return Isa::add_shorts(before, sum); }
 };
 
 // A block of 32 weights in a panel, at its s.
@@ -65,10 +74,14 @@ struct PackedBlock {
   }
 };
 
-// f(g) for the groups of a part.
-template <int first, int... g, class F>
-inline __attribute__((always_inline)) void each_group(std::integer_sequence<int, g...>, F f) {
-  (f(std::integral_constant<int, first + g>{}), ...);
+// f(i) for i = first .. first + count - 1, known when compiled.
+template <int first, int count, class F, int... i>
+inline __attribute__((always_inline)) void each_of(F f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, first + i>{}), ...);
+}
+template <int first, int count, class F>
+inline __attribute__((always_inline)) void each_of(F f) {
+  each_of<first, count>(f, std::make_integer_sequence<int, count>{});
 }
 
 // sums[i][j] += the quants of part `part` times those of row i, which are `x_stride` blocks apart.
@@ -76,17 +89,22 @@ template <class Block, int part, int M, int V>
 inline __attribute__((always_inline)) void sum_part(Isa::Wholes (&sums)[M][V], const Block& block,
                                                     const ActivationBlock* x, size_t x_stride) {
   using Dot = typename Block::Dot;
-  constexpr int groups = 8 / Block::parts;
-  each_group<part * groups>(std::make_integer_sequence<int, groups>{}, [&](auto g) __attribute__((always_inline)) {
-    typename Dot::Unsigned quads[V];
+  constexpr int groups = 8 / Block::parts, together = std::min(groups, Dot::groups(Block::format.bits));
+  each_of<0, groups / together>([&](auto run) __attribute__((always_inline)) {
+    typename Dot::Sum some[M][V];
+    each<M, V>([&](int i, int j) { some[i][j] = Dot::begin(sums[i][j]); });
+    each_of<part * groups + run * together, together>([&](auto g) __attribute__((always_inline)) {
+      typename Dot::Unsigned quads[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) quads[j] = Dot::unsigned_bytes(block.template quants<g>(j));
+      for (int j = 0; j < V; ++j) quads[j] = Dot::unsigned_bytes(block.template quants<g>(j));
 #pragma GCC unroll 12
-    for (int i = 0; i < M; ++i) {
-      const typename Dot::Signed factors = Dot::signed_bytes(Isa::repeat(x[i * x_stride].quants + g * 4));
+      for (int i = 0; i < M; ++i) {
+        const typename Dot::Signed factors = Dot::signed_bytes(Isa::repeat(x[i * x_stride].quants + g * 4));
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sums[i][j] = Dot::add(sums[i][j], quads[j], factors);
-    }
+        for (int j = 0; j < V; ++j) some[i][j] = Dot::add(some[i][j], quads[j], factors);
+      }
+    });
+    each<M, V>([&](int i, int j) { sums[i][j] = Dot::end(sums[i][j], some[i][j]); });
   });
 }
 
