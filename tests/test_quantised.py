@@ -183,6 +183,8 @@ BAD_BLOCKS: dict[str, tuple[Any, ...]] = {
     "rows": ("head", "q8", np.zeros((60, 34), np.uint8)),
     "columns": ("head", "q8", np.zeros((61, 34), np.uint8)),
     "half a block": ("head", "q4", np.zeros((61, 30), np.uint8)),
+    "a quarter of a block": ("head", "q4_k", np.zeros((61, 36), np.uint8)),
+    "columns of whole blocks": ("head", "q4_k", np.zeros((61, 144), np.uint8)),
     "kind": ("head", "q5", np.zeros((61, 68), np.uint8)),
     "type": ("head", "q8", np.zeros((61, 68), np.int8)),
     "strided": ("head", "q8", np.zeros((61, 136), np.uint8)[:, ::2]),
