@@ -133,6 +133,8 @@ class Confidence:
         for node, guess in pairwise(chain):
             if node not in taken.after:
                 break
+            if draft.odds[guess] is None:  # forced
+                continue
             right = draft.tokens[guess] == taken.after[node]
             (self._family or self._own).count(self._leads[guess])
             for experience in filter(None, (self._own, self._family)):

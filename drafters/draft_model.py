@@ -55,16 +55,17 @@ class DraftModel(Drafter):
         self._confidence = Confidence(width)
         self._draft: Draft | None = None
         self._chain: list[int] = []
+        self._text = 0  # tokens of the text when the last tree was proposed
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
 
     def prefill(self, context: Context, output: Output) -> None:
-        self._catch_up(context.history)
+        self._catch_up(context.history, len(context.history))
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         planner, history = context.planner, context.history
         draft = Draft(history[-1], budget)
         candidates = Candidates(draft)
-        self._draft, self._chain = draft, [0]
+        self._draft, self._chain, self._text = draft, [0], len(history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()
         self._read = len(history) - self.cache.length
@@ -72,12 +73,16 @@ class DraftModel(Drafter):
         if self._cost.measured:
             planner.expect_rate(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
         with history.guesses():
-            while len(self._chain) <= length and self._pays(planner):
+            while True:
+                self._chain += draft.force(context, self._chain[-1])
+                if len(self._chain) > length or not self._pays(planner):
+                    break
                 node = self._guess(context, candidates)
                 if node is None:
                     break
                 self._chain.append(node)
         draft.fill(planner, candidates.take)
+        draft.force_last(context)
         return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
@@ -103,7 +108,7 @@ class DraftModel(Drafter):
         row_ms = planner.row_ms(len(self._draft))
         if planner.worth(chance, self._pass_ms(planner, 1) + row_ms):
             return True
-        return len(self._chain) == 1 and planner.may_probe(self._pass_ms(planner, self._read) + row_ms)
+        return not self.cache.tail_length and planner.may_probe(self._pass_ms(planner, self._read) + row_ms)
 
     def _pass_ms(self, planner: Planner, rows: int) -> float:
         """What a pass of the draft model costs; before one was measured, what the planner takes for one."""
@@ -111,8 +116,8 @@ class DraftModel(Drafter):
 
     def _guess(self, context: Context, candidates: Candidates) -> int | None:
         """One pass: the rows that the cache lacks, and what the last of them guesses."""
-        if len(self._chain) == 1:
-            self._catch_up(context.history)
+        if not self.cache.tail_length:
+            self._catch_up(context.history, self._text)
         lap = self.model.clock.start()
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = self._forward(context.history, rows)
@@ -121,9 +126,10 @@ class DraftModel(Drafter):
         self._cost.observe(rows, kept, lap.ms)
         return node
 
-    def _catch_up(self, history: History) -> None:
-        """Read the text but for so few rows that the pass of the first guess takes them along."""
-        while (missing := len(history) - self.cache.length) > JOINED:
+    def _catch_up(self, history: History, stop: int) -> None:
+        """Read the text, which ends before position `stop`, but for so few rows that the pass of the first guess takes
+        them along."""
+        while (missing := stop - self.cache.length) > JOINED:
             rows = min(CHUNK, missing - JOINED)
             self._forward(history, rows)
             self._commit(rows)

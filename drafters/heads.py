@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.head_weights import HeadWeights
@@ -79,8 +79,12 @@ class Heads(Drafter):
         self._row = self.weights.reads(output, -1)
 
     def propose(self, context: Context, budget: int) -> DraftTree:
-        if self._row is None:
-            return DraftTree.chain([context.history[-1]])
+        forced = Draft(context.history[-1], budget)
+        with context.history.guesses():
+            certain = len(forced.force(context, 0))
+        if self._row is None or certain >= len(self.weights):  # what heads could guess is known
+            self._guesses = {}
+            return forced.build()
         return self.tree(self._row, context, budget)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
@@ -113,12 +117,15 @@ class Heads(Drafter):
         branches = sorted(branches, key=by_chance)[:budget]
         worth = context.planner.worth_row
         rows = next((n for n, branch in enumerate(branches) if n and not worth(branch.chance, n)), len(branches))
-        builder = TreeBuilder(context.history[-1], budget)
+        builder = Draft(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
         for branch in branches[1 : context.planner.rows_paid([branch.chance for branch in branches[:rows]], 1)]:
             child = builder.add(nodes[branch.path[:-1]], branch.path[-1])
             assert child is not None
+            builder.chances.append(branch.chance)
+            builder.odds.append(None)  # they learn by `learn`
             nodes[branch.path] = child
+        builder.force_last(context)
         return builder.build()
 
     def same_ahead(self, x: torch.Tensor, heads: int, model: Model) -> torch.Tensor | None:

@@ -103,7 +103,13 @@ class NGram(Drafter):
 
     def propose(self, context: Context, budget: int) -> DraftTree:
         draft, match = Draft(context.history[-1], budget), self.read(context.history)
-        draft.fill(context.planner, lambda worth: self.extend(draft, match, worth))
+        with context.history.guesses():
+            forced = draft.force(context, 0)
+            for node in forced:
+                match = self.step(match, draft.tokens[node])
+        end = forced[-1] if forced else 0
+        draft.fill(context.planner, lambda worth: self.extend(draft, match, worth, end))
+        draft.force_last(context)
         self._draft = draft
         return draft.build()
 
@@ -127,10 +133,10 @@ class NGram(Drafter):
         target = automaton.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
-    def extend(self, draft: Draft, match: Match, worth: Callable[[float], bool]) -> None:
-        """Hang repeats of what followed `match` from a draft's root, the likeliest first, while they are worth it."""
+    def extend(self, draft: Draft, match: Match, worth: Callable[[float], bool], end: int = 0) -> None:
+        """Hang repeats of what followed `match` from a node of a draft, the likeliest first, while they pay."""
         candidates = Candidates(draft)
-        candidates.take(worth, self.push(candidates, 0, match))
+        candidates.take(worth, self.push(candidates, end, match))
 
     def push(self, candidates: Candidates, node: int, match: Match) -> Callable[[int, Match], None]:
         """Make candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns what

@@ -98,6 +98,7 @@ class Partial(Drafter):
         if self.reuse is not None:
             follow = self.reuse.push(candidates, self._chain[-1], match)
         draft.fill(planner, lambda worth: candidates.take(worth, follow))
+        draft.force_last(context)
         self._draft = draft
         return draft.build()
 
@@ -136,18 +137,26 @@ class Partial(Drafter):
         keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
         length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
         cache.drop_tail()
-        while len(self._chain) <= length:
+        while True:
+            match = self._force(context, draft, match)
+            if len(self._chain) > length:
+                break
+            # The last token and, before it, those that a grammar forced, which have no row yet either.
+            unread = context.history.tokens[cache.length + len(tail) :].tolist()
             rejected = cache.tail_length - len(tail)  # rows, which take room as well
-            room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
+            room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected) - len(unread) + 1
+            if room < 1:
+                break
             ahead = self._look_ahead(context, match, keys, room)
-            ms = planner.draft_ms(len(ahead), keys)
+            ms = planner.draft_ms(len(ahead) + len(unread) - 1, keys)
             if not self._pays(draft, ahead, ms, planner, match) and (tail or not planner.may_probe(ms)):
                 break
-            tree = self._ask_heads(context, draft, ahead, keys).build()
+            tree = self._ask_heads(context, draft, ahead, keys).build().below(unread[:-1])
             lap = context.draft_model.clock.start()
-            first = cache.tail_length
+            first, last = cache.tail_length, len(unread) - 1
             output = context.draft_model.forward([Segment(tree, cache, self._view(context), tail)])
-            rows, tokens = [0], []  # type: list[int], list[int]
+            tail = (*tail, *range(first, first + last))
+            rows, tokens = [last], []  # type: list[int], list[int]
             while True:
                 token = self._guess(context, candidates, output.logits[rows[-1]], match)
                 if token is None:
@@ -160,12 +169,20 @@ class Partial(Drafter):
                 if child is None or len(self._chain) > length:
                     break
                 rows.append(child)
-            ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
+            ahead.learn(Acceptance(tuple(row - last for row in rows), tuple(tokens)))
             self._see(output, rows[-1])
             if self._passed == self._now.tokens:  # the first pass of a size may have many pages to copy
                 lap.stop()  # behind the guesses, which cost as much every time
                 planner.draft.observe(len(tree), keys, lap.ms)
             self._passed = self._now.tokens
+        return match
+
+    def _force(self, context: Context, draft: Draft, match: Match) -> Match:
+        """What a grammar forces joins the chain without a pass. Returns where its end occurred in the text before."""
+        for node in draft.force(context, self._chain[-1]):
+            self._chain.append(node)
+            self._row = None  # of the row that gives the latest token nothing is known
+            match = self.reuse.step(match, draft.tokens[node]) if self.reuse is not None else match
         return match
 
     def _look_ahead(self, context: Context, match: Match, keys: int, room: int) -> Draft:
