@@ -200,7 +200,7 @@ class Options:
     ignore_eos: bool = option(
         False, "text", Switch(), "an end-of-sequence token is one like any other, and ends nothing"
     )
-    json_schema: Mapping[str, Any] | str | bool | None = option(
+    json_schema: Mapping[str, Any] | str | None = option(
         None, "text", Language(json=True),
         "a JSON schema, in a file or as it is: the text, or each chapter's, is JSON of it", "none",
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Vocabulary:
     llguidance, for a tokenizer that it cannot read, and for a model that nothing could end a text of.
 
     vocab_size: of the model. eos: its end-of-sequence tokens, one of which ends what a grammar describes.
-    version:    of llguidance, on which masks depend.
+    version:    of llguidance, on which masks depend. ends: a bit a token: whether it is an EOS.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos: Sequence[int]):
@@ -41,6 +41,9 @@ class Vocabulary:
         self.size, self.eos = vocab_size, frozenset(token for token in eos if 0 <= token < vocab_size)
         self.version = get_version()
         check(bool(self.eos), "grammar", "a grammar", "this model has no end-of-sequence token to end its text")
+        self.ends = np.zeros((vocab_size + 31) // 32, np.uint32)
+        for token in self.eos:
+            self.ends[token // 32] |= np.uint32(1 << token % 32)
         with one_line("grammar: llguidance cannot read this model's tokenizer"):
             described = tokenizer.backend_tokenizer.to_str()
             self.tokenizer: LLTokenizer = LLTokenizer(described, n_vocab=vocab_size, eos_token=sorted(self.eos))
@@ -65,7 +68,11 @@ class Grammar:
         matcher = self.matcher()
         if matcher.is_error():
             raise UserError(f"{kind}: {' '.join(matcher.get_error().split())[:300]}")
-        check(any(matcher.compute_bitmask()), kind, text, "this model's tokenizer has no token that begins such a text")
+        try:
+            begins = bool(Follower(self).mask(History()).any())
+        except NumericsError:
+            begins = False
+        check(begins, kind, text, "this model's tokenizer has no token that begins such a text")
 
     def matcher(self) -> Any:
         """A new one, at the beginning."""
@@ -103,13 +110,15 @@ class Follower:
         the grammar has no place for."""
         self._follow(history)
         if self._taken < len(self._seen):
-            return np.zeros((self.grammar.vocabulary.size + 31) // 32, np.uint32)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+            return np.zeros_like(self.grammar.vocabulary.ends)
+        ends = self.grammar.vocabulary.ends
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # which may have a word more
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().split())[:200]
             self._begin_again()  # what a guess led to must not stop the text
             raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
-        return bits
+        # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
+        return bits if self._matcher.is_accepting() else bits & ~ends
 
     def outside(self, history: History) -> npt.NDArray[np.bool_]:
         """[vocab_size] whether a token may not be next."""
@@ -169,5 +178,5 @@ def schema_text(schema: Any) -> str:
     follow it. Raises UserError."""
     with one_line("json_schema: it is no JSON"):
         value = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
-        check(isinstance(value, (dict, bool)), "json_schema", schema, "a JSON schema: an object, true or false")
+        check(isinstance(value, dict), "json_schema", schema, "a JSON schema, which is an object")
         return json.dumps(value)
