@@ -346,7 +346,7 @@ def test_each_chapter_is_a_text_of_the_grammar_and_is_proven(swift: TokenSwift, 
     assert found_record.header["grammar"].startswith("llguidance")
     assert found_record.header["parameters"]["json_schema"] == json.dumps(PERSON)
     # resumed behind every block of tokens
-    for cut in range(1, len(result.tokens), 7):
+    for cut in range(1, len(result.tokens), 23):
         if any(start <= cut <= stop for start, stop in result.forced):
             continue
         target = tmp_path / f"cut {cut}"
