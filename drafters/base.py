@@ -143,6 +143,40 @@ class Draft(TreeBuilder):
             self.chances[node], self.odds[node] = chance, odds
         return node
 
+    def force(self, context: Context, end: int) -> list[int]:
+        """Hangs the tokens that a grammar forces behind node `end`, which carries the history's last token; they join
+        the history. That takes no draft pass, and they are always right. Returns their nodes, in order."""
+        nodes: list[int] = []
+        while (token := context.sampler.forced(context.history)) is not None:
+            if context.plan.gain_ms(self.chances[end], len(self)) <= 0:
+                break
+            node = self.add(end, token)
+            if node is None:
+                break
+            if node == len(self.chances):  # else it is there as a guess
+                self.chances.append(self.chances[end])
+                self.odds.append(None)
+            context.history.append(token)
+            nodes.append(node)
+            end = node
+        return nodes
+
+    def force_last(self, context: Context) -> None:
+        """Forces tokens behind the end of the likeliest path. The history's last token is the root."""
+        if context.sampler.grammar is None:
+            return
+        likeliest: dict[int, int] = {}
+        for node in range(1, len(self)):
+            best = likeliest.setdefault(self.parents[node], node)
+            if self.chances[node] > self.chances[best]:
+                likeliest[self.parents[node]] = node
+        with context.history.guesses():
+            end = 0
+            while end in likeliest:
+                end = likeliest[end]
+                context.history.append(self.tokens[end])
+            self.force(context, end)
+
     def learn(self, taken: Acceptance) -> None:
         """Counts every guess that was put to the test: the children of the nodes that were accepted."""
         for node, odds in enumerate(self.odds):

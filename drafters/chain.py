@@ -14,7 +14,6 @@ import torch
 from tokenswift_py.core import Acceptance, DraftTree
 from tokenswift_py.drafters.base import Candidates, Context, Draft
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.planning.planner import Plan
 from tokenswift_py.sampling.reference import NumericsError
 
 Doubles = npt.NDArray[np.float64]
@@ -134,6 +133,8 @@ class Confidence:
         for node, guess in pairwise(chain):
             if node not in taken.after:
                 break
+            if draft.odds[guess] is None:  # forced
+                continue
             right = draft.tokens[guess] == taken.after[node]
             (self._family or self._own).count(self._leads[guess])
             for experience in filter(None, (self._own, self._family)):
@@ -202,9 +203,16 @@ class Chain:
         self.nodes.append(node)
         return self.draft.tokens[node]
 
-    def build(self, plan: Plan, follow: Callable[[int, Any], None] | None = None) -> DraftTree:
+    def force(self, context: Context) -> list[int]:
+        """Grows by the tokens that a grammar forces, and returns them."""
+        nodes = self.draft.force(context, self.end)
+        self.nodes += nodes
+        return [self.draft.tokens[node] for node in nodes]
+
+    def build(self, context: Context, follow: Callable[[int, Any], None] | None = None) -> DraftTree:
         """Returns the tree, with all candidates that pay for their rows. follow: see `Candidates.take`."""
-        self.draft.fill(plan, lambda gain: self.candidates.take(gain, follow))
+        self.draft.fill(context.plan, lambda gain: self.candidates.take(gain, follow))
+        self.draft.force_last(context)
         return self.draft.build()
 
     def explain(self) -> dict[str, Any]:

@@ -55,14 +55,15 @@ class DraftModel(Drafter):
         self._cost = PassCost(model.row_shapes)
         self._confidence = Confidence(width)
         self._chain = Chain(0, 1)  # of the last proposal
+        self._text = 0  # tokens of the text when the last tree was proposed
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
 
     def prefill(self, context: Context, output: Output) -> Passes[None]:
-        yield from self._catch_up(context.history)
+        yield from self._catch_up(context.history, len(context.history))
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         plan, history = context.plan, context.history
-        self._chain = Chain(history[-1], budget)
+        self._chain, self._text = Chain(history[-1], budget), len(history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()
         self._read = len(history) - self.cache.length
@@ -70,11 +71,14 @@ class DraftModel(Drafter):
         if self._cost.measured:
             plan.expect_rate(plan.best_rate(self._confidence.next, self._pass_ms(plan, 1)))
         with history.guesses():
-            while len(self._chain) < longest and self._pays(plan):
+            while True:
+                self._chain.force(context)
+                if len(self._chain) >= longest or not self._pays(plan):
+                    break
                 token = yield from self._guess(context)
                 if token is None:
                     break
-        return self._chain.build(plan)
+        return self._chain.build(context)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         chain = self._chain
@@ -97,7 +101,7 @@ class DraftModel(Drafter):
         row_ms = plan.row_ms(len(self._chain.draft))
         if plan.worth(chance, self._pass_ms(plan, 1) + row_ms):
             return True
-        return len(self._chain) == 0 and plan.may_probe(self._pass_ms(plan, self._read) + row_ms)
+        return not self.cache.tail_length and plan.may_probe(self._pass_ms(plan, self._read) + row_ms)
 
     def _pass_ms(self, plan: Plan, rows: int) -> float:
         """Returns what a pass of the draft model costs."""
@@ -106,8 +110,8 @@ class DraftModel(Drafter):
     def _guess(self, context: Context) -> Passes[int | None]:
         """Computes the rows that the cache lacks in one pass. Returns what the last of them guesses, if anything can be
         chosen."""
-        if len(self._chain) == 0:
-            yield from self._catch_up(context.history)
+        if not self.cache.tail_length:
+            yield from self._catch_up(context.history, self._text)
         lap = context.timer.start(self.model)
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = yield from self._forward(context.history, rows)
@@ -116,9 +120,10 @@ class DraftModel(Drafter):
         self._cost.observe(rows, kept, lap.ms)  # rank 0 alone has this drafter, so there is nobody to agree with
         return token
 
-    def _catch_up(self, history: History) -> Passes[None]:
-        """Reads the text but for so few rows that the pass of the first guess takes them along."""
-        while (missing := len(history) - self.cache.length) > JOINED:
+    def _catch_up(self, history: History, stop: int) -> Passes[None]:
+        """Reads the text, which ends before position `stop`, but for so few rows that the pass of the first guess takes
+        them along."""
+        while (missing := stop - self.cache.length) > JOINED:
             rows = min(CHUNK, missing - JOINED)
             yield from self._forward(history, rows)
             self._commit(rows)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.head_files import find_heads
@@ -74,8 +74,12 @@ class Heads(Drafter):
 
     @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
-        if self._row is None:
-            return DraftTree.chain([context.history[-1]])
+        forced = Draft(context.history[-1], budget)
+        with context.history.guesses():
+            certain = len(forced.force(context, 0))
+        if self._row is None or certain >= len(self.weights):  # what heads could guess is known
+            self._guesses = {}
+            return forced.build()
         return self.tree(self._row, context, budget)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
@@ -116,12 +120,15 @@ class Heads(Drafter):
         gains = (plan.gain_ms(branch.chance, rows) for rows, branch in enumerate(branches))
         rows = next((n for n, gain in enumerate(gains) if n and gain <= 0), len(branches))
         rows = plan.rows_paid([branch.chance for branch in branches[:rows]], 1)
-        builder = TreeBuilder(context.history[-1], budget)
+        builder = Draft(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
         for branch in branches[1:rows]:
             child = builder.add(nodes[branch.path[:-1]], branch.path[-1])
             assert child is not None
+            builder.chances.append(branch.chance)
+            builder.odds.append(None)  # they learn by `learn`
             nodes[branch.path] = child
+        builder.force_last(context)
         return builder.build()
 
     def same_ahead(self, x: torch.Tensor, heads: int, model: Model) -> torch.Tensor | None:

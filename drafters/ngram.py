@@ -108,7 +108,13 @@ class NGram(Drafter):
     @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         draft, match = Draft(context.history[-1], budget), self.read(context.history)
-        draft.fill(context.plan, lambda gain: self.extend(draft, match, gain))
+        with context.history.guesses():
+            forced = draft.force(context, 0)
+            for node in forced:
+                match = self.step(match, draft.tokens[node])
+        end = forced[-1] if forced else 0
+        draft.fill(context.plan, lambda gain: self.extend(draft, match, gain, end))
+        draft.force_last(context)
         self._draft = draft
         return draft.build()
 
@@ -132,10 +138,10 @@ class NGram(Drafter):
         target = automaton.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
-    def extend(self, draft: Draft, match: Match, gain: Gain) -> None:
-        """Hangs repeats of what followed `match` from a draft's root, the likeliest first, as long as they gain."""
+    def extend(self, draft: Draft, match: Match, gain: Gain, end: int = 0) -> None:
+        """Hangs repeats of what followed `match` from a node of a draft, the likeliest first, as long as they gain."""
         candidates = Candidates(draft)
-        candidates.take(gain, self.push(candidates, 0, match))
+        candidates.take(gain, self.push(candidates, end, match))
 
     def push(self, candidates: Candidates, node: int, match: Match) -> Callable[[int, Match], None]:
         """Makes candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns

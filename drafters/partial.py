@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class Partial(Drafter):
             yield from self._grow(context, chain)
             self._hang_heads(context, chain)
         follow = None if self.reuse is None else self.reuse.push(chain.candidates, chain.end, chain.match)
-        return chain.build(context.plan, follow)
+        return chain.build(context, follow)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         self._chain.draft.learn(taken)
@@ -113,14 +114,27 @@ class Partial(Drafter):
         plan, cache = context.plan, context.cache
         cache.drop_tail()
         longest = plan.longest_chain(chain.draft.budget, self.width)
-        while len(chain) < longest:
-            ahead = self._look_ahead(context, chain, chain.room(cache))
-            ms = self.views.pass_ms(plan, len(ahead))
+        while True:
+            self._force(context, chain)
+            # The last token and, before it, those that a grammar forced, which have no row yet either.
+            unread = context.history.tokens[cache.length + len(chain.tail) :].tolist()
+            room = chain.room(cache) - len(unread) + 1
+            if len(chain) >= longest or room < 1:
+                return
+            ahead = self._look_ahead(context, chain, room)
+            ms = self.views.pass_ms(plan, len(ahead) + len(unread) - 1)
             if not self._pays(context, chain, ahead, ms) and (chain.tail or not plan.may_probe(ms)):
                 return
             self._ask_heads(context, chain, ahead)
-            if not (yield from self._draft_pass(context, chain, ahead, longest)):
+            if not (yield from self._draft_pass(context, chain, ahead, unread[:-1], longest)):
                 return
+
+    def _force(self, context: Context, chain: OwnChain) -> None:
+        """Lets what a grammar forces join the chain without a pass."""
+        for token in chain.force(context):
+            self._row = None  # nothing is known of the row that gives the latest token
+            if self.reuse is not None:
+                chain.match = self.reuse.step(chain.match, token)
 
     def _look_ahead(self, context: Context, chain: OwnChain, room: int) -> Draft:
         """Returns the chain's last token and the repeats behind it that are likely enough to save a draft pass of their
@@ -171,30 +185,43 @@ class Partial(Drafter):
             known = next_chance(self._repeats(context, chain))
             self.heads.extend(chain.draft, chain.end, self._row, context, context.plan.gain_ms, known)
 
-    def _draft_pass(self, context: Context, chain: OwnChain, ahead: Draft, longest: int) -> Passes[bool]:
+    def _draft_pass(
+        self, context: Context, chain: OwnChain, ahead: Draft, unread: Sequence[int], longest: int
+    ) -> Passes[bool]:
         """Computes the chain's last token and the guesses `ahead` in one draft pass, and grows the chain along those
-        that are right. Returns whether it may go on."""
-        model, cache, tree = context.draft_model, context.cache, ahead.build()
+        that are right. Returns whether it may go on.
+
+        unread: the tokens before the last one that have no row yet.
+        """
+        model, cache, tree = context.draft_model, context.cache, ahead.build().below(unread)
         lap, first = context.timer.start(model), cache.tail_length
         output = yield Pass(model, Segment(tree, cache, self.views.pages(cache), chain.tail))
-        taken = self._follow(context, chain, tree, output.logits, first, longest)
+        chain.tail = (*chain.tail, *range(first, first + len(unread)))
+        taken = self._follow(context, chain, tree, output.logits, first, len(unread), longest)
         if taken is None:
             self._row = None
             return False
-        ahead.learn(taken)
+        ahead.learn(Acceptance(tuple(row - len(unread) for row in taken.path), taken.tokens))
         self._see(output, taken.path[-1])
         self.views.timed(len(tree), lap, context.agreed)  # with the guesses, which cost as much every time
         return True
 
     def _follow(
-        self, context: Context, chain: OwnChain, tree: DraftTree, logits: torch.Tensor, first: int, longest: int
+        self,
+        context: Context,
+        chain: OwnChain,
+        tree: DraftTree,
+        logits: torch.Tensor,
+        first: int,
+        start: int,
+        longest: int,
     ) -> Acceptance | None:
         """Walks the tree of a draft pass by the draft's own choices, each of which joins the chain. Returns what was
         taken; None where nothing could be chosen.
 
-        logits: [rows, V] of the pass. first: the provisional row of the tree's root.
+        logits: [rows, V] of the pass. first: the provisional row of the tree's root. start: the node to begin at.
         """
-        rows, tokens = [0], []  # type: list[int], list[int]
+        rows, tokens = [start], []  # type: list[int], list[int]
         while (token := self._guess(context, chain, logits[rows[-1]])) is not None:
             chain.tail = (*chain.tail, first + rows[-1])
             tokens.append(token)

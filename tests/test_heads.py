@@ -606,7 +606,7 @@ def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None
 
 
 def test_a_step_without_rows_proposes_nothing() -> None:
-    context: Any = drafting(history=History([9]))
+    context: Any = drafting(history=History([9]), sampler=Sampler(SamplingParams(), V))
     assert compute(Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8)).tokens.tolist() == [9]
 
 

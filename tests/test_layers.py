@@ -39,6 +39,7 @@ OPTIONAL = {
     "xformers": "kernels/xformers.py",
     "matplotlib": None,
     "llama_cpp": None,
+    "llguidance": None,
     "fastapi": None,
     "ray": None,
 }

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import NGram
@@ -23,6 +24,7 @@ from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import FixedPlanner, Plan, Planner
 from tokenswift_py.runs.journal import read
+from tokenswift_py.sampling.reference import Sampler
 
 CONTEXTS = (200, 1000, 5000, 20_000)
 Cost = Callable[[int, int], float]
@@ -250,7 +252,7 @@ def test_repeats_fill_a_shape_and_leave_one_that_does_not_pay() -> None:
     for step_ms in (0.01, 0.4):
         plan, drafter = padded_plan(step_ms), NGram()
         drafter._odds = [[Odds(0.7) for _ in odds] for odds in drafter._odds]
-        context: Any = SimpleNamespace(history=History(text), plan=plan)
+        context: Any = SimpleNamespace(history=History(text), plan=plan, sampler=Sampler(SamplingParams(), 64))
         sizes.append(len(compute(drafter.propose(context, 17))))
     assert sizes == [11, 8]
 

@@ -8,10 +8,20 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.options import Choice, Description, Named, Number, Options, Switch, Whole, described_options
+from tokenswift_py.options import (
+    Choice,
+    Description,
+    Language,
+    Named,
+    Number,
+    Options,
+    Switch,
+    Whole,
+    described_options,
+)
 from tokenswift_py.version import __version__
 
-TYPED = (Whole, Number, Choice, Named)  # kinds of options whose value is one word; other flags stand below
+TYPED = (Whole, Number, Choice, Named, Language)  # kinds of options whose value is one word; other flags stand below
 SINGLE = tuple(
     name
     for name, described in described_options().items()

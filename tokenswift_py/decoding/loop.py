@@ -153,6 +153,8 @@ class DecodeLoop:
                 self.history.append(tokens[place])
                 place += 1
                 self.stats.recorded_tokens += 1
+                if self.sampler.grammar is not None and not self.sampler.grammar.holds(self.history):
+                    raise ReplayError(place - 1, "the grammar has no place for it")
                 ending = self.stops(self.history)
                 if self.sampler.stateful:
                     self._untold.add(len(self.history) - 1)
