@@ -3,7 +3,7 @@ whose text has a known distribution. Tests and experiments share them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
@@ -30,16 +23,11 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.spec import FAMILIES as FAMILIES
+from tokenswift_py.models.spec import ModelSpec, family_named
 from tokenswift_py.sampling.reference import Sampler
 
 Doubles = npt.NDArray[np.float64]
-
-FAMILIES: dict[str, Callable[..., Any]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
 
 SMALL = {
     "vocab_size": 61,
@@ -58,9 +46,16 @@ CHATML = (
 )
 
 
+# What a tiny model of a family has besides, so that what is the family's own shows.
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 16},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": None},
+}
+
+
 def tiny_config(family: str = "llama", **changes: Any) -> Any:
-    extra = {"head_dim": 16} if family in ("qwen3", "mistral") else {}
-    return FAMILIES[family](**{**SMALL, **extra, **changes})
+    return AutoConfig.for_model(family, **{**SMALL, **OWN.get(family, {}), **changes})
 
 
 def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
@@ -74,9 +69,31 @@ def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -
     return model
 
 
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of transformers' own model under our names."""
+    spec, state = ModelSpec.from_config(model.config), model.state_dict()
+    family, found = family_named(spec.family), {}
+    for name, shape in spec.shapes().items():
+        place = family.stored(name, shape, spec)[-1]
+        whole = state[place.name].detach()
+        found[name] = (whole if place.index is None else whole[place.index])[place.first : place.first + shape[0]]
+    return found
+
+
+def in_hugging_faces_form(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The other way round: as transformers' model holds them in memory."""
+    family, state = family_named(spec.family), {}
+    for name, tensor in tensors.items():
+        place = family.stored(name, tuple(tensor.shape), spec)[-1]
+        whole = state.setdefault(place.name, tensor.new_empty(place.shape))
+        rows = slice(place.first, place.first + len(tensor))
+        (whole if place.index is None else whole[place.index])[rows] = tensor
+    return state
+
+
 def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """transformers' own model of a checkpoint, with the weights that we read: of a GGUF file, too."""
-    state = dict(checkpoint.tensors(dtype=dtype))
+    state = in_hugging_faces_form(checkpoint.spec, dict(checkpoint.tensors(dtype=dtype)))
     if checkpoint.spec.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()

@@ -117,13 +117,13 @@ class FarQueries:
 class QueryTurns:
     """For those who hold queries as their own rows' positions have them, and score far keys with them.
 
-    cos, sin: [context, head_dim / 2] fp32. windows: sliding window of each layer.
+    cos, sin: [context, head_dim / 2] fp32. moved: [layers] whether a layer moves queries at all.
     """
 
     shifts: BlockShifts
     cos: torch.Tensor
     sin: torch.Tensor
-    windows: tuple[int | None, ...]
+    moved: tuple[bool, ...]
 
     def groups(self, position: int, pages: IntArray) -> list[tuple[int, IntArray]]:
         """Pages that a row meets from one position, and that position."""
@@ -132,11 +132,11 @@ class QueryTurns:
 
     def turned(self, queries: torch.Tensor, position: int, at: int) -> torch.Tensor:
         """[layers, heads, head_dim] queries of a row, rotated on from its position to where far keys are met."""
-        served = torch.tensor([self.shifts.serves(window) for window in self.windows], device=queries.device)
+        served = torch.tensor(self.moved, device=queries.device)
         (c, s), (c0, s0) = ([table[p].to(queries.device) for table in (self.cos, self.sin)] for p in (at, position))
         size = c0 * c0 + s0 * s0  # the tables have the attention factor in them, which the queries have already
-        moved = rotate(queries, (c * c0 + s * s0) / size, (s * c0 - c * s0) / size)
-        return torch.where(served[:, None, None], moved, queries)
+        turned = rotate(queries, (c * c0 + s * s0) / size, (s * c0 - c * s0) / size)
+        return torch.where(served[:, None, None], turned, queries)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
                         rope__scaling__original_context_length=32)}),
     "qwen3": (gguf_config("qwen3", head_dim=64), {}),
     "qwen3 with biases": (gguf_config("qwen3", attention_bias=True, tie_word_embeddings=True), {}),
+    "smollm3": (gguf_config("smollm3", no_rope_layers=None, num_hidden_layers=5), {}),
+    "smollm3, yarn": (
+        gguf_config("smollm3", no_rope_layers=None, num_hidden_layers=4, rope_parameters=YARN),
+        {"change": keys("smollm3", rope__scaling__type="yarn", rope__scaling__factor=4.0,
+                        rope__scaling__original_context_length=32)}),
     "llama 3": (gguf_config("llama", rope_parameters=LLAMA3), {"more": {"rope_freqs.weight": FACTORS}}),
     "llama 3, said to be none": (
         gguf_config("llama", rope_parameters=LLAMA3),

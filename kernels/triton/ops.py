@@ -53,6 +53,9 @@ class TritonOps:
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return fused.swiglu(gate, up)
 
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("families with GeGLU are refused before")
+
     def rope_write(
         self,
         pool: Any,

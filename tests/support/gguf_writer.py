@@ -13,6 +13,7 @@ import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFWriter,
     TokenType,
@@ -24,7 +25,13 @@ from conftest import tiny_config, tiny_model, tiny_tokenizer
 from tokenswift_py.models.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
-ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+}
+PAIRED = ("llama", "smollm3")  # whose rows of q and k llama.cpp's converter puts in another order
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32}
 # Where the fp16 scales lie in a block, for types that gguf.quants reads but does not write.
 SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
@@ -72,7 +79,7 @@ def write_gguf(
     kinds: GGML type by the last parts of Hugging Face's names. change: called with the writer, for more metadata.
     without: keys of the architecture and names of tensors that are left out. more: other tensors. parts: split so.
     """
-    family, spec = config.model_type, ModelSpec.from_config(config)
+    family, spec = MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], ModelSpec.from_config(config)
     tensors = gguf_tensors_of(config, state or tiny_model(config, torch.float32).state_dict(), kinds, default)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
     tensors |= {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
@@ -110,13 +117,13 @@ def gguf_tensors_of(
     config: Any, state: Mapping[str, torch.Tensor], kinds: Mapping[str, str], default: str
 ) -> dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]:
     """Under GGUF's names, q and k of llama in llama.cpp's order of rows."""
-    family, spec = config.model_type, ModelSpec.from_config(config)
-    names, tensors = get_tensor_name_map(ARCHITECTURES[family], spec.layers), {}
+    spec = ModelSpec.from_config(config)
+    names, tensors = get_tensor_name_map(ARCHITECTURES[config.model_type], spec.layers), {}
     for seed, (name, shape) in enumerate(spec.shapes().items()):
         stem, suffix = name.rsplit(".", 1)
         weights = state[name].numpy()
         part = stem.split(".")[-1]
-        if family == "llama" and part in ("q_proj", "k_proj"):
+        if config.model_type in PAIRED and part in ("q_proj", "k_proj"):
             heads = spec.heads if part == "q_proj" else spec.kv_heads
             weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
         kind = kinds.get(part, default) if len(shape) == 2 else "F32"

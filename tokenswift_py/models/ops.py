@@ -24,7 +24,7 @@ class Ops(Protocol):
         """x @ weight.T + bias. x: [R, in], weight: [out, in]."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMSNorm over the last dimension."""
+        """RMSNorm over the last dimension. A weight of a wider type than x multiplies before rounding to it."""
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -33,6 +33,9 @@ class Ops(Protocol):
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up."""
+
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up, the gelu by its approximation with tanh."""
 
     def rope_write(
         self,
@@ -68,7 +71,7 @@ class TorchOps:
         """The mean in fp32 as the families were trained."""
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * scaled.to(x.dtype)
+        return weight * scaled.to(x.dtype) if weight.dtype == x.dtype else (weight * scaled).to(x.dtype)
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -78,6 +81,9 @@ class TorchOps:
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
+
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate="tanh") * up
 
     def rope_write(
         self,

@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
+from tokenswift_py.models.families.base import LOCAL
 from tokenswift_py.models.positions import (
     EXTENSIONS,
     STRETCHES,
@@ -23,7 +24,7 @@ from tokenswift_py.models.positions import (
     log_scale,
     log_shifts,
 )
-from tokenswift_py.models.spec import ModelSpec, windows
+from tokenswift_py.models.spec import ModelSpec, layers_of
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -35,7 +36,8 @@ AUTO, TRAINED = Positions(), Positions("trained")
 class RopeTables:
     """cos, sin: [context, head_dim / 2] fp32, the attention factor included. `label` is part of the numerics
     contract, `note` says what was chosen where the config's own tables do not reach. positions: the scheme that was
-    chosen, never auto. shifts: how far keys are met; None is at their true distances."""
+    chosen, never auto. shifts: how far keys are met; None is at their true distances. local: of layers with a base of
+    their own (LayerSpec.rope); positions change nothing there."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -43,6 +45,7 @@ class RopeTables:
     note: str | None = None
     positions: Positions = TRAINED
     shifts: BlockShifts | None = None
+    local: RopeTables | None = None
 
     @property
     def context(self) -> int:
@@ -55,7 +58,19 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
     Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N, and so is LongRoPE's
     choice between factors for short and for long texts. Raises UserError for a scheme that this config cannot have.
     """
+    local = local_config(config)
     config = standardized(config)
+    tables = global_tables(config, context, positions)
+    if local is None:
+        return tables
+    check_local(config, tables)
+    kind = local.rope_parameters["rope_type"]
+    own = tables_of(local, kind, context, context, exact=tables.shifts is not None)
+    return replace(tables, local=own, label=f"{tables.label}+local-{own.label}")
+
+
+def global_tables(config: Any, context: int, positions: Positions) -> RopeTables:
+    """Without those of layers with a base of their own. config: standardized."""
     trained, kind = trained_length(config), config.rope_parameters.get("rope_type", "default")
     positions = chosen_positions(config, context, positions)
     if positions.scheme in STRETCHES:
@@ -88,7 +103,9 @@ def chosen_positions(config: Any, context: int, positions: Positions) -> Positio
 def covered(config: Any, context: int) -> bool:
     """Whether the model knows every distance of a text of this length: all are, or sliding windows hide the others."""
     trained = trained_length(config)
-    return context <= trained or all(window is not None and window <= trained for window in windows(config))
+    return context <= trained or all(
+        layer.window is not None and layer.window <= trained for layer in layers_of(config)
+    )
 
 
 def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
@@ -166,23 +183,41 @@ def tables_of(
 
 def query_turns(rope: RopeTables, spec: ModelSpec) -> QueryTurns | None:
     """How a model's queries meet far keys; None where no run of these tables moves any."""
-    return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.windows)
+    return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.moved(rope.shifts))
 
 
 def rope_bytes(config: Any, context: int) -> int:
     """What the tables take while they are made: angles, cos and sin, at most in fp64."""
-    return 3 * context * head_dim(config) // 2 * torch.float64.itemsize
+    sets = 2 if any(layer.rope == LOCAL for layer in layers_of(config)) else 1
+    return sets * 3 * context * head_dim(config) // 2 * torch.float64.itemsize
 
 
 def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def standardized(config: Any) -> Any:
-    """A copy with rope_parameters as transformers completes them. Raises UserError for a scaling that is not
-    supported."""
+def check_local(config: Any, tables: RopeTables) -> None:
+    """Raise UserError where layers with a base of their own would meet distances that they were not trained for."""
+    trained = trained_length(config)
+    wide = max((layer.window or tables.context for layer in layers_of(config) if layer.rope == LOCAL), default=0)
+    allowed = f"the local layers' window of {wide} is beyond {trained} trained positions; only trained"
+    check(tables.shifts is None or wide <= trained, "positions", tables.positions.scheme, allowed)
+
+
+def local_config(config: Any) -> Any:
+    """The config as layers with a RoPE base of their own see it; None where the family has no such layers."""
+    if not any(layer.rope == LOCAL for layer in layers_of(config)):
+        return None
+    return standardized(config, "sliding_attention")
+
+
+def standardized(config: Any, kind_of_layer: str = "full_attention") -> Any:
+    """A copy with rope_parameters as transformers completes them; of parameters by kind of layer those of one. Raises
+    UserError for a scaling that is not supported."""
     config = copy.deepcopy(config)
     config.standardize_rope_params()
+    if kind_of_layer in config.rope_parameters:
+        config.rope_parameters = config.rope_parameters[kind_of_layer]
     kind = config.rope_parameters.get("rope_type", "default")
     whole = config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
     if kind not in SUPPORTED or not whole:
