@@ -46,11 +46,25 @@ CHATML = (
 )
 
 
+ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2}  # not those of a large vocabulary
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+
 # What a tiny model of a family has besides, so that what is the family's own shows.
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16},
     "qwen3": {"head_dim": 16},
-    "smollm3": {"no_rope_layers": [1, 0, 1], "pad_token_id": None},
+    "smollm3": {"no_rope_layers": [1, 0, 1], **ENDS},
+    "phi3": ENDS,
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 40,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **ENDS,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, **EXPERTS},
+    "qwen2_moe": {"shared_expert_intermediate_size": 40, **EXPERTS},
 }
 
 

@@ -244,12 +244,12 @@ def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device)
     check_memory(checkpoint.weight_bytes(dtype), device, f"the draft model {checkpoint.name} in {dtype}")
 
 
-def choose_attention(device: torch.device, spec: ModelSpec) -> str:
+def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str:
     """What attention `auto` means: on a GPU the first of GPU_ATTENTION that is installed and computes this model, else
     PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
-            if backend == "triton" and lacking(spec):
+            if backend == "triton" and spec is not None and lacking(spec):
                 continue
             if importlib.util.find_spec(package) is not None:
                 return backend

@@ -3,6 +3,7 @@ llama's. One file a family; its name is the `model_type` of config.json, and it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,9 @@ class Experts:
     width: int
     normalised: bool
     shared: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.chosen <= self.count, "num_experts_per_tok", self.chosen, f"no more than the {self.count} experts")
 
 
 @dataclass(frozen=True)
@@ -136,3 +140,33 @@ def count_of(config: Any, name: str) -> int:
     size = getattr(config, name, None)
     check(is_whole(size) and size is not None and size >= 1, f"config.json: {name}", size, "a whole number, at least 1")
     return int(size or 0)
+
+
+EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def mixture_layers(config: Any) -> tuple[bool, ...]:
+    """Which layers of Qwen's mixtures have experts."""
+    step, plain = count_of(config, "decoder_sparse_step"), config.mlp_only_layers or ()
+    return tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers))
+
+
+def stacked(name: str, shape: tuple[int, ...], config: Any) -> Place:
+    """An expert's matrix in a stack of those of all experts, as GGUF files have them. config: the ModelSpec."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return Place(name, shape)
+    at, expert, part = found.groups()
+    return Place(f"{at}{part}_proj.weight", (config.experts.count, *shape), index=int(expert))
+
+
+def stacked_halves(name: str, shape: tuple[int, ...], config: Any) -> Place:
+    """The same where gate and up are halves of one matrix, as transformers has them in memory."""
+    found = EXPERT.fullmatch(name)
+    if found is None:
+        return Place(name, shape)
+    (at, expert, part), width = found.groups(), config.experts.width
+    if part == "down":
+        return Place(f"{at}down_proj", (config.experts.count, *shape), index=int(expert))
+    whole = (config.experts.count, 2 * width, config.hidden_size)
+    return Place(f"{at}gate_up_proj", whole, width if part == "up" else 0, int(expert))

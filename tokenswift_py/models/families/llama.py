@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tokenswift_py.models.families.base import Family, LayerSpec
@@ -17,6 +18,9 @@ class Llama(Family):
 
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         return (LayerSpec(),) * int(config.num_hidden_layers)
+
+    def gguf_fits(self, metadata: Mapping[str, Any]) -> bool:
+        return not metadata.get("llama.expert_count")
 
 
 FAMILY = Llama()
