@@ -21,6 +21,8 @@ from toys import save_tiny, tiny_config, tiny_model
 from toys import tiny_tokenizer as tiny_tokenizer
 from toys import weights_of as weights_of
 
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families of one kind of layer; test_families.py has the others
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long one example takes says nothing while the machine is busy

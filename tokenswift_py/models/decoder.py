@@ -43,7 +43,6 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
 def lacking(spec: ModelSpec) -> str:
     """What a model's layers have that Triton's kernels do not compute, in words; empty where they compute it all."""
     needs = {
-        "GeGLU": spec.activation != "silu",
         "norms by 1 + weight": spec.norm_offset != 0,
         "mixtures of experts": spec.experts is not None,
     }

@@ -215,6 +215,8 @@ def standardized(config: Any, kind_of_layer: str = "full_attention") -> Any:
     """A copy with rope_parameters as transformers completes them; of parameters by kind of layer those of one. Raises
     UserError for a scaling that is not supported."""
     config = copy.deepcopy(config)
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = head_dim(config)  # transformers' functions of frequencies multiply with it
     config.standardize_rope_params()
     if kind_of_layer in config.rope_parameters:
         config.rope_parameters = config.rope_parameters[kind_of_layer]
