@@ -3,6 +3,7 @@ is drafted; and is read from files as it was written there."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,14 @@ def test_what_is_not_computed_is_refused(case: str, changes: dict[str, Any], say
     with pytest.raises(UserError, match=says) as error:
         ModelSpec.from_config(config_of(case, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_tables_without_the_local_ones_are_refused_before_anything_is_read() -> None:
+    config = config_of("gemma3_text")
+    packed = native_of(config).weights
+    decoder = NativeDecoder(packed, replace(rope_tables(config, 128), local=None))
+    with pytest.raises(ValueError, match="needs local RoPE tables"):
+        extend(decoder, decoder.new_cache(), tokens(3))
 
 
 def test_local_layers_beyond_their_training_are_refused() -> None:
