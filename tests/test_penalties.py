@@ -110,8 +110,6 @@ def test_a_word_is_banned_as_it_stands_alone_and_behind_a_space() -> None:
     class Letters:
         """A tokenizer whose tokens are letters, but for those behind a space."""
 
-        added_tokens_decoder: dict[int, Any] = {}
-
         def __call__(self, text: str, **settings: Any) -> Any:
             glued = text.startswith(" ")
             ids = [ord(c) for c in text.strip()]

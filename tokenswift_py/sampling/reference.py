@@ -198,7 +198,8 @@ class Sampler:
     def excess(self, scores: Doubles, floor: float, position: int) -> Doubles:
         """[vocab_size] how far a score is outside of what survives every filter: at most 0 where it does. floor: of
         those that set one."""
-        params, outside = self.params, np.where(scores > -np.inf, floor - scores, np.inf)
+        params, outside, live = self.params, np.full(len(scores), np.inf), scores > -np.inf
+        outside[live] = floor - scores[live]
         kept = np.flatnonzero(outside <= 0)
         beyond = np.zeros(len(kept))
         if params.typical_p < 1:
