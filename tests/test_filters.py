@@ -62,6 +62,16 @@ def test_top_n_sigma_keeps_what_is_near_the_best(sigmas: float) -> None:
             assert sampler.candidates(row / temperature).tolist() == wanted
 
 
+def test_top_p_counts_the_mass_that_top_n_sigma_left() -> None:
+    """Of 0.5, 0.3, 0.15 and many of next to nothing the first three are near; 0.5 and 0.3 have 84 % of these."""
+    row = np.log(np.array([0.5, 0.3, 0.15, *([0.05 / 500] * 500)]))
+    wide = Sampler(SamplingParams(1.0, top_n_sigma=5.0), len(row))
+    both = Sampler(SamplingParams(1.0, top_p=0.83, top_n_sigma=5.0), len(row))
+    alone = Sampler(SamplingParams(1.0, top_p=0.83), len(row))
+    assert wide.candidates(row).tolist() == [0, 1, 2]
+    assert both.candidates(row).tolist() == [0, 1] and alone.candidates(row).tolist() == [0, 1, 2]
+
+
 def test_xtc_leaves_out_all_but_the_least_of_the_probable() -> None:
     row = np.log(np.array([0.4, 0.05, 0.3, 0.15, 0.1]))
     for threshold, kept in ((0.12, [1, 3, 4]), (0.2, [1, 2, 3, 4]), (0.35, [0, 1, 2, 3, 4]), (0.5, [0, 1, 2, 3, 4])):

@@ -17,7 +17,8 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.decoding.history import History
 from tokenswift_py.options import Options
-from tokenswift_py.runs.plan import prepare
+from tokenswift_py.runs.journal import Record
+from tokenswift_py.runs.plan import prepare, recorded_run
 from tokenswift_py.sampling.reference import Sampler
 
 PROMPT = [5, 9, 40, 9, 40, 9, 41]
@@ -82,6 +83,26 @@ def test_a_long_text_is_penalised_for_all_of_it(tiny_folder: Path, tmp_path: Pat
     assert penalties() == (1.5, 1.0, 1024) and penalties(penalty=1) == (1.0, 1.0, 1024)
     assert penalties(penalty=1.1, penalty_window=9) == (1.0, 1.1, 9)
     assert penalties(penalty=1.1, repetition_penalty=1.2) == (1.2, 1.1, 1024)
+
+
+def test_a_run_that_was_begun_before_these_defaults_were_known_goes_on_without_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What is new in an option's list must not change a text that is half written."""
+    swift = TokenSwift.from_pretrained(
+        str(
+            asking(tiny_folder, tmp_path / "m", repetition_penalty=1.5, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]])
+        ),
+        dtype="fp32",
+    )
+    before = dict(prepare(swift, "the cat", Options(seed=1)).parameters(), penalty=1.5, penalty_window=2**31 - 1)
+    for name in ("repetition_penalty", "no_repeat_ngram_size", "ban_words", "typical_p", "special", "system"):
+        del before[name]
+    header = {"parameters": {**before, "logprobs": False}, "prompt": [5, 6], "numerics": "x"}
+    run = recorded_run(swift, Record(tmp_path, header, [], [], 0, 0, 0, 0))
+    found = run.sampling
+    assert (found.penalty, found.repetition_penalty, found.no_repeat_ngram_size, found.ban_words) == (1.5, 1.0, 0, ())
+    assert run.options.special and run.options.logprobs is None
 
 
 def test_bans_of_the_checkpoint_stay_until_others_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:

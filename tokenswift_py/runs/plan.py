@@ -105,8 +105,9 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, **setting
     recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
     if "positions" not in recorded:  # begun before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
-    unknown = {name: getattr(SamplingParams, name) for name in FILLED if name not in recorded}
-    recorded = {**unknown, **({} if "ban_words" in recorded else {"ban_words": []}), **recorded}
+    if "special" not in recorded:  # begun before names of control tokens were text and these defaults were known
+        earlier = {name: getattr(SamplingParams, name) for name in FILLED}
+        recorded = {**earlier, "ban_words": [], "special": True, **recorded}
     settings |= resolved_positions(loaded, settings, recorded)
     processors = settings.pop("logits_processors", ())
     check_processors(processors)
