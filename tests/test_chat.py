@@ -175,7 +175,8 @@ def swift(tiny_folder: Path) -> TokenSwift:
 def test_a_chat_is_resumed_and_proven_as_it_was_asked_for(swift: TokenSwift, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "system": "Be brief.", "chat_template": CHATML, "template_args": {"thinking": False}, "max_new_tokens": 60,
-        "chapters": ["and <|im_end|> then"], "min_chapter_tokens": 10, "logit_bias": {IM_END: 9.0}, "temperature": 0.9, "frequency_penalty": 0.4,
+        "chapters": ["and <|im_end|> then"], "min_chapter_tokens": 10, "logit_bias": {IM_END: 9.0}, "temperature": 0.9,
+        "frequency_penalty": 0.4,
         "seed": 3,
     }  # fmt: skip
     whole = swift.generate("the cat", **settings)
