@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
-from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
