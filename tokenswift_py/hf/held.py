@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,12 @@ from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.executors import ENGINES, Executor, choose_engine, load
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.families.base import Place
+from tokenswift_py.models.spec import ModelSpec, family_named
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Libraries whose modules compute what the executors compute; of a module of any other nobody can know.
 KNOWN = ("transformers.", "torch.nn.")
-EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
 class HeldTensors(Tensors):
@@ -151,11 +150,10 @@ def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """The model's tensors under the names of its checkpoint: views where transformers keeps several as one. Raises
     UserError for one that is missing, misshapen or elsewhere than the others, and for one that no executor reads."""
     state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    found = {name: named(state, name) for name in spec.shapes()}
+    stored, shapes = family_named(spec.family).stored, spec.shapes()
+    found = {name: part_of(state, name, stored(name, shape, spec)[-1], shape[0]) for name, shape in shapes.items()}
     first = found[EMBEDDING]
-    for name, shape in spec.shapes().items():
-        tensor = found[name]
-        check(tuple(tensor.shape) == shape, f"model: tensor {name}", tuple(tensor.shape), f"it must be {shape}")
+    for name, tensor in found.items():
         alike = (tensor.dtype, tensor.device) == (first.dtype, first.device)
         kind = f"{tensor.dtype} on {tensor.device}"
         check(alike, f"model: tensor {name}", kind, f"all must be {first.dtype} on {first.device}, as the embedding is")
@@ -167,17 +165,14 @@ def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return found
 
 
-def named(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """A tensor of a checkpoint in a model's state: transformers stacks the experts of a layer, gate above up."""
-    if name in state:
-        return state[name]
-    if match := EXPERT.fullmatch(name):
-        at, expert, kind = match[1], int(match[2]), match[3]
-        whole = state.get(f"{at}.down_proj" if kind == "down" else f"{at}.gate_up_proj")
-        if whole is not None and whole.ndim == 3 and expert < len(whole):
-            return whole[expert] if kind == "down" else whole[expert].chunk(2)[("gate", "up").index(kind)]
-    check(False, f"model: tensor {name}", None, "the model must hold it (adapters must be merged first)")
-    raise AssertionError
+def part_of(state: Mapping[str, torch.Tensor], name: str, place: Place, rows: int) -> torch.Tensor:
+    """A tensor of a checkpoint in a model's state: transformers keeps some as parts of others."""
+    whole = state.get(place.name)
+    shape = None if whole is None else tuple(whole.shape)
+    check(whole is not None, f"model: tensor {name}", None, "the model must hold it (adapters must be merged first)")
+    check(shape == place.shape, f"model: tensor {place.name}", shape, f"it must be {place.shape}")
+    assert whole is not None
+    return (whole if place.index is None else whole[place.index])[place.first : place.first + rows]
 
 
 def version_of(tensor: torch.Tensor) -> tuple[Any, ...]:
