@@ -17,6 +17,7 @@ from tokenswift_py.decoding.passes import Passes, Timer, without_passes
 from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import DRAFTERS, Options
+from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import FixedPlanner, Gain, Plan
 from tokenswift_py.sampling.reference import Sampler
@@ -51,10 +52,12 @@ class Resources:
     """What a drafter of a run may be made of.
 
     second_model: the `model` and `vocab_sizes` of a drafter with a model of its own, as DraftModel takes them.
+    draft_cost:   what draft passes cost; texts in company learn it together.
     """
 
     checkpoint: Checkpoint
     second_model: Mapping[str, Any] = field(default_factory=dict)
+    draft_cost: PassCost = field(default_factory=PassCost)
 
 
 class Drafter:

@@ -29,7 +29,8 @@ def create(options: Options, resources: Resources) -> Cascade:
     (`results/ablations.md`). Raises UserError where there are no such heads."""
     named = options.draft_heads
     heads = None if named is None else heads_for(resources.checkpoint, named)
-    return Cascade(heads=heads, policy=options.draft_policy, view_tokens=options.draft_budget, **width_of(options))
+    settings = {"policy": options.draft_policy, "view_tokens": options.draft_budget, **width_of(options)}
+    return Cascade(heads=heads, cost=resources.draft_cost, **settings)
 
 
 DRAFTER = Cascade

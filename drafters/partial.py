@@ -20,6 +20,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.options import POLICIES, Options
+from tokenswift_py.planning.costs import PassCost
 
 
 class OwnChain(Chain):
@@ -51,6 +52,7 @@ class Partial(Drafter):
     refresh:     committed tokens after which the view is chosen anew; it also is after a wrong guess.
     reuse:       repeats of the text that a draft pass checks several at a time.
     heads:       guess what follows the last row of a pass, for the next draft pass to check, or for the target.
+    cost:        what draft passes cost, where that is known.
     """
 
     name = "partial"
@@ -64,6 +66,7 @@ class Partial(Drafter):
         refresh: int = 8,
         reuse: NGram | None = None,
         heads: Heads | None = None,
+        cost: PassCost | None = None,
     ):
         check(view_tokens is None or view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
@@ -71,7 +74,7 @@ class Partial(Drafter):
         chosen: EvictionPolicy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
         self.needs = chosen.needs
         self.width, self.reuse, self.heads = width, reuse, heads
-        self.views = Views(chosen, view_tokens, width, refresh)
+        self.views = Views(chosen, view_tokens, width, refresh, cost or PassCost())
         self._chain = Chain(0, 1)  # of the last proposal
         self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
 
@@ -251,7 +254,8 @@ MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass 
 
 
 def create(options: Options, resources: Resources) -> Partial:
-    return Partial(options.draft_policy, options.draft_budget, **width_of(options))
+    width = width_of(options)
+    return Partial(options.draft_policy, options.draft_budget, cost=resources.draft_cost, **width)
 
 
 DRAFTER = Partial

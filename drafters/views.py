@@ -42,12 +42,12 @@ class Views:
     keys:    that a row of this round attends to.
     """
 
-    def __init__(self, policy: EvictionPolicy, tokens: int | None, width: int, refresh: int):
+    def __init__(self, policy: EvictionPolicy, tokens: int | None, width: int, refresh: int, cost: PassCost):
         family = Experience()
         self.policy, self.refresh = policy, refresh
         self.sizes = [View(size, width, family) for size in ((tokens,) if tokens else VIEWS)]
         self.now = self.sizes[0]
-        self.cost = PassCost()
+        self.cost = cost
         self.keys = 0
         self._text = self._length = 0  # tokens that the cache holds in full pages, and all, when the round began
         self._round = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from tokenswift_py.models.executors import Executor
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.options import Options
+from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.sampling.grammar import Vocabulary
 from tokenswift_py.text import end_tokens
 
@@ -53,6 +54,10 @@ class LoadedModel:
     def rope(self, context: int, positions: Positions) -> RopeTables:
         """RoPE tables for a run over so many positions. Raises UserError as `rope_tables` does."""
         return rope_tables(self.checkpoint.config, context, positions)
+
+    def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
+        """Returns what is known of the cost of passes of this kind ("target" or "draft"): for a text alone nothing."""
+        return PassCost(shapes)
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,

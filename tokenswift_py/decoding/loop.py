@@ -17,10 +17,12 @@ from tokenswift_py.decoding.passes import Pass, Passes, Timer, steps
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.step import ReplayError, Step
 from tokenswift_py.decoding.stopping import Stops
+from tokenswift_py.decoding.traced import traced
 from tokenswift_py.decoding.verify import walk
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.parallel.ranks import ALONE, Ranks
+from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.planner import PHASES, FixedPlanner, Plan, Planner
 from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
 
@@ -42,6 +44,7 @@ class DecodeLoop:
     ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
            that are verified, and all must choose the same tokens.
     timer: the time of whoever drives this loop; None is that of a loop alone.
+    target_cost: what passes of the model cost, where that is known; see `Planner`.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class DecodeLoop:
         timer: Timer | None = None,
         top_logprobs: int = 0,
         prompt_logprobs: int | None = None,
+        target_cost: PassCost | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
         shapes, self.ranks = model.row_shapes, ranks
-        self.planner = Planner(shapes=shapes) if draft_tokens is None else FixedPlanner(draft_tokens, shapes)
+        most, planner = (64, Planner) if draft_tokens is None else (draft_tokens, FixedPlanner)
+        self.planner = planner(most, shapes, target_cost)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
         self.known: dict[int, tuple[float, Likeliest]] = {}
@@ -222,7 +227,8 @@ class DecodeLoop:
         self.stats.settle("verify", "accept", lap.ms)
         self.teach(context.plan, tree, taken, {**self.stats.latest_ms, "verify": lap.ms})
         if self.trace is not None:
-            self.trace(self.record(tree, taken, context.plan))
+            position = len(self.history) - len(taken.tokens) - 1
+            self.trace(traced(self.stats, position, tree, taken, context.plan, self.drafter))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs, top_logprobs=taken.top_logprobs)
 
     def force(self, tokens: Sequence[int]) -> Passes[Step]:
@@ -330,20 +336,6 @@ class DecodeLoop:
         """Tells the planner what a round brought and took; all ranks go by rank 0's clock, so that they plan alike."""
         agreed = self.ranks.first_times([phase_ms[phase] for phase in PHASES])
         self.planner.observe(plan.context, len(tree), len(taken.tokens), dict(zip(PHASES, agreed, strict=True)))
-
-    def record(self, tree: DraftTree, taken: Acceptance, plan: Plan) -> dict[str, Any]:
-        """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""
-        return {
-            "step": self.stats.num_spec_steps,
-            "position": len(self.history) - len(taken.tokens) - 1,
-            "tree": {"tokens": tree.tokens.tolist(), "parents": tree.parents.tolist()},
-            "path": list(taken.path),
-            "tokens": list(taken.tokens),
-            "ending": taken.ending,
-            "ms": {phase: round(ms, 3) for phase, ms in self.stats.latest_ms.items() if phase != "prefill"},
-            "planner": plan.explain(len(tree)),
-            "drafter": {"name": self.drafter.name, **self.drafter.explain()},
-        }
 
 
 SEEN_ROWS = 32  # of a prompt or a turn: the last, of which a drafter sees the output

@@ -23,12 +23,12 @@ class Planner:
 
     most:   nodes of a tree at most, the pending token not counted.
     shapes: numbers of rows that passes of the target are padded to, see `PassCost`.
-    target: what a pass of the target costs.
+    target: what a pass of the target costs; None has nothing learned yet. Texts in company learn it together.
     """
 
-    def __init__(self, most: int = 64, shapes: Sequence[int] = ()) -> None:
+    def __init__(self, most: int = 64, shapes: Sequence[int] = (), target: PassCost | None = None) -> None:
         self.most = most
-        self.target = PassCost(shapes)
+        self.target = target or PassCost(shapes)
         self.rounds = Rounds()
 
     def at(self, context: int) -> Plan:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
-from tokenswift_py.decoding.passes import Timer
+from tokenswift_py.decoding.passes import Timer, compute
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
 from tokenswift_py.kvcache.base import PAGE_SIZE
@@ -38,7 +38,7 @@ def decode_loop(
         if kind_of(options.chosen_drafter).has_second_model and not loaded.executor.ranks.leads:
             chosen = create("none")  # all ranks verify rank 0's trees
         else:
-            chosen = for_run(options, Resources(loaded.checkpoint, run.second_model))
+            chosen = for_run(options, Resources(loaded.checkpoint, run.second_model, loaded.pass_cost("draft")))
     if loaded.executor.ranks.world > 1:
         loaded.executor.ranks.agree("the draft heads", chosen.alike())
     eos = loaded.ends(options)
@@ -51,8 +51,9 @@ def decode_loop(
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
     sampler = loaded.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
     sampler.grammar = Follower(run.grammar) if run.grammar else None
+    model = loaded.executor.model(run.rope)
     return DecodeLoop(
-        loaded.executor.model(run.rope),
+        model,
         chosen,
         sampler,
         Stops(
@@ -79,6 +80,7 @@ def decode_loop(
         cache=cache,
         ranks=loaded.executor.ranks,
         timer=timer,
+        target_cost=loaded.pass_cost("target", model.row_shapes),
         **chunk,
     )
 
@@ -95,7 +97,7 @@ def prompt_rows(loaded: LoadedModel, run: Run) -> KVCache | None:
     loop = decode_loop(loaded, plain, cache=KVCache(pool, run.context))
     loop.history.extend(run.prompt)
     while loop.cache.length < shared:
-        loop.read(min(loop.prefill_chunk, shared - loop.cache.length), [], seen=False)
+        compute(loop.read(min(loop.prefill_chunk, shared - loop.cache.length), [], seen=False))
     return loop.cache
 
 

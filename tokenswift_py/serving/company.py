@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenswift_py.core import Model
@@ -12,6 +13,7 @@ from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, RopeTables
+from tokenswift_py.planning.costs import PassCost
 
 
 class SharedModels:
@@ -55,6 +57,7 @@ class Company(LoadedModel):
     ):
         check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
         super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
+        self._costs: dict[str, PassCost] = {}
         self.context = context or loaded.checkpoint.spec.trained_context
         self._rope = loaded.rope(self.context, positions)
         self.executor.check_rope(self._rope)
@@ -73,6 +76,12 @@ class Company(LoadedModel):
     def rope(self, context: int, positions: Positions) -> RopeTables:
         """The tables that all texts share, whatever one asks for: they are part of what the company is."""
         return self._rope
+
+    def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
+        """Returns what all texts have learned together: the next one need not find it out again."""
+        if kind not in self._costs:
+            self._costs[kind] = super().pass_cost(kind, shapes)
+        return self._costs[kind]
 
     def new_cache(self) -> KVCache:
         return KVCache(self.pool, self.context)
