@@ -24,6 +24,17 @@ class PagePool(Protocol):
     kv_heads: int
     page_bytes: int
 
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+
+    @property
+    def free(self) -> int:
+        """How many pages nobody holds."""
+
+    def holders(self, page: int) -> int:
+        """How many caches hold this page."""
+
     def allocate(self) -> int:
         """A page nobody holds; MemoryError when the pool is full."""
 

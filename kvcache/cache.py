@@ -125,6 +125,20 @@ class KVCache:
             self.pool.restore(int(self._table[self._held - 1]), data)
             self.length += PAGE_SIZE
 
+    def attach(self, pages: Sequence[int]) -> None:
+        """Commit full pages of the pool that hold the next rows of this sequence; they are shared with their holders.
+
+        Raises ValueError, with nothing changed, where `adopt` does.
+        """
+        if self.tail_length or self.length % PAGE_SIZE or self.length + len(pages) * PAGE_SIZE > self.limit:
+            raise ValueError(f"{len(pages)} pages do not continue {self.length} rows below the limit of {self.limit}")
+        self._reserve_table(self._held + len(pages))
+        for page in pages:
+            self.pool.share(page)
+            self._table[self._held] = page
+            self._held += 1
+            self.length += PAGE_SIZE
+
     def evict(self, pages: Sequence[int]) -> None:
         """Give these full pages back to the pool.
 
@@ -140,11 +154,11 @@ class KVCache:
             self._table[page] = -1
         self.evicted += len(pages)
 
-    def drop_tail(self) -> None:
-        """Forget the provisional rows; pages that only they used go back to the pool."""
-        self._tail_positions.clear()
-        self._tail_committable.clear()
-        keep = -(-self.length // PAGE_SIZE)
+    def drop_tail(self, keep_rows: int = 0) -> None:
+        """Forget the provisional rows but the first `keep_rows`; pages that only they used go back to the pool."""
+        del self._tail_positions[keep_rows:]
+        del self._tail_committable[keep_rows:]
+        keep = -(-(self.length + self.tail_length) // PAGE_SIZE)
         for page in self._table[keep : self._held]:
             if page >= 0:
                 self.pool.release(int(page))
@@ -171,9 +185,12 @@ class KVCache:
             self.pool.move(self.slots(lanes), other.slots(lanes))
         return other
 
-    def _grow(self, pages: int) -> None:
+    def _reserve_table(self, pages: int) -> None:
         if pages > len(self._table):
             self._table = np.resize(self._table, 2 * pages)
+
+    def _grow(self, pages: int) -> None:
+        self._reserve_table(pages)
         before = self._held
         try:
             while self._held < pages:

@@ -45,6 +45,20 @@ class Holders:
             self._free.append(page)
 
     @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        return len(self._holders)
+
+    @property
+    def free(self) -> int:
+        """How many pages nobody holds."""
+        return len(self._free)
+
+    def holders(self, page: int) -> int:
+        """How many caches hold this page."""
+        return int(self._holders[page])
+
+    @property
     def in_use(self) -> int:
         return int((self._holders > 0).sum())
 

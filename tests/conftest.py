@@ -53,6 +53,18 @@ def tiny_decoder() -> TorchDecoder:
 
 
 @pytest.fixture(scope="session")
+def native_decoder() -> Any:
+    """The same model with bf16 weights on the native engine."""
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    from tokenswift_py.models.native import NativeDecoder, NativeWeights
+
+    config = tiny_config()
+    weights = weights_of(tiny_model(config, torch.float32))
+    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.bfloat16, 2)
+    return NativeDecoder(packed, rope_tables(config, 512))
+
+
+@pytest.fixture(scope="session")
 def default_model() -> Any:
     """The default model in fp32 on the torch executor, fetched and converted at the first use."""
     from tokenswift_py import TokenSwift

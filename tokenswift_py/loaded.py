@@ -14,6 +14,8 @@ from tokenswift_py.drafters.base import kind_of
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.executors import Executor
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.options import Options
 from tokenswift_py.text import end_tokens
 
@@ -34,6 +36,10 @@ class LoadedModel:
     def goes_on(self, options: Options) -> bool:
         """Whether a prompt is the beginning of the text, which then goes on from it."""
         return options.raw or not self.tokenizer.chat_template
+
+    def rope(self, context: int, positions: Positions) -> RopeTables:
+        """RoPE tables for a run over so many positions. Raises UserError as `rope_tables` does."""
+        return rope_tables(self.checkpoint.config, context, positions)
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,

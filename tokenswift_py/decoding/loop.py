@@ -177,6 +177,19 @@ class DecodeLoop:
                 output = yield from self.prefill(len(self.history) - 1, progress)
                 yield from self.drafter.prefill(self.context, output)
 
+    def recompute(self) -> Passes[None]:
+        """Computes the rows of all but the pending token again, after the cache has lost some. They are what they were:
+        nobody is told of them, or learns from them."""
+        while (missing := len(self.history) - 1 - self.cache.length) > 0:
+            count = min(self.prefill_chunk, missing)
+            yield Pass(self.model, self.chunk(count), [])
+            self.cache.commit(range(count))
+
+    @property
+    def rows_ahead(self) -> int:
+        """How many rows the next round may commit beside those of its tree: those of a turn."""
+        return len(self.turns[0]) if self.turns else 0
+
     def unfinished(self, step: Step) -> bool:
         return step.ending is None or (step.ending == "eos" and self.goes_on)
 

@@ -52,12 +52,31 @@ def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
     """Make room in the caches for the rows of one pass and say where everything is.
 
     target_weights: false for a pass with draft weights, whose rows may never be committed.
-    Raises ValueError for rows past the context or tail rows that do not exist, MemoryError when the pool is full.
+    Raises ValueError for rows past the context or tail rows that do not exist, MemoryError when the pool is full; each
+    leaves all the caches as they were.
     """
     if not segments:
         raise ValueError("a pass needs at least one segment")
     placed: list[IntArray] = []
     positions: list[IntArray] = []
+    tails = [(segment.cache, segment.cache.tail_length) for segment in segments]
+    try:
+        place(segments, target_weights, placed, positions)
+        attention, start = [], 0
+        for segment, own, slots in zip(segments, positions, placed, strict=True):
+            rows = slice(start, start + len(own))
+            attention.append(attention_segment(segment, rows, own, slots))
+            start = rows.stop
+    except (ValueError, MemoryError):
+        for cache, rows_before in reversed(tails):
+            cache.drop_tail(rows_before)
+        raise
+    tokens = np.concatenate([segment.tree.tokens for segment in segments])
+    return Rows(tokens, np.concatenate(positions), np.concatenate(placed), tuple(attention))
+
+
+def place(segments: Sequence[Segment], target_weights: bool, placed: list[IntArray], positions: list[IntArray]) -> None:
+    """Append each segment's rows to its cache; their slots and positions join the lists."""
     for segment in segments:
         cache = segment.cache
         if any(not 0 <= row < cache.tail_length for row in segment.tail):
@@ -69,13 +88,6 @@ def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
         committable = target_weights and segment.view is None and cache.tail_committable(segment.tail)
         placed.append(cache.append(own, committable))
         positions.append(own)
-    attention, start = [], 0
-    for segment, own, slots in zip(segments, positions, placed, strict=True):
-        rows = slice(start, start + len(own))
-        attention.append(attention_segment(segment, rows, own, slots))
-        start = rows.stop
-    tokens = np.concatenate([segment.tree.tokens for segment in segments])
-    return Rows(tokens, np.concatenate(positions), np.concatenate(placed), tuple(attention))
 
 
 def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: IntArray) -> AttentionSegment:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py import registry
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import Timer
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
 from tokenswift_py.kvcache.cache import KVCache
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
 
-def decode_loop(loaded: LoadedModel, run: Run, trace: Trace | None = None, cache: KVCache | None = None) -> DecodeLoop:
+def decode_loop(
+    loaded: LoadedModel,
+    run: Run,
+    trace: Trace | None = None,
+    cache: KVCache | None = None,
+    timer: Timer | None = None,
+) -> DecodeLoop:
     options = run.options
     with loaded.executor.ranks.same_fate():
         if kind_of(options.chosen_drafter).has_second_model and not loaded.executor.ranks.leads:
@@ -64,6 +71,7 @@ def decode_loop(loaded: LoadedModel, run: Run, trace: Trace | None = None, cache
         eviction=eviction,
         cache=cache,
         ranks=loaded.executor.ranks,
+        timer=timer,
         **chunk,
     )
 

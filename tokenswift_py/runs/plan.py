@@ -62,8 +62,11 @@ class Run:
         return {**options, **filled, **positions, "logits_processors": processors, "logit_bias": bias}
 
 
-def prepare(loaded: LoadedModel, prompt: Prompt, options: Options) -> Run:
-    """Check everything that can be checked before any work. Raises UserError."""
+def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool = False) -> Run:
+    """Check everything that can be checked before any work. Raises UserError.
+
+    in_pool: the text's pages come from a pool that is there already, so that no memory is asked for.
+    """
     tokenizer, checkpoint = loaded.tokenizer, loaded.checkpoint
     tokens = prompt_tokens(tokenizer, prompt, options.raw)
     check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
@@ -87,16 +90,17 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options) -> Run:
     if kind_of(options.chosen_drafter).sees_views and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
         draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
-    check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
-    rope = rope_tables(checkpoint.config, context, options.met_positions())
+    if not in_pool:
+        check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
+    rope = loaded.rope(context, options.met_positions())
     loaded.executor.check_rope(rope)
-    if rope.note:
+    if rope.note and not in_pool:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}
     return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
 
 
-def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, **settings: Any) -> Run:
+def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
     """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
     recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
     if "positions" not in recorded:  # begun before there was a choice
@@ -110,7 +114,7 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, **setting
         if name in recorded and name not in contract.SPEED_ONLY:
             contract.check_parameter(name, value, recorded[name])
     options = Options.of(**{**recorded, **settings, "logits_processors": processors})
-    run = prepare(loaded, record.header["prompt"], options)
+    run = prepare(loaded, record.header["prompt"], options, in_pool)
     outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
     room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens

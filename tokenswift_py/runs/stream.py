@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from tokenswift_py.core import Output
 from tokenswift_py.decoding.loop import Step
-from tokenswift_py.decoding.passes import compute
+from tokenswift_py.decoding.passes import Pass, Timer, compute
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.decoding.stopping import ChapterText
 from tokenswift_py.kvcache.base import PAGE_SIZE
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 class Stream:
     """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing.
 
-    cache: an empty one to write into; None makes one.
+    cache: one to write into, empty or with rows of the prompt's first tokens; None makes one.
+    timer: the time of whoever drives the stream's passes; None is that of a stream alone.
     """
 
-    def __init__(self, loaded: LoadedModel, run: Run, cache: KVCache | None = None):
+    def __init__(self, loaded: LoadedModel, run: Run, cache: KVCache | None = None, timer: Timer | None = None):
         self.run = run
         self.loaded = loaded
         self.tokens: list[int] = []
@@ -41,9 +43,10 @@ class Stream:
         with loaded.executor.ranks.same_fate():
             traced = run.options.trace if loaded.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
-        self.loop = decode_loop(loaded, run, self._trace, cache)
+        self.loop = decode_loop(loaded, run, self._trace, cache, timer)
         self._limit = self.loop.cache.limit  # which the lossy mode moves on
-        self._steps = self.loop.run(run.prompt)
+        self.after: Step | None = None  # the last step of a replay, after which the text goes on
+        self._steps: Iterator[Step] | None = None
         self._joiner = self._new_joiner()
         self._text: list[str] = []
         self.forced: list[tuple[int, int]] = []
@@ -52,19 +55,34 @@ class Stream:
 
     def __iter__(self) -> Iterator[Piece]:
         self.catch_up()
+        self._steps = self._steps or self.loop.run(self.run.prompt, self.after)
         for step in self._steps:
-            yield self._take(step)
-        if rest := self._finish():
+            yield self.take(step)
+        if rest := self.finish():
+            yield Piece((), (), rest)
+
+    def passes(self) -> Generator[Pass | Piece, Output | None, None]:
+        """The stream as a coroutine: yields the passes that it needs, to be sent their outputs, and its pieces. A piece
+        of tokens ends a round."""
+        if self._cold and self.ending == "interrupted":
+            self._restore(lambda rows: None)
+        text, output = self.loop.text(self.run.prompt, self.after), None
+        with closing(text):
+            while True:
+                try:
+                    asked = text.send(output)
+                except StopIteration:
+                    break
+                output = yield asked if isinstance(asked, Pass) else self.take(asked)
+        if rest := self.finish():
             yield Piece((), (), rest)
 
     def replay(self, tokens: Sequence[int]) -> None:
         """Begin behind recorded tokens instead of behind the prompt. Raises ReplayError."""
-        step = None
         for step in self.loop.replay(self.run.prompt, tokens):
-            self._take(step)
+            self.take(step)
+            self.after = step
         self.recorded, self._cold = len(tokens), bool(tokens)
-        if step is not None:
-            self._steps = self.loop.run(self.run.prompt, step)
 
     def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
         """Compute the KV of a replayed text now rather than with the first piece.
@@ -104,9 +122,10 @@ class Stream:
     def close(self) -> None:
         """Stop writing; what was written stays."""
         try:
-            self._steps.close()  # type: ignore[attr-defined]
+            if self._steps is not None:
+                self._steps.close()  # type: ignore[attr-defined]
         finally:
-            self._finish()
+            self.finish()
 
     def spare_cache(self, tokens: int) -> KVCache | None:
         """An empty cache of so many tokens over the memory of this stream's own, which has ended; None while it goes
@@ -162,7 +181,8 @@ class Stream:
     def guarantee(self) -> str:
         return "lossy" if self.loop.eviction else self.loop.model.guarantee
 
-    def _take(self, step: Step) -> Piece:
+    def take(self, step: Step) -> Piece:
+        """Joins a step to the text, and records it."""
         text = ""
         forced: tuple[int, ...] = ()
         if self.tokens and step.forced:
@@ -183,7 +203,8 @@ class Stream:
         self.ending = "interrupted" if step.ending == "eos" and self.loop.goes_on else step.ending or "interrupted"
         return Piece(step.tokens, forced, text, step.logprobs)
 
-    def _finish(self) -> str:
+    def finish(self) -> str:
+        """Closes the journal and the trace; the last characters of the text, which waited for more bytes."""
         try:
             if self.journal is not None:
                 self.journal.close()

@@ -1,0 +1,215 @@
+"""Many texts at once: each is what it is alone (law 9), whatever company, order, preemption or cancellation it met."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scripted import write
+from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.stopping import Stops
+from tokenswift_py.drafters.base import create
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.serving.scheduler import ROUND_PAGES, Scheduler, Seat
+from tokenswift_py.serving.sharing import OwnTime, Shares
+
+LENGTHS = (10, 25, 60, 80)
+PROMPTS = [np.random.default_rng(i).integers(0, 61, size).tolist() for i, size in enumerate((5, 70, 140, 9))]
+PROMPTS.append([*PROMPTS[2][:128], 1, 2, 3])  # which shares two pages with another
+DRAFTERS = ("none", "ngram", "partial", "cascade")
+
+
+class Ticks:
+    """A clock that moves by a millisecond at each look."""
+
+    def __init__(self) -> None:
+        self.looks = itertools.count()
+
+    def __call__(self) -> float:
+        return next(self.looks) / 1e3
+
+
+class Work:
+    """A loop as the scheduler sees it. tokens written, and how it ended, are kept."""
+
+    def __init__(self, model: Any, pool: Any, number: int, length: int, priority: float, clock: Ticks, seed: int):
+        self.priority, self.time = priority, OwnTime(clock)
+        self.prompt = PROMPTS[number % len(PROMPTS)]
+        params = SamplingParams(temperature=1.0, seed=seed)
+        self.loop = DecodeLoop(
+            model, create(DRAFTERS[seed % len(DRAFTERS)]), Sampler(params, 61), Stops(length),
+            draft_tokens=3, prefill_chunk=24, cache=KVCache(pool, model.context), timer=self.time,
+        )  # fmt: skip
+        self.written: list[int] = []
+        self.ended: list[BaseException | None] = []
+        self.passes = lambda: self.loop.text(self.prompt)
+        self.recompute = self.loop.recompute
+
+    @property
+    def cache(self) -> KVCache:
+        return self.loop.cache
+
+    def tokens(self) -> Any:
+        return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
+
+    def rows_ahead(self) -> int:
+        return self.loop.rows_ahead
+
+    def tell(self, step: Step) -> None:
+        self.written.extend(step.tokens)
+
+    def end(self, error: BaseException | None) -> None:
+        self.ended.append(error)
+
+
+def alone(model: Any, work: Work, cache: dict[Any, list[int]] = {}) -> list[int]:  # noqa: B006
+    params = work.loop.sampler.params
+    key = id(model), tuple(work.prompt), params.seed
+    if key not in cache:
+        cache[key] = write(model, work.prompt, max(LENGTHS), params)[0]
+    return cache[key]
+
+
+def run(model: Any, seed: int, pages: int, count: int = 6, most_running: int = 4) -> tuple[Scheduler, list[Work]]:
+    """A random schedule: texts come at random moments with random priorities, and some are cancelled."""
+    rng, clock = random.Random(seed), Ticks()
+    scheduler = Scheduler(model, model.new_pool(pages), clock, most_running, most_rows=40)
+    works: list[Work] = []
+    seats: list[Seat] = []
+    cancelled: set[int] = set()
+    while len(works) < count or scheduler.seats:
+        if len(works) < count and (rng.random() < 0.2 or not scheduler.seats):
+            number = len(works)
+            length, priority = rng.choice(LENGTHS), rng.choice((0.0, 0.0, 1.0, 5.0))
+            works.append(Work(model, scheduler.pool, number, length, priority, clock, seed=rng.randrange(8)))
+            seats.append(scheduler.add(works[-1]))
+        if seats and rng.random() < 0.01:
+            cancelled.add(victim := rng.randrange(len(seats)))
+            scheduler.cancel(seats[victim])
+        scheduler.step()
+        assert scheduler.running <= most_running
+    for number, work in enumerate(works):
+        assert work.ended == [None], work.ended
+        truth = alone(model, work)
+        assert work.written == truth[: len(work.written)]
+        assert number in cancelled or len(work.written) in LENGTHS
+        assert work.cache.nbytes == 0
+    assert scheduler.pool.free + scheduler.idle_pages == scheduler.pool.pages, "every page is free, or known"
+    scheduler.close()
+    assert scheduler.pool.free == scheduler.pool.pages
+    return scheduler, works
+
+
+def test_each_text_is_what_it_is_alone_in_roomy_company(tiny_decoder: Any) -> None:
+    scheduler, works = run(tiny_decoder, 2, pages=400)
+    assert scheduler.preemptions == 0 and scheduler.prefixes.hits > 0
+    rounds = sum(work.loop.stats.num_spec_steps for work in works)
+    assert scheduler.passes < rounds, "verifications travel together"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_text_is_what_it_is_alone_where_there_is_no_room(tiny_decoder: Any, seed: int) -> None:
+    run(tiny_decoder, seed, pages=ROUND_PAGES + 8 + 2 * seed)
+
+
+def test_preemption_happens_in_these_schedules(tiny_decoder: Any) -> None:
+    assert sum(run(tiny_decoder, seed, pages=ROUND_PAGES + 6)[0].preemptions for seed in range(2)) > 2
+
+
+def test_each_text_is_what_it_is_alone_on_the_native_engine(native_decoder: Any) -> None:
+    preempted = 0
+    for seed, pages in ((11, 300), (12, ROUND_PAGES + 6), (13, 2 * ROUND_PAGES + 6)):
+        preempted += run(native_decoder, seed, pages)[0].preemptions
+    assert preempted
+
+
+def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -> None:
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock, most_running=2)
+    works = [Work(tiny_decoder, scheduler.pool, n, 60, p, clock, seed=n) for n, p in enumerate((1.0, 0.0, 2.0))]
+    for work in works[:2]:
+        scheduler.add(work)
+    for _ in range(12):
+        scheduler.step()
+    scheduler.add(works[2])
+    while not works[2].ended:
+        scheduler.step()
+    assert scheduler.preemptions == 1 and not works[1].ended, "the less urgent waits"
+    while scheduler.step():
+        pass
+    assert [work.written for work in works] == [alone(tiny_decoder, work)[:60] for work in works]
+
+
+def test_a_text_that_fails_leaves_the_others_alone(tiny_decoder: Any) -> None:
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock)
+    works = [Work(tiny_decoder, scheduler.pool, n, 40, 0.0, clock, seed=n) for n in range(3)]
+    for work in works:
+        scheduler.add(work)
+    told = works[1].tell
+
+    def breaks(step: Step) -> None:
+        told(step)
+        if len(works[1].written) > 10:
+            works[1].loop.sampler = None  # type: ignore[assignment]
+
+    works[1].tell = breaks  # type: ignore[method-assign]
+    while scheduler.step():
+        pass
+    assert [type(work.ended[0]) for work in works] == [type(None), AttributeError, type(None)]
+    assert works[0].written == alone(tiny_decoder, works[0])[:40] and works[1].cache.nbytes == 0
+    assert works[2].written == alone(tiny_decoder, works[2])[:40]
+
+
+def test_a_text_that_no_pool_holds_is_told_so(tiny_decoder: Any) -> None:
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(ROUND_PAGES + 1), clock)
+    assert scheduler.fits(64) and not scheduler.fits(65)
+    work = Work(tiny_decoder, scheduler.pool, 3, 80, 0.0, clock, seed=0)  # 9 tokens and 80
+    scheduler.add(work)
+    while scheduler.step():
+        pass
+    assert [type(error) for error in work.ended] == [MemoryError] and 50 < len(work.written) < 60
+    assert work.written == alone(tiny_decoder, work)[: len(work.written)] and work.cache.nbytes == 0
+
+
+@pytest.mark.parametrize("full_at", [0, 1, 2])
+def test_a_pass_without_room_leaves_every_tail_as_it_was(tiny_decoder: Any, full_at: int) -> None:
+    """The pool is full at the first, second or third of three segments, each of which needs a page."""
+    pool = tiny_decoder.new_pool(full_at + 3)
+    caches = [KVCache(pool, tiny_decoder.context) for _ in range(3)]
+    chain = DraftTree.chain(list(range(10)))
+    caches[0].append(np.arange(3, dtype=np.int32), True)
+    held = [cache.nbytes for cache in caches]
+    for _ in range(pool.free - full_at - (full_at > 0)):
+        pool.allocate()
+    free = pool.free
+    long = DraftTree.chain(list(range(60)) + [1] * 10)
+    segments = [Segment(tree, cache, causal=True) for tree, cache in zip((chain, long, long), caches, strict=True)]
+    with pytest.raises(MemoryError):
+        tiny_decoder.forward(segments)
+    assert [cache.tail_length for cache in caches] == [3, 0, 0]
+    assert [cache.nbytes for cache in caches] == held and pool.free == free
+
+
+def test_shares_add_up_and_charge_each_text_for_its_rows() -> None:
+    """Passes cost 10 ms and 1 ms a row: a text of one row beside three rows pays for less."""
+    from types import SimpleNamespace
+
+    def asked(rows: int) -> Any:
+        cache = SimpleNamespace(length=100)
+        return SimpleNamespace(segment=SimpleNamespace(tree=range(rows), cache=cache))
+
+    shares = Shares()
+    for rows in (2, 3, 4, 5, 6, 8) * 4:
+        shares.split([asked(1), asked(rows - 1)], 10.0 + rows)
+    one, three = shares.split([asked(1), asked(3)], 14.0)
+    assert one + three == pytest.approx(14.0)
+    assert three - one == pytest.approx(2.0, abs=0.3)
+    assert shares.split([asked(4)], 14.0) == [14.0]

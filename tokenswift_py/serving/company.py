@@ -1,0 +1,78 @@
+"""What texts in company share: the models of one context, and the pool that all their pages come from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenswift_py.core import Model
+from tokenswift_py.errors import check
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import SPARE_PAGES, pages_for
+from tokenswift_py.loaded import LoadedModel
+from tokenswift_py.memory import check_memory, free_on
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import AUTO, RopeTables
+
+
+class SharedModels:
+    """An executor that makes each model once, so that the passes of all texts are passes of the same one."""
+
+    def __init__(self, executor: Any):
+        self._executor = executor
+        self._models: dict[tuple[Any, ...], Model] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+    def model(self, rope: RopeTables) -> Model:
+        return self._once(("target", id(rope)), lambda: self._executor.model(rope))
+
+    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+        return self._once(("draft", id(rope), weights, kv), lambda: self._executor.draft_model(rope, weights, kv))
+
+    def _once(self, key: tuple[Any, ...], make: Any) -> Model:
+        if key not in self._models:
+            self._models[key] = make()
+        return self._models[key]
+
+
+class Company(LoadedModel):
+    """A loaded model for many texts over one context and one pool.
+
+    context:   positions of each text; None is the trained length. It is the same for all, and so is the scheme of
+               `positions`, since the tables of some schemes depend on it.
+    kv_tokens: tokens that the pool holds at least; None is what half of the free memory holds, and no more than
+               `most_running` whole texts need.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        context: int | None = None,
+        kv_tokens: int | None = None,
+        most_running: int = 16,
+        positions: Positions = AUTO,
+    ):
+        check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
+        super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
+        self.context = context or loaded.checkpoint.spec.trained_context
+        self._rope = loaded.rope(self.context, positions)
+        self.executor.check_rope(self._rope)
+        self.target = self.executor.model(self._rope)
+        page_bytes = self.kv_bytes(0) // SPARE_PAGES
+        whole = most_running * pages_for(self.context)
+        if kv_tokens is None:
+            pages = min(whole, free_on(self.executor.device) // 2 // page_bytes)
+        else:
+            pages = pages_for(kv_tokens)
+        what = f"a KV pool of {pages} pages of 64 tokens"
+        check(pages >= pages_for(self.context), "kv_tokens", kv_tokens, f"room for one text of {self.context} tokens")
+        check_memory(pages * page_bytes, self.executor.device, what)
+        self.pool = self.target.new_pool(pages)
+
+    def rope(self, context: int, positions: Positions) -> RopeTables:
+        """The tables that all texts share, whatever one asks for: they are part of what the company is."""
+        return self._rope
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.pool, self.context)

@@ -1,0 +1,290 @@
+"""A thread that writes many texts at once, for programs that wait for them in threads or in an event loop."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tokenswift_py.decoding.statistics import GenerationStats
+from tokenswift_py.errors import check, one_line
+from tokenswift_py.loaded import LoadedModel
+from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import AUTO
+from tokenswift_py.options import Options
+from tokenswift_py.runs import contract
+from tokenswift_py.runs.journal import Journal
+from tokenswift_py.runs.plan import Run, prepare, recorded_run
+from tokenswift_py.runs.result import Piece, Result
+from tokenswift_py.runs.stream import Stream
+from tokenswift_py.serving.company import Company
+from tokenswift_py.serving.scheduler import Scheduler, Seat
+from tokenswift_py.serving.sharing import OwnTime
+from tokenswift_py.serving.work import StreamWork
+from tokenswift_py.text import Prompt
+
+logger = logging.getLogger("tokenswift")
+
+
+class Busy(RuntimeError):
+    """As many texts wait already as may."""
+
+
+class Text:
+    """A text in the engine. Its pieces come from the engine's thread as they are written."""
+
+    def __init__(self, number: int, run: Run):
+        self.number, self.run = number, run
+        self.prompt = run.prompt
+        self.seat: Seat | None = None
+        self.error: BaseException | None = None
+        self._pieces: list[Piece] = []
+        self._listeners: list[Callable[[Piece | None], None]] = []
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._result: Callable[[], Result] | None = None
+        self.cancel: Callable[[], None] = lambda: None
+
+    @property
+    def done(self) -> bool:
+        return self._over.is_set()
+
+    def listen(self, tell: Callable[[Piece | None], None]) -> None:
+        """Calls `tell` with each piece, those so far first, and with None after the last: from the engine's thread,
+        which waits meanwhile, or from this one."""
+        with self._lock:
+            for piece in self._pieces:
+                tell(piece)
+            if self.done:
+                tell(None)
+            else:
+                self._listeners.append(tell)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """The pieces as they come. Raises what ended the text, if that was an error."""
+        pieces: SimpleQueue[Piece | None] = SimpleQueue()
+        self.listen(pieces.put)
+        while (piece := pieces.get()) is not None:
+            yield piece
+        if self.error is not None:
+            raise self.error
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Waits for the end of the text, at most so many seconds. Raises TimeoutError, and what ended the text if that
+        was an error."""
+        if not self._over.wait(timeout):
+            raise TimeoutError(f"the text is not over after {timeout} s")
+        if self.error is not None:
+            raise self.error
+        assert self._result is not None
+        return self._result()
+
+    def tell(self, piece: Piece) -> None:
+        with self._lock:
+            self._pieces.append(piece)
+            for listener in self._listeners:
+                listener(piece)
+
+    def end(self, error: BaseException | None, result: Callable[[], Result]) -> None:
+        with self._lock:
+            self.error, self._result = error, result
+            self._over.set()
+            for listener in self._listeners:
+                listener(None)
+
+
+class Engine:
+    """Writes texts for one loaded model.
+
+    context:      positions that each text has; None is the trained length.
+    drafter:      what drafts, for all texts.
+    most_running: texts in work at a time; the others wait.
+    most_waiting: texts that may wait; one more is refused.
+    kv_tokens:    see `Company`.
+    Raises UserError for what cannot be.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        context: int | None = None,
+        *,
+        drafter: str = "auto",
+        most_running: int = 16,
+        most_waiting: int = 64,
+        kv_tokens: int | None = None,
+        positions: Positions = AUTO,
+    ):
+        check(most_running >= 1, "most_running", most_running, "at least 1")
+        check(most_waiting >= 0, "most_waiting", most_waiting, "at least 0")
+        check(drafter != "draft_model", "drafter", drafter, "a second model drafts for one text alone")
+        self.loaded = Company(loaded, context, kv_tokens, most_running, positions)
+        self.context = self.loaded.context
+        self.drafter, self.most_running, self.most_waiting = drafter, most_running, most_waiting
+        self._positions = positions
+        self._scheduler = Scheduler(self.loaded.target, self.loaded.pool, time.perf_counter, most_running)
+        self._changed = threading.Condition()
+        self._orders: deque[Callable[[], None]] = deque()
+        self._numbers = itertools.count(1)
+        self._live: dict[int, StreamWork] = {}
+        self._finished: Counter[str] = Counter()
+        self._past = GenerationStats()
+        self._prompt_tokens = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="tokenswift-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: Prompt, *, priority: float = 0.0, out: str | Path | None = None, **settings: Any) -> Text:
+        """Takes a text. Raises UserError for settings that cannot be (fields of `Options`), Busy when too many wait.
+
+        priority: higher is served first. out: a new or empty folder for a journal.
+        """
+        options = Options.of(**{"drafter": self.drafter, **settings, **self._fixed})
+        for name in ("kv_budget", "trace", "draft_model"):
+            check(getattr(options, name) is None, name, getattr(options, name), "not among many texts")
+        check(options.drafter == self.drafter, "drafter", options.drafter, f"the engine's, {self.drafter}")
+        run = prepare(self.loaded, prompt, options, in_pool=True)
+        return self._take(run, priority, lambda stream: self._record(stream, out))
+
+    def resume(self, folder: str | Path, *, priority: float = 0.0) -> Text:
+        """Goes on with a recorded run. Raises as `TokenSwift.resume`, and Busy."""
+        journal = Journal.open(Path(folder))
+        try:
+            run = recorded_run(self.loaded, journal.record, in_pool=True)
+            check(run.context == self.context, "context", run.context, f"the engine's, {self.context}")
+
+            def replay(stream: Stream) -> None:
+                contract.check_same(journal.record.header, stream.header())
+                with one_line(f"journal: {journal.record.path} does not hold a text of its own parameters"):
+                    stream.replay(journal.record.tokens)
+                stream.record(journal, kv_snapshot=False)
+
+            return self._take(run, priority, replay)
+        except BaseException:
+            journal.close()
+            raise
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        where = self._positions
+        return {
+            "context": self.context,
+            "positions": where.scheme,
+            "positions_window": where.window,
+            "positions_block": where.block,
+        }
+
+    def _record(self, stream: Stream, out: str | Path | None) -> None:
+        if out is not None:
+            stream.record(Journal.create(Path(out), stream.header()), kv_snapshot=False)
+
+    def _take(self, run: Run, priority: float, begin: Callable[[Stream], None]) -> Text:
+        needed = len(run.prompt) + sum(map(len, run.turns)) + run.options.max_new_tokens
+        allowed = f"what the KV pool of {self.loaded.pool.pages} pages holds"
+        check(self._scheduler.fits(needed), "max_new_tokens", run.options.max_new_tokens, allowed)
+        with self._changed:
+            if self._closing:
+                raise Busy("the engine is closing")
+            if len(self._live) >= self.most_running + self.most_waiting:
+                raise Busy(f"{len(self._live)} texts are in work or wait; {self.most_waiting} may wait")
+            own = OwnTime(time.perf_counter)
+            stream = Stream(self.loaded, run, self.loaded.new_cache(), own)
+            begin(stream)
+            text = Text(next(self._numbers), run)
+            work = StreamWork(stream, own, priority, text.tell, lambda error: self._end(work, text, error))
+            self._live[text.number] = work
+            self._prompt_tokens += len(run.prompt)
+            text.cancel = lambda: self._order(lambda: self._cancel(text))
+            self._orders.append(lambda: self._seat(text, work))
+            self._changed.notify()
+        return text
+
+    def figures(self) -> dict[str, Any]:
+        """Counts since the beginning, and how many texts there are now."""
+        with self._changed:
+            live, past, finished = list(self._live.values()), self._past, dict(self._finished)
+        stats = [past, *(work.stream.stats for work in live)]
+        pool, running = self.loaded.pool, self._scheduler.running
+        used = pool.pages - pool.free - self._scheduler.idle_pages
+        return {
+            "running": running,
+            "waiting": max(0, len(live) - running),
+            "kv_usage": max(0.0, used / pool.pages),
+            "preemptions": self._scheduler.preemptions,
+            "prefix_hits": self._scheduler.prefixes.hits,
+            "prompt_tokens": self._prompt_tokens,
+            "generated_tokens": sum(each.new_tokens for each in stats),
+            "drafts": sum(each.num_spec_steps for each in stats),
+            "draft_tokens": sum(each.num_draft_tokens for each in stats),
+            "accepted_draft_tokens": sum(each.num_accepted_draft_tokens for each in stats),
+            "finished": finished,
+        }
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Takes no more texts, waits so many seconds for those there are, and ends the rest as interrupted."""
+        with self._changed:
+            self._closing = True
+        deadline = time.monotonic() + drain_s
+        while self._live and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._order(self._scheduler.close)
+        self._order(self._stop)
+        self._thread.join()
+
+    # In the engine's thread
+
+    def _work(self) -> None:
+        self._going, busy = True, False
+        while self._going:
+            with self._changed:
+                while not self._orders and not busy:
+                    self._changed.wait()
+                orders = [self._orders.popleft() for _ in range(len(self._orders))]
+            for order in orders:
+                order()
+            try:
+                busy = self._going and self._scheduler.step()
+            except Exception as error:  # what concerns one text ended that text; this is a fault of the engine
+                logger.exception("the engine failed: all texts end")
+                self._scheduler.close(error)
+                busy = False
+
+    def _stop(self) -> None:
+        self._going = False
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._changed:
+            self._orders.append(order)
+            self._changed.notify()
+
+    def _seat(self, text: Text, work: StreamWork) -> None:
+        text.seat = self._scheduler.add(work)
+
+    def _cancel(self, text: Text) -> None:
+        if text.seat is not None:
+            self._scheduler.cancel(text.seat)
+
+    def _end(self, work: StreamWork, text: Text, error: BaseException | None) -> None:
+        with suppress(Exception):
+            work.stream.close()
+        with self._changed:
+            self._live.pop(text.number, None)
+            self._finished[work.stream.ending if error is None else "error"] += 1
+            mine = work.stream.stats
+            self._past = replace(
+                self._past,
+                step_tokens=self._past.step_tokens + mine.step_tokens,
+                first_tokens=self._past.first_tokens + mine.first_tokens,
+                num_spec_steps=self._past.num_spec_steps + mine.num_spec_steps,
+                num_draft_tokens=self._past.num_draft_tokens + mine.num_draft_tokens,
+                num_accepted_draft_tokens=self._past.num_accepted_draft_tokens + mine.num_accepted_draft_tokens,
+            )
+        text.end(error, work.stream.result)

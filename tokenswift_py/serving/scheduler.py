@@ -1,0 +1,324 @@
+"""Many texts at once: which passes travel together, who may begin, and who has to make room.
+
+The scheduler has no thread and no clock of its own. Each text is a coroutine (see `decoding.passes`) that is run until
+it asks for a pass; passes of one model over one pool are then computed together. A row's result does not depend on its
+company (law 1), so each text is what it is alone (law 9). Everything that could change that is done between rounds:
+a text that is preempted loses its pages and nothing else, and they are computed again before its next round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol
+
+from tokenswift_py.core import IntArray, Model, Output
+from tokenswift_py.decoding.passes import Pass
+from tokenswift_py.kvcache.base import PAGE_SIZE, PagePool
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import SPARE_PAGES
+from tokenswift_py.serving.prefixes import Prefixes
+from tokenswift_py.serving.sharing import OwnTime, Shares
+from tokenswift_py.serving.together import together
+
+
+class Work(Protocol):
+    """A text as the scheduler sees it.
+
+    cache: in the scheduler's pool. priority: higher is served first.
+    """
+
+    priority: float
+    time: OwnTime
+
+    @property
+    def cache(self) -> KVCache: ...
+
+    def passes(self) -> Generator[Pass | Any, Output | None, None]:
+        """Writes the text: yields passes, and anything else at the end of each round."""
+
+    def recompute(self) -> Generator[Pass, Output, None]:
+        """Computes the rows of the text again, after its pages were taken."""
+
+    def tokens(self) -> IntArray:
+        """The text so far, the prompt and the pending token included."""
+
+    def rows_ahead(self) -> int:
+        """How many rows the next round commits at most, beside those of a tree."""
+
+    def tell(self, what: Any) -> None:
+        """Takes what the text has brought at the end of a round."""
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing more comes: the text has ended, was cancelled (None) or failed."""
+
+
+class Seat:
+    """A text's place in the scheduler.
+
+    text:      its coroutine; None before its first round.
+    asked:     the pass it waits for; None between rounds.
+    coroutine: the one that asked.
+    running:   whether it is in work; otherwise it holds no page.
+    since:     when it began to wait, in seconds.
+    digests:   of its full pages that the prefixes know.
+    """
+
+    def __init__(self, work: Work, number: int, now: float):
+        self.work, self.number, self.since = work, number, now
+        self.text: Generator[Any, Any, None] | None = None
+        self.running = self.cancelled = False
+        self.asked: Pass | None = None
+        self.coroutine: Generator[Any, Any, None] | None = None
+        self.digests: list[bytes] = []
+
+
+class Scheduler:
+    """Computes one pass at each `step`.
+
+    target:       the model that verifies; passes of any other are drafts.
+    pool:         holds the pages of all texts.
+    most_running: texts that are in work at a time; the others wait.
+    most_rows:    rows of a pass beside which no more prefill is taken along.
+    clock:        seconds.
+    """
+
+    def __init__(
+        self,
+        target: Model,
+        pool: PagePool,
+        clock: Callable[[], float],
+        most_running: int = 16,
+        most_rows: int = 256,
+    ) -> None:
+        self.target, self.pool, self.clock = target, pool, clock
+        self.most_running, self.most_rows = most_running, most_rows
+        self.prefixes = Prefixes(pool)
+        self.seats: list[Seat] = []
+        self.preemptions = 0
+        self.passes = 0
+        self._numbers = itertools.count()
+        self._shares: defaultdict[int, Shares] = defaultdict(Shares)
+
+    @property
+    def running(self) -> int:
+        return sum(seat.running for seat in self.seats)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.seats) - self.running
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a text of so many tokens fits the pool at all, with what a round takes."""
+        return pages_of(tokens) + ROUND_PAGES <= self.pool.pages
+
+    def add(self, work: Work) -> Seat:
+        """Takes a text, which waits for its turn."""
+        seat = Seat(work, next(self._numbers), self.clock())
+        self.seats.append(seat)
+        return seat
+
+    def cancel(self, seat: Seat) -> None:
+        """Ends a text before its next pass; what it has written stays."""
+        seat.cancelled = True
+
+    def step(self) -> bool:
+        """Computes one pass for those that can share it. Returns whether there was anything to do."""
+        for seat in [seat for seat in self.seats if seat.cancelled]:
+            self._leave(seat, None)
+        self._seat_waiting()
+        for seat in sorted((seat for seat in self.seats if seat.running), key=self._urgency):
+            if seat.running and seat.asked is None:
+                self._begin_round(seat)
+        group = self._choose()
+        if group:
+            self._compute(group)
+        return bool(group)
+
+    @property
+    def idle_pages(self) -> int:
+        """How many pages are held for nobody but later texts."""
+        return self.prefixes.idle
+
+    def close(self, error: Exception | None = None) -> None:
+        """Ends all texts, as if they were cancelled, or by an error."""
+        for seat in list(self.seats):
+            self._leave(seat, error)
+        self.prefixes.make_room(self.pool.pages)
+
+    # Who is in work
+
+    def _urgency(self, seat: Seat) -> tuple[float, int]:
+        """Ascending: the most urgent first. Who waits becomes more urgent by 1 in AGEING seconds."""
+        waited = 0.0 if seat.running else (self.clock() - seat.since) / AGEING
+        return -(seat.work.priority + waited), seat.number
+
+    def _seat_waiting(self) -> None:
+        for seat in sorted((seat for seat in self.seats if not seat.running), key=self._urgency):
+            victims = [other for other in self._at_rest() if other.work.priority < seat.work.priority]
+            if self.running >= self.most_running:
+                if not victims:
+                    return
+                self._preempt(victims.pop())
+            needed = pages_of(len(seat.work.tokens())) + ROUND_PAGES
+            if not self._make_room(needed, victims, beside=True):
+                return
+            seat.running = True
+
+    def _at_rest(self) -> list[Seat]:
+        """Those in work that stand between rounds, the most urgent first."""
+        resting = [seat for seat in self.seats if seat.running and seat.asked is None]
+        return sorted(resting, key=self._urgency)
+
+    def _make_room(self, pages: int, victims: Sequence[Seat], beside: bool = False) -> bool:
+        """Whether so many pages are free, or could be made so: idle ones are given back first, then those of the
+        victims, the last first.
+
+        beside: in addition to what a round of each text in work may take, not only of those whose round is under way.
+        """
+
+        def missing() -> int:
+            promised = sum(self._needs(seat) for seat in self.seats if seat.running and (seat.asked or beside))
+            return pages + promised - self.pool.free
+
+        victims = list(victims)
+        while (short := missing()) > 0:
+            self.prefixes.make_room(short)
+            if missing() <= 0:
+                break
+            if not victims:
+                return False
+            self._preempt(victims.pop())
+        return True
+
+    def _needs(self, seat: Seat) -> int:
+        """Pages that its round may take, beside those it holds."""
+        length = seat.work.cache.length
+        rows = max(len(seat.work.tokens()) - length, 0) + (0 if seat.asked else seat.work.rows_ahead())
+        return pages_of(length + rows) - pages_of(length) + ROUND_PAGES
+
+    def _preempt(self, seat: Seat) -> None:
+        """Takes a text's pages; those that are known stay until they are needed."""
+        self.prefixes.keep(seat.work.cache, seat.work.tokens(), seat.digests)
+        seat.work.cache.release()
+        seat.running, seat.since, seat.digests = False, self.clock(), []
+        self.preemptions += 1
+
+    # Rounds
+
+    def _begin_round(self, seat: Seat) -> None:
+        """Lets a text go on until it asks for a pass, if its round has room."""
+        others = [other for other in self.seats if other.running and other is not seat]
+        less_urgent = [other for other in others if self._urgency(other) > self._urgency(seat)]
+        if not self._make_room(self._needs(seat), [other for other in self._at_rest() if other in less_urgent]):
+            if not others:
+                self._leave(seat, MemoryError(f"a KV pool of {self.pool.pages} pages is too small for this text"))
+            elif not any(other.running for other in less_urgent):
+                self._preempt(seat)
+            return  # else the round waits until those that are less urgent end theirs
+        cache, tokens = seat.work.cache, seat.work.tokens()
+        if not cache.length:
+            self.prefixes.attach(cache, tokens)
+        if seat.text is None:
+            seat.text = seat.work.passes()
+        elif cache.length < len(tokens) - 1:
+            self._resume(seat, seat.work.recompute(), None)
+            return
+        self._resume(seat, seat.text, None)
+
+    def _resume(self, seat: Seat, coroutine: Generator[Any, Any, None], output: Output | None) -> None:
+        """Runs a text's coroutine until it asks for a pass, ends a round, or ends."""
+        work, seat.asked = seat.work, None
+        work.time.resume()
+        try:
+            asked = coroutine.send(output)
+        except StopIteration:
+            if coroutine is seat.text:
+                self._leave(seat, None)
+            return
+        except Exception as error:
+            self._leave(seat, error)
+            return
+        finally:
+            work.time.suspend()
+        if isinstance(asked, Pass):
+            seat.asked, seat.coroutine = asked, coroutine
+            return
+        self.prefixes.keep(work.cache, work.tokens(), seat.digests)
+        work.tell(asked)
+
+    def _leave(self, seat: Seat, error: BaseException | None) -> None:
+        """A text ends: its coroutine gives its pages back, if it does not have so yet."""
+        if seat not in self.seats:
+            return
+        self.seats.remove(seat)
+        seat.running, seat.asked = False, None
+        if seat.text is not None:
+            seat.text.close()
+        seat.work.cache.release()
+        seat.work.end(error)
+
+    # Passes
+
+    def _choose(self) -> list[Seat]:
+        """Those whose passes are computed next: all drafts of one model before any verification, so that these travel
+        together; beside a verification as many chunks of prompts as its rows leave room for, the most urgent first."""
+        asking = sorted((seat for seat in self.seats if seat.asked is not None), key=self._urgency)
+        if not asking:
+            return []
+        groups: defaultdict[tuple[int, int], list[Seat]] = defaultdict(list)
+        for seat in asking:
+            assert seat.asked is not None
+            groups[id(seat.asked.model), id(seat.asked.segment.cache.pool)].append(seat)
+        drafts = [group for (model, _), group in groups.items() if model != id(self.target)]
+        group = (drafts or list(groups.values()))[0]
+        chosen: list[Seat] = []
+        rows = 0
+        for seat in sorted(group, key=is_prefill):
+            assert seat.asked is not None
+            size = len(seat.asked.segment.tree)
+            if not chosen or not is_prefill(seat) or rows + size <= self.most_rows:
+                chosen.append(seat)
+                rows += size
+        return chosen
+
+    def _compute(self, group: list[Seat]) -> None:
+        passes = [seat.asked for seat in group if seat.asked is not None]
+        model, spoiled = passes[0].model, passes[0].model.clock.spoiled
+        try:
+            began = self.clock()
+            outputs = together(model, passes)
+            seconds = self.clock() - began
+        except Exception as error:
+            for seat in group:
+                self._fail(seat, error)
+            return
+        self.passes += 1
+        shares = self._shares[id(model)].split(passes, 1e3 * seconds)
+        for seat, output, ms in zip(group, outputs, shares, strict=True):
+            seat.work.time.charge(ms / 1e3, model.clock.spoiled != spoiled)
+            assert seat.coroutine is not None
+            self._resume(seat, seat.coroutine, output)
+
+    def _fail(self, seat: Seat, error: Exception) -> None:
+        """A pass could not be computed: its text is told where it waits for it, and ends."""
+        assert seat.coroutine is not None
+        try:
+            seat.coroutine.throw(error)
+        except Exception as raised:
+            error = raised
+        self._leave(seat, error)
+
+
+def is_prefill(seat: Seat) -> bool:
+    return seat.asked is not None and seat.asked.segment.causal
+
+
+def pages_of(tokens: int) -> int:
+    return math.ceil(tokens / PAGE_SIZE)
+
+
+ROUND_PAGES = SPARE_PAGES + 1  # that a round takes at most for rows that it does not commit
+AGEING = 30.0
