@@ -32,7 +32,7 @@ from workloads import continuation
 
 @dataclass(frozen=True)
 class Variant:
-    """drafting, sampling: fields of Options. make: the drafter, where no option says what is varied."""
+    """A setting to compare. drafting, sampling: fields of Options. make: makes the drafter where no option can."""
 
     name: str
     drafting: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def partial(**changes: Any) -> dict[str, Any]:
 
 
 def tree(chain: int, width: int) -> Variant:
-    """So many guesses in a row, each with runners-up beside it."""
+    """Returns a variant that drafts `chain` guesses in a row, each with runners-up beside it."""
     return Variant(
         f"{chain} deep, {width} wide", partial(draft_tokens=chain * width),
         make=lambda: Partial(view_tokens=PARTIAL["draft_budget"], width=width),
@@ -140,7 +140,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Before:
-    """The text before the new tokens, read when it is first needed."""
+    """The text before the new tokens, which is read when it is first needed."""
 
     swift: TokenSwift
     args: argparse.Namespace
@@ -157,7 +157,7 @@ class Before:
 
 
 def ablate(args: argparse.Namespace, before: Before, group: str) -> Iterator[Row]:
-    """A row a variant."""
+    """Yields a row for each variant."""
     swift, prefix = before.swift, before.prefix
     for sampling, together in groupby(GROUPS[group], key=lambda variant: variant.sampling):
         variants = list(together)
@@ -177,7 +177,7 @@ def ablate(args: argparse.Namespace, before: Before, group: str) -> Iterator[Row
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """A panel a group: speed-up by variant, a line a length, mean over the texts."""
+    """Draws a panel for each group: speed-up by variant, a line for each length, mean over the texts."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
     columns = min(3, len(groups))
     figure.set_size_inches(4 * columns, 3 * math.ceil(len(groups) / columns))

@@ -42,7 +42,7 @@ from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
 CHAIN = 4  # guesses of a round
-WANTED = 0.92  # of the best policy with the largest view
+WANTED = 0.92  # acceptance that the best policy should reach with the largest view
 
 
 def main() -> None:
@@ -96,17 +96,17 @@ def main() -> None:
 
 
 def drafting(policy: str, view: int, weights: str) -> dict[str, Any]:
-    """The fields of Options that make a setting."""
+    """Returns the fields of Options that make a setting."""
     fixed = {"drafter": "partial", "draft_tokens": CHAIN}
     return {**fixed, "draft_policy": policy, "draft_budget": view, "draft_weights": weights}
 
 
 class Taught(Text):
-    """A workload, and policies that have seen the rows of its end."""
+    """A workload, with policies that have seen the rows of its end."""
 
     @cached_property
     def policies(self) -> dict[str, EvictionPolicy]:
-        """Each as it stands SEEN_ROWS before the end of the prefix, which is read up to there."""
+        """The policies in their state SEEN_ROWS before the end of the prefix, which is read up to there."""
         source = self.source
         source.read(max(0, self.length - self.args.seen))
         made: dict[str, EvictionPolicy] = {
@@ -150,8 +150,11 @@ def accepted(prefix: Taught, policy: str, view: int, weights: str) -> Row:
 
 
 def figures(rounds: Iterable[Mapping[str, Any]]) -> Row:
-    """Of chains that were walked (records of the engine's trace): guesses right of those tested, in all, by their place
-    in the chain, and by whether the view was chosen in that round."""
+    """Counts the right guesses of those tested, in chains that were walked.
+
+    rounds: records of the engine's trace. Figures are for all guesses, by their place in the chain, and by whether the
+    view was chosen in that round.
+    """
     tested, right = ({(d, fresh): 0 for d in range(CHAIN) for fresh in (True, False)} for _ in range(2))
     for record in rounds:
         guesses, good = len(record["tree"]["tokens"]) - 1, len(record["path"]) - 1
@@ -176,15 +179,18 @@ def figures(rounds: Iterable[Mapping[str, Any]]) -> Row:
 
 
 def pooled(rows: Iterable[Row]) -> float | None:
-    """Acceptance of all guesses of these rows together."""
+    """Returns the acceptance of all guesses of these rows together."""
     found = list(rows)
     tested = sum(row["tested"] for row in found)
     return sum(row["right"] for row in found) / tested if tested else None
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """A line a question, for each length and kind of weights, over all workloads together: what the best policy reaches
-    with the smallest and the largest view. The best of a few is picked by the very guesses that it is judged by."""
+    """Returns a line for each question, length and kind of weights, over all workloads together.
+
+    The questions are which acceptance the best policy reaches with the smallest and with the largest view. The best is
+    picked by the same guesses that it is judged by, which favours it.
+    """
     lines = []
     for length, weights in dict.fromkeys((row["length"], row["weights"]) for row in rows):
         here = [row for row in rows if (row["length"], row["weights"]) == (length, weights)]
@@ -206,14 +212,14 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 
 
 def best(rows: Iterable[Row], view: int) -> tuple[str, float]:
-    """The policy with the highest acceptance under views of this size, and that."""
+    """Returns the policy with the highest acceptance under views of this size, and its acceptance."""
     found = [row for row in rows if row["view"] == view]
     shares = {row["policy"]: pooled(r for r in found if r["policy"] == row["policy"]) or 0.0 for row in found}
     return max(shares.items(), key=lambda item: item[1])
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """A panel a length: acceptance against the view, all workloads together; int8 drafts are dashed."""
+    """Draws a panel for each length: acceptance against the view, all workloads together. int8 drafts are dashed."""
     lengths, policies = (list(dict.fromkeys(row[name] for row in rows)) for name in ("length", "policy"))
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     for panel, length in zip(panels, lengths, strict=True):

@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "neither": NO_PENALTY | NO_DRY,
     "greedy": NO_PENALTY | NO_DRY | {"temperature": 0.0},
 }
-MOST_WINDOWS = 40  # of a text, that BLEU compares with one another
+MOST_WINDOWS = 40  # windows of a text that BLEU compares with one another
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
         workload = free_run(name)
         settings = {**workload.settings, **VARIANTS[variant]}
         if variant == "no penalty" and workload.settings.get("penalty", 1.0) == 1.0:
-            continue  # it is as given
+            continue  # this is the variant "as given"
         results.cell(
             {"text": name, "variant": variant},
             lambda workload=workload, settings=settings: written(swift, args, workload, settings),  # type: ignore[misc]
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def written(swift: TokenSwift, args: argparse.Namespace, workload: FreeRun, settings: dict[str, Any]) -> Row:
-    answers = args.new // settings["min_chapter_tokens"] + 1  # no more fit; requests never reached cost context
+    answers = args.new // settings["min_chapter_tokens"] + 1  # no more answers fit, and unused requests cost context
     figures = []
     for seed in range(1, args.seeds + 1):
         result = swift.generate(
@@ -106,7 +106,7 @@ def judged(tokens: Sequence[int], swift: TokenSwift, window: int) -> Row:
 
 
 def self_bleu(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], window: int) -> float | None:
-    """Mean BLEU-4 of each window against the others; None for a text of fewer than two."""
+    """Returns the mean BLEU-4 of each window against the others, None for a text of fewer than two windows."""
     from sacrebleu import sentence_bleu
 
     texts = [decode(tokens[start : start + window]) for start in range(0, len(tokens) - window + 1, window)]
@@ -119,13 +119,13 @@ def self_bleu(tokens: Sequence[int], decode: Callable[[Sequence[int]], str], win
 
 
 def means(figures: Sequence[Row]) -> Row:
-    """Of each figure over several texts; None where a text has none. looping: the share of the texts that loop."""
+    """Returns the mean of each figure over the texts, None where a text has none. looping: share of texts that loop."""
     columns = {name: [row[name] for row in figures] for name in figures[0]}
     return {name: None if None in values else statistics.mean(values) for name, values in columns.items()}
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Distinct-4 beside self-BLEU, a group a text."""
+    """Draws distinct-4 beside self-BLEU, with a group of bars for each text."""
     texts, variants = (list(dict.fromkeys(row[name] for row in rows)) for name in ("text", "variant"))
     for axes, column in zip(figure.subplots(1, 2), ("distinct_4", "self_bleu"), strict=True):
         for place, variant in enumerate(variants):

@@ -35,7 +35,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Planned:
-    """seconds: what a step may be expected to take on an H100."""
+    """A step of the check. seconds: time that it is expected to take on an H100."""
 
     number: int
     title: str
@@ -59,7 +59,7 @@ PLAN = (
 
 
 class Record:
-    """results/gpu.json, written anew with every row."""
+    """The contents of results/gpu.json, which is written anew with every row."""
 
     def __init__(self, path: Path, device: torch.device, tiny: bool):
         self.results = importlib.import_module("results")
@@ -105,7 +105,7 @@ def versions() -> dict[str, str]:
 
 
 def run(planned: Planned, stage: Any, record: Record) -> bool:
-    """One step, row by row; whether it held."""
+    """Runs one step, row by row. Returns whether everything held."""
     began, rows, verdict = time.monotonic(), [], "ok"
     step = record.steps[str(planned.number)] = {
         "title": planned.title, "verdict": "cut short", "seconds": 0.0, "rows": rows,
@@ -119,7 +119,7 @@ def run(planned: Planned, stage: Any, record: Record) -> bool:
             if stage.left < 0:
                 verdict = "cut short"
                 break
-    except Exception as error:  # one step's fault must not cost the others their minutes on the card
+    except Exception as error:  # one step's failure must not cost the others their time on the card
         rows.append({"error": f"{type(error).__name__}: {error}"[:2000]})
         print(f"  {planned.number} {json.dumps(rows[-1])}", flush=True)
         verdict = "failed"
@@ -132,7 +132,7 @@ def run(planned: Planned, stage: Any, record: Record) -> bool:
 
 
 def check_all(args: argparse.Namespace) -> bool:
-    """Every step that was asked for and fits; whether all that ran held."""
+    """Runs every step that was asked for and fits the time. Returns whether everything held."""
     until = time.monotonic() + args.seconds
     gpu_stage = importlib.import_module("gpu_stage")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,7 +158,7 @@ def check_all(args: argparse.Namespace) -> bool:
 
 
 def numbers(text: str) -> list[int]:
-    """0-3,7 and the like."""
+    """Parses numbers of steps and ranges of them, like 0-3,7."""
     ranges = [part.partition("-") for part in text.split(",")]
     try:
         found = [n for first, dash, last in ranges for n in range(int(first), int(last if dash else first) + 1)]

@@ -1,4 +1,4 @@
-"""Steps 0 to 5 of `gpu_check.py`: ceilings, tests, noise, the row law, and kernels beside what they could be."""
+"""Steps 0 to 5 of `gpu_check.py`: ceilings, tests, noise, the row law, and kernels beside their alternatives."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 
 ROOT = Path(__file__).resolve().parent.parent
-EDGE = range(3037000448, 3037000500)  # words whose u is at the root of 1/2
+EDGE = range(3037000448, 3037000500)  # words whose u is near the root of 1/2, where the logarithm changes its branch
 
 
 def ceilings(stage: Stage) -> Iterator[Row]:
-    """A plain read, a copy (bytes read and written), and a product of large squares."""
+    """Measures a plain read, a copy (bytes read and written), and a product of large squares."""
     yield {"what": "read, GB/s", "value": stage.bandwidth / 1e9}
     source = torch.ones(stage.pick(2**30, 2**18), dtype=torch.float32, device=stage.device)
     target = torch.empty_like(source)
@@ -58,7 +58,7 @@ TESTS = {
 
 
 def tests(stage: Stage) -> Iterator[Row]:
-    """Of the suite, in processes of their own. Tiny: one that the interpreter runs."""
+    """Runs some of the suite's tests in processes of their own. A tiny stage runs one, in the interpreter."""
     chosen = stage.pick(TESTS, {"swiglu": ["tests/test_triton_fused.py", "-k", "swiglu"]})
     for what, arguments in chosen.items():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
@@ -89,7 +89,7 @@ def gumbel_kernel(words: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.
 
 
 def noise_bits(stage: Stage) -> Iterator[Row]:
-    """The kernel's noise against numpy's, bit by bit; and the choices that rest on it."""
+    """Compares the kernel's noise with numpy's, bit by bit, and the choices that rest on it with the reference's."""
     words = np.random.default_rng(0).integers(0, 2**32, stage.pick(2**22, 2**10), np.int64)
     words = np.concatenate([words, np.array(EDGE, np.int64)])
     expected = -noise.log(-noise.log((words + 0.5) * 2.0**-32))
@@ -117,8 +117,11 @@ def noise_bits(stage: Stage) -> Iterator[Row]:
 
 
 def row_law(stage: Stage) -> Iterator[Row]:
-    """Law 1 on two layers: a row of a tree has the bits that it has alone and in a causal chunk, with and without page
-    masses, under a view of all pages, launched and replayed; over keys and values in int8, and met by moved queries."""
+    """Checks law 1 on two layers.
+
+    A row of a tree must have the bits that it has alone, in a causal chunk, with and without page masses, under a view
+    of all pages, launched and replayed. It is also checked over int8 keys and values, and with moved queries.
+    """
     contexts = stage.pick((63, 64, 4095, 32_767, 100_000), (63, 128))
     counts = stage.pick((1, 2, 7, 16, 17, 64), (3,))
     longest = contexts[-1] + 256
@@ -141,7 +144,7 @@ def row_law(stage: Stage) -> Iterator[Row]:
 
 
 def differences(model: TorchDecoder, launched: TorchDecoder, base: KVCache, tree: DraftTree) -> set[str]:
-    """What has other bits than the tree's pass."""
+    """Returns the names of the ways to compute the rows that give other bits than the tree's pass."""
     cache = base.fork()
     segment = Segment(tree, cache)
 
@@ -172,14 +175,13 @@ def differences(model: TorchDecoder, launched: TorchDecoder, base: KVCache, tree
 
 
 def same(output: Output, together: Output, node: int | None = None) -> bool:
-    """node: of which the output's last row is; None is all."""
+    """Returns whether bits are equal. node: the node that the output's last row is compared with. None is all rows."""
     pairs = ((output.hidden, together.hidden), (output.logits, together.logits))
     return all(torch.equal(a, b) if node is None else torch.equal(a[-1], b[node]) for a, b in pairs)
 
 
 def products(stage: Stage) -> Iterator[Row]:
-    """cuBLAS in blocks of 64 rows: whether a row keeps its bits among others, and how long it takes beside the fixed
-    tiles."""
+    """Checks whether cuBLAS keeps a row's bits in blocks of 64 rows, and times it beside the fixed tiles."""
     hidden, ffn, kv, vocab = stage.pick((4096, 14_336, 1024, 128_256), (32, 48, 16, 61))
     shapes = {"q, o": (hidden, hidden), "k, v": (kv, hidden), "gate, up": (ffn, hidden), "down": (hidden, ffn),
               "head": (vocab, hidden)}  # fmt: skip
@@ -199,7 +201,7 @@ def products(stage: Stage) -> Iterator[Row]:
 
 
 def attention_variants(stage: Stage) -> Iterator[Row]:
-    """One layer, one row: warps and stages against PyTorch's own, and the share of a plain read's bandwidth."""
+    """Times one row in one layer by warps and stages, beside PyTorch's own, as a share of a plain read's bandwidth."""
     heads, kv_heads, head_dim = stage.pick((32, 8, 128), (2, 1, 16))
     default = attention.config(stage.dtype, head_dim)
     others = stage.pick([(warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 5)], [(8, 1)])

@@ -1,4 +1,4 @@
-"""Steps 6 to 9 of `gpu_check.py`: whole passes of the 8B shape, the loop on them, and the default model's texts."""
+"""Steps 6 to 9 of `gpu_check.py`: whole passes of the 8B shape, the loop over them, and texts of the default model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def passes(stage: Stage) -> Iterator[Row]:
-    """Milliseconds of a pass of the whole model by the rows and the context, against the bytes it must read; then what
-    the first twelve kernels of one take."""
+    """Times passes of the whole model by rows and context, beside the time that reading their bytes takes.
+
+    Then it lists the twelve kernels that take the most time of one pass.
+    """
     contexts, counts = stage.pick((4096, 32_768, 100_000), (100,)), stage.pick((1, 8, 32, 64), (1, 2))
     parts = Parts(stage, contexts[-1] + 256)
     pool = None
@@ -75,7 +77,7 @@ def profiled(stage: Stage, model: TorchDecoder, cache: KVCache, rows: int) -> It
 
 
 class Planted(Drafter):
-    """Chains of so many tokens, each right with one chance; what is right is known beforehand."""
+    """Drafts chains of `length` tokens, each right with chance `right`. truth: the tokens of the text."""
 
     name = "planted"
 
@@ -100,8 +102,11 @@ class Planted(Drafter):
 
 
 def loop(stage: Stage) -> Iterator[Row]:
-    """The loop behind a long text that was never written: the same keys and values for every drafter, which may not
-    change a token. Phases are medians of warm rounds; verify is what the device took."""
+    """Times the loop behind a long text that was never written.
+
+    Keys and values are random and the same for every drafter, and no drafter may change a token. Phases are medians of
+    warm rounds. The time of verify is the device's.
+    """
     length, rounds = stage.pick(100_000, 130), stage.pick(40, 3)
     parts = Parts(stage, length + stage.pick(2048, 64))
     model, drafting = parts.decoder(), parts.decoder(draft=True)
@@ -187,13 +192,13 @@ class Writer:
         return TokenSwift.from_pretrained(self.model, **{**self.made, **changes})
 
     def text(self, swift: TokenSwift, drafter: str, **sampling: Any) -> tuple[list[int], float]:
-        """And its tokens per second."""
+        """Writes a text. Returns its tokens and the tokens per second."""
         result = swift.generate(self.prompt, drafter=drafter, **self.settings, **sampling)
         return result.tokens, 1e3 / result.report["ms_per_token"] if result.report["ms_per_token"] else 0.0
 
 
 def texts(stage: Stage) -> Iterator[Row]:
-    """Texts of the default model: no drafter, no graph and no kill changes a token."""
+    """Checks that no drafter, no graph and no kill changes a token of the default model's texts."""
     writer = Writer(stage, stage.pick(1500, 4))
     swift = writer.swift()
     samplings = dict(list(SAMPLINGS.items())[: stage.pick(None, 1)])
@@ -211,7 +216,7 @@ def texts(stage: Stage) -> Iterator[Row]:
 
 
 def off_and_on(writer: Writer, swift: TokenSwift, plain: list[int]) -> Iterator[Row]:
-    """Killed and resumed, audited, without graphs, and over int8 keys and values."""
+    """Checks a text that was killed and resumed, its audit, and texts without graphs and over int8 keys and values."""
     folder = writer.stage.scratch / "run"
     killed(writer, folder, len(plain) // 2)
     stream = swift.resume(folder)
@@ -251,7 +256,7 @@ with TokenSwift.from_pretrained(model, **made).stream(prompt, out=folder, drafte
 
 
 def killed(writer: Writer, folder: Path, count: int) -> None:
-    """A process writes so many tokens of the text into a folder, and is killed."""
+    """Lets a process write `count` tokens of the text into a folder, and kill itself."""
     settings = {**writer.settings, **SAMPLINGS["0.8, min-p"]}
     told = json.dumps([writer.model, writer.made, writer.prompt, settings, str(folder), count])
     done = subprocess.run(
@@ -262,7 +267,7 @@ def killed(writer: Writer, folder: Path, count: int) -> None:
 
 
 def long_text(stage: Stage) -> Iterator[Row]:
-    """A long text, plain and with the automatic drafter, token for token."""
+    """Compares a long text by plain decoding with that of the automatic drafter, token for token."""
     writer = Writer(stage, stage.pick(20_000, 5))
     swift = writer.swift()
     plain, plain_rate = writer.text(swift, "none", **SAMPLINGS["0.8, min-p"])

@@ -1,7 +1,8 @@
-"""What travels to a machine without a network, in two loads that are small enough for one transfer each: wheels of what
-is missing there and one half of the default model's file, then the other half; and how it is put together there.
+"""Packs the files for a machine without a network, and joins them there.
 
-Nothing of the package that needs what may be missing is imported before it is there.
+There are two loads, each small enough for one transfer. The first has wheels of packages that are missing there and one
+half of the default model's file, the second the other half. Modules that need these packages are imported only after
+they are joined.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-LIMIT = 64 * 2**20  # bytes of a load
-# Distribution -> what it is imported as. Those that the machine has are left alone.
+LIMIT = 64 * 2**20  # bytes of a load, at most
+# Distributions and the names they are imported by. Those that the machine has are left alone.
 WHEELS = {
     "gguf": "gguf", "google-crc32c": "google_crc32c", "pytest": "pytest", "iniconfig": "iniconfig",
     "pluggy": "pluggy", "packaging": "packaging", "pygments": "pygments", "hypothesis": "hypothesis",
@@ -32,7 +33,7 @@ def finding() -> Any:
 
 
 def pack(folder: Path, model: Path | None = None) -> list[Path]:
-    """The two loads, as folders `first` and `second`. model: a .gguf file; None is the default model's.
+    """Makes the two loads, as folders `first` and `second`. model: a .gguf file. None is the default model's.
 
     Raises UserError where wheels cannot be fetched, and for a load that is too large.
     """
@@ -51,9 +52,9 @@ def pack(folder: Path, model: Path | None = None) -> list[Path]:
 
 
 def join(folder: Path) -> list[str]:
-    """Put together what has come so far; a line for each thing. Raises UserError for a damaged model.
+    """Joins the loads that have come so far, and returns a line for each part. Raises UserError for a damaged model.
 
-    The model's file goes where the package that it is from would have it, which is where it is looked for first.
+    The model's file goes to its place in the package that it is from, where it is looked for first.
     """
     told = []
     wheels = folder / "first" / "wheels"
@@ -80,7 +81,7 @@ def join(folder: Path) -> list[str]:
 
 
 def use(folder: Path) -> None:
-    """Let Python find what `join` left."""
+    """Lets Python find the packages that `join` installed."""
     site = str((folder / "site").resolve())
     if site not in sys.path:
         sys.path.append(site)

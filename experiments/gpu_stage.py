@@ -1,5 +1,8 @@
-"""What the steps of `gpu_check.py` share: the stage they run on, a model of the 8B shape with random weights, caches
-whose keys and values are drawn, and times by the device's clock."""
+"""Parts that the steps of `gpu_check.py` share.
+
+They are the stage that steps run on, a model of the 8B shape with random weights, caches of random keys and values, and
+times by the device's clock.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ Row = dict[str, Any]
 Step = Callable[["Stage"], Iterator[Row]]
 T = TypeVar("T")
 
-# Llama-3.1-8B
+# The shape of Llama-3.1-8B.
 LARGE = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
@@ -44,8 +47,13 @@ TINY = {
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a step runs. tiny: sizes that Triton's interpreter can do. until: of time.monotonic(), no cell begins
-    later. scratch: a folder that goes afterwards."""
+    """The place and the limits of a step.
+
+    tiny:     whether sizes are small enough for Triton's interpreter.
+    until:    time.monotonic() from which on no cell begins.
+    scratch:  folder that is removed afterwards.
+    ceilings: measured bandwidths, filled when they are first needed.
+    """
 
     device: torch.device
     tiny: bool
@@ -66,13 +74,13 @@ class Stage:
 
     @property
     def bandwidth(self) -> float:
-        """Bytes per second of a plain read, measured once."""
+        """The bytes per second of a plain read, measured once."""
         if "read" not in self.ceilings:
             self.ceilings["read"] = memory_bandwidth(self.pick(None, 1), self.device)
         return self.ceilings["read"]
 
     def ms(self, function: Callable[[], Any], rounds: int = 10, warm: int = 3) -> float:
-        """The median of what it takes on the device."""
+        """Returns the median milliseconds that the function takes on the device."""
         clock, laps = clock_of(self.device), []
         for _ in range(self.pick(warm, 1)):
             function()
@@ -85,8 +93,10 @@ class Stage:
 
 
 class Parts:
-    """Random weights of the shape, from which decoders of several kinds are made. They prove bits and times, never
-    acceptance."""
+    """Random weights of the shape, from which decoders of several kinds are made.
+
+    They can show bits and times, but never acceptance.
+    """
 
     def __init__(self, stage: Stage, context: int, layers: int | None = None, trained: int | None = None):
         sizes = {**stage.pick(LARGE, TINY)}
@@ -118,17 +128,17 @@ class Parts:
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights that every token is multiplied with."""
+        """The bytes of the weights that every token is multiplied with."""
         return self.spec.multiplied * self.stage.dtype.itemsize
 
     @property
     def token_bytes(self) -> int:
-        """Of a token's keys and values."""
+        """The bytes of a token's keys and values."""
         return 2 * self.spec.layers * self.spec.kv_heads * self.spec.head_dim * self.stage.dtype.itemsize
 
 
 def drawn_pool(decoder: TorchDecoder, spare: int = 8) -> TorchPagePool:
-    """Of the decoder's context and so many pages more, with keys and values of no text."""
+    """Makes a pool for the decoder's context and `spare` pages more, with random keys and values."""
     pool = decoder.new_pool(pages_for(decoder.context) + spare)
     for part, scales in ((pool.keys, pool.key_scales), (pool.values, pool.value_scales)):
         if scales is None:
@@ -140,7 +150,7 @@ def drawn_pool(decoder: TorchDecoder, spare: int = 8) -> TorchPagePool:
 
 
 def drawn_cache(pool: TorchPagePool, context: int, length: int) -> KVCache:
-    """One of so many committed rows, which are whatever the pool holds."""
+    """Makes a cache of `length` committed rows, whose keys and values are those that the pool holds."""
     cache = KVCache(pool, context)
     cache.append(np.arange(length, dtype=np.int32), True)
     cache.commit(range(length))
@@ -148,7 +158,7 @@ def drawn_cache(pool: TorchPagePool, context: int, length: int) -> KVCache:
 
 
 def random_tree(rng: np.random.Generator, nodes: int, vocab: int) -> DraftTree:
-    """Branches, and paths deep enough to cross a page."""
+    """Makes a tree with branches, and with paths deep enough to cross a page."""
     builder = TreeBuilder(int(rng.integers(vocab)))
     while len(builder) < nodes:
         builder.add(int(rng.integers(max(0, len(builder) - 3), len(builder))), int(rng.integers(vocab)))

@@ -31,7 +31,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.rows import lay_out
 
-ITEM = 2  # bytes of a weight, an activation, a key
+ITEM = 2  # bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
 CHOICE_BLOCK = 1024  # tokens that a program of the sampler chooses from
@@ -56,7 +56,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """Vendors' figures: bytes a second of memory, dense bf16 FLOPs a second of the matrix units."""
+    """A device by its vendor's figures: bytes a second of memory, and dense bf16 FLOPs a second of the matrix units."""
 
     bandwidth: float
     flops: float
@@ -72,9 +72,10 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Work:
-    """One launch, or those of the kernels named (attention: one for whole pages, one for the tail, one to merge).
+    """The work of one launch, or of the launches of the kernels named.
 
-    read, written: bytes. minimum: the bytes no kernel for it could do without.
+    Attention has three: one for whole pages, one for the tail, and one to merge.
+    read, written: bytes. minimum: bytes that every kernel for this work must read or write.
     """
 
     kernel: str
@@ -86,21 +87,25 @@ class Work:
     flops: int
 
     def best_us(self, device: Device) -> float:
-        """Microseconds at the roofline."""
+        """Returns the microseconds at the roofline."""
         return 1e6 * max((self.read + self.written) / device.bandwidth, self.flops / device.flops)
 
 
 def attention_work(
     shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False, far: bool = False
 ) -> Work:
-    """A chain of `rows` behind `context` committed tokens: keys and values once per tile of packed rows, the partial
-    states of every split written once and read once (the split at the boundary twice).
+    """Returns the attention work of a chain of `rows` behind `context` committed tokens.
 
-    int8: of keys and values, each with its scale. mass: every page's maximum is set, it and the page's sum are written
-    and read for each row and head, and its mass is written. far: queries are turned in every split, which reads their
-    other halves and two angles for each element (in blocks no shorter than a split).
+    Keys and values are read once for each tile of packed rows. The partial states of every split are written once and
+    read once, those of the split at the boundary twice.
+
+    int8: keys and values are int8, each with its scale.
+    mass: every page's maximum is set. It and the page's sum are written and read for each row and head, and the page's
+          mass is written.
+    far:  queries are turned in every split, which reads their other halves and two angles for each element. Blocks are
+          no shorter than a split.
     """
-    # Here, because they need triton.
+    # These are imported here because they need triton.
     from tokenswift_py.kernels.triton.attention import config, padded
     from tokenswift_py.kernels.triton.tables import splits
 
@@ -128,12 +133,12 @@ def attention_work(
 
 
 def token_bytes(shape: Shape, int8: bool) -> int:
-    """Key and value of a token in one layer."""
+    """Returns the bytes of a token's key and value in one layer."""
     return 2 * shape.kv_heads * (shape.head_dim + FP32 if int8 else shape.head_dim * ITEM)
 
 
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
-    """Everything of a layer but attention, and the head."""
+    """Yields the work of a layer except attention, and that of the LM head and the choice."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for name, depth, columns in (
         ("matmul q", shape.hidden, q),
@@ -191,7 +196,7 @@ def print_table(works: list[Work]) -> None:
 
 @dataclass(frozen=True)
 class Timing:
-    """bandwidth: minimum bytes over time; share: of what a plain read of memory reached in the same run."""
+    """A measured time. bandwidth: minimum bytes over time. share: bandwidth over that of a plain read in this run."""
 
     backend: str
     rows: int
@@ -202,7 +207,7 @@ class Timing:
 
 
 def measured(shape: Shape, contexts: list[int], row_counts: list[int], device: torch.device) -> Iterator[Timing]:
-    """Attention of one layer by each backend that is installed, in turns, so that a slower clock hits all of them."""
+    """Times attention of one layer by each installed backend. They take turns, so that a slower clock hits all."""
     backends = {}
     for name in ("triton", "flash", "xformers", "sdpa"):
         try:
@@ -234,7 +239,7 @@ def measured(shape: Shape, contexts: list[int], row_counts: list[int], device: t
 
 
 def time_us(step: Callable[[], None]) -> float:
-    """Microseconds of the second of two runs, by the GPU's own clock."""
+    """Returns the microseconds of the second of two runs, by the GPU's own clock."""
     step()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -245,7 +250,7 @@ def time_us(step: Callable[[], None]) -> float:
 
 
 def filled_cache(shape: Shape, context: int, rows: int, device: torch.device) -> KVCache:
-    """Random keys and values; what they are does not matter to the time."""
+    """Makes a cache of random keys and values, which do not matter to the time."""
     room = context + rows
     pool = TorchPagePool(1, shape.kv_heads, shape.head_dim, pages_for(room), torch.bfloat16, device)
     pool.keys.normal_()

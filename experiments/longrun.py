@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 
 class Log:
-    """Lines of JSON in the run's folder, which outlive the process: spots, and marks of how far the text was when."""
+    """Lines of JSON in the run's folder, which outlive the process: spots, and marks of the text's progress."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -75,7 +75,7 @@ def main() -> None:
         stream.catch_up()
         write(swift, stream, log, args)
         figures = summary(swift, stream, log)
-    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else the run was finished before
+    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else an earlier call finished the run
         result = stream.result()
         save_text(args.out, result.text)
         save_tokens(args.out, result.tokens)
@@ -86,11 +86,11 @@ def main() -> None:
 
 
 def keep(run: Path, folder: Path, figures: Record) -> None:
-    """What is shown of a finished run: `make report` takes every folder of this kind in."""
+    """Copies the parts of a finished run that are shown. `make report` reads every folder of this kind."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.json", "longrun.json"):
         shutil.copyfile(run / name, folder / name)
-    text = (run / "text.txt").read_bytes().decode()  # line ends as they are
+    text = (run / "text.txt").read_bytes().decode()  # keeps line ends, unlike read_text
     places = [i * len(text) // EXCERPTS for i in range(EXCERPTS)]
     marks = [f"[... from character {place} of {len(text)} on]\n" if place else "" for place in places]
     parts = [mark + text[place : place + EXCERPT] for mark, place in zip(marks, places, strict=True)]
@@ -99,7 +99,7 @@ def keep(run: Path, folder: Path, figures: Record) -> None:
 
 
 def draw(panel: Any, figures: Record) -> None:
-    """Milliseconds a token against the tokens before it: the run's, and plain decoding's at the spots."""
+    """Draws milliseconds a token against the tokens before it: the run's, and plain decoding's at the spots."""
     marks = figures["marks"]
     per_token = [mark["wall_ms"] / (mark["to"] - mark["from"]) for mark in marks]
     panel.plot([mark["context"] for mark in marks], per_token, linewidth=1, label="this run, forced turns included")
@@ -114,7 +114,7 @@ def draw(panel: Any, figures: Record) -> None:
 
 
 def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
-    """The run, new or as far as its journal holds it."""
+    """Begins the run, or resumes it from its journal."""
     if (args.out / "journal.bin").exists():
         return swift.resume(args.out, drafter=args.drafter)
     workload = free_run(args.workload)
@@ -125,7 +125,7 @@ def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
 
 
 def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace) -> None:
-    """Let the run write to its end, with a pause at each spot that is not behind it yet."""
+    """Lets the run write to its end, with a pause at each spot that is still ahead."""
     first = args.tokens // (2 * args.spots)
     left = [first + i * args.tokens // args.spots for i in range(args.spots)]
     left = [spot for spot in left if spot > stream.stats.new_tokens]
@@ -150,7 +150,7 @@ def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace)
 
 
 def spot(swift: TokenSwift, stream: Stream, window: int) -> Record:
-    """What plain decoding writes from here on, on a fork of the run's cache, and the milliseconds of its tokens."""
+    """Decodes plainly from here on, on a fork of the run's cache. Returns the tokens and their milliseconds."""
     run = replace(stream.run, options=replace(stream.run.options, drafter="none", on_loop="ignore", trace=None))
     bandwidth = memory_bandwidth(threads=swift.executor.threads)
     plain = decode_loop(swift, run, cache=stream.loop.cache.fork())
@@ -217,7 +217,7 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
 
 
 def answers(swift: TokenSwift, stream: Stream) -> list[str]:
-    """What the model wrote to each request, the last answer that the end of the run cuts left out."""
+    """Returns the model's answer to each request, without the last one, which the end of the run cuts."""
     starts = [0, *(stop for _, stop in stream.forced)]
     stops = [start for start, _ in stream.forced]
     return [
@@ -227,7 +227,7 @@ def answers(swift: TokenSwift, stream: Stream) -> list[str]:
 
 
 def is_object(answer: str) -> bool:
-    """Whether an answer is one JSON object and nothing else, in a code fence or not."""
+    """Returns whether an answer is one JSON object and nothing else, in a code fence or not."""
     inside = answer.strip().removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
         return isinstance(json.loads(inside), dict)
@@ -236,8 +236,10 @@ def is_object(answer: str) -> bool:
 
 
 def has_object(answer: str) -> bool:
-    """Whether the first brace of an answer begins a JSON object, which the workload `records` asks for. Words before
-    and behind it ("Here is the record:") are allowed."""
+    """Returns whether the first brace of an answer begins a JSON object, which the workload `records` asks for.
+
+    Words before and behind it ("Here is the record:") are allowed.
+    """
     try:
         json.JSONDecoder().raw_decode(answer, answer.index("{"))
     except ValueError:
@@ -246,22 +248,24 @@ def has_object(answer: str) -> bool:
 
 
 def nearby(spot: Record, marks: Sequence[Record]) -> float:
-    """How many times plain decoding's milliseconds a token there are the run's own, forced turns not counted, over the
-    NEARBY tokens around."""
+    """Returns plain decoding's milliseconds a token at a spot over the run's own.
+
+    The run's are those of the NEARBY tokens around, without forced turns.
+    """
     here = [m for m in marks if abs((m["from"] + m["to"]) / 2 - spot["new"]) <= NEARBY / 2]
     ms = sum(mark[phase] for mark in here for phase in PHASES) / sum(m["to"] - m["from"] for m in here)
     return rounded(spot["median_ms"] / ms)
 
 
 def same(tokens: Sequence[int], spot: Record) -> bool:
-    """Whether the run wrote what plain decoding had written from there on."""
+    """Returns whether the run wrote the same tokens as plain decoding from the spot on."""
     there = tokens[spot["behind"] :][: len(spot["tokens"])]
     return len(there) > 0 and list(there) == spot["tokens"][: len(there)]
 
 
 MARK = 1000  # new tokens between marks
-NEARBY = 5000
-EXCERPTS, EXCERPT = 10, 1000  # one from each tenth of the text: characters, which are some ten lines
+NEARBY = 5000  # tokens around a spot
+EXCERPTS, EXCERPT = 10, 1000  # one excerpt from each tenth of the text, and its characters, which are some ten lines
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 
 if __name__ == "__main__":

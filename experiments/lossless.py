@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def identity(args: argparse.Namespace, model: str, engine: str, sampler: str, **_: Any) -> Iterator[Row]:
-    """Each drafter's text beside plain decoding's."""
+    """Compares each drafter's text with plain decoding's."""
     with tempfile.TemporaryDirectory() as scratch:
         tiny = model in FAMILIES
         folder = Path(scratch) / model
@@ -125,7 +125,7 @@ def identity(args: argparse.Namespace, model: str, engine: str, sampler: str, **
         plain = swift.generate(prompt, drafter="none", **common)
         for name, settings in DRAFTERS.items():
             if (tiny and settings["drafter"] == "heads") or (engine == "torch" and name.endswith("int8 draft")):
-                continue  # there are no heads for random models; the torch engine drafts with its own weights
+                continue  # random models have no heads, and the torch engine drafts with its own weights
             view = {"draft_budget": 64 if tiny else 256} if settings["drafter"] in ("partial", "cascade") else {}
             found = swift.generate(prompt, **common, **settings, **view)
             stats = found.stats
@@ -140,7 +140,7 @@ def identity(args: argparse.Namespace, model: str, engine: str, sampler: str, **
 
 
 def toy(args: argparse.Namespace, sampler: str, rule: str, **_: Any) -> Row:
-    """Transitions of one long text over the table's tokens."""
+    """Counts transitions of one long text over the table's tokens, and compares them with the exact distribution."""
     params = SamplingParams(**WITHOUT_PENALTIES[sampler], seed=args.seed)
     model = MarkovModel(context=args.samples + 100)
     vocab = len(model.table)
@@ -162,13 +162,13 @@ def toy(args: argparse.Namespace, sampler: str, rule: str, **_: Any) -> Row:
 
 
 def toy_trees(table: Doubles) -> list[DraftTree]:
-    """Behind each token a full tree of what a draft that is somewhat off finds likeliest."""
+    """Makes a full tree behind each token, of the likeliest tokens by a draft that is somewhat off."""
     best = np.argsort(-(table + np.random.default_rng(1).normal(0, 1, table.shape)))[:, :WIDTH]
     return [full_tree(token, lambda path: best[path[-1]].tolist()) for token in range(len(table))]
 
 
 def full_tree(pending: int, children: Callable[[tuple[int, ...]], Sequence[int]]) -> DraftTree:
-    """WIDTH ** DEPTH paths. children: of a path of tokens, `pending` first."""
+    """Makes a tree of WIDTH ** DEPTH paths. children: function from a path, `pending` first, to the next tokens."""
     builder, level = TreeBuilder(pending), [((pending,), 0)]
     for _ in range(DEPTH):
         below = []
@@ -182,7 +182,7 @@ def full_tree(pending: int, children: Callable[[tuple[int, ...]], Sequence[int]]
 
 
 def path_nodes(tree: DraftTree) -> np.ndarray:
-    """[paths, DEPTH + 1] the nodes from the root to each leaf of a full tree."""
+    """Returns the nodes from the root to each leaf of a full tree, [paths, DEPTH + 1]."""
     paths, node = [], np.flatnonzero(tree.depth == DEPTH)
     for _ in range(DEPTH + 1):
         paths.append(node)
@@ -191,7 +191,7 @@ def path_nodes(tree: DraftTree) -> np.ndarray:
 
 
 class ToyTrees(Drafter):
-    """Always the same tree behind a token."""
+    """A drafter that always proposes the same tree behind a token."""
 
     name = "toy"
 
@@ -205,7 +205,7 @@ class ToyTrees(Drafter):
 
 
 def write_by_paths(trees: list[DraftTree], p: Doubles, count: int, rng: np.random.Generator) -> tuple[list[int], int]:
-    """The published rule: a text of `count` tokens behind token 0, and the number of passes.
+    """Writes a text of `count` tokens behind token 0 by the published rule. Returns it and the number of passes.
 
     p: [vocab, vocab] transition probabilities.
     """
@@ -218,7 +218,10 @@ def write_by_paths(trees: list[DraftTree], p: Doubles, count: int, rng: np.rando
 
 
 def pass_by_paths(tokens: np.ndarray, below: Doubles, rng: np.random.Generator) -> list[int]:
-    """One pass of it. tokens: [paths, DEPTH + 1]; below: [vocab, vocab] cumulative transition probabilities."""
+    """Returns the tokens of one pass by the published rule.
+
+    tokens: [paths, DEPTH + 1]. below: [vocab, vocab] cumulative transition probabilities.
+    """
     uniform = rng.random(tokens.shape)[..., None] * below[tokens][..., -1:]
     drawn = (uniform >= below[tokens]).sum(-1)
     lengths = np.cumprod(drawn[:, :-1] == tokens[:, 1:], axis=1).sum(1)
@@ -227,10 +230,10 @@ def pass_by_paths(tokens: np.ndarray, below: Doubles, rng: np.random.Generator) 
 
 
 def first_token(tree: DraftTree, p: Callable[[int], Doubles]) -> tuple[Doubles, float, float]:
-    """[vocab] the distribution of the first token that the published rule emits, exactly; and the drafts that it, and
-    one choice a node, accept of a full tree on average.
+    """Computes the exact distribution [vocab] of the first token that the published rule emits.
 
-    p: of a node, the target's distribution [vocab] behind it.
+    The two other results are the drafts of a full tree that this rule, and one choice a node, accept on average.
+    p: function from a node to the target's distribution [vocab] behind it.
     """
     nodes, root = path_nodes(tree), p(0)
     right = np.ones(len(tree))
@@ -240,12 +243,12 @@ def first_token(tree: DraftTree, p: Callable[[int], Doubles]) -> tuple[Doubles, 
     beyond = np.concatenate([reach[:, 1:], np.zeros((len(nodes), 1))], axis=1)
     q = np.zeros_like(root)
     for length in range(DEPTH + 1):
-        under, up_to = 1 - reach[:, length], 1 - beyond[:, length]  # shorter than that; no longer than that
-        for path in range(len(nodes)):  # wins with this length: no earlier path has it, no later one has more
+        under, up_to = 1 - reach[:, length], 1 - beyond[:, length]  # chances of a shorter match, and of no longer one
+        for path in range(len(nodes)):  # a path wins with this length if no earlier one has it and no later one more
             wins = (reach - beyond)[path, length] * under[:path].prod() * up_to[path + 1 :].prod()
             if length:
                 q[tree.tokens[nodes[path, 1]]] += wins
-            elif path == 0:  # of paths that match nothing the first wins, with its own draw
+            elif path == 0:  # if no path matches anything, the first one wins, with its own draw
                 other = root.copy()
                 other[tree.tokens[nodes[0, 1]]] = 0
                 q += wins * other / max(other.sum(), 1e-300)
@@ -257,7 +260,7 @@ def first_token(tree: DraftTree, p: Callable[[int], Doubles]) -> tuple[Doubles, 
 
 
 class Published(Heads):
-    """TokenSwift's static tree from the heads' best guesses; what its rule makes of each, without following it."""
+    """Drafts TokenSwift's static tree from the heads' best guesses, and computes its rule's result without using it."""
 
     def __init__(self, swift: TokenSwift, sampler: Sampler, history: History):
         checkpoint = swift.checkpoint
@@ -294,7 +297,7 @@ class Published(Heads):
 
 
 def distribution(sampler: Sampler, logits: torch.Tensor, history: History) -> Doubles:
-    """[vocab] what a sampler draws from, without noise."""
+    """Returns the distribution [vocab] that a sampler draws from."""
     scores = sampler.process(logits, history) / sampler.params.temperature
     scores[scores < sampler.floor(scores)] = -np.inf
     p = np.exp(scores - scores.max())
@@ -302,7 +305,7 @@ def distribution(sampler: Sampler, logits: torch.Tensor, history: History) -> Do
 
 
 def real(args: argparse.Namespace, name: str) -> Iterator[Row]:
-    """Both rules over the trees of a real text, which itself is written losslessly."""
+    """Computes both rules over the trees of a real text. The text itself is written losslessly."""
     swift = TokenSwift.from_pretrained(threads=args.threads)
     prompt = continuation("docs", swift.tokenizer, args.prefix).tokens
     options = Options(

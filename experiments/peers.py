@@ -38,7 +38,7 @@ from tokenswift_py.runs.report import first_divergence, text_figures
 from workloads import continuation
 
 SAMPLINGS = {"greedy": {"temperature": 0.0, "min_p": 0.0}, "sampled": {"temperature": 0.8, "min_p": 0.05}}
-LOOKUP = 10  # tokens that prompt lookup proposes behind a match of up to 2: llama-cpp-python's defaults
+LOOKUP = 10  # tokens that prompt lookup proposes behind a match of up to 2 tokens, by llama-cpp-python's defaults
 NO_ASSISTANT = "no smaller model with this tokenizer is at hand; name one with --assistant"
 
 
@@ -46,10 +46,10 @@ NO_ASSISTANT = "no smaller model with this tokenizer is at hand; name one with -
 class Writer:
     """One way of writing the text.
 
-    step:  writes on and returns the new tokens, none at the text's end; the first call reads the prompt.
-    plain: whose text this one's speculation should write; None for plain decoding itself.
+    step:  function that goes on and returns the new tokens, none at the text's end. The first call reads the prompt.
+    plain: writer whose text this one's speculation should write. None for plain decoding itself.
     reads: bytes that plain decoding must read for a token, on average.
-    note:  why it cannot be done.
+    note:  reason why this writer cannot write.
     """
 
     engine: str
@@ -59,19 +59,21 @@ class Writer:
     plain: Writer | None = None
     note: str | None = None
     tokens: list[int] = field(default_factory=list)
-    timed: int = 0  # of the tokens
+    timed: int = 0  # number of tokens that were timed
     ms: float = 0.0
 
     def write(self, count: int) -> None:
-        """Go on until there are so many tokens. The first step is not timed: the writer before has left its threads
-        spinning and the caches full of its own."""
+        """Goes on until there are `count` tokens.
+
+        The first step is not timed, because the writer before has left its threads spinning and its data in the caches.
+        """
         first = True
         while len(self.tokens) < count and self.note is None:
             assert self.step is not None
             clock = time.perf_counter()
             try:
                 new = self.step()
-            except Exception as error:  # a peer that fails at this gets a row that says so
+            except Exception as error:  # a peer that fails gets a row that says so
                 self.note = " ".join(f"{type(error).__name__}: {error}".split())[:160]
                 return
             if not new:
@@ -87,7 +89,7 @@ class Writer:
         return self.ms / self.timed if self.timed else None
 
     def row(self, bandwidth: float, count: int, ours: list[int] | None) -> Row:
-        """ours: our plain text, where this one should be like it as far as rounding lets it."""
+        """Returns the writer's figures. ours: our plain text, where this one should equal it but for rounding."""
         ms, plain, tokens = self.ms_a_token, self.plain, self.tokens[:count]
         compared = plain is not None and bool(tokens)
         divergence = first_divergence(tokens, plain.tokens[: len(tokens)]) if plain and compared else None
@@ -110,7 +112,7 @@ class Writer:
 
 @dataclass(frozen=True)
 class Task:
-    """What everyone writes. sampling: temperature and min_p."""
+    """The text that every writer writes. sampling: temperature and min_p."""
 
     args: argparse.Namespace
     prompt: list[int]
@@ -122,7 +124,7 @@ class Task:
 
     @property
     def middle(self) -> float:
-        """Tokens before a new one, on average."""
+        """The number of tokens before a new one, on average."""
         return len(self.prompt) + self.args.new / 2
 
 
@@ -172,7 +174,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace, checkpoint: Checkpoint, text: str, length: int, sampling: str) -> Iterator[Row]:
-    """A row a writer."""
+    """Yields a row for each writer."""
     torch.set_num_threads(args.threads)
     task = Task(args, continuation(text, checkpoint.tokenizer(), length).tokens, SAMPLINGS[sampling])
     with ExitStack() as stack:
@@ -185,7 +187,8 @@ def compare(args: argparse.Namespace, checkpoint: Checkpoint, text: str, length:
         for end in range(args.slice, args.new + args.slice, args.slice):
             for writer in writers:
                 writer.write(min(end, args.new))
-        # Greedy texts are comparable. Those that begin otherwise at once were not asked for the same.
+        # Only greedy texts are comparable, because sampling draws from a generator of the engine's own. A greedy text
+        # that differs from its first token on was not asked for the same.
         like = writers[0].tokens if sampling == "greedy" and args.ours else None
         yield from (writer.row(bandwidth, args.new, like) for writer in writers)
 
@@ -212,12 +215,12 @@ def ours(task: Task) -> Iterator[Writer]:
 
 @contextmanager
 def hugging_face(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
-    """transformers, bf16 with SDPA and its dynamic cache."""
+    """Makes writers of transformers, in bf16 with SDPA and its dynamic cache."""
     from transformers import GenerationConfig, __version__
 
     def load(checkpoint: Checkpoint) -> Any:
         model = toys.hugging_face(checkpoint, torch.bfloat16)
-        model.generation_config = GenerationConfig(pad_token_id=0)  # no EOS, no defaults of the checkpoint's
+        model.generation_config = GenerationConfig(pad_token_id=0)  # neither EOS nor the checkpoint's defaults
         return model
 
     args, spec, model = task.args, checkpoint.spec, load(checkpoint)
@@ -245,18 +248,18 @@ def hugging_face(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
 
 
 class Paused:
-    """transformers' generate in a thread of its own, which stands still between two calls of `step`."""
+    """Runs transformers' generate in a thread of its own, which stands still between two calls of `step`."""
 
     def __init__(self, model: Any, task: Task, settings: dict[str, Any]):
         self._model, self._task, self._settings = model, task, settings
         self._found: queue.Queue[list[int] | Exception] = queue.Queue()
         self._go = threading.Semaphore(0)
         self._state = torch.Generator().manual_seed(task.args.seed).get_state()
-        self._thread = threading.Thread(target=self._run, daemon=True)  # daemon: one left unfinished ends with us
+        self._thread = threading.Thread(target=self._run, daemon=True)  # a daemon thread ends with the process
         self._begun = False
 
     def step(self) -> list[int]:
-        torch.set_rng_state(self._state)  # its own, whoever drew in between
+        torch.set_rng_state(self._state)  # its own state, whichever writer drew in between
         if self._thread.ident is None:
             self._thread.start()
         self._go.release()
@@ -271,13 +274,13 @@ class Paused:
         torch.set_num_threads(self._task.args.threads)
         try:
             self._model.generate(torch.tensor([self._task.prompt]), streamer=self, **self._settings)
-        except Exception as error:  # told where `step` was called
+        except Exception as error:  # raised again by `step`
             self._found.put(error)
         else:
             self._found.put([])
 
     def put(self, tokens: torch.Tensor) -> None:
-        """What generate calls with the prompt, then with what is new. Returns at the next `step`."""
+        """Takes the prompt, then the new tokens, from generate. Returns at the next `step`."""
         if not self._begun:
             self._begun = True
             return
@@ -285,12 +288,12 @@ class Paused:
         self._go.acquire()
 
     def end(self) -> None:
-        """What generate calls at the end."""
+        """Does nothing. generate calls it at the end."""
 
 
 @contextmanager
 def llama_cpp(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
-    """llama.cpp on the GGUF that the weights come from, f16 KV, flash attention."""
+    """Makes writers of llama.cpp, on the GGUF that the weights come from, with f16 KV and flash attention."""
     import llama_cpp as library
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
@@ -319,7 +322,7 @@ PEERS = {"hf": hugging_face, "llamacpp": llama_cpp}
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Tokens per second: a panel a length and sampling, a bar a writer."""
+    """Draws tokens per second: a panel for each length and sampling, a bar for each writer."""
     rows = [row for row in rows if row["tokens_per_s"]]
     panels = list(dict.fromkeys((row["length"], row["sampling"]) for row in rows))
     names = list(dict.fromkeys(f"{row['engine']}: {row['how']}" for row in rows))[::-1]

@@ -46,8 +46,8 @@ from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS, continuation
 
 SPAN = 512  # tokens whose nats are taken at a spot
-MARGIN = 1024  # of the trained length, that a truncated reading leaves
-WHOLE = 1024  # contexts are rounded up to so many, so that close ones share their tables
+MARGIN = 1024  # positions of the trained length that a truncated reading leaves free
+WHOLE = 1024  # contexts are rounded up to a multiple, so that close ones share their tables
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def numbers(value: str) -> list[int]:
 
 
 def parsed(scheme: str) -> tuple[str, Positions]:
-    """A scheme's name, and its window and block where they are given."""
+    """Parses a scheme's name, and its window and block where they are given."""
     name, *sizes = scheme.split(":")
     known = (*SCHEMES[1:], "truncated")
     check(name in known, "schemes", scheme, f"one of {', '.join(known)}")
@@ -114,14 +114,16 @@ def parsed(scheme: str) -> tuple[str, Positions]:
 def prefix_of(
     swift: TokenSwift, args: argparse.Namespace, name: str, tokens: list[int], scheme: str, context: int, forks: int = 0
 ) -> Prefix:
-    """A text to be read under a scheme, from whose cache so many forks can go on for a page."""
+    """Makes a text to be read under a scheme. `forks` forks of its cache can go on for a page each."""
     kept = args.kept and args.kept / f"{name}-{scheme.replace(':', '-')}"
     return Prefix(swift, tokens, -(-context // WHOLE) * WHOLE, forks, PAGE_SIZE, kept, parsed(scheme)[1])
 
 
 def judged(model: Any, cache: KVCache, tokens: Sequence[int], scored: int) -> tuple[float, bool]:
-    """Nats of the last `scored` of the tokens, of which the cache holds a beginning; and whether each of them is the
-    likeliest there."""
+    """Returns the nats of the last `scored` tokens, and whether each of them is the likeliest in its place.
+
+    The cache holds a beginning of the tokens.
+    """
     total, right = 0.0, True
     for logits, after in teacher_forced(model, cache, tokens, scored):
         total += float(torch.nn.functional.cross_entropy(logits.double(), after, reduction="sum"))
@@ -130,7 +132,7 @@ def judged(model: Any, cache: KVCache, tokens: Sequence[int], scored: int) -> tu
 
 
 def read_at_spots(swift: TokenSwift, args: argparse.Namespace, results: Results, text: str, scheme: str) -> None:
-    """A cell a spot; the text is read on from one to the next."""
+    """Measures a cell for each spot. The text is read on from one spot to the next."""
     spots = sorted(numbers(args.spots))
     context = args.context or spots[-1] + SPAN
     tokens = continuation(text, swift.tokenizer, spots[-1] + SPAN).tokens
@@ -212,7 +214,7 @@ def cost(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int, 
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """A panel a text: nats against the position."""
+    """Draws a panel for each text: nats against the position."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
     panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
     for panel, text in zip(panels, texts, strict=True):

@@ -50,8 +50,8 @@ dt { color: var(--mild); } dd { margin: 0; } summary { cursor: pointer; padding:
 .bitwise { color: var(--good); } .measured { color: var(--fair); } .lossy { color: var(--bad); }
 @media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # a browser would not even fetch if told to
-LONG = 48  # characters from which on a table's text may break
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # forbids a browser to fetch anything
+LONG = 48  # characters of the longest text in a table that may not break
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def build(folder: Path) -> str:
-    """The page. Raises UserError for results of another schema, and where there are none."""
+    """Builds the page. Raises UserError for results of another schema, and where there are none."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     for record in records:
         known = record.get("schema") if isinstance(record, dict) else None
@@ -89,7 +89,7 @@ def build(folder: Path) -> str:
 
 
 def headline(records: Iterable[Mapping[str, Any]], folder: Path) -> str:
-    """The long runs, and the speed-up of `auto` over plain decoding by what stands before, each with its honesty."""
+    """Builds the section of long runs and of `auto`'s speed-ups by workload and length, with the figures of law 7."""
     paths = sorted(folder.glob("*/longrun.json"))
     runs = [{"run": path.parent.name, **long_run(json.loads(path.read_text(encoding="utf-8")))} for path in paths]
     raced = [
@@ -138,7 +138,7 @@ def experiment(record: Mapping[str, Any], folder: Path) -> str:
         "versions": escape(", ".join(f"{package} {version}" for package, version in record["versions"].items())),
     }
     older = sorted({str(cell["commit"])[:12] for cell in record["cells"]} - {str(record["commit"])[:12]})
-    if older:  # what they ran is the same code: results.py compares it
+    if older:  # they ran the same code, which results.py compares
         facts["cells measured at"] = ", ".join(f"<code>{escape(commit)}</code>" for commit in older)
     told = {what: f"<span class={rank(text)}>{escape(text)}</span>" for what, text in record["guarantees"].items()}
     settings = pairs({flag: escape(str(value)) for flag, value in record["settings"].items()})
@@ -155,7 +155,7 @@ def experiment(record: Mapping[str, Any], folder: Path) -> str:
 
 
 def run(path: Path) -> str:
-    """A run's own report, the pictures beside it and a sample of its text."""
+    """Builds the section of a run: its own report, the pictures beside it and a sample of its text."""
     sample = path.parent / "sample.txt"
     text = sample.read_text(encoding="utf-8") if sample.exists() else ""
     return section(
@@ -171,7 +171,7 @@ def section(name: str, *inside: str) -> str:
 
 
 def rank(guarantee: str) -> str:
-    """The class of its colour."""
+    """Returns the CSS class for the colour of a guarantee."""
     return next((word for word in ("bitwise", "measured", "lossy") if guarantee.startswith(word)), "mild")
 
 
@@ -183,12 +183,12 @@ def picture(path: Path) -> str:
 
 
 def pairs(values: Mapping[str, str]) -> str:
-    """Names and HTML."""
+    """Builds a list of names and values. Values are HTML."""
     return "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in values.items()) + "</dl>"
 
 
 def table(rows: list[Row], label: str) -> str:
-    """Numbers to the right; long texts may break."""
+    """Builds a table. Numbers are aligned to the right, and long texts may break."""
     right = {name: all(numeric(row[name]) for row in rows) for name in rows[0]}
 
     def line(tag: str, cells: Iterable[tuple[str, str]]) -> str:
@@ -203,7 +203,7 @@ def table(rows: list[Row], label: str) -> str:
 
 
 def box(label: str, inside: str) -> str:
-    """Scrolls by itself, by touch and by keyboard, so that the page never does sideways."""
+    """Builds a box that scrolls by touch and by keyboard, so that the page itself never scrolls sideways."""
     return f'<div class=scroll tabindex=0 role=region aria-label="{escape(label)}">{inside}</div>'
 
 

@@ -1,8 +1,9 @@
-"""What an experiment leaves behind, and how it goes on where it was stopped.
+"""The files that an experiment leaves, from which it goes on where it was stopped.
 
 An experiment is a list of cells, each a few rows under a key. A finished cell is written to `results/NAME.jsonl` at
-once; the next run of the same settings, code, machine and versions reads it from there instead of measuring it again.
-At the end `results/NAME.json` holds every row with what it rests on, `NAME.md` the table, `NAME.png` the picture.
+once. The next run of the same settings, code, machine and versions reads it from there instead of measuring it again.
+At the end `results/NAME.json` holds every row and the conditions it was measured under, `NAME.md` the table, `NAME.png`
+the picture.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SCHEMA = 1
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 ENGINE = ("tokenswift_py", "drafters", "kvcache", "kernels")
-LOOSE_FLAGS = ("again", "results", "trace", "json", "kept")  # flags that no number depends on, and that name places
+LOOSE_FLAGS = ("again", "results", "trace", "json", "kept")  # flags that no number depends on, such as places of files
 
 Row = dict[str, Any]
 Plot = Callable[[Any, list[Row]], None]  # draws rows on a matplotlib Figure
@@ -48,7 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def command(argv: Sequence[str]) -> str:
-    """What was typed, but for the flags that no number depends on."""
+    """Returns the command that was typed, without the flags that no number depends on."""
     kept, words = [], iter(argv[1:])
     for word in words:
         flag, equals, _ = word.removeprefix("--").partition("=")
@@ -60,7 +61,7 @@ def command(argv: Sequence[str]) -> str:
 
 
 def start(main: Callable[[], None]) -> None:
-    """Run a script; wrong input ends it with its one line."""
+    """Runs a script. Wrong input ends it with its one line."""
     try:
         main()
     except UserError as error:
@@ -70,11 +71,12 @@ def start(main: Callable[[], None]) -> None:
 class Results:
     """The cells of one run of an experiment. Raises UserError without matplotlib, before anything is measured.
 
-    name:       of the files; question: what the experiment answers, in a sentence.
-    args:       all flags (`add_flags` among them). `threads`, where there is one, is what bandwidth is read with.
-    guarantees: what rests on what: {"tokens of the native engine": "bitwise", "milliseconds": "measured", ...}.
-    axes:       flags that only say which cells there are; a cell does not depend on them beyond its key.
-    peers:      distributions whose versions count.
+    name:       name of the files.
+    question:   the question that the experiment answers, in a sentence.
+    args:       all flags (`add_flags` among them). Bandwidth is read with `threads` threads, where that is a flag.
+    guarantees: what each figure rests on: {"tokens of the native engine": "bitwise", "milliseconds": "measured", ...}.
+    axes:       flags that only choose the cells. A cell does not depend on them beyond its key.
+    peers:      further distributions whose versions count.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class Results:
         return [row for cell in self.cells for row in cell["rows"]]
 
     def cell(self, key: Mapping[str, Any], compute: Callable[[], Row | Iterable[Row]]) -> list[Row]:
-        """The rows of one cell, the key's fields in front of each. `compute` runs only if it is not finished.
+        """Returns the rows of one cell, each beginning with the key's fields. Computes them unless they are finished.
 
         Values are numbers, texts, booleans or None. Raises ValueError for others, and for a key used twice.
         """
@@ -127,7 +129,7 @@ class Results:
         return list(cell["rows"])
 
     def save(self, plot: Plot | None = None) -> None:
-        """Write the JSON, the table and, with something that draws it, the picture; print the table."""
+        """Writes the JSON, the table and, where there is a `plot`, the picture. Prints the table."""
         record = {
             "schema": SCHEMA,
             "name": self.name,
@@ -150,19 +152,19 @@ class Results:
 
 
 def need_pictures() -> None:
-    """Raise UserError, before anything is measured, where the picture at the end could not be drawn."""
+    """Raises UserError, before anything is measured, where the picture at the end could not be drawn."""
     need_extra("extra", "experiments", "matplotlib")
 
 
 def save_picture(path: Path, draw: Callable[[Any], None]) -> None:
-    """A PNG of what `draw` puts on a matplotlib Figure."""
+    """Saves the matplotlib Figure that `draw` draws on as a PNG."""
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     draw(figure)
     figure.savefig(path)
 
 
 def add_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Put a line behind those of a journal, and on the disk. Raises ValueError for NaN and infinities."""
+    """Appends a line to a journal and syncs it to the disk. Raises ValueError for NaN and infinities."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
@@ -171,7 +173,7 @@ def add_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a journal, none where there is no file. A last one that a killed run left torn is cut off it."""
+    """Yields the lines of a journal, none where there is no file. Cuts off a last line that a killed run left torn."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -185,13 +187,13 @@ def flat(row: Row) -> Row:
     for name, value in row.items():
         if value is not None and not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"{name}: {value!r} is not allowed; a number, text, boolean or None")
-        if isinstance(value, float) and not math.isfinite(value):  # rounded, it would become a silent null
+        if isinstance(value, float) and not math.isfinite(value):  # rounding would make it a silent null
             raise ValueError(f"{name}: {value!r} is not JSON compliant")
     return {name: rounded(value) for name, value in row.items()}
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".part")
     fresh.write_bytes(data)
@@ -218,7 +220,7 @@ def host_line(host: Mapping[str, Any]) -> str:
 
 
 def parts(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of the same columns, which make a table each."""
+    """Groups rows by their columns. Each group makes a table."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row), []).append(row)
@@ -230,7 +232,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, padded so that it reads as it is; columns of numbers to the right."""
+    """Makes a Markdown table, padded so that it can be read as text. Columns of numbers are aligned to the right."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, *([shown(row.get(name)).replace("|", "\\|") for name in columns] for row in rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
@@ -250,14 +252,14 @@ def numeric(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as tables have it."""
+    """Returns a value as a table shows it."""
     if value is None:
         return "–"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def machine(threads: int | None = None) -> dict[str, Any]:
-    """What the numbers depend on. memory_bandwidth_gb_s: a plain read by so many threads, just now."""
+    """Describes the machine that the numbers depend on. memory_bandwidth_gb_s: a plain read by `threads` threads."""
     threads = threads or available_threads()
     return {
         "cpu": cpu_name(),
@@ -274,12 +276,12 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
-        pass  # not Linux
+        pass  # the file is Linux's
     return platform.processor() or platform.machine()
 
 
 def isa() -> str:
-    """The instruction set that the native engine takes here; torch's where it is not built."""
+    """Returns the instruction set that the native engine uses here, or torch's where the engine is not built."""
     try:
         return str(importlib.import_module("tokenswift_py.kernels.cpu._native").chosen_isa())
     except ImportError:
@@ -294,7 +296,7 @@ def versions(peers: Sequence[str] = ()) -> dict[str, str]:
 
 
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether anything but results differs from it; None where there is no git."""
+    """Returns the checkout's commit, and whether anything but results differs from it. None where there is no git."""
 
     def git(*command: str) -> str | None:
         try:
@@ -308,7 +310,7 @@ def commit() -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Of the package's sources and of what Python has loaded from this folder: the script and what it shares."""
+    """Returns a digest of the package's sources and of the files that Python has loaded from this folder."""
     sources = [path for folder in ENGINE for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")]
     loaded = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     sources += [path for file in loaded if file and HERE in (path := Path(file).resolve()).parents]

@@ -41,20 +41,20 @@ from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace, rounded
 from workloads import CONTINUATIONS, WORKLOADS, continuation, free_run
 
-RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # of `random`: nearly any token may come
+RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # sampling of `random`, by which nearly any token may come
 CUT = 1024  # tokens from one cut of a text to the next
 
 
 @dataclass
 class Contender:
-    """One way of writing the text. settings: of Options; tokens: those that the model chose, behind `written`."""
+    """One way of writing the text. settings: fields of Options. tokens: the model's choices behind `written`."""
 
     name: str
     settings: dict[str, Any]
     loop: DecodeLoop | None = None
     steps: Iterator[Any] | None = None
     tokens: list[int] = field(default_factory=list)
-    at: list[float] = field(default_factory=lambda: [0.0])  # milliseconds of decoding when token i was there
+    at: list[float] = field(default_factory=lambda: [0.0])  # milliseconds of decoding until token i
     ended: bool = False
 
     def start(
@@ -67,11 +67,11 @@ class Contender:
         self.tokens += next(self.steps).tokens
 
     def made(self, loop: DecodeLoop) -> DecodeLoop:
-        """The loop, changed where its settings cannot say what is wanted."""
+        """Returns the loop. A subclass changes it where no setting can."""
         return loop
 
     def write(self, tokens: int) -> None:
-        """Go on until there are so many tokens, or the text ends."""
+        """Goes on until there are `tokens` tokens, or the text ends."""
         assert self.steps is not None
         while len(self.tokens) < tokens and not self.ended:
             clock = perf_counter()
@@ -85,7 +85,7 @@ class Contender:
 
 
 def contenders(names: str) -> list[Contender]:
-    """auto, ngram, ... or partial:1024:4, a view and a chain of fixed sizes, and partial:1024:4:recent."""
+    """Parses contenders: auto, ngram, ..., partial:1024:4 with fixed sizes of view and chain, partial:1024:4:recent."""
     found = [Contender("ar", {"drafter": "none"})]
     for name in filter(None, names.split(",")):
         drafter, *more = name.split(":")
@@ -103,9 +103,9 @@ def contenders(names: str) -> list[Contender]:
 
 
 class Prefix:
-    """A text that is read once; forks of its cache begin at any of the tokens read so far.
+    """A text that is read once. Forks of its cache begin behind the tokens read so far.
 
-    kept: a folder that keeps the keys and values of its pages (23 KB a token of the default model), for the next time.
+    kept: folder that keeps the keys and values of its pages for the next time, 23 KB a token of the default model.
     """
 
     written: Sequence[int] = ()
@@ -139,7 +139,7 @@ class Prefix:
 
 
 class Written:
-    """A free run, written by `auto` as far as it was asked for.
+    """A free run, written by `auto` as far as it is asked for.
 
     written: the tokens behind the prompt so far, forced ones included.
     """
@@ -211,7 +211,7 @@ def main() -> None:
 
 @dataclass
 class Text:
-    """A workload from one length on, read or written when a cell first needs it. forks: that go on from it at once."""
+    """A workload from one length on, read or written when a cell first needs it. forks: number of forks at a time."""
 
     swift: TokenSwift
     args: argparse.Namespace
@@ -254,7 +254,7 @@ class Text:
 
 
 def rows(text: Text, cut: int) -> Iterator[Row]:
-    """A row a drafter."""
+    """Yields a row for each drafter."""
     text.source.read(cut - (0 if text.source.written else SEEN_ROWS))
     trace = f"{text.args.trace}-{text.name}" if text.args.trace else ""
     found = race(text.swift, text.args, text.run(cut), text.source, contenders(text.args.drafters), trace)
@@ -266,7 +266,10 @@ def rows(text: Text, cut: int) -> Iterator[Row]:
 def race(
     swift: TokenSwift, args: argparse.Namespace, run: Run, source: Any, runners: list[Contender], trace: str = ""
 ) -> dict[str, Any]:
-    """trace: how the names of their traces begin; none without."""
+    """Lets the runners write the same text in alternating slices, and returns their figures.
+
+    trace: beginning of the names of their traces. Without it there are none.
+    """
     bandwidth = memory_bandwidth(threads=args.threads)
     written = list(source.written)
     for runner in runners:
@@ -295,13 +298,13 @@ def race(
 
 
 def readability(swift: TokenSwift, tokens: Sequence[int]) -> Row:
-    """The text read on its own by the model, as medians of windows (one, of fewer than 1 000 tokens)."""
+    """Lets the model read the text on its own. Returns medians of windows. Below 1 000 tokens there is one window."""
     read = swift.window_perplexity(tokens).summary()
     return {"window_perplexity": read["median"], "bits_per_byte": read["bits_per_byte_median"]}
 
 
 def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:
-    """speedup: over all tokens; second_half: of the later ones; median_slice: of slices of `width`."""
+    """Returns a runner's figures. speedup: over all tokens. second_half: of the later ones. median_slice: of slices."""
     assert runner.loop is not None
     stats = runner.loop.stats
     count = min(len(runner.at), len(plain.at)) - 1
@@ -329,7 +332,7 @@ def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:
 
 
 def counts(row: Row) -> bool:
-    """Whether a text may stand for a speed-up: one that repeats itself flatters every drafter."""
+    """Returns whether a text may stand for a speed-up. One that repeats itself flatters every drafter."""
     return not row["looping"] and row["distinct_4"] >= VARIED
 
 
@@ -337,7 +340,7 @@ VARIED = 0.4  # distinct-4 from which on a text counts
 
 
 def summary(found: list[Row]) -> None:
-    """Means by drafter and length, of texts that count; and how near the planner comes to the best fixed setting."""
+    """Prints means by drafter and length, of texts that count, and how near auto comes to the best fixed setting."""
     buckets: dict[int, list[Row]] = {}
     for row in found:
         buckets.setdefault(row["length"] // 4096 * 4096, []).append(row)
@@ -355,7 +358,7 @@ def summary(found: list[Row]) -> None:
 
 
 def plot(figure: Any, found: list[Row]) -> None:
-    """Speed-up against length: a line a drafter and workload; texts that do not count are hollow."""
+    """Draws speed-up against length, a line for each drafter and workload. Texts that do not count are hollow."""
     panel = figure.subplots()
     for drafter, workload in dict.fromkeys((row["drafter"], row["workload"]) for row in found):
         here = sorted(

@@ -42,7 +42,7 @@ from tokenswift_py.models.rope import rope_tables
 
 @dataclass
 class Contender:
-    """Something timed: `step` runs once, `bytes` is what it must read, `flops` what it must compute."""
+    """A kind of pass that is timed. step: function that runs it once. bytes, flops: what it must read and compute."""
 
     engine: str
     context: int
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def steps(swift: TokenSwift, args: argparse.Namespace, context: int, peers: list[str]) -> list[Row]:
-    """A row a contender."""
+    """Returns a row for each contender."""
     with contextlib.ExitStack() as stack:
         contenders = list(ours(swift, args, context))
         for peer in peers:
@@ -114,7 +114,7 @@ def steps(swift: TokenSwift, args: argparse.Namespace, context: int, peers: list
 
 
 def limits(args: argparse.Namespace, peers: list[str]) -> Row:
-    """The best of what plain reads and a plain matrix product reach, and what the peer was built with."""
+    """Returns the best rates of plain reads and a plain matrix product, and how the peer was built."""
     return {
         "threads": args.threads,
         "best_read_gb_s": round(max(memory_bandwidth(megabytes) for megabytes in (128, 256, 512)) / 1e9, 1),
@@ -124,7 +124,7 @@ def limits(args: argparse.Namespace, peers: list[str]) -> Row:
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Milliseconds of a step against the context."""
+    """Draws milliseconds of a step against the context."""
     panel = figure.subplots()
     timed = [row for row in rows if "what" in row and "beside" not in row and "prefill" not in row]
     for engine, what in dict.fromkeys((row["engine"], row["what"]) for row in timed):
@@ -138,10 +138,10 @@ def plot(figure: Any, rows: list[Row]) -> None:
 
 
 def interleave(contenders: list[Contender], rounds: int) -> list[float]:
-    """Time every contender once a round; returns the read bandwidth of each round.
+    """Times every contender once a round. Returns the read bandwidth of each round.
 
-    Each runs once untimed before, as steps of a text follow one another: the contender before it may have left its
-    threads spinning and the caches full of its own.
+    Each runs once untimed first, because steps of a text follow one another too. The contender before may have left its
+    threads spinning and its data in the caches.
     """
     bandwidths = []
     for _ in range(rounds):
@@ -181,7 +181,10 @@ def passes(model: Model, cache: KVCache, segment: Segment) -> Callable[[], Any]:
 
 
 def filled_cache(model: Model, context: int) -> KVCache:
-    """Real keys and values on the first page, copies of them on the others, each page in a place of its own."""
+    """Fills a cache with real keys and values on the first page, and copies of them on the others.
+
+    Each page has its own place in memory.
+    """
     cache = model.new_cache()
     first = min(context, PAGE_SIZE)
     tokens = np.random.default_rng(0).integers(0, 1000, first).astype(np.int32)
@@ -197,7 +200,7 @@ def filled_cache(model: Model, context: int) -> KVCache:
 
 
 def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
-    """Bytes that must be read and floating-point operations of a pass of so many rows."""
+    """Returns the bytes that a pass of so many rows must read, and its floating-point operations."""
     spec = swift.checkpoint.spec
     attention = 4 * spec.layers * spec.heads * spec.head_dim * context
     return swift.step_bytes(context), rows * (2.0 * spec.multiplied + attention)
@@ -205,7 +208,7 @@ def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
-    """transformers' own model, bf16, SDPA, its dynamic cache; left out beyond 32 K, where a step takes seconds."""
+    """Times transformers' own model, in bf16 with SDPA and its dynamic cache. Beyond 32 K a step would take seconds."""
     from transformers import DynamicCache
 
     if context > 32768:
@@ -229,14 +232,16 @@ def hugging_face(swift: TokenSwift, args: argparse.Namespace, context: int) -> I
 
 @contextlib.contextmanager
 def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iterator[list[Contender]]:
-    """llama.cpp on the GGUF the default model comes from: 4-bit weights, f16 KV, flash attention; left out beyond 32 K,
-    which it would take an hour to fill."""
+    """Times llama.cpp on the default model's GGUF: 4-bit weights, f16 KV, flash attention.
+
+    It is left out beyond 32 K, where filling its cache would take an hour.
+    """
     if context > 32768:
         yield []
         return
     llama, low = open_llama(args, context + 64)
     batch = 512
-    for first in range(0, context, batch):  # llama.cpp has no way to a filled cache but computing it
+    for first in range(0, context, batch):  # llama.cpp can fill its cache only by computing it
         llama.eval([5] * min(batch, context - first))
 
     def step() -> None:
@@ -264,7 +269,7 @@ def open_llama(args: argparse.Namespace, context: int) -> tuple[Any, Any]:
 
 
 def llama_build() -> str:
-    """What llama.cpp says of its version and of what it was built with."""
+    """Returns llama.cpp's own description of its version and build."""
     import llama_cpp as low
 
     return f"{low.__version__}: {low.llama_print_system_info().decode().strip()}"
@@ -274,7 +279,7 @@ PEERS = {"hf": hugging_face, "llamacpp": llama_cpp}
 
 
 def beside_busy(swift: TokenSwift, args: argparse.Namespace, context: int) -> dict[str, Any]:
-    """A step of one row with the machine to itself and beside a process that wants a core all the time, in turns."""
+    """Times a step of one row alone, and beside a process that wants a core all the time, in turns."""
     model = swift.executor.model(rope_tables(swift.checkpoint.config, context + 2))
     cache = filled_cache(model, context)
     step = passes(model, cache, Segment(DraftTree.chain([5]), cache))
@@ -301,11 +306,11 @@ def beside_busy(swift: TokenSwift, args: argparse.Namespace, context: int) -> di
     }  # fmt: skip
 
 
-BUSY_STEPS = 6  # a turn: a burst of the scheduler must not be all that is seen
+BUSY_STEPS = 6  # steps a turn, so that a turn is more than one burst of the scheduler
 
 
 def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds to prefill, ours and llama.cpp's, in turns."""
+    """Times the prefill, ours and llama.cpp's, in turns."""
     tokens = np.random.default_rng(1).integers(0, 1000, args.prefill).astype(np.int32)
     model = swift.executor.model(rope_tables(swift.checkpoint.config, args.prefill + 1))
     cache = model.new_cache()
@@ -335,7 +340,7 @@ def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def flop_rate(size: int = 1536) -> float:
-    """fp32 operations per second of a square matrix product."""
+    """Measures the fp32 operations per second of a square matrix product."""
     a = torch.rand(size, size)
     best = float("inf")
     for _ in range(4):
@@ -346,7 +351,10 @@ def flop_rate(size: int = 1536) -> float:
 
 
 def row(contender: Contender, bandwidths: list[float], swift: TokenSwift) -> Row:
-    """share: of the median bandwidth by the median step; share_best: of the best bandwidth by the best step."""
+    """Returns a contender's figures.
+
+    share: of the median bandwidth, by the median step. share_best: of the best bandwidth, by the best step.
+    """
     median, own = statistics.median(bandwidths), contender.engine == swift.executor.name
     return {
         "engine": contender.engine,

@@ -1,5 +1,7 @@
-"""Models small enough to know everything about: tiny random checkpoints of every family, and a table of transitions
-whose text has a known distribution. Tests and experiments share them."""
+"""Models small enough to know everything about, for tests and experiments.
+
+They are tiny random checkpoints of every family, and a table of transitions whose text has a known distribution.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ def tiny_config(family: str = "llama", **changes: Any) -> Any:
 
 
 def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """Hugging Face's own model with random weights; biases and norms too, which start as constants there."""
+    """Makes Hugging Face's own model with random weights, biases and norms. The last two start as constants there."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
@@ -75,7 +77,7 @@ def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 
 def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """transformers' own model of a checkpoint, with the weights that we read: of a GGUF file, too."""
+    """Makes transformers' own model of a checkpoint, with the weights that we read, also those of a GGUF file."""
     state = dict(checkpoint.tensors(dtype=dtype))
     if checkpoint.spec.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -85,7 +87,7 @@ def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ChatML, trained on the spot."""
+    """Trains a byte-level BPE with ChatML."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,7 +102,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny(folder: Path, family: str = "llama", **changes: Any) -> None:
-    """A whole checkpoint on disk: config, sharded safetensors, tokenizer, generation defaults."""
+    """Saves a whole checkpoint on disk: config, sharded safetensors, tokenizer, generation defaults."""
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 1024, **changes}
     config = tiny_config(family, **sizes, eos_token_id=2, bos_token_id=0)
@@ -120,7 +122,7 @@ def write(
     eos: Sequence[int] = (),
     **settings: Any,
 ) -> tuple[list[int], DecodeLoop, list[Step]]:
-    """All new tokens (forced ones included), the loop and its steps."""
+    """Writes a text. Returns all new tokens (forced ones included), the loop and its steps."""
     first_end = settings.pop("first_end", 0)
     sampler = Sampler(
         params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
@@ -132,9 +134,9 @@ def write(
 
 
 class MarkovModel:
-    """Logits that depend on the row's own token only: every transition of a long text is an independent sample.
+    """A model whose logits depend on the row's own token only. So every transition of a text is an independent sample.
 
-    table: [vocab, vocab] logits of the token in the column behind the one in the row.
+    table: [vocab, vocab] logits of the column's token behind the row's.
     """
 
     numerics, guarantee, row_shapes = "table", "bitwise", ()
@@ -160,7 +162,7 @@ class MarkovModel:
 
 
 def transitions(params: SamplingParams, table: Doubles) -> Doubles:
-    """[vocab, vocab] transition probabilities by definition: top-k, then top-p, then min-p."""
+    """Computes transition probabilities [vocab, vocab] by definition: top-k, then top-p, then min-p."""
     p = np.exp(table / params.temperature)
     for row in p:
         if params.top_k:
@@ -173,15 +175,17 @@ def transitions(params: SamplingParams, table: Doubles) -> Doubles:
 
 
 def pairs(text: Sequence[int], vocab: int) -> Doubles:
-    """[vocab, vocab] how often each token follows each."""
+    """Counts how often each token follows each, [vocab, vocab]."""
     seen = np.zeros((vocab, vocab))
     np.add.at(seen, (text[:-1], text[1:]), 1)
     return seen
 
 
 def chi_square(seen: Doubles, p: Doubles) -> float:
-    """The chance of transitions as far from the distribution as these: [vocab, vocab] counts and probabilities. 0 where
-    an impossible one was seen."""
+    """Returns the chance of transitions at least as far from the distribution as these.
+
+    It is 0 where an impossible one was seen. seen, p: counts and probabilities, [vocab, vocab].
+    """
     from scipy import stats
 
     if seen[p == 0].any():

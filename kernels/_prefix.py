@@ -1,5 +1,8 @@
-"""Attention in two parts, for kernels that know no tree: the committed prefix by a vendor's kernel, the rows behind it
-by a small masked product, merged by their log-sum-exp. Measured, not bitwise: see law 1."""
+"""Attention in two parts, for kernels that know no trees.
+
+A vendor's kernel attends to the committed prefix, and a small masked product to the rows behind it. Their log-sum-exp
+merges the two. Equality with plain decoding is measured, not bitwise (law 1).
+"""
 
 from __future__ import annotations
 
@@ -16,27 +19,37 @@ from tokenswift_py.kernels.sdpa import SegmentPlan, columns, pack, page_mass, pl
 
 
 class PrefixKernel(Protocol):
-    """Attention of all rows to all keys, with its log-sum-exp."""
+    """A vendor's attention of all rows to all keys, with its log-sum-exp."""
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """q: [kv_heads, n, head_dim]. k, v: [kv_heads, T, head_dim], T > 0; any strides but the last's, which is 1.
-        Scores are scaled by head_dim ** -0.5. Returns [kv_heads, n, head_dim] and [kv_heads, n] fp32, natural log."""
+        """Returns the attention [kv_heads, n, head_dim] and its log-sum-exp [kv_heads, n] fp32, natural logarithm.
+
+        q: [kv_heads, n, head_dim]. k, v: [kv_heads, T, head_dim], T > 0; the last stride is 1, the others are any.
+        Scores are scaled by head_dim ** -0.5.
+        """
 
 
 class PagedKernel(Protocol):
-    """The same, to pages where they lie."""
+    """A vendor's attention to pages in place, with its log-sum-exp."""
 
     def __call__(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """keys, values: [kv_heads * pages, PAGE_SIZE, head_dim], a layer's whole pool. table: [kv_heads, n] int32,
-        n > 0: the pages in it of each KV head, full and in order."""
+        """Returns the same as `PrefixKernel`.
+
+        keys, values: [kv_heads * pages, PAGE_SIZE, head_dim], a layer's whole pool. table: [kv_heads, n] int32, n > 0:
+        the pages in it of each KV head, full and in order.
+        """
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """prefix: what every row attends to, as the kernel takes it; empty where there is nothing. masked_k, masked_v
-    [kv_heads, t, head_dim] and mask: what only some rows do. mask is [n, t] or [kv_heads, n, t]."""
+    """The keys and values of a segment, cut into those that every row attends to and the rest.
+
+    prefix:             keys and values for every row, as the kernel takes them. Empty where there are none.
+    masked_k, masked_v: [kv_heads, t, head_dim] those to which only some rows attend.
+    mask:               [n, t] or [kv_heads, n, t], true where a row attends to one of these.
+    """
 
     prefix: tuple[torch.Tensor, ...]
     masked_k: torch.Tensor
@@ -45,9 +58,11 @@ class Pieces:
 
 
 class PrefixAndTail:
-    """The query heads of a KV head are rows to `kernel`, so that each key is read once; KV heads are its batch, so that
-    each has pages of its own. Without page tables (`paged`) the pages of a lone sequence, which lie in one run of the
-    pool, are read in place; those of others, and those of a view, are gathered first.
+    """An attention backend that joins a vendor's kernel over the prefix with a masked product over the tail.
+
+    The query heads of a KV head are rows to `kernel`, so that each key is read once. KV heads are its batch, so that
+    each has pages of its own. A kernel without page tables (`paged`) reads the pages of a lone sequence in place, for
+    they lie in one run of the pool. Other pages, and those of a view, are gathered first.
     """
 
     def __init__(
@@ -90,7 +105,7 @@ class PrefixAndTail:
 
 
 def pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> Pieces:
-    """What all rows of a segment attend to, and the rest: the tail, and under a window the prefix's first pages."""
+    """Cuts out what all rows of a segment attend to. The rest is the tail, and under a window the first pages seen."""
     if window is not None and part.view is not None:  # each head has other pages at the window's edge
         k, v, _, mask = columns(part, layer, keys, values, window)
         assert mask is not None
@@ -106,7 +121,7 @@ def pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tens
 
 
 def paged_pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None) -> Pieces:
-    """The same with a page table: whole pages that all rows of a segment attend to, and the rest."""
+    """Cuts like `pieces`, with a page table of the whole pages that all rows of a segment attend to."""
     if window is not None and part.view is not None:
         return pieces(part, layer, keys, values, window)
     kv_heads, pages = keys.shape[:2]
@@ -125,7 +140,7 @@ def paged_pieces(part: SegmentPlan, layer: int, keys: torch.Tensor, values: torc
 
 
 def window_starts(part: SegmentPlan, window: int) -> tuple[int, int]:
-    """The first positions that any row of a segment sees, and that all rows see."""
+    """Returns the first position that any row of a segment sees, and the first that all rows see."""
     positions = part.segment.positions
     return max(0, int(positions.min()) - window + 1), max(0, int(positions.max()) - window + 1)
 
@@ -133,17 +148,23 @@ def window_starts(part: SegmentPlan, window: int) -> tuple[int, int]:
 def windowed(
     part: SegmentPlan, window: int, edge: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """k, v [kv_heads, t, head_dim] of the positions `edge` and of the tail, and who sees which: [n, t]."""
+    """Returns k and v with keys that no row sees set to 0, and the mask [n, t] of what each row sees.
+
+    edge: positions in the prefix that only some rows see. k, v: [kv_heads, t, head_dim] of these and of the tail.
+    """
     tail = part.tail
     at = torch.cat([edge, tail.positions])
     mask = torch.cat([tail.mask.new_ones(len(tail.mask), len(edge)), tail.mask], dim=1)
     mask = mask & (at[None, :] > part.positions[:, None] - window)
-    unseen = ~mask.any(0)[:, None]  # what lies there must not become 0 * NaN
+    unseen = ~mask.any(0)[:, None]  # memory that no row sees may hold NaN, and 0 * NaN is not 0
     return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask
 
 
 def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The part under the mask, in fp32. packed: [kv_heads, group * n, head_dim]. Every row sees itself."""
+    """Returns attention under the mask and its log-sum-exp, in fp32. Every row sees itself, so no sum is empty.
+
+    packed: [kv_heads, group * n, head_dim].
+    """
     scores = accumulator(packed) @ accumulator(cut.masked_k).transpose(1, 2) * packed.shape[-1] ** -0.5
     mask = cut.mask.repeat(*([1] * (cut.mask.ndim - 2)), group, 1)
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -152,8 +173,9 @@ def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[tor
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:
-    """Attention to the keys of both. out, other: [..., head_dim]; lse: [...], natural log.
+    """Merges attention to two sets of keys into attention to both.
 
+    out, other: [..., head_dim]. lse, other_lse: [...], natural logarithm.
     Source: Hydragen (arXiv 2402.05099), attention decomposition.
     """
     total = torch.logaddexp(lse, other_lse)

@@ -1,6 +1,6 @@
-"""flash-attn over the committed prefix, the tree behind it by a small masked product; see `_prefix.py`.
+"""flash-attn over the committed prefix, and a small masked product over the tree behind it; see `_prefix.py`.
 
-Two vendor's functions, each in a package of its own that installs into the folder `flash_attn`:
+There are two vendor's functions, each in a package of its own that installs into the folder `flash_attn`:
 - flash-attn 2, `flash_attn.flash_attn_with_kvcache` (any NVIDIA GPU since Ampere). Its page tables want pages of 256
   tokens, so keys go in as one run a KV head.
 - flash-attn 4, `flash_attn.cute.flash_attn_varlen_func` (as of 4.0.0b36). It takes page tables with pages of any size
@@ -26,9 +26,9 @@ TAKEN = {"seqused_k", "page_table", "num_splits", "return_lse"}
 
 
 def create() -> PrefixAndTail:
-    """flash-attn 4 before 2 on GPUs where 4 splits keys, 2 before 4 on others; whichever is installed.
+    """Makes a backend of whichever version is installed: 4 before 2 on GPUs where 4 splits keys, else 2 before 4.
 
-    Raises UserError with the lines that install them where neither is.
+    Raises UserError with the lines that install them where neither is installed.
     """
     capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
     reasons = []
@@ -57,7 +57,7 @@ def varlen_func() -> Any:
 
 
 def with_kvcache(function: Any) -> PrefixAndTail:
-    """function: flash_attn_with_kvcache, or what keeps its contract."""
+    """Makes a backend of `function`: flash_attn_with_kvcache, or one that keeps its contract."""
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # One head: [batch, rows, 1, head_dim]; lse is [batch, 1, rows].
@@ -69,8 +69,11 @@ def with_kvcache(function: Any) -> PrefixAndTail:
 
 
 def with_varlen(function: Any, capability: int) -> PrefixAndTail:
-    """function: flash_attn_varlen_func of flash-attn 4, or what keeps its contract. capability: the GPU's, major."""
-    splits = 0 if capability in SPLIT else 1  # 0: as many as fill the GPU
+    """Makes a backend of `function`: flash_attn_varlen_func of flash-attn 4, or one that keeps its contract.
+
+    capability: major compute capability of the GPU.
+    """
+    splits = 0 if capability in SPLIT else 1  # 0 means as many as fill the GPU
 
     def call(*qkv: torch.Tensor, **paging: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = function(*(x.unsqueeze(2) for x in qkv), num_splits=splits, return_lse=True, **paging)

@@ -1,4 +1,4 @@
-"""Attention as the textbook has it, row by row and head by head: slow, and the ground truth for every backend."""
+"""Textbook attention, row by row and head by head. It is slow, and the ground truth for every backend."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ class Naive:
 
 
 def accumulator(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32."""
+    """Widens to fp32 what is narrower."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def visible(
     segment: AttentionSegment, layer: int, head: int, index: int, window: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions that a row attends to, ascending, and their slots in the pool; both [T] int64."""
+    """Returns the positions that a row attends to, ascending, and their slots in the pool, both [T] int64."""
     chosen = np.arange(len(segment.pages)) if segment.view is None else segment.view[layer, head]
     lanes = np.arange(PAGE_SIZE)
     tail = segment.tail_of(index)

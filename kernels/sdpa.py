@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention: one call a segment and layer, the tree as a mask.
+"""PyTorch's scaled_dot_product_attention: one call for each segment and layer, with the tree as a mask.
 
 Masked gaps between a node and its ancestors change how sums round, so equality with plain decoding is *measured*.
 """
@@ -18,7 +18,7 @@ from tokenswift_py.kernels.naive import accumulator
 
 @dataclass(frozen=True)
 class TailColumns:
-    """The slots behind the full pages that any row of a segment attends to, and who attends to which."""
+    """The slots behind the full pages that any row of a segment attends to, and the mask of which row attends."""
 
     slots: torch.Tensor  # [t] ascending
     positions: torch.Tensor  # [t]
@@ -101,7 +101,11 @@ def plan_segment(segment: AttentionSegment, device: torch.device) -> SegmentPlan
 def columns(
     part: SegmentPlan, layer: int, keys: torch.Tensor, values: torch.Tensor, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Keys, values [kv_heads, T, head_dim], their positions [T] or [kv_heads, T], and the mask (None: all visible)."""
+    """Returns the keys and values that a segment's rows attend to in a layer.
+
+    They are [kv_heads, T, head_dim] each. Their positions come third, [T] or [kv_heads, T], and the mask last, [n, T]
+    or [kv_heads, n, T]. A mask of None says that every row sees all of them.
+    """
     kv_heads = keys.shape[0]
     flat_k, flat_v = keys.flatten(1, 2), values.flatten(1, 2)  # [kv_heads, slots, head_dim]
     tail, lanes = part.tail, torch.arange(PAGE_SIZE, device=keys.device)
@@ -127,14 +131,16 @@ def columns(
     mask = torch.cat([tail.mask.new_ones(n, prefix), tail.mask], dim=1)
     if window is not None:
         mask = mask & (positions[..., None, :] > part.positions[:, None] - window)
-        unseen = ~mask.any(dim=-2)[..., None]  # behind every row's window; what lies there must not become 0 * NaN
+        unseen = ~mask.any(dim=-2)[..., None]  # before every row's window; it may hold NaN
         k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     return k, v, positions, mask
 
 
 def pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[kv_heads, group * n, head_dim] of [n, heads, head_dim]: the query heads of a KV head become rows, so that no key
-    is repeated."""
+    """Turns queries [n, heads, head_dim] into [kv_heads, group * n, head_dim].
+
+    The query heads of a KV head become rows, so that no key is repeated.
+    """
     packed: torch.Tensor = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, q.shape[-1])
     return packed
 
@@ -149,8 +155,10 @@ def attend_far(
     out: torch.Tensor,
     mass: torch.Tensor | None,
 ) -> None:
-    """Write these rows of out, and of mass, where queries are moved for far keys: a few rows at a time, for the
-    probabilities are held whole. mask: [n, T] or [kv_heads, n, T], from `columns`."""
+    """Writes these rows of out, and of mass, where queries are moved for far keys.
+
+    It takes a few rows at a time, because the probabilities are held whole. The other arguments are from `columns`.
+    """
     at_once = max(1, MOST_WEIGHTS // (far.q.shape[1] * k.shape[1]))
     for first in range(rows.start, rows.stop, at_once):
         some = slice(first, min(first + at_once, rows.stop))
@@ -167,10 +175,10 @@ MOST_WEIGHTS = 2**25  # attention probabilities held at a time
 def far_weights(
     far: FarQueries, rows: slice, k: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """[kv_heads, group, n, T] attention probability where queries are moved for each block of keys.
+    """Returns the attention probabilities where queries are moved for each block of keys, [kv_heads, group, n, T].
 
-    There is a product of its own for each block that any head has keys of, on all keys; it is kept where the key is of
-    that block. k: [kv_heads, T, head_dim], positions: [T] or [kv_heads, T].
+    Each block that any head has keys of gets its own product, over the range of columns where the block occurs. The
+    product is kept where the key is of that block. k: [kv_heads, T, head_dim]. positions: [T] or [kv_heads, T].
     """
     kv_heads, count, head_dim = k.shape
     blocks = (positions // far.shifts.block).expand(kv_heads, count)
@@ -190,7 +198,10 @@ def far_weights(
 def page_mass(
     packed: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor | None, group: int, pages: int
 ) -> torch.Tensor:
-    """[n, kv_heads, pages]; SDPA keeps its probabilities to itself, so they are computed again."""
+    """Returns the attention mass on each page, [n, kv_heads, pages].
+
+    SDPA does not return its probabilities, so they are computed again.
+    """
     scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf)
@@ -198,7 +209,10 @@ def page_mass(
 
 
 def summed_by_page(weights: torch.Tensor, positions: torch.Tensor, pages: int) -> torch.Tensor:
-    """[n, kv_heads, pages] of probabilities [kv_heads, group, n, T] of keys at positions [T] or [kv_heads, T]."""
+    """Sums probabilities [kv_heads, group, n, T] by the page of their keys: [n, kv_heads, pages].
+
+    positions: [T] or [kv_heads, T] of the keys.
+    """
     p: torch.Tensor = weights.sum(1)
     at = (positions // PAGE_SIZE).expand(p.shape[0], -1)[:, None].expand_as(p)
     return p.new_zeros(*p.shape[:2], pages).scatter_add(2, at, p).transpose(0, 1)

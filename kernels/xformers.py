@@ -1,4 +1,4 @@
-"""xformers over the committed prefix, the tree behind it by a small masked product; see `_prefix.py`.
+"""xformers over the committed prefix, and a small masked product over the tree behind it; see `_prefix.py`.
 
 The vendor's function is `xformers.ops.fmha.memory_efficient_attention_partial`.
 """
@@ -14,7 +14,7 @@ from tokenswift_py.kernels._prefix import PrefixAndTail
 
 
 def create() -> PrefixAndTail:
-    """Raises UserError with the line that installs xformers where it is missing."""
+    """Makes the backend. Raises UserError with the line that installs xformers where it is missing."""
     need_extra("attention", "xformers", "xformers")
     from xformers.ops.fmha import memory_efficient_attention_partial
 
@@ -22,10 +22,10 @@ def create() -> PrefixAndTail:
 
 
 def with_function(function: Any) -> PrefixAndTail:
-    """function: memory_efficient_attention_partial, or what keeps its contract."""
+    """Makes a backend of `function`: memory_efficient_attention_partial, or one that keeps its contract."""
 
     def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # One head: [batch, rows, 1, head_dim]; lse is [batch, 1, rows], by some of its kernels padded.
+        # The function takes [batch, rows, 1, head_dim]. Its lse is [batch, 1, rows], which some of its kernels pad.
         out, lse = function(*(x.unsqueeze(2) for x in (q, k, v)))
         return out.squeeze(2), lse.squeeze(1)[:, : q.shape[1]]
 

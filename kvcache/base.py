@@ -36,48 +36,51 @@ class PagePool(Protocol):
         """How many caches hold this page."""
 
     def allocate(self) -> int:
-        """A page nobody holds; MemoryError when the pool is full."""
+        """Returns a page that nobody holds, with one holder. Raises MemoryError when the pool is full."""
 
     def share(self, page: int) -> None:
-        """One more holder of `page`."""
+        """Counts one more holder of `page`."""
 
     def release(self, page: int) -> None:
-        """One holder fewer; without holders the page is free again."""
+        """Counts one holder of `page` fewer. Without holders the page is free again."""
 
     def move(self, source: IntArray, target: IntArray) -> None:
-        """Copy rows between slots, as if all were read before any is written."""
+        """Copies rows between slots, with the result of reading all of them before writing any."""
 
     def dump(self, page: int) -> Bytes:
-        """[page_bytes] a copy of a full page's keys and values, in the layout of this pool's numerics."""
+        """Returns a copy of a full page's keys and values, [page_bytes], in the layout of this pool's numerics."""
 
     def restore(self, page: int, data: Bytes) -> None:
-        """Write into a page that was just allocated what `dump` gave, of a pool of the same shape and numerics."""
+        """Writes the bytes that `dump` gave into a page that was just allocated.
+
+        They must come from a pool of the same shape and numerics.
+        """
 
     def key_bounds(self, pages: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least and the greatest key of each page, [layers, kv_heads, n, head_dim] fp32, not to be written to.
+        """Returns each page's least and greatest key by dimension, [layers, kv_heads, n, head_dim] fp32, read-only.
 
-        pages: [n] pages of the pool, full and committed. A page's bounds are computed once, so this is cheap but for
-        pages that are new. They bound any query's product with the page's keys (Quest, arXiv 2406.10774, section 3):
+        pages: [n] pages of the pool, full and committed. A page's bounds are computed once, so only new pages cost
+        time. The bounds limit any query's product with the page's keys (Quest, arXiv 2406.10774, section 3) to
         q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT.
         """
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
-        """The largest product of a query with a key of each page, [layers, kv_heads, n] fp32, each key's products
-        summed over the query heads of its KV head (TokenSwift, arXiv 2502.18890, section 3.3).
+        """Returns the largest product of a query with a key of each page, [layers, kv_heads, n] fp32.
 
         pages: [n] pages of the pool, full and committed. queries: [layers, heads, head_dim], as in `Output.queries`.
-        Reads all their keys: half of what plain decoding reads of the KV cache for one token.
+        A key's products are first summed over the query heads of its KV head (TokenSwift, arXiv 2502.18890, section
+        3.3). This reads all keys of the pages: half of what plain decoding reads of the KV cache for one token.
         """
 
 
 @dataclass(frozen=True)
 class PageStats:
-    """What a policy may look at when it scores.
+    """The facts that a policy may look at when it scores pages.
 
-    pages: number of full committed pages to choose from; the partial page and the tail are always attended to.
-    table: [pages] page of the pool behind each of them, -1 where it was evicted from the target's cache and cannot be
-           chosen; None where none was and the policy reads no keys.
-    pool:  where their keys lie.
+    pages: number of full committed pages to choose from. The partial page and the tail are always attended to.
+    table: [pages] the pool's page for each of them, -1 where it was evicted from the target's cache and cannot be
+           chosen. None is allowed where no page was evicted and the policy reads no keys.
+    pool:  the pool that holds their keys.
     """
 
     pages: int
@@ -88,20 +91,20 @@ class PageStats:
 
     @property
     def held(self) -> IntArray:
-        """[n] the pages that can be chosen, ascending."""
+        """The pages that can be chosen, [n] ascending."""
         table = np.zeros(self.pages) if self.table is None else self.table
         return np.flatnonzero(table >= 0).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Committed:
-    """Statistics of the rows that a pass has just committed, in order of position.
+    """The statistics of the rows that a pass has just committed, ordered by position.
 
-    start:   position of the first row; row i stands at start + i.
+    start:   position of the first row. Row i stands at start + i.
     mass:    [layers, rows, kv_heads, pages] attention probability on every absolute page, summed over the query heads
-             of a KV head's group; None unless the policy needs it.
-    queries: [rows, layers, heads, head_dim] after RoPE; None unless the policy needs them.
-    turns:   how these queries meet far keys; None where as they are.
+             of a KV head's group. None unless the policy needs it.
+    queries: [rows, layers, heads, head_dim] after RoPE. None unless the policy needs them.
+    turns:   rule by which these queries meet far keys. None where they meet all keys unchanged.
     """
 
     start: int
@@ -112,31 +115,32 @@ class Committed:
 
 
 class EvictionPolicy(Protocol):
-    """Scores pages by how much a draft would miss them, for one sequence; it never touches the cache.
+    """Scores the pages of one sequence by how much a draft would miss them. It never changes the cache.
 
-    What it has learnt is a function of the rows, to the bit: not of how they were grouped into passes, and not of when
-    it was asked for scores. A page of which it knows nothing (no row it was shown attended to it) scores 0; before
-    the first row all pages do, and `select` keeps the latest.
+    A policy's state is a function of the rows, to the bit. It depends neither on how the rows were grouped into passes
+    nor on when scores were asked for. A page to which no row attended that the policy has seen scores 0. Before the
+    first row all pages score 0, and `select` keeps the latest.
 
-    needs: of "mass" and "queries", what full-view passes must report to `observe`; and "bounds", where `score` asks the
-           pool for bounds of each page's keys, which take memory.
+    needs: "mass" and "queries" name statistics that full-view passes must report to `observe`. "bounds" says that
+           `score` asks the pool for bounds of each page's keys, which take memory.
     """
 
     name: str
     needs: frozenset[str]
 
     def observe(self, committed: Committed) -> None:
-        """Learn from rows that were committed. Keeps nothing of the arrays, which the next pass may overwrite."""
+        """Learns from rows that were committed. Keeps no reference to the arrays, which the next pass may overwrite."""
 
     def score(self, stats: PageStats) -> FloatArray:
-        """[layers, kv_heads, pages], higher is kept first."""
+        """Returns a score for each page, [layers, kv_heads, pages]. Pages with higher scores are kept first."""
 
 
 def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
-    """[layers, kv_heads, n] absolute pages, ascending, for a view of `budget` tokens.
+    """Chooses the pages of a view of `budget` tokens: [layers, kv_heads, n] absolute pages, ascending.
 
-    The first page, whose tokens everything attends to, and the last ones are always in; the policy's scores choose
-    the others, of equals the later page. n * PAGE_SIZE <= budget, but one page is kept where there is one.
+    The first page, to whose tokens every row attends, and the last ones are always in. The policy's scores choose the
+    others, and of equal scores the later page wins. n * PAGE_SIZE <= budget, except that one page is always kept where
+    there is one.
     """
     held = stats.held
     count = min(max(1, budget // PAGE_SIZE), len(held))
@@ -148,15 +152,15 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
 
 
 def best(scores: FloatArray, count: int) -> IntArray:
-    """[..., count] indices into the last axis of scores [..., n], ascending: the rule by which pages are chosen."""
+    """Chooses pages by their scores [..., n]: returns [..., count] indices into the last axis, ascending."""
     pages, recent = scores.shape[-1], recent_of(count)
     if count == 0:
         return np.zeros((*scores.shape[:-1], 0), np.int32)
-    worth: npt.NDArray[np.float64] = np.fmax(scores, -np.inf)  # a copy; what is no number comes last
+    worth: npt.NDArray[np.float64] = np.fmax(scores, -np.inf)  # a copy, in which NaN comes last
     worth[..., pages - recent :] = np.inf
     if count > recent:
         worth[..., :1] = np.inf
-    edge = np.partition(worth, pages - count, axis=-1)[..., pages - count, None]  # the worst that is chosen
+    edge = np.partition(worth, pages - count, axis=-1)[..., pages - count, None]  # the lowest score that is chosen
     chosen, equal = worth > edge, worth == edge
     wanted = count - chosen.sum(-1, keepdims=True)
     chosen |= equal & (np.cumsum(equal[..., ::-1], axis=-1, dtype=np.int32)[..., ::-1] <= wanted)
@@ -165,7 +169,7 @@ def best(scores: FloatArray, count: int) -> IntArray:
 
 
 def recent_of(count: int) -> int:
-    """How many of `count` chosen pages are the last ones: the text's own last sentences, whatever a policy thinks."""
+    """Returns how many of `count` chosen pages are the last ones. They are in whatever their scores are."""
     return min(count, max(1, min(RECENT_PAGES, count // 4)))
 
 

@@ -10,16 +10,16 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray, PagePool, Pag
 
 
 class KVCache:
-    """Committed rows at positions 0 .. length - 1, then the provisional rows of the passes since the last commit.
+    """Holds committed rows at positions 0 .. length - 1, and the provisional rows of the passes since the last commit.
 
-    A committed row at position p lies in logical page p // PAGE_SIZE, lane p % PAGE_SIZE; the page table turns a
-    logical page into a page of the pool. Provisional row r lies where position length + r would, whatever its own
-    position is (siblings of a tree share one).
+    A committed row at position p lies in logical page p // PAGE_SIZE, lane p % PAGE_SIZE. The page table turns a
+    logical page into a page of the pool. Provisional row r lies where position length + r would lie, whatever its own
+    position is, because siblings of a tree share a position.
 
-    A full page can be evicted (the lossy mode of law 6): its logical number stays, its rows are gone for good, and
-    everything after attends to the pages that are left.
+    A full page can be evicted (the lossy mode of law 6). Its logical number stays, its rows are gone for good, and
+    later rows attend to the pages that are left.
 
-    limit: nothing is committed from this position on: the context, or where pages must be evicted first.
+    limit: first position that cannot be committed. It is the context, or a position before which pages must be evicted.
     """
 
     def __init__(self, pool: PagePool, context: int):
@@ -34,44 +34,44 @@ class KVCache:
 
     @property
     def tail_length(self) -> int:
-        """How many provisional rows there are."""
+        """The number of provisional rows."""
         return len(self._tail_positions)
 
     @property
     def full_pages(self) -> int:
-        """How many committed pages are full."""
+        """The number of full committed pages."""
         return self.length // PAGE_SIZE
 
     @property
     def pages(self) -> IntArray:
-        """[pages] page of the pool for each logical page, -1 where it was evicted; valid until the next change."""
+        """The pool's page for each logical page, [pages], -1 where it was evicted. Valid until the cache changes."""
         return self._table[: self._held]
 
     @property
     def kept(self) -> IntArray:
-        """[n] full committed pages that were not evicted, ascending."""
+        """The full committed pages that were not evicted, [n] ascending."""
         return np.flatnonzero(self.pages[: self.full_pages] >= 0).astype(np.int32)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pages held, shared ones included."""
+        """The size of the pages held in bytes, shared ones included."""
         return (self._held - self.evicted) * self.pool.page_bytes
 
     def page_stats(self) -> PageStats:
-        """What a policy may look at when it scores this cache's pages."""
+        """Returns the facts that a policy may look at when it scores this cache's pages."""
         pool, table = self.pool, self.pages[: self.full_pages].copy()
         return PageStats(len(table), pool.layers, pool.kv_heads, table=table, pool=pool)
 
     def slots(self, rows: IntArray) -> IntArray:
-        """Slots in the pool of rows numbered from position 0 on, the provisional ones behind `length`."""
+        """Returns the pool's slots of rows, numbered from position 0 on. Provisional rows begin at `length`."""
         return (self.pages[rows // PAGE_SIZE] * PAGE_SIZE + rows % PAGE_SIZE).astype(np.int32)
 
     def append(self, positions: IntArray, committable: bool) -> IntArray:
-        """Make room for provisional rows that stand at `positions` and return their slots.
+        """Makes room for provisional rows that stand at `positions`, and returns their slots.
 
-        committable: the rows are written by a full-view pass with the target's own weights. KV computed under a
-        view, or on top of such rows, is wrong from the second layer on and must never be committed.
-        Raises ValueError past the context, MemoryError when the pool is full; both leave the cache as it was.
+        committable: whether a full-view pass with the target's own weights writes the rows. Keys and values computed
+        under a view, or on top of such rows, are wrong from the second layer on and must never be committed.
+        Raises ValueError past the context and MemoryError when the pool is full. Both leave the cache unchanged.
         """
         if len(positions) and int(positions.max()) >= self.context:
             raise ValueError(f"position {int(positions.max())} is past the context of {self.context} tokens")
@@ -82,15 +82,15 @@ class KVCache:
         return self.slots(np.arange(start, start + len(positions), dtype=np.int32))
 
     def tail_committable(self, rows: Sequence[int]) -> bool:
-        """Whether all these provisional rows could be committed."""
+        """Returns whether all these provisional rows were written so that they may be committed."""
         return all(self._tail_committable[row] for row in rows)
 
     def tail_positions(self, rows: Sequence[int]) -> tuple[int, ...]:
-        """Where these provisional rows stand."""
+        """Returns the positions of these provisional rows."""
         return tuple(self._tail_positions[row] for row in rows)
 
     def commit(self, path: Sequence[int]) -> None:
-        """Keep these provisional rows, contiguous and in this order, and drop the others.
+        """Keeps these provisional rows, contiguous and in this order, and drops the others.
 
         Raises ValueError, with nothing changed, for rows that do not continue the committed sequence position by
         position, that were not written by a full-view pass, or that stand past the limit.
@@ -113,10 +113,10 @@ class KVCache:
         self.drop_tail()
 
     def adopt(self, pages: Bytes) -> None:
-        """Commit full pages dumped from a cache of the same tokens and numerics, behind the full pages there are.
+        """Commits full pages that were dumped from a cache of the same tokens and numerics, behind the pages there are.
 
-        pages: [n, page_bytes]. Raises ValueError, with nothing changed, behind a page that is not full, below
-        provisional rows, and past the limit.
+        pages: [n, page_bytes]. Raises ValueError, with nothing changed, where the last page is not full, where there
+        are provisional rows, and past the limit.
         """
         if self.tail_length or self.length % PAGE_SIZE or self.length + len(pages) * PAGE_SIZE > self.limit:
             raise ValueError(f"{len(pages)} pages do not continue {self.length} rows below the limit of {self.limit}")
@@ -126,7 +126,7 @@ class KVCache:
             self.length += PAGE_SIZE
 
     def attach(self, pages: Sequence[int]) -> None:
-        """Commit full pages of the pool that hold the next rows of this sequence; they are shared with their holders.
+        """Commits full pages of the pool that hold the next rows of this sequence. Their holders share them.
 
         Raises ValueError, with nothing changed, where `adopt` does.
         """
@@ -140,10 +140,10 @@ class KVCache:
             self.length += PAGE_SIZE
 
     def evict(self, pages: Sequence[int]) -> None:
-        """Give these full pages back to the pool.
+        """Gives these full pages back to the pool.
 
-        Raises ValueError, with nothing changed, for a page that is not full or was evicted before, and while there are
-        provisional rows, which were computed from what would be gone.
+        Raises ValueError, with nothing changed, for a page that is not full or was evicted before. The same error comes
+        while there are provisional rows, which were computed from these pages.
         """
         if self.tail_length:
             raise ValueError(f"pages cannot be evicted below {self.tail_length} provisional rows")
@@ -155,7 +155,7 @@ class KVCache:
         self.evicted += len(pages)
 
     def drop_tail(self, keep_rows: int = 0) -> None:
-        """Forget the provisional rows but the first `keep_rows`; pages that only they used go back to the pool."""
+        """Forgets the provisional rows but the first `keep_rows`. Pages that only they used go back to the pool."""
         del self._tail_positions[keep_rows:]
         del self._tail_committable[keep_rows:]
         keep = -(-(self.length + self.tail_length) // PAGE_SIZE)
@@ -165,7 +165,7 @@ class KVCache:
         self._held = min(keep, self._held)
 
     def fork(self) -> KVCache:
-        """A second sequence with the same committed rows: full pages are shared, the partial page is copied.
+        """Returns a second cache with the same committed rows. Full pages are shared, the partial page is copied.
 
         Raises MemoryError, with no page taken, when the pool is full.
         """
@@ -203,7 +203,7 @@ class KVCache:
             raise
 
     def release(self) -> None:
-        """Give every page back; the cache is empty afterwards."""
+        """Gives every page back to the pool. The cache is empty afterwards."""
         self.length = 0
         self.drop_tail()
         self.evicted = 0

@@ -1,4 +1,4 @@
-"""Pages for the torch executor: one tensor for all keys, one for all values, and a count of holders a page."""
+"""Pages for the torch executor: one tensor for all keys, one for all values, and each page's number of holders."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
-SPARE_PAGES = 16  # for tree rows that stand beside one another at the very end of the context
+SPARE_PAGES = 16  # for the rows of a tree at the very end of the context, which need slots beyond its positions
 
 
 def pages_for(context: int) -> int:
-    """Pages a pool needs for one sequence of `context` tokens with its provisional rows."""
+    """Returns how many pages a pool needs for one sequence of `context` tokens and its provisional rows."""
     return -(-context // PAGE_SIZE) + SPARE_PAGES
 
 
 class Holders:
-    """Which pages are held, and by how many caches. Low pages first, so that a lone sequence stays contiguous."""
+    """Counts how many caches hold each page. Low pages are given first, so that a lone sequence stays contiguous."""
 
     def __init__(self, pages: int):
         self._free = list(range(pages - 1, -1, -1))
@@ -67,7 +67,7 @@ MoveRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], No
 
 
 def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy rows between slots of all layers and KV heads, as if all were read before any is written.
+    """Copies rows between slots of all layers and KV heads, with the result of reading all before writing any.
 
     keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]. source, target: [n] int64.
     """
@@ -77,8 +77,9 @@ def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, ta
 
 
 class BoundedPages(Holders):
-    """Pages whose key bounds are computed when first asked for, and kept while the page is held: a full page of
-    committed rows does not change until then. They take a 32nd of the memory of bf16 pages.
+    """Pages whose key bounds are computed when they are first asked for, and kept while the page is held.
+
+    A full page of committed rows does not change while it is held. The bounds take a 32nd of the memory of bf16 pages.
 
     shape: (layers, kv_heads, pages, head_dim).
     """
@@ -107,13 +108,15 @@ class BoundedPages(Holders):
         return low[:, :, chosen], high[:, :, chosen]
 
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
-        """Write the bounds of these pages at their numbers in low and high, [layers, kv_heads, pages, head_dim]."""
+        """Writes the bounds of these pages into low and high, [layers, kv_heads, pages, head_dim], at their numbers."""
         raise NotImplementedError
 
 
 def index(pages: np.ndarray, device: torch.device) -> slice | torch.Tensor:
-    """What picks these pages, or rows, from a tensor: a view without copies where they follow one another, and nothing
-    for the host to wait for."""
+    """Returns an index that picks these pages, or rows, from a tensor without making the host wait for the device.
+
+    Where they follow one another it is a slice, which copies nothing.
+    """
     if not len(pages):
         return slice(0)
     if (np.diff(pages) == 1).all():
@@ -122,17 +125,22 @@ def index(pages: np.ndarray, device: torch.device) -> slice | torch.Tensor:
 
 
 def grouped(queries: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """[layers, heads, head_dim] queries summed over each KV head's group: a sum of products is a product of sums."""
+    """Sums queries [layers, heads, head_dim] over each KV head's group: [layers, kv_heads, head_dim] fp32.
+
+    A key's product with the sum is the sum of its products.
+    """
     sums: torch.Tensor = queries.float().unflatten(1, (kv_heads, -1)).sum(2)
     return sums
 
 
 def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values and each head's fp32 scale, as the native engine has them: the largest magnitude becomes 127, others
-    the nearest whole number, ties to even. Values too small for that are zero; where one is infinite or NaN, the scale
-    is too, and with it everything that is computed from them.
+    """Returns int8 values and each head's fp32 scale, as the native engine stores them.
 
-    x: [..., head_dim]. Returns [..., head_dim] and [...].
+    The largest magnitude of a head becomes 127, the others the nearest whole number, ties to even. A head whose scale
+    would be denormal becomes zero. Where a value is infinite or NaN, the scale is too, and so is every result
+    computed from them.
+
+    x: [..., head_dim]. Shapes of the results: [..., head_dim] and [...].
     """
     limits = torch.finfo(torch.float32)
     scale = x.float().abs().amax(-1) / 127
@@ -143,11 +151,11 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class TorchPagePool(BoundedPages):
-    """keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]; of int8 also key_scales and value_scales, the same
-    without head_dim, fp32.
+    """A page pool in torch tensors: keys and values of [layers, kv_heads, pages, PAGE_SIZE, head_dim].
 
-    The memory is reserved at once and, on a CPU, taken from the system page by page as rows are written.
-    move_rows: what copies rows, for executors that have a kernel for it.
+    A pool of int8 has key_scales and value_scales too, fp32, of the same shape without head_dim. The memory is reserved
+    at once. On a CPU it is taken from the system page by page as rows are written.
+    move_rows: function that copies rows, for executors that have a kernel for it.
     """
 
     def __init__(
@@ -174,11 +182,12 @@ class TorchPagePool(BoundedPages):
         self.page_bytes = sum(tensor.nbytes for tensor in tensors) // pages
 
     def scales_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """[kv_heads, pages, PAGE_SIZE] fp32 of a layer's keys and values; None unless they are int8."""
+        """Returns the scales of a layer's keys and values, each [kv_heads, pages, PAGE_SIZE] fp32. None unless the pool
+        is int8."""
         return (self.key_scales[layer], self.value_scales[layer]) if self.scaled else None
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v: [R, kv_heads, head_dim] into slots [R] of one layer."""
+        """Writes keys and values [R, kv_heads, head_dim] into slots [R] of one layer, as int8 where the pool is."""
         parts = ((self.keys, self.key_scales, k), (self.values, self.value_scales, v))
         for pool, scales, rows in parts:
             rows = rows.transpose(0, 1)
@@ -207,7 +216,7 @@ class TorchPagePool(BoundedPages):
 
     @property
     def _stored(self) -> tuple[torch.Tensor, ...]:
-        """All that a page is made of."""
+        """The tensors that a page is part of."""
         scales = (self.key_scales, self.value_scales) if self.scaled else ()
         return (self.keys, self.values, *scales)
 
@@ -225,7 +234,7 @@ class TorchPagePool(BoundedPages):
             low[layer][:, chosen], high[layer][:, chosen] = self._wide_keys(layer, pages).aminmax(dim=2)
 
     def _wide_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
-        """[kv_heads, n, PAGE_SIZE, head_dim] fp32."""
+        """Returns the keys of these pages as fp32, [kv_heads, n, PAGE_SIZE, head_dim]."""
         chosen = index(pages, self.keys.device)
         keys = self.keys[layer][:, chosen].float()
         return keys * self.key_scales[layer][:, chosen, :, None] if self.scaled else keys

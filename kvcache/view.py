@@ -1,4 +1,4 @@
-"""A partial cache is a page table into the full one: nothing is copied, nothing has to be kept in step."""
+"""A partial cache is a page table into the full one. Nothing is copied, and nothing has to be kept in step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenswift_py.kvcache.base import IntArray
 
 @dataclass(frozen=True, eq=False)
 class PageView:
-    """Which full pages each layer and KV head attends to.
+    """The full pages that each layer and KV head attends to.
 
     pages: [layers, kv_heads, n] absolute page numbers, strictly ascending along the last axis.
     """
@@ -29,5 +29,5 @@ class PageView:
 
     @classmethod
     def all(cls, layers: int, kv_heads: int, pages: int) -> PageView:
-        """Every page, which must give the same bits as no view."""
+        """Returns the view of every page, which must give the same bits as no view."""
         return cls(np.broadcast_to(np.arange(pages, dtype=np.int32), (layers, kv_heads, pages)))

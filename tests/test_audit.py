@@ -58,7 +58,7 @@ def honest(swift: TokenSwift, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 def forged(folder: Path, target: Path, change: Change) -> Path:
-    """The same record with something changed, its checksums right."""
+    """Writes the same record with something changed, and with right checksums."""
     found = journal.read(folder)
     tokens, forced, header = list(found.tokens), list(found.forced), json.loads(json.dumps(found.header))
     change(header, tokens, forced)
@@ -92,7 +92,7 @@ def test_what_drafted_need_not_be_there_any_more(swift: TokenSwift, tmp_path: Pa
 
 @pytest.mark.parametrize("drafter", ["none", "ngram"])
 def test_chapters_of_a_least_length_are_proven(swift: TokenSwift, tmp_path: Path, drafter: str) -> None:
-    """What may not end yet depends on the chapter that a position lies in, of all those that are checked again."""
+    """Whether a text may end yet depends on the chapter that a position lies in. Every chapter is checked again."""
     settings = {**SETTINGS, "min_new_tokens": 0, "min_chapter_tokens": 20, "logit_bias": {2: 9.0}, "drafter": drafter}
     result = record(swift, tmp_path, **settings)
     begins = [0, *(stop for _, stop in result.forced)]
@@ -134,7 +134,7 @@ def test_a_flipped_token_is_found_at_its_position(swift: TokenSwift, honest: tup
 def test_an_end_that_was_made_up_is_found_where_it_stands(
     swift: TokenSwift, honest: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """The token that became an EOS, or the EOS that became another token, comes before what follows from it."""
+    """The report names the token that became an EOS, or the EOS that became another token, not what follows from it."""
     folder, result = honest
     end = result.forced[0][0] - 1
     for name, index, token in (("ends", 10, 2), ("goes on", end, 68)):
@@ -388,7 +388,7 @@ def test_a_banned_token_is_told_in_json_that_all_can_read(
     assert "margin of inf" in capsys.readouterr().out
 
 
-# How far a token is from being the choice
+# The distance of a token from being the choice
 
 
 def scores(*values: float) -> torch.Tensor:
@@ -419,7 +419,7 @@ def test_slack_is_what_makes_a_token_the_choice(seed: int) -> None:
 
 
 def test_a_token_below_the_floor_is_as_far_from_it() -> None:
-    """min-p 0.5 keeps what is within log 2 of the best; the noise of the excluded token may well be the largest."""
+    """min-p 0.5 keeps tokens within log 2 of the best. The noise of an excluded token may well be the largest."""
     row, history = scores(5.0, 5.0 - np.log(2) - 0.01, -20.0), History([1])
     for seed in range(20):
         sampler = Sampler(SamplingParams(temperature=1.0, min_p=0.5, seed=seed), 3)

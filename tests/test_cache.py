@@ -31,12 +31,12 @@ def new_pool(pages: int = 32) -> TorchPagePool:
 
 
 def row_of(mark: int) -> torch.Tensor:
-    """[1, kv_heads, head_dim], different in every element."""
+    """Returns a tensor [1, kv_heads, head_dim] whose elements all differ."""
     return mark * 100 + torch.arange(KV_HEADS * HEAD_DIM, dtype=torch.float32).view(1, KV_HEADS, HEAD_DIM)
 
 
 def append(cache: KVCache, positions: Sequence[int], marks: Sequence[int], committable: bool = True) -> None:
-    """Provisional rows whose keys and values carry a mark."""
+    """Appends provisional rows whose keys and values carry a mark."""
     slots = cache.append(np.array(positions, np.int32), committable)
     for slot, mark in zip(slots, marks, strict=True):
         for layer in range(LAYERS):
@@ -45,8 +45,10 @@ def append(cache: KVCache, positions: Sequence[int], marks: Sequence[int], commi
 
 
 def contents(cache: KVCache) -> list[int]:
-    """The marks of the committed rows that were not evicted, after checking that every layer, head and both halves
-    agree."""
+    """Returns the marks of the committed rows that were not evicted.
+
+    It checks that every layer, every head, and keys and values agree.
+    """
     rows = np.arange(cache.length, dtype=np.int32)
     there = cache.pages[rows // PAGE_SIZE] >= 0
     slots = torch.from_numpy(cache.slots(rows[there]).astype(np.int64))
@@ -72,7 +74,7 @@ def filled(length: int, pool: TorchPagePool | None = None, context: int = CONTEX
 
 
 class CacheAgainstLists(RuleBasedStateMachine):
-    """A cache is a list of committed rows and a list of provisional ones."""
+    """A model of the cache: a list of committed rows and a list of provisional ones."""
 
     caches: Bundle[int] = Bundle("caches")
 
@@ -103,7 +105,7 @@ class CacheAgainstLists(RuleBasedStateMachine):
 
     @rule(cache=caches, shape=st.lists(st.integers(0, 100), min_size=1, max_size=12))
     def tree(self, cache: int, shape: list[int]) -> None:
-        """Each row hangs from an earlier one, or from the committed text."""
+        """Appends rows, each of which hangs from an earlier one, or from the committed text."""
         tail = self.tail[cache]
         added: list[tuple[int, int, int]] = []
         for number, choice in enumerate(shape):
@@ -183,7 +185,7 @@ TestCacheAgainstLists.settings = settings(max_examples=15, stateful_step_count=2
 
 def test_a_path_through_a_tree_is_committed_across_a_page_boundary() -> None:
     cache = filled(PAGE_SIZE - 2)
-    # Two chains side by side, interleaved: even rows are one, odd rows the other.
+    # Two chains are interleaved: even rows are one, odd rows the other.
     positions = [PAGE_SIZE - 2 + row // 2 for row in range(8)]
     append(cache, positions, range(500, 508))
     cache.commit([1, 3, 5, 7])
@@ -316,7 +318,7 @@ def test_nothing_is_committed_past_the_limit() -> None:
 
 def test_evicted_pages_are_not_chosen() -> None:
     class Fond:
-        """Wants what is gone."""
+        """A policy that likes evicted pages best."""
 
         name, needs = "fond", frozenset[str]()
 

@@ -1,4 +1,4 @@
-"""The lossy mode: a bounded cache, at fixed positions, so that the text still does not depend on how it was drafted."""
+"""The lossy mode bounds the cache at fixed positions, so that the text still does not depend on how it was drafted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPT = [int(t) for t in np.random.default_rng(7).integers(0, 61, 400)]
 
 
 class Attended:
-    """Cumulative attention mass, summed row by row: the smallest policy that learns from the passes."""
+    """The smallest policy that learns from passes. It sums attention mass row by row."""
 
     name = "attended"
     needs = frozenset({"mass"})
@@ -54,7 +54,7 @@ class Attended:
 
 
 class Fickle(Attended):
-    """Chooses by the last bits of what it learned: had it seen another row, or one other bit, other pages would go."""
+    """Chooses by the last bits of its sums. Had it seen another row, or one other bit, other pages would go."""
 
     name = "fickle"
 
@@ -64,7 +64,7 @@ class Fickle(Attended):
 
 
 class Scattered(Recent):
-    """Pages in an order of its own, so that holes lie anywhere."""
+    """Scores pages in an order of its own, so that holes lie anywhere."""
 
     name = "scattered"
 
@@ -75,7 +75,7 @@ class Scattered(Recent):
 
 FOLDER = "tokenswift_py.kvcache.policies"
 POLICIES: dict[str, Any] = {"recent": Recent, "attended": Attended, "scattered": Scattered}
-BITWISE = {  # where equal means bit for bit
+BITWISE = {  # models for which equal means bit for bit
     **POLICIES,
     "fickle": Fickle,
     **{name: partial(registry.create, FOLDER, "POLICY", "kv_policy", name) for name in registry.names(FOLDER)},
@@ -122,7 +122,7 @@ def assert_same_text(
     length: int,
     count: int,
 ) -> None:
-    """Token for token, and on the native engine bit for bit, what plain decoding writes in the same mode."""
+    """Every drafter writes plain decoding's text of the same mode, token for token, and on native bit for bit."""
     prompt = PROMPT[:length]
     ar, plain, steps = write(model, prompt, count, params, eviction=evicting(*budget, policy), want_logprobs=True)
     name, config = drafter
@@ -183,7 +183,7 @@ def test_drafting_changes_no_bit_on_the_native_engine(
 @settings(max_examples=15, deadline=None)
 @given(cut=st.integers(1, 399), budget=budgets, policy=st.sampled_from(sorted(BITWISE)))
 def test_a_text_goes_on_as_it_would_have_from_any_point(native: Any, cut: int, budget: Any, policy: str) -> None:
-    """What was evicted is a function of the tokens: prefilling the text up to a point evicts the same."""
+    """Evictions are a function of the tokens: prefilling the text up to a point evicts the same pages."""
     params = SamplingParams(temperature=1.0, seed=3)
     whole, _, _ = write(native, PROMPT[:150], 400, params, eviction=evicting(*budget, policy))
     rest, _, _ = write(native, PROMPT[:150] + whole[:cut], 400 - cut, params, eviction=evicting(*budget, policy))
@@ -192,7 +192,7 @@ def test_a_text_goes_on_as_it_would_have_from_any_point(native: Any, cut: int, b
 
 @pytest.mark.parametrize("attention", ["sdpa", "naive"])
 def test_rows_see_what_was_kept_and_nothing_else(attention: str) -> None:
-    """Against Hugging Face's own forward with the mask that the positions of eviction say."""
+    """Logits are those of Hugging Face's own forward, with the mask that follows from the positions of eviction."""
     reference = tiny_model(tiny_config(max_position_embeddings=CONTEXT))
     model = decoder_of(reference, CONTEXT, attention)
     budget, period, prompt = 256, 1, PROMPT[:270]
@@ -201,7 +201,7 @@ def test_rows_see_what_was_kept_and_nothing_else(attention: str) -> None:
     ids = torch.tensor([prompt + text])
     position, page = np.arange(ids.shape[1])[:, None], np.arange(ids.shape[1])[None] // PAGE_SIZE
     evictions = np.maximum(0, (position - budget) // (period * PAGE_SIZE) + 1)
-    first_kept = np.where(evictions > 0, 1 + evictions * period, 0)  # besides page 0, the latest are kept
+    first_kept = np.where(evictions > 0, 1 + evictions * period, 0)  # page 0 and the latest pages are kept
     mask = torch.from_numpy(((page == 0) | (page >= first_kept)) & (position >= position.T))
     bias = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
     with torch.inference_mode():
@@ -213,7 +213,7 @@ def test_rows_see_what_was_kept_and_nothing_else(attention: str) -> None:
     expected = logits[rows].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
     written = torch.tensor([x for step in steps for x in step.logprobs or ()], dtype=torch.float64)
     assert (written - expected).abs().max() < 2e-5  # the reference rotates in fp32
-    assert (whole - logits)[rows].abs().max() > 1e-2  # what was lost can be told
+    assert (whole - logits)[rows].abs().max() > 1e-2  # evictions change the logits
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
@@ -289,9 +289,9 @@ def test_sliding_windows_and_evictions(native: Any) -> None:
     weights = NativeWeights(ModelSpec.from_config(config), weights_of(tiny_model(config, torch.float32)), torch.float32)
     model, params = NativeDecoder(weights, rope_tables(config, CONTEXT)), SamplingParams(temperature=1.0, seed=4)
     full, _, _ = write(model, PROMPT[:200], 300, params)
-    # What recent pages hold reaches further back than the windows do, so nothing that is seen is ever lost ...
+    # Recent pages reach further back than the windows, so no row loses anything that it sees ...
     assert write(model, PROMPT[:200], 300, params, create("ngram"), eviction=evicting(512, 1))[0] == full
-    # ... and pages lost inside a window are lost to every drafter alike.
+    # ... and pages evicted inside a window are lost to every drafter alike.
     lossy, _, _ = write(model, PROMPT[:200], 300, params, eviction=evicting(256, 1, "scattered"))
     drafted = write(model, PROMPT[:200], 300, params, create("partial"), eviction=evicting(256, 1, "scattered"))[0]
     assert drafted == lossy

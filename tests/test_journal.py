@@ -1,4 +1,4 @@
-"""What was recorded survives; what was torn is cut; nothing else is ever taken for the run's tokens."""
+"""Recorded tokens survive, a torn end is cut, and nothing else is ever taken for the run's tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TOKENS = [5, 6, 7, 1, 2, 3, 9, *range(11, 18)]
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A folder with a journal of three blocks."""
+    """Returns a folder with a journal of three blocks."""
     record = Journal.create(tmp_path / "run", HEADER)
     for tokens, forced in BLOCKS:
         record.append(tokens, forced)
@@ -143,7 +143,7 @@ def test_one_writer_at_a_time(written: Path) -> None:
     first = Journal.open(written)
     with pytest.raises(UserError, match="another process writes it"):
         Journal.open(written)
-    assert journal.read(written).tokens == TOKENS  # looking is allowed
+    assert journal.read(written).tokens == TOKENS  # reading needs no lock
     first.close()
     Journal.open(written).close()
     with pytest.raises(UserError, match="a new or empty folder"):
@@ -195,7 +195,7 @@ def test_where_nothing_can_be_recorded_no_journal_is_left(
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """Half of a write still fits, or all of it and the disk fills up behind."""
+    """Half of a write still fits, or all of it does and the disk is full afterwards."""
     pwrite, called = os.pwrite, []
 
     def refuse(file: int, *rest: Any) -> int:
@@ -215,7 +215,7 @@ PROMPT = list(range(3, 40))
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial", "cascade", "heads", "cascade with heads"])
 def test_a_text_resumed_at_any_point_is_the_uninterrupted_one(tiny_decoder: Any, drafter: str) -> None:
-    """At every token, forced turns and the chapter's end among them, with penalties over what was recorded."""
+    """A run resumes at every token, also in forced turns and at a chapter's end, with penalties over what it wrote."""
     params = SamplingParams(temperature=0.9, seed=4, min_p=0.02, penalty=1.2, dry_multiplier=0.5)
     plain, _, _ = write(tiny_decoder, PROMPT, 40, params)
     eos, turns = [plain[9]], [[5, 6, 7], [8]]
@@ -239,7 +239,7 @@ def test_a_text_resumed_at_any_point_is_the_uninterrupted_one(tiny_decoder: Any,
 
 
 def turn_places(whole: list[int], steps: list[Any]) -> set[int]:
-    """Lengths at which a text would end in a forced turn: no journal does, its blocks hold whole steps."""
+    """Returns lengths at which a text would end in a forced turn. No journal does, because blocks hold whole steps."""
     places, at = set(), 0
     for number, step in enumerate(steps):
         if number and step.forced:
@@ -373,7 +373,7 @@ def test_extending_writes_what_a_longer_run_writes(swift: TokenSwift, tmp_path: 
     cut_short(tmp_path / "run", 100)
     with pytest.raises(UserError, match=r"extend: 5 is not allowed; the run is not finished \(100 of 120 tokens\)"):
         swift.resume(tmp_path / "run", extend=5)
-    Journal.open(tmp_path / "run").close()  # a refusal gives the lock back
+    Journal.open(tmp_path / "run").close()  # the refusal gave the lock back
 
 
 def test_a_text_that_ended_by_itself_is_not_extended(swift: TokenSwift, tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_parameters_given_again_must_be_the_recorded_ones(swift: TokenSwift, run
     with pytest.raises(UserError, match=r"seed: 3 is not allowed; the run was written with 2"):
         swift.resume(folder, seed=3)
     with swift.resume(folder, draft_model="another/one", draft_weights="bf16", drafter="ngram") as free:
-        assert free.result().tokens == whole.tokens  # how it is drafted is free
+        assert free.result().tokens == whole.tokens  # the drafter is free to change
     with pytest.raises(UserError, match="logits_processors: "):
         swift.resume(folder, logits_processors=[print])
     for wrong, says in (
@@ -446,7 +446,7 @@ def test_a_weights_file_is_hashed_again_when_it_changes(tmp_path: Path, monkeypa
 
 @pytest.fixture
 def kept(swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    """A run of two shards and more, closed before its end, and what it would have become."""
+    """Returns a run of more than two shards, closed before its end, and its uninterrupted result."""
     monkeypatch.setattr(snapshot, "SHARD", 2)
     monkeypatch.setattr(snapshot, "ROWS", 128)
     settings = {"max_new_tokens": 350, "seed": 3, "ignore_eos": True, "draft_tokens": 4}
@@ -484,7 +484,7 @@ def test_a_snapshot_spares_the_prefill_and_is_checked(
 
 
 def resumed(swift: TokenSwift, folder: Path, whole: Any) -> int:
-    """How many rows had to be computed to go on."""
+    """Returns how many rows had to be computed to go on."""
     with swift.resume(folder) as stream:
         list(stream)
     assert stream.result().tokens == whole.tokens and stream.result().text == whole.text
@@ -607,7 +607,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def forks() -> Iterator[Callable[[list[str], float | None], int]]:
-    """Runs a command line in a fresh process and kills it after so many seconds; its exit code."""
+    """Runs a command line in a new process and kills it after so many seconds. Returns its exit code."""
     server = subprocess.Popen([sys.executable, "-c", FORKS], cwd=ROOT, stdin=-1, stdout=-1, text=True)
     assert server.stdin is not None and server.stdout is not None
 
@@ -627,7 +627,7 @@ def forks() -> Iterator[Callable[[list[str], float | None], int]]:
 def test_killed_at_random_moments(
     cli: list[str], tmp_path: Path, forks: Callable[[list[str], float | None], int], kills: int, tokens: int
 ) -> None:
-    """Nothing that was synced is lost, and every text that was resumed is the uninterrupted one."""
+    """No synced token is lost, and every resumed text is the uninterrupted one."""
     rng = random.Random(kills)
     arguments = [*cli, "--prompt", "the cat", "--max-new-tokens", str(tokens), "--context", "8000", "--out"]
     began = time.monotonic()
@@ -654,7 +654,7 @@ def test_killed_at_random_moments(
 
 
 def begun(folder: Path) -> bool:
-    """Whether the process lived long enough to record what was asked for."""
+    """Returns whether the process lived long enough to record its parameters."""
     try:
         journal.read(folder)
     except UserError:

@@ -1,4 +1,4 @@
-"""The planner's parts: what it learns of costs and chances, what it then finds worth drafting, and the trace of it.
+"""The planner learns costs and chances, and keeps the drafts that are worth their time. The trace shows it.
 
 Passes are simulated: their milliseconds come from a formula and a seeded generator, not from a clock.
 """
@@ -28,13 +28,13 @@ Cost = Callable[[int, int], float]
 
 
 def true_cost(rows: int, context: int) -> float:
-    """A pass that reads weights and cache whatever it does; rows beyond four are bound by arithmetic."""
+    """The time of a pass that always reads weights and cache. Rows beyond four are bound by arithmetic."""
     extra = max(0, rows - 4)
     return 8 + 0.2 * rows + 0.9 * extra + context * (6e-4 + 2e-5 * rows + 1.5e-4 * extra)
 
 
 def noisy(rng: np.random.Generator, ms: float) -> float:
-    """Some percent of jitter, and now and then a burst of whatever else the machine does."""
+    """Adds some percent of jitter, and now and then a burst of other work of the machine."""
     return float(ms * np.exp(0.04 * rng.standard_normal()) * (3 if rng.random() < 0.08 else 1))
 
 
@@ -49,7 +49,7 @@ def fitted(seed: int = 0, passes: int = 600) -> PassCost:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
-    """At contexts and row counts that were measured, and at others between them."""
+    """Costs are right at contexts and row counts that were measured, and at others between them."""
     cost = fitted(seed)
     for rows in (1, 2, 4, 6, 9, 16, 24):
         for context in (*CONTEXTS, 600, 12_000):
@@ -59,7 +59,7 @@ def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
 def test_rows_and_context_never_make_a_pass_cheaper() -> None:
     rng = np.random.default_rng(3)
     cost = PassCost()
-    for _ in range(100):  # nothing in these depends on anything
+    for _ in range(100):  # the times are random, whatever rows and context
         cost.observe(int(rng.integers(1, 9)), int(rng.choice(CONTEXTS)), float(rng.uniform(5, 15)))
     table = np.array([[cost(rows, context) for context in CONTEXTS] for rows in range(1, 65)])
     assert (np.diff(table, axis=0) >= 0).all()
@@ -108,13 +108,13 @@ def test_odds_start_at_the_prior_and_learn() -> None:
     for _ in range(2000):
         odds.learn(bool(rng.random() < 0.3))
     assert odds.chance == pytest.approx(0.3, abs=0.08)
-    for _ in range(400):  # the text changes: what is long ago counts little
+    for _ in range(400):  # the text changes, and early guesses count little
         odds.learn(True)
     assert odds.chance > 0.85
 
 
 def planner_of(cost: Cost = true_cost, context: int = 5000, rounds: int = 200, most: int = 64) -> Planner:
-    """One that has seen plain rounds, and passes of more rows without noise."""
+    """Returns a planner that has seen plain rounds, and passes of more rows without noise."""
     planner = Planner(most)
     planner.context = context
     for rows in range(1, 17):
@@ -172,7 +172,10 @@ SHAPES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def padded_planner(step_ms: float, context: int = 5000) -> Planner:
-    """Of an executor that pads passes: 10 ms, and `step_ms` more for each row that it computes, guess or padding."""
+    """Returns a planner for an executor that pads passes.
+
+    A pass takes 10 ms, and `step_ms` more for each row that it computes, guess or padding.
+    """
     planner = Planner(shapes=SHAPES)
     planner.context = context
     for rows in range(1, 65):
@@ -185,7 +188,7 @@ def padded_planner(step_ms: float, context: int = 5000) -> Planner:
 def test_a_row_within_a_shape_costs_nothing_and_the_first_of_the_next_its_step() -> None:
     planner = padded_planner(0.25)
     for rows in range(1, 64):
-        step = 0.25 * rows if rows in SHAPES else 0.0  # from a shape to the next, twice as large
+        step = 0.25 * rows if rows in SHAPES else 0.0  # each shape is twice as large as the one before
         assert planner.row_ms(rows) == pytest.approx(step, abs=0.02), rows
     assert planner.target.largest == 64 and planner.target(5, 5000) == planner.target(8, 5000)
     assert planner.worth_row(1e-6, 5), "a seat that is paid for"
@@ -195,7 +198,7 @@ def test_a_row_within_a_shape_costs_nothing_and_the_first_of_the_next_its_step()
 
 def test_a_shape_is_taken_if_its_rows_together_pay_for_it() -> None:
     planner = padded_planner(0.25)
-    step = planner.rate * 8 * 0.25  # what rows 9 to 16 must bring
+    step = planner.rate * 8 * 0.25  # tokens that rows 9 to 16 must bring
     tree = [1.0] + [0.5] * 7
     assert planner.rows_paid([*tree, *[step / 4] * 8], 1) == 16
     assert planner.rows_paid([*tree, *[step / 4] * 5], 1) == 13, "rows that nobody needs are padding"
@@ -256,9 +259,9 @@ def test_probes_take_a_hundredth_of_the_time() -> None:
 
 
 def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:
-    """Milliseconds a token of a text whose every guess is right with one chance and costs one draft pass.
+    """Returns milliseconds a token of a text whose guesses are all right with one chance and cost one draft pass each.
 
-    length: draft always so many; None asks the planner before every guess.
+    length: number of guesses to draft always. None asks the planner before every guess.
     """
     rng, planner, odds = np.random.default_rng(seed), Planner(), Odds(0.9)
     planner.context = 5000
@@ -286,7 +289,7 @@ def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = N
 
 @pytest.mark.parametrize(("chance", "draft_ms"), [(0.02, 4.0), (0.5, 9.0), (0.3, 4.0)])
 def test_drafting_that_does_not_pay_is_left_alone(chance: float, draft_ms: float) -> None:
-    """Probes and the first attempts included, 2 000 tokens take no more than 3 % longer than plain decoding does."""
+    """2 000 tokens take at most 3 % longer than plain decoding, with probes and first attempts."""
     plain = np.mean([simulate(chance, draft_ms, 2000, length=0, seed=seed) for seed in range(4)])
     planned = np.mean([simulate(chance, draft_ms, 2000, seed=seed) for seed in range(4)])
     assert planned < 1.03 * plain

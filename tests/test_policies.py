@@ -1,5 +1,8 @@
-"""Policies against their formulas, and what holds for all of them: no bit depends on how rows came in passes, sinks and
-recent pages are in every view, what is attended to is kept, and no token of the text changes."""
+"""Policies against their formulas, and the promises of all of them.
+
+No bit depends on how rows were grouped into passes, the first and the recent pages are in every view, pages that rows
+attend to are kept, and no token of the text changes.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,10 @@ def create(name: str, **settings: Any) -> Any:
 
 
 class Text:
-    """`count` rows at positions `start` and on, with random attention (causal, as a model's) and random queries, over
-    random keys; it is its own pool, pages in reverse."""
+    """A text of `count` rows from position `start` on, with random causal attention, queries and keys.
+
+    It is its own pool, with pages in reverse order.
+    """
 
     def __init__(self, start: int, count: int, seed: int = 0, dtype: type = np.float32):
         rng = np.random.default_rng(seed)
@@ -62,14 +67,17 @@ class Text:
         self.keys = rng.standard_normal((LAYERS, KV_HEADS, self.pages, PAGE_SIZE, HEAD_DIM)).astype(np.float32)
 
     def stats(self, stop: int) -> PageStats:
-        """Behind the row at position `stop - 1`."""
+        """Returns the statistics behind the row at position `stop - 1`."""
         full = stop // PAGE_SIZE
         table = np.arange(self.pages - 1, -1, -1, dtype=np.int32)[:full]
         return PageStats(full, LAYERS, KV_HEADS, table, self)
 
     def passes(self, sizes: Sequence[int]) -> Iterator[Committed]:
-        """The rows in passes of these sizes, over and over; a pass reports pages up to its last row's, and some more
-        (for rows that were not committed), padded as the native engine pads them."""
+        """Yields the rows in passes of these sizes, over and over.
+
+        A pass reports pages up to its last row's, and some more for rows that were not committed, padded like the
+        native engine's.
+        """
         row = 0
         for turn, size in enumerate(itertools.cycle(sizes)):
             rows = slice(row, min(row + size, self.count))
@@ -78,7 +86,7 @@ class Text:
             mass[..., :pages] = self.mass[:, rows, :, :pages]
             queries = self.queries[rows].copy()
             yield Committed(self.start + row, rows.stop - row, mass[..., : pages + turn % 3], queries)
-            mass[:] = queries[:] = np.nan  # what a policy keeps must be its own
+            mass[:] = queries[:] = np.nan  # a policy must keep copies
             if (row := rows.stop) == self.count:
                 return
 
@@ -100,7 +108,7 @@ def learnt(policy: Any, text: Text, sizes: Sequence[int] = (5,)) -> FloatArray:
 
 
 def mean_since_full(text: Text, full: int) -> FloatArray:
-    """H2O's rate: of the rows behind a page's last token, the mean mass on it."""
+    """H2O's rate is the mean mass on a page over the rows behind its last token."""
     rates = np.zeros((LAYERS, KV_HEADS, full))
     for page in range(full):
         later = text.start + np.arange(text.count) >= (page + 1) * PAGE_SIZE
@@ -133,7 +141,7 @@ def test_h2o_prefers_no_page_for_its_age() -> None:
     text.mass[:] = 0.001
     for page in (1, 9, 17):
         text.mass[:, own > page, :, page] = 0.2
-        text.mass[:, own == page, :, page] = 0.9 - 0.05 * page  # what a page's own rows do does not count
+        text.mass[:, own == page, :, page] = 0.9 - 0.05 * page  # a page's own rows do not count
     scores = learnt(create("h2o"), text)
     np.testing.assert_allclose(scores[..., [1, 9, 17]], 0.2, rtol=1e-6)
     assert (np.delete(scores, [1, 9, 17], axis=-1) < 0.01).all()
@@ -187,7 +195,7 @@ def test_no_bit_depends_on_how_rows_came_in_passes(
     expected = learnt(one_by_one, text, [1])
     for turn, rows in enumerate(text.passes(sizes)):
         grouped.observe(rows)
-        if turn % 3 == seed % 3:  # being asked for scores in between changes nothing
+        if turn % 3 == seed % 3:  # asking for scores in between changes nothing
             grouped.score(text.stats(rows.start + rows.rows))
     assert np.array_equal(grouped.score(text.stats(start + count)), expected)
 
@@ -201,7 +209,7 @@ def test_before_the_first_row_the_latest_pages_are_kept(name: str, pages: int) -
 
 @pytest.mark.parametrize("name", ["mass", "h2o", "snapkv"])
 def test_pages_no_seen_row_attended_to_score_nothing(name: str) -> None:
-    """Evicted pages, and pages that came with rows which no policy was shown."""
+    """Pages that were evicted, and pages of rows that no policy was shown, score 0 or are not chosen."""
     policy, mass = create(name), np.zeros((LAYERS, 2, KV_HEADS, 11), np.float32)
     mass[..., :2] = 1
     policy.observe(Committed(640, 2, mass))
@@ -213,7 +221,7 @@ def test_pages_no_seen_row_attended_to_score_nothing(name: str) -> None:
 @settings(max_examples=100)
 @given(pages=st.integers(0, 60), budget=st.integers(1, 70 * PAGE_SIZE), seed=st.integers(0, 1000))
 def test_a_selection_is_the_best_pages_of_equals_the_later(pages: int, budget: int, seed: int) -> None:
-    """Against a full sort; scores from few values, so that most are equal."""
+    """The choice is that of a full sort. Scores have few values, so that most are equal."""
     scores = np.random.default_rng(seed).integers(-2, 3, (LAYERS, KV_HEADS, pages)).astype(np.float32)
     scores[scores == 2] = -np.inf if seed % 2 else np.nan
 
@@ -258,7 +266,7 @@ def test_an_old_page_that_gets_all_the_attention_is_kept_by_all_but_recent(name:
 
 
 def test_mass_and_snapkv_forget_and_h2o_remembers() -> None:
-    """A page hit by half of all rows, all of them long ago."""
+    """A page that half of all rows hit, all of them long ago."""
     text = Text(0, 40 * PAGE_SIZE)
     text.mass *= 0.1
     text.mass[..., 7] = 0
@@ -275,7 +283,7 @@ def select_from(name: str, text: Text, budget: int) -> np.ndarray:
 
 
 def test_what_has_decayed_is_swept_away() -> None:
-    """A page that is hit no more (out of a sliding window, or evicted) must not fill the sums with denormals."""
+    """A page that no row hits any more (out of a sliding window, or evicted) must not fill the sums with denormals."""
     policy = create("mass", decay=0.5)
     policy.observe(Committed(0, 1, np.ones((1, 1, 1, 2), np.float32)))
     later = np.zeros((1, 1000, 1, 2), np.float32)
@@ -332,7 +340,7 @@ def test_no_policy_changes_a_token(decoder: Any, plain: list[int], name: str) ->
 
 
 class Watching(Scripted):
-    """Drafts by the script, and shows policies what is committed."""
+    """Drafts by the script, and shows policies the committed rows."""
 
     needs = frozenset({"mass", "queries"})
 
@@ -358,8 +366,10 @@ class Watching(Scripted):
 
 
 def test_no_bit_of_a_score_depends_on_the_trees_that_were_drafted() -> None:
-    """On the native engine, whose rows report the same in any pass: plain decoding, chains and trees that are right,
-    wrong and both teach a policy the same."""
+    """On the native engine, whose rows report the same in any pass, every way to write teaches a policy the same.
+
+    The ways are plain decoding, and chains and trees that are right, wrong, or both.
+    """
     decoder = native_decoder()
     plain, _, _ = write(decoder, PROMPT, 90, SAMPLED)
     learnt: dict[str, list[FloatArray]] = {name: [] for name in LEARNING}
@@ -369,7 +379,7 @@ def test_no_bit_of_a_score_depends_on_the_trees_that_were_drafted() -> None:
         written = 0
         for step in loop.run(PROMPT):
             written += len(step.tokens)
-            if written == 90:  # before the cache is given back
+            if written == 90:  # the cache is not given back yet
                 for name, policy in drafter.policies.items():
                     learnt[name].append(policy.score(loop.cache.page_stats()))
     for scores in learnt.values():
@@ -380,8 +390,10 @@ def test_no_bit_of_a_score_depends_on_the_trees_that_were_drafted() -> None:
 
 @pytest.mark.model
 def test_mass_drafts_better_than_recent_on_source_code() -> None:
-    """The share of next tokens, of a real text behind 3 000 tokens of it, that a view of 512 tokens and the whole
-    cache choose alike with the same noise; the view is chosen anew every four tokens."""
+    """More next tokens are those of the whole cache, by the same noise, under a view by mass than under one by recent.
+
+    A view has 512 tokens and is chosen anew every four tokens. The text is real, and 3 000 tokens of it come before.
+    """
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
     swift = TokenSwift.from_pretrained(engine="native")
     text = Path(argparse.__file__).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Wrong input is told in one line. A leaf: every layer may import it."""
+"""Errors that tell wrong input in one line. This is a leaf module, which every layer may import."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TextIO
 
-SHOWN = 200  # characters of a wrong value, of which a prompt may be one
+SHOWN = 200  # characters of a wrong value that are shown; it may be a whole prompt
 
 
 class UserError(ValueError):
-    """Wrong input, told in one line: the field, the value and what is allowed."""
+    """Wrong input, told in one line: the field, its value and what is allowed."""
 
 
 def check(condition: bool, field: str, value: object, allowed: str) -> None:
-    """Raise the one-line `UserError` that every wrong setting gets."""
+    """Raises the one-line `UserError` that every wrong setting gets, unless the condition holds."""
     if not condition:
         raise UserError(f"{field}: {shown(value)} is not allowed; {allowed}")
 
 
 def shown(value: object) -> str:
-    """A value as messages have it, which is as it was typed: a path and a number of numpy's as a text and a number are;
-    of a long one its beginning."""
+    """Returns a value for a message, as the user typed it, and only the beginning of a long one.
+
+    A path is shown like a text, and a numpy number like a number.
+    """
     if isinstance(value, PurePath):
         value = str(value)
     item = getattr(value, "item", None)
@@ -36,7 +38,7 @@ def shown(value: object) -> str:
 
 
 def check_text(field: str, text: str) -> None:
-    """Refuse what UTF-8 has no bytes for: lone surrogates, which is how Python hands on bytes that are not UTF-8."""
+    """Raises UserError for lone surrogates, which UTF-8 cannot encode. Python makes them of bytes that are no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -45,8 +47,10 @@ def check_text(field: str, text: str) -> None:
 
 
 def need_extra(field: str, value: str, package: str) -> None:
-    """Raise a `UserError` with the line that installs it unless an optional package can be imported. Its extra has the
-    name of what was asked for."""
+    """Raises a `UserError` with the line that installs an optional package, unless the package can be imported.
+
+    The extra has the name of the value that was asked for.
+    """
     try:
         importlib.import_module(package)
     except ImportError as error:
@@ -55,30 +59,30 @@ def need_extra(field: str, value: str, package: str) -> None:
 
 
 class NumericsError(RuntimeError):
-    """Logits or scores that nobody can choose from."""
+    """Logits or scores that no token can be chosen from."""
 
 
 @contextmanager
 def files(field: str, path: object, allowed: str) -> Iterator[None]:
-    """Turn what the system has against a file or folder into the one line that every wrong setting gets."""
+    """Turns the system's error about a file or folder into the one line that every wrong setting gets."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:  # a NUL in a name is a ValueError, an unknown ~user the last
+    except (OSError, ValueError, RuntimeError) as error:  # NUL in a name: ValueError; unknown ~user: RuntimeError
         why = getattr(error, "strerror", None) or error
         raise UserError(f"{field}: {shown(str(path))} is not allowed; {allowed} ({why})") from error
 
 
 def new_file(field: str, path: str | Path) -> TextIO:
-    """A file to write UTF-8 into. Raises UserError where there is one already: nothing is overwritten."""
+    """Opens a new file to write UTF-8 into. Raises UserError where there is one already: nothing is overwritten."""
     check_new(field, path)
     with files(field, path, "a file that can be written"):
         return Path(path).open("w", encoding="utf-8")
 
 
 def check_new(field: str, path: str | Path) -> None:
-    """Refuse a file or folder that is there; a device or a pipe keeps nothing that could be overwritten."""
+    """Raises UserError for a file or folder that exists. A device or pipe is allowed, for it keeps nothing."""
     with files(field, path, "a file that can be written"):
         there = Path(path).is_file() or Path(path).is_dir()
         check(not there, field, str(path), "a new file; nothing is overwritten")
@@ -90,7 +94,7 @@ def check_new(field: str, path: str | Path) -> None:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Put the parameter that led there in front of whatever `UserError` is raised."""
+    """Puts the parameter that led there in front of a `UserError`."""
     try:
         yield
     except UserError as error:
@@ -99,11 +103,11 @@ def about(field: str) -> Iterator[None]:
 
 @contextmanager
 def one_line(message: str) -> Iterator[None]:
-    """Turn whatever a library throws at a bad file into one line that says which file it was."""
+    """Turns any error of a library about a bad file into one line that says which file it was."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # libraries raise every kind there is at a bad file, bare Exception included
+    except Exception as error:  # libraries raise every kind at a bad file, bare Exception included
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{message} ({type(error).__name__}: {detail})") from error

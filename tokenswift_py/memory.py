@@ -1,4 +1,4 @@
-"""How much memory there is to take, asked before it is taken."""
+"""Checks how much memory is free, before any is taken."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import torch
 
 from tokenswift_py.errors import check
 
-HEADROOM = 256 * 2**20  # activations, logits and the allocator's slack
+HEADROOM = 256 * 2**20  # bytes for activations, logits and the allocator's slack
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def check_memory(needed: int, device: torch.device, what: str) -> None:
-    """Refuse what cannot fit into the memory that is free now."""
+    """Raises UserError where `needed` bytes do not fit into the memory that is free now. what: what needs them."""
     mib, free = f"{needed / 2**20:.0f} MiB", free_on(device)
     check(needed + HEADROOM <= free, "memory", mib, f"{what} must fit the {free / 2**20:.0f} MiB that are free")
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes that may still be taken there. On a GPU the driver calls all of torch's allocator's memory taken, also what
-    no tensor is in: without that, a second run would be refused for what the first one left behind."""
+    """Returns the bytes that may still be taken on a device.
+
+    On a GPU the driver counts all memory of torch's allocator as taken, also where no tensor is in it. That part is
+    added, or a second run would be refused for the memory that the first one left behind.
+    """
     if device.type != "cuda":
         return free_memory()
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -31,12 +34,12 @@ def free_on(device: torch.device) -> int:
 
 
 def free_memory() -> int:
-    """Bytes this process may still take: what the system has, and what each of its control groups allows."""
+    """Returns the bytes this process may still take: those the system has, within the limits of its control groups."""
     return min([int(psutil.virtual_memory().available), *cgroup_room()])
 
 
 def cgroup_room(root: Path = CGROUPS, own: Path = OWN_GROUPS) -> Iterator[int]:
-    """Bytes left in every limited group from the process's own upwards, of cgroup versions 1 and 2."""
+    """Yields the bytes left in every limited control group from the process's own upwards, of versions 1 and 2."""
     try:
         entries = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -49,7 +52,7 @@ def cgroup_room(root: Path = CGROUPS, own: Path = OWN_GROUPS) -> Iterator[int]:
 
 
 def rooms(top: Path, path: str, limit: str, usage: str) -> Iterator[int]:
-    """Limit less usage of a group and those above it; file cache that can be dropped is not in use."""
+    """Yields limit less usage of a group and those above it. File cache that can be dropped does not count as usage."""
     group = top / path.lstrip("/")
     for folder in [group, *group.parents]:
         try:
@@ -58,6 +61,6 @@ def rooms(top: Path, path: str, limit: str, usage: str) -> Iterator[int]:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             yield allowed - used + int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
         except (OSError, ValueError):
-            pass  # no such file here, or "max": no limit
+            pass  # the file does not exist here, or says "max", which is no limit
         if folder == top:
             break

@@ -1,14 +1,14 @@
-"""Does a text hold up over its length? Perplexity, distinct-4, compression and loops, window by window.
+"""Measures whether a text holds up over its length: perplexity, distinct-4, compression and loops, by windows.
 
-Word salad is as varied as prose, so no measure of diversity tells them apart. A model that reads them does: each window
-by itself, in a fresh cache and at positions from 0 on, where it was trained, whatever the positions at which the text
-was written.
+Word salad is as varied as prose, so no measure of diversity tells them apart. A model that reads them does. It reads
+each window by itself, in a fresh cache and at positions from 0 on, where it was trained, whatever the positions at
+which the text was written.
 
 - Perplexity is that of the judge's own tokens. Salad of short, frequent tokens looks better in it than it is, and two
-  judges with other vocabularies cannot be compared.
+  judges with different vocabularies cannot be compared.
 - Bits per byte (Gao et al. 2020, arXiv 2101.00027, section 3.1) spread the same nats over the UTF-8 bytes of the text,
   which are the same for every judge.
-- A low figure alone is no praise: a loop is easy to foresee. So distinct-4, compression and loops stand beside.
+- A low figure alone is no praise, because a loop is easy to foresee. So distinct-4, compression and loops stand beside.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.loaded import LoadedModel
 
-WINDOW = 1000  # tokens
-LEAST = 4  # tokens of a window: fewer have no 4-gram
+WINDOW = 1000  # tokens of a window
+LEAST = 4  # tokens of a window at least, because fewer have no 4-gram
 CHUNK = 128  # rows of a pass, each of which gives a row of logits
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def windows_of(tokens: Sequence[int], window: int = WINDOW) -> list[Sequence[int]]:
-    """Windows of so many tokens, one behind the other; a rest is left out, but a shorter text is one window.
+    """Cuts tokens into windows, one behind the other. A rest is left out, but a shorter text is one window.
 
     Raises ValueError for fewer tokens than LEAST.
     """
@@ -54,13 +54,13 @@ def windows_of(tokens: Sequence[int], window: int = WINDOW) -> list[Sequence[int
 
 
 def text_tokens(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
-    """The tokens that are text: those that end a chapter, and other markup, are nothing to be read."""
+    """Returns the tokens that are text, without markup such as the end of a chapter."""
     special = special_ids(tokenizer)
     return [token for token in tokens if token not in special]
 
 
 def decoder(tokenizer: Any) -> Decode:
-    """What turns tokens into their text."""
+    """Returns a function from tokens to their text."""
     return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
 
 
@@ -70,10 +70,12 @@ def median(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True)
 class WindowQuality:
-    """distinct_4:  different 4-grams over all 4-grams, per window; low where a text repeats itself.
-    compression: UTF-8 bytes over their zlib (level 9) size, per window; high where a text repeats itself in any way,
-                 low in word salad.
-    looping:     the windows in which one block is said over and over (`stats.find_loop`).
+    """The measures of a text's windows that need no model.
+
+    distinct_4:  different 4-grams over all 4-grams of each window. Low where a text repeats itself.
+    compression: UTF-8 bytes over their zlib (level 9) size, of each window. High where a text repeats itself in any
+                 way, low in word salad.
+    looping:     numbers of the windows in which one block is repeated over and over (`find_loop`).
     """
 
     distinct_4: tuple[float, ...]
@@ -81,7 +83,7 @@ class WindowQuality:
     looping: tuple[int, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Median and worst of the windows: lowest distinct-4, highest compression. None where there are no windows."""
+        """Returns median and worst of the windows: lowest distinct-4, highest compression. None without windows."""
         return {
             "windows": len(self.distinct_4),
             "distinct_4_median": median(self.distinct_4),
@@ -93,7 +95,7 @@ class WindowQuality:
 
 
 def window_quality(tokens: Sequence[int], decode: Decode, window: int = WINDOW) -> WindowQuality:
-    """The measures that need no model, of `windows_of` the tokens that the model chose, without forced ones."""
+    """Measures `windows_of` the tokens. They are those that the model chose, without forced ones."""
     windows = windows_of(tokens, window)
     texts = [decode(part).encode() for part in windows]
     return WindowQuality(
@@ -105,10 +107,10 @@ def window_quality(tokens: Sequence[int], decode: Decode, window: int = WINDOW) 
 
 @dataclass(frozen=True)
 class Reading:
-    """How likely a judge finds one window.
+    """A judge's probability of one window.
 
     nats:   -ln p, summed over the tokens that have something before them.
-    tokens: how many these are; size: UTF-8 bytes of their text.
+    tokens: number of these tokens. size: UTF-8 bytes of their text.
     """
 
     nats: float
@@ -117,7 +119,7 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean nats per token of the judge; infinite where a double ends."""
+        """The exponential of the mean nats per token of the judge, infinite beyond the range of a double."""
         mean = self.nats / self.tokens if self.tokens else math.inf
         return math.exp(mean) if mean < 700 else math.inf
 
@@ -128,14 +130,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class WindowPerplexity:
-    """The windows of a text as a judge reads them. judge: the model's name; window: tokens of the writer."""
+    """A judge's readings of the windows of a text. judge: name of the model. window: the writer's tokens in each."""
 
     judge: str
     window: int
     readings: tuple[Reading, ...]
 
     def summary(self) -> dict[str, Any]:
-        """The report's `window_perplexity`: median and worst, which is the highest; null for a text without windows."""
+        """Returns the report's `window_perplexity`: median and worst, which is the highest. None without windows."""
         figures: dict[str, Any] = {}
         for name, prefix in (("perplexity", ""), ("bits_per_byte", "bits_per_byte_")):
             values = [getattr(reading, name) for reading in self.readings]
@@ -145,9 +147,9 @@ class WindowPerplexity:
 
 
 def window_perplexity(loaded: LoadedModel, tokens: Sequence[int], window: int | None = None) -> WindowPerplexity:
-    """How a model reads the text of its own tokens, as they are. Markup is left out (`text_tokens`).
+    """Lets a model read a text as it was written, in its own tokens. Markup is left out (`text_tokens`).
 
-    window: tokens; None is WINDOW, or what the model's trained positions hold.
+    window: tokens of a window. None is WINDOW, or as many as the model's trained positions hold.
     """
     size = window_size(loaded, window)
     text = text_tokens(loaded.tokenizer, tokens)
@@ -156,7 +158,7 @@ def window_perplexity(loaded: LoadedModel, tokens: Sequence[int], window: int | 
 
 
 def window_size(loaded: LoadedModel, window: int | None) -> int:
-    """What was asked for, else the default. Raises UserError for windows in which there is nothing to measure."""
+    """Returns the window asked for, else the default. Raises UserError for windows too small to measure."""
     if window is None:
         return min(WINDOW, most_tokens(loaded))
     check(window >= LEAST, "window", window, f"at least {LEAST}")
@@ -164,18 +166,18 @@ def window_size(loaded: LoadedModel, window: int | None) -> int:
 
 
 def most_tokens(loaded: LoadedModel) -> int:
-    """How many tokens of a window the model's trained positions hold."""
+    """Returns how many tokens of a window the model's trained positions hold."""
     return int(loaded.checkpoint.config.max_position_embeddings) - len(start_tokens(loaded.tokenizer))
 
 
 def read(
     loaded: LoadedModel, windows: Sequence[Sequence[int]], progress: Callable[[], object] = lambda: None
 ) -> tuple[Reading, ...]:
-    """A judge's reading of each window, which is tokens of its own vocabulary.
+    """Returns a judge's reading of each window. Windows are tokens of the judge's own vocabulary.
 
     The tokens that the judge's tokenizer puts before a text (BOS), if any, stand before each window. Without them the
     first token of a window has no context and is not scored.
-    progress: called behind each window.
+    progress: function that is called after each window.
     Raises UserError for a window that the judge's trained positions do not hold, and for tokens that it does not know.
     """
     if not windows:
@@ -196,7 +198,7 @@ def read(
 
 
 def check_readable(loaded: LoadedModel, windows: Sequence[Sequence[int]]) -> None:
-    """Raise UserError for a window longer than the trained positions, and for ids that the model has no token for."""
+    """Raises UserError for a window longer than the trained positions, and for ids that the model has no token for."""
     name, vocab = loaded.checkpoint.name, loaded.checkpoint.spec.vocab_size
     longest, most = max(map(len, windows)), most_tokens(loaded)
     check(longest <= most, "window", longest, f"{name} was trained to read at most {most} tokens")
@@ -205,7 +207,7 @@ def check_readable(loaded: LoadedModel, windows: Sequence[Sequence[int]]) -> Non
 
 
 def nats(model: Model, tokens: Sequence[int], scored: int) -> float:
-    """-ln p of the last `scored` of the tokens, summed, each given all tokens before it (teacher forcing)."""
+    """Sums -ln p of the last `scored` tokens, each given all tokens before it (teacher forcing)."""
     cache = model.new_cache()
     try:
         return sum(
@@ -219,8 +221,10 @@ def nats(model: Model, tokens: Sequence[int], scored: int) -> float:
 def teacher_forced(
     model: Model, cache: KVCache, tokens: Sequence[int], scored: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The logits of the rows that predict the last `scored` of the tokens, and these tokens, some at a time: [n, vocab]
-    and [n] int64. The cache, which holds a beginning of the tokens, grows by all but the last."""
+    """Yields logits [n, vocab] of the rows that predict the last `scored` tokens, with these tokens [n] int64.
+
+    It goes chunk by chunk. The cache, which holds a beginning of the tokens, grows by all but the last.
+    """
     first = len(tokens) - scored - 1  # the row that predicts the first scored token
     while (at := cache.length) < len(tokens) - 1:
         chunk = tokens[at : len(tokens) - 1][:CHUNK]
@@ -231,7 +235,7 @@ def teacher_forced(
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text: BOS, or nothing."""
+    """Returns the tokens that the tokenizer puts before every text: BOS, or none."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
     return [int(token) for token, _ in special]

@@ -1,4 +1,4 @@
-"""The registry is the folder: a drafter, a policy or a backend is one file that defines one name. A leaf module."""
+"""The registry is the folder: a drafter, a policy or a backend is one file that defines one name. This is a leaf."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-SHARED = ("base", "chain", "head_files", "head_weights", "training")  # what implementations have in common
+SHARED = ("base", "chain", "head_files", "head_weights", "training")  # files for several implementations
 
 
 def names(package: str) -> list[str]:
-    """The files of a folder of implementations, the public ones only; `SHARED` ones implement nothing."""
+    """Returns the names of a folder's implementations: its public files, without `SHARED` ones."""
     path = importlib.import_module(package).__path__
     return sorted(m.name for m in pkgutil.iter_modules(path) if m.name not in SHARED and not m.name.startswith("_"))
 
 
 def module(package: str, field: str, name: str) -> Any:
-    """File `name` of the folder. Raises UserError, naming `field`, if there is none."""
+    """Imports file `name` of the folder. Raises UserError, naming `field`, if there is none."""
     known = names(package)
     check(name in known, field, name, f"known are {', '.join(known)}")
     return importlib.import_module(f"{package}.{name}")
 
 
 def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:
-    """Make what file `name` of the folder calls `attribute`. Raises UserError, naming `field`, if there is none."""
+    """Calls `attribute` of file `name` of the folder. Raises UserError, naming `field`, if there is no such file."""
     return getattr(module(package, field, name), attribute)(**settings)

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA and ROCm: attention and what torch would launch several kernels for.
+"""Triton kernels for CUDA and ROCm: attention, and operations for which torch would launch several kernels.
 
 Importing this folder does not import triton; making the backend does.
 """
@@ -10,7 +10,7 @@ from tokenswift_py.kernels.base import AttentionBackend
 
 
 def create() -> AttentionBackend:
-    """Raises UserError with the line that installs triton where it is missing."""
+    """Makes the backend. Raises UserError with the line that installs triton where it is missing."""
     need_extra("attention", "triton", "triton")
     from tokenswift_py.kernels.triton.attention import TritonAttention
 

@@ -1,12 +1,14 @@
-"""Paged tree attention that keeps law 1: a row's bits depend on its own past, not on what travels with it.
+"""Paged tree attention that keeps law 1: a row's bits depend on its own past, not on the rows that travel with it.
 
-Keys are split by absolute page, whatever the pass (`splits`). Within a split the online softmax goes page by page, each
-key in the page and lane of its absolute position: full committed pages are read in place, what lies behind them is
-gathered by position. One kernel does both, so that a page gives the same bits either way, and the partial state of
-the split that holds the boundary is handed from the first launch to the second in fp32. A second kernel merges the
-splits in fixed order. The query heads of a KV head, and all rows of a tree, share a tile of fixed height, so that each
-key is read once and the tensor cores see the same shape however many rows there are. Whether page masses are wanted is
-no part of the binary: a pass that reports them and one that does not run the same instructions.
+Keys are split by absolute page, whatever the pass (`splits`). Within a split the online softmax goes page by page, with
+each key in the page and lane of its absolute position. Full committed pages are read in place, and rows behind them are
+gathered by position. One kernel does both, so that a page gives the same bits either way. The partial state of the
+split that holds the boundary is handed from the first launch to the second in fp32. A second kernel merges the splits
+in fixed order.
+
+The query heads of a KV head, and all rows of a tree, share a tile of fixed height. So each key is read once, and the
+tensor cores see the same shape however many rows there are. Page masses are no matter of the binary: a pass that
+reports them and one that does not run the same instructions.
 """
 
 from __future__ import annotations
@@ -44,12 +46,12 @@ from tokenswift_py.kernels.triton.tables import (
 )
 
 LOG2_E = 1.4426950408889634
-MERGED_AT_ONCE = 16  # splits in a step of the merge
+MERGED_AT_ONCE = 16  # splits that one step of the merge adds
 
 
 @dataclass(frozen=True)
 class Config:
-    """How the kernel is compiled for a type and head size; the same for every pass, or law 1 would not hold."""
+    """The way the kernel is compiled for a type and head size: the same for every pass, or law 1 would not hold."""
 
     tile: int  # packed rows
     warps: int
@@ -57,12 +59,15 @@ class Config:
 
 
 def config(dtype: torch.dtype, head_dim: int, amd: bool = AMD, int8: bool = False) -> Config:
-    """The largest tile whose registers do not spill on the targets of `compile.py`. int8: of the keys and values."""
+    """Returns the largest tile whose registers do not spill on the targets of `compile.py`.
+
+    int8: whether keys and values are int8.
+    """
     if dtype == torch.float32:  # for checks rather than for speed
         return Config(16, 4 if head_dim <= 64 or (amd and head_dim > 128) else 8, 1)
     if head_dim > 128:
         return Config(16, 4, 1)
-    if int8:  # widening takes registers of its own
+    if int8:  # widening int8 takes registers of its own
         return Config(32, 4, 1)
     return Config(64, 4 if amd or head_dim <= 64 else 8, 2)
 
@@ -79,20 +84,20 @@ def attend_kernel(
     q: tl.tensor,  # [R, kv_heads * group, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
-    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32, of int8 keys; or anything
+    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32 where keys are int8; else unused
     value_scales: tl.tensor,
     items: tl.tensor,  # [items, FIELDS]
     positions: tl.tensor,  # [R]
-    numbers: tl.tensor,  # absolute numbers of the pages to attend to, lists of all segments, layers and heads
-    bounds: tl.tensor,  # for each list the first index of every split
-    pages: tl.tensor,  # pages of the pool, lists of all segments
-    tails: tl.tensor,  # slots by position, lists of all segments
+    numbers: tl.tensor,  # absolute numbers of the pages to attend to: lists of all segments, layers and heads
+    bounds: tl.tensor,  # the first index of every split in each of these lists
+    pages: tl.tensor,  # pages of the pool: lists of all segments
+    tails: tl.tensor,  # slots by position: lists of all segments
     state: tl.tensor,  # [kv_heads, splits, rows, D] fp32
     state_max: tl.tensor,  # [kv_heads, splits, rows] fp32
     state_sum: tl.tensor,
-    page_max: tl.tensor,  # [kv_heads, rows, mass_pages] fp32; or anything, where mass_pages is 0
+    page_max: tl.tensor,  # [kv_heads, rows, mass_pages] fp32; unused where mass_pages is 0
     page_sum: tl.tensor,
-    cos: tl.tensor,  # [context, HEAD_DIM / 2] fp32, where queries are moved for far keys; or anything
+    cos: tl.tensor,  # [context, HEAD_DIM / 2] fp32 where queries are moved for far keys; else unused
     sin: tl.tensor,
     shifts: tl.tensor,  # [blocks] int32
     scale: tl.tensor,
@@ -116,9 +121,9 @@ def attend_kernel(
     FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """One tile of rows, one KV head, one split: updates (max, sum, sum of p v) of the split, base 2.
+    """Updates a split's state (max, sum, sum of p v) for one tile of rows and one KV head. Exponents are base 2.
 
-    FAR: q is not rotated yet. A split is no longer than a block, so its keys are all met from one position.
+    FAR: whether q is not rotated yet. A split is no longer than a block, so a row meets its keys from one position.
     """
     item = items + (first_item + tl.program_id(0)) * FIELDS
     head = tl.program_id(1)
@@ -165,7 +170,7 @@ def attend_kernel(
         across = beside.to(tl.float32) * sine
         across = tl.where((column < half)[None, :], -across, across)
         q_tile = (q_tile.to(tl.float32) * cosine + across).to(q_tile.dtype)
-    if PRECISION == "interpret":  # whose own product of bf16 is wrong
+    if PRECISION == "interpret":  # the interpreter's own product of bf16 is wrong
         q_tile = q_tile.to(tl.float32)
     plane = (head * pool_pages).to(tl.int64) * PAGE
     base = plane * HEAD_DIM
@@ -181,7 +186,7 @@ def attend_kernel(
         at = number * PAGE + lane
         by_position = tl.load(gathered + at, mask=tail & (at < b), other=-1)
         slot = tl.where(tail, by_position, page * PAGE + lane)
-        # What no row of the tile sees may be NaN, and 0 * NaN is not 0.
+        # Lanes that no row of the tile sees may hold NaN, and 0 * NaN is not 0.
         seen = (slot >= 0) & (at > lowest - window)
         where = base + slot.to(tl.int64) * HEAD_DIM
         k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0)
@@ -203,7 +208,7 @@ def attend_kernel(
         p_sum = tl.sum(p, 1)
         total = total * alpha + p_sum
         v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
-        if INT8:  # a weight meets the value's scale before it is rounded
+        if INT8:  # a weight is multiplied with the value's scale before it is rounded
             v = v.to(q_tile.dtype)
             p *= tl.load(value_scales + plane + slot, mask=seen, other=0.0)[None, :]
         acc *= alpha[:, None]
@@ -227,7 +232,7 @@ def merge_kernel(
     state: tl.tensor,
     state_max: tl.tensor,
     state_sum: tl.tensor,
-    ranges: tl.tensor,  # [R, 2] first split of each row and the one behind its last
+    ranges: tl.tensor,  # [R, 2] each row's first split, and the one behind its last
     out: tl.tensor,  # [R, kv_heads * group, HEAD_DIM]
     lse: tl.tensor,  # [R, kv_heads * group] fp32, base 2
     first_row: tl.tensor,
@@ -239,7 +244,7 @@ def merge_kernel(
     D: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ) -> None:
-    """One packed row of one KV head. Splits that are not there weigh exactly 0, so their number changes nothing."""
+    """Merges the splits of one packed row of one KV head. Splits outside its range weigh 0, and change no bit."""
     local = tl.program_id(0)
     head = tl.program_id(1)
     packed = first_row + local
@@ -288,7 +293,7 @@ def mass_kernel(
     mass_pages: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Attention probability on each page, the heads of a group summed in order."""
+    """Sums the attention probability on each page over the heads of a group, in order."""
     row = first_row // group + tl.program_id(0)
     head = tl.program_id(1)
     page = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -344,7 +349,7 @@ class TritonAttention:
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         far: FarQueries | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
+        """Computes `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
         if q.dtype not in DTYPES:
             raise TypeError(f"Triton attention computes in {', '.join(map(str, DTYPES))}, not in {q.dtype}")
         kv_heads, pool_pages, _, head_dim = keys.shape
@@ -395,7 +400,7 @@ class TritonAttention:
 
 
 def variants(amd: bool) -> Iterator[Variant]:
-    """What `compile.py` compiles: every type and head size, as `attend_with_lse` launches it."""
+    """Yields the kernels for `compile.py`: every type and head size, as `attend_with_lse` launches them."""
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             depth = padded(head_dim)

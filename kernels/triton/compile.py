@@ -30,20 +30,27 @@ from tokenswift_py.kernels.triton.runtime import Variant, launch_options
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# Shared memory a block may use, in bytes. NVIDIA: CUDA C++ Programming Guide, compute capabilities; AMD: LDS of CDNA 3.
+# Bytes of shared memory that a block may use. For NVIDIA they are from the CUDA C++ Programming Guide, compute
+# capabilities; for AMD they are the LDS of CDNA 3.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 MODULES = ("attention", "fused", "matmul", "sampling")
-# Correct, and slow there: fp32 is for checks, and no supported family has such heads.
+# Kernels that are right but slow where they spill. fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
 
-# These take a logarithm, whose own steps are fused multiply-adds.
+# Kernels that take a logarithm, whose own steps are fused multiply-adds.
 MAY_FUSE = {"mass", "merge"}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers: of a thread. shared, spills: bytes, of a block and of a thread. fused: multiply-adds in the PTX.
-    doubles: every fp64 constant that stands in the PTX, as the 16 hexadecimal digits of its bits."""
+    """The resources that a compiled kernel needs of its target.
+
+    registers: registers of a thread.
+    shared:    bytes of shared memory of a block.
+    spills:    bytes of registers that a thread spills.
+    fused:     fused multiply-adds in the PTX.
+    doubles:   every fp64 constant in the PTX, as the 16 hexadecimal digits of its bits.
+    """
 
     target: str
     name: str
@@ -74,12 +81,12 @@ HEADER = f"{'target':8} {'kernel':16} {'type':9} {'head_dim':>8} {'registers':>9
 
 
 def compile_variant(target: str, module: str, index: int) -> Compiled:
-    """Compile variant `index` of a module's for one target."""
+    """Compiles variant `index` of a module for one target."""
     variant = variants_of(module, target)[index]
     signature = variant.signature()
     names = list(signature)
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    # What a launch finds: torch's memory is aligned, so are the lists of a pass.
+    # A launch finds aligned pointers: torch's memory is aligned, and so are the lists of a pass.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -93,7 +100,7 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     seconds = time.perf_counter() - start
     registers, spills = usage_amd(built.asm["amdgcn"]) if amd else usage_nvidia(built.asm["cubin"])
     doubles = () if amd else tuple(sorted(set(re.findall(r"\b0[dD]([0-9A-Fa-f]{16})\b", built.asm["ptx"]))))
-    # Division in AMD's assembly is made of fused steps that are its own; PTX has an instruction for it.
+    # AMD's assembly divides by fused steps of its own. PTX has an instruction for it, so they are counted there only.
     fused = 0 if amd else len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f(?:32|64)\b", built.asm["ptx"]))
     dtype = str(variant.dtype).removeprefix("torch.")
     return Compiled(
@@ -102,7 +109,7 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
 
 
 def usage_nvidia(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes on the stack, of a thread: what spills goes to the stack, and nothing else does here."""
+    """Returns a thread's registers and its bytes of stack. Only spilled registers go to the stack here."""
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -115,18 +122,18 @@ def usage_nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def usage_amd(assembly: str) -> tuple[int, int]:
-    """Vector registers and bytes of scratch, of a thread. Scalar registers that spill go to vector registers."""
+    """Returns a thread's vector registers and bytes of scratch. Scalar registers spill to vector registers."""
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
     return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
 
 
 def variants_of(module: str, target: str) -> list[Variant]:
-    """Kernels of a module as they would be launched on a target."""
+    """Returns the kernels of a module as they would be launched on a target."""
     return list(importlib.import_module(f"tokenswift_py.kernels.triton.{module}").variants(target.startswith("gfx")))
 
 
 def selected(kernels: list[str], dtypes: list[str], head_dims: list[int], target: str) -> Iterator[tuple[str, int]]:
-    """Module and index of the variants that are asked for; an empty list asks for all."""
+    """Yields module and index of the variants that are asked for. An empty list asks for all."""
     for module in MODULES:
         for index, variant in enumerate(variants_of(module, target)):
             dtype = str(variant.dtype).removeprefix("torch.")
@@ -136,7 +143,7 @@ def selected(kernels: list[str], dtypes: list[str], head_dims: list[int], target
 
 
 def smoke(target: str) -> Iterator[tuple[str, int]]:
-    """The first variant of each kernel, heads of 128: a minute's work."""
+    """Yields the first variant of each kernel with heads of 128, which take about a minute."""
     seen = set()
     for module, index in selected([], [], [128], target):
         name = variants_of(module, target)[index].name
@@ -146,7 +153,7 @@ def smoke(target: str) -> Iterator[tuple[str, int]]:
 
 
 def compile_all(jobs: list[tuple[str, str, int]]) -> Iterator[Compiled]:
-    """jobs: target, module and index of a variant, compiled side by side."""
+    """Compiles jobs (target, module, index of a variant) side by side, and yields them in order."""
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
         yield from workers.map(compile_variant, *zip(*jobs, strict=True)) if jobs else ()
 

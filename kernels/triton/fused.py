@@ -1,5 +1,8 @@
-"""Kernels that do in one launch what torch does in several: norms with their residual, rotation with the write to the
-KV pages, SwiGLU, and the copy of accepted rows. Each element depends on its own row only."""
+"""Kernels that do in one launch what torch does in several.
+
+They are norms with their residual, rotation with the write to the KV pages, SwiGLU, and the copy of accepted rows. Each
+element depends on its own row only.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,24 @@ import triton.language as tl
 from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options
 
 BLOCK = 1024
-ROW_BYTES = 64  # of a row that a program copies at a time
-FLOAT_MIN = tl.constexpr(1.1754943508222875e-38)  # of normal fp32
+ROW_BYTES = 64  # bytes of a row that a program copies at a time
+FLOAT_MIN = tl.constexpr(1.1754943508222875e-38)  # the least and the greatest normal fp32
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def norm_kernel(
     x: tl.tensor,  # [R, width]
-    y: tl.tensor,  # [R, width], added to x before; or anything
+    y: tl.tensor,  # [R, width], added to x first; unused without ADD
     weight: tl.tensor,  # [width]
-    total: tl.tensor,  # [R, width], x + y; or anything
+    total: tl.tensor,  # [R, width], x + y; unused without ADD
     out: tl.tensor,  # [R, width]
     eps: tl.tensor,
-    WIDTH: tl.constexpr,  # known, so that loads are as wide as it allows
+    WIDTH: tl.constexpr,  # compiled in, so that loads are as wide as it allows
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """RMSNorm of one row, its mean in fp32; lane by lane over blocks, then over lanes."""
+    """Computes RMSNorm of one row. The mean is summed in fp32, lane by lane over blocks, then over lanes."""
     at = tl.program_id(0).to(tl.int64) * WIDTH
     lane = tl.arange(0, BLOCK)
     squares = tl.full([BLOCK], 0.0, tl.float32)
@@ -46,7 +49,7 @@ def norm_kernel(
     for start in range(0, WIDTH, BLOCK):
         inside = start + lane < WIDTH
         row = tl.load(x + at + start + lane, mask=inside, other=0.0)
-        if ADD:  # again, for what was stored may not be visible to every thread yet
+        if ADD:  # computed again, because the stored sums may not be visible to every thread yet
             other = tl.load(y + at + start + lane, mask=inside, other=0.0)
             row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
         w = tl.load(weight + start + lane, mask=inside, other=0.0)
@@ -56,7 +59,7 @@ def norm_kernel(
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dimension."""
+    """Computes RMSNorm over the last dimension."""
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
@@ -67,7 +70,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + y, and its RMSNorm. x, y: [R, width], contiguous."""
+    """Returns x + y and its RMSNorm. x, y: [R, width], contiguous."""
     total, out = torch.empty_like(x), torch.empty_like(x)
     norm_kernel[(len(x),)](
         x, y, weight, total, out, eps, WIDTH=x.shape[1], ADD=True, BLOCK=BLOCK, **launch_options(4, 1)
@@ -86,7 +89,7 @@ def swiglu_kernel(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tens
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, both contiguous and of one shape."""
+    """Computes silu(gate) * up. Both are contiguous and of one shape."""
     out = torch.empty_like(gate)
     grid = (triton.cdiv(gate.numel(), BLOCK),)
     swiglu_kernel[grid](gate, up, out, gate.numel(), BLOCK=BLOCK, **launch_options(4, 1))
@@ -103,7 +106,7 @@ def store_head(
     HALF: tl.constexpr,
     INT8: tl.constexpr,
 ) -> None:
-    """Both halves of a head, fp32, as elements of `target`; int8 as kvcache/pages.py's `quantise` has it."""
+    """Stores both fp32 halves of a head in the type of `target`, int8 as `quantise` of kvcache/pages.py does."""
     lane = tl.arange(0, HALF)
     inside = lane < HEAD_DIM // 2
     if INT8:
@@ -112,7 +115,7 @@ def store_head(
         scale = tl.where(numbers == 1, scale, float("nan"))
         usable = (scale >= FLOAT_MIN) & (scale <= FLOAT_MAX)
         by = tl.where(usable, scale, 1.0)
-        # Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
+        # Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
         first = tl.where(usable, tl.div_rn(first, by) + 12582912.0 - 12582912.0, 0.0)
         second = tl.where(usable, tl.div_rn(second, by) + 12582912.0 - 12582912.0, 0.0)
         tl.store(scale_at, tl.where(scale < FLOAT_MIN, 0.0, scale))
@@ -127,11 +130,11 @@ def rope_kernel(
     v: tl.tensor,
     cos: tl.tensor,  # [R, HEAD_DIM / 2]
     sin: tl.tensor,
-    slots: tl.tensor,  # [R], -1 is nowhere
+    slots: tl.tensor,  # [R], -1 where nothing is written
     rotated: tl.tensor,  # [R, heads, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
-    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32, of int8 keys; or anything
+    key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32 where keys are int8; else unused
     value_scales: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
@@ -141,7 +144,7 @@ def rope_kernel(
     PAGE: tl.constexpr,
     INT8: tl.constexpr,
 ) -> None:
-    """One head of one row: a query head is rotated, a KV head rotated and written to its page with its value."""
+    """Handles one head of one row: rotates a query head, or rotates a key and writes it to its page with its value."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     lane = tl.arange(0, HALF)
@@ -182,11 +185,11 @@ def rope_write(
     values: torch.Tensor,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Rotated q; k, rotated, and v go to `slots` [R] int64 of one layer's pages [kv_heads, pages, PAGE_SIZE, head_dim],
-    those of slot -1 nowhere.
+    """Returns q rotated, and writes k rotated and v to their slots of one layer's pages.
 
-    q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32. scales: of int8 pages,
-    [kv_heads, pages, PAGE_SIZE] fp32 each.
+    q: [R, heads, head_dim]. k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32. slots: [R] int64; rows of
+    slot -1 are not written. keys, values: [kv_heads, pages, PAGE_SIZE, head_dim]. scales: [kv_heads, pages, PAGE_SIZE]
+    fp32 each, for int8 pages.
     """
     rows, heads, head_dim = q.shape
     kv_heads, pool_pages, page, _ = keys.shape
@@ -211,7 +214,7 @@ def move_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """All rows' columns of one layer and KV head: everything is read before anything is written."""
+    """Copies some columns of all rows, for one layer and KV head. Everything is read before anything is written."""
     row = tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < count
@@ -221,13 +224,13 @@ def move_kernel(
     writing = (plane + tl.load(target + row, mask=there, other=0))[:, None] * HEAD_DIM + column[None, :]
     k = tl.load(keys + reading, mask=mask)
     v = tl.load(values + reading, mask=mask)
-    tl.debug_barrier()  # a row may be another's source, and other threads read that
+    tl.debug_barrier()  # one row's target may be another's source, which other threads read
     tl.store(keys + writing, k, mask=mask)
     tl.store(values + writing, v, mask=mask)
 
 
 def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy rows between slots of all layers and KV heads, as if all were read before any is written.
+    """Copies rows between slots of all layers and KV heads, with the result of reading all before writing any.
 
     keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]. source, target: [n] int64 slots.
     """
@@ -242,7 +245,7 @@ def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, ta
 
 
 def move_warps(rows: int) -> int:
-    """So many that a thread holds no more than two kilobytes of the rows."""
+    """Returns so many warps that a thread holds no more than two kilobytes of the rows."""
     return min(16, max(1, rows // 32))
 
 
@@ -263,7 +266,7 @@ def variants(amd: bool) -> Iterator[Variant]:
                 constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8}
                 name = "rope_write+int8" if int8 else "rope_write"
                 yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
-        for rows in (16, 64, 512):  # a commit of a small tree, a fork, the deepest chain
+        for rows in (16, 64, 512):  # the commit of a small tree, a fork, and the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}
             kinds = {"keys": data, "values": data, "source": "*i64", "target": "*i64"}
             yield Variant(f"move x{rows}", move_kernel, dtype, 128, kinds, constants, move_warps(rows), 1)

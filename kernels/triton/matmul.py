@@ -1,8 +1,8 @@
-"""Matrix products whose rows keep law 1: tiles of one size and one order of summation, however many rows there are.
+"""Matrix products whose rows keep law 1: one tile size and one order of summation, however many rows there are.
 
-cuBLAS picks a kernel by shape, so that a row's bits change with its company. Here every element is the sum over K in
-blocks of `BLOCK_K`, ascending, in a tile of fixed height. Programs are persistent: each walks over tiles, those of one
-block of weights one after the other, so that weights are read from memory once.
+cuBLAS picks a kernel by shape, so a row's bits change with the number of rows. Here every element is summed over K in
+ascending blocks of `BLOCK_K`, in a tile of fixed height. Programs are persistent: each walks over tiles, and takes
+those of one block of weights one after the other, so that weights are read from memory once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenswift_py.kernels.triton.runtime import (
 
 @dataclass(frozen=True)
 class Tiles:
-    """The same for every product of a type, or law 1 would not hold."""
+    """The tile sizes for a type. They are the same for every product, or law 1 would not hold."""
 
     rows: int
     columns: int
@@ -38,7 +38,7 @@ class Tiles:
 
 
 def tiles(dtype: torch.dtype, amd: bool = AMD) -> Tiles:
-    """Narrow in columns, so that the products of one token still fill a GPU."""
+    """Returns the tile sizes for a type. They are narrow in columns, so that one token's products still fill a GPU."""
     if dtype == torch.float32:
         return Tiles(16, 32, 64, 4, 3)
     return Tiles(64, 32, 64, 4, 2 if amd else 4)
@@ -48,7 +48,7 @@ def tiles(dtype: torch.dtype, amd: bool = AMD) -> Tiles:
 def matmul_kernel(
     x: tl.tensor,  # [rows, depth]
     weight: tl.tensor,  # [columns, depth]
-    bias: tl.tensor,  # [columns], or anything
+    bias: tl.tensor,  # [columns]; unused without BIAS
     out: tl.tensor,  # [rows, columns]
     rows: tl.tensor,
     columns: tl.tensor,
@@ -83,7 +83,10 @@ def matmul_kernel(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias in x's type, accumulated in fp32. x: [R, depth], weight: [columns, depth], contiguous."""
+    """Computes x @ weight.T + bias in x's type, accumulated in fp32.
+
+    x: [R, depth]. weight: [columns, depth], contiguous.
+    """
     rows, depth = x.shape
     columns = len(weight)
     chosen = tiles(x.dtype)
@@ -101,7 +104,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def processors(device: torch.device) -> int:
-    """Programs that fill the GPU twice; no result depends on it."""
+    """Returns how many programs fill the GPU twice. No result depends on it."""
     return 2 if INTERPRET else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -115,5 +118,5 @@ def variants(amd: bool) -> Iterator[Variant]:
             }  # fmt: skip
             kinds = dict.fromkeys(("x", "weight", "bias", "out"), POINTERS[dtype])
             name = "matmul+bias" if bias else "matmul"
-            aligned = ("depth",)  # every supported model's; others compile a second binary
+            aligned = ("depth",)  # true of every supported model; others compile a second binary
             yield Variant(name, matmul_kernel, dtype, None, kinds, constants, chosen.warps, chosen.stages, aligned)

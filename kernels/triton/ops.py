@@ -1,4 +1,4 @@
-"""The parts of a decoder's layer in fused kernels; see `Ops` in tokenswift_py/models/ops.py."""
+"""The parts of a decoder's layer as fused kernels; see `Ops` in tokenswift_py/models/ops.py."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from tokenswift_py.kernels.triton.runtime import AMD
 
 
 def configurations() -> str:
-    """Eight hexadecimal digits of how the kernels of a pass are compiled (tiles, warps, stages, precision) and where
-    attention is split: others give other bits."""
+    """Returns eight hexadecimal digits that stand for the way the kernels of a pass are compiled.
+
+    They cover tiles, warps, stages, precision and the splits of attention. Other choices give other bits.
+    """
     modules = (attention, fused, matmul)
     chosen = [
         (v.name, str(v.dtype), v.head_dim, sorted(v.constants.items()), v.warps, v.stages)
@@ -29,7 +31,10 @@ def configurations() -> str:
 
 
 class TritonOps:
-    """deterministic: matrix products keep law 1 too, and are not cuBLAS's."""
+    """`Ops` by Triton's kernels.
+
+    deterministic: whether matrix products keep law 1 too. Else they are cuBLAS's.
+    """
 
     pads = True
 

@@ -1,4 +1,4 @@
-"""What all kernels share: how they are launched, and what Triton's interpreter needs to be right."""
+"""Settings that all kernels share: how they are launched, and how Triton's interpreter gives right results."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import torch
 
 from tokenswift_py.errors import check
 
-# Read when the kernels are decorated, as Triton itself does.
+# Triton reads the variable when a kernel is decorated, so it is read here once, too.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 AMD = torch.version.hip is not None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-HEAD_DIMS = (64, 80, 96, 128, 256)  # compiled ahead of time; others run too
+HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that are compiled ahead of time; others run too
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as some launch would compile it.
+    """A kernel with the types and constants of a launch, which decide how it is compiled.
 
-    kinds: Triton's types of its parameters; int32 tables, fp32 pointers and int32 scalars go without saying.
-    aligned: integers that 16 divides, which is compiled in. Pointers are aligned always.
+    kinds:   Triton's types of its parameters. Those in `TABLES` are int32 pointers, those in `FLOATS` fp32 pointers,
+             and the rest int32, unless it says otherwise.
+    aligned: integer parameters that 16 divides, which is compiled in. Pointers are always aligned.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Variant:
     aligned: tuple[str, ...] = ()
 
     def signature(self) -> dict[str, str]:
-        """Type of every parameter, in order."""
+        """Returns the type of every parameter, in order."""
         return {p.name: self._kind(p.name) for p in self.kernel.params}
 
     def _kind(self, name: str) -> str:
@@ -54,24 +55,27 @@ FLOATS = {"state", "state_max", "state_sum", "page_max", "page_sum", "lse", "cos
 
 
 def check_device(device: torch.device) -> None:
-    """Raise UserError where the kernels cannot run."""
+    """Raises UserError where the kernels cannot run."""
     allowed = "Triton needs a GPU; TRITON_INTERPRET=1 runs its interpreter on the CPU, slowly, to check"
     check(device.type != "cpu" or INTERPRET, "device", str(device), allowed)
 
 
 def launch_options(warps: int, stages: int) -> dict[str, Any]:
-    """Products and sums stay apart: fused ones would depend on what a compiler finds to fuse in each kernel."""
+    """Returns the options of a launch. A compiler may fuse no product with a sum: it would differ between kernels."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
 def padded(size: int) -> int:
-    """A block holds a power of two, at least 16 for the matrix units."""
+    """Returns the power of two, at least 16, that holds `size`. Blocks and the matrix units need that."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def precision(amd: bool) -> str:
-    """How fp32 is multiplied: three TF32 products on NVIDIA, whose matrix units know no other fp32, with some 2^-22 of
-    relative error; as it is on AMD."""
+    """Returns how fp32 is multiplied.
+
+    NVIDIA's matrix units know no fp32 but TF32: three of their products have some 2^-22 of relative error. AMD's
+    multiply fp32 itself.
+    """
     return "ieee" if amd else "tf32x3"
 
 

@@ -1,5 +1,8 @@
-"""Tokens from processed logits on the GPU: argmax(scores / T + Gumbel(seed, position, token)), the noise bit for bit
-that of `tokenswift_py/sampling/noise.py`, which specifies Philox4x32-10, its counter and the logarithm's polynomial."""
+"""Tokens from processed logits on the GPU: argmax(scores / T + Gumbel(seed, position, token)).
+
+The noise is bit for bit that of `tokenswift_py/sampling/noise.py`, which specifies Philox4x32-10, its counter and the
+polynomial of the logarithm.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import triton.language as tl
 from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kernels.triton.runtime import Variant, launch_options
 
-BLOCK = 1024  # tokens of a program
+BLOCK = 1024  # tokens that a program looks at
 LN2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TOKEN_DOMAIN = tl.constexpr(0)
@@ -22,11 +25,11 @@ NO_TOKEN = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def log_polynomial(x: tl.tensor) -> tl.tensor:
-    """Of positive normal doubles, every product and sum rounded."""
+    """Computes the logarithm of positive normal doubles. Every product and sum is rounded by itself."""
     bits = x.to(tl.int64, bitcast=True)
     m = ((bits & 0x000FFFFFFFFFFFFF) | 0x3FE0000000000000).to(tl.float64, bitcast=True)  # in [1/2, 1)
     e = ((bits >> 52) & 0x7FF) - 1022
-    small = m < tl.full(m.shape, SQRT_HALF, tl.float64)  # a plain number would be rounded to fp32 before it is compared
+    small = m < tl.full(m.shape, SQRT_HALF, tl.float64)  # a plain constant would be rounded to fp32 first
     m = tl.where(small, m + m, m)
     e = tl.where(small, e - 1, e)
     s = (m - 1.0) / (m + 1.0)
@@ -39,7 +42,7 @@ def log_polynomial(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def philox_words(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0: tl.tensor, k1: tl.tensor) -> tl.tensor:
-    """Philox4x32-10 on 32-bit words held in uint64."""
+    """Computes Philox4x32-10 on 32-bit words held in uint64."""
     low: tl.constexpr = 0xFFFFFFFF
     for _ in tl.static_range(10):
         p0 = c0 * 0xD2511F53
@@ -55,7 +58,7 @@ def philox_words(c0: tl.tensor, c1: tl.tensor, c2: tl.tensor, c3: tl.tensor, k0:
 
 @triton.jit
 def perturbed(scores: tl.tensor, floor: tl.tensor, temperature: tl.tensor, word: tl.tensor) -> tl.tensor:
-    """scores / T + Gumbel noise of 32 random bits; -inf below the floor."""
+    """Returns scores / T + Gumbel noise made of 32 random bits, and -inf where scores / T is below the floor."""
     u = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
     noise = -log_polynomial(-log_polynomial(u))
     scaled = scores / temperature
@@ -65,7 +68,7 @@ def perturbed(scores: tl.tensor, floor: tl.tensor, temperature: tl.tensor, word:
 @triton.jit(do_not_specialize=["vocab", "blocks"])
 def choose_kernel(
     scores: tl.tensor,  # [R, vocab] fp32 or fp64
-    floors: tl.tensor,  # [R] fp64, of scores / T
+    floors: tl.tensor,  # [R] fp64, compared with scores / T
     positions: tl.tensor,  # [R] int32
     temperature: tl.tensor,  # [1] fp64
     key: tl.tensor,  # [3] int64: low and high word of the seed, stream
@@ -76,7 +79,7 @@ def choose_kernel(
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The best of BLOCK tokens of a row, of equals the lowest. A lane is four tokens, which share their random bits."""
+    """Finds the best of BLOCK tokens of a row, the lowest of equals. A lane has four tokens, of one Philox call."""
     row = tl.program_id(0)
     counter = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     base = scores + row.to(tl.int64) * vocab
@@ -132,11 +135,11 @@ def choose(
     stream: int = 0,
     floors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token of each row and its score, noise included: [R] int32, [R] fp64. A row of -inf gives -inf.
+    """Chooses each row's token. Returns tokens [R] int32 and their scores with noise [R] fp64, -inf for a row of -inf.
 
-    scores:    [R, vocab] fp32 or fp64, processed; -inf excludes a token.
+    scores:    [R, vocab] fp32 or fp64, processed. -inf excludes a token.
     positions: [R] int32, absolute.
-    floors:    [R] fp64: tokens whose score / T is below are out. top-k, top-p and min-p are floors, all of them.
+    floors:    [R] fp64. Tokens whose score / T is below are out. top-k, top-p and min-p are all floors.
     """
     rows, vocab = scores.shape
     blocks, device = triton.cdiv(vocab, BLOCK), scores.device

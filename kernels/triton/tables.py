@@ -1,7 +1,7 @@
-"""What attention's kernels read of a pass: work items and the lists they point into, in one buffer on the device.
+"""The tables of a pass that attention's kernels read: work items and the lists they point into, in one device buffer.
 
-A pass of any shape has tables of its own size. A pass of a fixed shape, which a CUDA graph can replay, has room for the
-longest text its shape allows, at places that stay; items that a text does not need are empty.
+A pass of any shape has tables of its own size. A pass of fixed shape, which a CUDA graph can replay, has room for the
+longest text that its shape allows, in memory that stays in place. Items that a text does not need are empty.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, IntArray, Room, on_device, upload
 
-EVERYTHING = 1 << 30  # a window no position is outside of
-WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several
-SPLIT_LEVELS = ((16, 4), (16, 8), (16, 16))  # so many splits of so many pages, from position 0 on
-LAST_LEVEL = 32  # pages of all further splits
-MOST_STATES = 1 << 13  # rows x splits of a fixed shape, whose partial states stay reserved
+EVERYTHING = 1 << 30  # a window that every position is inside of
+WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several launches
+SPLIT_LEVELS = ((16, 4), (16, 8), (16, 16))  # (number of splits, pages of each), from position 0 on
+LAST_LEVEL = 32  # pages of each further split
+MOST_STATES = 1 << 13  # most rows x splits of a fixed shape, because its partial states stay reserved
 
-# Fields of a work item, int32 each: a tile of packed rows (row * group + query head of the KV head) and the pages of
-# one split. `source` is 0 for committed pages, which `numbers` lists, 1 for gathered ones; the last is the first page
-# of the split. The others are where `TableBuilder.add_launch` makes them.
+# A work item has FIELDS int32 fields: a tile of packed rows (row * group + query head of the KV head), and the pages of
+# one split. The first field, `source`, is 0 for committed pages, which `numbers` lists, and 1 for gathered ones. The
+# last is the first page of the split. `TableBuilder.add_launch` makes the others.
 FIELDS = 11
 COMMITTED, GATHERED = 0, 1
 
@@ -30,11 +30,11 @@ LISTS = ("positions", "numbers", "bounds", "pages", "tails", "ranges", "items")
 
 
 def splits(pages: int, longest: int = LAST_LEVEL) -> IntArray:
-    """[n + 1] first page of each split that begins before `pages`, and of the one behind. longest: pages of a split at
-    most, a power of two.
+    """Returns the first page of each split that begins before `pages`, and of the one behind them: [n + 1].
 
-    Short at the beginning, so that a short context has splits enough to fill a GPU, longer later, so that the partial
-    states cost little beside the keys. A function of absolute pages only.
+    The first splits are short, so that a short context has enough of them to fill a GPU. Later ones are longer, so that
+    the partial states cost little beside the keys. The edges are a function of absolute pages only.
+    longest: most pages of a split, a power of two.
     """
     starts = [0]
     for count, size in SPLIT_LEVELS:
@@ -48,7 +48,7 @@ def splits(pages: int, longest: int = LAST_LEVEL) -> IntArray:
 
 @dataclass(frozen=True)
 class Launch:
-    """Rows [first, stop) of a pass and their items: [prefix, tail) read committed pages, [tail, end) gather."""
+    """Rows [first, stop) of a pass and their items. Items [prefix, tail) read committed pages, [tail, end) gather."""
 
     first: int
     stop: int
@@ -60,7 +60,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Tables:
-    """Launches of a pass for one window, and their lists in one buffer on the device."""
+    """The launches of a pass for one window, and their lists in one buffer on the device."""
 
     launches: tuple[Launch, ...]
     buffer: torch.Tensor
@@ -71,7 +71,7 @@ class Tables:
 
 
 def places(lengths: dict[str, int]) -> tuple[dict[str, int], int]:
-    """Where each list begins, at 64 bytes whatever the others hold, and the length of all."""
+    """Returns where each list begins, on a multiple of 64 bytes, and the length of all, both in int32s."""
     offsets, length = {}, 0
     for name, count in lengths.items():
         offsets[name] = length
@@ -81,10 +81,12 @@ def places(lengths: dict[str, int]) -> tuple[dict[str, int], int]:
 
 @dataclass(frozen=True)
 class Heads:
-    """What tables depend on beside the segments; a layer tells.
+    """The properties of a layer that tables depend on, beside the segments.
 
-    group: query heads of a KV head. tile: packed rows of an item. row_bytes: of a row's state, all heads of one split.
-    split_pages: pages of a split at most.
+    group:       query heads of a KV head.
+    tile:        packed rows of an item.
+    row_bytes:   bytes of a row's state, for all heads of one split.
+    split_pages: most pages of a split.
     """
 
     kv_heads: int
@@ -101,7 +103,7 @@ class Heads:
 
 @dataclass
 class Plan:
-    """What all layers share."""
+    """The plan of a pass: its segments, and the tables made for each kind of layer."""
 
     segments: Sequence[AttentionSegment]
     device: torch.device
@@ -118,7 +120,7 @@ class Plan:
 
 @dataclass
 class FixedPlan:
-    """As `Plan`, for passes of one shape: `fill` tells where the next one attends, in memory that stays in place."""
+    """A `Plan` for passes of one shape. `fill` writes where the next one attends into memory that stays in place."""
 
     room: Room
     device: torch.device
@@ -139,8 +141,10 @@ class FixedPlan:
 
 
 class FixedTables:
-    """One launch whose grid is that of the fullest pass there is room for. What is not needed is empty: items of no
-    rows, and rows of no splits."""
+    """Tables of one launch, whose grid is that of the fullest pass there is room for.
+
+    Items that a pass does not need have no rows, and rows that it does not need have no splits.
+    """
 
     def __init__(self, room: Room, heads: Heads, device: torch.device):
         edges = splits(room.pages, heads.split_pages)
@@ -163,12 +167,12 @@ class FixedTables:
         self.tables = Tables((launch,), torch.zeros(length, dtype=torch.int32, device=device), offsets)
 
     def fill(self, segment: AttentionSegment) -> None:
-        """Raises ValueError for a segment there is no room for."""
+        """Writes the tables of a segment. Raises ValueError where there is no room for it."""
         builder = TableBuilder(self.heads, 1 << 62)
         builder.add(segment)
         (launch,) = builder.launches
         self.host[:] = 0
-        self.host[self.tables.offsets["items"] :: FIELDS] = GATHERED  # of no rows and no pages
+        self.host[self.tables.offsets["items"] :: FIELDS] = GATHERED  # an empty item has no rows and no pages
         for name, lists in builder.lists.items():
             self.write(name, 0, lists.joined())
         items = np.array(builder.items, np.int32)
@@ -185,21 +189,21 @@ class FixedTables:
 
 
 def most_splits(edges: IntArray, pages: int) -> int:
-    """How many splits so many pages in a row can touch at most."""
+    """Returns how many splits a run of so many pages can touch at most."""
     starts = np.arange(edges[-1])
     last = np.minimum(starts + pages, edges[-1]) - 1
     return int((np.searchsorted(edges, last, "right") - np.searchsorted(edges, starts, "right")).max()) + 1
 
 
 class Lists:
-    """Integer lists laid one behind the other."""
+    """Lists of integers, laid one behind the other."""
 
     def __init__(self) -> None:
         self.parts: list[IntArray] = []
         self.length = 0
 
     def add(self, values: np.ndarray) -> int:
-        """Where the list begins."""
+        """Appends a list and returns where it begins."""
         start = self.length
         self.parts.append(np.ascontiguousarray(values, np.int32).ravel())
         self.length += values.size
@@ -210,9 +214,9 @@ class Lists:
 
 
 class TableBuilder:
-    """Turns segments into work items.
+    """Turns segments into work items and their lists.
 
-    workspace: bytes for the partial states of a launch; longer passes take several.
+    workspace: bytes for the partial states of a launch. Longer passes take several launches.
     """
 
     def __init__(self, heads: Heads, workspace: int):
@@ -223,7 +227,7 @@ class TableBuilder:
         self.launches: list[Launch] = []
 
     def add(self, segment: AttentionSegment) -> None:
-        """Rows in as many launches as the workspace asks for."""
+        """Adds a segment's rows in as many launches as the workspace makes necessary."""
         edges = splits(int(segment.positions.max()) // PAGE_SIZE + 1, self.split_pages)
         n, at_once = len(segment.positions), max(1, self.workspace // (self.row_bytes * (len(edges) - 1)))
         pages = self.lists["pages"].add(segment.pages)
@@ -251,8 +255,11 @@ class TableBuilder:
         tails: IntArray,
         together: int,
     ) -> None:
-        """edges: [splits + 1]. chosen: page numbers, [full] or [layers, kv_heads, v]. numbers, pages: where these lists
-        begin. tails: [n] where each row's does. together: rows that share a tile when they gather."""
+        """Adds one launch of some rows of a segment.
+
+        edges: [splits + 1]. chosen: page numbers, [full] or [layers, kv_heads, v]. numbers, pages: where these lists
+        begin. tails: [n] where each row's list begins. together: rows that share a tile when they gather.
+        """
         full, positions = len(segment.pages), segment.positions[rows.start : rows.stop]
         first_page = max(0, (int(positions.min()) - self.window + 1) // PAGE_SIZE)
         place = segment.rows.start * self.group
@@ -298,16 +305,16 @@ class TableBuilder:
 
 
 def find_all(chosen: IntArray, limits: IntArray) -> IntArray:
-    """[lists, limits] index of the first page in each ascending list that is not below each limit.
+    """Returns the index of the first page in each ascending list that is not below each limit, [lists, limits].
 
-    chosen: [..., pages]. limits: ascending.
+    chosen: [..., pages]. limits: [limits], ascending.
     """
     lists = chosen.reshape(int(np.prod(chosen.shape[:-1])), chosen.shape[-1])
-    apart = np.arange(len(lists), dtype=np.int64)[:, None] * (int(limits[-1]) + 1)  # each list's numbers to themselves
+    apart = np.arange(len(lists), dtype=np.int64)[:, None] * (int(limits[-1]) + 1)  # so lists do not overlap
     found = np.searchsorted((np.minimum(lists, limits[-1]) + apart).ravel(), limits + apart)
     return (found - np.arange(len(lists))[:, None] * lists.shape[1]).astype(np.int32)
 
 
 def is_chain(tail: IntArray) -> bool:
-    """Whether every row's slots begin the last row's."""
+    """Returns whether every row's slots are a beginning of the last row's."""
     return bool(((tail == tail[-1]) | (tail < 0)).all())

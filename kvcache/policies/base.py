@@ -1,4 +1,4 @@
-"""What policies share: numbers per page of a text that grows, and the queries of its last row."""
+"""Parts that policies share: numbers per page of a text that grows, and the queries of its last row."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from tokenswift_py.kernels.base import QueryTurns
 from tokenswift_py.kvcache.base import Committed, FloatArray, IntArray, PagePool, PageStats
 
 Array = npt.NDArray[Any]
-ROOM = 64  # pages to begin with
+ROOM = 64  # pages that an array has room for at first
 
 
 class PerPage:
-    """[..., pages] numbers, zero until they are written. The length doubles, so that growing costs little."""
+    """An array [..., pages] of numbers, zero until they are written. Its length doubles, so growing it costs little."""
 
     def __init__(self, dtype: npt.DTypeLike = np.float64):
         self._dtype = np.dtype(dtype)
         self._array: Array | None = None
 
     def window(self, *shape: int) -> Array:
-        """The first `shape[-1]` pages, to be read or written in place; the other axes are the same in every call."""
+        """Returns the numbers of the first `shape[-1]` pages, to be read or written in place.
+
+        The other axes must be the same in every call.
+        """
         held = self._array
         if held is None or held.shape[-1] < shape[-1]:
             before = 0 if held is None else held.shape[-1]
@@ -36,7 +39,7 @@ class PerPage:
 
 
 class LastQueries:
-    """Asks the queries of the last committed row about the keys of every page there is."""
+    """A policy that scores every page by the queries of the last committed row and the page's keys."""
 
     needs = frozenset({"queries"})
 
@@ -60,7 +63,7 @@ class LastQueries:
         return scores
 
     def _met(self, pages: IntArray) -> Iterator[tuple[IntArray, torch.Tensor]]:
-        """The pages in groups, each with the queries as they meet its keys (law 8)."""
+        """Yields the pages in groups, each with the queries rotated as they meet the keys of that group (law 8)."""
         assert self._queries is not None
         if self._turns is None:
             yield pages, self._queries
@@ -69,5 +72,5 @@ class LastQueries:
             yield some, self._turns.turned(self._queries, self._position, at)
 
     def worth(self, pool: PagePool, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
-        """[layers, kv_heads, n] of these pages of the pool; queries: [layers, heads, head_dim]."""
+        """Returns the scores of these pages of the pool, [layers, kv_heads, n]. queries: [layers, heads, head_dim]."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Heavy hitters: what was attended to all along (H2O, arXiv 2306.14048)."""
+"""Heavy hitters: pages that later rows attended to all along (H2O, arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from tokenswift_py.kvcache.policies.base import PerPage
 
 
 class H2O:
-    """The cumulative attention probability on a page, per row that could have put some there.
+    """The attention probability on a page, summed over its life and divided by the rows that could have attended to it.
 
-    The paper ranks tokens by the plain sum, which favours whatever has been there longest (it holds half of the
-    budget for recent tokens against that). In a long text that is a matter of pages with ten times the rows of
-    others, so here the sum is divided by its rows: the rate at which a page is hit over its life, all rows alike.
-    A page's life starts when it is full. Its own 64 rows attend to it because it is where they stand, which says
-    nothing about later ones, and a page of the prompt, whose rows ran unseen, would have nothing to set against it.
+    The paper ranks tokens by the plain sum, which favours tokens that have been there longest. Against that it holds
+    half of the budget for recent tokens. In a long text some pages have ten times the later rows of others, so here the
+    sum is divided by the number of rows: the rate at which a page is hit over its life, where all rows count alike.
+    A page's life starts when it is full. Its own 64 rows attend to it because they stand in it, which says nothing
+    about later ones. And a page of the prompt, whose own rows no policy is shown, would have nothing to match them.
     Sums are float64, row by row.
     """
 

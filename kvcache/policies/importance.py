@@ -1,4 +1,4 @@
-"""TokenSwift's importance of a token, query x key (arXiv 2502.18890, section 3.3), of a page's best token."""
+"""A page's most important token by TokenSwift's measure, query x key (arXiv 2502.18890, section 3.3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tokenswift_py.kvcache.policies.base import LastQueries
 class Importance(LastQueries):
     """The largest q.k of a page's keys, summed over the query heads of the KV head's group.
 
-    The query is that of the last row that was committed (the authors' code takes the last row of the tree, most often
-    a draft that was rejected). Every key is read, and no softmax weighs how sure a head is: an expensive policy.
+    The query is that of the last committed row. (The authors' code takes the last row of the tree, most often a draft
+    that was rejected.) The policy is expensive, because it reads every key. It has no softmax, so a head that is sure
+    weighs no more than one that is not.
     """
 
     name = "importance"

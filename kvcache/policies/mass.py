@@ -1,4 +1,4 @@
-"""The attention that verification computes anyway, averaged over the latest rows."""
+"""The attention mass of a page, which verification computes anyway, averaged over the latest rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from tokenswift_py.kvcache.base import Committed, FloatArray, PageStats
 from tokenswift_py.kvcache.policies.base import PerPage
 
 SWEEP = 256  # rows from one sweep to the next
-NEGLIGIBLE = 1e-200  # decayed further, it would end as a denormal number, which some CPUs are slow with
+NEGLIGIBLE = 1e-200  # smaller sums become 0: decayed further they would be denormal numbers, slow on some CPUs
 
 
 class Mass:
-    """The decayed mean of the attention probability that committed rows put on a page: a row weighs `decay` times
-    what the next one weighs.
+    """The decayed mean of the attention probability that committed rows put on a page.
 
-    The weights are divided by their sum, so the rows seen first are a mean like any later one; there is no start to
-    grow out of. Sums are float64: sums = decay * sums + mass, row by row.
+    A row weighs `decay` times as much as the next one. The weights are divided by their sum, so that the scores are a
+    mean from the first row on. Sums are float64: sums = decay * sums + mass, row by row.
 
-    decay: per committed row, above 0 and at most 1 (all rows weigh the same).
+    decay: factor for each committed row, above 0 and at most 1, where all rows weigh the same.
     """
 
     name = "mass"

@@ -1,4 +1,4 @@
-"""What a page could be worth at best: bounds of its keys against the query (Quest, arXiv 2406.10774)."""
+"""An upper bound of a page's worth, from bounds of its keys and the query (Quest, arXiv 2406.10774)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from tokenswift_py.kvcache.policies.base import LastQueries
 
 
 class Quest(LastQueries):
-    """An upper bound of q.k over a page's keys, for the last committed row: for each dimension the better of the
-    page's lowest and highest key, summed; the maximum over the query heads of the KV head's group.
+    """An upper bound of q.k over a page's keys, for the queries of the last committed row.
 
-    The products are torch's in fp32: their last bits may change with the library and its threads, but not with the
-    passes that the rows came in.
+    For each dimension the larger of the query's products with the page's lowest and highest key is taken, and these are
+    summed. A KV head's score is the maximum over the query heads of its group.
+
+    The products are torch's in fp32. Their last bits may change with the library and its threads, but not with how the
+    rows were grouped into passes.
     """
 
     name = "quest"

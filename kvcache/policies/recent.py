@@ -8,7 +8,7 @@ from tokenswift_py.kvcache.base import Committed, FloatArray, PageStats
 
 
 class Recent:
-    """The later a page, the better; the first one is in every view."""
+    """Scores a page by its number, so that the latest are chosen. The first page is in every view anyway."""
 
     name = "recent"
     needs: frozenset[str] = frozenset()

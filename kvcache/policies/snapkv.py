@@ -1,4 +1,4 @@
-"""The observation window: what the latest rows agree on (SnapKV, arXiv 2404.14469)."""
+"""The observation window: pages that the latest rows attend to alike (SnapKV, arXiv 2404.14469)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from tokenswift_py.kvcache.policies.base import PerPage
 
 
 class SnapKV:
-    """The mean attention probability that the last `window` committed rows put on a page, all alike and none before
-    them, then the mean over `pooling` neighbouring pages (pages that are not there count as 0).
+    """The mean attention probability that the last `window` committed rows put on a page, pooled over neighbours.
 
-    The paper looks once, from the end of the prompt; here the window moves with the text. It pools over neighbouring
-    tokens, so that what stands around a token that is hit is kept with it; a page does that for its own tokens, and
-    the pooling here for those of the pages beside it.
+    The rows of the window weigh the same, and earlier rows nothing. Pooling is the mean over `pooling` neighbouring
+    pages, where pages that do not exist count as 0.
+
+    The paper looks once, from the end of the prompt. Here the window moves with the text. The paper pools over
+    neighbouring tokens, so that the tokens around one that is hit are kept with it. A page does that for its own
+    tokens, and the pooling here for those of the pages beside it.
     The rows of the window are kept (window * layers * kv_heads * pages * 4 bytes) and summed oldest first, in float32.
 
-    window:  committed rows, at least 1.
-    pooling: an odd number of pages; 1 pools nothing.
+    window:  number of committed rows, at least 1.
+    pooling: odd number of pages. 1 pools nothing.
     """
 
     name = "snapkv"
@@ -50,7 +52,7 @@ class SnapKV:
 
 
 def pooled(x: FloatArray, width: int) -> FloatArray:
-    """The mean of each page and its neighbours, `width` in all."""
+    """Returns the mean of each page and its neighbours, `width` pages in all."""
     reach, pages = width // 2, x.shape[-1]
     total = x.copy()
     for distance in range(1, min(reach, pages - 1) + 1):

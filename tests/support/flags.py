@@ -1,4 +1,4 @@
-"""Command lines in tests: a flag that is given twice with two values is refused."""
+"""Command lines for tests. The program refuses a flag that is given twice with two values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Sequence
 
 
 def with_flags(base: Sequence[str], *more: str) -> list[str]:
-    """`base`, which is flags with a value each, without those that `more` gives again, and `more`."""
+    """Returns the flags of `base`, each with a value, where those of `more` replace the ones it gives again."""
     pairs = zip(base[::2], base[1::2], strict=True)
     return [*(word for flag, value in pairs if flag not in more for word in (flag, value)), *more]

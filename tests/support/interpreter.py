@@ -1,7 +1,7 @@
-"""Where Triton's kernels run: on the GPU if there is one, else in Triton's interpreter on the CPU.
+"""Chooses where Triton's kernels run: on the GPU if there is one, else in Triton's interpreter on the CPU.
 
-Triton reads the setting when it is first imported, and some of the packages that tests import do so: conftest.py
-imports this file before them.
+Triton reads the setting when it is first imported, and some packages that tests use import it. So conftest.py imports
+this file before them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def product(builder: Any, a: Any, b: Any, d: Any, precision: Any, most_imprecise: Any) -> Any:
-    """tl.dot whose rows round alike wherever they stand in a tile, as a matrix unit's do. The interpreter's own is
-    numpy's, whose BLAS on some CPUs rounds the last rows of a product unlike the first."""
+    """Computes tl.dot so that rows round alike wherever they stand in a tile, like a matrix unit's.
+
+    The interpreter's own is numpy's, whose BLAS on some CPUs rounds the last rows of a product unlike the first.
+    """
     from triton.runtime.interpreter import TensorHandle
 
     return TensorHandle(np.einsum("...mk,...kn->...mn", a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)

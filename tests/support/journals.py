@@ -1,4 +1,4 @@
-"""Journals that end where a process might have been killed."""
+"""Makes journals that end where a process might have been killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenswift_py.runs.journal import Journal
 
 
 def cut_short(folder: Path, count: int) -> None:
-    """Leave the record of `count` tokens, as if the process had been killed there."""
+    """Leaves the record of `count` tokens, as if the process had been killed there."""
     record = journal.read(folder)
     shutil.rmtree(folder)
     again = Journal.create(folder, {k: v for k, v in record.header.items() if k != "version"})

@@ -1,4 +1,4 @@
-"""Rows of the native engine: tiny decoders, caches that were filled in chunks or one by one, and the row law."""
+"""Rows of the native engine: tiny decoders, caches filled in chunks or row by row, and the row law."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prefill(decoder: Any, ids: np.ndarray, chunks: Sequence[int] = ()) -> tuple[
 
 
 def extend(decoder: Any, cache: KVCache, ids: np.ndarray, chunks: Sequence[int] = ()) -> torch.Tensor:
-    """Commits `ids` in these chunks, the rest in one; all logits."""
+    """Commits `ids` in chunks of these sizes, the rest in one, and returns all logits."""
     logits, start = [], 0
     for size in [*chunks, len(ids) - sum(chunks)]:
         if size:
@@ -61,7 +61,7 @@ def extend(decoder: Any, cache: KVCache, ids: np.ndarray, chunks: Sequence[int] 
 
 
 def one_by_one(decoder: Any, cache: KVCache, ids: Sequence[int]) -> Output:
-    """Plain decoding on a copy of the cache: what every row of a tree must reproduce."""
+    """Decodes plainly on a copy of the cache. Every row of a tree must reproduce this output."""
     copy, outputs = cache.fork(), []
     for token in ids:
         outputs.append(decoder.forward([Segment(DraftTree.chain([token]), copy)]))
@@ -71,7 +71,7 @@ def one_by_one(decoder: Any, cache: KVCache, ids: Sequence[int]) -> Output:
 
 
 def random_tree(seed: int, nodes: int, branching: float) -> DraftTree:
-    """Mostly deep for a small `branching`, mostly wide for a large one."""
+    """Makes a random tree, mostly deep for a small `branching`, mostly wide for a large one."""
     rng = np.random.default_rng(seed)
     parents = [-1] + [i - 1 if rng.random() > branching else int(rng.integers(0, i)) for i in range(1, nodes)]
     siblings = [parents[:node].count(parent) for node, parent in enumerate(parents)]
@@ -91,6 +91,6 @@ def assert_row_law(decoder: Any, prefix: int, tree: DraftTree) -> None:
 
 
 def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 and its scale, by the last dimension: what kv_dtype int8 promises."""
+    """Returns int8 values and their scale along the last dimension, by the rule that kv_dtype int8 promises."""
     scale = x.abs().amax(-1, keepdim=True) / 127
     return (x / scale).nan_to_num().round().to(torch.int8), scale

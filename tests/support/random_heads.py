@@ -1,4 +1,4 @@
-"""Draft heads of random weights."""
+"""Draft heads with random weights."""
 
 from __future__ import annotations
 

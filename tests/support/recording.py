@@ -1,4 +1,4 @@
-"""What a CUDA graph does, without a GPU: notes what is launched, with its memory and numbers, to launch it again."""
+"""Does a CUDA graph's work without a GPU: records launches, with their memory and numbers, and launches them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """numbers: scalars, and the shapes of tensors. again: computes the same from what its memory then holds."""
+    """A recorded launch.
+
+    numbers: scalars, and the shapes of tensors.
+    again:   function that computes the same from the present contents of its memory.
+    """
 
     name: str
     grid: tuple[int, ...]
@@ -25,7 +29,7 @@ class Launch:
 
 
 class Tape(TorchDispatchMode):
-    """Triton's launches and torch's operations while it is on. Views and empty tensors are no launches."""
+    """Records Triton's launches and torch's operations while it is on. Views and empty tensors are no launches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ def numbers(values: Any) -> tuple[Any, ...]:
 
 
 def record(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """As `steps.cuda_graphs` records."""
+    """Records a function like `captured.cuda_graphs` does."""
     tape = Tape()
     with tape:
         result = function()

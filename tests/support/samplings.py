@@ -1,4 +1,4 @@
-"""A prompt, and every kind of sampling that hypothesis may draw."""
+"""A prompt, and the kinds of sampling that hypothesis may draw."""
 
 from __future__ import annotations
 

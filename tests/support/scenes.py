@@ -1,4 +1,4 @@
-"""Scenes for attention kernels: pools, caches, trees and views of random keys, and what backends must agree with."""
+"""Scenes for attention kernels: pools, caches, trees and views of random keys, compared with the naive backend."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEVICE = torch.device("cpu")
 def new_pool(
     kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float64, device: torch.device = DEVICE
 ) -> TorchPagePool:
-    """All lanes NaN, and pages handed out in no order."""
+    """Makes a pool whose lanes are all NaN and whose pages are handed out in random order."""
     pool = TorchPagePool(LAYERS, kv_heads, head_dim, 48, dtype, device)
     pool.keys.fill_(torch.nan)
     pool.values.fill_(torch.nan)
@@ -54,7 +54,7 @@ def random_tree(rng: np.random.Generator, nodes: int) -> DraftTree:
 
 
 def random_view(rng: np.random.Generator, cache: KVCache, count: int) -> PageView:
-    """Other pages for each layer and head."""
+    """Makes a view with other pages for each layer and head."""
     pages = np.arange(cache.full_pages)
     chosen = [[np.sort(rng.permutation(pages)[:count]) for _ in range(cache.pool.kv_heads)] for _ in range(LAYERS)]
     return PageView(np.array(chosen, np.int32).reshape(LAYERS, cache.pool.kv_heads, min(count, len(pages))))
@@ -62,7 +62,7 @@ def random_view(rng: np.random.Generator, cache: KVCache, count: int) -> PageVie
 
 @dataclass
 class Scene:
-    """Segments laid out, the pool written, queries drawn."""
+    """Segments that are laid out, with keys and values in the pool and random queries."""
 
     pool: TorchPagePool
     segments: tuple[AttentionSegment, ...]
@@ -107,7 +107,7 @@ class Scene:
 
 
 def ladder(rungs: int) -> DraftTree:
-    """Two children at every step."""
+    """Makes a tree with two children at every step, one of which goes on."""
     builder, node = TreeBuilder(0), 0
     for rung in range(rungs):
         builder.add(node, 100 + rung)

@@ -1,4 +1,4 @@
-"""Drafters whose acceptance is known beforehand."""
+"""A drafter whose acceptance is known beforehand."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from toys import write as write
 
 
 class Scripted:
-    """Random trees whose right path is planted at random: `right` is the chance that a level holds the true token.
+    """Drafts random trees in which the right path is planted at random.
 
-    truth: every token of the text, prompt included, as plain decoding writes it.
+    truth: every token of the text by plain decoding, prompt included.
+    right: chance that a level of the tree holds the true token.
     """
 
     name = "scripted"

@@ -1,4 +1,4 @@
-"""A smaller model on disk, to draft with."""
+"""Saves a smaller model on disk, to draft with."""
 
 from __future__ import annotations
 

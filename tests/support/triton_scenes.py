@@ -1,4 +1,4 @@
-"""Triton's attention in scenes, and the bytes that its kernels read."""
+"""Triton's attention in scenes, and a count of the bytes that its kernels read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRITON = TritonAttention()
 
 
 def as_if_committed(scene: Scene, segment: AttentionSegment, index: int) -> Scene:
-    """The row alone, as plain decoding would have it: everything before it committed, in other pages of the pool."""
+    """Returns a scene of the row alone, as in plain decoding: all before it is committed, in other pages."""
     pool = scene.pool
     _, slots = visible(segment, 0, 0, index, None)
     cache = KVCache(pool, len(slots))
@@ -36,7 +36,7 @@ def as_if_committed(scene: Scene, segment: AttentionSegment, index: int) -> Scen
 
 
 class Reads:
-    """Bytes that interpreted kernels load from some tensors."""
+    """Counts the bytes that interpreted kernels load from some tensors."""
 
     def __init__(self, *tensors: torch.Tensor):
         self.bytes = 0

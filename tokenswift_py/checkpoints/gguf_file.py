@@ -1,7 +1,7 @@
-"""A GGUF file, or the parts of a split one: its metadata, and where each tensor lies. Nothing of the tensors is read.
+"""Reads the header of a GGUF file, or of a split one's parts: metadata and the places of tensors, but no tensor.
 
-Every length that a header claims is held against the file before anything believes it: an array said to have 2^60
-elements would keep a reader busy until the memory is full, and a cut file would be read past its end.
+Every length that a header claims is compared with the file first. Else an array said to have 2^60 elements would keep
+the reader busy until the memory is full, and a cut file would be read past its end.
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -22,7 +22,7 @@ from tokenswift_py.errors import check, files
 
 MAGIC = b"GGUF"
 STRING, ARRAY, FLOAT32 = 8, 9, 6
-# NumPy's type of a value, by GGUF's.
+# NumPy's types of values by GGUF's numbers.
 TYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4
@@ -31,7 +31,7 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: the file, its GGML type, its shape with the rows first, and its bytes there."""
+    """The place of a tensor: its file, GGML type, shape with the rows first, and its bytes in the file."""
 
     name: str
     path: Path
@@ -43,8 +43,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """parts: the one file, or all parts of a split one in their order. metadata: those of the first, arrays of numbers
-    as NumPy's. tensors: of all parts, by name."""
+    """A GGUF file that was opened.
+
+    parts:    the one file, or all parts of a split one in order.
+    metadata: metadata of the first part, with arrays of numbers as NumPy arrays.
+    tensors:  tensors of all parts, by name.
+    """
 
     parts: tuple[Path, ...]
     metadata: dict[str, Any]
@@ -56,16 +60,15 @@ class GgufFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as one, whatever its name ends in. Raises OSError where it cannot be read."""
+    """Returns whether a file begins as GGUF, whatever its name. Raises OSError where it cannot be read."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def open_gguf(path: Path) -> GgufFile:
-    """Read the header of a file, and those of the other parts where it is one part of a split model.
+    """Reads the header of a file, and those of the other parts where it is one part of a split model.
 
-    Raises UserError for a part that is missing, and for a header that is not whole or speaks of what is not in the
-    file.
+    Raises UserError for a part that is missing, and for a header that is not whole or names data that the file lacks.
     """
     named = read_header(path)
     headers = [named if part == path else read_header(part) for part in parts_of(path, named)]
@@ -84,7 +87,7 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 def parts_of(path: Path, header: Header) -> list[Path]:
-    """All parts of the model that a file is one part of, in their order. Raises UserError for one that is missing."""
+    """Returns all parts of the model that a file is part of, in order. Raises UserError for one that is missing."""
     count = header.metadata.get("split.count", 0)
     if count in (0, 1):
         return [path]
@@ -100,7 +103,7 @@ def parts_of(path: Path, header: Header) -> list[Path]:
 
 
 def gguf_in(folder: Path) -> Path | None:
-    """The one GGUF model of a folder, split or not; None where there is none. Raises UserError where there are several.
+    """Returns the one GGUF model of a folder, split or not, None without one. Raises UserError for several.
 
     A folder of safetensors files with a config is a model of its own, whatever GGUF files lie beside them.
     """
@@ -116,14 +119,14 @@ def gguf_in(folder: Path) -> Path | None:
 
 
 def read_header(path: Path) -> Header:
-    """Raise UserError, with the byte, for a header that is not whole or speaks of what is not in the file."""
+    """Reads one file's header. Raises UserError, with the byte, where it is not whole or names data that is missing."""
     check(path.stat().st_size >= len(MAGIC) and is_gguf(path), "model", path.name, "the file does not begin as GGUF")
     with path.open("rb") as file:
         return Header(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 class Header:
-    """The metadata and tensors of one file, read from its bytes; `at` is the next byte."""
+    """The metadata and tensors of one file, read from its bytes. at: place of the next byte."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, len(MAGIC)
@@ -131,7 +134,7 @@ class Header:
         version = self.number("<I")
         wanted = f"little-endian of version {' or '.join(map(str, VERSIONS))}"
         check(version in VERSIONS, f"model: GGUF version of {path.name}", version, wanted)
-        tensors, pairs = self.count(24), self.count(13)  # of the bytes that each takes at the least
+        tensors, pairs = self.count(24), self.count(13)  # each takes at least so many bytes
         for _ in range(pairs):
             key = self.printable()
             check(key not in self.metadata, "model: metadata key", key, f"{path.name} has it twice: it is damaged")
@@ -142,7 +145,7 @@ class Header:
         self.tensors = self._placed([self.tensor() for _ in range(tensors)])
 
     def _placed(self, tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
-        """The tensors with offsets from the beginning of the file, by name."""
+        """Returns the tensors by name, with offsets from the beginning of the file."""
         alignment = self.metadata.get("general.alignment", 32)
         whole = isinstance(alignment, int) and alignment > 0
         check(whole, f"model: general.alignment of {self.path.name}", alignment, "above 0")
@@ -159,9 +162,9 @@ class Header:
         return placed
 
     def take(self, size: int) -> int:
-        """The place of the next `size` bytes."""
+        """Takes the next `size` bytes and returns their place. Raises UserError where the file ends before."""
         at, left = self.at, len(self.data) - self.at
-        if size > left:  # the message is made only then: there are as many strings as tokens and merges
+        if size > left:  # the message is made only here, because there is a string for each token and merge
             where = f"model: bytes needed at byte {at} of {self.path.name}"
             check(False, where, size, f"{left} are left: it is damaged")
         self.at += size
@@ -171,7 +174,7 @@ class Header:
         return int(struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0])
 
     def count(self, least: int) -> int:
-        """How many things follow that take `least` bytes each, or more."""
+        """Reads a number of things of at least `least` bytes each. Raises UserError if they cannot all follow."""
         count = self.number("<Q")
         at = self.at
         self.take(count * least)
@@ -184,7 +187,7 @@ class Header:
         return self.texts([self.data[at : at + size]])[0]
 
     def strings(self, count: int) -> list[str]:
-        """As many times `string`, in a loop of its own: a vocabulary has hundreds of thousands."""
+        """Reads `count` strings. It has a loop of its own, because a vocabulary has hundreds of thousands."""
         data, at, found = self.data, self.at, []
         for _ in range(count):
             begin = at + 8
@@ -204,15 +207,17 @@ class Header:
             raise
 
     def printable(self) -> str:
-        """A name as messages have it: what cannot be printed, and what is too long, shows that it is damaged."""
+        """Reads a name for messages. Question marks for unprintable characters, and a cut at 100, show damage."""
         size = self.number("<Q")
         at = self.take(size)
         text = self.data[at : at + min(size, 100)].decode("utf-8", "replace")
         return "".join(char if char.isprintable() else "?" for char in text)
 
     def value(self, key: str, kind: int) -> Any:
-        """A string, a number, or an array of either. A number of 32 bits with a fraction is the shortest decimal that
-        rounds to it, as in the config.json that it was taken from."""
+        """Reads a string, a number, or an array of either.
+
+        A float of 32 bits becomes the shortest decimal that rounds to it, as in the config.json it was taken from.
+        """
         if kind == STRING:
             return self.string()
         if kind == ARRAY:
@@ -235,7 +240,7 @@ class Header:
         return TYPES[kind]
 
     def tensor(self) -> StoredTensor:
-        """A tensor whose offset is still that from the beginning of all tensors."""
+        """Reads a tensor's entry. Its offset still counts from the beginning of all tensors."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         key, dimensions = self.printable(), self.number("<I")

@@ -1,4 +1,4 @@
-"""The folder of config and tokenizer that is made of a GGUF file's metadata once, and kept in the cache."""
+"""Makes a folder of config and tokenizer from a GGUF file's metadata, once, and keeps it in the cache."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
 
-SUMS = "checksums.json"  # beside what was made from a GGUF file: CRC32C of each file
-CONVERSION = 3  # part of the name of converted checkpoints; raised when conversion changes
+SUMS = "checksums.json"  # the CRC32C of each file that was made from a GGUF file
+CONVERSION = 3  # part of the folder's name; raise it when the conversion changes
 
 
 def describe_gguf(file: GgufFile) -> Path:
-    """Config and tokenizer of a GGUF file, written once into the cache folder. Raises UserError for a model that is not
-    one of ours, and where the tensors are not those that the metadata speak of."""
+    """Returns the folder with config and tokenizer of a GGUF file, written once into the cache folder.
+
+    Raises UserError for a model of another family than ours, and where the tensors do not fit the metadata.
+    """
     from transformers import AutoConfig
 
     folder = cache_folder() / f"{cache_name(*file.parts)}-{CONVERSION}-config"
@@ -42,13 +44,13 @@ def describe_gguf(file: GgufFile) -> Path:
         GgufPlaces(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.parent):
-            if not usable(folder):  # by now
+            if not usable(folder):  # another process may have made it while this one waited
                 make(file, config, folder)
     return folder
 
 
 def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
-    """Written beside its place and moved there whole: an interrupted or parallel run leaves no half."""
+    """Makes the folder beside its place and moves it there whole, so that an interrupted run leaves no half of one."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent))
     damaged = Path(f"{scratch}-damaged")
     try:
@@ -69,8 +71,10 @@ def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
 
 
 def usable(folder: Path) -> bool:
-    """Whether a folder made from a GGUF file is there and as it was written. (One from before there were checksums is
-    taken as it is.)"""
+    """Returns whether a folder made from a GGUF file exists and is as it was written.
+
+    A folder without checksums, from an earlier version, counts as usable.
+    """
     if not (folder / SUMS).is_file():
         return folder.is_dir()
     try:
@@ -81,7 +85,7 @@ def usable(folder: Path) -> bool:
 
 
 def checksums(files: Iterable[Path]) -> dict[str, int]:
-    """CRC32C of each file, by its name."""
+    """Returns the CRC32C of each file, by its name."""
     sums = {}
     for path in files:
         sum_so_far = 0
@@ -94,7 +98,7 @@ def checksums(files: Iterable[Path]) -> dict[str, int]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """One process at a time; without file locks (some network folders have none) all at once, which only costs work."""
+    """Lets one process at a time in. Some network folders have no locks: then all enter, which only costs work."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -1,12 +1,12 @@
-"""The tokenizer of a GGUF file, built from the file's own fields: token for token what llama.cpp gives.
+"""Builds the tokenizer of a GGUF file from the file's own fields. It gives the same tokens as llama.cpp.
 
-transformers reads of these fields the tokens and merges alone. A byte-level vocabulary (`tokenizer.ggml.model` gpt2)
-is cut into words as `tokenizer.ggml.pre` says (pretokenizers.py); a SentencePiece one (llama) has scores in place of
-merges. Fields: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; where a field is left out, and what the
-types of tokens do: load and tokenizer_st_partition in llama.cpp's src/llama-vocab.cpp.
+transformers reads only the tokens and merges of these fields. A byte-level vocabulary (`tokenizer.ggml.model` gpt2) is
+cut into words by the rule that `tokenizer.ggml.pre` names (pretokenizers.py). A SentencePiece one (llama) has scores in
+place of merges. Source of the fields: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Source of the defaults
+and of the effects of token types: load and tokenizer_st_partition in llama.cpp's src/llama-vocab.cpp.
 
-Texts are decoded as they are: llama.cpp's and transformers' clean-up of spaces before punctuation is not done, so that
-a text's tokens give back the text.
+Unlike llama.cpp and transformers, decoding does not clean up spaces before punctuation, so that a text's tokens give
+back the text.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ BYTE_LEVEL, SENTENCEPIECE = ("gpt2", "gemma4"), "llama"
 SPACE = "\u2581"
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names and the file's
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file does not say
-# Tokens with these texts are markup, even where a file calls them normal ones: what llama.cpp takes for the end of a
-# text, and for parts of code to be filled in.
+# Tokens with these texts are markup, even where a file calls them normal. llama.cpp takes them for the end of a text,
+# or for the marks of code that is to be filled in.
 MARKUP_TEXTS = (
     "</s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> "
     "<fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> "
@@ -44,16 +44,18 @@ MARKUP_TEXTS = (
     "<\uff5cfim\u2581hole\uff5c>"
 )
 MARKUP = frozenset(MARKUP_TEXTS.split())
-PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # behind the others of its markup spaces are dropped
+PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # spaces behind its other markup tokens are dropped
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """The fields of one file that are about its tokenizer.
 
-    tokens, types: of each id. scores: of each id, SentencePiece's only. merges: pairs, the first one comes first.
+    tokens, types: text and type of each id.
+    scores:        score of each id, for SentencePiece only.
+    merges:        pairs of pieces, in the order in which they are merged.
     named:         ids by transformers' names: bos, eos, unk, pad.
-    charsmap:      SentencePiece's compiled table of what characters are replaced by.
+    charsmap:      SentencePiece's compiled table of replaced characters.
     """
 
     model: str
@@ -73,7 +75,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, file: GgufFile) -> Vocabulary:
-        """Raises UserError, with the field, for one that is missing or does not fit the others."""
+        """Reads the fields of a file. Raises UserError for a field that is missing or does not fit the others."""
         metadata = file.metadata
 
         def field(name: str, default: Any = None) -> Any:
@@ -122,7 +124,7 @@ class Vocabulary:
 
     @cached_property
     def special(self) -> frozenset[int]:
-        """Ids that are no text: of control and unknown tokens, and of what must be markup by its name."""
+        """The ids that are no text: control tokens, unknown tokens, and tokens that are markup by their text."""
         ends = {self.named[name] for name in ("bos", "eos") if name in self.named}
         return frozenset(
             token
@@ -132,7 +134,7 @@ class Vocabulary:
 
     @property
     def added(self) -> list[dict[str, Any]]:
-        """Tokens that are found in a text before it is cut into words, as tokenizer.json has them."""
+        """The tokens that are found in a text before it is cut into words, in tokenizer.json's form."""
         special = self.special
         return [
             {
@@ -150,7 +152,7 @@ class Vocabulary:
 
 
 def pair_of(merge: str) -> tuple[str, str]:
-    """Two pieces, apart at the first space that is not the first piece's own."""
+    """Returns the two pieces of a merge. They part at the first space that does not begin the first piece."""
     at = merge.find(" ", 1)
     check(at > 0, "model: tokenizer.ggml.merges", merge, "two pieces with a space between")
     return merge[:at], merge[at + 1 :]
@@ -161,16 +163,16 @@ def is_markup(text: str) -> bool:
 
 
 def named_ids(model: str, field: Any, size: int) -> dict[str, int]:
-    """Of bos, eos, unk and pad; those of the file that no token has are left out, as llama.cpp does."""
+    """Returns the ids of bos, eos, unk and pad. Ids that no token has are left out, like in llama.cpp."""
     defaults = SENTENCEPIECE_IDS if model == SENTENCEPIECE else {}
     ids = {name: field(f"{theirs}_token_id", defaults.get(name)) for name, theirs in NAMED.items()}
     return {name: int(token) for name, token in ids.items() if token is not None and 0 <= token < size}
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and the chat template of a GGUF file, for AutoTokenizer to read.
+    """Writes tokenizer.json, tokenizer_config.json and the chat template of a GGUF file, for AutoTokenizer to read.
 
-    Raises UserError in one line for a tokenizer that is not known, or whose fields do not fit one another.
+    Raises UserError for a tokenizer that is not known, or whose fields do not fit one another.
     """
     vocabulary = Vocabulary.read(file)
     backend = sentencepiece(vocabulary) if vocabulary.model == SENTENCEPIECE else byte_level(vocabulary)
@@ -189,7 +191,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
 
 
 def byte_level(vocabulary: Vocabulary) -> dict[str, Any]:
-    """tokenizer.json of a vocabulary with merges, most often one of bytes."""
+    """Returns the tokenizer.json of a vocabulary with merges, most often one of bytes."""
     pre = pre_tokenizer(vocabulary)
     merges = [list(pair) for pair in dict.fromkeys(vocabulary.merges)]
     ids = vocabulary.ids
@@ -221,7 +223,7 @@ def pre_tokenizer(vocabulary: Vocabulary) -> PreTokenizer:
 
 
 def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
-    """tokenizer.json of a SentencePiece vocabulary of type BPE, whose scores say what is merged first."""
+    """Returns the tokenizer.json of a SentencePiece vocabulary of type BPE, whose scores order the merges."""
     prefix = vocabulary.space_prefix
     steps: list[dict[str, Any]] = []
     if vocabulary.charsmap:
@@ -241,8 +243,10 @@ def sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def merges_by_score(vocabulary: Vocabulary) -> list[list[str]]:
-    """Every way to make a token of two others, the highest score first: SentencePiece merges whichever pair makes the
-    token of the highest score, the leftmost first."""
+    """Returns every way to make a token of two others, ordered from the highest score to the lowest.
+
+    SentencePiece merges the pair that makes the token of the highest score, the leftmost of equals first.
+    """
     ids, kept = vocabulary.ids, (NORMAL, UNUSED)
     pieces = {text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in kept}
     found = [
@@ -255,7 +259,7 @@ def merges_by_score(vocabulary: Vocabulary) -> list[list[str]]:
 
 
 def bpe(ids: dict[str, int], merges: Sequence[Any], vocabulary: Vocabulary, fallback: bool) -> dict[str, Any]:
-    """fallback: characters that are no token become the tokens of their bytes."""
+    """Returns a BPE model. fallback: whether characters that are no token become the tokens of their bytes."""
     unknown = vocabulary.named.get("unk")
     return {
         "type": "BPE",
@@ -280,7 +284,7 @@ def replace(pattern: str | dict[str, str], content: str) -> dict[str, Any]:
 
 
 def characters(last: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The decoder of a vocabulary of characters with a token for each byte."""
+    """Returns the decoder of a vocabulary of characters that has a token for each byte, too."""
     steps = [replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}, *([last] if last else [])]
     return {"type": "Sequence", "decoders": steps}
 
@@ -311,7 +315,7 @@ def tokenizer_json(
 
 
 def surrounded(vocabulary: Vocabulary, names: Iterable[str]) -> dict[str, Any]:
-    """The post-processor that puts BOS before a text and EOS behind it, those of them that are in `names`."""
+    """Returns the post-processor that puts BOS before a text and EOS behind it, as far as they are in `names`."""
     ids = {vocabulary.tokens[vocabulary.named[name]]: vocabulary.named[name] for name in names}
 
     def template(sequence: str, kind: int) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""A name, a folder, a .gguf file or a hub id becomes a checkpoint: config, weights, tokenizer, generation defaults.
+"""Opens a name, a folder, a .gguf file or a hub id as a checkpoint: config, weights, tokenizer, generation defaults.
 
-Weights are read from safetensors and GGUF only; nothing is unpickled and no remote code runs.
+Weights are read from safetensors and GGUF only. Nothing is unpickled, and no remote code runs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MOST_LAYERS = 10_000
 
 
 def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dtype: str = "bf16") -> Checkpoint:
-    """Find a model and read its config. Raises UserError in one line for whatever cannot be used.
+    """Finds a model and reads its config. Raises UserError for one that cannot be used.
 
-    dtype: as --dtype names it; gguf is for GGUF files only.
+    dtype: a name of --dtype. gguf is for GGUF files only.
     """
     from transformers import AutoConfig
 
@@ -42,7 +42,7 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
     with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind, layers = stored.get("model_type"), stored.get("num_hidden_layers")
-        few = not is_whole(layers) or layers <= MOST_LAYERS  # transformers makes lists of them
+        few = not is_whole(layers) or layers <= MOST_LAYERS  # transformers makes lists of so many elements
         check(few, "config.json: num_hidden_layers", layers, f"at most {MOST_LAYERS}")
         check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -61,9 +61,10 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
 
 
 def open_draft_checkpoint(model: str, target: Any) -> tuple[Checkpoint, Any]:
-    """As `open_checkpoint`, for a model that drafts for another, whose tokenizer is `target`, and the model's own one.
+    """Opens the checkpoint of a model that drafts for another. Returns it with its own tokenizer.
 
-    A guess is a token id, so the same ids must stand for the same texts. Raises UserError, also where they do not.
+    target: the other model's tokenizer. A guess is a token id, so the same ids must stand for the same texts. Raises
+    UserError where they do not, and where `open_checkpoint` does.
     """
     with about("draft_model"):
         checkpoint = open_checkpoint(model)
@@ -73,7 +74,7 @@ def open_draft_checkpoint(model: str, target: Any) -> tuple[Checkpoint, Any]:
 
 
 def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[str, int]) -> None:
-    """Raise UserError, with the first token that differs, for a draft model of another vocabulary."""
+    """Raises UserError, with the first token that differs, for a draft model of another vocabulary."""
     if own != target:
         texts, wanted = ({token: text for text, token in vocab.items()} for vocab in (own, target))
         token = min(token for _, token in own.items() ^ target.items())

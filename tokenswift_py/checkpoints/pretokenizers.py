@@ -1,13 +1,13 @@
-r"""How the byte-level vocabularies of GGUF files cut a text into words, by the name in `tokenizer.ggml.pre`.
+r"""The rules by which byte-level vocabularies of GGUF files cut a text into words, by `tokenizer.ggml.pre`.
 
 A vocabulary's merges were learned within words, so a text cut otherwise becomes tokens that the model has not seen.
-The file has only a name; what it means is in llama.cpp (src/llama-vocab.cpp of build b11549, checked against what it
-does). Where llama.cpp only comes near what the model was trained with (its regular expressions cannot tell upper from
-lower case outside ASCII, and it does not normalise), the checkpoint's own tokenizer is followed: the original
+The file has only a name. Its meaning is in llama.cpp (src/llama-vocab.cpp of build b11549, checked against the tokens
+that it gives). llama.cpp only comes near some models' training: its regular expressions cannot tell upper from lower
+case outside ASCII, and it does not normalise. There the checkpoint's own tokenizer is followed. The original
 expressions are those that llama.cpp's source quotes from each tokenizer.json, and the normalisation is that of the
 model's tokenizer in transformers. tests/test_gguf_tokenizer.py has both, and names each difference.
 
-Each expression cuts the pieces that the one before left; what it does not match stays a piece. The engine is
+Each expression cuts the pieces that the one before left, and parts that it does not match stay pieces. The engine is
 Oniguruma's, in which \s and \p{..} are those of Unicode.
 """
 
@@ -45,7 +45,7 @@ JAIS2 = (
 
 
 def cased(upper: str, lower: str, ending: str, digits: str, rest: str) -> str:
-    """Words that end where capitals begin again: capitals then small letters, or capitals alone."""
+    """Returns an expression for words that end where capitals begin again: capitals, then small letters or none."""
     before = r"[^\r\n\p{L}\p{N}]?"
     words = f"{before}{upper}*{lower}+{ending}|{before}{upper}+{lower}*{ending}"
     return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+{rest}" + LINES
@@ -56,7 +56,7 @@ NOT_HAN = r"&&[^\p{Han}]]"
 O200K = cased(UPPER, LOWER, f"{CONTRACTION}?", r"\p{N}{1,3}", r"[\r\n/]*")
 YOUTU = cased(UPPER, LOWER, f"{CONTRACTION}?", r"\p{N}", r"[\r\n/]*")
 TEKKEN = cased(UPPER, LOWER, "", r"\p{N}", r"[\r\n/]*")
-# Of moonshotai/Kimi-K2, tokenization_kimi.py.
+# Source: tokenization_kimi.py of moonshotai/Kimi-K2.
 KIMI = r"[\p{Han}]+|" + cased(UPPER[:-1] + NOT_HAN, LOWER[:-1] + NOT_HAN, f"{CONTRACTION}?", r"\p{N}{1,3}", r"[\r\n]*")
 
 CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
@@ -110,13 +110,14 @@ NEWLINES = r"[^\n]+|[\n]+"
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """What a name in `tokenizer.ggml.pre` stands for.
+    """The rule that a name in `tokenizer.ggml.pre` stands for.
 
-    splits:        expressions, one after another.
-    ignore_merges: a word that is a token is that token, whatever the merges make of it.
-    add_bos:       whether a text begins with BOS where the file does not say; None is always, whatever it says.
-    nfc:           texts are normalised to Unicode's NFC first, as transformers' tokenizers of these models do.
-    raw:           the vocabulary is of characters, with "\u2581" for spaces and a token for each byte, not byte-level.
+    splits:        expressions that are applied one after another.
+    ignore_merges: whether a word that is a token becomes that token, whatever the merges make of it.
+    add_bos:       whether a text begins with BOS where the file does not say. None is always, whatever it says.
+    nfc:           whether texts are normalised to Unicode's NFC first, like transformers' tokenizers of these models.
+    raw:           whether the vocabulary is not byte-level but of characters, with "\u2581" for spaces and a token for
+                   each byte.
     """
 
     splits: tuple[str, ...]
@@ -127,7 +128,7 @@ class PreTokenizer:
 
 
 def named(names: str, *splits: str, **flags: bool | None) -> dict[str, PreTokenizer]:
-    """One meaning for several names, apart by spaces."""
+    """Gives several names, separated by spaces, one rule."""
     return dict.fromkeys(names.split(), PreTokenizer(splits, **flags))  # type: ignore[arg-type]
 
 
@@ -149,7 +150,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     **named("command-r", r"\p{N}", GPT2, nfc=True),
     **named("gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe a.x-4.0 "
             "mellum modern-bert jais trillion granite-docling exaone4", GPT2),
-    **named("mpt olmo", GPT2, nfc=True),  # both took GPT-NeoX's
+    **named("mpt olmo", GPT2, nfc=True),  # both have GPT-NeoX's tokenizer
     **named("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez", QWEN2, nfc=True),
     **named("stablelm2 hunyuan solar-open grok-2", QWEN2),
     **named("qwen35", QWEN35, nfc=True),

@@ -1,4 +1,4 @@
-"""The safetensors files of a folder: which of them are the model's, and its tensors in them."""
+"""The safetensors files of a model's folder, and the tensors in them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger("tokenswift")
 
 STORED = ("BF16", "F16", "F32", "F64")
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Tables of RoPE that old files hold; they follow from the config.
+# Old files hold tables of RoPE, which follow from the config.
 TABLES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
-# Of a tensor's name and shape: what is read of it.
+# A function from a tensor's name and shape to the part of it that is read.
 Part = Callable[[str, Sequence[int]], tuple[slice, ...]]
 
 
@@ -29,12 +29,12 @@ class Tensors(Mapping[str, torch.Tensor]):
     """Tensors under Hugging Face's names, read when they are asked for and not kept."""
 
     def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        """All of them, in memory."""
+        """Returns copies of all tensors, in memory."""
         return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
 
 
 class StoredTensors(Tensors):
-    """Tensors of safetensors files, or a part of each.
+    """The tensors of safetensors files, or a part of each.
 
     A file is mapped for one tensor at a time, so that reading all of them never holds them twice. Raises UserError for
     a tensor that is missing, misshapen, of a type that is not for weights, or in two of the files.
@@ -69,8 +69,7 @@ class StoredTensors(Tensors):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors files, as transformers chooses: model.safetensors, else those of the index; where there
-    is neither, all."""
+    """Returns the model's safetensors files like transformers: model.safetensors, else the index's, else all."""
     index = folder / INDEX
     if (folder / WHOLE).is_file():
         found = [folder / WHOLE]
@@ -91,7 +90,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def files_of(paths: Sequence[Path]) -> dict[str, Path]:
-    """The file of each tensor. Raises UserError for a name that is in two of them."""
+    """Returns the file of each tensor. Raises UserError for a name that is in two files."""
     found: dict[str, Path] = {}
     for path in paths:
         with one_line(unreadable(path)), safe_open(path, "pt") as tensors:
@@ -107,8 +106,7 @@ def unreadable(path: Path) -> str:
 
 
 def check_unread(folder: Path, spec: ModelSpec) -> None:
-    """Raise UserError for a tensor that would change the text if the config spoke of it, and name in one line of the
-    log what else of the folder is not read."""
+    """Raises UserError for an unread tensor that would change the text, and names other unread parts in the log."""
     read = weight_files(folder)
     others = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in read]
     shapes, found = spec.shapes(), files_of(read)
@@ -126,8 +124,10 @@ def check_unread(folder: Path, spec: ModelSpec) -> None:
 
 
 def is_neutral(name: str, found: Mapping[str, Path], spec: ModelSpec) -> bool:
-    """Whether the model computes the same with this tensor: an LM head equal to the embedding that it is tied to, or
-    a bias of zeros."""
+    """Returns whether the model computes the same with this tensor.
+
+    It does with an LM head equal to the embedding that it is tied to, and with a bias of zeros.
+    """
 
     def read(name: str) -> torch.Tensor:
         with safe_open(found[name], "pt") as tensors:

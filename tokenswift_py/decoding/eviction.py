@@ -1,4 +1,4 @@
-"""The lossy mode of law 6: the target itself forgets, so that a text of any length is written in bounded memory."""
+"""The lossy mode of law 6. The target itself forgets, so that a text of any length is written in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 
-SMALLEST = 4  # pages: the first, the last, one that the policy chose, and one that is being written
-PERIOD = 4  # pages, where the budget is 16 of them or more
-STATISTICS_ROWS = 64  # of a prefill pass that reports statistics, as large as layers x KV heads x pages a row
+SMALLEST = 4  # pages of a budget: the first, the last, one that the policy chose, and one that is being written
+PERIOD = 4  # pages evicted at a time, where the budget has 16 pages or more
+STATISTICS_ROWS = 64  # rows of a prefill pass that reports statistics, which take layers x KV heads x pages for each
 
 
 class Eviction:
-    """Evicts whole pages, all layers and heads of them, whenever the cache holds `budget` tokens.
+    """Evicts whole pages, for all layers and heads, whenever the cache holds `budget` tokens.
 
-    That is at fixed positions: the budget, and every `period` pages after it. What goes is decided by the policy, from
-    committed rows alone, and the rows on one side of such a position see the pages before, those on the other side the
-    pages after: no pass spans one. So the text depends on the policy and the budget, and still not on the drafter, the
-    tree or the prefill's chunks. A text that fits the budget loses nothing.
+    Evictions are at fixed positions: the budget, and every `period` pages behind it. The policy decides which pages go,
+    from committed rows alone. Rows before such a position see the cache before the eviction, rows behind it the cache
+    after it, and no pass spans one. So the text depends on the policy and the budget, but not on the drafter, the tree
+    or the chunks of the prefill. A text that fits the budget loses nothing.
 
-    policy: fresh, and this sequence's alone.
-    budget: committed tokens that the cache holds at most; rounded down to whole pages.
-    period: pages evicted at a time; None is 4, or a quarter of a small budget.
-    ranks:  those that hold the model's heads, all of which have a say.
+    policy: new policy for this sequence alone.
+    budget: committed tokens that the cache holds at most, rounded down to whole pages.
+    period: pages evicted at a time. None is 4, or a quarter of a small budget.
+    ranks:  ranks that hold the model's heads. The scores of all are summed.
     """
 
     def __init__(self, policy: EvictionPolicy, budget: int, period: int | None = None, ranks: Ranks = ALONE):
@@ -45,13 +45,13 @@ class Eviction:
         self.label = f"kv-{policy.name}-{self.budget}-{self.period * PAGE_SIZE}"
 
     def new_cache(self, model: Model) -> KVCache:
-        """A cache whose pool has room for the budget and a tree, whatever the context."""
+        """Makes a cache whose pool has room for the budget and a tree, whatever the context."""
         cache = KVCache(model.new_pool(pages_for(min(self.budget, model.context))), model.context)
         cache.limit = min(self.budget, cache.context)
         return cache
 
     def committed(self, cache: KVCache, rows: Sequence[int], output: Output) -> None:
-        """Learn from the rows of a pass that were just committed, and evict if the cache is full."""
+        """Learns from the rows of a pass that were just committed, and evicts pages if the cache is full."""
         self.policy.observe(committed(output, rows, cache.length - len(rows)))
         if cache.length == cache.limit < cache.context:
             stats = cache.page_stats()
@@ -64,7 +64,7 @@ class Eviction:
             self.evictions += 1
 
     def figures(self) -> dict[str, Any]:
-        """The lossy part of the report, in tokens."""
+        """Returns the lossy part of the report, in tokens."""
         period = self.period * PAGE_SIZE
         return {
             "policy": self.policy.name,
@@ -75,21 +75,21 @@ class Eviction:
         }
 
     def tokens_held(self, position: int) -> float:
-        """Tokens in the cache where a row stands at `position`, on average over a period."""
+        """Returns how many tokens the cache holds at `position`, on average over a period."""
         return min(position, self.budget - self.period * PAGE_SIZE / 2)
 
 
 def pooled(scores: FloatArray, keep: int) -> FloatArray:
-    """[n] what all layers and KV heads together think of pages, from scores [layers, kv_heads, n].
+    """Joins scores [layers, kv_heads, n] into one for each page, [n].
 
-    Policies' scores have units of their own, and a head that attends sharply would outvote all others; so each counts
-    in standard deviations from its mean over the pages that may go (not the first, and not the last ones).
+    Policies' scores have units of their own, and a head that attends sharply would outvote all others. So each head's
+    scores count in standard deviations from their mean over the pages that may go: not the first, nor the last ones.
     """
     last = scores.shape[-1] - recent_of(keep)
     loose = scores[..., 1:last]
     centred = loose - loose.mean(-1, keepdims=True)
     spread = np.sqrt((centred**2).mean(-1, keepdims=True))
-    informative = spread > 1e-9 * np.abs(loose).max(-1, keepdims=True)  # else its differences are rounding
+    informative = spread > 1e-9 * np.abs(loose).max(-1, keepdims=True)  # else a head's differences are rounding
     total = np.zeros(scores.shape[-1])
     total[1:last] = np.divide(centred, spread, out=np.zeros_like(centred), where=informative).sum((0, 1))
     return total

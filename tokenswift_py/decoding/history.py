@@ -1,4 +1,4 @@
-"""The token sequence so far: prompt, committed output and, while a tree is walked or drafted, the path's tokens."""
+"""The token sequence so far: prompt, committed output and, while a tree is walked or drafted, its path's tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class History:
 
     @property
     def tokens(self) -> IntArray:
-        """[len] read-only view; valid until the next change."""
+        """The tokens, [len], as a read-only view that is valid until the next change."""
         view = self._buffer[: self._length]
         view.flags.writeable = False
         return view
@@ -43,7 +43,7 @@ class History:
 
     @contextmanager
     def guesses(self) -> Iterator[None]:
-        """Tokens that join the history inside this context are guesses: they are forgotten when it is left."""
+        """Forgets all tokens that join the history inside this context when it is left, because they are guesses."""
         length = self._length
         try:
             yield
@@ -51,7 +51,7 @@ class History:
             self.truncate(length)
 
     def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Forgets everything from position `length` on."""
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot cut {self._length} tokens to {length}")
         self._length = length

@@ -1,4 +1,4 @@
-"""What a run was worth: acceptance by vLLM's names, diversity of the text, loops, share of the memory limit."""
+"""Statistics of a run: acceptance by vLLM's names, diversity of the text, loops, and the memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tokenswift_py.models.clock import clock_of
 
 @dataclass
 class GenerationStats:
-    """Counts and milliseconds of one run. A step is one verify pass; prefill passes are counted apart.
+    """Counts and milliseconds of one run. A step is one verify pass. Prefill passes are counted apart.
 
-    new_tokens:     tokens the model chose.
-    recorded_tokens: those of them that a resumed run found in its journal; nothing else here counts them.
-    first_tokens:   those of them that a prefill pass gave.
-    forced_tokens:  tokens of turns put into the text; the prompt is not among them.
-    phase_ms:       draft, verify, accept, commit, learn, prefill.
-    latest_ms:      of each phase, the last time it was gone through.
+    new_tokens:      tokens the model chose.
+    recorded_tokens: those of them that a resumed run found in its journal. Nothing else here counts them.
+    first_tokens:    those of them that a prefill pass gave.
+    forced_tokens:   tokens of turns put into the text. The prompt is not among them.
+    phase_ms:        milliseconds of each phase: draft, verify, accept, commit, learn, prefill.
+    latest_ms:       milliseconds of each phase, the last time it ran.
     """
 
     num_spec_steps: int = 0
@@ -45,8 +45,10 @@ class GenerationStats:
         self.phase_ms[phase] = self.phase_ms.get(phase, 0.0) + ms
 
     def settle(self, phase: str, waited: str, ms: float) -> None:
-        """What a phase asked of a device took so many milliseconds there, some of which went by in the next phase,
-        which waited for it; not a number is unknown, and changes nothing."""
+        """Moves milliseconds from phase `waited` to the phase before it, whose work on a device it waited for.
+
+        ms: milliseconds that the work took on the device. NaN is unknown and changes nothing.
+        """
         moved = min(ms - self.latest_ms[phase], self.latest_ms[waited])
         if moved == moved:
             for name, by in ((phase, moved), (waited, -moved)):
@@ -67,16 +69,16 @@ class GenerationStats:
 
     @property
     def decode_ms(self) -> float:
-        """Milliseconds of everything but prefill."""
+        """The milliseconds of all phases but prefill."""
         return sum(ms for phase, ms in self.phase_ms.items() if phase != "prefill")
 
     @property
     def ms_per_token(self) -> float | None:
-        """Milliseconds of decoding per token that decoding gave; None before the first."""
+        """The milliseconds of decoding per token that decoding gave, None before the first."""
         return self.decode_ms / self.step_tokens if self.step_tokens else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The acceptance part of the report. Mean acceptance length is 1 + accepted draft tokens / steps."""
+        """Returns the acceptance part of the report. Mean acceptance length is 1 + accepted draft tokens / steps."""
         steps, drafted = self.num_spec_steps, self.num_draft_tokens
         return {
             "num_spec_steps": steps,
@@ -89,7 +91,7 @@ class GenerationStats:
 
 
 def distinct_n(tokens: Sequence[int], n: int) -> float | None:
-    """Different n-grams over all n-grams (Li et al. 2016); None for a text shorter than n."""
+    """Returns different n-grams over all n-grams (Li et al. 2016), None for a text shorter than n."""
     if len(tokens) < n:
         return None
     grams = np.lib.stride_tricks.sliding_window_view(np.asarray(tokens, np.int32), n)
@@ -98,7 +100,7 @@ def distinct_n(tokens: Sequence[int], n: int) -> float | None:
 
 @dataclass(frozen=True)
 class Loop:
-    """The text repeats itself with this period (tokens) from `start` to `stop`."""
+    """A stretch [start, stop) of the text that repeats itself with this period in tokens."""
 
     start: int
     stop: int
@@ -106,9 +108,9 @@ class Loop:
 
 
 def find_loop(tokens: Sequence[int], least: int = 64, rounds: int = 4, longest_period: int = 512) -> Loop | None:
-    """The longest stretch that is one block said over and over: at least `least` tokens and `rounds` rounds of it.
+    """Finds the longest stretch that repeats one block: at least `least` tokens and `rounds` rounds of it.
 
-    Exact periodicity only: a text that varies a little each round is seen by distinct-n, not here.
+    It finds exact periodicity only. distinct-n shows a text that varies a little each round.
     """
     text = np.asarray(tokens, np.int32)
     found: Loop | None = None
@@ -122,13 +124,13 @@ def find_loop(tokens: Sequence[int], least: int = 64, rounds: int = 4, longest_p
 
 
 class LoopDetector:
-    """`find_loop` fed token by token, about 5 us each.
+    """Does the work of `find_loop` token by token, in about 5 us each.
 
     following: whether the latest token is in a loop.
-    longest: the longest loop so far: after every token what `find_loop` says of the tokens until then.
-    loops:   every loop, in order of discovery. One at a time is followed: it is found at the first token that makes it
-             long enough, under its shortest period, and grows until a token breaks it; what loops inside it (the same
-             block twice over, a run of one token within the block) is not told again.
+    longest:   the longest loop so far. After every token it is the result of `find_loop` for the tokens until then.
+    loops:     every loop, in order of discovery. One is followed at a time. It is found at the first token that makes
+               it long enough, under its shortest period, and grows until a token breaks it. Loops inside it (the same
+               block twice over, a run of one token within the block) are not reported again.
     """
 
     def __init__(self, least: int = 64, rounds: int = 4, longest_period: int = 512):
@@ -138,16 +140,16 @@ class LoopDetector:
         self._length = 0
         self._periods = np.arange(1, longest_period + 1)
         self._needed = np.maximum(least, rounds * self._periods) - self._periods
-        self._broken = np.zeros(longest_period, np.int64)  # by period: as many tokens there were at the last break
+        self._broken = np.zeros(longest_period, np.int64)  # by period: the number of tokens at the last break
         self._latest = np.full(longest_period, -1, np.int32)  # the last tokens, the newest first
 
     def push(self, token: int) -> Loop | None:
-        """One token more; the loop that it brings to light, or None."""
+        """Adds a token and returns the loop that it brings to light, or None."""
         self._length += 1
         np.copyto(self._broken, self._length, where=self._latest != token)
         self._latest[1:] = self._latest[:-1]
         self._latest[0] = token
-        run = self._length - self._broken  # latest tokens, each equal to the one a period before
+        run = self._length - self._broken  # by period: how many latest tokens equal the one a period before
         looping = run >= self._needed
         if not looping.any():
             self.following = False
@@ -161,7 +163,7 @@ class LoopDetector:
         return self.loops[-1]
 
     def _keep_longest(self, lengths: npt.NDArray[np.int64]) -> None:
-        """Of equally long loops the one of the shortest period, then the first, as `find_loop` has it."""
+        """Keeps the longest loop. Among equals it keeps the shortest period, then the first, like `find_loop`."""
         loop, best = self._loop(int(lengths.argmax()) + 1), self.longest
         if best is None or (loop.stop - loop.start, -loop.period) > (best.stop - best.start, -best.period):
             self.longest = loop
@@ -173,9 +175,10 @@ class LoopDetector:
 def memory_bandwidth(
     megabytes: int | None = None, device: torch.device | None = None, threads: int | None = None
 ) -> float:
-    """Bytes per second at which a device's memory is read, by so many threads: the best of a few plain reductions.
+    """Measures the bytes per second at which `threads` threads read a device's memory: the best of some reductions.
 
-    megabytes: 256 on a CPU; 2048 on a GPU, beside whose time that of a launch is nothing. Its own clock tells it.
+    megabytes: amount to read. None is 256 on a CPU, and 2048 on a GPU, where a launch takes no time beside the reading.
+    A GPU's own clock measures it.
     """
     device = device or torch.device("cpu")
     megabytes = megabytes or (256 if device.type == "cpu" else 2048)

@@ -1,4 +1,4 @@
-"""What ends a text. Every rule is a function of the token sequence, asked after each token inside the walk."""
+"""The rules that end a text. Each is a function of the token sequence, asked after each token inside the walk."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ logger = logging.getLogger("tokenswift")
 
 
 class Stops:
-    """End-of-sequence tokens, stop tokens and strings, loops and the number of new tokens.
+    """Decides where a text ends: at EOS tokens, stop tokens and strings, loops, or the number of new tokens.
 
-    decode:  token ids -> text, needed for stop strings only.
+    decode:  function from token ids to text, needed for stop strings only.
     special: ids that decode to nothing.
-    on_loop: what to do where the text begins to repeat itself: warn (a line to the log), stop or ignore.
-    tokens:  ids that end the text as a stop string does.
-    may_end_from: the first position that may end what a given position lies in (`Sampler.may_end_from`, which bans EOS
-             and stop tokens before it). A stop string that a token before it completes is text, as vLLM's min_tokens
-             has it.
-    goes_on: whether a text goes on from what stands before it, so that a space at its start is its own: a
-             SentencePiece vocabulary drops the one at the start of what it decodes.
+    on_loop: reaction where the text begins to repeat itself: warn (a line to the log), stop or ignore.
+    tokens:  ids that end the text like a stop string.
+    may_end_from: function from a position to the first position that may end its text or chapter
+             (`Sampler.may_end_from`, which bans EOS and stop tokens before it). A stop string that an earlier token
+             completes is text, like with vLLM's min_tokens.
+    goes_on: whether the text continues the tokens before it, so that a space at its start belongs to it. A
+             SentencePiece vocabulary drops a space at the start of the tokens it decodes.
 
-    Called with a history, once for each new token, it returns "eos", "stop", "loop", "length" or None. Forced tokens
+    Call it with a history, once for each new token. It returns "eos", "stop", "loop", "length" or None. Forced tokens
     do not count as new, and no stop string begins in them. Loops are looked for in the new tokens alone, joined across
-    what was forced: a model that answers every turn with the same words loops.
+    forced ones, so a model that answers every turn with the same words loops.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Stops:
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
         self.tokens_left = max_new_tokens
+        self.also: Callable[[History], bool] | None = None  # another end of the text, asked after each token
         self.loops = LoopDetector()
         self._on_loop = on_loop
         self._goes_on = goes_on
@@ -53,16 +54,16 @@ class Stops:
         self._eos = frozenset(eos)
         self._tokens = frozenset(tokens)
         self._may_end_from = may_end_from
-        self._passed = False  # whether a stop string that ended nothing may stand in the latest tokens
+        self._passed = False  # whether the latest tokens may hold a stop string that ended nothing
         self._strings = tuple(strings)
         self._decode = decode
         self._special = frozenset(special)
-        # A token carries a byte at least, so this many tokens hold any stop string and what it is glued to.
+        # A token carries at least one byte, so this many tokens hold any stop string and a character before it.
         reach = max((len(text.encode()) for text in strings), default=0) + BYTES
         self._recent: deque[int] = deque(maxlen=reach)  # the latest new tokens that have a text
 
     def begin_chapter(self) -> None:
-        """What was written so far is over, or was forced: no stop string begins in it."""
+        """Begins a chapter. No stop string may begin in earlier tokens, which are over or were forced."""
         self._recent.clear()
         self._passed = False
 
@@ -70,18 +71,19 @@ class Stops:
         self.tokens_left -= 1
         token = history[-1]
         loop = self.loops.push(token)
+        ended = self.also is not None and self.also(history)
         if loop and self._on_loop == "warn":
             logger.warning(loop_note(loop))
         if token in self._eos:
             return "eos"
-        if token in self._tokens or self._stopped_by(history):
+        if ended or token in self._tokens or self._stopped_by(history):
             return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"
         return "length" if self.tokens_left <= 0 else None
 
     def _stopped_by(self, history: History) -> bool:
-        """Whether a stop string ends in the latest token, and may. One without a text ends none."""
+        """Returns whether a stop string ends in the latest token, and may end there. A token without text ends none."""
         token, position = history[-1], len(history) - 1
         if self._decode is None or not self._strings or token in self._special:
             return False
@@ -94,10 +96,10 @@ class Stops:
         return found and not early
 
     def _readings(self) -> Iterator[tuple[list[int], list[int]]]:
-        """The latest tokens, and what they are decoded behind: at a text's start also the token that it goes on from.
+        """Yields pairs of tokens to decode behind and latest tokens: at a text's start also with the token before it.
 
-        They may begin within a character, whose rest makes a byte-fallback vocabulary decode the whole characters
-        behind it as bad bytes; a character has four at most.
+        The latest tokens may begin within a character. Its rest makes a byte-fallback vocabulary decode the whole
+        characters behind it as bad bytes, so up to three tokens are left out. A character has four bytes at most.
         """
         recent = list(self._recent)
         for first in range(min(BYTES, len(recent))):
@@ -106,8 +108,10 @@ class Stops:
             yield self._before, recent
 
     def _completed(self, before: list[int], tokens: list[int]) -> bool:
-        """Whether a stop string stands in the tokens' text and, where one may have been passed over, did not without
-        the last of them."""
+        """Returns whether the last token completes a stop string in the text of the tokens.
+
+        Where an earlier stop string may have been passed over, one that was whole before the last token does not count.
+        """
         text = self._text(before, tokens)
         known = len(self._text(before, tokens[:-1]).rstrip(BAD)) if self._passed else 0
         return any(text.rfind(string) + len(string) > known for string in self._strings if string in text)
@@ -117,23 +121,25 @@ class Stops:
         return self._decode([*before, *tokens])[len(self._decode(before)) if before else 0 :]
 
     def _latest_text(self, history: History) -> list[int]:
-        """The last token with a text before the latest one, if the text goes on from it."""
+        """Returns the last token with a text before the latest one, if the text goes on from it. Else none."""
         places = range(len(history) - 2, -1, -1) if self._goes_on else ()
         return next(([history[place]] for place in places if history[place] not in self._special), [])
 
 
 class ChapterText(TextJoiner):
-    """As `TextJoiner`, but the text is cut before a stop string only where it ended by one (`stopped`): one that came
-    before the text might end is text."""
+    """A `TextJoiner` that cuts the text before a stop string only where that ended the text (`stopped`).
+
+    A stop string that came before the text was allowed to end is text.
+    """
 
     def push(self, tokens: Sequence[int], stopped: bool = False) -> str:
-        """stopped: the last token completed the stop string that ended the text."""
+        """Adds tokens and returns the text that is certain. stopped: whether the last one completed a stop string."""
         if stopped:
             return self.push(tokens[:-1]) + super().push(tokens[-1:])
         return super().push(tokens) + self._passed_over()
 
     def _passed_over(self) -> str:
-        """What is certain behind the beginning of the last whole stop string that is held back."""
+        """Releases the held text up to the start of the last whole stop string in it, and what is certain behind."""
         begins = [self._held.rfind(stop) for stop in self._stops if stop in self._held]
         if not begins:
             return ""
@@ -143,7 +149,7 @@ class ChapterText(TextJoiner):
         return text
 
 
-BYTES = 4  # of a character, at most
+BYTES = 4  # bytes of a character, at most
 
 
 def loop_note(loop: Loop) -> str:

@@ -1,13 +1,14 @@
 """Passes of fixed shapes, which a GPU can replay as CUDA graphs.
 
-A verification is a few hundred launches, each of which costs the host more time than a short one costs the GPU. So a
-pass of a tree is padded to one of a few shapes, everything that changes between passes of a shape (tokens, positions,
-slots, page tables, ancestors, how many rows there are) is copied to memory that stays in place, and what was launched
-once is launched again as a whole. The rows that pad attend to nothing, and their keys and values are written nowhere;
-by law 1 they change no bit of the others.
+A verification is a few hundred launches, and each costs the host more time than a short one costs the GPU. So a pass of
+a tree is padded to one of a few shapes. Everything that changes between passes of a shape (tokens, positions, slots,
+page tables, ancestors, the number of rows) is copied to memory that stays in place, and the launches that were recorded
+once run again as a whole. Padding rows attend to nothing, and their keys and values are not written. By law 1 they
+change no bit of the others.
 
-Shapes are recorded before they are needed: when a tree first has branches all of them, when a text outgrows its room
-those that it had. The pass that brings this about is no measure of any other, and the executor's clock says so.
+Shapes are recorded before they are needed: all of them when a tree first has branches, and those that a text had when
+it outgrows its room. The time of the pass that causes this says nothing about others, so the executor's clock is
+spoiled.
 """
 
 from __future__ import annotations
@@ -32,27 +33,30 @@ from tokenswift_py.models.spec import ModelSpec
 logger = logging.getLogger("tokenswift")
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-LEAST_PAGES, LEAST_VIEWED = 64, 16  # of a shape; twice as many until they suffice
-MOST_DRAFT_ROWS = 8  # of a pass under a view that is recorded before it is needed
+LEAST_PAGES, LEAST_VIEWED = 64, 16  # pages of the smallest shape, and of its view; doubled until they suffice
+MOST_DRAFT_ROWS = 8  # rows of the largest pass under a view that is recorded before it is needed
 WARM_UPS = 3  # runs before a recording: they compile, load and allocate
 
 T = TypeVar("T")
-# Runs a function and returns its result, and what does the same again in the same memory.
+# Runs a function. Returns its result, and a function that does the same again in the same memory.
 Record = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 
 
 def cuda_graphs(device: torch.device) -> Record:
-    """Records CUDA graphs, whose memory they share: only one runs at a time, and what it leaves is copied out before
-    another does. They are captured in a stream of the device's own; torch's is one of the device that was first."""
+    """Makes a function that records CUDA graphs.
+
+    The graphs share memory, because only one runs at a time, and its results are copied out before another runs. They
+    are captured in a stream of this device. torch's own capture stream is one of the device that was first.
+    """
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
     def record(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = function()  # runs nothing yet
+                result = function()  # records the launches and runs nothing yet
         except BaseException:
-            torch.cuda.set_stream(before)  # torch ends the capture, which raises, before it would do so itself
+            torch.cuda.set_stream(before)  # torch does so only after the capture's end, which raises
             torch.cuda.synchronize(device)
             raise
         graph.replay()
@@ -62,7 +66,7 @@ def cuda_graphs(device: torch.device) -> Record:
 
 
 class Recorder:
-    """record: None runs everything as it is; so does whatever cannot be recorded, and everything after it."""
+    """Records functions, until one cannot be recorded. Then, or where `record` is None, nothing is recorded."""
 
     def __init__(self, record: Record | None):
         self.record = record
@@ -80,27 +84,27 @@ class Recorder:
 
 
 def recorder_for(device: torch.device) -> Recorder:
-    """CUDA graphs on a GPU, unless TOKENSWIFT_GRAPHS is 0."""
+    """Returns a recorder of CUDA graphs for a GPU, unless TOKENSWIFT_GRAPHS is 0. Else one that records nothing."""
     wanted = device.type == "cuda" and os.environ.get("TOKENSWIFT_GRAPHS") != "0"
     return Recorder(cuda_graphs(device) if wanted else None)
 
 
 class Replayed(Generic[T]):
-    """A function over memory that stays in place, and its recording, once there is one."""
+    """A function over memory that stays in place, with its recording once there is one."""
 
     def __init__(self, function: Callable[[], T], recorder: Recorder):
         self.function, self.recorder = function, recorder
         self.recorded: tuple[T, Callable[[], None]] | None = None
 
     def record(self) -> None:
-        """The memory holds what the function can run on."""
+        """Records the function. Its memory must hold values that it can run on."""
         if self.recorder.record is not None:
             for _ in range(WARM_UPS):
                 self.function()
             self.recorded = self.recorder(self.function)
 
     def run(self) -> T:
-        """The result; where it was recorded, the next run overwrites it."""
+        """Returns the result. Where the function was recorded, the next run overwrites it."""
         if self.recorded is None:
             return self.function()
         result, replay = self.recorded
@@ -110,7 +114,7 @@ class Replayed(Generic[T]):
 
 @dataclass(frozen=True)
 class Shape:
-    """logits: of all rows, or of none."""
+    """The shape of a pass. logits: whether logits of all rows are computed, or of none."""
 
     room: Room
     logits: bool
@@ -119,12 +123,12 @@ class Shape:
 
     @property
     def kind(self) -> Shape:
-        """What passes of a run have in common while rows and pages change."""
+        """The part of the shape that stays while rows and pages of a run's passes change."""
         return replace(self, room=replace(self.room, rows=0, pages=0))
 
 
 class Decoder(Protocol):
-    """What a step needs of the decoder; see `TorchDecoder`."""
+    """The parts of a decoder that a step needs; see `TorchDecoder`."""
 
     spec: ModelSpec
     device: torch.device
@@ -156,7 +160,7 @@ class Step:
         )
 
     def record(self, rows: Rows) -> None:
-        """Where a graph can be: with the first row of a pass to compute, and nothing written."""
+        """Records the step where that is possible, on the first row of a pass. No keys or values are written."""
         self.fill(first_row(rows))
         self.replayed.record()
 
@@ -166,21 +170,21 @@ class Step:
 
     def fill(self, rows: Rows) -> None:
         padded = np.zeros((3, self.shape.room.rows), np.int64)
-        padded[2] = -1  # written nowhere
+        padded[2] = -1  # padding rows are not written
         padded[:, : len(rows.tokens)] = rows.places
         upload(self.places, padded)
         self.plan.fill(rows.segments[0])
 
 
 def first_row(rows: Rows) -> Rows:
-    """Alone, its key and value written nowhere."""
+    """Returns the first row alone. Its key and value are not written."""
     (segment,) = rows.segments
     alone = replace(segment, rows=slice(0, 1), positions=segment.positions[:1], tail=segment.tail[:1])
     return Rows(rows.tokens[:1], rows.positions[:1], np.full(1, -1, np.int32), (alone,))
 
 
 def cut(output: Output, rows: int, pages: int) -> Output:
-    """A copy without the rows that pad, and without the mass behind the last page."""
+    """Returns a copy without padding rows, and without the mass behind the last page."""
     mass, queries, residual = output.page_mass, output.queries, output.residual
     return Output(
         output.hidden[:rows].clone(),
@@ -193,14 +197,14 @@ def cut(output: Output, rows: int, pages: int) -> Output:
 
 
 class Steps:
-    """The shapes that passes over one pool have had."""
+    """The steps for the shapes that passes over one pool have had."""
 
     def __init__(self, decoder: Decoder, pool: TorchPagePool, recorder: Recorder):
         self.decoder, self.pool, self.recorder = decoder, pool, recorder
         self.steps: dict[Shape, Step | None] = {}
 
     def find(self, rows: Rows, logits: bool, mass: bool, queries: bool) -> Step | None:
-        """The step that can run a pass; None for one of several sequences, for a prefill, and for a large one."""
+        """Returns the step that can run a pass. None for several sequences, a prefill, or a large pass."""
         (segment, *others), count = rows.segments, len(rows.tokens)
         if others or segment.causal or count > ROWS[-1]:
             return None
@@ -224,8 +228,11 @@ class Steps:
         return self.steps[shape]
 
     def due(self, shape: Shape) -> list[Shape]:
-        """What is recorded when a pass first has this shape: itself, and with it all numbers of rows that this pass's
-        kind has had in a smaller room, or may have now that a tree has branches."""
+        """Returns the shapes to record when a pass first has this shape.
+
+        They are this one, and all numbers of rows that its kind has had in a smaller room, or may have now that a tree
+        has branches.
+        """
         if self.recorder.record is None:
             return []
         known = {other.room.rows for other in self.steps if other.kind == shape.kind}
@@ -236,7 +243,7 @@ class Steps:
         return [replace(shape, room=replace(shape.room, rows=count)) for count in counts]
 
     def made(self, shape: Shape) -> Step | None:
-        """None where the attention or the other operations cannot run it."""
+        """Makes the step of a shape. Returns None where the attention or the other operations cannot run it."""
         attention: Any = self.decoder.attention
         if not row_shapes(attention, self.decoder.ops):
             return None
@@ -245,7 +252,7 @@ class Steps:
 
 
 def row_shapes(attention: AttentionBackend, ops: Ops) -> tuple[int, ...]:
-    """Numbers of rows that passes are padded to: none where the attention or the other operations cannot pad."""
+    """Returns the numbers of rows that passes are padded to, none where attention or other operations cannot pad."""
     return ROWS if ops.pads and hasattr(attention, "prepare_fixed") else ()
 
 

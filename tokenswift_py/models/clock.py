@@ -1,8 +1,8 @@
-"""How long a pass takes on the device that computes it, which on a GPU is not how long the host takes to ask for it.
+"""Clocks for the time that a pass takes on its device. On a GPU that is not the time that the host takes to launch it.
 
-An executor owns a clock. A lap lasts from its start until the device has done all that was asked of it before the stop;
-it is read when the host has waited for the results anyway. A lap in which the executor compiled or captured something
-says nothing of the next one, and is not a number.
+An executor owns a clock. A lap lasts from its start until the device has done all work that was launched before its
+stop. It is read when the host has waited for the results anyway. A lap in which the executor compiled or captured
+something says nothing about later ones, and is NaN.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ class Lap(Protocol):
 
     @property
     def ms(self) -> float:
-        """Milliseconds from start to stop; NaN where the clock was spoiled in between. Waits for the device to be
-        there."""
+        """The milliseconds from start to stop, NaN where the clock was spoiled in between. Waits for the device."""
 
 
 class Clock:
-    """spoiled: how often it was."""
+    """A clock of one device. spoiled: number of calls of `spoil`."""
 
     def __init__(self) -> None:
         self.spoiled = 0
@@ -33,12 +32,12 @@ class Clock:
         raise NotImplementedError
 
     def spoil(self) -> None:
-        """What runs now will not be run again: laps that are not over are worthless."""
+        """Makes all laps that are not over NaN, because they include work that later passes will not do."""
         self.spoiled += 1
 
 
 class HostClock(Clock):
-    """Of an executor that has done its work when it returns."""
+    """The clock of an executor that has done its work when it returns."""
 
     def start(self) -> Lap:
         return HostLap(self)
@@ -56,7 +55,7 @@ class HostLap:
 
 
 class CudaClock(Clock):
-    """Events in the device's current stream, between which the GPU may wait for the host as well: what a pass takes."""
+    """A clock of events in the device's current stream. Time in which the GPU waits for the host counts, too."""
 
     def __init__(self, device: torch.device):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The device that a name stands for."""
+"""Finds the device that a name stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenswift_py.parallel.ranks import ALONE, Ranks
 
 
 def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Raises UserError for a device that is not there. Several ranks have a GPU each, by torchrun's LOCAL_RANK."""
+    """Finds the device. Several ranks have a GPU each, by torchrun's LOCAL_RANK. Raises UserError for a missing one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if ranks.world > 1:
@@ -21,6 +21,6 @@ def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = (str(error).splitlines() or [""])[0][:200]  # some go on for a page
+        why = (str(error).splitlines() or [""])[0][:200]  # some errors have a page of text
         check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({why})")
     return device

@@ -1,4 +1,4 @@
-"""What a decoder's layer is made of, apart from attention: in torch here, in fused kernels in `kernels/triton`."""
+"""The operations of a decoder's layer apart from attention: in torch here, as fused kernels in `kernels/triton`."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 
 
 class Ops(Protocol):
-    """R rows at a time. guarantee: what holds between plain and speculative decoding, given attention that keeps law 1.
-    label: part of the numerics contract. pads: whether `rope_write` writes rows of slot -1, which pad a pass to a fixed
-    shape, nowhere; and rows of int8 pages with their scales."""
+    """The operations of a layer, on R rows at a time.
+
+    guarantee: label of the equality of plain and speculative decoding, given attention that keeps law 1.
+    label:     part of the numerics contract.
+    pads:      whether `rope_write` skips rows of slot -1, which pad a pass to a fixed shape, and writes the scales of
+               int8 pages too.
+    """
 
     guarantee: str
     label: str
     pads: bool
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias. x: [R, in], weight: [out, in]."""
+        """Computes x @ weight.T + bias. x: [R, in]. weight: [out, in]."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """RMSNorm over the last dimension."""
+        """Computes RMSNorm over the last dimension."""
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + y (None is 0), and its RMSNorm. x, y: [R, hidden]."""
+        """Returns x + y (None is 0) and its RMSNorm. x, y: [R, hidden]."""
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) * up."""
+        """Computes silu(gate) * up."""
 
     def rope_write(
         self,
@@ -45,17 +49,17 @@ class Ops(Protocol):
         sin: torch.Tensor,
         slots: torch.Tensor,
     ) -> torch.Tensor:
-        """Rotated q; k, rotated, and v are written to the layer's slots.
+        """Returns q rotated, and writes k rotated and v to the layer's slots.
 
-        q: [R, heads, head_dim], k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2]. slots: [R] int64.
+        q: [R, heads, head_dim]. k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2]. slots: [R] int64.
         """
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-        """As the function of this name in kvcache/pages.py."""
+        """Does the work of the function of this name in kvcache/pages.py."""
 
 
 class TorchOps:
-    """Any device and type; the families' own order of rounding."""
+    """The operations in torch, on any device and type, with the families' own order of rounding."""
 
     guarantee = "measured"
     label = ""
@@ -65,7 +69,7 @@ class TorchOps:
         return F.linear(x, weight, bias)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """The mean in fp32 as the families were trained."""
+        """Computes RMSNorm with its mean in fp32, as the families were trained."""
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return weight * scaled.to(x.dtype)

@@ -1,5 +1,7 @@
-"""Rotary position tables, made once per run in fp32 for a fixed context N (law 2), and how a run meets positions that
-its model was not trained for (law 8)."""
+"""Rotary position tables, made once per run in fp32 for a fixed context N (law 2).
+
+They include the scheme for positions that the model was not trained for (law 8).
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,14 @@ AUTO, TRAINED = Positions(), Positions("trained")
 
 @dataclass(frozen=True)
 class RopeTables:
-    """cos, sin: [context, head_dim / 2] fp32, the attention factor included. `label` is part of the numerics
-    contract, `note` says what was chosen where the config's own tables do not reach. positions: the scheme that was
-    chosen, never auto. shifts: how far keys are met; None is at their true distances."""
+    """The rotary tables of a run.
+
+    cos, sin:  [context, head_dim / 2] fp32, the attention factor included.
+    label:     part of the numerics contract.
+    note:      line that says which scheme was chosen, where the config's own tables do not reach the context.
+    positions: the scheme that was chosen, never auto.
+    shifts:    rule by which queries meet far keys. None meets all keys at their true distances.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -50,10 +57,11 @@ class RopeTables:
 
 
 def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeTables:
-    """Tables of a transformers config for positions 0 .. context - 1.
+    """Makes the tables of a transformers config for positions 0 .. context - 1.
 
-    Whole factors, so that runs of similar length share their numerics. Dynamic NTK is frozen at N, and so is LongRoPE's
-    choice between factors for short and for long texts. Raises UserError for a scheme that this config cannot have.
+    Factors are whole numbers, so that runs of similar length share their numerics. Dynamic NTK is frozen at N, and so
+    is LongRoPE's choice between factors for short and for long texts. Raises UserError for a scheme that this config
+    cannot have.
     """
     config = standardized(config)
     trained, kind = trained_length(config), config.rope_parameters.get("rope_type", "default")
@@ -67,18 +75,20 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
     return extended(tables_of(config, kind, context, trained, exact=True), trained, positions)
 
 
-EXTENSION = "log-extend"  # what auto takes; experiments/positions.py measures all
+EXTENSION = "log-extend"  # the choice of auto; experiments/positions.py measures all schemes
 
 
 def chosen_positions(config: Any, context: int, positions: Positions) -> Positions:
-    """What is asked for comes to this: never auto, trained for whatever has no need of more, an extension with its
-    window and block. Raises UserError for a window and a block that the trained length does not hold."""
+    """Resolves the positions asked for: never to auto, and to trained where the model needs nothing else.
+
+    An extension gets its window and block. Raises UserError where the trained length does not hold these.
+    """
     config = standardized(config)
     if covered(config, context):
         return TRAINED
     scheme = positions.scheme
     if scheme == "auto":
-        dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # which asks to be stretched with the text
+        dynamic = config.rope_parameters.get("rope_type") == "dynamic"  # such a config asks to be stretched
         scheme = "trained" if dynamic else EXTENSION
     if scheme not in EXTENSIONS:
         return Positions(scheme)
@@ -86,13 +96,16 @@ def chosen_positions(config: Any, context: int, positions: Positions) -> Positio
 
 
 def covered(config: Any, context: int) -> bool:
-    """Whether the model knows every distance of a text of this length: all are, or sliding windows hide the others."""
+    """Returns whether the model knows every distance in a text of this length. Sliding windows may hide the others."""
     trained = trained_length(config)
     return context <= trained or all(window is not None and window <= trained for window in windows(config))
 
 
 def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
-    """The config's own tables, queries moved for the keys beyond a window. positions: of `chosen_positions`."""
+    """Adds an extension to the config's own tables, which moves queries for the keys beyond a window.
+
+    positions: result of `chosen_positions`.
+    """
     window, block = positions.window, positions.block
     assert window is not None and block is not None
     size = (tables.context, trained, window, block)
@@ -114,7 +127,7 @@ def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTabl
 
 
 def stretched(config: Any, context: int, scheme: str) -> RopeTables:
-    """Frequencies stretched by the least whole factor of the original length that reaches the context."""
+    """Makes tables of frequencies stretched by the least whole factor of the original length that gives the context."""
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")
     allowed = f"rope type {kind} of this model is not to be stretched so; trained, self-extend and log-extend are"
@@ -131,7 +144,7 @@ def stretched(config: Any, context: int, scheme: str) -> RopeTables:
         }  # fmt: skip
         tables = tables_of(config, "yarn", context, context)
     elif scheme == "linear":
-        factor *= parameters.get("factor", 1.0)  # of a linear config, whose positions are those it reaches
+        factor *= parameters.get("factor", 1.0)  # a linear config's positions are those that it reaches by its factor
         config.rope_parameters = parameters | {"rope_type": "linear", "factor": factor}
         tables = tables_of(config, "linear", context, context)
     else:
@@ -147,8 +160,11 @@ COST = "which the weights were not trained for; log-extend keeps the distances t
 def tables_of(
     config: Any, kind: str, context: int, frozen: int, label: str | None = None, exact: bool = False
 ) -> RopeTables:
-    """The config's tables. frozen: the length that dynamic frequencies are made for. exact: angles in fp64, whose fp32
-    products are off by up to 2^-24 of the position; without it they are Hugging Face's own."""
+    """Makes the config's tables.
+
+    frozen: length that dynamic frequencies are made for.
+    exact:  whether angles are fp64. In fp32, like Hugging Face's own, they are off by up to 2^-24 of the position.
+    """
     inverse, scale = inverse_frequencies(config, kind, frozen)
     parameters = config.rope_parameters
     check(bool(inverse.isfinite().all()), "rope_parameters", parameters, "frequencies must be finite")
@@ -165,12 +181,12 @@ def tables_of(
 
 
 def query_turns(rope: RopeTables, spec: ModelSpec) -> QueryTurns | None:
-    """How a model's queries meet far keys; None where no run of these tables moves any."""
+    """Returns the rule by which a model's queries meet far keys, None where these tables move no queries."""
     return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.windows)
 
 
 def rope_bytes(config: Any, context: int) -> int:
-    """What the tables take while they are made: angles, cos and sin, at most in fp64."""
+    """Returns the bytes that the tables take while they are made: angles, cos and sin, at most in fp64."""
     return 3 * context * head_dim(config) // 2 * torch.float64.itemsize
 
 
@@ -179,8 +195,7 @@ def head_dim(config: Any) -> int:
 
 
 def standardized(config: Any) -> Any:
-    """A copy with rope_parameters as transformers completes them. Raises UserError for a scaling that is not
-    supported."""
+    """Returns a copy with rope_parameters completed by transformers. Raises UserError for an unsupported scaling."""
     config = copy.deepcopy(config)
     config.standardize_rope_params()
     kind = config.rope_parameters.get("rope_type", "default")
@@ -193,7 +208,7 @@ def standardized(config: Any) -> Any:
 
 
 def trained_length(config: Any) -> int:
-    """Positions the model reaches without further scaling."""
+    """Returns how many positions the model reaches without further scaling."""
     parameters = config.rope_parameters
     length = int(config.max_position_embeddings)
     original = parameters.get("original_max_position_embeddings")
@@ -203,7 +218,7 @@ def trained_length(config: Any) -> int:
 
 
 def inverse_frequencies(config: Any, kind: str, context: int) -> tuple[torch.Tensor, float]:
-    """[head_dim / 2] fp32 and the factor on cos and sin, from transformers' own functions."""
+    """Returns inverse frequencies [head_dim / 2] fp32 and the factor on cos and sin, by transformers' own functions."""
     if kind == "default":
         steps = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
         return 1.0 / (config.rope_parameters["rope_theta"] ** steps), 1.0

@@ -1,4 +1,4 @@
-"""The segments of a pass laid out row after row: tokens, positions, slots, and what each row attends to."""
+"""Lays the segments of a pass out row after row: tokens, positions, slots, and the keys that each row attends to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows. tokens, positions, slots: [R]; slots are where each row's keys and values go in the pool."""
+    """The R rows of a pass. tokens, positions, slots: [R]. Each row's keys and values go to its slot in the pool."""
 
     tokens: IntArray
     positions: IntArray
@@ -25,12 +25,12 @@ class Rows:
 
     @property
     def places(self) -> npt.NDArray[np.int64]:
-        """[3, R] tokens, positions and slots, as torch indexes with them."""
+        """Tokens, positions and slots, [3, R] int64, which torch needs for indices."""
         return np.stack([self.tokens, self.positions, self.slots]).astype(np.int64)
 
     @property
     def pages(self) -> int:
-        """Absolute pages, up to that of the last row."""
+        """The number of absolute pages up to that of the last row."""
         return int(self.positions.max()) // PAGE_SIZE + 1
 
 
@@ -38,7 +38,7 @@ Pool = TypeVar("Pool")
 
 
 def shared_pool(segments: Sequence[Segment], kind: type[Pool]) -> Pool:
-    """The pool that the sequences of a pass share. Raises ValueError for several, or one of another executor."""
+    """Returns the pool that the sequences of a pass share. Raises ValueError for several, or another executor's."""
     pools = {id(segment.cache.pool): segment.cache.pool for segment in segments}
     if len(pools) != 1:
         raise ValueError(f"the sequences of one pass share one pool; these are in {len(pools)}")
@@ -49,11 +49,11 @@ def shared_pool(segments: Sequence[Segment], kind: type[Pool]) -> Pool:
 
 
 def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
-    """Make room in the caches for the rows of one pass and say where everything is.
+    """Makes room in the caches for the rows of one pass, and returns where everything is.
 
     target_weights: false for a pass with draft weights, whose rows may never be committed.
-    Raises ValueError for rows past the context or tail rows that do not exist, MemoryError when the pool is full; each
-    leaves all the caches as they were.
+    Raises ValueError for rows past the context or tail rows that do not exist, and MemoryError when the pool is full.
+    Each leaves all the caches as they were.
     """
     if not segments:
         raise ValueError("a pass needs at least one segment")
@@ -91,7 +91,10 @@ def place(segments: Sequence[Segment], target_weights: bool, placed: list[IntArr
 
 
 def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: IntArray) -> AttentionSegment:
-    """Law 1: from the last committed page boundary on, keys are listed by position, in path order."""
+    """Lists the keys that the rows of a segment attend to. own: [n] slots of the rows.
+
+    From the last committed page boundary on they are listed by position, in path order (law 1).
+    """
     cache, tree = segment.cache, segment.tree
     pages = cache.pages[: cache.full_pages].copy()
     held = pages >= 0
@@ -123,6 +126,6 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
         if not held[view].all():
             raise ValueError(f"the view names page {int(view[~held[view]][0])}, which was evicted")
     elif not held.all():
-        # What eviction left is the full view: all rows see the same, so they are the target's and can be committed.
+        # After an eviction the pages left are the full view. All rows see the same, so they can be committed.
         view = np.broadcast_to(cache.kept, (*heads, len(cache.kept)))
     return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)

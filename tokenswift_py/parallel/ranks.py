@@ -1,7 +1,7 @@
-"""The processes that hold one model between them, as torchrun starts them. One process alone is the usual case.
+"""The processes (ranks) that hold one model between them, started by torchrun. One process alone is the usual case.
 
-Ranks run the same program over the same text, so their collective calls meet. What would come out differently in each
-process is rank 0's to say (measured times, a random seed, Ctrl-C), and what must be alike is compared. Only numbers
+Ranks run the same program over the same text, so their collective calls meet. Values that would differ between
+processes are rank 0's (measured times, a random seed, Ctrl-C), and values that must be alike are compared. Only numbers
 and text travel, nothing pickled.
 """
 
@@ -25,61 +25,63 @@ from tokenswift_py.errors import UserError, one_line
 from tokenswift_py.options import world_size
 
 Array = npt.NDArray[Any]
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the latter until torch 2.12
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the second is the name until torch 2.12
 
 
 class RanksError(RuntimeError):
-    """Ranks went different ways, and what they would compute together would be wrong."""
+    """Ranks went different ways, so their common results would be wrong."""
 
 
 class Ranks:
-    """One process: there is nobody to ask."""
+    """A process that holds the whole model alone, and the interface of those that share one."""
 
     rank, world = 0, 1
 
     @property
     def leads(self) -> bool:
-        """Rank 0 reads, prints and writes files for all."""
+        """True on rank 0, which reads, prints and writes files for all."""
         return self.rank == 0
 
     def place(self, device: torch.device) -> None:
-        """Where the tensors will be: the CPU, or each rank's on a GPU of its own."""
+        """Tells on which device the tensors will be: the CPU, or a GPU of each rank's own."""
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Of all ranks' tensors, in an order that depends on their shape. May overwrite x."""
+        """Returns the sum of all ranks' tensors, added in an order that depends on their shape. May overwrite x."""
         return x
 
     def gather(self, x: torch.Tensor, width: int, size: int) -> torch.Tensor:
-        """[R, size]: all ranks' columns side by side. x: [R, width], or less on the last ranks."""
+        """Returns all ranks' columns side by side, [R, size]. x: [R, width], or narrower on the last ranks."""
         return x
 
     def all(self, values: Array) -> Array:
-        """[world, ...] every rank's array; all have one shape and type."""
+        """Returns every rank's array, [world, ...]. All must have one shape and type."""
         return values[None]
 
     def first(self, values: Array) -> Array:
-        """Rank 0's array; the others give one of the same shape and type."""
+        """Returns rank 0's array. The others give one of the same shape and type."""
         return values
 
     def first_text(self, text: str) -> str:
-        """Rank 0's."""
+        """Returns rank 0's text."""
         return text
 
     def agree(self, what: str, value: object) -> None:
-        """Raise RanksError, on all ranks, unless all have the same value (told by its `repr`)."""
+        """Raises RanksError, on all ranks, unless all have the same value, compared by its `repr`."""
 
     def first_tree(self, tree: DraftTree, budget: int) -> DraftTree:
-        """Rank 0's tree of at most `budget` nodes."""
+        """Returns rank 0's tree of at most `budget` nodes."""
         return tree
 
     def go_on(self, wanted: bool = True) -> bool:
-        """Whether rank 0 wants to. Raises RanksError on another rank that does not although rank 0 does."""
+        """Returns whether rank 0 wants to go on. Raises RanksError on another rank that does not while rank 0 does."""
         return wanted
 
     @contextmanager
     def same_fate(self, *kinds: type[Exception]) -> Iterator[None]:
-        """A UserError in here is raised on all ranks: none waits for one that left, and rank 0 can tell it. So are
-        errors of other kinds that are made of a line, if all ranks name them."""
+        """Raises a UserError of any rank on all ranks, so that none waits for one that left and rank 0 can report it.
+
+        kinds: further kinds of errors, which are made from one line of text. All ranks must name the same.
+        """
         yield
 
 
@@ -87,8 +89,10 @@ ALONE = Ranks()
 
 
 class ProcessGroup(Ranks):
-    """torch.distributed's default group, joined if nobody did yet. Numbers go over gloo, and so do tensors until
-    `place` says that they are on GPUs."""
+    """One process of torch.distributed's default group, which it joins unless that was done before.
+
+    Numbers go over gloo, and so do tensors until `place` says that they are on GPUs.
+    """
 
     def __init__(self) -> None:
         if not dist.is_initialized():
@@ -129,7 +133,7 @@ class ProcessGroup(Ranks):
         return data.numpy().view(values.dtype).reshape(values.shape)
 
     def first_text(self, text: str) -> str:
-        data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)  # of a name that is not UTF-8
+        data = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8)  # a file name need not be UTF-8
         size = int(self.first(np.array([len(data)]))[0])
         said = self.first(np.resize(data, size) if self.leads else np.zeros(size, np.uint8)).tobytes()
         return said.decode(errors="surrogatepass")
@@ -158,7 +162,7 @@ class ProcessGroup(Ranks):
     def same_fate(self, *kinds: type[Exception]) -> Iterator[None]:
         carried: tuple[type[Exception], ...] = (UserError, *kinds)
         mine = None
-        told = np.zeros(1 + LONGEST_ERROR, np.uint8)  # 1 + which kind it is, its line
+        told = np.zeros(1 + LONGEST_ERROR, np.uint8)  # 1 + number of its kind (0 is no error), then its line
         try:
             yield
         except carried as error:
@@ -172,8 +176,8 @@ class ProcessGroup(Ranks):
                 raise carried[kind - 1](text if rank == 0 else f"{text} (rank {rank})") from mine
 
 
-UNUSED = -2  # neither a parent nor the root's -1
-LONGEST_ERROR = 2000  # bytes
+UNUSED = -2  # a place of the array without a node; the root's parent is -1
+LONGEST_ERROR = 2000  # bytes of an error's line that travel
 
 
 def leave() -> None:
@@ -182,5 +186,5 @@ def leave() -> None:
 
 
 def join() -> Ranks:
-    """The ranks that torchrun started, this process among them."""
+    """Returns the ranks that torchrun started, with this process among them."""
     return ProcessGroup() if world_size() > 1 else ALONE

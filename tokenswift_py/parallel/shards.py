@@ -1,14 +1,14 @@
-"""Tensor parallelism: every rank holds some of the heads, of the feed-forward's columns and of the vocabulary, and
-computes all rows.
+"""Tensor parallelism: every rank holds some of the heads, feed-forward columns and vocabulary, and computes all rows.
 
-q, k, v, gate and up are split by their outputs (column-parallel), the embedding and the LM head by tokens. o and down
-either sum what ranks have partial products of (row-parallel, `all-reduce`), in an order that changes with the shape; or
-(`gather`) ranks exchange their columns and each computes its share of the outputs over the whole depth. Then every
-element is summed as in one process and in its order: a row keeps the bits that it has there (law 1), given products
-whose elements do not depend on the others of their tile, or shares that begin at a tile's edge.
+q, k, v, gate and up are split by their outputs (column-parallel), the embedding and the LM head by tokens. There are
+two ways for o and down:
+- `all-reduce` (row-parallel) sums the ranks' partial products, in an order that changes with the shape.
+- `gather` lets ranks exchange their columns, and each computes its share of the outputs over the whole depth. Then
+  every element is summed as in one process and in its order, so a row keeps the bits that it has there (law 1). That
+  needs products whose elements do not depend on others of their tile, or shares that begin at a tile's edge.
 
-Logits are gathered whole: top-p, log-probabilities and Hugging Face's processors need the row, and in the weights' type
-it is a few MB a pass at the most.
+Logits are gathered whole, because top-p, log-probabilities and Hugging Face's processors need the row. In the weights'
+type that is a few MB a pass at the most.
 
 Source: Megatron-LM (arXiv 1909.08053), section 3.
 """
@@ -32,39 +32,39 @@ from tokenswift_py.parallel.ranks import Ranks
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_TOKENS = ("embed_tokens", "lm_head")
 JOINED = ("o_proj", "down_proj")
-TILE = 32  # columns
+TILE = 32  # columns of a tile, at whose edges shares begin
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of `world` ranks holds. gather: o and down are split by their outputs too."""
+    """The part of the weights that one of `world` ranks holds. gather: whether o and down are split by outputs too."""
 
     rank: int
     world: int
     gather: bool
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
-        """The rank's own heads and feed-forward. Raises UserError where they cannot be shared out evenly."""
+        """Returns the spec of the rank's heads and feed-forward. Raises UserError where they do not divide evenly."""
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             count = getattr(spec, FIELDS[name])
             check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")
         return replace(spec, **{field: getattr(spec, field) // self.world for field in FIELDS.values()})
 
     def even(self, size: int) -> slice:
-        """Of heads or the feed-forward, which divide."""
+        """Returns the rank's part of `size` outputs of heads or the feed-forward, which divide evenly."""
         return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
 
     def width(self, size: int) -> int:
-        """Of so many tokens or hidden columns the most that a rank holds: whole tiles."""
+        """Returns the most of `size` tokens or hidden columns that a rank holds, a number of whole tiles."""
         return -(-size // (self.world * TILE)) * TILE
 
     def tiles(self, size: int) -> slice:
-        """Of so many tokens or hidden columns; the last ranks hold less where they do not divide."""
+        """Returns the rank's part of `size` tokens or hidden columns. The last ranks may hold less than the others."""
         width = self.width(size)
         return slice(min(self.rank * width, size), min((self.rank + 1) * width, size))
 
     def of(self, name: str, shape: Sequence[int]) -> tuple[slice, ...]:
-        """Of the tensor of this name (Hugging Face's) and shape."""
+        """Returns the rank's part of the tensor with this name (Hugging Face's) and shape."""
         module = name.split(".")[-2]
         if module in BY_OUTPUTS:
             return (self.even(shape[0]),)
@@ -79,10 +79,11 @@ FIELDS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "in
 
 
 class ParallelDecoder(TorchDecoder):
-    """A decoder whose weights are spread over ranks. Caches, views, page masses and queries are of the rank's own
-    heads; hidden states and logits are whole, and the same bits on every rank.
+    """A decoder whose weights are spread over ranks.
 
-    spec: of the whole model. weights: those of the shard.
+    Caches, views, page masses and queries are of the rank's own heads. Hidden states and logits are whole, and have the
+    same bits on every rank.
+    spec: spec of the whole model. weights: weights of the shard.
     """
 
     def __init__(
@@ -110,8 +111,10 @@ class ParallelDecoder(TorchDecoder):
         want_mass: bool = False,
         want_queries: bool = False,
     ) -> Output:
-        """Raises RanksError where ranks would not compute the same rows: sums over different ones look like any other,
-        and all ranks would choose the same wrong tokens of them."""
+        """Computes a pass. Raises RanksError where ranks would not compute the same rows.
+
+        Sums over different rows look like any other, and all ranks would choose the same wrong tokens from them.
+        """
         rows = [(s.tree.tokens.tobytes(), s.tree.parents.tobytes(), s.cache.length, s.tail, s.view is None)
                 for s in segments]  # fmt: skip
         self.ranks.agree("a pass (draft, rows)", (self.draft, rows, logit_rows))
@@ -122,7 +125,7 @@ class ParallelDecoder(TorchDecoder):
         place = tokens - self.shard.tiles(self.spec.vocab_size).start
         own = (place >= 0) & (place < len(weight))
         x = weight[place.where(own, 0)].masked_fill(~own[:, None], 0)
-        return self.ranks.sum(x)  # one of them is not 0, so nothing rounds
+        return self.ranks.sum(x)  # only one rank's row is not 0, so nothing rounds
 
     def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.shard.gather:

@@ -1,4 +1,4 @@
-"""What a pass costs, fitted to the passes that were timed."""
+"""The milliseconds that a pass costs, fitted to the passes that were timed."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def as_measured(times: Doubles) -> Doubles:
 
 
 class PassCost:
-    """Milliseconds of a pass: a + b rows + c extra + context (d + e rows + f extra), extra = max(0, rows - KNEE).
+    """A model of a pass's milliseconds: a + b rows + c extra + context (d + e rows + f extra).
 
-    The coefficients are at least 0, so more rows never cost less, and cost the more the more there are: a few rows
-    hide behind the memory that any pass reads, many are bound by arithmetic. They are fitted to the latest passes by
-    least absolute relative deviations, which a burst on a busy machine moves little.
+    extra = max(0, rows - KNEE). The coefficients are at least 0, so a further row never costs less than the one before.
+    A few rows hide behind the memory that any pass reads, and many are bound by arithmetic. The fit to the latest
+    passes minimises absolute relative deviations, which a burst on a busy machine moves little.
 
-    largest: rows of the largest pass measured. What lies far beyond is a guess, and not to be trusted.
-    times: what is taken for measured milliseconds; processes that must plan alike take those of one of them.
-    shapes: numbers of rows that passes are padded to, ascending: a row costs nothing until it takes the next of them.
-        Larger passes, and all where there are none, are as they are.
+    largest: rows of the largest pass measured. Costs far beyond it are guesses that cannot be trusted.
+    times:   function from measured milliseconds to those that are used. Processes that must plan alike take the times
+             of one of them.
+    shapes:  numbers of rows that passes are padded to, ascending. A row costs nothing until a pass needs the next of
+             them. Passes that are larger than all shapes are not padded.
     """
 
     def __init__(self, times: Times = as_measured, shapes: Sequence[int] = ()) -> None:
@@ -42,7 +43,7 @@ class PassCost:
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:
-        """ms: NaN for a pass that took what no other will, and tells nothing."""
+        """Learns from a pass. ms: milliseconds; NaN for a pass whose time says nothing about others."""
         ms = max(float(self._times(np.array([ms]))[0]), SHORTEST)
         if math.isnan(ms):
             return
@@ -54,18 +55,18 @@ class PassCost:
         self._count += 1
 
     def __call__(self, rows: int, context: int) -> float:
-        """Expected milliseconds; 0 before anything was measured."""
+        """Returns the expected milliseconds of a pass, 0 before anything was measured."""
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
         return float(features(self.padded(rows), context) @ self._coefficients)
 
     def padded(self, rows: int) -> int:
-        """Rows that are computed for so many."""
+        """Returns how many rows a pass of `rows` computes."""
         return next((shape for shape in self.shapes if shape >= rows), rows)
 
     def fitting(self, rows: int) -> int:
-        """Rows of the largest pass that computes no more than so many."""
+        """Returns the rows of the largest pass that computes no more than `rows`."""
         return max((shape for shape in self.shapes if shape <= rows), default=rows)
 
     def _fit(self) -> None:
@@ -78,10 +79,10 @@ class PassCost:
             weights = 1 / np.maximum(np.abs(x @ self._coefficients - 1), 0.02)
 
 
-SHORTEST = 1e-6  # milliseconds: less, or none, is a clock's that moves in leaps
-KNEE = 4
-SAMPLES = 12  # a row count
-REFIT = 64  # passes between fits
+SHORTEST = 1e-6  # milliseconds; a clock that moves in leaps can show less, or none
+KNEE = 4  # rows from which on one more may cost more
+SAMPLES = 12  # latest passes that are kept for each number of rows, or group of numbers
+REFIT = 64  # passes between fits, at most
 
 
 def features(rows: int, context: int) -> Doubles:
@@ -90,7 +91,7 @@ def features(rows: int, context: int) -> Doubles:
 
 
 def non_negative(x: Doubles, weights: Doubles, start: Doubles) -> Doubles:
-    """The b >= 0 that minimises sum(weights * (x b - 1)^2), by coordinate descent. x: [n, k], weights: [n]."""
+    """Finds the b >= 0 that minimises sum(weights * (x b - 1)^2), by coordinate descent. x: [n, k]. weights: [n]."""
     scale = np.maximum(np.abs(x).max(0), 1e-300)
     x = x / scale
     gram, target = (x * weights[:, None]).T @ x, x.T @ weights

@@ -1,13 +1,13 @@
-"""How often a kind of guess is right."""
+"""An estimate of how often a kind of guess is right."""
 
 from __future__ import annotations
 
 
 class Odds:
-    """How often guesses of some kind were right, recent ones counting more.
+    """The chance that a guess of some kind is right, from earlier guesses. Recent ones count more.
 
-    prior:  the chance assumed before any was tried, counting as `weight` guesses.
-    memory: guesses after which one counts 1/e.
+    prior:  chance that is assumed before any was tried. It counts as `weight` guesses.
+    memory: number of later guesses after which a guess counts 1/e.
     """
 
     __slots__ = ("memory", "prior", "right", "tried", "weight")
@@ -23,5 +23,5 @@ class Odds:
 
     @property
     def chance(self) -> float:
-        # as (right + prior weight) / (tried + weight), but the prior to the last bit before anything was tried
+        # This is (right + prior weight) / (tried + weight), written so that it gives the prior exactly at first.
         return self.prior + (self.right - self.prior * self.tried) / (self.tried + self.weight)

@@ -1,4 +1,4 @@
-"""The parts of a decode loop, put together for a run: model, drafter, sampler, stops, eviction."""
+"""Puts the parts of a decode loop together for a run: model, drafter, sampler, stops, eviction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decode_loop(
     options = run.options
     with loaded.executor.ranks.same_fate():
         if kind_of(options.chosen_drafter).has_second_model and not loaded.executor.ranks.leads:
-            chosen = create("none")  # rank 0's trees are verified
+            chosen = create("none")  # all ranks verify rank 0's trees
         else:
             chosen = for_run(options, Resources(loaded.checkpoint, run.second_model))
     if loaded.executor.ranks.world > 1:
@@ -77,7 +77,7 @@ def decode_loop(
 
 
 def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
-    """Of the lossy mode, where it was asked for."""
+    """Makes the eviction of the lossy mode, or returns None where that was not asked for."""
     if options.kv_budget is None:
         return None
     name = options.kv_policy or "recent"

@@ -1,10 +1,10 @@
-"""`tokenswift audit`: proof that a recorded text is what plain decoding writes, without decoding it.
+"""`tokenswift audit`: proves that plain decoding writes a recorded text, without decoding it.
 
 The token at position p is a function of the row at p - 1 and of the tokens before p (laws 1 and 2). So one parallel
 pass over the recorded tokens, in chunks, gives every row that chose a token, and the sampler is asked for its choice at
-each. If all are the recorded ones, plain decoding writes this text, token by token: by induction, as each row depends
-on its own ancestors only. That last is law 1, which the tests carry and `sample` looks at in place. Forced tokens are
-derived again by the chapter rule, and so is what ends the text.
+each. If all choices are the recorded ones, plain decoding writes this text token by token. The proof is by induction:
+each row depends on its own ancestors only. That is law 1, which the tests carry and `sample` looks at in place. Forced
+tokens are derived again by the chapter rule, and so is the ending of the text.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tokenswift_py.runs.stream import Stream
 if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
-LOGITS_BYTES = 32 * 2**20  # of the rows of one chunk
-WINDOW = 32  # tokens that --sample decodes at a place
-TIMED = 4  # places and tokens at each where steps are timed, so that plain decoding's time can be estimated
-ROUNDING = {"fp32": 2e-3, "bf16": 0.5}  # errors of logits that are taken for rounding between two arithmetics
+LOGITS_BYTES = 32 * 2**20  # logits of one chunk's rows, at most
+WINDOW = 32  # tokens that --sample decodes at each place
+TIMED = 4  # places where steps are timed, and tokens at each, to estimate the time of plain decoding
+ROUNDING = {"fp32": 2e-3, "bf16": 0.5}  # differences of logits that count as rounding between two arithmetics
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """index: of the token behind the prompt. margin, slack: see `Sampler.behind`."""
+    """A token that is not the sampler's choice. index: behind the prompt. margin, slack: see `Sampler.behind`."""
 
     index: int
     recorded: int
@@ -49,16 +49,17 @@ class Mismatch:
 
 @dataclass
 class Audit:
-    """What an audit found.
+    """The findings of an audit.
 
-    proof:     the arithmetic is the run's own, and a row's bits are its own: a mismatch is one. Else it is a
-               cross-check, in which a slack below `rounding` is a tie.
-    checked:   tokens whose choice was checked; forced: tokens derived from the chapter rule.
-    faults:    what else is wrong with the record or the files beside it.
-    windows:   where the random windows begin that were decoded token by token too.
-    decoded:   tokens decoded one by one, those of the timed places among them; unequal_rows: those of them whose
-               logits are not bit for bit the chunk's.
-    ar_seconds: what plain decoding of the checked tokens would take, estimated from steps here and there.
+    proof:        whether the arithmetic is the run's own and keeps law 1, so that every mismatch counts. Else the audit
+                  is a cross-check, in which a slack up to `rounding` is a tie.
+    checked:      tokens whose choice was checked.
+    forced:       tokens derived from the chapter rule.
+    faults:       other faults of the record or the files beside it.
+    windows:      first tokens of the random windows that were decoded token by token too.
+    decoded:      tokens decoded one by one, those of the timed places among them.
+    unequal_rows: those of them whose logits are not bit for bit the chunk's.
+    ar_seconds:   seconds that plain decoding of the checked tokens would take, estimated from steps at some places.
     """
 
     folder: str
@@ -95,18 +96,18 @@ def audit(
     progress: Callable[[int], None] = lambda rows: None,
     logits_processors: Sequence[Any] = (),
 ) -> Audit:
-    """Check every recorded token of a run's folder.
+    """Checks every recorded token of a run's folder.
 
-    sample:   how many random windows of WINDOW tokens are decoded token by token, too.
-    progress: called with the number of rows of each pass.
+    sample:   number of random windows of WINDOW tokens that are decoded token by token, too.
+    progress: function that gets the number of rows of each pass.
     Raises UserError for another model, tokenizer or parameters than the recorded ones.
     """
     record = journal.read(Path(folder))
-    plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # what drafted may be gone
+    plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # the drafter's files may be gone
     run = recorded_run(loaded, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(loaded, replace(run, options=replace(run.options, on_loop=quiet)))
-    same = {**stream.header(), "parameters": run.parameters()}  # of the run as recorded, not of the quiet one
+    same = {**stream.header(), "parameters": run.parameters()}  # the recorded run's, not the quiet one's
     contract.check_same(record.header, same, numerics=False)
     found = Audit(
         str(folder), stream.numerics, record.header["numerics"], stream.guarantee,
@@ -148,7 +149,7 @@ class Check:
         self.windows = self.places(sample)
 
     def places(self, sample: int) -> dict[int, int]:
-        """First row of each window -> how many tokens it has."""
+        """Chooses the windows that are decoded one by one: first row of each -> its number of tokens."""
         first, last = self.prompt - 1, self.total - 1
         starts = range(first, last, WINDOW)
         chosen = sorted(random.SystemRandom().sample(starts, min(sample, len(starts))))
@@ -177,14 +178,14 @@ class Check:
             self.found.ar_seconds = float(step) * self.found.checked / 1e3
 
     def rows(self, count: int) -> torch.Tensor:
-        """[n, vocab_size] logits of those of the next `count` rows that chose a token; the rows are provisional."""
+        """Computes the next `count` rows, provisionally. Returns logits [n, vocab_size] of those that chose a token."""
         at = self.loop.cache.length
         wanted = np.flatnonzero(self.chosen[at + 1 : at + 1 + count]).tolist()
         self.output = self.loop.ask(self.loop.chunk(count), wanted, seen=False).compute()
         return self.output.logits
 
     def check(self, at: int, logits: torch.Tensor, commit: int) -> None:
-        """Commit `commit` rows from position `at` on, and hold the choices of their logits against the record."""
+        """Commits `commit` rows from position `at` on, and compares the choices of their logits with the record."""
         self.loop.commit_chunk(commit, self.output)
         for row, position in zip(logits, at + 1 + np.flatnonzero(self.chosen[at + 1 : at + 1 + commit]), strict=True):
             self.seen.extend(self.tokens[len(self.seen) : position].tolist())
@@ -203,7 +204,7 @@ class Check:
             self.found.mismatch = mismatch
 
     def decode(self, count: int) -> None:
-        """The next tokens one by one, as plain decoding has them, beside the same rows computed together."""
+        """Decodes the next tokens one by one like plain decoding, and compares bits with the rows computed together."""
         at, times = self.loop.cache.length, []
         together = iter(self.rows(count))
         self.loop.cache.drop_tail()
@@ -221,12 +222,12 @@ class Check:
 
 
 def rounding(recorded: str, audited: str, temperature: float) -> float:
-    """What errors of scores are taken for rounding, between weights of two types."""
+    """Returns the difference of scores that counts as rounding between weights of two types."""
     return max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in (recorded, audited)) / (temperature or 1.0)
 
 
 def marks_faults(stream: Stream, record: Record) -> list[str]:
-    """Where the record's marks of forced tokens are not the chapter rule's."""
+    """Reports the first token whose mark in the record, forced or not, is not the chapter rule's."""
     forced = np.zeros(len(stream.tokens), np.bool_)
     for start, stop in stream.forced:
         forced[start:stop] = True
@@ -235,8 +236,10 @@ def marks_faults(stream: Stream, record: Record) -> list[str]:
 
 
 def file_faults(stream: Stream, folder: Path) -> list[str]:
-    """Which of tokens.npy and text.txt, if they are there, do not say what the journal says. One that says more is not
-    proven as far as that goes: of a run that was killed, text.txt may be ahead of what was synced."""
+    """Reports which of tokens.npy and text.txt, if they exist, differ from the journal.
+
+    A file that says more than the journal is unproven there: after a kill, text.txt may be ahead of the synced tokens.
+    """
     resume = "; `tokenswift resume` writes it again" if stream.ending == "interrupted" else ""
     faults = []
     for name, differs in (("tokens.npy", tokens_differ), ("text.txt", text_differs)):
@@ -269,7 +272,7 @@ def text_differs(stream: Stream, path: Path) -> str:
 
 
 def verdict(found: Audit, decode: Callable[[int], str]) -> str:
-    """The audit as a person wants it."""
+    """Returns the audit's findings as lines for people."""
     lines = [
         f"audit of {found.folder}: {found.checked} choices checked, {found.forced} forced tokens derived again, "
         f"behind a prompt of {found.prompt_tokens}; ended by: {found.ending}",

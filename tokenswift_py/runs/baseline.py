@@ -1,4 +1,4 @@
-"""The same text by plain decoding, and how much faster the run was."""
+"""Writes the same text by plain decoding, and says how much faster the run was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def baseline(loaded: LoadedModel, stream: Stream) -> Result:
-    """As `TokenSwift.baseline`."""
+    """Does the work of `TokenSwift.baseline`."""
     run, mine = stream.run, stream.result()
     recorded, allowed = mine.stats.recorded_tokens, "a stream that wrote all of its text itself"
     stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]
@@ -35,7 +35,7 @@ def baseline(loaded: LoadedModel, stream: Stream) -> Result:
         with loaded.executor.ranks.same_fate():
             check_memory(size, loaded.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
     options = replace(run.options, drafter="none", trace=None)
-    if options.on_loop == "warn":  # the stream has said so already
+    if options.on_loop == "warn":  # the stream has warned already
         options = replace(options, on_loop="ignore")
     with Stream(loaded, replace(run, options=options), cache) as plain:
         pieces = iter(plain)

@@ -1,4 +1,4 @@
-"""What a run's text is a function of, as its journal records it; and what differs when it is taken up again."""
+"""Everything that a run's text is a function of, recorded in its journal and compared when the run is resumed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tokenswift_py.version import __version__
 if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
-# Options that change how fast a text is written, never the text.
+# These options change how fast a text is written, never the text.
 SPEED_ONLY = tuple(name for name, described in described_options().items() if not described.changes_text)
-LARGE = 16 * 2**20  # bytes; less is hashed in no time
-# Keys of config.json that say who wrote the file.
+LARGE = 16 * 2**20  # bytes of a file whose hash is kept; smaller ones are hashed in no time
+# Keys of config.json that only say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 def header(
     loaded: LoadedModel, prompt: list[int], parameters: dict[str, Any], numerics: str, guarantee: str
 ) -> dict[str, Any]:
-    """What the journal of a run begins with: everything that is needed to write its text again."""
+    """Returns the header of a run's journal: everything that is needed to write its text again."""
     return {
         "program": f"tokenswift-py {__version__}",
         "origin": dict(loaded.origin),
@@ -49,7 +49,7 @@ def header(
 
 
 def check_same(recorded: Mapping[str, Any], now: Mapping[str, Any], numerics: bool = True) -> None:
-    """Raise UserError with the first difference between two headers that can change the text.
+    """Raises UserError with the first difference between two headers that can change the text.
 
     numerics: whether the arithmetic must be the same, too.
     """
@@ -70,7 +70,7 @@ def check_parameter(name: str, value: Any, recorded: Any) -> None:
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of every file of weights, and of what config.json says."""
+    """Returns the SHA-256 of every file of weights, and of the contents of config.json."""
     config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
     said = json.dumps({name: value for name, value in config.items() if name not in UNREAD}, sort_keys=True)
     files = checkpoint.weight_files
@@ -78,7 +78,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 of the tokenizer's files, names included."""
+    """Returns the SHA-256 of the tokenizer's files, names included."""
     digest = hashlib.sha256()
     for path in (checkpoint.folder / name for name in TOKENIZER_FILES):
         if path.is_file():
@@ -87,7 +87,7 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def kept_sha256(path: Path) -> str:
-    """SHA-256 of a file; of a large one it is kept in the cache folder under path, size and time of change."""
+    """Returns the SHA-256 of a file. A large file's is kept in the cache folder under path, size and time of change."""
     if path.stat().st_size < LARGE:
         return sha256(path)
     kept = cache_folder() / "sha256" / cache_name(path)
@@ -105,5 +105,5 @@ def kept_sha256(path: Path) -> str:
             file.write(digest)
         os.replace(fresh, kept)
     except OSError:
-        pass  # a cache that cannot be written: it is hashed again next time
+        pass  # the cache cannot be written, so the file is hashed again next time
     return digest

@@ -26,7 +26,7 @@ def save_tokens(folder: Path, tokens: Sequence[int]) -> None:
 
 
 def restore(folder: Path, result: Result) -> list[str]:
-    """Write what a finished run's folder lacks of the files that its journal says; their names."""
+    """Writes the files that a finished run's folder lacks, and returns their names."""
     missing = [name for name in ("text.txt", "tokens.npy") if not (folder / name).exists()]
     if "text.txt" in missing:
         save_text(folder, result.text)
@@ -37,11 +37,11 @@ def restore(folder: Path, result: Result) -> list[str]:
 
 def save_report(folder: Path, report: dict[str, Any]) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    put(folder / "report.json", text.encode("utf-8", "backslashreplace"))  # as JSON has what is not UTF-8, too
+    put(folder / "report.json", text.encode("utf-8", "backslashreplace"))  # surrogates become the escapes that JSON has
 
 
 def put(path: Path, data: bytes) -> None:
-    """Replace a file whole, so that no moment, and no full disk, leaves half of one."""
+    """Replaces a file as a whole, so that neither a kill nor a full disk leaves half of one."""
     fresh = path.with_name(f"{path.name}.new")
     try:
         fresh.write_bytes(data)

@@ -1,12 +1,12 @@
-"""The record of a run: what it was asked for, then every token, in a file that outlives whatever ends the process.
+"""The record of a run: its parameters, then every token, in a file that outlives whatever ends the process.
 
 The file is MAGIC, then frames: MARKER, kind, length of the payload and CRC32C (little-endian 32-bit numbers), payload.
-The CRC is of kind, length and payload; behind the header it goes on from the header's, so that no frame of another run
-is taken for one of this. Kinds: HEADER, JSON; TOKENS, the number of tokens before it, how many it holds, their ids
-(int32) and a bit for each, set where the token was forced; EXTEND, how many tokens more were asked for.
+The CRC is of kind, length and payload. Behind the header it goes on from the header's, so that no frame of another run
+is taken for one of this. HEADER is JSON. TOKENS has the number of tokens before it, the number it holds, their ids
+(int32) and a bit for each, set where the token was forced. EXTEND has the number of tokens more that were asked for.
 
-A frame is written at once and holds whole steps, so that what a kill or a power cut leaves is whole frames and, at the
-most, one torn behind them.
+A frame is written at once and holds whole steps. So a kill or a power cut leaves whole frames and, at most, one torn
+frame behind them.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class JournalError(RuntimeError):
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal holds.
+    """The contents of a journal.
 
-    header: what the run was asked for (see contract.py).
-    tokens: every token behind the prompt; forced: for each, whether it was forced.
+    header:   what the text is a function of (see contract.py).
+    tokens:   every token behind the prompt. forced: for each, whether it was forced.
     extended: tokens asked for later, beyond the header's max_new_tokens.
-    size:   bytes of the file that are whole; torn: bytes behind them.
-    seed:   CRC that the frames behind the header go on from.
+    size:     bytes of the file that are whole. torn: bytes behind them.
+    seed:     CRC that the frames behind the header go on from.
     """
 
     path: Path
@@ -69,12 +69,12 @@ class Record:
 
     @property
     def chosen(self) -> int:
-        """How many of the tokens the model chose."""
+        """The number of tokens that the model chose."""
         return len(self.forced) - sum(self.forced)
 
     @property
     def chosen_tokens(self) -> list[int]:
-        """Those of the tokens that the model chose."""
+        """The tokens that the model chose."""
         return [token for token, forced in zip(self.tokens, self.forced, strict=True) if not forced]
 
     @property
@@ -83,7 +83,7 @@ class Record:
 
 
 def read(folder: Path) -> Record:
-    """The journal of a folder, as far as it is whole. Reads without the lock, so that a run can be looked at.
+    """Reads the journal of a folder, as far as it is whole. It needs no lock, so that a run can be watched.
 
     Raises UserError where there is none, where its header is not whole, and where it is damaged before its last frame.
     """
@@ -94,7 +94,7 @@ def read(folder: Path) -> Record:
 
 
 def parse(data: bytes, path: Path) -> Record:
-    """As `read`, of the file's bytes."""
+    """Parses the bytes of a journal, with the errors of `read`. path: name of the file, for messages."""
     name = str(path)
     check(data[: len(MAGIC)] == MAGIC[: len(data)], "journal", name, "this file does not begin as one")
     first = whole_frame(data, len(MAGIC), 0)
@@ -139,7 +139,7 @@ class Frame:
 
 
 def whole_frame(data: bytes, start: int, seed: int) -> Frame | None:
-    """The frame that begins at byte `start`; None where no whole one does."""
+    """Returns the frame that begins at byte `start`, or None where no whole one does."""
     if start + FRAME.size > len(data):
         return None
     marker, kind, length, crc = FRAME.unpack_from(data, start)
@@ -151,7 +151,7 @@ def whole_frame(data: bytes, start: int, seed: int) -> Frame | None:
 
 
 def whole_frame_behind(data: bytes, start: int, seed: int) -> bool:
-    """Whether a whole frame begins anywhere behind byte `start`: what is between is damage then, and no torn end."""
+    """Returns whether a whole frame begins anywhere behind byte `start`. Then the bytes between are no torn end."""
     while (start := data.find(MARKER, start + 1)) >= 0:
         if whole_frame(data, start, seed):
             return True
@@ -163,7 +163,7 @@ def frame_bytes(kind: int, payload: bytes, seed: int) -> bytes:
 
 
 def checksum(kind: int, payload: bytes, seed: int) -> int:
-    """CRC32C that goes on from `seed`."""
+    """Returns a frame's CRC32C, which goes on from `seed`."""
     return int(google_crc32c.extend(seed, COUNTS.pack(kind, len(payload)) + payload))
 
 
@@ -173,7 +173,7 @@ def token_payload(start: int, tokens: Sequence[int], forced: Sequence[bool]) -> 
 
 
 def token_block(payload: bytes) -> tuple[int, list[int], list[bool]]:
-    """What `token_payload` was made of. Raises ValueError or struct.error for another payload."""
+    """Returns the arguments of `token_payload`. Raises ValueError or struct.error for another payload."""
     start, count = COUNTS.unpack_from(payload)
     ids = np.frombuffer(payload, "<i4", count, COUNTS.size)
     marks = np.frombuffer(payload, np.uint8, -(-count // 8), COUNTS.size + ids.nbytes)
@@ -181,7 +181,7 @@ def token_block(payload: bytes) -> tuple[int, list[int], list[bool]]:
 
 
 def shared(ranks: Ranks, open_: Callable[[], Journal]) -> Journal:
-    """The journal that rank 0 opens or creates; for the others what it holds, and nothing they append goes anywhere.
+    """Returns the journal that rank 0 opens or creates. Other ranks get its contents, and write nothing.
 
     Raises, on all ranks, whatever UserError or JournalError rank 0 meets.
     """
@@ -207,7 +207,7 @@ class Journal:
     """Writes the record of one run and holds its lock. Make it with `create` or `open`.
 
     Tokens are written and fsynced at the first step that brings SYNC_TOKENS of them, or SYNC_SECONDS after the last
-    time. What is not on the disk yet is lost with the process; a resumed run writes the same tokens again.
+    time. A kill loses tokens that are not on the disk yet, and a resumed run writes the same again.
     """
 
     def __init__(self, file: BinaryIO, record: Record, clock: Callable[[], float] = time.monotonic):
@@ -221,11 +221,11 @@ class Journal:
 
     @classmethod
     def create(cls, folder: Path, header: dict[str, Any]) -> Journal:
-        """A new journal in an empty or new folder. Raises UserError where there is one, and where none can be, and
+        """Creates a journal in an empty or new folder. Raises UserError where there is one, or none can be, and
         JournalError, leaving none, where it cannot be written."""
         path = folder / NAME
         header = {"version": VERSION, **header}
-        payload = json.dumps(header).encode()  # in ASCII: the name of a model need not be UTF-8
+        payload = json.dumps(header).encode()  # ASCII, because the name of a model need not be UTF-8
         seed = checksum(HEADER, payload, 0)
         with files("out", folder, "a new or empty folder is"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -244,8 +244,8 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path) -> Journal:
-        """Go on with a folder's journal; a torn end is cut off. Raises UserError as `read` does, and where another
-        process writes it."""
+        """Opens a folder's journal to go on with it, and cuts a torn end off. Raises the UserErrors of `read`, and one
+        where another process writes it."""
         path = folder / NAME
         with files("journal", path, "a run's folder holds one that can be written"):
             file = path.open("r+b", buffering=0)
@@ -262,18 +262,18 @@ class Journal:
         return journal
 
     def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
-        """One step of the text: tokens that were forced, then those the model chose. Raises JournalError."""
+        """Appends one step of the text: forced tokens, then those the model chose. Raises JournalError."""
         self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
         if len(self._pending) >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def extend(self, count: int) -> None:
-        """Record that `count` tokens more were asked for. Raises JournalError."""
+        """Records that `count` tokens more were asked for. Raises JournalError."""
         self.sync()
         self._write(frame_bytes(EXTEND, EXTENSION.pack(count), self.record.seed))
 
     def sync(self) -> None:
-        """Put everything appended so far on the disk. Raises JournalError."""
+        """Puts everything appended so far on the disk. Raises JournalError."""
         if self._pending and not self._file.closed:
             tokens, forced = zip(*self._pending, strict=True)
             payload = token_payload(self._safe, tokens, forced)
@@ -282,14 +282,14 @@ class Journal:
         self._synced = self._clock()
 
     def close(self) -> None:
-        """Sync, and let another process write. Raises JournalError."""
+        """Syncs, and lets another process write. Raises JournalError."""
         try:
             self.sync()
         finally:
             self._file.close()
 
     def _write(self, frame: bytes) -> None:
-        """As `_put`; what cannot be written is none of the file, and the journal ends."""
+        """Puts a frame. Where that fails, the part written is cut off and the journal ends with JournalError."""
         try:
             self._put(frame)
         except OSError as error:
@@ -304,7 +304,7 @@ class Journal:
             ) from error
 
     def _put(self, frame: bytes) -> None:
-        """Behind what is safe, always at that place: a write that was interrupted is written over by the next."""
+        """Writes behind the safe bytes, always at that place, so that the next write covers an interrupted one."""
         file, at = self._file.fileno(), 0
         while at < len(frame):
             at += os.pwrite(file, frame[at:], self._size + at)
@@ -313,7 +313,7 @@ class Journal:
 
 
 class Followed(Journal):
-    """The journal of a run as ranks have it that only follow: rank 0 writes it for all."""
+    """The journal of a rank that only follows. Rank 0 writes it for all."""
 
     def __init__(self, record: Record):
         self.record = record
@@ -332,7 +332,7 @@ class Followed(Journal):
 
 
 def lock(file: BinaryIO, path: Path) -> None:
-    """Until the file is closed, or the process ends in whatever way."""
+    """Locks the file until it is closed, or until the process ends in whatever way."""
     try:
         with files("journal", path, "another process writes it"):
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -342,7 +342,7 @@ def lock(file: BinaryIO, path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the folder's own entries on the disk."""
+    """Puts the folder's own entries on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

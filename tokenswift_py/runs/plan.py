@@ -1,4 +1,4 @@
-"""A run before it begins: everything that can be checked without any work is checked here."""
+"""A run before it begins. Everything that can be checked without any work is checked here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("tokenswift")
 class Run:
     """A run that passed every check and has not begun.
 
-    second_model: what a drafter that has one is made with.
+    second_model: arguments for a drafter that has a second model.
     stop_tokens: ids of the tokens that end the text as stop strings do.
     """
 
@@ -46,7 +46,7 @@ class Run:
     stop_tokens: tuple[int, ...] = ()
 
     def parameters(self) -> dict[str, Any]:
-        """The keyword arguments of `generate` that write this text again, defaults and seed filled in."""
+        """Returns the keyword arguments of `generate` that write this text again, defaults and seed filled in."""
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
         options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
         filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
@@ -63,7 +63,7 @@ class Run:
 
 
 def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool = False) -> Run:
-    """Check everything that can be checked before any work. Raises UserError.
+    """Checks everything that can be checked before any work, and makes the run. Raises UserError.
 
     in_pool: the text's pages come from a pool that is there already, so that no memory is asked for.
     """
@@ -101,9 +101,9 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool
 
 
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
-    """The run that a journal records, `extend` tokens longer. Raises UserError as `resume` does."""
+    """Makes the run that a journal records, `extend` tokens longer. Raises the UserErrors of `resume`."""
     recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
-    if "positions" not in recorded:  # begun before there was a choice
+    if "positions" not in recorded:  # the run began before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
     settings |= resolved_positions(loaded, settings, recorded)
     processors = settings.pop("logits_processors", ())
@@ -125,20 +125,22 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
 
 
 def resolved_positions(loaded: LoadedModel, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """What is asked for of positions when a run is resumed, as a journal records what came of it; nothing where
-    nothing is."""
+    """Resolves the settings of positions that a resumed run is given, to compare them with the recorded ones.
+
+    Returns an empty dict where none is given.
+    """
     names = ("positions", "positions_window", "positions_block")
     if not any(name in settings for name in names):
         return {}
     asked = {name: settings.get(name, recorded.get(name)) for name in names}
     if "positions" not in settings and asked["positions"] == "trained":
-        asked["positions"] = "auto"  # which may have had no need of the window and the block that it was given
+        asked["positions"] = "auto"  # auto may have needed neither window nor block
     found = chosen_positions(loaded.checkpoint.config, recorded["context"], Positions(*asked.values()))
     return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
 
 
 def reads_bounds(policy: str | None) -> bool:
-    """Whether a policy has bounds of all pages' keys kept."""
+    """Returns whether a policy needs bounds of all pages' keys to be kept."""
     return policy is not None and "bounds" in registry.module(POLICIES, "policy", policy).POLICY.needs
 
 
@@ -148,12 +150,12 @@ def check_snapshot(wanted: bool, options: Options) -> None:
 
 
 def as_draft(loaded: LoadedModel, context: int, target_vocab: int) -> Mapping[str, Any]:
-    """What drafter draft_model takes of this model, for a run of a target over so many positions."""
+    """Returns the arguments of drafter draft_model for this model, for a target's run over `context` positions."""
     with about(f"draft_model {loaded.checkpoint.name}"):
         try:
             rope = rope_tables(loaded.checkpoint.config, context)
             loaded.executor.check_rope(rope)
-        except UserError:  # a draft may be wrong, and must not stop the text
+        except UserError:  # a draft may be wrong, but must not stop the text
             rope = rope_tables(loaded.checkpoint.config, context, TRAINED)
         model = loaded.executor.model(rope)
     if rope.note:

@@ -1,4 +1,4 @@
-"""report.json: what was run, what came of it, and what the claims rest on. docs/report.md documents every field."""
+"""report.json: a run's settings, its results and the evidence for its claims. docs/report.md has every field."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SCHEMA = 1
 
 
 def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
-    """Diversity and the loop verdict, which stand beside every speed-up (law 7). tokens: those the model chose."""
+    """Returns diversity and the loop verdict, which stand beside every speed-up (law 7). tokens: the model's own."""
     loop = find_loop(tokens)
     return {
         **{f"distinct_{n}": rounded(distinct_n(tokens, n)) for n in (1, 2, 3, 4)},
@@ -44,7 +44,7 @@ def text_figures(tokens: Sequence[int]) -> dict[str, Any]:
 def of_run(
     loaded: LoadedModel, run: Run, loop: DecodeLoop, result: Result, numerics: str, guarantee: str, recorded: int
 ) -> dict[str, Any]:
-    """The report of a text so far, before it is compared with plain decoding.
+    """Returns the report of a text so far, before it is compared with plain decoding.
 
     recorded: tokens that a resumed run went on from.
     """
@@ -72,15 +72,15 @@ def of_run(
         **NO_BASELINE,
         **text_figures(result.chosen),
         "loops": [asdict(found) for found in loop.stops.loops.loops],
-        "window_perplexity": None,  # it takes passes of its own: see TokenSwift.window_perplexity
+        "window_perplexity": None,  # needs passes of its own: TokenSwift.window_perplexity
         "peak_memory_bytes": peak_memory(loaded.executor.device),
     }
 
 
 class Trace:
-    """A file of JSON lines, one a round, made with its first. Raises UserError where it cannot be written.
+    """A file of JSON lines, one for each round, made with the first. Raises UserError where it cannot be written.
 
-    Whatever goes wrong later (a full disk, most often) ends the trace, in a line to the log, and nothing else.
+    A later error (most often a full disk) ends only the trace, with a line to the log.
     """
 
     def __init__(self, path: str):
@@ -110,7 +110,7 @@ class Trace:
         why = error.strerror if isinstance(error, OSError) else str(error).removeprefix("trace: ")
         logger.warning("trace: %s: it ends here, the text goes on", why)
         if self._file is not None:
-            with suppress(OSError):  # what it could not write, it cannot write now
+            with suppress(OSError):  # closing may fail as the write did
                 self._file.close()
 
 
@@ -133,17 +133,17 @@ def baseline_figures(
     step_bytes: float,
     bandwidth: float,
 ) -> dict[str, Any]:
-    """The run beside plain decoding of the same prompt, parameters and seed by the same engine.
+    """Compares the run with plain decoding of the same prompt, parameters and seed by the same engine.
 
-    step_bytes: weights and KV that plain decoding must read for a token, on average over the run.
+    step_bytes: bytes of weights and KV that plain decoding must read for a token, on average over the run.
     bandwidth:  bytes per second that the machine reads.
 
-    A pass over a tree costs no less than a pass over one row, so a speed-up above the tokens a pass brings is the
-    machine's doing (something else ran beside the baseline), and `timing_doubtful` says so.
+    A pass over a tree costs no less than a pass over one row. So a speed-up above the tokens a pass brings is due to
+    the machine (something else ran beside the baseline), and `timing_doubtful` says so.
     """
     divergence = first_divergence(tokens, ar_tokens)
     ar_ms, ms = baseline.ms_per_token, stats.ms_per_token
-    speedup = ar_ms / ms if ar_ms and ms else None  # a clock may have no time between two tokens
+    speedup = ar_ms / ms if ar_ms and ms else None  # a coarse clock may show no time between two tokens
     passes = stats.to_dict()["mean_acceptance_length"]
     share = step_bytes / bandwidth / (ar_ms / 1e3) if ar_ms else None
     return {
@@ -167,7 +167,7 @@ NO_BASELINE = dict.fromkeys(
 
 
 def first_divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """Index of the first difference; the shorter length if one text only goes on; None for equal texts."""
+    """Returns the index of the first difference, the shorter length if one text only goes on, None for equal texts."""
     for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
         if token != other:
             return index
@@ -175,8 +175,10 @@ def first_divergence(tokens: Sequence[int], others: Sequence[int]) -> int | None
 
 
 def resident_peak(status: Path = Path("/proc/self/status")) -> int:
-    """Bytes of the process's largest resident set: Linux's VmHWM, for a process inherits ru_maxrss from the one that
-    started it; elsewhere that."""
+    """Returns the bytes of the process's largest resident set.
+
+    On Linux it is VmHWM, because a process inherits ru_maxrss from the one that started it. Elsewhere it is ru_maxrss.
+    """
     with suppress(OSError):
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -185,7 +187,7 @@ def resident_peak(status: Path = Path("/proc/self/status")) -> int:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes: the process's largest resident set and, on a GPU, the most that was allocated there."""
+    """Returns the bytes of the process's largest resident set and, on a GPU, the most that was allocated there."""
     peak = {"host": resident_peak()}
     if device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(device)
@@ -193,14 +195,14 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats to five significant digits, null where they are none that JSON has; everything else as it is."""
+    """Rounds floats to five significant digits. Infinities and NaN, which JSON lacks, become None."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as a person wants it after a run."""
+    """Returns the report as lines for people."""
     ms, ar = report["ms_per_token"], report["ar_ms_per_token"]
     lines = [
         f"{report['new_tokens']} new tokens after a prompt of {report['prompt_tokens']}, ended by: {report['ending']}",
@@ -233,7 +235,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def readability(read: dict[str, Any]) -> str:
-    """What `window_perplexity` says in a line."""
+    """Returns `window_perplexity` as one line."""
     if not read["windows"]:
         return "too short to be read by windows"
     many = f"{read['windows']} windows of {read['window']} tokens" if read["windows"] > 1 else "one window"
@@ -244,7 +246,7 @@ def readability(read: dict[str, Any]) -> str:
 
 
 def lossy_note(eviction: dict[str, Any]) -> str:
-    """What the lossy mode did to the text."""
+    """Returns a line that says what the lossy mode did to the text."""
     mode = f"LOSSY: the cache keeps {eviction['budget']} tokens at most (policy {eviction['policy']})"
     if not eviction["evictions"]:
         return f"{mode}; the text fitted, nothing was evicted"

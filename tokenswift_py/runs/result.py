@@ -1,4 +1,4 @@
-"""What a stream brings: pieces while it is written, and the result."""
+"""The pieces that a stream brings while it is written, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from tokenswift_py.decoding.statistics import GenerationStats
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step of a stream brought. tokens: chosen by the model; forced: put in before them; text: joined."""
+    """The gain of one step of a stream.
+
+    tokens: tokens the model chose. forced: tokens put in before them. text: the text that became certain.
+    """
 
     tokens: tuple[int, ...]
     forced: tuple[int, ...]
@@ -22,10 +25,10 @@ class Piece:
 class Result:
     """A finished text.
 
-    text:     what the model wrote, chapters set apart by an empty line.
+    text:     the text that the model wrote, with an empty line between chapters.
     tokens:   every token behind the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
-    logprobs: of the chosen tokens, when asked for.
+    logprobs: log-probabilities of the chosen tokens, when asked for.
     ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """

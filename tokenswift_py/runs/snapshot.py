@@ -1,9 +1,9 @@
-"""Full pages of a run's KV cache beside its journal, so that a resumed run need not compute them again.
+"""Keeps full pages of a run's KV cache beside its journal, so that a resumed run need not compute them again.
 
-A committed page never changes: shards of SHARD pages are written once, and what a later session brings comes behind
-them. Each is a safetensors file with a CRC32C for every page; its metadata name the numerics and the hash of all tokens
-up to its end, which are what its bits depend on. Of a model that several ranks hold each rank keeps files of its own KV
-heads; they are used as far as all ranks have theirs.
+A committed page never changes, so shards of SHARD pages are written once, and a later session adds further shards.
+Each is a safetensors file with a CRC32C for every page. Its metadata name everything that its bits depend on: the
+numerics, and the hash of all tokens up to its end. Where several ranks hold a model, each rank keeps files of its own
+KV heads, and they are used as far as all ranks have theirs.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from tokenswift_py.parallel.ranks import ALONE, Ranks
 logger = logging.getLogger("tokenswift")
 
 FOLDER = "kv"
-SHARD = 16  # pages
+SHARD = 16  # pages of a file
 ROWS = SHARD * PAGE_SIZE
 
 
 def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str, ranks: Ranks = ALONE) -> None:
-    """Write the shards that a run's folder lacks. What cannot be written is left out, in one line of the log."""
+    """Writes the shards that a run's folder lacks. A shard that cannot be written ends them, with a line to the log."""
     folder = run / FOLDER
     for shard in range(cache.length // ROWS):
         path = shard_path(folder, shard, ranks)
@@ -41,7 +41,7 @@ def save(run: Path, cache: KVCache, tokens: IntArray, numerics: str, ranks: Rank
             continue
         pages = np.stack([cache.pool.dump(int(page)) for page in cache.pages[shard * SHARD : (shard + 1) * SHARD]])
         try:
-            folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's there is no run's folder
+            folder.mkdir(parents=True, exist_ok=True)  # a rank on another machine than rank 0 has no run's folder
             metadata = identity(tokens, shard, numerics, ranks)
             save_file({"pages": pages, "crc32c": checksums(pages)}, fresh, metadata)
             fresh.replace(path)
@@ -61,9 +61,9 @@ def load(
     progress: Callable[[int], None],
     ranks: Ranks = ALONE,
 ) -> None:
-    """Fill an empty cache with the rows before position `stop`, as far as there are whole shards of these very tokens.
+    """Fills an empty cache with the rows before position `stop`, as far as there are whole shards of these tokens.
 
-    What is broken, or of other tokens or numerics, is told in the log and removed with all behind it.
+    A shard that is damaged, or of other tokens or numerics, is removed with all behind it, with a line to the log.
     """
     for shard in range(stop // ROWS):
         path = shard_path(run / FOLDER, shard, ranks)
@@ -81,7 +81,7 @@ def load(
 
 
 def read(path: Path, identity: dict[str, str], page_bytes: int) -> np.ndarray | None:
-    """[SHARD, page_bytes] of a file; None unless all of it is as it was written."""
+    """Reads the pages of a file, [SHARD, page_bytes]. Returns None unless all of it is as it was written."""
     try:
         with safe_open(path, "np") as file:
             if file.metadata() != identity:
@@ -94,7 +94,7 @@ def read(path: Path, identity: dict[str, str], page_bytes: int) -> np.ndarray | 
 
 
 def checksums(pages: np.ndarray) -> np.ndarray:
-    """[n] CRC32C of each page."""
+    """Returns the CRC32C of each page, [n]."""
     return np.array([google_crc32c.value(page.tobytes()) for page in pages], np.int64)
 
 

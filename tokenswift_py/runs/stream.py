@@ -1,4 +1,4 @@
-"""A text while it is written: an iterator over its pieces, which a journal may record."""
+"""A text while it is written: an iterator over its pieces, with a journal that may record them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """Pieces of a text while it is written. Leaving it early (close, or the end of a with block) loses nothing.
+    """An iterator over the pieces of a text while it is written.
 
-    cache: one to write into, empty or with rows of the prompt's first tokens; None makes one.
+    Leaving it early (close, or the end of a with block) loses nothing.
+    cache: to write into, empty or with rows of the prompt's first tokens. None makes one.
     timer: the time of whoever drives the stream's passes; None is that of a stream alone.
     """
 
@@ -39,7 +40,7 @@ class Stream:
         self.tokens: list[int] = []
         self.journal: Journal | None = None
         self.recorded = 0
-        self._cold = False  # whether there is a text whose KV is not in the cache
+        self._cold = False  # whether the KV of a replayed text is not in the cache yet
         with loaded.executor.ranks.same_fate():
             traced = run.options.trace if loaded.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
@@ -85,9 +86,9 @@ class Stream:
         self.recorded, self._cold = len(tokens), bool(tokens)
 
     def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
-        """Compute the KV of a replayed text now rather than with the first piece.
+        """Computes the KV of a replayed text now rather than with the first piece.
 
-        progress: called with the number of rows of each pass.
+        progress: function that gets the number of rows of each pass.
         """
         if self._cold and self.ending == "interrupted":
             self._cold = False
@@ -95,13 +96,13 @@ class Stream:
             compute(self.loop.catch_up(progress))
 
     def record(self, journal: Journal, kv_snapshot: bool) -> None:
-        """Record what is written from now on; kv_snapshot: and keep the KV cache at the end."""
+        """Records the text from now on. kv_snapshot: whether to keep the KV cache at the end."""
         self.journal = journal
         if kv_snapshot:
             self.loop.keep = self._snapshot
 
     def header(self) -> dict[str, Any]:
-        """What a journal of this text begins with."""
+        """Returns the header of this text's journal."""
         run = self.run
         return contract.header(self.loaded, run.prompt, run.parameters(), self.numerics, self.guarantee)
 
@@ -112,7 +113,7 @@ class Stream:
         snapshot.save(folder, self.loop.cache, tokens, self.numerics, self.loop.ranks)
 
     def _restore(self, progress: Callable[[int], None]) -> None:
-        """What a snapshot has of the rows before the pending token; one at least is left to be computed."""
+        """Loads a snapshot's rows before the pending token, except one at least, which is left to be computed."""
         loop, stop = self.loop, len(self.loop.history) - 2
         if self.journal is not None and loop.eviction is None and not loop.sampler.stateful:
             folder = self.journal.record.path.parent
@@ -120,7 +121,7 @@ class Stream:
             snapshot.load(folder, loop.cache, tokens, self.numerics, stop, progress, loop.ranks)
 
     def close(self) -> None:
-        """Stop writing; what was written stays."""
+        """Stops writing. The text so far stays."""
         try:
             if self._steps is not None:
                 self._steps.close()  # type: ignore[attr-defined]
@@ -128,8 +129,11 @@ class Stream:
             self.finish()
 
     def spare_cache(self, tokens: int) -> KVCache | None:
-        """An empty cache of so many tokens over the memory of this stream's own, which has ended; None while it goes
-        on. Its pages ascend, as those of a fresh one do: rows that follow one another are read faster."""
+        """Makes an empty cache of so many tokens in the memory of this stream's own, once the stream has ended.
+
+        Returns None before that.
+        Its pages ascend like those of a fresh cache, because rows that follow one another are read faster.
+        """
         mine = self.loop.cache
         if mine.nbytes:
             return None
@@ -150,7 +154,7 @@ class Stream:
         self.close()
 
     def result(self) -> Result:
-        """The text so far, `ending` "interrupted" unless something ended it."""
+        """Returns the text so far. Its `ending` is "interrupted" unless something ended it."""
         text = self.text + (self._joiner.finish() if self._joiner else "")
         logprobs = list(self._logprobs) if self.run.options.logprobs else None
         tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
@@ -173,7 +177,7 @@ class Stream:
 
     @property
     def numerics(self) -> str:
-        """The contract under which the text is reproducible."""
+        """The numerics contract under which the text is reproducible."""
         model, eviction = self.loop.model, self.loop.eviction
         return f"{model.numerics}/{eviction.label}" if eviction else model.numerics
 

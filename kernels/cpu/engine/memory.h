@@ -8,8 +8,8 @@
 
 namespace tokenswift {
 
-// A mapping of its own: zero until written, taken from the system page by page (large pages where it can be), given
-// back when destroyed. Throws std::bad_alloc.
+// A memory mapping of its own. It is zero until written, and taken from the system page by page, in large pages where
+// possible. The destructor gives it back. The constructor throws std::bad_alloc.
 class Mapping {
  public:
   Mapping() = default;
@@ -36,7 +36,7 @@ class Mapping {
   size_t mapped_ = 0;
 };
 
-// Scratch of at least `count` elements, aligned for vectors. Growing forgets the content.
+// A scratch buffer of at least `count` elements, aligned for vectors. Growing loses its content.
 template <class T>
 class Buffer {
  public:

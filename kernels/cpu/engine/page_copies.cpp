@@ -7,7 +7,7 @@ namespace {
 
 int seen(const SegmentInput& in) { return in.view ? in.view_pages : in.full; }
 
-// f(page of the pool) for every full page of a list that these segments see.
+// Calls f(page of the pool) for every full page of a list that these segments see.
 template <class F>
 void each_page(const std::vector<SegmentPlan>& segments, int list, const F& f) {
   for (const SegmentPlan& segment : segments) {
@@ -29,7 +29,7 @@ void PageCopies::update(Team& team, const Kernels& kernels, const std::vector<Se
 }
 
 void PageCopies::make_room(int pages) {
-  data_ = Mapping();  // first, so that both are never there at once
+  data_ = Mapping();  // given back first, so that the old and the new memory are never held at once
   room_ = 0;
   std::fill(place_.begin(), place_.end(), -1);
   data_ = Mapping(lists() * pages * block_bytes());

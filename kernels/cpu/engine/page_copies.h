@@ -1,4 +1,4 @@
-// Copies of the pages that drafts read, as bytes.
+// Byte copies of the pages that drafts read.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,18 @@
 
 namespace tokenswift {
 
-// A view is read again and again, by every pass of a draft, and its pages change little from draft to draft. As bytes
-// (page_bytes.h) they are half as large, and a draft may be wrong. Each (layer, KV head) has room for a quarter more
-// than its view; what is in no view any more goes when there is need. A copy stands for its page until that is reserved
-// anew, for a full page does not change.
+// Copies pages as bytes (page_bytes.h), which are half as large. Every pass of a draft reads its view, whose pages
+// change little from draft to draft, and a draft may be wrong. Each (layer, KV head) has room for a quarter more than
+// its view. A copy that is in no view any more is replaced when room is needed. A copy stays valid until its page is
+// reserved anew, because a full page does not change.
 class PageCopies {
  public:
   explicit PageCopies(const Pool& pool) : pool_(pool), place_(lists() * pool.pages(), -1) {}
 
-  // Copies what is missing of the full pages that these segments see; they were checked before.
+  // Copies the full pages that these segments see and that have no copy yet. The segments were checked before.
   void update(Team& team, const Kernels& kernels, const std::vector<SegmentPlan>& segments);
 
-  // Of a page that the latest update was for.
+  // Returns the copy of a page that the latest update was for.
   char* block(int layer, int head, int page) const {
     const size_t list = size_t(layer) * pool_.kv_heads() + head;
     return at(list, place_[list * pool_.pages() + page]);
@@ -39,7 +39,7 @@ class PageCopies {
  private:
   struct Copy {
     int32_t page = -1;
-    uint32_t used = 0;  // the latest update that was for it
+    uint32_t used = 0;  // number of the latest update that was for it
   };
 
   size_t lists() const { return size_t(pool_.layers()) * pool_.kv_heads(); }
@@ -49,11 +49,11 @@ class PageCopies {
   void update_list(int list, const Kernels& kernels, const std::vector<SegmentPlan>& segments);
 
   const Pool& pool_;
-  int room_ = 0;  // copies of a list
+  int room_ = 0;  // copies that a list has room for
   uint32_t now_ = 0;
   std::vector<int32_t> place_;  // [lists][pages of the pool], -1 where there is none
   std::vector<Copy> copies_;    // [lists][room]
-  std::vector<int> hand_;       // [lists] where a copy that may go was last found
+  std::vector<int> hand_;       // [lists] where the search for a copy to replace goes on
   Mapping data_;
 };
 

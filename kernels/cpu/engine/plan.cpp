@@ -49,7 +49,7 @@ void check(const SegmentInput& in, const Pool& pool, int context) {
   if (in.view) check_view(in, pool);
 }
 
-// How many lanes of tail page `page` (counted from the boundary) a row sees.
+// Returns how many lanes of tail page `page` a row sees. Pages are counted from the boundary on.
 int visible(const SegmentInput& in, int row, int page) {
   return std::clamp(in.positions[row] - (in.full + page) * page_size + 1, 0, page_size);
 }
@@ -59,7 +59,8 @@ void add_row(TailGroup& group, int row) {
   else group.runs.push_back({row, row + 1});
 }
 
-// The first `count` slots decide: a row belongs to a group where one's list begins the other's.
+// Returns the group that a row with `count` slots belongs to, or a new one. A row belongs to a group if one of their
+// two lists is a beginning of the other.
 TailGroup& group_for(std::vector<TailGroup>& groups, std::vector<int>& counts, const int32_t* slots, int count) {
   for (size_t i = 0; i < groups.size(); ++i) {
     const int common = std::min(count, counts[i]);

@@ -1,4 +1,4 @@
-// What the rows of a pass attend to, checked and grouped once for all layers.
+// The pages and slots that the rows of a pass attend to, checked and grouped once for all layers.
 #pragma once
 
 #include <array>
@@ -9,26 +9,26 @@
 
 namespace tokenswift {
 
-// The boundary's own form of kernels/base.py's AttentionSegment; the arrays stay the caller's.
+// AttentionSegment of kernels/base.py in the form that crosses the language boundary. The caller owns the arrays.
 struct SegmentInput {
   int start = 0;  // first row in the pass
   int rows = 0;
   const int32_t* positions = nullptr;  // [rows]
-  const int32_t* pages = nullptr;      // [full] pages of the pool; -1 for an evicted one, which no view may name
+  const int32_t* pages = nullptr;      // [full] pages of the pool, -1 for an evicted one, which no view may name
   int full = 0;
-  const int32_t* view = nullptr;  // [layers][kv_heads][view_pages] absolute pages; null is all
+  const int32_t* view = nullptr;  // [layers][kv_heads][view_pages] absolute pages; null sees all
   int view_pages = 0;
-  const int32_t* tail = nullptr;      // [tail_rows][tail_width] slots by position, -1 behind them
-  int tail_rows = 0, tail_width = 0;  // one tail row for all: a chain whose rows see its beginning
+  const int32_t* tail = nullptr;      // [tail_rows][tail_width] slots by position, then -1
+  int tail_rows = 0, tail_width = 0;  // a chain has one tail row, and each of its rows sees a beginning of it
 };
 
-// How rows meet keys at distances that the model was not trained for: the query of a row at p is rotated to
-// p - shifts[p / block - c] for the keys of block c (kernels/base.py, BlockShifts). The array stays the caller's.
+// The rule by which rows meet keys at distances that the model was not trained for (BlockShifts of kernels/base.py).
+// For the keys of block c, the query of a row at p is rotated to p - shifts[p / block - c]. The caller owns the array.
 struct BlockShifts {
-  const int32_t* shifts = nullptr;  // [count]; null is none: every key is met from the row's own position
+  const int32_t* shifts = nullptr;  // [count]; with null every key is met from the row's own position
   int count = 0;
-  int pages = 1;    // of a block
-  int trained = 0;  // a layer whose window is no wider moves nothing
+  int pages = 1;    // pages of a block
+  int trained = 0;  // trained distances; a layer whose window is no wider moves no queries
 
   bool serve(int window) const { return shifts && (window == 0 || window > trained); }
   int of(int position, int block) const {
@@ -37,7 +37,7 @@ struct BlockShifts {
   }
 };
 
-// Rotations by position, [context][head_dim / 2] each, and how far keys are met. The arrays stay the caller's.
+// The rotations of each position, [context][head_dim / 2] each, and the shifts. The caller owns the arrays.
 struct RopeTables {
   const float* cos = nullptr;
   const float* sin = nullptr;
@@ -53,21 +53,21 @@ struct RowRun {
   int begin, end;
 };
 
-// Rows of a segment that see the same tokens of one tail page, each up to its own position.
+// A group of a segment's rows that see the same tokens of one tail page, each up to its own position.
 struct TailGroup {
-  Slots slots;    // by lane, -1 where nobody looks
-  int page = -1;  // the page of the pool that holds them just so, if one does
+  Slots slots;    // by lane, -1 in lanes that no row sees
+  int page = -1;  // the page of the pool that holds all of them in their lanes, -1 if none does
   std::vector<RowRun> runs;
 };
 
 struct SegmentPlan {
   SegmentInput in;
   int last_page;                             // absolute
-  std::vector<std::vector<TailGroup>> tail;  // by page behind the full ones
+  std::vector<std::vector<TailGroup>> tail;  // by page, from the first behind the full ones on
 };
 
-// Throws std::invalid_argument for anything that could make a kernel read outside the pool or a row see what it may
-// not: every index is checked here, once a pass.
+// Makes the plan of a segment. Every index is checked here, once for each pass. Throws std::invalid_argument for any
+// that could make a kernel read outside the pool, or a row see tokens that it may not.
 SegmentPlan plan_segment(const SegmentInput& in, const Pool& pool, int context);
 
 }  // namespace tokenswift

@@ -13,10 +13,10 @@
 namespace tokenswift {
 namespace {
 
-// Big enough for large pages of the system, small enough to waste little at the end.
+// Bytes of a slab: large enough for the system's large pages, small enough to waste little at the end.
 constexpr size_t slab_bytes = size_t(48) << 20;
 
-// How a head's values become elements of a page, all multiplied with one scale when they are read.
+// The rounding of a head's values to elements of a page. Readers multiply all of them with one scale.
 template <class T>
 struct Rounding {
   static constexpr int step = 1;
@@ -35,8 +35,9 @@ struct Rounding<uint16_t> {
   static float widen(uint16_t x) { return to_float(x); }
 };
 
-// The largest magnitude becomes 127, the others the nearest whole number, ties to even. Values too small for that are
-// zero; where one is infinite or NaN, the scale is too, and with it everything that is computed from them.
+// The largest magnitude becomes 127, the others the nearest whole number, ties to even. Where the scale would be
+// denormal all values become zero. Where a value is infinite or NaN, the scale is too, and so is every result computed
+// from it.
 template <>
 struct Rounding<int8_t> {
   static constexpr int step = 2;
@@ -50,7 +51,7 @@ struct Rounding<int8_t> {
     }
     by_ = quantum(top);
   }
-  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa.
+  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
   int8_t operator()(float x) const {
     return by_.divisor == INFINITY ? int8_t(0) : int8_t(int(x / by_.divisor + 12582912.0f - 12582912.0f));
   }
@@ -62,7 +63,7 @@ struct Rounding<int8_t> {
   Quantum by_;
 };
 
-// One token in a block, as a lane of its page.
+// One lane of a block: the key, the value and the scales of one token.
 template <class T>
 class Lane {
  public:
@@ -96,7 +97,7 @@ class Lane {
     if constexpr (Rounding<T>::scaled) value_scale() = 0.0f;
   }
 
-  // Of all keys in the page whose first lane this is.
+  // Bounds all keys of the page whose first lane this is.
   void key_bounds(int count, float* low, float* high) const {
     constexpr int width = 16;
     for (int d = 0; d < count; ++d) {
@@ -131,7 +132,7 @@ class Lane {
   int head_dim_;
 };
 
-// f(lane_of), where lane_of(block, lane, head_dim) is the Lane of this type of page.
+// Calls f(lane_of), where lane_of(block, lane, head_dim) makes the Lane for this type of page.
 template <class F>
 void with_lanes(PageType type, const F& f) {
   switch (type) {
@@ -213,7 +214,7 @@ void Pool::move(const int32_t* source, const int32_t* target, int count) {
 }
 
 void Pool::gather(int layer, int head, const int32_t* slots, char* out) const {
-  // Most lanes of a partial page stand where they belong already: copy the page, then put the others right.
+  // Most tokens of a partial page lie in their lanes already. So copy the page, then put the other lanes right.
   const int page = slots[0] >= 0 ? slots[0] / page_size : 0;
   int in_place = 0;
   for (int i = 0; i < page_size; ++i) in_place += slots[i] == page * page_size + i;

@@ -1,4 +1,4 @@
-// Pages of keys and values, laid out as the dot products read them.
+// Pages of keys and values, in the layout that the dot products read.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace tokenswift {
 
 class PageCopies;
 
-// A page holds 64 tokens. A block is what it holds of one (layer, KV head): keys [head_dim / step][64][step], values
-// [64 / step][head_dim][step], step 2 for bf16 and int8, 1 for fp32; then, for int8, what the quants of each token are
-// to be multiplied with, fp32: [64] for keys, [64] for values. Pages come in slabs; within a slab a (layer, KV head)
-// has its blocks side by side. A slot is page * 64 + lane.
+// A page holds 64 tokens. A block is the part of a page for one (layer, KV head): keys [head_dim / step][64][step],
+// then values [64 / step][head_dim][step], where step is 2 for bf16 and int8, and 1 for fp32. A block of int8 ends with
+// each token's fp32 scales, by which its quants are multiplied: [64] for keys, [64] for values. Pages come in slabs.
+// Within a slab the blocks of a (layer, KV head) lie side by side. A slot is page * 64 + lane.
 class Pool {
  public:
   Pool(int layers, int kv_heads, int head_dim, PageType type, int pages);
@@ -30,13 +30,13 @@ class Pool {
   size_t page_bytes() const { return size_t(layers_) * kv_heads_ * block_bytes(); }
   size_t block_bytes() const { return block_bytes(type_, head_dim_); }
   static size_t block_bytes(PageType type, int head_dim);
-  // Of the pages that drafts read, made when first asked for; null unless the pool holds bf16, which they are made
-  // from.
+  // Returns the copies of the pages that drafts read, made at the first call. They are made from bf16, so the result is
+  // null for a pool of another type.
   PageCopies* copies();
-  // The copy of a block, block_bytes(int8); null where there is none.
+  // Returns the copy of a block, of block_bytes(int8), or null where there is none.
   char* copy_of(int layer, int head, int page) const;
 
-  // Makes a page usable, its slab with it; nothing is copied. Throws std::bad_alloc, std::out_of_range.
+  // Makes a page usable, and with it its slab. Nothing is copied. Throws std::bad_alloc and std::out_of_range.
   void reserve(int page);
   bool usable(int page) const { return page >= 0 && page < pages_ && bool(slabs_[page / slab_pages_]); }
   bool usable_slot(int slot) const { return slot >= 0 && usable(slot / page_size); }
@@ -46,21 +46,21 @@ class Pool {
     return slabs_[page / slab_pages_].data() + at * block_bytes();
   }
 
-  // k, v: [head_dim], rounded to the pool's type.
+  // Writes k and v, [head_dim] each, rounded to the pool's type.
   void write(int layer, int head, int slot, const float* k, const float* v);
 
-  // Copies all layers and heads of slots, as if all were read before any is written. Throws std::out_of_range.
+  // Copies all layers and heads of slots, with the result of reading all before writing any. Throws std::out_of_range.
   void move(const int32_t* source, const int32_t* target, int count);
 
-  // Puts the tokens of 64 slots side by side in `out` (block_bytes()); where the slot is -1 the value is zero, and the
-  // key whatever it may be.
+  // Puts the tokens of 64 slots side by side into the block `out`, of block_bytes(). Where a slot is -1 the value is
+  // zero and the key is undefined.
   void gather(int layer, int head, const int32_t* slots, char* out) const;
 
-  // The least and the greatest of a page's keys in each of the first `count` dimensions.
+  // Finds the least and the greatest of a page's keys in each of the first `count` dimensions.
   void key_bounds(int layer, int head, int page, int count, float* low, float* high) const;
 
  private:
-  size_t values_at() const;  // bytes from a block's beginning
+  size_t values_at() const;  // place of the values in a block, in bytes
 
   int layers_, kv_heads_, head_dim_;
   PageType type_;

@@ -1,4 +1,4 @@
-// What policies want to know about the keys of pages.
+// Statistics of the keys of pages, for the policies.
 #include <algorithm>
 
 #include "engine/decoder.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int piece_pages = 32;
 
-// work(layer, head, first, last) for every (layer, KV head) and run of the `count` pages.
+// Calls work(layer, head, first, last) for every (layer, KV head) and every run of the `count` pages.
 template <class F>
 void share_pages(Team& team, const Pool& pool, int count, const F& work) {
   const int runs = (count + piece_pages - 1) / piece_pages, heads = pool.kv_heads();

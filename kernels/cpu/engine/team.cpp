@@ -31,7 +31,7 @@ void relax() {
 #endif
 }
 
-// Sleeps while `word` holds `value`; may return early.
+// Sleeps while `word` holds `value`. May return early.
 #ifdef __linux__
 void sleep_while(std::atomic<uint32_t>& word, uint32_t value) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
@@ -55,7 +55,7 @@ void wake_all(std::atomic<uint32_t>&) {
 }
 #endif
 
-// True as soon as `ready` is; false when some microseconds have passed without.
+// Returns true as soon as `ready` is true, and false when it was not for `spin_time`.
 template <class F>
 bool spin_until(const F& ready) {
   const auto end = std::chrono::steady_clock::now() + spin_time;

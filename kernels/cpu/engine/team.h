@@ -1,4 +1,4 @@
-// Persistent threads that share out the pieces of a job.
+// Persistent threads that share the pieces of a job.
 #pragma once
 
 #include <atomic>
@@ -9,9 +9,9 @@
 
 namespace tokenswift {
 
-// The caller works too, and waits only for pieces that a thread has begun: a thread whose core was taken away holds
+// The caller works too, and waits only for pieces that a thread has begun. So a thread whose core was taken away holds
 // up at most one piece, and one that wakes late finds nothing left to do. Waiting spins for some microseconds, then
-// sleeps. Results never depend on who ran what, for a piece writes only what is its own.
+// sleeps. Results never depend on which thread ran a piece, because a piece writes only its own part of the result.
 class Team {
  public:
   // threads: workers, the caller included.
@@ -22,11 +22,12 @@ class Team {
 
   int size() const { return int(threads_.size()) + 1; }
 
-  // Held by whoever runs jobs, from the first to the last of a pass: several decoders may share a team.
+  // The mutex to hold from the first to the last job of a pass, because several decoders may share a team.
   std::mutex& turn() { return turn_; }
 
-  // work(piece, worker) for every piece in [0, count); `worker` < size() names the scratch a piece may use. Each worker
-  // begins with a run of neighbouring pieces, whose data lie side by side as a rule, and then helps the others.
+  // Calls work(piece, worker) for every piece in [0, count). `worker` < size() names the scratch that a piece may use.
+  // Each worker begins with a run of neighbouring pieces, whose data usually lie side by side, and then helps the
+  // others.
   template <class F>
   void run(int count, const F& work) {
     run(
@@ -34,7 +35,7 @@ class Team {
         &work);
   }
 
-  // The same, by the caller alone where `cost` (operations in all, roughly) is not worth waking anybody.
+  // Does the same, by the caller alone where `cost` is not worth waking a thread. cost: operations in all, roughly.
   template <class F>
   void run(int count, size_t cost, const F& work) {
     if (cost >= worth_sharing) return run(count, work);
@@ -53,8 +54,8 @@ class Team {
   int take_pieces_of(int owner, int worker);
   void wait_until_done(uint32_t count);
 
-  // A worker's run of pieces, its end << 32 | the next one: one addition claims a piece and says whether there was one
-  // to claim.
+  // A worker's run of pieces: its end << 32 | the next piece. One addition claims a piece and tells whether one was
+  // left.
   struct alignas(64) Run {
     std::atomic<uint64_t> ticket{0};
   };
@@ -70,7 +71,7 @@ class Team {
   std::mutex turn_;
 };
 
-// While it lives, the thread's denormal results and operands are zero, as they are for every worker.
+// Makes denormal results and operands of this thread zero while it lives, like those of every worker.
 class FlushDenormals {
  public:
   FlushDenormals();
