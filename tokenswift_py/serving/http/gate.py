@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenswift_py.serving.http.limits import MIB
 from tokenswift_py.serving.http.refusals import Refusal
+from tokenswift_py.serving.limits import MIB
 
 OPEN = ("/health",)  # paths that need no key: they tell nothing
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -65,7 +65,8 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
         if scheme.lower() != "bearer" or not same:
-            raise Refusal(401, "no API key, or a wrong one; send it as Authorization: Bearer KEY", code="invalid_api_key")
+            told = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
+            raise Refusal(401, told, code="invalid_api_key")
 
     async def body(self, headers: Headers, receive: Receive) -> bytes | None:
         """All of the body; None if the client left before its end."""
