@@ -45,6 +45,7 @@ OPTIONAL = {
     "sse_starlette": "tokenswift_py/serving/http/",
     "starlette": "tokenswift_py/serving/http/",
     "uvicorn": "tokenswift_py/serving/http/",
+    "llguidance": None,
     "ray": None,
 }
 THIRD_PARTY = {

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
             kv_tokens=args.kv_tokens, positions=positions,
         )  # fmt: skip
         name = args.served_name or Path(args.model).name
-        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host}, args.cors)
+        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host.lower()}, args.cors)
         if not args.quiet:
             port = listening.getsockname()[1]
             where = f"{address(args.host, port)}/v1"

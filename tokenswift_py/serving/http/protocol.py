@@ -132,9 +132,8 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """Texts and lists of token ids."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        said: Any = self.prompt
+        return [said] if isinstance(said, str) or (said and isinstance(said[0], int)) else list(said)
 
 
 class TextFormat(Body):
