@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 import torch
@@ -237,6 +238,28 @@ def test_logprobs_of_a_completion_know_their_places(client: openai.OpenAI, swift
     assert [place for some in places for place in some] == told.text_offset
 
 
+SCHEMA = {"type": "object", "properties": {"cat": {"enum": ["sat", "ran"]}, "dogs": {"type": "integer"}},
+          "required": ["cat", "dogs"], "additionalProperties": False}  # fmt: skip
+
+
+def test_a_text_can_be_json_of_a_schema(client: openai.OpenAI, swift: TokenSwift) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "pets", "schema": SCHEMA, "strict": True}}
+    asked: dict[str, Any] = {"model": "tiny", "messages": SAID, "seed": 2, "max_tokens": 300}
+    answer = client.chat.completions.create(**asked, response_format=form)
+    jsonschema.validate(json.loads(answer.choices[0].message.content), SCHEMA)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.content == alone(swift, answer, max_new_tokens=300, json_schema=SCHEMA).text
+    text: Any = {"format": {"type": "json_schema", "name": "pets", "schema": SCHEMA}}
+    response = client.responses.create(model="tiny", input="the cat", text=text, extra_body={"seed": 2})
+    assert response.output_text == answer.choices[0].message.content
+    some = client.chat.completions.create(**{**asked, "max_tokens": 3}, response_format={"type": "json_object"})
+    assert some.choices[0].message.content.startswith("{")
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "cat"}}}
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(**asked, response_format=broken)
+    assert raised.value.param == "response_format"
+
+
 def test_eight_clients_at_once_get_their_texts_alone(client: openai.OpenAI, swift: TokenSwift) -> None:
     def ask(number: int) -> ChatCompletion:
         said = [{"role": "user", "content": f"the cat and the {'dog ' * number}"}]
@@ -320,7 +343,7 @@ def test_without_the_key_only_health_is_told(server: Running) -> None:
         server.client("wrong").models.list()
 
 
-def test_a_body_that_is_too_large_is_not_read(server: Running) -> None:
+def test_a_body_that_is_too_large_is_refused(server: Running) -> None:
     big = json.dumps({"messages": [{"role": "user", "content": "x" * 2**20}]}).encode()
     for body in (big, iter([big[:1000], big[1000:]])):
         refused = ask(f"{server.url}/v1/chat/completions", body, Authorization=RIGHT)
