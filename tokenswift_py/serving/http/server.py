@@ -177,7 +177,8 @@ class Service:
 def described(*names: str, stream: bool = False) -> dict[str, Any]:
     """An answer for the OpenAPI document. names: of its fields. stream: it may also come as server-sent events."""
     answer = {"schema": {"type": "object", "required": list(names), "properties": {name: {} for name in names}}}
-    events = {"text/event-stream": {"schema": {"type": "string"}}} if stream else {}
+    event = {"type": "object", "required": ["data"], "properties": {"event": {}, "data": {"type": "string"}}}
+    events = {"text/event-stream": {"schema": event}} if stream else {}
     return {"description": "the answer", "content": {"application/json": answer, **events}}
 
 
