@@ -11,7 +11,8 @@ import pytest
 
 from scripted import write
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
-from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kvcache.cache import KVCache

@@ -42,7 +42,13 @@ class LoadedModel:
 
     def goes_on(self, options: Options) -> bool:
         """Whether a prompt is the beginning of the text, which then goes on from it."""
-        return options.raw or not self.tokenizer.chat_template
+        return options.continue_final_message or not options.chat.templated(self.tokenizer)
+
+    def ends(self, options: Options) -> tuple[int, ...]:
+        """Every token that ends a text: another chat template may have its own behind an answer."""
+        if options.chat_template is None:
+            return self.checkpoint.eos
+        return end_tokens(self.tokenizer, self.checkpoint.eos, options.chat)
 
     def rope(self, context: int, positions: Positions) -> RopeTables:
         """RoPE tables for a run over so many positions. Raises UserError as `rope_tables` does."""

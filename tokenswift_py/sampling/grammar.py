@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenswift_py.decoding.history import History
-from tokenswift_py.errors import NumericsError, UserError, check, need_extra, one_line
+from tokenswift_py.errors import NumericsError, UserError, check, check_text, need_extra, one_line
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -180,3 +181,16 @@ def schema_text(schema: Any) -> str:
         value = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
         check(isinstance(value, dict), "json_schema", schema, "a JSON schema, which is an object")
         return json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Language:
+    """A grammar: a text, which llguidance reads where there is a tokenizer, or None. json: JSON, or what it means."""
+
+    json: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if self.json and value is not None:
+            value = schema_text(value)
+        check(value is None or (isinstance(value, str) and value != ""), name, value, "a text, not empty")
+        check_text(name, value or "")

@@ -40,7 +40,7 @@ class TokenTexts:
         """Of each token that has a text, the log-probability. An end-of-sequence token has none."""
         found = []
         for piece in pieces:
-            likeliest = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
+            likeliest = piece.top_logprobs or [()] * len(piece.tokens)
             for token, logprob, likely in zip(piece.tokens, piece.logprobs or (), likeliest, strict=False):
                 if token not in self._special:
                     found.append(Told(token, logprob, likely))
