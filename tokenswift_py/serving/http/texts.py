@@ -60,7 +60,9 @@ class Texts:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, float, Piece | None]] = asyncio.Queue()
-        self._deadline = began + timeout if timeout else None
+        self._late = False  # whether the time is over
+        left = began + timeout - time.monotonic()
+        self._alarm = self._loop.call_later(left, self._expire) if timeout else None
         self._pieces: list[list[Piece]] = [[] for _ in texts]
         self._latest: dict[int, float] = {}  # when the last tokens of each came
         for index, text in enumerate(texts):
@@ -91,18 +93,13 @@ class Texts:
     async def events(self) -> AsyncIterator[Said | Ended]:
         """Pieces and ends, as they come. Raises Refusal where a text failed, or none had a turn in time. Leaving early
         gives the texts up."""
-        open_texts, late = set(range(len(self.texts))), False
+        open_texts = set(range(len(self.texts)))
         try:
             while open_texts:
-                try:
-                    index, at, piece = await self._next(late)
-                except asyncio.TimeoutError:
-                    late = True
-                    self.cancel()
-                    continue
+                index, at, piece = await self._queue.get()
                 if piece is None:
                     open_texts.discard(index)
-                    yield await self._end(index, late)
+                    yield await self._end(index)
                 else:
                     self._pieces[index].append(piece)
                     self._measure(index, at, piece)
@@ -111,20 +108,22 @@ class Texts:
             self.cancel()
 
     def cancel(self) -> None:
-        """What is over stays as it is."""
+        """Gives the texts up; what is over stays as it is."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         for text in self.texts:
             text.cancel()
 
-    async def _next(self, late: bool) -> tuple[int, float, Piece | None]:
-        left = None if self._deadline is None or late else max(0.0, self._deadline - time.monotonic())
-        return await asyncio.wait_for(self._queue.get(), left)
+    def _expire(self) -> None:
+        self._late = True
+        self.cancel()
 
-    async def _end(self, index: int, late: bool) -> Ended:
+    async def _end(self, index: int) -> Ended:
         try:
             result = await run_in_threadpool(self.texts[index].result)
         except Exception as error:
             raise of_failure(error) from error
-        cut = late and result.ending == "interrupted"
+        cut = self._late and result.ending == "interrupted"
         if cut and not result.tokens:
             raise Refusal(503, "the text had no turn in time", None, "timeout", RETRY_AFTER)
         self._metrics.ended(time.monotonic() - self.began)
@@ -161,6 +160,7 @@ async def finished(texts: Texts, receive: Receive) -> list[Ended] | None:
         await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
         return collecting.result() if collecting.done() else None
     finally:
+        texts.cancel()
         for task in (collecting, leaving):
             task.cancel()
         await asyncio.gather(collecting, leaving, return_exceptions=True)

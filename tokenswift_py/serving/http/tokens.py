@@ -61,13 +61,17 @@ class TokenTexts:
     def columns(self, told: Sequence[Told], offsets: Sequence[int], likeliest: bool) -> dict[str, Any]:
         """As completions have them. offsets: of the characters at which they begin; likeliest: whether these were asked
         for."""
-        top = [{self.text(token): logprob for token, logprob in one.likeliest} for one in told]
+        top = [self._by_text(one.likeliest) for one in told]
         return {
             "tokens": [self.text(one.token) for one in told],
             "token_logprobs": [one.logprob for one in told],
             "top_logprobs": top if likeliest else None,
             "text_offset": list(offsets),
         }
+
+    def _by_text(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Of tokens that read alike, as halves of characters do, the best."""
+        return {self.text(token): logprob for token, logprob in reversed(likeliest)}
 
 
 class Offsets:
