@@ -125,7 +125,7 @@ class Scheduler:
         seat.cancelled = True
 
     def step(self) -> bool:
-        """Computes one pass for those that can share it. Returns whether there was anything to do."""
+        """Computes one pass for those that can share it, where any is wanted. Returns whether there are texts left."""
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
@@ -135,7 +135,7 @@ class Scheduler:
         group = self._choose()
         if group:
             self._compute(group)
-        return bool(group) or self.running > 0  # a text's last words come without a pass
+        return bool(self.seats)
 
     @property
     def idle_pages(self) -> int:
@@ -163,9 +163,12 @@ class Scheduler:
                     return
                 self._preempt(victims.pop())
             needed = pages_of(len(seat.work.tokens())) + ROUND_PAGES
-            if not self._make_room(needed, victims, beside=True):
+            if self._make_room(needed, victims, beside=True):
+                seat.running = True
+            elif self.running:
                 return
-            seat.running = True
+            else:
+                self._leave(seat, self._too_small())
 
     def _at_rest(self) -> list[Seat]:
         """Those in work that stand between rounds, the most urgent first."""
@@ -193,6 +196,9 @@ class Scheduler:
             self._preempt(victims.pop())
         return True
 
+    def _too_small(self) -> MemoryError:
+        return MemoryError(f"a KV pool of {self.pool.pages} pages is too small for this text")
+
     def _needs(self, seat: Seat) -> int:
         """Pages that its round may take, beside those it holds."""
         length = seat.work.cache.length
@@ -214,7 +220,7 @@ class Scheduler:
         less_urgent = [other for other in others if self._urgency(other) > self._urgency(seat)]
         if not self._make_room(self._needs(seat), [other for other in self._at_rest() if other in less_urgent]):
             if not others:
-                self._leave(seat, MemoryError(f"a KV pool of {self.pool.pages} pages is too small for this text"))
+                self._leave(seat, self._too_small())
             elif not any(other.running for other in less_urgent):
                 self._preempt(seat)
             return  # else the round waits until those that are less urgent end theirs
