@@ -12,6 +12,7 @@ from tokenswift_py.options import Choice, Description, Named, Number, Options, S
 from tokenswift_py.version import __version__
 
 TYPED = (Whole, Number, Choice, Named)  # kinds of options whose value is one word; other flags stand below
+MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads")
 SINGLE = tuple(
     name
     for name, described in described_options().items()
@@ -37,20 +38,8 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
     }
     options = described_options()
-    model, text, output = groups["model"], groups["text"], groups["output"]
-    model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
-    model.add_argument("--revision", help="of a hub id")
-    model.add_argument(
-        "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
-    )
-    model.add_argument(
-        "--kv-dtype", help="of the KV cache: bf16, fp32 or int8 (default: as the weights, bf16 beside int8 and gguf)"
-    )
-    model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
-    model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
-    model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    model.add_argument("--threads", type=whole, help="CPU threads")
+    text, output = groups["text"], groups["output"]
+    model_flags(groups["model"])
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the prompt itself (default: standard input)")
     source.add_argument("--prompt-file", type=named_path, help="a UTF-8 file that holds the prompt")
@@ -98,6 +87,26 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
     output.add_argument("--quality", action="store_true", help="let the model read windows of the text: perplexity")
     output.add_argument("--quiet", action="store_true", help="no bar, no summary")
     return root
+
+
+def model_flags(model: Any) -> None:
+    """Which model, and what runs it: the arguments of `TokenSwift.from_pretrained`, of which `MODEL` has the names.
+
+    model: the parser, or a group of its flags.
+    """
+    model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
+    model.add_argument("--revision", help="of a hub id")
+    model.add_argument(
+        "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"
+    )
+    model.add_argument(
+        "--kv-dtype", help="of the KV cache: bf16, fp32 or int8 (default: as the weights, bf16 beside int8 and gguf)"
+    )
+    model.add_argument("--engine", default="auto", help="auto, native (C++, CPU) or torch")
+    model.add_argument("--attention", default="auto", help="auto, or a backend of kernels/ (torch engine)")
+    model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    model.add_argument("--threads", type=whole, help="CPU threads")
 
 
 def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,498 @@
+"""`tokenswift serve` as OpenAI's own client meets it: each text is what `generate` writes, and what is wrong is told in
+OpenAI's words."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai.types.chat import ChatCompletion
+from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM
+
+import httpx2 as httpx
+from serving import Running, running, until
+from stand_in import Engine
+from tokenswift_py import TokenSwift
+from tokenswift_py.cli.main import main
+from tokenswift_py.options import described_options
+from tokenswift_py.serving.http import own
+from toys import save_tiny
+
+SAID = [{"role": "user", "content": "the cat"}]
+CONTEXT = 16384  # enough that a text is not over before a test has seen it
+LONG = {"max_tokens": 15000, "extra_body": {"ignore_eos": True, "on_loop": "ignore"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    save_tiny(folder, max_position_embeddings=CONTEXT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swift(folder: Path) -> TokenSwift:
+    return TokenSwift.from_pretrained(str(folder), dtype="fp32", threads=1)
+
+
+def engine(swift: TokenSwift, **settings: Any) -> Engine:
+    return Engine(swift, **{"most_running": 8, "kv_tokens": 2 * CONTEXT, **settings})
+
+
+@pytest.fixture(scope="module")
+def server(swift: TokenSwift) -> Iterator[Running]:
+    with running(engine(swift), key="right", body_mib=1, prompt_tokens=4000, max_tokens=15000) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> openai.OpenAI:
+    return server.client("right")
+
+
+def alone(swift: TokenSwift, answer: Any, prompt: Any = "the cat", **settings: Any) -> Any:
+    """The text that `generate` writes, with the seed and the context that the answer tells."""
+    return swift.generate(prompt, seed=answer.seed, context=answer.context, **settings)
+
+
+def joined(chunks: Any, index: int = 0) -> str:
+    """The text of a streamed chat."""
+    choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+    return "".join(choice.delta.content or "" for choice in choices)
+
+
+# Texts
+
+
+def test_a_chat_is_what_generate_writes(client: openai.OpenAI, swift: TokenSwift) -> None:
+    answer = client.chat.completions.create(model="tiny", messages=SAID, max_tokens=40)
+    wanted = alone(swift, answer, max_new_tokens=40)
+    assert answer.choices[0].message.content == wanted.text != ""
+    assert (answer.choices[0].finish_reason, answer.choices[0].ending) == ("length", "length")
+    assert answer.usage.completion_tokens == len(wanted.tokens) == 40
+    assert answer.guarantee == wanted.report["guarantee"]
+    assert answer.numerics == answer.system_fingerprint == wanted.report["numerics"]
+    assert answer.context == CONTEXT
+
+
+def test_a_stream_is_the_same_text(client: openai.OpenAI, swift: TokenSwift) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": SAID, "max_tokens": 60, "seed": 5, "temperature": 1.1}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert joined(chunks) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} != {whole.id}
+    assert chunks[-1].usage == whole.usage and all(chunk.usage is None for chunk in chunks[:-1])
+    last = chunks[-2]
+    assert (last.choices[0].finish_reason, last.seed, last.numerics) == ("length", 5, whole.numerics)
+    assert whole.choices[0].message.content == alone(swift, whole, max_new_tokens=60, temperature=1.1).text
+
+
+def test_a_conversation_is_read_as_transformers_templates_it(client: openai.OpenAI, swift: TokenSwift) -> None:
+    talk = [
+        {"role": "developer", "content": "and the"},
+        {"role": "user", "content": [{"type": "text", "text": "the cat"}, {"type": "text", "text": " sat"}]},
+        {"role": "assistant", "content": "on the mat", "refusal": None, "tool_calls": None},
+        {"role": "user", "content": "and the dog"},
+    ]
+    plain = [{"role": "system", "content": "and the"}, {"role": "user", "content": "the cat sat"}, *talk[2:]]
+    text = swift.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+    ids = swift.tokenizer(text, add_special_tokens=False).input_ids
+    answer = client.chat.completions.create(model="tiny", messages=talk, max_completion_tokens=20)
+    assert answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].message.content == alone(swift, answer, ids, max_new_tokens=20).text
+
+
+def test_completions_go_on_from_their_prompts(client: openai.OpenAI, swift: TokenSwift) -> None:
+    prompts = ["the cat", "and the dog"]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=20, n=2, echo=True, seed=3)
+    for choice in answer.choices:
+        prompt, sample = prompts[choice.index // 2], choice.index % 2
+        text = alone(swift, answer, prompt, max_new_tokens=20, raw=True, stream=sample).text
+        assert choice.text == prompt + text
+    assert len({choice.text for choice in answer.choices}) == 4
+    ids = swift.tokenizer("the cat").input_ids
+    by_ids = client.completions.create(model="tiny", prompt=ids, max_tokens=20, seed=3)
+    assert prompts[0] + by_ids.choices[0].text == answer.choices[0].text
+    chunks = client.completions.create(model="tiny", prompt="the cat", max_tokens=20, seed=3, stream=True)
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == by_ids.choices[0].text
+
+
+def test_a_response_is_the_same_text(client: openai.OpenAI, swift: TokenSwift) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "input": "the cat", "extra_body": {"seed": 4, "ignore_eos": True}}
+    answer = client.responses.create(**asked, max_output_tokens=30)
+    assert answer.output_text == alone(swift, answer, max_new_tokens=30, ignore_eos=True).text
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.usage.output_tokens == 30
+    events = list(client.responses.create(**asked, max_output_tokens=30, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == answer.output_text == events[-1].response.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.incomplete" and events[-1].response.seed == 4
+
+
+def test_a_response_that_stops_is_completed(client: openai.OpenAI, swift: TokenSwift) -> None:
+    talk = [{"role": "user", "content": "the dog"}]
+    asked: dict[str, Any] = {"model": "tiny", "input": talk, "instructions": "and the", "temperature": 0}
+    whole = client.responses.create(**asked, max_output_tokens=30)
+    stop = whole.output_text[5:8]
+    with client.responses.stream(**asked, extra_body={"stop": stop, "ignore_eos": True}) as stream:
+        final = stream.get_final_response()
+    assert final.status == "completed"
+    assert final.output_text == whole.output_text[: whole.output_text.index(stop)]
+
+
+def test_texts_of_one_request_are_numbered_samples(client: openai.OpenAI, swift: TokenSwift) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": SAID, "max_tokens": 24, "seed": 8}
+    answer = client.chat.completions.create(**asked, n=3)
+    texts = [choice.message.content for choice in answer.choices]
+    assert texts == [alone(swift, answer, max_new_tokens=24, stream=sample).text for sample in range(3)]
+    assert answer.usage.completion_tokens == 72
+    chunks = list(client.chat.completions.create(**asked, n=3, stream=True))
+    assert [joined(chunks, index) for index in range(3)] == texts
+    later = client.chat.completions.create(**asked, n=1, extra_body={"sample": 2})
+    assert later.choices[0].message.content == texts[2]
+
+
+def test_a_stop_string_ends_a_text(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": SAID, "max_tokens": 60, "seed": 5}
+    whole = client.chat.completions.create(**asked).choices[0].message.content
+    stop = whole[20:23]
+    for stops in (stop, [stop, "never said"]):
+        cut = client.chat.completions.create(**asked, stop=stops)
+        assert cut.choices[0].message.content == whole[: whole.index(stop)]
+        assert (cut.choices[0].finish_reason, cut.choices[0].ending) == ("stop", "stop")
+        assert joined(client.chat.completions.create(**asked, stop=stops, stream=True)) == whole[: whole.index(stop)]
+
+
+def test_our_own_parameters_are_further_fields(client: openai.OpenAI, swift: TokenSwift) -> None:
+    own = {"chapters": ["and the dog"], "dry_multiplier": 0.8, "penalty": 1.2, "penalty_window": 40, "top_k": 30,
+           "min_chapter_tokens": 10}  # fmt: skip
+    answer = client.chat.completions.create(
+        model="tiny", messages=SAID, max_tokens=200, temperature=0.9, logit_bias={"2": 5}, extra_body=own
+    )
+    wanted = alone(swift, answer, max_new_tokens=200, temperature=0.9, logit_bias={2: 5}, **own)
+    assert len(wanted.forced) == 1
+    assert answer.choices[0].message.content == wanted.text
+    forced = wanted.stats.forced_tokens
+    asked = len(swift.tokenizer.apply_chat_template(SAID, add_generation_prompt=True, return_dict=False))
+    assert answer.usage.prompt_tokens == asked + forced
+    assert answer.usage.completion_tokens == len(wanted.tokens) - forced
+
+
+def test_a_request_that_does_not_say_writes_so_many(swift: TokenSwift) -> None:
+    with running(engine(swift), default_tokens=17) as found:
+        answer = found.client().completions.create(model="tiny", prompt="the", extra_body={"ignore_eos": True})
+        assert answer.usage.completion_tokens == 17
+    with running(engine(swift, context=64), default_tokens=1000) as found:
+        answer = found.client().completions.create(model="tiny", prompt="the", extra_body={"ignore_eos": True})
+        assert answer.usage.total_tokens == 64 == answer.context
+
+
+def test_logprobs_are_the_models_own(client: openai.OpenAI, swift: TokenSwift, folder: Path) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "messages": SAID, "max_tokens": 20, "seed": 6, "logprobs": True}
+    answer = client.chat.completions.create(**asked)
+    result = alone(swift, answer, max_new_tokens=20)
+    template = swift.tokenizer.apply_chat_template(SAID, add_generation_prompt=True, return_dict=False)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = reference(torch.tensor([[*template, *result.tokens]])).logits[0, len(template) - 1 : -1]
+    wanted = logits.log_softmax(-1)[range(len(result.tokens)), result.tokens].tolist()
+    content = answer.choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx(wanted, abs=1e-3)
+    assert [entry.token for entry in content] == [swift.tokenizer.decode([token]) for token in result.tokens]
+    assert all(bytes(entry.bytes).decode() == entry.token for entry in content if entry.bytes is not None)
+    chunks = client.chat.completions.create(**asked, stream=True)
+    parts = [choice.logprobs for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    assert [entry for part in parts for entry in part.content] == content
+
+
+def test_logprobs_of_a_completion_know_their_places(client: openai.OpenAI, swift: TokenSwift) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 40, "seed": 6, "echo": True}
+    answer = client.completions.create(**asked, logprobs=0)
+    text, told = answer.choices[0].text, answer.choices[0].logprobs
+    whole = [(token, place) for token, place in zip(told.tokens, told.text_offset, strict=True) if "\ufffd" not in token]
+    assert len(whole) > 10 and all(text[place:].startswith(token) for token, place in whole)
+    chunks = client.completions.create(**asked, logprobs=0, stream=True)
+    places = [choice.logprobs.text_offset for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    assert [place for some in places for place in some] == told.text_offset
+
+
+def test_eight_clients_at_once_get_their_texts_alone(client: openai.OpenAI, swift: TokenSwift) -> None:
+    def ask(number: int) -> ChatCompletion:
+        said = [{"role": "user", "content": f"the cat and the {'dog ' * number}"}]
+        return client.chat.completions.create(model="tiny", messages=said, max_tokens=50 + 10 * number, seed=number)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    for number, answer in enumerate(answers):
+        prompt = f"the cat and the {'dog ' * number}"
+        wanted = alone(swift, answer, prompt, max_new_tokens=50 + 10 * number).text
+        assert answer.choices[0].message.content == wanted
+
+
+# What is refused
+
+
+WRONG = {
+    "temperature": ({"temperature": -1}, 400, "temperature", None),
+    "top_p": ({"top_p": 2}, 400, "top_p", None),
+    "a text for a number": ({"max_tokens": "many"}, 400, "max_tokens", None),
+    "max_tokens of none": ({"max_tokens": 0}, 400, "max_tokens", None),
+    "max_tokens beyond the context": ({"max_tokens": CONTEXT}, 400, "max_tokens", "context_length_exceeded"),
+    "max_tokens beyond the limit": ({"max_tokens": 15001}, 400, "max_tokens", None),
+    "a prompt beyond the limit": (
+        {"messages": [{"role": "user", "content": "the cat " * 4000}]}, 400, "messages", "context_length_exceeded",
+    ),
+    "too many texts": ({"n": 17}, 400, "n", None),
+    "too many stops": ({"stop": ["x"] * 17}, 400, "stop", None),
+    "a stop too long": ({"stop": "x" * 300}, 400, "stop", None),
+    "too many biases": ({"logit_bias": {str(i): 1 for i in range(1025)}}, 400, "logit_bias", None),
+    "a bias on no token": ({"logit_bias": {"many": 1}}, 400, "logit_bias", None),
+    "a seed": ({"seed": -1}, 400, "seed", None),
+    "no messages": ({"messages": []}, 400, "messages", None),
+    "a role": ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role", None),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        400, "messages.0.content.list[Part].0.type", None,
+    ),
+    "a tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
+    "top_logprobs alone": ({"top_logprobs": 2}, 400, "top_logprobs", None),
+    "what nobody knows": ({"extra_body": {"wisdom": 1}}, 400, "wisdom", "unknown_parameter"),
+    "a lone surrogate": ({"extra_body": {"stop_tokens": ["\ud800"]}}, 400, "stop_tokens", None),
+    "another model": ({"model": "gpt"}, 404, "model", "model_not_found"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_told_in_openais_words(client: openai.OpenAI, case: str) -> None:
+    settings, status, param, code = WRONG[case]
+    kind = openai.NotFoundError if status == 404 else openai.BadRequestError
+    with pytest.raises(kind) as raised:
+        client.chat.completions.create(**{"model": "tiny", "messages": SAID, **settings})
+    error = raised.value
+    assert (error.status_code, error.param, error.code, error.type) == (status, param, code, "invalid_request_error")
+    assert "\n" not in error.message
+
+
+@pytest.mark.parametrize("name", sorted(own.SERVERS - {"logprobs", "stream"}))
+def test_what_is_the_servers_no_request_can_set(client: openai.OpenAI, name: str) -> None:
+    """Files, positions, what runs code."""
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tiny", messages=SAID, extra_body={name: "/etc/passwd"})
+    assert (raised.value.param, raised.value.code) == (name, "unknown_parameter")
+
+
+def test_every_option_is_a_requests_or_the_servers() -> None:
+    assert not own.REQUESTS & own.SERVERS
+    assert set(described_options()) <= own.REQUESTS | own.SERVERS
+
+
+def test_without_the_key_only_health_is_told(server: Running) -> None:
+    for key in ("", "wrong", "right ", "\xe9"):
+        headers = {"Authorization": f"Bearer {key}".encode("latin-1")}
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+            refused = httpx.get(server.url + path, headers=headers)
+            assert refused.status_code == (200 if key == "right " and path != "/nothing" else 401 if key != "right " else 404)
+    assert httpx.get(f"{server.url}/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    with pytest.raises(openai.AuthenticationError):
+        server.client("wrong").models.list()
+
+
+def test_a_body_that_is_too_large_is_not_read(server: Running) -> None:
+    headers = {"Authorization": "Bearer right", "Content-Type": "application/json"}
+    big = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "x" * 2**20}]}).encode()
+    declared = httpx.post(f"{server.url}/v1/chat/completions", content=big, headers=headers)
+    chunked = httpx.post(f"{server.url}/v1/chat/completions", content=iter([big[:1000], big[1000:]]), headers=headers)
+    for refused in (declared, chunked):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"messages": 1' + b"0" * 5000 + b"}", b"\xff\xfe", b'{"n": NaN}']
+)
+def test_rubbish_gets_a_400(server: Running, body: bytes) -> None:
+    headers = {"Authorization": "Bearer right", "Content-Type": "application/json"}
+    refused = httpx.post(f"{server.url}/v1/chat/completions", content=body, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_a_page_of_another_name_cannot_ask(swift: TokenSwift) -> None:
+    """DNS rebinding: a browser that believes that its page's host is here. And no page of another origin is let in
+    unless it is named."""
+    with running(engine(swift), hosts=("localhost", "127.0.0.1"), cors=["https://good.example"]) as found:
+        url, port = f"{found.url}/v1/models", found.port
+        for host in ("evil.example", f"evil.example:{port}", "", "127.0.0.1.evil.example"):
+            assert httpx.get(url, headers={"Host": host}).status_code in (400, 403)
+        assert httpx.get(url, headers={"Host": f"localhost:{port}"}).status_code == 200
+        allow = "access-control-allow-origin"
+        assert httpx.get(url, headers={"Origin": "https://good.example"}).headers[allow] == "https://good.example"
+        assert allow not in httpx.get(url, headers={"Origin": "https://evil.example"}).headers
+
+
+def test_no_page_of_another_origin_is_let_in(server: Running) -> None:
+    headers = {"Authorization": "Bearer right", "Origin": "https://good.example"}
+    assert "access-control-allow-origin" not in httpx.get(f"{server.url}/v1/models", headers=headers).headers
+
+
+# A crowd, and those who leave it
+
+
+def test_a_full_queue_is_told_with_when_to_come_again(swift: TokenSwift) -> None:
+    with running(engine(swift, most_running=1, most_waiting=1)) as found:
+        long = [found.engine.submit("the cat", max_new_tokens=15000, ignore_eos=True, on_loop="ignore") for _ in "ab"]
+        with pytest.raises(openai.RateLimitError) as raised:
+            found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=5)
+        assert raised.value.code == "queue_full"
+        assert int(raised.value.response.headers["Retry-After"]) >= 1
+        with pytest.raises(openai.RateLimitError):  # one has room, two have not: none is written
+            long[0].cancel()
+            until(lambda: long[0].done)
+            found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=5, n=2)
+        long[1].cancel()
+        until(lambda: figures(found)["running"] + figures(found)["waiting"] == 0)
+        assert found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=5).choices
+
+
+def figures(found: Running) -> Any:
+    return found.engine.figures()
+
+
+def test_a_client_that_leaves_a_stream_ends_its_text(swift: TokenSwift) -> None:
+    with running(engine(swift)) as found:
+        with found.client().chat.completions.create(model="tiny", messages=SAID, stream=True, n=2, **LONG) as stream:
+            next(chunk for chunk in stream if chunk.choices[0].delta.content)
+            assert figures(found)["running"] == 2
+        until(lambda: figures(found)["running"] == 0)
+        assert figures(found)["finished"] == {"interrupted": 2}
+
+
+def test_a_client_that_leaves_before_its_answer_ends_its_text(swift: TokenSwift) -> None:
+    with running(engine(swift)) as found:
+        with socket.create_connection(("127.0.0.1", found.port)) as plain:
+            plain.sendall(request_of({"messages": SAID, "max_tokens": 15000, "ignore_eos": True}))
+            until(lambda: figures(found)["running"] == 1)
+        until(lambda: figures(found)["running"] == 0)
+        assert figures(found)["finished"] == {"interrupted": 1}
+
+
+def request_of(body: dict[str, Any]) -> bytes:
+    text = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
+    return head.encode() + b"\r\n\r\n" + text
+
+
+@pytest.mark.parametrize(("stall", "ending"), [(60.0, "length"), (0.2, "interrupted")])
+def test_a_client_that_does_not_read_holds_nobody(swift: TokenSwift, stall: float, ending: str) -> None:
+    """Its text is written to the end meanwhile; after `stall` seconds it is taken for gone."""
+    with running(engine(swift), stall=stall) as found, socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        plain.connect(("127.0.0.1", found.port))
+        tokens = 15000 if ending == "interrupted" else 4000
+        asked = {"messages": SAID, "max_tokens": tokens, "ignore_eos": True, "on_loop": "ignore", "stream": True}
+        plain.sendall(request_of({**asked, "logprobs": True}))
+        until(lambda: figures(found)["running"] == 1)
+        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=20)
+        assert answer.choices[0].message.content == alone(swift, answer, max_new_tokens=20).text
+        until(lambda: figures(found)["finished"].get(ending) == (2 if ending == "length" else 1))
+        assert figures(found)["running"] == 0
+
+
+def test_a_text_ends_when_its_time_is_over(swift: TokenSwift) -> None:
+    with running(engine(swift), timeout=0.4) as found:
+        answer = found.client().chat.completions.create(model="tiny", messages=SAID, **LONG)
+        text = answer.choices[0].message.content
+        assert (answer.choices[0].finish_reason, answer.choices[0].ending) == ("length", "timeout")
+        tokens = answer.usage.completion_tokens
+        assert 0 < tokens < 15000
+        assert alone(swift, answer, max_new_tokens=tokens, ignore_eos=True, on_loop="ignore").text.startswith(text)
+
+
+def test_a_server_that_stops_lets_texts_end_for_a_while(swift: TokenSwift) -> None:
+    with running(engine(swift), drain=0.3) as found:
+        stream = found.client().chat.completions.create(model="tiny", messages=SAID, stream=True, **LONG)
+        chunks = [next(iter(stream))]
+        found.server.handle_exit(15, None)
+        until(lambda: found.service.draining)
+        chunks += stream
+        assert chunks[-1].choices[0].ending == "interrupted"
+        assert figures(found)["running"] == 0
+
+
+def test_metrics_have_vllms_names(swift: TokenSwift) -> None:
+    with running(engine(swift)) as found:
+        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=30, n=2)
+        text = httpx.get(f"{found.url}/metrics").text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    value = {sample.name: sample.value for family in families.values() for sample in family.samples}
+    assert value["vllm:prompt_tokens_total"] == 2 * answer.usage.prompt_tokens
+    assert value["vllm:generation_tokens_total"] == answer.usage.completion_tokens == 60
+    assert value["vllm:num_requests_running"] == value["vllm:num_requests_waiting"] == 0
+    assert 0 <= value["vllm:kv_cache_usage_perc"] <= 1
+    assert value["vllm:time_to_first_token_seconds_count"] == value["vllm:e2e_request_latency_seconds_count"] == 2
+    assert 0 < value["vllm:inter_token_latency_seconds_count"] < 60
+    reasons = {s.labels["finished_reason"]: s.value for s in families["vllm:request_success"].samples}
+    assert reasons == {"stop": 0, "length": 2, "abort": 0}
+    drafts = [value[f"vllm:spec_decode_num_{name}_total"] for name in ("drafts", "draft_tokens", "accepted_tokens")]
+    assert drafts[1] >= drafts[2] >= 0
+    assert "vllm:num_preemptions_total" in value
+    labels = {sample.labels["model_name"] for family in families.values() for sample in family.samples}
+    assert labels == {"tiny"}
+
+
+def test_tokens_are_told(server: Running, swift: TokenSwift) -> None:
+    headers = {"Authorization": "Bearer right"}
+
+    def ask(path: str, **body: Any) -> Any:
+        return httpx.post(f"{server.url}/{path}", json=body, headers=headers).json()
+
+    ids = swift.tokenizer("the cat sät").input_ids
+    assert ask("tokenize", prompt="the cat sät") == {"tokens": ids, "count": len(ids), "max_model_len": CONTEXT}
+    template = swift.tokenizer.apply_chat_template(SAID, add_generation_prompt=True, return_dict=False)
+    assert ask("tokenize", messages=SAID)["tokens"] == template
+    assert ask("detokenize", tokens=ids) == {"prompt": "the cat sät"}
+    assert ask("detokenize", tokens=[10**6])["error"]["param"] == "tokens"
+    assert ask("tokenize")["error"]["param"] == "prompt"
+
+
+def test_models_are_told(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.max_model_len) == ("tiny", CONTEXT)
+    assert client.models.retrieve("tiny") == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("a/b")
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "host: '0.0.0.0' is not allowed; beyond this machine only with a key"),
+        (["--api-key", ""], "api_key: '***' is not allowed"),
+        (["--port", "70000"], "port: 70000 is not allowed"),
+        (["--timeout", "-1"], "timeout: -1.0 is not allowed"),
+        (["--max-n", "0"], "choices: 0 is not allowed"),
+        (["--cors", "good.example"], "cors: 'good.example' is not allowed"),
+        (["--host", "203.0.113.1", "--api-key", "k"], "port: '203.0.113.1:8000' is not allowed"),
+        (["story"], "unrecognized arguments: story"),
+    ],
+)
+def test_a_wrong_command_is_told_in_a_line(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENSWIFT_API_KEY", raising=False)
+    assert main(["serve", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"tokenswift: {said}") and told.count("\n") == 1

@@ -1,0 +1,121 @@
+"""`tokenswift serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenswift_py.cli.arguments import Parser, number, whole
+from tokenswift_py.cli.flags import MODEL, model_flags
+from tokenswift_py.errors import UserError, check
+from tokenswift_py.options import world_size
+from tokenswift_py.serving.http.limits import Limits
+
+KEY = "TOKENSWIFT_API_KEY"  # of the environment
+PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = Parser(
+        prog="tokenswift serve",
+        description="Serve a model: OpenAI's /v1/chat/completions, /v1/completions, /v1/responses and /v1/models, and "
+        "/tokenize, /detokenize, /health and /metrics. Ctrl-C or SIGTERM ends it.",
+    )
+    root.stray = "--help lists the flags"
+    model_flags(root.add_argument_group("model"))
+    engine = root.add_argument_group("engine")
+    engine.add_argument("--context", type=whole, help="positions of every text (default: the trained length)")
+    engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads or cascade")
+    engine.add_argument("--running", type=whole, default=16, help="texts that are written at once (default: 16)")
+    engine.add_argument("--waiting", type=whole, default=64, help="texts that may wait for it (default: 64)")
+    engine.add_argument("--kv-tokens", type=whole, help="tokens that the KV cache holds (default: by the memory)")
+    door = root.add_argument_group("door")
+    door.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    door.add_argument("--port", type=whole, default=8000, help="0 is any that is free (default: 8000)")
+    door.add_argument("--api-key", help=f"what clients must send; also from the environment, {KEY} (default: none)")
+    door.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask (repeatable)")
+    door.add_argument("--served-name", help="the model's name in requests (default: the model's, without folders)")
+    limits, default = root.add_argument_group("limits"), Limits()
+    limits.add_argument("--max-body", type=whole, default=default.body_mib, metavar="MIB",
+                        help=f"of a request (default: {default.body_mib})")  # fmt: skip
+    limits.add_argument("--max-prompt-tokens", type=whole, help="of a prompt (default: what the context holds)")
+    limits.add_argument("--max-tokens", type=whole, help="that a text may have (default: what the context holds)")
+    limits.add_argument("--default-tokens", type=whole, default=default.default_tokens,
+                        help=f"a text's most where a request does not say (default: {default.default_tokens})")  # fmt: skip
+    limits.add_argument("--max-n", type=whole, default=default.choices,
+                        help=f"texts of one request (default: {default.choices})")  # fmt: skip
+    limits.add_argument("--timeout", type=number, default=default.timeout, metavar="SECONDS",
+                        help=f"after which texts are cut, 0 is never (default: {default.timeout:g})")  # fmt: skip
+    limits.add_argument("--stall", type=number, default=default.stall, metavar="SECONDS",
+                        help=f"that a client may leave a stream unread, 0 is for ever (default: {default.stall:g})")  # fmt: skip
+    limits.add_argument("--drain", type=number, default=30.0, metavar="SECONDS",
+                        help="that texts have when the server is stopped (default: 30)")  # fmt: skip
+    root.add_argument("--quiet", action="store_true", help="errors alone on standard error")
+    return root
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises UserError for wrong input."""
+    args = parser().parse_args(arguments)
+    check(world_size() == 1, "WORLD_SIZE", world_size(), "serve runs in one process")
+    limits = Limits(
+        args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout, args.stall
+    )
+    key = checked_key(args)
+    check(0 <= args.port < 2**16, "port", args.port, "between 0 and 65535")
+    check(0 <= args.drain <= 86400, "drain", args.drain, "seconds, at most a day")
+    for origin in args.cors:
+        fine = origin.startswith(("http://", "https://")) and not origin.endswith("/")
+        check(fine, "cors", origin, "an origin, like https://example.org")
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(f"serve: it needs {package}: pip install 'tokenswift-py[server]' ({error})") from error
+
+    # Here, because torch, transformers and FastAPI take seconds to import.
+    from tokenswift_py.api import TokenSwift
+    from tokenswift_py.serving.engine import Engine
+    from tokenswift_py.serving.http.gate import LOOPBACK
+    from tokenswift_py.serving.http.run import bound, serve
+    from tokenswift_py.serving.http.server import Service
+
+    with bound(args.host, args.port) as listening:  # before the model is loaded: an address that is taken is told soon
+        swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
+        engine = Engine(
+            swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,
+            kv_tokens=args.kv_tokens,
+        )  # fmt: skip
+        name = args.served_name or Path(args.model).name
+        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host}, args.cors)
+        if not args.quiet:
+            port = listening.getsockname()[1]
+            print(f"tokenswift: {name} is at {address(args.host, port)}/v1, Ctrl-C ends it", file=sys.stderr, flush=True)
+        serve(service, listening, args.drain)
+    return 0
+
+
+def checked_key(args: argparse.Namespace) -> str | None:
+    """The key that clients must send. Only this machine's own programs may go without one."""
+    key = os.environ.get(KEY) if args.api_key is None else args.api_key
+    fine = key is None or (key != "" and key.isascii() and key.isprintable() and " " not in key)
+    check(fine, "api_key", "***", "printable ASCII without spaces, not empty")
+    allowed = f"beyond this machine only with a key (--api-key or {KEY})"
+    check(key is not None or is_loopback(args.host), "host", args.host, allowed)
+    return str(key) if key is not None else None
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

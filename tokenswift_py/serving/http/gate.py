@@ -1,0 +1,107 @@
+"""What stands before the application: who may ask, by which name of the server, and how much may be sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenswift_py.serving.http.limits import MIB
+from tokenswift_py.serving.http.refusals import Refusal
+
+OPEN = ("/health",)  # paths that need no key: they tell nothing
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BODY_SECONDS = 60.0  # for a request's body to arrive
+
+
+class Gate:
+    """An ASGI application before another one.
+
+    key:   without which nothing but /health is answered; None asks for none.
+    hosts: names by which the server may be called, any if None. Without a key a browser's page from elsewhere could
+           reach a server on this machine by a name of its own that leads here (DNS rebinding).
+    body_mib: MiB that a request may send. The application sees it whole: it never waits for a slow sender.
+    """
+
+    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] | None, body_mib: int):
+        self.app, self.hosts = app, hosts
+        self._key = None if key is None else key.encode()
+        self._most = body_mib * MIB
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            self.check_host(headers)
+            if scope["path"] not in OPEN:
+                self.check_key(headers)
+            body = await self.body(headers, receive)
+        except Refusal as refusal:
+            await refusal.response()(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, replay(body, receive), send)
+
+    def check_host(self, headers: Headers) -> None:
+        if self.hosts is None:
+            return
+        try:
+            name = urlsplit(f"//{headers.get('host', '')}").hostname
+        except ValueError:
+            name = None
+        if name not in self.hosts:
+            raise Refusal(403, f"host: this server is not called so; it is {' or '.join(sorted(self.hosts))}", "host")
+
+    def check_key(self, headers: Headers) -> None:
+        """In constant time, whatever is sent."""
+        if self._key is None:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
+        if scheme.lower() != "bearer" or not same:
+            raise Refusal(401, "no API key, or a wrong one; send it as Authorization: Bearer KEY", code="invalid_api_key")
+
+    async def body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """All of the body; None if the client left before its end."""
+        declared = headers.get("content-length", "0")
+        if not declared.isdecimal() or len(declared) > 18 or int(declared) > self._most:
+            raise self.too_large()
+        parts: list[bytes] = []
+        size, more = 0, True
+        deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        while more:
+            left = deadline - asyncio.get_running_loop().time()
+            try:
+                message = await asyncio.wait_for(receive(), left)
+            except asyncio.TimeoutError:
+                raise Refusal(408, f"the body did not come within {BODY_SECONDS:g} s") from None
+            if message["type"] == "http.disconnect":
+                return None
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self._most:
+                raise self.too_large()
+        return b"".join(parts)
+
+    def too_large(self) -> Refusal:
+        return Refusal(413, f"the body is larger than {self._most // MIB} MiB", code="body_too_large")
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body, and then what comes behind it: that the client leaves."""
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

@@ -1,0 +1,53 @@
+"""What one request may ask of the server, and what is asked for where it does not say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tokenswift_py.errors import check
+
+MIB = 2**20
+STOP_LENGTH = 256  # characters
+ITEMS = {"stop": 16, "logit_bias": 1024}  # entries of a list or of a table; of any other:
+MOST_ITEMS = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one request. Each is a flag of `tokenswift serve`.
+
+    body_mib:       MiB of a request's body.
+    prompt_tokens:  of one prompt; None is what the context holds.
+    max_tokens:     that one text may have; None is what the context holds.
+    default_tokens: a text's most where the request does not say, and the context holds as many.
+    choices:        texts of one request: prompts times `n`.
+    timeout:        seconds from a request's arrival to the end of its texts, which are then cut; 0 is none.
+    stall:          seconds that a client may leave a stream unread, until it is taken for gone; 0 is for ever.
+    """
+
+    body_mib: int = 16
+    prompt_tokens: int | None = None
+    max_tokens: int | None = None
+    default_tokens: int = 2048
+    choices: int = 16
+    timeout: float = 3600.0
+    stall: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("body_mib", "prompt_tokens", "max_tokens", "default_tokens", "choices"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, name, value, "at least 1")
+        for name in ("timeout", "stall"):
+            check(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "seconds; 0 is without end")
+
+
+def check_size(name: str, value: Any) -> None:
+    """Refuse lists, tables and stop strings that are larger than anyone needs: they are looked through at every
+    token."""
+    if isinstance(value, (list, tuple, dict)):
+        most = ITEMS.get(name, MOST_ITEMS)
+        check(len(value) <= most, name, f"{len(value)} entries", f"at most {most}")
+    for text in value if name == "stop" and isinstance(value, list) else ():
+        if isinstance(text, str):
+            check(len(text) <= STOP_LENGTH, name, text, f"texts of at most {STOP_LENGTH} characters")

@@ -1,0 +1,77 @@
+"""Which of our own parameters a request may have, as further fields of its JSON; all are `Options`' own, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from tokenswift_py.options import described_options
+
+# What a request may set. What is told in OpenAI's way (max_tokens, logprobs, response_format) is not among them.
+REQUESTS = frozenset(
+    (
+        "min_new_tokens", "min_chapter_tokens", "ignore_eos", "stop", "stop_tokens", "keep_stop", "on_loop", "chapters",
+        "template_args", "continue_final_message", "no_bos", "special", "grammar", "regex", "draft_tokens",
+        "temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window", "dry_multiplier", "dry_base",
+        "dry_length", "dry_breakers", "ban", "ban_words", "logit_bias", "seed", "repetition_penalty",
+        "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "top_n_sigma", "typical_p", "xtc_threshold",
+        "xtc_probability",
+    )
+)  # fmt: skip
+# What it may not: what the server itself decides, for all texts alike; what names a file there, or would run code (a
+# chat template is a program); and what a request says in OpenAI's words.
+SERVERS = frozenset(
+    (
+        "context", "positions", "positions_window", "positions_block", "drafter", "draft_policy", "draft_budget", "draft_weights",
+        "draft_kv", "draft_model", "draft_heads", "trace", "kv_budget", "kv_policy", "logits_processors",
+        "chat_template", "system", "raw", "max_new_tokens", "json_schema", "logprobs", "prompt_logprobs", "stream",
+    )
+)  # fmt: skip
+
+TEXTS = {"type": "array", "items": {"type": "string"}}
+SHAPES: dict[str, dict[str, Any]] = {  # by the name of an option's kind
+    "Whole": {"type": "integer"}, "Number": {"type": "number"}, "Real": {"type": "number"},
+    "Switch": {"type": "boolean"}, "Choice": {"type": "string"}, "Text": {"type": "string"},
+    "Language": {"type": "string"}, "Texts": TEXTS, "Words": {"type": "array"}, "Arguments": {"type": "object"},
+    "Biases": {"type": "object", "additionalProperties": {"type": "number"}},
+    "Tokens": {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}},
+}  # fmt: skip
+
+
+def shape(kind: Any) -> dict[str, Any]:
+    """What the OpenAPI document says of an option's values; whether one is right is for `Options` to say."""
+    said = SHAPES.get(type(kind).__name__, {})
+    said = {"type": "integer"} if getattr(kind, "whole", False) else said
+    ranges = {"minimum": getattr(kind, "least", None), "maximum": getattr(kind, "most", None)}
+    names = {"enum": list(kind.names)} if getattr(kind, "names", ()) and not kind.package else {}
+    some = {**said, **names, **{name: value for name, value in ranges.items() if value is not None}}
+    return {"anyOf": [some, {"type": "null"}]} if some else {}
+
+
+class Body(BaseModel):
+    """JSON of a request: nothing is dropped without a word, and nothing is taken for what it is not."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def fields() -> dict[str, Any]:
+    """The fields that `REQUESTS` names, of those that `Options` has."""
+    found: dict[str, Any] = {}
+    for name, described in described_options().items():
+        if name in REQUESTS:
+            extra = shape(described.kind)
+            found[name] = (Any, Field(default=None, description=described.help, json_schema_extra=extra))
+    one_or_more = {"anyOf": [{"type": "string"}, TEXTS, {"type": "null"}]}
+    told = "end before this text, or before any of these"
+    return {**found, "stop": (Any, Field(default=None, description=told, json_schema_extra=one_or_more))}
+
+
+OwnParameters: Any = create_model("OwnParameters", __base__=Body, **fields())
+
+
+def given(request: Any) -> dict[str, Any]:
+    """The options that a request sets, by their names; null is as if not said."""
+    said = {name: getattr(request, name, None) for name in REQUESTS}
+    said["stop"] = [said["stop"]] if isinstance(said["stop"], str) else said["stop"]
+    return {name: value for name, value in said.items() if value is not None}

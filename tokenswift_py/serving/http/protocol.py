@@ -1,0 +1,194 @@
+"""What clients may send: OpenAI's requests, and vLLM's of /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from tokenswift_py.serving.http.own import Body, OwnParameters
+from tokenswift_py.serving.http.refusals import Refusal
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def neutral(*values: Any) -> Any:
+    """A field of OpenAI's that must ask for nothing: null, or one of these values."""
+    return Field(default=None, description="only where it asks for nothing", json_schema_extra={"enum": [None, *values]})
+
+
+class Part(BaseModel):
+    """A part of a message. What answers have besides, clients may send back."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation. An answer may be sent back as it came; what is no text must be empty."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @model_validator(mode="after")
+    def only_text(self) -> Message:
+        left = ("id", "type", "status", "name", "phase")  # which say nothing to the model
+        for name, value in (self.model_extra or {}).items():
+            if name not in left and value not in (None, [], {}, ""):
+                raise ValueError(f"{name}: messages are text here")
+        return self
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, populate_by_name=True)
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(Body):
+    """What the text must be. json_object is any JSON object."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def wanted(self) -> dict[str, Any] | None:
+        if self.type == "json_object":
+            return {"type": "object"}
+        return (self.json_schema.schema_ if self.json_schema else None) or {} if self.type == "json_schema" else None
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Request(OwnParameters):  # type: ignore[misc]
+    """What all requests for texts may have.
+
+    sample: number of the first text: `n` texts are samples `sample`, `sample` + 1, ... of one prompt and seed.
+    """
+
+    model: str | None = Field(default=None, description="this server's model, or nothing")
+    stream: bool | None = None
+    user: str | None = None
+    sample: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+    @model_validator(mode="after")
+    def asks_for_nothing_else(self) -> Any:
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and "enum" in extra and getattr(self, name) not in extra["enum"]:
+                raise Refusal(400, f"{name}: this server has nothing of the kind", name, "unsupported_parameter")
+        return self
+
+
+class ChatRequest(Request):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    n: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    tools: Any = neutral([])
+    tool_choice: Any = neutral("none", "auto")
+    functions: Any = neutral([])
+    function_call: Any = neutral("none", "auto")
+    modalities: Any = neutral(["text"])
+    audio: Any = neutral()
+    prediction: Any = neutral()
+    reasoning_effort: Any = neutral("none")
+    verbosity: Any = neutral()
+    web_search_options: Any = neutral()
+    service_tier: Any = neutral("auto", "default")
+    store: Any = neutral(False)
+
+
+class CompletionRequest(Request):
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Count | None = None
+    n: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    best_of: Any = neutral(1)
+    suffix: Any = neutral("")
+
+    def prompts(self) -> list[str | list[int]]:
+        """Texts and lists of token ids."""
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+
+class TextFormat(Body):
+    """`text.format` of a response: a schema stands beside its name there."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+    def wanted(self) -> dict[str, Any] | None:
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.schema_ or {} if self.type == "json_schema" else None
+
+
+class TextSettings(Body):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponseRequest(Request):
+    input: str | list[Message] = Field(min_length=1)
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    text: TextSettings | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    include: list[Literal["message.output_text.logprobs"]] | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    parallel_tool_calls: bool | None = None
+    stream_options: StreamOptions | None = None
+    background: Any = neutral(False)
+    conversation: Any = neutral()
+    max_tool_calls: Any = neutral()
+    previous_response_id: Any = neutral()
+    prompt: Any = neutral()
+    reasoning: Any = neutral({})
+    service_tier: Any = neutral("auto", "default")
+    store: Any = neutral(False)
+    tool_choice: Any = neutral("none", "auto")
+    tools: Any = neutral([])
+    truncation: Any = neutral("disabled")
+
+
+class TokenizeRequest(Body):
+    """A text, or messages as the chat template has them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[TokenId]

@@ -1,0 +1,143 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` with the status that they
+raise the right exception for."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from tokenswift_py.errors import SHOWN, UserError
+
+logger = logging.getLogger("tokenswift")
+
+WRONG = "invalid_request_error"
+TYPES = {400: WRONG, 401: WRONG, 403: WRONG, 404: WRONG, 405: WRONG, 408: WRONG, 413: WRONG, 429: "rate_limit_error",
+         503: "service_unavailable_error"}  # fmt: skip
+RETRY_AFTER = 1  # seconds, of a queue that is full
+
+
+class Refusal(Exception):
+    """A request that is not answered. param: the field that is wrong; code: by which programs tell errors apart;
+    retry_after: seconds after which it may be tried again."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The error alone, which also a stream may have to tell."""
+        kind = TYPES.get(self.status, WRONG if self.status < 500 else "server_error")
+        message = self.message.encode(errors="replace").decode()  # a client may have sent half of a surrogate pair
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The shape of every error, for the OpenAPI document."""
+
+    error: ErrorDetail
+
+
+DESCRIBED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text}
+    for status, text in {
+        400: "a wrong value; param names its field",
+        401: "no key, or a wrong one",
+        403: "a host name that this server does not have",
+        404: "no such model, or no such thing",
+        408: "the body did not come in time",
+        413: "the body is too large",
+        429: "too many texts wait; Retry-After says when to try again",
+        500: "the text could not be written",
+        503: "the server is stopping, or a text had no turn in time",
+    }.items()
+}
+
+
+def of_user_error(error: UserError, names: dict[str, str] | None = None) -> Refusal:
+    """names: what the request calls our parameters, where that is another name."""
+    found = re.match(r"([a-z_]+)(?= ?[\w./-]*:)", str(error))
+    field, message = found.group() if found else None, str(error)
+    asked = (names or {}).get(field or "", field)
+    if field and asked != field:
+        message = f"{asked}{message[len(field) :]}"
+    return Refusal(400, message, asked)
+
+
+def of_validation(error: RequestValidationError) -> Refusal:
+    """The first thing that is wrong, with its place in the body."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(place) or None
+    if first["type"] == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"{param}: no such parameter here", param, "unknown_parameter")
+    value = repr(first.get("input"))
+    shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+    reason = first["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{param or 'body'}: {shown} is not allowed; {reason}", param)
+
+
+def of_failure(error: BaseException) -> Refusal:
+    """What a text ended with that is not the client's fault; the server's log has all of it."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, UserError):
+        return of_user_error(error)
+    logger.error("a text failed: %s: %s", type(error).__name__, error, exc_info=error)
+    return Refusal(500, f"the text could not be written ({type(error).__name__})", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Every error that leaves the application gets OpenAI's shape."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        assert isinstance(error, Refusal)
+        return error.response()
+
+    async def wrong(request: Request, error: Exception) -> Response:
+        assert isinstance(error, UserError)
+        return of_user_error(error).response()
+
+    async def misshapen(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return of_validation(error).response()
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        response = Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}").response()
+        response.headers.update(error.headers or {})
+        return response
+
+    async def failed(request: Request, error: Exception) -> Response:
+        return of_failure(error).response()
+
+    app.add_exception_handler(Refusal, refused)
+    app.add_exception_handler(UserError, wrong)
+    app.add_exception_handler(RequestValidationError, misshapen)
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(Exception, failed)

@@ -1,0 +1,65 @@
+"""Serving until a signal: no new texts from then on, a time for those that are being written, then the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from types import FrameType
+
+import uvicorn
+
+from tokenswift_py.errors import files
+from tokenswift_py.serving.http.server import Service
+
+logger = logging.getLogger("tokenswift")
+
+GRACE = 10.0  # seconds for the last bytes to reach clients, behind those for the texts
+BACKLOG = 256  # connections that wait to be taken
+
+
+class DrainingServer(uvicorn.Server):
+    """Stops at the first SIGTERM or SIGINT: texts have `drain` seconds, and end as interrupted. At the second one they
+    end at once."""
+
+    def __init__(self, service: Service, config: uvicorn.Config, drain: float):
+        super().__init__(config)
+        self.service, self.drain = service, drain
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self.service.draining = True
+        draining = loop.run_in_executor(None, self.service.engine.close, self.drain)
+        await super().shutdown(sockets)
+        while not draining.done() and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await loop.run_in_executor(None, self.service.engine.close, 0.0)
+        await draining
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens there. port: 0 is any that is free. Raises UserError."""
+    with files("port", f"{host}:{port}", "an address of this machine that is free"):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(BACKLOG)
+    return made
+
+
+def configuration(service: Service, drain: float) -> uvicorn.Config:
+    """Of a server whose errors and warnings go to the log of this process."""
+    return uvicorn.Config(
+        service.app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
+        timeout_keep_alive=30, timeout_graceful_shutdown=int(drain + GRACE),
+    )  # fmt: skip
+
+
+def serve(service: Service, listening: socket.socket, drain: float) -> None:
+    """Answers until a signal says to stop."""
+    DrainingServer(service, configuration(service, drain), drain).run(sockets=[listening])

@@ -1,0 +1,172 @@
+"""The application: OpenAI's endpoints, vLLM's of tokens and metrics, over one engine that writes all texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tokenswift_py.serving.http import protocol, refusals
+from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, dumped
+from tokenswift_py.serving.http.asked import Asked, Server
+from tokenswift_py.serving.http.gate import Gate
+from tokenswift_py.serving.http.limits import Limits
+from tokenswift_py.serving.http.metrics import Metrics
+from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
+from tokenswift_py.serving.http.responses import ResponseAnswer
+from tokenswift_py.serving.http.texts import Texts, finished
+from tokenswift_py.serving.http.tokens import TokenTexts
+from tokenswift_py.version import __version__
+
+LEFT = 499  # the status of an answer that nobody waits for, as nginx logs it
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dumped(content).encode()
+
+
+class Events(EventSourceResponse):
+    """Server-sent events of texts, which are given up when the client leaves, or leaves them unread for too long."""
+
+    def __init__(self, events: Any, texts: Texts, stall: float):
+        super().__init__(events, sep="\n", send_timeout=stall or None)
+        self._texts = texts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(SendTimeoutError):
+                await super().__call__(scope, receive, send)
+        finally:  # also where not one event was asked for
+            self._texts.cancel()
+
+
+class Service:
+    """An engine behind HTTP. `app` is the ASGI application.
+
+    name:  of the model, as requests and answers have it.
+    key, hosts: see `Gate`. cors: origins whose pages may ask; none is the default.
+    """
+
+    def __init__(
+        self, engine: Any, name: str, limits: Limits | None = None, key: str | None = None,
+        hosts: Collection[str] | None = None, cors: Sequence[str] = (),
+    ):  # fmt: skip
+        self.engine, self.name, self.limits = engine, name, limits or Limits()
+        self.draining = False  # no new texts
+        self.started = int(time.time())
+        self.server = Server(engine.loaded, engine.context, self.limits)
+        self.tokens = TokenTexts(engine.loaded.tokenizer)
+        self.metrics = Metrics(name, engine.figures)
+        AppStatus.disable_automatic_graceful_drain()  # the engine ends the texts, and with them the streams
+        self.app = FastAPI(title="tokenswift", version=__version__, docs_url=None, redoc_url=None)
+        self.app.add_middleware(Gate, key=key, hosts=hosts, body_mib=self.limits.body_mib)
+        if cors:
+            self.app.add_middleware(
+                CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )  # fmt: skip
+        refusals.install(self.app)
+        self._routes()
+
+    async def begin(self, model: str | None, body: Any, make: Callable[[Any], Asked]) -> tuple[Asked, Texts]:
+        """Check a request and hand its texts to the engine."""
+        began = time.monotonic()
+        self.check_model(model)
+        if self.draining:
+            raise Refusal(503, "the server is stopping", None, "stopping", RETRY_AFTER)
+        asked = await run_in_threadpool(make, body)
+        return asked, await Texts.submit(self.engine, asked, self.limits.timeout, self.metrics, began)
+
+    def check_model(self, model: str | None) -> None:
+        if model not in (None, self.name):
+            raise Refusal(404, f"model: {model!r} is not here; this server has {self.name!r}", "model", "model_not_found")
+
+    def model(self) -> Mapping[str, Any]:
+        return {"id": self.name, "object": "model", "created": self.started, "owned_by": "tokenswift",
+                "max_model_len": self.engine.context}  # fmt: skip
+
+    async def answer(self, answer: Any, texts: Texts, request: Request) -> Response:
+        """A whole answer."""
+        ends = await finished(texts, request.receive)
+        return Response(status_code=LEFT) if ends is None else Json(answer.complete(ends))
+
+    def _routes(self) -> None:
+        app, errors = self.app, {**DESCRIBED, "default": {"model": ErrorBody}}
+
+        @app.post("/v1/chat/completions", responses=errors, response_class=Json)
+        async def chat(body: protocol.ChatRequest, request: Request) -> Response:
+            """An answer to a conversation, whole or as a stream."""
+            asked, texts = await self.begin(body.model, body, self.server.chat)
+            answer = ChatAnswer(self.name, asked, self.tokens)
+            if body.stream:
+                return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
+            return await self.answer(answer, texts, request)
+
+        @app.post("/v1/completions", responses=errors, response_class=Json)
+        async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
+            """What goes on from a text, whole or as a stream: no chat template."""
+            asked, texts = await self.begin(body.model, body, self.server.completion)
+            echoed = [self.server.detokenized(ids) for ids in asked.prompts] if body.echo else ()
+            answer = CompletionAnswer(self.name, asked, self.tokens, echoed)
+            if body.stream:
+                return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
+            return await self.answer(answer, texts, request)
+
+        @app.post("/v1/responses", responses=errors, response_class=Json)
+        async def responses(body: protocol.ResponseRequest, request: Request) -> Response:
+            """The same in the shape of the Responses API; nothing is stored."""
+            asked, texts = await self.begin(body.model, body, self.server.response)
+            answer = ResponseAnswer(self.name, body, asked, self.tokens)
+            if body.stream:
+                return Events(answer.events(texts), texts, self.limits.stall)
+            return await self.answer(answer, texts, request)
+
+        @app.get("/v1/models", response_class=Json)
+        async def models() -> Response:
+            """The model that this server has."""
+            return Json({"object": "list", "data": [self.model()]})
+
+        @app.get("/v1/models/{model:path}", responses={404: errors[404]}, response_class=Json)
+        async def model(model: str) -> Response:
+            self.check_model(model)
+            return Json(self.model())
+
+        @app.post("/tokenize", responses=errors, response_class=Json)
+        async def tokenize(body: protocol.TokenizeRequest) -> Response:
+            """Token ids of a text, or of messages as the chat template has them."""
+            self.check_model(body.model)
+            found = await run_in_threadpool(self.server.tokenized, body.prompt, body.messages, body.add_special_tokens)
+            return Json({"tokens": found, "count": len(found), "max_model_len": self.engine.context})
+
+        @app.post("/detokenize", responses=errors, response_class=Json)
+        async def detokenize(body: protocol.DetokenizeRequest) -> Response:
+            """The text of token ids, special ones included."""
+            self.check_model(body.model)
+            return Json({"prompt": await run_in_threadpool(self.server.detokenized, body.tokens)})
+
+        @app.get("/health", responses={503: errors[503]}, response_class=Json)
+        async def health() -> Response:
+            """200 while new texts are taken. It needs no key."""
+            return Json({"status": "stopping" if self.draining else "ok"}, 503 if self.draining else 200)
+
+        @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+        async def metrics() -> Response:
+            """For Prometheus, under vLLM's names."""
+            return Response(self.metrics.text(), media_type=PROMETHEUS)
+
+
+def wants_usage(body: Any) -> bool:
+    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,164 @@
+"""The texts of one request: handed to the engine together, heard on the event loop, given up together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive
+
+from tokenswift_py.errors import UserError
+from tokenswift_py.runs.result import Piece, Result
+from tokenswift_py.serving.http.asked import Asked
+from tokenswift_py.serving.http.metrics import Metrics
+from tokenswift_py.serving.http.refusals import RETRY_AFTER, Refusal, of_failure, of_user_error
+
+FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}  # of a text that was cut: length, too
+
+
+@dataclass(frozen=True)
+class Said:
+    """A piece of text number `index`."""
+
+    index: int
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of text number `index`.
+
+    pieces: all of them. ending: as of a result, but "timeout" where the server's time was over.
+    """
+
+    index: int
+    pieces: Sequence[Piece]
+    result: Result
+    ending: str
+
+    @property
+    def finish_reason(self) -> str:
+        return FINISH.get(self.ending, "length")
+
+
+class Texts:
+    """The texts that one request asked for.
+
+    Pieces are put into a queue by the engine's thread, which waits for nobody. How much waits there is bounded by what
+    the texts may have.
+    """
+
+    def __init__(self, texts: Sequence[Any], timeout: float, metrics: Metrics, began: float):
+        self.texts = texts
+        self.began = began
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, float, Piece | None]] = asyncio.Queue()
+        self._deadline = began + timeout if timeout else None
+        self._pieces: list[list[Piece]] = [[] for _ in texts]
+        self._latest: dict[int, float] = {}  # when the last tokens of each came
+        for index, text in enumerate(texts):
+            text.listen(lambda piece, index=index: self._hear(index, piece))
+
+    @classmethod
+    async def submit(cls, engine: Any, asked: Asked, timeout: float, metrics: Metrics, began: float) -> Texts:
+        """All texts or none. Raises Refusal."""
+        handed: list[Any] = []
+
+        def submit() -> None:  # which makes tables of positions, and the like
+            for prompt, sample in asked.choices:
+                handed.append(engine.submit(asked.prompts[prompt], **asked.settings, stream=sample))
+
+        try:
+            await run_in_threadpool(submit)
+        except BaseException as error:
+            for text in handed:
+                text.cancel()
+            if isinstance(error, UserError):
+                raise of_user_error(error, asked.names) from error
+            if type(error).__name__ == "Busy":
+                raise Refusal(429, f"the server is busy: {error}", None, "queue_full", RETRY_AFTER) from error
+            raise
+        return cls(handed, timeout, metrics, began)
+
+    async def events(self) -> AsyncIterator[Said | Ended]:
+        """Pieces and ends, as they come. Raises Refusal where a text failed, or none had a turn in time. Leaving early
+        gives the texts up."""
+        open_texts, late = set(range(len(self.texts))), False
+        try:
+            while open_texts:
+                try:
+                    index, at, piece = await self._next(late)
+                except asyncio.TimeoutError:
+                    late = True
+                    self.cancel()
+                    continue
+                if piece is None:
+                    open_texts.discard(index)
+                    yield await self._end(index, late)
+                else:
+                    self._pieces[index].append(piece)
+                    self._measure(index, at, piece)
+                    yield Said(index, piece)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """What is over stays as it is."""
+        for text in self.texts:
+            text.cancel()
+
+    async def _next(self, late: bool) -> tuple[int, float, Piece | None]:
+        left = None if self._deadline is None or late else max(0.0, self._deadline - time.monotonic())
+        return await asyncio.wait_for(self._queue.get(), left)
+
+    async def _end(self, index: int, late: bool) -> Ended:
+        try:
+            result = await run_in_threadpool(self.texts[index].result)
+        except Exception as error:
+            raise of_failure(error) from error
+        cut = late and result.ending == "interrupted"
+        if cut and not result.tokens:
+            raise Refusal(503, "the text had no turn in time", None, "timeout", RETRY_AFTER)
+        self._metrics.ended(time.monotonic() - self.began)
+        return Ended(index, self._pieces[index], result, "timeout" if cut else result.ending)
+
+    def _hear(self, index: int, piece: Piece | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, time.monotonic(), piece))
+
+    def _measure(self, index: int, at: float, piece: Piece) -> None:
+        if not piece.tokens:
+            return
+        before = self._latest.get(index)
+        if before is None:
+            self._metrics.first_token(at - self.began)
+        else:
+            self._metrics.more_tokens(at - before, len(piece.tokens))
+        self._latest[index] = at
+
+
+async def finished(texts: Texts, receive: Receive) -> list[Ended] | None:
+    """The ends of all texts, in the order of the texts; None if the client left, and the texts are given up."""
+
+    async def collect() -> list[Ended]:
+        ends = [event async for event in texts.events() if isinstance(event, Ended)]
+        return sorted(ends, key=lambda end: end.index)
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return collecting.result() if collecting.done() else None
+    finally:
+        for task in (collecting, leaving):
+            task.cancel()
+        await asyncio.gather(collecting, leaving, return_exceptions=True)

@@ -1,0 +1,94 @@
+"""Tokens as OpenAI's answers tell them: their text, its bytes, their logarithms of probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenswift_py.runs.result import Piece
+from tokenswift_py.text import BAD, TextJoiner, special_ids
+
+CHAPTER_GAP = "\n\n"  # between chapters, in the text
+
+
+@dataclass(frozen=True)
+class Told:
+    """A token with its log-probability, and the likeliest tokens in its place with theirs, the best first."""
+
+    token: int
+    logprob: float
+    likeliest: Sequence[tuple[int, float]]
+
+
+class TokenTexts:
+    """How single tokens of a tokenizer read."""
+
+    def __init__(self, tokenizer: Any):
+        self._whole, self._tokenizer = tokenizer, tokenizer.backend_tokenizer
+        self._special = special_ids(tokenizer)
+
+    def offsets(self, before: Sequence[int], told: int) -> Offsets:
+        """Of a text that goes on from these tokens, behind so many characters."""
+        return Offsets(self._whole, before, told)
+
+    def text(self, token: int) -> str:
+        """What it decodes to alone; a token of half a character has U+FFFD."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def told(self, pieces: Sequence[Piece]) -> list[Told]:
+        """Of each token that has a text, the log-probability. An end-of-sequence token has none."""
+        found = []
+        for piece in pieces:
+            likeliest = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
+            for token, logprob, likely in zip(piece.tokens, piece.logprobs or (), likeliest, strict=False):
+                if token not in self._special:
+                    found.append(Told(token, logprob, likely))
+        return found
+
+    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+        """A token as chat completions and responses have it; bytes are null where it is half of a character."""
+        text = self.text(token)
+        return {"token": text, "bytes": None if BAD in text else list(text.encode()), "logprob": logprob}
+
+    def content(self, told: Sequence[Told]) -> list[dict[str, Any]]:
+        """As chat completions and responses list them."""
+        return [
+            {**self.entry(one.token, one.logprob), "top_logprobs": [self.entry(*likely) for likely in one.likeliest]}
+            for one in told
+        ]
+
+    def columns(self, told: Sequence[Told], offsets: Sequence[int], likeliest: bool) -> dict[str, Any]:
+        """As completions have them. offsets: of the characters at which they begin; likeliest: whether these were asked
+        for."""
+        top = [{self.text(token): logprob for token, logprob in one.likeliest} for one in told]
+        return {
+            "tokens": [self.text(one.token) for one in told],
+            "token_logprobs": [one.logprob for one in told],
+            "top_logprobs": top if likeliest else None,
+            "text_offset": list(offsets),
+        }
+
+
+class Offsets:
+    """Characters of a text before each of its tokens; of the tokens of one character all stand before it.
+
+    before: tokens that the text goes on from. told: characters before its own.
+    """
+
+    def __init__(self, tokenizer: Any, before: Sequence[int], told: int):
+        self._tokenizer, self._told = tokenizer, told
+        self._joiner = TextJoiner(tokenizer, (), before)
+        self._special = special_ids(tokenizer)
+
+    def of(self, piece: Piece) -> list[int]:
+        """Those of the tokens of a piece that have a text. Pieces come in order."""
+        if piece.forced:  # a chapter is over: an empty line stands before the next
+            self._told += len(self._joiner.finish()) + len(CHAPTER_GAP)
+            self._joiner = TextJoiner(self._tokenizer)
+        found = []
+        for token in piece.tokens:
+            if token not in self._special:
+                found.append(self._told)
+                self._told += len(self._joiner.push([token]))
+        return found
