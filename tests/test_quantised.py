@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from block_products import VOCAB, Floats, assert_product, decoder_with, dequantised, random_blocks, rounded
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.models.blocks import BLOCK_BYTES, Blocks
+from tokenswift_py.models.blocks import FORMATS, Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -24,43 +24,12 @@ from tokenswift_py.models.spec import ModelSpec
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
 ISAS = _native.runnable_isas().split(", ")
-VOCAB = 83  # panels of every width, the last one not full
-Floats = npt.NDArray[np.float32]
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("TOKENSWIFT_ISA", request.param)
     return str(request.param)
-
-
-def decoder_with(head: torch.Tensor | Blocks, threads: int = 2) -> NativeDecoder:
-    """A model whose LM head is `head`; `project` is then one product with it."""
-    config = tiny_config(hidden_size=head.shape[1], vocab_size=VOCAB, num_attention_heads=2, tie_word_embeddings=False)
-    weights: dict[str, Any] = weights_of(tiny_model(config, torch.float32))
-    packed = NativeWeights(ModelSpec.from_config(config), weights | {"lm_head.weight": head}, torch.int8, threads)
-    return NativeDecoder(packed, rope_tables(config, 512))
-
-
-def fma(a: Floats, b: Floats, c: Floats) -> Floats:
-    """a b + c rounded once: the product is exact in double; its sum with c is rounded to odd, then to fp32."""
-    product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
-    total = product + c
-    of_c = total - product
-    rest = (product - (total - of_c)) + (c - of_c)
-    even = (total.view(np.int64) & 1) == 0
-    odd = np.nextafter(total, np.where(rest > 0, np.inf, -np.inf))
-    return np.where((rest != 0) & even, odd, total).astype(np.float32)
-
-
-def split(blocks: Blocks) -> tuple[Floats, Floats | None, npt.NDArray[np.int64]]:
-    """d and m [rows, blocks], and the quants [rows, blocks, 32] without their offset."""
-    raw = blocks.data.reshape(len(blocks.data), -1, BLOCK_BYTES[blocks.kind])
-    d = raw[..., :2].copy().view(np.float16)[..., 0].astype(np.float32)
-    if blocks.kind == "q8":
-        return d, None, raw[..., 2:].view(np.int8).astype(np.int64)
-    m = raw[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float32)
-    return d, m, np.concatenate([raw[..., 4:] & 15, raw[..., 4:] >> 4], -1).astype(np.int64)
 
 
 def quantised(weights: Floats) -> Blocks:
@@ -75,45 +44,10 @@ def quantised(weights: Floats) -> Blocks:
     return Blocks("q8", data.reshape(len(weights), -1))
 
 
-def product(blocks: Blocks, x: Floats) -> Floats:
-    """The documented formula, block after block."""
-    d, m, quants = split(blocks)
-    padded = np.zeros((len(x), quants.shape[1] * 32), np.float32)
-    padded[:, : x.shape[1]] = x
-    rows = padded.reshape(len(x), -1, 32)
-    top = np.abs(rows).max(-1, keepdims=True)
-    inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)
-    factors = np.rint(rows * inverse).astype(np.int64)
-    scale, total = (top / np.float32(127))[..., 0], factors.sum(-1)
-    acc = np.zeros((len(x), len(d)), np.float32)
-    for block in range(d.shape[1]):
-        dot = (factors[:, block] @ quants[:, block].T).astype(np.float32)
-        acc = fma(d[None, :, block] * scale[:, block, None], dot, acc)
-        if m is not None:
-            acc = fma(m[None, :, block], (scale[:, block] * total[:, block].astype(np.float32))[:, None], acc)
-    return acc
-
-
-def random_blocks(kind: str, columns: int, seed: int) -> Blocks:
-    """Scales from subnormal to large, every quant there is."""
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (VOCAB, columns // 32, BLOCK_BYTES[kind])).astype(np.uint8)
-    halves = 2 if kind == "q4" else 1
-    scales = (rng.normal(size=(VOCAB, columns // 32, halves)) * 10.0 ** rng.integers(-7, 3, halves)).astype(np.float16)
-    raw[..., : 2 * halves] = scales.view(np.uint8)
-    return Blocks(kind, raw.reshape(VOCAB, -1))
-
-
-def assert_product(isa: str, decoder: NativeDecoder, blocks: Blocks, x: Floats) -> None:
-    logits, expected = decoder.project(torch.from_numpy(x)).numpy(), product(blocks, x)
-    if isa != "generic":  # which rounds products on machines without fused multiply-add
-        assert np.array_equal(logits, expected)
-    assert np.allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("kind", ["q8", "q4"])
-@pytest.mark.parametrize("columns", [32, 128, 352])
-def test_products_have_the_bits_of_the_formula(isa: str, kind: str, columns: int) -> None:
+@pytest.mark.parametrize("count", [1, 4, 11])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_have_the_bits_of_the_formula(isa: str, kind: str, count: int) -> None:
+    columns = FORMATS[kind].weights * (count if FORMATS[kind].weights == 32 else -(-count // 4))
     blocks = random_blocks(kind, columns, columns)
     x = np.random.default_rng(1).normal(size=(29, columns)).astype(np.float32)
     x[3] = 0
@@ -133,21 +67,54 @@ def test_a_checkpoints_weights_are_rounded_as_documented(isa: str, columns: int)
     assert_product(isa, decoder_with(halves), quantised(halves.float().numpy()), x)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+LARGEST = {"q8": 0x80, "q5_0": 0, "q6_k": 0, "iq4_nl": 0, "iq4_xs": 0}  # bytes of the largest quants: else 0xFF
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_the_largest_products_do_not_saturate(isa: str, kind: str) -> None:
-    blocks = random_blocks(kind, 64, 0)
+    form = FORMATS[kind]
+    blocks = random_blocks(kind, 2 * form.weights, 0)
     raw = blocks.data.reshape(VOCAB, 2, -1)
-    raw[..., 2 if kind == "q8" else 4 :] = 0x80 if kind == "q8" else 0xFF  # -128, or 15 twice
-    x = np.full((4, 64), 3.0, np.float32) * np.array([[1], [-1], [0.5], [2]], np.float32)
+    others = np.setdiff1d(np.arange(form.stored), [(at, at + 1) for at in form.halves])
+    raw[..., others] = LARGEST.get(kind, 0xFF)
+    x = np.full((4, blocks.shape[1]), 3.0, np.float32) * np.array([[1], [-1], [0.5], [2]], np.float32)
     assert_product(isa, decoder_with(blocks), blocks, x)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_are_those_of_the_files_weights(isa: str, kind: str) -> None:
+    """The gguf package's values times the rounded activations, in double."""
+    blocks = random_blocks(kind, 512, 7)
+    x = np.random.default_rng(2).normal(size=(9, 512)).astype(np.float32)
+    scale, quants = rounded(x, 16)
+    factors, weights = (
+        (scale[..., None].astype(np.float64) * quants).reshape(x.shape),
+        dequantised(blocks).astype(np.float64),
+    )
+    logits = decoder_with(blocks).project(torch.from_numpy(x)).numpy()
+    size = np.abs(factors) @ np.abs(weights).T
+    assert (np.abs(logits - factors @ weights.T) <= 2e-6 * size + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_embeddings_are_the_files_values(isa: str, kind: str) -> None:
+    """Layers that add nothing leave them in the residual stream, to the bit."""
+    blocks = random_blocks(kind, 512, 8)
+    config = tiny_config(hidden_size=512, vocab_size=VOCAB, num_attention_heads=2, tie_word_embeddings=False)
+    zeros = {name: torch.zeros(shape) for name, shape in ModelSpec.from_config(config).shapes().items()}
+    nothing = {name: zero for name, zero in zeros.items() if "o_proj" in name or "down_proj" in name}
+    decoder = decoder_with(blocks, **{"model.embed_tokens.weight": blocks}, **nothing)
+    rows = DraftTree.chain(range(VOCAB))
+    output = decoder.forward([Segment(rows, decoder.new_cache(), causal=True)], [])
+    assert np.array_equal(output.residual.numpy(), dequantised(blocks))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@settings(max_examples=10, deadline=None)
 @given(rows=st.lists(st.integers(0, 199), min_size=1, max_size=120), threads=st.integers(1, 4))
 def test_a_projected_row_has_the_same_bits_whatever_travels_with_it(kind: str, rows: list[int], threads: int) -> None:
-    decoder = PROJECTORS.setdefault((kind, threads), decoder_with(random_blocks(kind, 96, 5), threads))
-    hidden = torch.randn(200, 96, generator=torch.Generator().manual_seed(0))
+    decoder = PROJECTORS.setdefault((kind, threads), decoder_with(random_blocks(kind, 256, 5), threads))
+    hidden = torch.randn(200, 256, generator=torch.Generator().manual_seed(0))
     alone = torch.cat([decoder.project(hidden[row : row + 1]) for row in rows])
     assert torch.equal(decoder.project(hidden[rows]), alone)
 
@@ -216,6 +183,8 @@ BAD_BLOCKS: dict[str, tuple[Any, ...]] = {
     "rows": ("head", "q8", np.zeros((60, 34), np.uint8)),
     "columns": ("head", "q8", np.zeros((61, 34), np.uint8)),
     "half a block": ("head", "q4", np.zeros((61, 30), np.uint8)),
+    "a quarter of a block": ("head", "q4_k", np.zeros((61, 36), np.uint8)),
+    "columns of whole blocks": ("head", "q4_k", np.zeros((61, 144), np.uint8)),
     "kind": ("head", "q5", np.zeros((61, 68), np.uint8)),
     "type": ("head", "q8", np.zeros((61, 68), np.int8)),
     "strided": ("head", "q8", np.zeros((61, 136), np.uint8)[:, ::2]),
@@ -354,14 +323,12 @@ def test_quantised_weights_need_the_native_engine(tiny_folder: Path) -> None:
 def test_weights_that_came_from_4_bits_are_packed_in_4_bits_again(isa: str, columns: int) -> None:
     """From q = 0 to 15 in every block: the same blocks are found again, and almost the same after rounding to bf16."""
     rng = np.random.default_rng(0)
-    raw = rng.integers(0, 256, (VOCAB, columns // 32, BLOCK_BYTES["q4"])).astype(np.uint8)
+    raw = rng.integers(0, 256, (VOCAB, columns // 32, FORMATS["q4"].stored)).astype(np.uint8)
     raw[..., 7], raw[..., 11] = 0x0F, 0xF0
     halves = rng.uniform((0.01, -0.3), (0.03, -0.1), (VOCAB, columns // 32, 2)).astype(np.float16)
     raw[..., :4] = halves.view(np.uint8)
     blocks = Blocks("q4", raw.reshape(VOCAB, -1))
-    d, m, quants = split(blocks)
-    assert m is not None
-    values = torch.from_numpy((d[..., None] * quants + m[..., None]).astype(np.float32)).flatten(1)
+    values = torch.from_numpy(dequantised(blocks))
     x = torch.randn((3, columns), generator=torch.Generator().manual_seed(0))
     expected = decoder_with(blocks).project(x)
     packed, found = head_of(values, fewest_bits=True)

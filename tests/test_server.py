@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import httpx2 as httpx
 from serving import Running, running, until
-from stand_in import Engine
+from tokenswift_py.serving.engine import Engine
 from tokenswift_py import TokenSwift
 from tokenswift_py.cli.main import main
 from tokenswift_py.options import described_options
@@ -28,14 +28,16 @@ from tokenswift_py.serving.http import own
 from toys import save_tiny
 
 SAID = [{"role": "user", "content": "the cat"}]
-CONTEXT = 16384  # enough that a text is not over before a test has seen it
+CONTEXT = 1024
+LONG_CONTEXT = 16384  # enough that a text is not over before a test has seen it
+NO_END = {"ignore_eos": True}
 LONG = {"max_tokens": 15000, "extra_body": {"ignore_eos": True, "on_loop": "ignore"}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served") / "tiny"
-    save_tiny(folder, max_position_embeddings=CONTEXT)
+    save_tiny(folder, max_position_embeddings=LONG_CONTEXT)
     return folder
 
 
@@ -45,12 +47,14 @@ def swift(folder: Path) -> TokenSwift:
 
 
 def engine(swift: TokenSwift, **settings: Any) -> Engine:
-    return Engine(swift, **{"most_running": 8, "kv_tokens": 2 * CONTEXT, **settings})
+    """An engine for texts that last."""
+    return Engine(swift, **{"context": LONG_CONTEXT, "most_running": 4, "kv_tokens": 2 * LONG_CONTEXT, **settings})
 
 
 @pytest.fixture(scope="module")
 def server(swift: TokenSwift) -> Iterator[Running]:
-    with running(engine(swift), key="right", body_mib=1, prompt_tokens=4000, max_tokens=15000) as found:
+    short = Engine(swift, CONTEXT, most_running=8)
+    with running(short, key="right", body_mib=1, prompt_tokens=400, max_tokens=900) as found:
         yield found
 
 
@@ -74,7 +78,7 @@ def joined(chunks: Any, index: int = 0) -> str:
 
 
 def test_a_chat_is_what_generate_writes(client: openai.OpenAI, swift: TokenSwift) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=SAID, max_tokens=40)
+    answer = client.chat.completions.create(model="tiny", messages=SAID, max_tokens=40, seed=1)
     wanted = alone(swift, answer, max_new_tokens=40)
     assert answer.choices[0].message.content == wanted.text != ""
     assert (answer.choices[0].finish_reason, answer.choices[0].ending) == ("length", "length")
@@ -191,10 +195,10 @@ def test_our_own_parameters_are_further_fields(client: openai.OpenAI, swift: Tok
 
 def test_a_request_that_does_not_say_writes_so_many(swift: TokenSwift) -> None:
     with running(engine(swift), default_tokens=17) as found:
-        answer = found.client().completions.create(model="tiny", prompt="the", extra_body={"ignore_eos": True})
+        answer = found.client().completions.create(model="tiny", prompt="the", extra_body=NO_END)
         assert answer.usage.completion_tokens == 17
     with running(engine(swift, context=64), default_tokens=1000) as found:
-        answer = found.client().completions.create(model="tiny", prompt="the", extra_body={"ignore_eos": True})
+        answer = found.client().completions.create(model="tiny", prompt="the", extra_body=NO_END)
         assert answer.usage.total_tokens == 64 == answer.context
 
 
@@ -249,9 +253,9 @@ WRONG = {
     "a text for a number": ({"max_tokens": "many"}, 400, "max_tokens", None),
     "max_tokens of none": ({"max_tokens": 0}, 400, "max_tokens", None),
     "max_tokens beyond the context": ({"max_tokens": CONTEXT}, 400, "max_tokens", "context_length_exceeded"),
-    "max_tokens beyond the limit": ({"max_tokens": 15001}, 400, "max_tokens", None),
+    "max_tokens beyond the limit": ({"max_tokens": 901}, 400, "max_tokens", None),
     "a prompt beyond the limit": (
-        {"messages": [{"role": "user", "content": "the cat " * 4000}]}, 400, "messages", "context_length_exceeded",
+        {"messages": [{"role": "user", "content": "the cat " * 400}]}, 400, "messages", "context_length_exceeded",
     ),
     "too many texts": ({"n": 17}, 400, "n", None),
     "too many stops": ({"stop": ["x"] * 17}, 400, "stop", None),
@@ -263,7 +267,7 @@ WRONG = {
     "a role": ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role", None),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        400, "messages.0.content.list[Part].0.type", None,
+        400, "messages.0.content.0.type", None,
     ),
     "a tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
     "top_logprobs alone": ({"top_logprobs": 2}, 400, "top_logprobs", None),
@@ -402,8 +406,8 @@ def test_a_client_that_does_not_read_holds_nobody(swift: TokenSwift, stall: floa
         asked = {"messages": SAID, "max_tokens": tokens, "ignore_eos": True, "on_loop": "ignore", "stream": True}
         plain.sendall(request_of({**asked, "logprobs": True}))
         until(lambda: figures(found)["running"] == 1)
-        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=20)
-        assert answer.choices[0].message.content == alone(swift, answer, max_new_tokens=20).text
+        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=20, extra_body=NO_END)
+        assert answer.choices[0].message.content == alone(swift, answer, max_new_tokens=20, **NO_END).text
         until(lambda: figures(found)["finished"].get(ending) == (2 if ending == "length" else 1))
         assert figures(found)["running"] == 0
 
@@ -431,7 +435,7 @@ def test_a_server_that_stops_lets_texts_end_for_a_while(swift: TokenSwift) -> No
 
 def test_metrics_have_vllms_names(swift: TokenSwift) -> None:
     with running(engine(swift)) as found:
-        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=30, n=2)
+        answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=30, n=2, extra_body=NO_END)
         text = httpx.get(f"{found.url}/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     value = {sample.name: sample.value for family in families.values() for sample in family.samples}

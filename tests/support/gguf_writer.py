@@ -21,16 +21,17 @@ from gguf import (
 from gguf.quants import quantize
 
 from conftest import tiny_config, tiny_model, tiny_tokenizer
+from k_quants import WRITERS, quantised
 from tokenswift_py.models.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32}
-# The places of fp16 scales in a block, for types that gguf.quants reads but does not write.
-SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
+# Where the fp16 scales lie in a block, for types that neither gguf.quants nor k_quants writes.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,)}
 VALUES = ("F32", "F16", "BF16")
-EXACT = ("Q4_0", "Q4_1", "Q8_0", *VALUES)
-KINDS = (*EXACT, "Q5_0", "Q5_1", *SCALES)
+EXACT = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *WRITERS, *VALUES)  # that --dtype gguf keeps to the bit
+KINDS = (*EXACT, *SCALES)
 
 
 def gguf_config(family: str, **changes: Any) -> Any:
@@ -39,18 +40,20 @@ def gguf_config(family: str, **changes: Any) -> Any:
 
 
 def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
-    """Returns the weights in this type. A K-quant gets random blocks of about their size instead."""
+    """Returns the weights in this type. One that nothing writes gets random blocks of about their size instead."""
     if kind == "F16":
         return weights.astype(np.float16)
     if kind == "F32":
         return weights
+    if kind in WRITERS:
+        return quantised(weights, kind)
     if kind not in SCALES:
         return quantize(weights, GGMLQuantizationType[kind])
     columns, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (len(weights), weights.shape[1] // columns, block_bytes)).astype(np.uint8)
     for at in SCALES[kind]:
-        scale = rng.uniform(1, 3, raw.shape[:2]) * {"Q4_K": 1e-4, "Q5_K": 5e-5, "Q6_K": 4e-5}.get(kind, 1e-3)
+        scale = rng.uniform(1, 3, raw.shape[:2]) * 1e-3
         raw[..., at : at + 2] = scale.astype(np.float16)[..., None].view(np.uint8)
     return raw.reshape(len(weights), -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def running(engine: Any, drain: float = 0.0, **settings: Any) -> Iterator[Runnin
     limits = {name: settings.pop(name) for name in Limits.__dataclass_fields__ if name in settings}
     service = Service(engine, "tiny", Limits(**limits), **settings)
     with bound("127.0.0.1", 0) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # a client that does not read is soon noticed
         server = DrainingServer(service, configuration(service, drain), drain)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

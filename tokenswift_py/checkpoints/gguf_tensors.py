@@ -1,15 +1,14 @@
 """The weights of a GGUF file: dequantised, or in the file's own blocks for --dtype gguf.
 
 As values every type that the gguf package dequantises, in fp32 and from there to the type asked for. As blocks:
-Q8_0, Q4_1    as they are
-Q4_0          as Q4_1 blocks with the minimum -8 d, which is exact
-Q4_K          as eight Q4_1 blocks whose scale and minimum, there products of two numbers, are rounded to fp16
+NATIVE        as they are
 F32 F16 BF16  as tensors; the engine rounds matrices to blocks of 8 bits
-all others    dequantised and rounded to blocks of 8 bits
+all others    dequantised and rounded to blocks of 8 bits, which one line of the log says
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,13 +21,17 @@ from tokenswift_py.checkpoints.gguf_config import FACTORS, TOKENS
 from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check, one_line
-from tokenswift_py.models.blocks import BLOCK, BLOCK_BYTES, Blocks
+from tokenswift_py.models.blocks import FORMATS, Blocks
 from tokenswift_py.models.native import available_threads
 from tokenswift_py.models.spec import ModelSpec
+
+logger = logging.getLogger("tokenswift")
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
+# The engine's name of each type whose blocks it multiplies (kernels/cpu/math/formats.h).
+NATIVE = {kind.upper(): kind for kind in FORMATS if "_" in kind} | {"Q8_0": "q8", "Q4_1": "q4"}
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AT_ONCE = 2**17  # weights that a thread dequantises together: they stay in its core's cache
 ALONE = 2**15  # elements up to which torch starts no threads of its own to convert them
@@ -114,6 +117,12 @@ class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
     def __init__(self, places: GgufPlaces):
         self._places = places
 
+    def tell_rounded(self) -> None:
+        """Say in one line of the log which of the file's types the engine has no products for."""
+        kinds = {tensor.kind for tensor in self._places.tensors.values()} - NATIVE.keys() - VALUES.keys()
+        if kinds:
+            logger.warning("%s: %s: rounded to blocks of 8 bits", self._places.file.name, ", ".join(sorted(kinds)))
+
     @property
     def nbytes(self) -> int:
         """What the tensors take when packed: matrices in blocks, norms and biases as fp32."""
@@ -130,8 +139,9 @@ class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
             data = places.bytes_of(name)
             if kind in VALUES:
                 return valued(data, kind, places.shapes[name])
-            blocks = REPACKED[kind](data) if kind in REPACKED else rounded(data, kind)
-        check(finite(blocks), where(places, name), "inf or nan", "finite scales")
+            blocks = Blocks(NATIVE[kind], data) if kind in NATIVE else rounded(data, kind)
+            finite = blocks.finite()
+        check(finite, where(places, name), "inf or nan", "finite scales")
         return blocks
 
     def __iter__(self) -> Iterator[str]:
@@ -185,7 +195,8 @@ def rounded(data: Bytes, kind: str) -> Blocks:
     """Blocks of 8 bits from those of a type that the engine has none for."""
     from tokenswift_py.kernels.cpu import _native
 
-    out = np.empty((len(data), columns_of(data, kind) // BLOCK * BLOCK_BYTES["q8"]), np.uint8)
+    form = FORMATS["q8"]
+    out = np.empty((len(data), columns_of(data, kind) // form.weights * form.stored), np.uint8)
     by_rows(data, kind, lambda rows, values: _native.quantise(values, out[rows]))
     return Blocks("q8", out)
 
@@ -217,48 +228,5 @@ def packed_bytes(kind: str, shape: tuple[int, ...]) -> int:
     weights = int(np.prod(shape))
     if len(shape) == 1:
         return 4 * weights
-    return weights * BLOCK_BYTES["q4" if kind in ("Q4_0", "Q4_1", "Q4_K") else "q8"] // BLOCK
-
-
-def blocks_of(data: Bytes, size: int) -> Bytes:
-    """[rows, blocks of a row, size]"""
-    return data.reshape(len(data), -1, size)
-
-
-def from_q4_0(data: Bytes) -> Blocks:
-    """d (q - 8) = d q - 8 d"""
-    blocks = blocks_of(data, 18)
-    d, quants = blocks[..., :2].copy(), blocks[..., 2:]
-    m = np.float16(-8) * d.view(np.float16)
-    return Blocks("q4", np.concatenate([d, m.view(np.uint8), quants], -1).reshape(len(data), -1))
-
-
-def from_q4_k(data: Bytes) -> Blocks:
-    """A block of 256: d, dmin, eight 6-bit scales and minima, then 32 bytes for each two of the blocks of 32, whose
-    low halves are the first."""
-    from gguf.quants import Q4_K
-
-    blocks = data.reshape(-1, 144)
-    d, dmin = (blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32) for at in (0, 2))
-    scales, minima = Q4_K.get_scale_min(blocks[:, 4:16].copy())
-    with np.errstate(over="ignore"):  # it shows as not finite
-        halves = np.stack([d * scales, -dmin * minima], -1).astype(np.float16)  # [blocks, 8, 2]
-    pairs = blocks[:, 16:].reshape(-1, 4, 1, 32) >> np.array([0, 4], np.uint8)[:, None] & np.uint8(15)
-    quants = pairs.reshape(-1, 8, 2, 16)  # k = 0 .. 15 and 16 .. 31 of each block of 32
-    packed = quants[:, :, 0] | quants[:, :, 1] << np.uint8(4)
-    return Blocks("q4", np.concatenate([halves.view(np.uint8), packed], -1).reshape(len(data), -1))
-
-
-REPACKED: dict[str, Callable[[Bytes], Blocks]] = {
-    "Q8_0": lambda data: Blocks("q8", data),
-    "Q4_1": lambda data: Blocks("q4", data),
-    "Q4_0": from_q4_0,
-    "Q4_K": from_q4_k,
-}
-
-
-def finite(blocks: Blocks) -> bool:
-    """Whether all scales and minima are numbers."""
-    halves = 2 if blocks.kind == "q4" else 1
-    scales = blocks_of(blocks.data, BLOCK_BYTES[blocks.kind])[..., : 2 * halves].copy()
-    return bool(np.isfinite(scales.view(np.float16)).all())
+    form = FORMATS[NATIVE.get(kind, "q8")]
+    return weights * form.packed // form.weights

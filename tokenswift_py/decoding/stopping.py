@@ -46,6 +46,7 @@ class Stops:
         if strings and decode is None:
             raise ValueError("stop strings need a decoder")
         self.tokens_left = max_new_tokens
+        self.also: Callable[[History], bool] | None = None  # another end of the text, asked after each token
         self.loops = LoopDetector()
         self._on_loop = on_loop
         self._goes_on = goes_on
@@ -70,11 +71,12 @@ class Stops:
         self.tokens_left -= 1
         token = history[-1]
         loop = self.loops.push(token)
+        ended = self.also is not None and self.also(history)
         if loop and self._on_loop == "warn":
             logger.warning(loop_note(loop))
         if token in self._eos:
             return "eos"
-        if token in self._tokens or self._stopped_by(history):
+        if ended or token in self._tokens or self._stopped_by(history):
             return "stop"
         if self.loops.following and self._on_loop == "stop":
             return "loop"

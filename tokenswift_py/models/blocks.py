@@ -1,4 +1,4 @@
-"""Weights in blocks of 32 along the input dimension, as the C++ engine multiplies them (kernels/cpu/math/quant.h)."""
+"""Weights in blocks along the input dimension, as GGUF stores them and the C++ engine multiplies them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,43 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 32
-BLOCK_BYTES = {"q8": 34, "q4": 20}  # d (fp16) and 32 signed bytes; d, m (fp16) and 32 halves of bytes
-INT8_BYTES = BLOCK_BYTES["q8"] / BLOCK  # of one weight
+BLOCK = 32  # weights that share a scale, and activations that are rounded together
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """How a type of blocks is laid out; what its numbers mean is in kernels/cpu/math/formats.h.
+
+    weights: of a block. stored, packed: its bytes in a GGUF file and in the engine. halves: where its fp16 numbers are.
+    """
+
+    weights: int
+    stored: int
+    packed: int
+    halves: tuple[int, ...]
+
+
+FORMATS = {
+    "q8": BlockFormat(32, 34, 34, (0,)),
+    "q4": BlockFormat(32, 20, 20, (0, 2)),
+    "q4_0": BlockFormat(32, 18, 18, (0,)),
+    "q5_0": BlockFormat(32, 22, 22, (0,)),
+    "q5_1": BlockFormat(32, 24, 24, (0, 2)),
+    "q4_k": BlockFormat(256, 144, 148, (0, 2)),
+    "q5_k": BlockFormat(256, 176, 180, (0, 2)),
+    "q6_k": BlockFormat(256, 210, 210, (208,)),
+    "iq4_nl": BlockFormat(32, 18, 18, (0,)),
+    "iq4_xs": BlockFormat(256, 136, 138, (0,)),
+}
+INT8_BYTES = FORMATS["q8"].packed / BLOCK  # of one weight
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix whose rows are whole blocks, in the layout of GGUF's Q8_0 (q8: d q) or Q4_1 (q4: d q + m).
+    """A matrix whose rows are whole blocks, as GGUF stores them: q8 is its Q8_0, q4 its Q4_1, and the others are there
+    by their own names.
 
-    data: [rows, columns / 32 * BLOCK_BYTES[kind]] bytes.
+    data: [rows, blocks of a row * FORMATS[kind].stored] bytes.
     """
 
     kind: str
@@ -25,4 +52,12 @@ class Blocks:
     @property
     def shape(self) -> tuple[int, int]:
         """[output features, input features] of the matrix."""
-        return self.data.shape[0], self.data.shape[1] // BLOCK_BYTES[self.kind] * BLOCK
+        form = FORMATS[self.kind]
+        return self.data.shape[0], self.data.shape[1] // form.stored * form.weights
+
+    def finite(self) -> bool:
+        """Whether all scales and minima are numbers."""
+        blocks = self.data.reshape(-1, FORMATS[self.kind].stored)
+        return all(
+            bool(np.isfinite(blocks[:, at : at + 2].copy().view(np.float16)).all()) for at in FORMATS[self.kind].halves
+        )

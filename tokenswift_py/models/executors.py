@@ -173,9 +173,12 @@ class NativeExecutor:
         self.device = torch.device("cpu")
         self._checkpoint = checkpoint
         packed = DTYPES.get(dtype, torch.int8)
-        tensors: Mapping[str, torch.Tensor | Blocks] = (
-            checkpoint.blocks() if dtype == "gguf" else checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
-        )
+        tensors: Mapping[str, torch.Tensor | Blocks]
+        if dtype == "gguf":
+            tensors = checkpoint.blocks()
+            tensors.tell_rounded()
+        else:
+            tensors = checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
         self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads, team)
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 

@@ -107,37 +107,37 @@ std::string set_matrix(Decoder& decoder, const std::string& part, int layer, con
                        bool fewest_bits) {
   const MatrixSource source{sizeof(T) == 2 ? Element::bf16 : Element::f32, data.data(), size(data, 0), size(data, 1)};
   const nb::gil_scoped_release release;
-  switch (decoder.set_matrix(part, layer, source, fewest_bits)) {
-    case Element::bf16:
-      return "bf16";
-    case Element::f32:
-      return "fp32";
-    case Element::q8:
-      return "q8";
-    default:
-      return "q4";
+  const Element packed = decoder.set_matrix(part, layer, source, fewest_bits);
+  return in_blocks(packed) ? format_of(packed).name : packed == Element::bf16 ? "bf16" : "fp32";
+}
+
+Element element_in_blocks(const std::string& kind) {
+  for (int i = 0; i < element_count; ++i) {
+    if (in_blocks(Element(i)) && format_of(Element(i)).name == kind) return Element(i);
   }
+  throw std::invalid_argument("there are no blocks of kind '" + kind + "'");
 }
 
 void set_blocks(Decoder& decoder, const std::string& part, int layer, const std::string& kind,
                 const Array<const uint8_t, 2>& data) {
-  require(kind == "q8" || kind == "q4", "blocks are q8 or q4");
-  const int block_bytes = kind == "q8" ? q8_row_bytes : q4_row_bytes;
-  require(size(data, 1) % block_bytes == 0, "rows of blocks must be whole");
-  require(size(data, 1) / block_bytes <= INT32_MAX / block_size, "rows of blocks are too long");
-  const MatrixSource source{kind == "q8" ? Element::q8 : Element::q4, data.data(), size(data, 0),
-                            size(data, 1) / block_bytes * block_size};
+  const Element element = element_in_blocks(kind);
+  const BlockFormat format = format_of(element);
+  require(size(data, 1) % format.stored_bytes == 0, "rows of blocks must be whole");
+  require(size(data, 1) / format.stored_bytes <= INT32_MAX / format.weights, "rows of blocks are too long");
+  const MatrixSource source{element, data.data(), size(data, 0), size(data, 1) / format.stored_bytes * format.weights};
   const nb::gil_scoped_release release;
   decoder.set_matrix(part, layer, source);
 }
 
 void quantise(const Array<const float, 2>& weights, const Array<uint8_t, 2>& blocks) {
   const int rows = size(weights, 0), columns = size(weights, 1), count = columns / block_size;
+  constexpr int bytes = format_of(Element::q8).stored_bytes;
   require(columns % block_size == 0, "rows must be whole blocks of 32");
-  require(size(blocks, 0) == rows && blocks.shape(1) == count * q8_row_bytes, "blocks is [rows, blocks of a row * 34]");
+  require(size(blocks, 0) == rows && blocks.shape(1) == size_t(count) * bytes,
+          "blocks is [rows, blocks of a row * 34]");
   const nb::gil_scoped_release release;
   for (size_t i = 0; i < size_t(rows) * count; ++i) {
-    quantise_weights(weights.data() + i * block_size, reinterpret_cast<char*>(blocks.data()) + i * q8_row_bytes);
+    quantise_weights(weights.data() + i * block_size, reinterpret_cast<char*>(blocks.data()) + i * bytes);
   }
 }
 
@@ -294,7 +294,7 @@ NB_MODULE(_native, m) {
            "Returns what the matrix is made of: with fewest_bits, blocks of 4 bits instead of 8 where those suffice.")
       .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false)
       .def("set_blocks", &set_blocks, "part"_a, "layer"_a, "kind"_a, "data"_a.noconvert(),
-           "Rows of whole blocks as GGUF stores them: q8 is its Q8_0, q4 its Q4_1.")
+           "Rows of whole blocks as GGUF stores them, of a kind of math/formats.h.")
       .def(
           "set_vector",
           [](Decoder& decoder, const std::string& part, int layer, const Array<const float, 1>& data) {

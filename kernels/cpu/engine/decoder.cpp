@@ -99,9 +99,10 @@ Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
 Element Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   Matrix& matrix = linear_at(part, layer).weight;
-  const bool blocks = weights_ == Element::q8;
-  const bool four = blocks && (source.element == Element::q4 || (fewest && four_bits_suffice(*team_, source)));
-  Matrix packed(four ? Element::q4 : weights_, kernels_.panel, matrix.rows(), matrix.columns());
+  Element element = weights_;
+  if (in_blocks(weights_) && in_blocks(source.element)) element = source.element;
+  else if (in_blocks(weights_) && fewest && four_bits_suffice(*team_, source)) element = Element::q4;
+  Matrix packed(element, kernels_.panel, matrix.rows(), matrix.columns());
   try {
     packed.pack(*team_, source);
   } catch (const std::invalid_argument& error) {

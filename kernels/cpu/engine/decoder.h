@@ -46,8 +46,8 @@ struct Pass {
 // rounded to bf16 on the ISA that has bf16 dot products, and stays fp32 on the others.
 class Decoder {
  public:
-  // weights: q8 for those in blocks, each matrix q8 or q4 as it was set. Throws std::invalid_argument for shapes that
-  // the kernels cannot run.
+  // weights: q8 for those in blocks, each matrix in those that it was set to. Throws std::invalid_argument for shapes
+  // that the kernels cannot run.
   Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team);
   Decoder(const Decoder&) = delete;
 

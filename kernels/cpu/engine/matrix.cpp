@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/stored_blocks.h"
 #include "math/bf16.h"
 #include "math/quant.h"
 
@@ -16,13 +17,11 @@ namespace {
 // A step of one row is four bytes in either type of values: two bf16 or one fp32.
 constexpr size_t cell_bytes = 4;
 
-bool in_blocks(Element e) { return e == Element::q8 || e == Element::q4; }
-
 size_t bytes_of_step(Element e, int panel) {
-  if (e == Element::q8) return q8_block_bytes(panel);
-  if (e == Element::q4) return q4_block_bytes(panel);
-  return panel * cell_bytes;
+  return panel * (in_blocks(e) ? size_t(format_of(e).packed_bytes()) : cell_bytes);
 }
+
+int columns_of_step(Element e) { return in_blocks(e) ? format_of(e).weights : step_of(e); }
 
 // The 32 values from column `first` on, zero behind the last; and what lies behind nobody reads.
 void read_block(const MatrixSource& source, const char* row, int first, float* w) {
@@ -51,7 +50,7 @@ bool four_bits_suffice(Team& team, const MatrixSource& source) {
       const char* values = static_cast<const char*>(source.data) + row * source.row_bytes();
       for (int first = 0; first < source.columns; first += block_size) {
         float w[block_size], found[block_size];
-        char block[q4_row_bytes];
+        char block[format_of(Element::q4).stored_bytes];
         read_block(source, values, first, w);
         quantise_to_four_bits(w, block);
         widen_four_bits(block, found);
@@ -67,22 +66,23 @@ bool four_bits_suffice(Team& team, const MatrixSource& source) {
 }
 
 size_t MatrixSource::row_bytes() const {
-  if (element == Element::q8) return size_t(columns / block_size) * q8_row_bytes;
-  if (element == Element::q4) return size_t(columns / block_size) * q4_row_bytes;
+  if (in_blocks(element)) return size_t(columns / format_of(element).weights) * format_of(element).stored_bytes;
   return columns * bytes_of(element);
 }
 
 Matrix::Matrix(Element element, int panel, int rows, int columns)
     : element_(element), panel_(panel), rows_(rows), columns_(columns), step_bytes_(bytes_of_step(element, panel)) {
-  const int step = in_blocks(element) ? block_size : step_of(element);
+  const int step = columns_of_step(element);
   steps_ = (columns + step - 1) / step;
   data_ = Mapping(panels() * panel_bytes());
 }
 
 void Matrix::pack(Team& team, const MatrixSource& source) {
-  const bool same = source.element == element_, rounded = in_blocks(element_) && !in_blocks(source.element);
+  const bool same = source.element == element_;
+  const bool rounded = (element_ == Element::q8 || element_ == Element::q4) && !in_blocks(source.element);
   if (!same && !rounded) throw std::invalid_argument("values of a type that this matrix cannot hold");
-  if (source.rows != rows_ || source.columns != columns_ || (in_blocks(source.element) && columns_ % block_size)) {
+  if (source.rows != rows_ || source.columns != columns_ ||
+      (in_blocks(source.element) && columns_ % columns_of_step(element_))) {
     throw std::invalid_argument("[" + std::to_string(source.rows) + ", " + std::to_string(source.columns) +
                                 "] values for a matrix of [" + std::to_string(rows_) + ", " + std::to_string(columns_) +
                                 "]");
@@ -113,24 +113,17 @@ void Matrix::pack_values(const char* source, int row) {
 }
 
 void Matrix::pack_blocks(const char* source, int row) {
-  const int lane = row % panel_, halfs = element_ == Element::q4 ? 2 : 1, groups = element_ == Element::q4 ? 4 : 8;
-  for (int step = 0; step < steps_; ++step) {
-    char* at = step_at(row, step);
-    for (int i = 0; i < halfs; ++i, source += 2) std::memcpy(at + (i * panel_ + lane) * 2, source, 2);
-    char* quants = at + halfs * panel_ * 2 + lane * 4;
-    for (int group = 0; group < groups; ++group, source += 4) {
-      uint32_t four;
-      std::memcpy(&four, source, sizeof four);
-      if (element_ == Element::q8) four ^= 0x80808080u;  // adds 128 to each
-      std::memcpy(quants + group * panel_ * 4, &four, sizeof four);
-    }
+  PlainBlock block;
+  for (int step = 0; step < steps_; ++step, source += format_of(element_).stored_bytes) {
+    read_stored(element_, source, &block);
+    write_packed(element_, block, step_at(row, step), panel_, row % panel_);
   }
 }
 
 void Matrix::quantise(const MatrixSource& source, const char* values, int row) {
   thread_local Buffer<char> blocks;
   const bool q4 = element_ == Element::q4;
-  const size_t bytes = q4 ? q4_row_bytes : q8_row_bytes;
+  const size_t bytes = format_of(element_).stored_bytes;
   blocks.reserve(steps_ * bytes);
   for (int step = 0; step < steps_; ++step) {
     float w[block_size];
@@ -152,17 +145,9 @@ void Matrix::unpack_row(int row, float* out) const {
       out[2 * step] = to_float(pair[0]);
       if (2 * step + 1 < columns_) out[2 * step + 1] = to_float(pair[1]);
     } else {
-      const bool halves = element_ == Element::q4;
-      uint16_t d, m = 0;
-      std::memcpy(&d, at + lane * 2, sizeof d);
-      if (halves) std::memcpy(&m, at + (panel_ + lane) * 2, sizeof m);
-      const auto* quants = reinterpret_cast<const uint8_t*>(at) + (halves ? 4 : 2) * panel_ + lane * 4;
-      for (int i = 0; i < block_size; ++i) {
-        const int k = halves ? i % 16 : i;
-        const uint8_t byte = quants[k / 4 * panel_ * 4 + k % 4];
-        const int quant = !halves ? byte - 128 : i < 16 ? byte & 15 : byte >> 4;
-        out[step * block_size + i] = half_to_float(d) * float(quant) + half_to_float(m);
-      }
+      PlainBlock block;
+      read_packed(element_, at, panel_, lane, &block);
+      widen_block(element_, block, out + step * format_of(element_).weights);
     }
   }
 }

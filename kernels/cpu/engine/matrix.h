@@ -1,4 +1,4 @@
-// A weight matrix packed once for the kernels: [rows / panel][columns / step][panel][step], or in blocks (quant.h).
+// A weight matrix packed once for the kernels: [rows / panel][columns / step][panel][step], or in blocks (formats.h).
 #pragma once
 
 #include "isa/kernels.h"
@@ -11,7 +11,7 @@ namespace tokenswift {
 struct MatrixSource {
   Element element;
   const void* data;
-  int rows, columns;  // columns of blocks are a multiple of 32
+  int rows, columns;  // rows of blocks are whole blocks
 
   size_t row_bytes() const;
 };
@@ -35,7 +35,7 @@ class Matrix {
   // std::invalid_argument for other sizes and types.
   void pack(Team& team, const MatrixSource& source);
 
-  // Row `row` as fp32, what an embedding look-up reads. out: [columns], and room up to a multiple of 32
+  // Row `row` as fp32, what an embedding look-up reads. out: [columns], and room up to a whole block
   void unpack_row(int row, float* out) const;
 
  private:

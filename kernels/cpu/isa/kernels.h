@@ -13,8 +13,12 @@ constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to
 constexpr int longest_head = 512;     // values
 constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
 
-enum class Element { bf16, f32, q8, q4 };  // of weights; q8 and q4 are in blocks (quant.h)
-enum class PageType { bf16, f32, int8 };   // of cached keys and values
+// Of weights; all from q8 on are in blocks (formats.h).
+enum class Element { bf16, f32, q8, q4, q4_0, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
+constexpr int element_count = int(Element::iq4_xs) + 1;
+constexpr bool in_blocks(Element e) { return e >= Element::q8; }
+
+enum class PageType { bf16, f32, int8 };  // of cached keys and values
 
 constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
 constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
@@ -78,7 +82,7 @@ struct CopyKernels {
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
-  ElementKernels bf16, f32, q8, q4;
+  ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
   CopyKernels copies;
   // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
@@ -95,18 +99,7 @@ struct Kernels {
   void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                    float* out);
 
-  const ElementKernels& of(Element e) const {
-    switch (e) {
-      case Element::q8:
-        return q8;
-      case Element::q4:
-        return q4;
-      case Element::bf16:
-        return bf16;
-      default:
-        return f32;
-    }
-  }
+  const ElementKernels& of(Element e) const { return elements[int(e)]; }
   const PageKernels& of(PageType type) const {
     return type == PageType::bf16 ? bf16_pages : type == PageType::f32 ? f32_pages : int8_pages;
   }

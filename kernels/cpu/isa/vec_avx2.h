@@ -74,8 +74,17 @@ struct Isa {
   static Vec to_floats(Wholes a) { return _mm256_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
   static Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  static Bytes low_halves(Bytes a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
-  static Bytes high_halves(Bytes a) { return low_halves(_mm256_srli_epi16(a, 4)); }
+  template <int left, int mask>
+  static Bytes bits(Bytes a) {
+    const Bytes moved =
+        left < 0 ? _mm256_srli_epi16(a, left < 0 ? -left : 0) : _mm256_slli_epi16(a, left < 0 ? 0 : left);
+    return _mm256_and_si256(moved, _mm256_set1_epi8(mask));
+  }
+  static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+  static Bytes look_up(const uint8_t* sixteen, Bytes a) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), a);
+  }
   static Bytes repeat(const void* four) {
     int32_t bytes;
     std::memcpy(&bytes, four, sizeof bytes);
@@ -91,13 +100,23 @@ struct Isa {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
     return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
   }
+  using Shorts = __m256i;
+  static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
+  static Shorts shorts() { return _mm256_setzero_si256(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) {
+    return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
+  }
   static void store_bytes(uint8_t* p, Vec a) {
     const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));
     const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
     const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
   }
-  // The even and the odd ones of 16 int8 values.
+  // 8 int8 values; the even and the odd ones of 16.
+  static Vec widen(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static Vec widen_even(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));
   }

@@ -69,8 +69,19 @@ struct Isa {
   static Vec to_floats(Wholes a) { return _mm512_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static Bytes low_halves(Bytes a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
-  static Bytes high_halves(Bytes a) { return low_halves(_mm512_srli_epi16(a, 4)); }
+  // Every byte's bits, moved to the left by so many places and masked. The mask keeps no bit of a neighbour.
+  template <int left, int mask>
+  static Bytes bits(Bytes a) {
+    const Bytes moved =
+        left < 0 ? _mm512_srli_epi16(a, left < 0 ? -left : 0) : _mm512_slli_epi16(a, left < 0 ? 0 : left);
+    return _mm512_and_si512(moved, _mm512_set1_epi8(mask));
+  }
+  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+  // The bytes at these places, 0 .. 15, of a table.
+  static Bytes look_up(const uint8_t* sixteen, Bytes a) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a);
+  }
   static Bytes repeat(const void* four) {
     int32_t bytes;
     std::memcpy(&bytes, four, sizeof bytes);
@@ -82,6 +93,12 @@ struct Isa {
   static Unsigned unsigned_bytes(Bytes a) { return a; }
   static Signed signed_bytes(Bytes a) { return a; }
   static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm512_dpbusd_epi32(a, w, x); }
+  // Sums of so many dot products with w of so few bits as 16 bits may hold, where these are faster.
+  using Shorts = Wholes;
+  static constexpr int short_dots(int) { return 8; }
+  static Shorts shorts() { return _mm512_setzero_si512(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, w, x); }
+  static Wholes add_shorts(Wholes a, Shorts b) { return _mm512_add_epi32(a, b); }
 #else
   // By 16-bit products, for those of 8 bits saturate.
   struct Unsigned {
@@ -97,6 +114,13 @@ struct Isa {
   static Wholes dot(Wholes a, Unsigned w, Signed x) {
     const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
     return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
+  }
+  using Shorts = __m512i;
+  static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
+  static Shorts shorts() { return _mm512_setzero_si512(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm512_add_epi16(a, _mm512_maddubs_epi16(w, x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) {
+    return _mm512_add_epi32(a, _mm512_madd_epi16(b, _mm512_set1_epi16(1)));
   }
 #endif
   // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.

@@ -90,8 +90,17 @@ struct Isa {
     return Vec{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
   }
   static Bytes load_bytes(const uint8_t* p) { return from<Words>(p); }
-  static Bytes low_halves(Bytes a) { return a & 0x0f0f0f0fu; }
-  static Bytes high_halves(Bytes a) { return a >> 4 & 0x0f0f0f0fu; }
+  template <int left, int mask>
+  static Bytes bits(Bytes a) {
+    return (left < 0 ? a >> (left < 0 ? -left : 0) : a << (left < 0 ? 0 : left)) & (mask * 0x01010101u);
+  }
+  static Bytes either(Bytes a, Bytes b) { return a | b; }
+  static Bytes look_up(const uint8_t* sixteen, Bytes a) {
+    uint8_t bytes[sizeof a];
+    std::memcpy(bytes, &a, sizeof a);
+    for (uint8_t& byte : bytes) byte = sixteen[byte];
+    return from<Bytes>(bytes);
+  }
   static Bytes repeat(const void* four) {
     uint32_t bytes;
     std::memcpy(&bytes, four, sizeof bytes);
@@ -105,12 +114,18 @@ struct Isa {
     for (int i = 0; i < 4; ++i) a = fma(w.of[i], x.of[i], a);
     return a;
   }
+  using Shorts = Wholes;
+  static constexpr int short_dots(int) { return 8; }
+  static Shorts shorts() { return zero(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
+  static Wholes add_shorts(Wholes a, Shorts b) { return a + b; }
   static void store_bytes(uint8_t* p, Vec a) {
     const Vec pushed = a + 12582912.0f;
     const Words bits = from<Words>(&pushed);
     for (int i = 0; i < lanes; ++i) p[i] = uint8_t(bits[i]);
   }
-  // The even and the odd ones of 8 int8 values.
+  // 4 int8 values; the even and the odd ones of 8.
+  static Vec widen(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
   static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
   static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
 

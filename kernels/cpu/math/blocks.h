@@ -1,5 +1,9 @@
-// Rows of activations times one packed panel of block-quantised weights (quant.h).
+// Rows of activations times one packed panel of block-quantised weights (formats.h, quant.h).
 #pragma once
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
 
 #include "math/gemm.h"
 #include "math/quant.h"
@@ -9,78 +13,157 @@ namespace {
 
 constexpr int gemm_columns = Isa::gemm_vectors * Isa::lanes;
 
-struct Q8 {
-  static constexpr size_t bytes = q8_block_bytes(gemm_columns);
-  static constexpr bool has_minimum = false;
-  static constexpr int zero = 128;  // the quant that stands for 0
+// Sums of products of bytes: `groups` of them in one Sum, which begins where the others ended, or joins them.
+struct ByteDot {
+  using Unsigned = Isa::Unsigned;
+  using Signed = Isa::Signed;
+  using Sum = Isa::Wholes;
+  static constexpr int groups(int) { return 8; }
+  static Unsigned unsigned_bytes(Isa::Bytes a) { return Isa::unsigned_bytes(a); }
+  static Signed signed_bytes(Isa::Bytes a) { return Isa::signed_bytes(a); }
+  static Sum begin(Isa::Wholes before) { return before; }
+  static Sum add(Sum sum, const Unsigned& w, const Signed& x) { return Isa::dot(sum, w, x); }
+  static Isa::Wholes end(Isa::Wholes, Sum sum) { return sum; }
+};
 
-  // Four k of one vector of columns; group = 4 * half + g.
-  static Isa::Bytes load(const uint8_t* quants, int half, int g, int j) {
-    return Isa::load_bytes(quants + ((4 * half + g) * gemm_columns + j * Isa::lanes) * 4);
+// The same for weights of up to 6 bits.
+struct ShortDot {
+  using Unsigned = Isa::Bytes;
+  using Signed = Isa::Bytes;
+  using Sum = Isa::Shorts;
+  static constexpr int groups(int bits) { return Isa::short_dots(bits); }
+  static Unsigned unsigned_bytes(Isa::Bytes a) { return a; }
+  static Signed signed_bytes(Isa::Bytes a) { return a; }
+  static Sum begin(Isa::Wholes) { return Isa::shorts(); }
+  static Sum add(Sum sum, Unsigned w, Signed x) { return Isa::short_dot(sum, w, x); }
+  static Isa::Wholes end(Isa::Wholes before, Sum sum) { return Isa::add_shorts(before, sum); }
+};
+
+// A block of 32 weights in a panel, at its s.
+template <Element element>
+struct PackedBlock {
+  static constexpr BlockFormat format = format_of(element);
+  static constexpr int bytes = gemm_columns * (format.scale_bytes() + 4 * format.bits);
+  static constexpr int parts = format.scales == 2 ? 2 : 1;  // that are summed alone
+  using Dot = std::conditional_t < format.bits<8 && !format.codebook, ShortDot, ByteDot>;
+
+  const uint8_t* at;
+
+  Isa::Bytes word(int index, int j) const {
+    const int first = format.scale_bytes() + 4 * index;
+    return Isa::load_bytes(at + first * gemm_columns + j * Isa::lanes * 4);
+  }
+
+  // Quants k = 4 g .. 4 g + 3 of one vector of columns.
+  template <int g>
+  Isa::Bytes quants(int j) const {
+    if constexpr (format.bits == 8) {
+      return word(g, j);
+    } else {
+      const Isa::Bytes low = Isa::bits < g<4 ? 0 : -4, 15>(word(g % 4, j));
+      if constexpr (format.codebook) return Isa::look_up(iq4_codebook, low);
+      if constexpr (format.bits == 4) return low;
+      constexpr int mask = (1 << format.bits) - 16;
+      return Isa::either(low, Isa::bits<4 - high_shift(format.bits, g), mask>(word(high_word(format.bits, g), j)));
+    }
+  }
+
+  // The s of a part, or with index = scales t, as floats.
+  Vec whole(int index, int j) const {
+    return Isa::widen(reinterpret_cast<const int8_t*>(at) + index * gemm_columns + j * Isa::lanes);
   }
 };
 
-struct Q4 {
-  static constexpr size_t bytes = q4_block_bytes(gemm_columns);
-  static constexpr bool has_minimum = true;
-  static constexpr int zero = 0;
+// f(i) for i = first .. first + count - 1, known when compiled.
+template <int first, int count, class F, int... i>
+inline __attribute__((always_inline)) void each_of(F f, std::integer_sequence<int, i...>) {
+  (f(std::integral_constant<int, first + i>{}), ...);
+}
+template <int first, int count, class F>
+inline __attribute__((always_inline)) void each_of(F f) {
+  each_of<first, count>(f, std::make_integer_sequence<int, count>{});
+}
 
-  static Isa::Bytes load(const uint8_t* quants, int half, int g, int j) {
-    const Isa::Bytes both = Isa::load_bytes(quants + (g * gemm_columns + j * Isa::lanes) * 4);
-    return half ? Isa::high_halves(both) : Isa::low_halves(both);
-  }
-};
+// sums[i][j] += the quants of part `part` times those of row i, which are `x_stride` blocks apart.
+template <class Block, int part, int M, int V>
+inline __attribute__((always_inline)) void sum_part(Isa::Wholes (&sums)[M][V], const Block& block,
+                                                    const ActivationBlock* x, size_t x_stride) {
+  using Dot = typename Block::Dot;
+  constexpr int groups = 8 / Block::parts, together = std::min(groups, Dot::groups(Block::format.bits));
+  each_of<0, groups / together>([&](auto run) __attribute__((always_inline)) {
+    typename Dot::Sum some[M][V];
+    each<M, V>([&](int i, int j) { some[i][j] = Dot::begin(sums[i][j]); });
+    each_of<part * groups + run * together, together>([&](auto g) __attribute__((always_inline)) {
+      typename Dot::Unsigned quads[V];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) quads[j] = Dot::unsigned_bytes(block.template quants<g>(j));
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i) {
+        const typename Dot::Signed factors = Dot::signed_bytes(Isa::repeat(x[i * x_stride].quants + g * 4));
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) some[i][j] = Dot::add(some[i][j], quads[j], factors);
+      }
+    });
+    each<M, V>([&](int i, int j) { sums[i][j] = Dot::end(sums[i][j], some[i][j]); });
+  });
+}
 
-template <class Kind, int M>
-void multiply_blocks(const char* panel, int blocks, const ActivationBlock* x, size_t x_stride, float* out,
+// acc[i][j] of a part of a block: see quant.h.
+template <class Block, int part, int M, int V>
+inline __attribute__((always_inline)) void add_part(Vec (&acc)[M][V], const Block& block, const uint16_t* halves,
+                                                    const ActivationBlock* x, size_t x_stride) {
+  constexpr BlockFormat format = Block::format;
+  Isa::Wholes sums[M][V];
+  each<M, V>([&](int i, int j) {
+    const ActivationBlock& row = x[i * x_stride];
+    const int32_t sum = Block::parts == 1 ? row.sum : part == 0 ? row.first_sum : row.sum - row.first_sum;
+    sums[i][j] = Isa::wholes(-format.zero * sum);
+  });
+  sum_part<Block, part>(sums, block, x, x_stride);
+  each<M, V>([&](int i, int j) {
+    const ActivationBlock& row = x[i * x_stride];
+    Vec d = Isa::load_halfs(halves + j * Isa::lanes);
+    if constexpr (format.scales > 0) d = Isa::mul(d, block.whole(part, j));
+    acc[i][j] = Isa::fma(Isa::mul(d, Isa::splat(row.scale)), Isa::to_floats(sums[i][j]), acc[i][j]);
+    if constexpr (format.minimum) {
+      Vec minimum = Isa::load_halfs(halves + gemm_columns + j * Isa::lanes);
+      if constexpr (format.scales > 0) minimum = Isa::mul(minimum, block.whole(format.scales, j));
+      acc[i][j] = Isa::fma(minimum, Isa::splat(row.scaled_sum), acc[i][j]);
+    }
+  });
+}
+
+template <Element element, int M>
+void multiply_blocks(const char* panel, int steps, const ActivationBlock* x, size_t x_stride, float* out,
                      size_t out_stride) {
+  using Block = PackedBlock<element>;
+  constexpr BlockFormat format = Block::format;
   constexpr int V = Isa::gemm_vectors;
   Vec acc[M][V];
   each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
-  for (int block = 0; block < blocks; ++block, panel += Kind::bytes, ++x) {
-    const auto* d = reinterpret_cast<const uint16_t*>(panel);
-    const auto* quants = reinterpret_cast<const uint8_t*>(d + (Kind::has_minimum ? 2 : 1) * gemm_columns);
+  for (int step = 0; step < steps; ++step) {
+    const auto* halves = reinterpret_cast<const uint16_t*>(panel);
+    panel += format.halves() * 2 * gemm_columns;
+    for (int i = 0; i < format.blocks(); ++i, panel += Block::bytes, ++x) {
 #pragma GCC unroll 32
-    for (size_t at = 0; at < Kind::bytes; at += line_bytes) Isa::prefetch(panel + prefetch_bytes + at);
-    Isa::Wholes sums[M][V];
-    each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-Kind::zero * x[i * x_stride].sum); });
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) {
-        Isa::Unsigned quads[V];
-#pragma GCC unroll 4
-        for (int j = 0; j < V; ++j) quads[j] = Isa::unsigned_bytes(Kind::load(quants, half, g, j));
-#pragma GCC unroll 12
-        for (int i = 0; i < M; ++i) {
-          const Isa::Signed factors = Isa::signed_bytes(Isa::repeat(x[i * x_stride].quants + (4 * half + g) * 4));
-#pragma GCC unroll 4
-          for (int j = 0; j < V; ++j) sums[i][j] = Isa::dot(sums[i][j], quads[j], factors);
-        }
-      }
+      for (int at = 0; at < Block::bytes; at += line_bytes) Isa::prefetch(panel + prefetch_bytes + at);
+      const Block block{reinterpret_cast<const uint8_t*>(panel)};
+      add_part<Block, 0>(acc, block, halves, x, x_stride);
+      if constexpr (Block::parts == 2) add_part<Block, 1>(acc, block, halves, x, x_stride);
     }
-    each<M, V>([&](int i, int j) {
-      const ActivationBlock& row = x[i * x_stride];
-      const Vec scale = Isa::mul(Isa::load_halfs(d + j * Isa::lanes), Isa::splat(row.scale));
-      acc[i][j] = Isa::fma(scale, Isa::to_floats(sums[i][j]), acc[i][j]);
-      if constexpr (Kind::has_minimum) {
-        const Vec minimum = Isa::load_halfs(d + gemm_columns + j * Isa::lanes);
-        acc[i][j] = Isa::fma(minimum, Isa::splat(row.scaled_sum), acc[i][j]);
-      }
-    });
   }
   each<M, V>([&](int i, int j) { Isa::store(out + i * out_stride + j * Isa::lanes, acc[i][j]); });
 }
 
-template <class Kind>
+template <Element element>
 struct Blocks {
   using Operand = ActivationBlock;
   static constexpr int operand_bytes = activation_bytes, values_an_operand = block_size;
   static constexpr int rows = Isa::block_rows;
 
   template <int M>
-  static void tile(const void* panel, int blocks, const Operand* x, size_t x_stride, float* out, size_t out_stride) {
-    multiply_blocks<Kind, M>(static_cast<const char*>(panel), blocks, x, x_stride, out, out_stride);
+  static void tile(const void* panel, int steps, const Operand* x, size_t x_stride, float* out, size_t out_stride) {
+    multiply_blocks<element, M>(static_cast<const char*>(panel), steps, x, x_stride, out, out_stride);
   }
 
   static void round(const float* x, int n, Operand* out) { quantise_row(x, n, out); }

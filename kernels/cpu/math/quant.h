@@ -1,42 +1,31 @@
-// Weights in blocks of 32 along k, and the activations that meet them.
+// Activations that meet weights in blocks (formats.h), and weights rounded to blocks.
 //
-//   q8   w[k] = d (q[k] - 128)     d is fp16, q an unsigned byte    8.5 bits a weight
-//   q4   w[k] = d q[k] + m         d and m are fp16, q has 4 bits    5 bits a weight
-//
-// Activations are rounded block by block too: x[k] = scale * quant[k]. A block's sum over k is one of whole numbers
+// Activations are rounded in blocks of 32 too: x[k] = scale * quant[k]. A block's sum over k is one of whole numbers
 // and exact, so only the order of the blocks is left to fix: ascending, with fused multiply-adds in fp32,
 //
-//   q8   acc = fma(d * scale, sum((q - 128) * quant), acc)
-//   q4   acc = fma(m, scale * sum(quant), fma(d * scale, sum(q * quant), acc))
+//   without a minimum   acc = fma((d * s) * scale, sum((q - zero) * quant), acc)
+//   with m              acc = fma(m, scale * sum(quant), fma(d * scale, sum(q * quant), acc))
+//   with dmin and t     acc = fma(-dmin * t, scale * sum(quant), fma((d * s) * scale, sum(q * quant), acc))
 //
-// which has the same bits on every ISA that fuses.
+// where s is 1 in formats without it. Where each 16 weights have their own s, they are summed alone: first those of
+// k = 0 .. 15, then the others. So every ISA that fuses has the same bits.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
+#include "math/formats.h"
 #include "math/half.h"
 
 namespace tokenswift {
 
-constexpr int block_size = 32;
-
-// Packed, a block of a panel is d [columns], with q4 then m [columns], then the quants, in groups of 4 along k:
-//   q8   [8 groups][columns][4]
-//   q4   [4 groups][columns][4], the low halves of the bytes k = 0 .. 15, the high ones k = 16 .. 31
-constexpr size_t q8_block_bytes(int columns) { return size_t(columns) * (2 + 32); }
-constexpr size_t q4_block_bytes(int columns) { return size_t(columns) * (2 + 2 + 16); }
-
-// A row's block as it comes in, which is how GGUF stores Q8_0 and Q4_1: d and 32 signed bytes; d, m and 16 bytes of
-// halves as above.
-constexpr size_t q8_row_bytes = 2 + 32, q4_row_bytes = 2 + 2 + 16;
-
 // 32 activations. Two bytes a value, so that rows of them are laid out as those of bf16.
 struct alignas(64) ActivationBlock {
-  float scale;       // max |x| / 127
-  float scaled_sum;  // scale * sum
-  int32_t sum;       // of the quants
+  float scale;        // max |x| / 127
+  float scaled_sum;   // scale * sum
+  int32_t sum;        // of the quants
+  int32_t first_sum;  // of the first 16
   int8_t quants[block_size];
 };
 constexpr int activation_bytes = sizeof(ActivationBlock) / block_size;
@@ -64,14 +53,12 @@ inline void quantise_row(const float* x, int n, ActivationBlock* out) {
     const float top = largest(block);
     const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
     out->scale = top / 127.0f;
-    int32_t sum = 0;
-    for (int i = 0; i < block_size; ++i) {
-      const int32_t quant = nearest_whole(block[i] * inverse);
-      out->quants[i] = int8_t(quant);
-      sum += int8_t(quant);
-    }
-    out->sum = sum;
-    out->scaled_sum = out->scale * float(sum);
+    for (int i = 0; i < block_size; ++i) out->quants[i] = int8_t(nearest_whole(block[i] * inverse));
+    int32_t sums[2] = {};
+    for (int i = 0; i < block_size; ++i) sums[i / (block_size / 2)] += out->quants[i];
+    out->first_sum = sums[0];
+    out->sum = sums[0] + sums[1];
+    out->scaled_sum = out->scale * float(out->sum);
   }
 }
 

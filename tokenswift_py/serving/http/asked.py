@@ -27,12 +27,14 @@ class Asked:
     settings: fields of `Options`, for all texts alike.
     choices:  for each text the number of its prompt and its sample number (`Options.stream`).
     names:    what the request calls fields of `Options`, where that is another name.
+    priority: the higher, the sooner they are served.
     """
 
     prompts: Sequence[list[int]]
     settings: dict[str, Any]
     choices: Sequence[tuple[int, int]]
     names: dict[str, str]
+    priority: float = 0.0
 
 
 class Server:
@@ -107,7 +109,7 @@ class Server:
         check(wanted <= ceiling, most_name, wanted, f"this server writes at most {ceiling} tokens a text")
         first = request.sample or 0
         samples = [(prompt, first + number) for prompt in range(len(found)) for number in range(n or 1)]
-        return Asked(found, {**settings, "max_new_tokens": wanted}, samples, names)
+        return Asked(found, {**settings, "max_new_tokens": wanted}, samples, names, request.priority or 0.0)
 
     def tokens(self, field: str, prompt: Prompt, settings: dict[str, Any]) -> list[int]:
         """Token ids of a prompt."""

@@ -73,12 +73,14 @@ class Request(OwnParameters):  # type: ignore[misc]
     """What all requests for texts may have.
 
     sample: number of the first text: `n` texts are samples `sample`, `sample` + 1, ... of one prompt and seed.
+    priority: the higher, the sooner the texts are served; others that wait catch up.
     """
 
     model: str | None = Field(default=None, description="this server's model, or nothing")
     stream: bool | None = None
     user: str | None = None
     sample: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    priority: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def asks_for_nothing_else(self) -> Any:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from tokenswift_py.errors import SHOWN, UserError
+from tokenswift_py.errors import UserError, shown
 
 logger = logging.getLogger("tokenswift")
 
@@ -87,19 +87,22 @@ def of_user_error(error: UserError, names: dict[str, str] | None = None) -> Refu
     return Refusal(400, message, asked)
 
 
+TAG = re.compile(r"str|int|float|bool|\w+\[.*")  # in the place of an error: which of several shapes it was held against
+
+
 def of_validation(error: RequestValidationError) -> Refusal:
-    """The first thing that is wrong, with its place in the body."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
+    """What is wrong deepest in the body, which is where a client meant to be right, with its place."""
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    place = [str(part) for part in found["loc"] if part != "body" and not TAG.fullmatch(str(part))]
     param = ".".join(place) or None
-    if first["type"] == "json_invalid":
-        return Refusal(400, f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    if first["type"] == "extra_forbidden":
+    if found["type"] == "json_invalid":
+        return Refusal(400, f"the body is no JSON: {found.get('ctx', {}).get('error', found['msg'])}")
+    if found["type"] == "extra_forbidden":
         return Refusal(400, f"{param}: no such parameter here", param, "unknown_parameter")
-    value = repr(first.get("input"))
-    shown = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
-    reason = first["msg"].removeprefix("Value error, ")
-    return Refusal(400, f"{param or 'body'}: {shown} is not allowed; {reason}", param)
+    if found["type"] == "missing":
+        return Refusal(400, f"{param or 'body'}: it is missing", param, "missing_required_parameter")
+    reason = found["msg"].removeprefix("Value error, ")
+    return Refusal(400, f"{param or 'body'}: {shown(found.get('input'))} is not allowed; {reason}", param)
 
 
 def of_failure(error: BaseException) -> Refusal:

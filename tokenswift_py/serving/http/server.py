@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http import protocol, refusals
 from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, dumped
 from tokenswift_py.serving.http.asked import Asked, Server
@@ -61,7 +62,7 @@ class Service:
     """
 
     def __init__(
-        self, engine: Any, name: str, limits: Limits | None = None, key: str | None = None,
+        self, engine: Engine, name: str, limits: Limits | None = None, key: str | None = None,
         hosts: Collection[str] | None = None, cors: Sequence[str] = (),
     ):  # fmt: skip
         self.engine, self.name, self.limits = engine, name, limits or Limits()

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.runs.result import Piece, Result
+from tokenswift_py.serving.engine import Busy, Engine, Text
 from tokenswift_py.serving.http.asked import Asked
 from tokenswift_py.serving.http.metrics import Metrics
 from tokenswift_py.serving.http.refusals import RETRY_AFTER, Refusal, of_failure, of_user_error
@@ -53,7 +53,7 @@ class Texts:
     the texts may have.
     """
 
-    def __init__(self, texts: Sequence[Any], timeout: float, metrics: Metrics, began: float):
+    def __init__(self, texts: Sequence[Text], timeout: float, metrics: Metrics, began: float):
         self.texts = texts
         self.began = began
         self._metrics = metrics
@@ -66,13 +66,14 @@ class Texts:
             text.listen(lambda piece, index=index: self._hear(index, piece))
 
     @classmethod
-    async def submit(cls, engine: Any, asked: Asked, timeout: float, metrics: Metrics, began: float) -> Texts:
+    async def submit(cls, engine: Engine, asked: Asked, timeout: float, metrics: Metrics, began: float) -> Texts:
         """All texts or none. Raises Refusal."""
-        handed: list[Any] = []
+        handed: list[Text] = []
 
         def submit() -> None:  # which makes tables of positions, and the like
             for prompt, sample in asked.choices:
-                handed.append(engine.submit(asked.prompts[prompt], **asked.settings, stream=sample))
+                settings = {**asked.settings, "stream": sample}
+                handed.append(engine.submit(asked.prompts[prompt], priority=asked.priority, **settings))
 
         try:
             await run_in_threadpool(submit)
@@ -81,7 +82,7 @@ class Texts:
                 text.cancel()
             if isinstance(error, UserError):
                 raise of_user_error(error, asked.names) from error
-            if type(error).__name__ == "Busy":
+            if isinstance(error, Busy):
                 raise Refusal(429, f"the server is busy: {error}", None, "queue_full", RETRY_AFTER) from error
             raise
         return cls(handed, timeout, metrics, began)

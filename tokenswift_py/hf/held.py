@@ -1,0 +1,202 @@
+"""A model that transformers has loaded, as the executors want it: its config and its own tensors, not copies."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, WEIGHTS, Checkpoint
+from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
+from tokenswift_py.errors import check
+from tokenswift_py.memory import check_memory
+from tokenswift_py.models.executors import ENGINES, Executor, choose_engine, load
+from tokenswift_py.models.spec import ModelSpec
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Libraries whose modules compute what the executors compute; of a module of any other nobody can know.
+KNOWN = ("transformers.", "torch.nn.")
+EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+class HeldTensors(Tensors):
+    """Tensors of a model in memory, under the names of its checkpoint. `to` gives the tensors themselves where type and
+    device are theirs; one that is asked for by its name is on the CPU, copied only from a GPU."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(device, dtype) for name, tensor in self._tensors.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True)
+class HeldCheckpoint(Checkpoint):
+    """A checkpoint whose weights are in memory; no folder stands behind it."""
+
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
+        """The model's own. Raises ValueError where a part is asked for: one process holds the model."""
+        if part is not None:
+            raise ValueError("a model in memory is not shared out to several processes")
+        return HeldTensors(self.held)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.held[EMBEDDING].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.held[EMBEDDING].device
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a model is run, as in `TokenSwift.from_pretrained`, but for the defaults: engine torch over the model's own
+    tensors, in the type that they have. engine native packs a copy of its own, on a CPU."""
+
+    engine: str = "torch"
+    dtype: str | None = None
+    kv_dtype: str | None = None
+    attention: str = "auto"
+    threads: int | None = None
+    deterministic: str = "auto"
+
+    def __post_init__(self) -> None:
+        check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        known = [name for name in WEIGHTS if name != "gguf"]
+        check(self.dtype in (None, *known), "dtype", self.dtype, f"one of {', '.join(known)}")
+        check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", self.kv_dtype, f"one of {', '.join(KV_DTYPES)}")
+
+
+@dataclass
+class Held:
+    """What is kept of a model from call to call: executors of the weights as they were then.
+
+    state: what changes whenever a tensor is written to or replaced.
+    """
+
+    state: tuple[Any, ...]
+    checkpoint: HeldCheckpoint
+    executors: dict[EngineSettings, Executor] = field(default_factory=dict)
+
+
+_held: WeakKeyDictionary[torch.nn.Module, Held] = WeakKeyDictionary()
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Forget what was kept of a model. Needed where its weights were changed in a way that PyTorch does not count, as
+    through `.data`, and engine native has a copy of them."""
+    _held.pop(model, None)
+
+
+def held(model: Any) -> Held:
+    """The model's tensors, and what was made of them as long as they are the same. Raises UserError for a model that
+    the executors would not compute as transformers does."""
+    check_plain(model)
+    spec = ModelSpec.from_config(model.config)
+    tensors = tensors_of(model, spec)
+    state = (spec, *(version_of(tensor) for tensor in tensors.values()))
+    kept = _held.get(model)
+    if kept is None or kept.state != state:
+        name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        checkpoint = HeldCheckpoint(name, Path(name), model.config, spec, {}, (), held=tensors)
+        kept = _held[model] = Held(state, checkpoint)
+    return kept
+
+
+def executor_of(kept: Held, settings: EngineSettings) -> Executor:
+    """Made at its first use. Raises UserError for settings that this model cannot have, and where a copy of the weights
+    does not fit."""
+    if settings not in kept.executors:
+        checkpoint = kept.checkpoint
+        own = next((name for name, dtype in DTYPES.items() if dtype == checkpoint.dtype), None)
+        allowed = "a model in torch.bfloat16 or torch.float32"
+        check(own is not None, "model: dtype", checkpoint.dtype, allowed)
+        assert own is not None
+        dtype, device = settings.dtype or own, checkpoint.device
+        engine = choose_engine(settings.engine, device, settings.attention)
+        if engine == "torch":
+            check(dtype == own, "dtype", dtype, f"engine torch runs the model's own weights, which are {own}")
+        else:
+            what = f"engine native's copy of {checkpoint.name} in {dtype}"
+            check_memory(checkpoint.weight_bytes(dtype), device, what)
+        kept.executors[settings] = load(
+            checkpoint, engine, dtype, settings.kv_dtype, device, settings.attention, settings.threads,
+            settings.deterministic,
+        )  # fmt: skip
+    return kept.executors[settings]
+
+
+def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """The model's tensors under the names of its checkpoint: views where transformers keeps several as one. Raises
+    UserError for one that is missing, misshapen or elsewhere than the others, and for one that no executor reads."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    found = {name: named(state, name) for name in spec.shapes()}
+    first = found[EMBEDDING]
+    for name, shape in spec.shapes().items():
+        tensor = found[name]
+        check(tuple(tensor.shape) == shape, f"model: tensor {name}", tuple(tensor.shape), f"it must be {shape}")
+        alike = (tensor.dtype, tensor.device) == (first.dtype, first.device)
+        kind = f"{tensor.dtype} on {tensor.device}"
+        check(alike, f"model: tensor {name}", kind, f"all must be {first.dtype} on {first.device}, as the embedding is")
+    tied = not spec.tied or HEAD not in state or state[HEAD].data_ptr() == first.data_ptr()
+    check(tied, f"model: tensor {HEAD}", "one of its own", "the config ties it to the embedding")
+    storages = {tensor.untyped_storage().data_ptr() for tensor in found.values()}
+    unread = [name for name, tensor in state.items() if tensor.untyped_storage().data_ptr() not in storages]
+    check(not unread, "model: tensor", unread[:1], "no model of this config has it, and the text may depend on it")
+    return found
+
+
+def named(state: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """A tensor of a checkpoint in a model's state: transformers stacks the experts of a layer, gate above up."""
+    if name in state:
+        return state[name]
+    if match := EXPERT.fullmatch(name):
+        at, expert, kind = match[1], int(match[2]), match[3]
+        whole = state.get(f"{at}.down_proj" if kind == "down" else f"{at}.gate_up_proj")
+        if whole is not None and whole.ndim == 3 and expert < len(whole):
+            return whole[expert] if kind == "down" else whole[expert].chunk(2)[("gate", "up").index(kind)]
+    check(False, f"model: tensor {name}", None, "the model must hold it (adapters must be merged first)")
+    raise AssertionError
+
+
+def version_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What changes with every change of the tensor that PyTorch counts. (It counts none for tensors that were made in
+    inference mode.)"""
+    count = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), count, tensor.dtype, tensor.device, tuple(tensor.shape)
+
+
+def check_plain(model: Any) -> None:
+    """Raise UserError for a model of whose modules some do what its config does not tell: another library's, hooks of
+    the user's, a replaced `forward`, dropout."""
+    for name, module in model.named_modules():
+        kind, at = type(module), f"model: module {name or 'model'}"
+        mine = f"{kind.__module__}.".startswith(KNOWN)
+        check(mine, at, f"{kind.__module__}.{kind.__qualname__}", "transformers' own modules (merge or remove others)")
+        hooks: Sequence[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        foreign = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+        check(not foreign, at, "a forward hook", "none is run here; remove it")
+        check("forward" not in vars(module), at, "another forward", "it is not run here; remove it")
+    dropout = getattr(model.config, "attention_dropout", 0.0) if model.training else 0.0
+    check(not dropout, "model: attention_dropout", dropout, "a model in training mode drops out; call model.eval()")
