@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenswift_py.cli.arguments import Parser, number, whole
+from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import world_size
@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     door.add_argument("--api-key", help=f"what clients must send; also from the environment, {KEY} (default: none)")
     door.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask (repeatable)")
     door.add_argument("--served-name", help="the model's name in requests (default: the model's, without folders)")
+    door.add_argument("--data", type=named_path, metavar="DIR",
+                      help="jobs are kept here and outlive the server; a page at / shows them (default: no jobs)")  # fmt: skip
     limits, default = root.add_argument_group("limits"), Limits()
     limits.add_argument("--max-body", type=whole, default=default.body_mib, metavar="MIB",
                         help=f"of a request (default: {default.body_mib})")  # fmt: skip
@@ -84,6 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.serving.http.gate import LOOPBACK
     from tokenswift_py.serving.http.run import bound, serve
     from tokenswift_py.serving.http.server import Service
+    from tokenswift_py.serving.jobs.jobs import Jobs
 
     with bound(args.host, args.port) as listening:  # before the model is loaded: an address that is taken is told soon
         swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
@@ -91,8 +94,9 @@ def main(arguments: Sequence[str]) -> int:
             swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,
             kv_tokens=args.kv_tokens,
         )  # fmt: skip
+        jobs = None if args.data is None else Jobs(engine, args.data)
         name = args.served_name or Path(args.model).name
-        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host}, args.cors)
+        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host}, args.cors, jobs)
         if not args.quiet:
             port = listening.getsockname()[1]
             print(f"tokenswift: {name} is at {address(args.host, port)}/v1, Ctrl-C ends it", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenswift_py.serving.http.limits import MIB
 from tokenswift_py.serving.http.refusals import Refusal
 
-OPEN = ("/health",)  # paths that need no key: they tell nothing
+OPEN = ("/health", "/")  # paths that need no key: they tell nothing
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BODY_SECONDS = 60.0  # for a request's body to arrive
 

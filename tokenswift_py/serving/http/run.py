@@ -33,11 +33,11 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.service.draining = True
-        draining = loop.run_in_executor(None, self.service.engine.close, self.drain)
+        draining = loop.run_in_executor(None, self.service.close, self.drain)
         await super().shutdown(sockets)
         while not draining.done() and not self.force_exit:
             await asyncio.sleep(0.05)
-        await loop.run_in_executor(None, self.service.engine.close, 0.0)
+        await loop.run_in_executor(None, self.service.close, 0.0)
         await draining
 
 

@@ -27,7 +27,7 @@ NAME = "job.json"
 ID = re.compile(r"[0-9a-f]{24}")
 GONE = "deleted-"  # the beginning of a folder's name whose job was deleted
 VERSION = 1
-OPEN, FINISHED, CANCELLED, FAILED = "open", "finished", "cancelled", "failed"  # what a job's file says
+OPEN = "open"  # what a job's file says until it is finished, cancelled or failed
 STATES = ("waiting", "running", "finished", "failed", "cancelled", "interrupted")  # what its status says
 
 
@@ -165,7 +165,7 @@ class Job:
                 return self._written
         path = self.folder / "text.txt"
         try:
-            return path.read_text(encoding="utf-8", newline="")
+            return path.read_bytes().decode()
         except FileNotFoundError:
             return ""
 

@@ -21,7 +21,7 @@ from tokenswift_py.runs import journal
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.serving.engine import Busy, Engine, Text
-from tokenswift_py.serving.jobs.job import CANCELLED, FAILED, FINISHED, GONE, ID, OPEN, Job, Kept, kept_jobs, titled, told
+from tokenswift_py.serving.jobs.job import GONE, ID, OPEN, Job, Kept, kept_jobs, titled, told
 from tokenswift_py.serving.jobs.proof import audited
 from tokenswift_py.text import Prompt
 
@@ -89,7 +89,7 @@ class Jobs:
             size = len(json.dumps(asdict(kept)))
         except (TypeError, ValueError) as error:
             raise UserError(f"settings: they cannot be kept in a file ({error})") from error
-        check(size <= REQUEST_BYTES, "request", f"{size} bytes", f"at most {REQUEST_BYTES} bytes of prompt and settings")
+        check(size <= REQUEST_BYTES, "request", f"{size} bytes", f"at most {REQUEST_BYTES} bytes")
         with self._lock:
             if self._closing:
                 raise Busy("the server is stopping")
@@ -122,7 +122,7 @@ class Jobs:
         job = self.get(name)
         with self._lock:
             if job.state == "waiting":
-                self._settle(job, CANCELLED, "cancelled")
+                self._settle(job, "cancelled")
             elif job.state == "running":
                 job.cancelled = True
                 if job.text is not None:
@@ -169,7 +169,9 @@ class Jobs:
         job = self.get(name)
         with self._lock:
             if job.state == "running" or job.auditing is not None:
-                raise WrongState(f"the job is {'running' if job.auditing is None else 'being audited'}: cancel it first")
+                raise WrongState(
+                    f"the job is {'running: cancel it first' if job.auditing is None else 'being audited'}"
+                )
             job.leave("cancelled")
             del self._jobs[job.id]
             gone = job.folder.with_name(f"{GONE}{job.id}")
@@ -232,14 +234,14 @@ class Jobs:
             except Busy:
                 with self._lock:
                     if job.cancelled:
-                        self._settle(job, CANCELLED, "cancelled")
+                        self._settle(job, "cancelled")
                     else:
                         job.leave("waiting" if not self._closing else "interrupted")
                 return
             except Exception as error:
                 logger.warning("job %s: %s", job.id, error)
                 known = isinstance(error, (UserError, JournalError, OSError))
-                self._settle(job, OPEN if known else FAILED, "interrupted" if known else "failed", told(error))
+                self._settle(job, "interrupted" if known else "failed", told(error))
                 continue
             with self._lock:
                 job.follow(text)
@@ -270,7 +272,7 @@ class Jobs:
         try:
             result = text.stream.result()
         except Exception as failure:
-            self._settle(job, FAILED, "failed", told(error or failure))
+            self._settle(job, "failed", told(error or failure))
             return
         try:
             save_text(job.folder, result.text)
@@ -285,22 +287,22 @@ class Jobs:
         kept.curve, kept.loops = list(job.pace.curve), result.report["loops"]
         kept.speed = job.pace.figures(job.wanted)["tokens_per_s"] or kept.speed
         if isinstance(error, (JournalError, OSError)):  # a full disk: it goes on when there is room
-            self._settle(job, OPEN, "interrupted", told(error))
+            self._settle(job, "interrupted", told(error))
         elif error is not None:
             logger.error("job %s failed: %s", job.id, error, exc_info=error)
-            self._settle(job, FAILED, "failed", told(error))
+            self._settle(job, "failed", told(error))
         elif result.ending != "interrupted":
-            self._settle(job, FINISHED, "finished")
+            self._settle(job, "finished")
         elif job.cancelled:
-            self._settle(job, CANCELLED, "cancelled")
+            self._settle(job, "cancelled")
         else:
-            self._settle(job, OPEN, "interrupted")
+            self._settle(job, "interrupted")
 
-    def _settle(self, job: Job, kept: str, state: str, error: str | None = None) -> None:
-        """Puts on the disk what has become of a job, then tells it."""
+    def _settle(self, job: Job, state: str, error: str | None = None) -> None:
+        """Puts on the disk what has become of a job, then tells it. What was interrupted stays open."""
         with self._lock:
-            job.kept.state, job.kept.error = kept, error
-            if kept != OPEN:
+            job.kept.state, job.kept.error = OPEN if state == "interrupted" else state, error
+            if state != "interrupted":
                 job.kept.ended = job.kept.ended or round(time.time(), 3)
             try:
                 job.save()

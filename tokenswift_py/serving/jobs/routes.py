@@ -133,7 +133,8 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
         characters so far, `status` events, and an `end` event. Last-Event-ID goes before offset."""
         it = found(job)
         if last_event_id:
-            check(last_event_id.isascii() and last_event_id.isdecimal(), "Last-Event-ID", last_event_id, "an event's id")
+            fine = last_event_id.isascii() and last_event_id.isdecimal()
+            check(fine, "Last-Event-ID", last_event_id, "the id of an event")
             offset = int(last_event_id)
         return EventSourceResponse(told(it, offset), sep="\n", headers=SAFE, send_timeout=60.0)
 
