@@ -13,10 +13,11 @@ from pathlib import Path
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.options import world_size
+from tokenswift_py.options import Options, described_options, world_size
 from tokenswift_py.serving.http.limits import Limits
 
 KEY = "TOKENSWIFT_API_KEY"  # of the environment
+POSITIONS = ("positions", "positions_window", "positions_block")
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
@@ -30,6 +31,10 @@ def parser() -> argparse.ArgumentParser:
     model_flags(root.add_argument_group("model"))
     engine = root.add_argument_group("engine")
     engine.add_argument("--context", type=whole, help="positions of every text (default: the trained length)")
+    for name in POSITIONS:
+        described, typed = described_options()[name], str if name == "positions" else whole
+        default = "auto" if name == "positions" else None
+        engine.add_argument(f"--{name.replace('_', '-')}", type=typed, default=default, help=described.help)
     engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads or cascade")
     engine.add_argument("--running", type=whole, default=16, help="texts that are written at once (default: 16)")
     engine.add_argument("--waiting", type=whole, default=64, help="texts that may wait for it (default: 64)")
@@ -68,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     limits = Limits(
         args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout, args.stall
     )
-    key = checked_key(args)
+    key, where = checked_key(args), Options(**{name: getattr(args, name) for name in POSITIONS}).met_positions()
     check(0 <= args.port < 2**16, "port", args.port, "between 0 and 65535")
     check(0 <= args.drain <= 86400, "drain", args.drain, "seconds, at most a day")
     for origin in args.cors:
@@ -92,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
         engine = Engine(
             swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,
-            kv_tokens=args.kv_tokens,
+            kv_tokens=args.kv_tokens, positions=where,
         )  # fmt: skip
         jobs = None if args.data is None else Jobs(engine, args.data)
         name = args.served_name or Path(args.model).name

@@ -135,7 +135,7 @@ class Scheduler:
         group = self._choose()
         if group:
             self._compute(group)
-        return bool(group)
+        return bool(group) or self.running > 0  # a text's last words come without a pass
 
     @property
     def idle_pages(self) -> int:
