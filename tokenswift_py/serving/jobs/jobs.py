@@ -329,12 +329,11 @@ class Jobs:
         except Exception as error:  # it says nothing of the text
             found = {"passed": None, "conclusion": f"the audit broke off and says nothing: {told(error)}"}
         with self._lock:
+            if not self._closing:
+                job.kept.audit = {**found, "at": round(time.time(), 3)}
+                try:
+                    job.save()
+                except OSError as failure:
+                    logger.error("job %s: the audit could not be kept: %s", job.id, failure)
             job.auditing = None
-            if self._closing:
-                return
-            job.kept.audit = {**found, "at": round(time.time(), 3)}
-            try:
-                job.save()
-            except OSError as failure:
-                logger.error("job %s: the audit could not be kept: %s", job.id, failure)
         job.tell()
