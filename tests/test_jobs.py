@@ -145,7 +145,7 @@ def killed(nursery: Nursery, swift: TokenSwift, data: Path, texts: int, kills: i
 
 
 def test_a_killed_server_goes_on_to_the_same_bytes(nursery: Nursery, swift: TokenSwift, tmp_path: Path) -> None:
-    killed(nursery, swift, tmp_path / "data", texts=2, kills=3, tokens=500)
+    killed(nursery, swift, tmp_path / "data", texts=2, kills=2, tokens=400)
 
 
 @pytest.mark.soak
@@ -176,7 +176,8 @@ def test_a_cancelled_job_resumes_to_the_same_bytes(jobs: Jobs, swift: TokenSwift
     over(jobs.cancel(job.id), "cancelled")
     part = job.written()
     assert 0 < job.pace.tokens < 600
-    assert (job.folder / "text.txt").read_bytes() == part.encode()
+    file = (job.folder / "text.txt").read_bytes().decode()
+    assert file in (part, part + "\ufffd")  # a character of which some bytes are still to come
     over(jobs.resume(job.id))
     wanted = alone(swift, job, **settings).text
     assert job.written() == wanted

@@ -38,7 +38,10 @@ class Kept:
     created, ended: seconds since 1970. prompt, settings: the arguments of `Engine.submit`, the seed filled in.
     asked:    the request in its own words, to be shown.
     state:    open, which a server that starts goes on with; finished, cancelled or failed.
-    tokens:   tokens the model chose, and characters, at the end. curve: see `Pace`. loops: see `report.json`.
+    tokens:   tokens the model chose, at the end.
+    characters: of the text that is certain. Where it was interrupted in the middle of a character, its file has a mark
+              of that behind them, which is no part of the text that goes on.
+    curve, figures: see `Pace`. loops: see `report.json`.
     audit:    the findings of the latest audit.
     """
 
@@ -56,7 +59,7 @@ class Kept:
     characters: int = 0
     curve: list[list[float]] = field(default_factory=list)
     loops: list[dict[str, int]] = field(default_factory=list)
-    speed: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
     version: int = VERSION
 
@@ -163,11 +166,11 @@ class Job:
                 if self._parts:
                     self._written, self._parts = self._written + "".join(self._parts), []
                 return self._written
-        path = self.folder / "text.txt"
         try:
-            return path.read_bytes().decode()
+            text = (self.folder / "text.txt").read_bytes().decode()
         except FileNotFoundError:
             return ""
+        return text[: self.kept.characters] if self.kept.ending == "interrupted" else text
 
     @property
     def characters(self) -> int:
@@ -189,27 +192,30 @@ class Job:
             watcher()
 
     def status(self) -> dict[str, Any]:
+        """What is told of a job."""
+        kept, text = self.kept, self.text
+        loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
+        more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "files": self.files()}
+        return {**self.brief(), **more}
+
+    def brief(self) -> dict[str, Any]:
+        """The same in a list of many."""
         kept, text = self.kept, self.text
         live = text is not None and self.state == "running"
         tokens = self.pace.tokens
-        figures = self.pace.figures(self.wanted) if live else dict.fromkeys(FIGURES)
-        loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
-        if not live:
-            figures["tokens_per_s"] = kept.speed
+        figures = self.pace.figures(self.wanted) if live else {**dict.fromkeys(FIGURES), **kept.figures}
         return {
             "id": self.id, "object": "job", "title": kept.title, "created": kept.created, "ended": kept.ended,
             "priority": kept.priority, "state": self.state, "ending": kept.ending if self.over else None,
             "error": kept.error, "tokens": tokens, "characters": self.characters, "max_tokens": self.wanted,
-            "percent": round(100 * tokens / self.wanted, 2), **figures, "loops": loops,
-            "curve": list(self.pace.curve), "auditing": self.auditing, "audit": kept.audit,
-            "files": self.files(),
+            "percent": round(100 * tokens / self.wanted, 2), **figures, "auditing": self.auditing,
         }  # fmt: skip
 
     def files(self) -> list[str]:
         return [name for name in FILES if (self.folder / name).is_file()]
 
 
-FIGURES = ("tokens_per_s", "eta_s", "plain_tokens_per_s", "speedup")
+FIGURES = ("tokens_per_s", "plain_tokens_per_s", "speedup", "tokens_per_pass", "eta_s")
 FILES = ("text.txt", "tokens.npy", "report.json", "journal.bin")
 
 

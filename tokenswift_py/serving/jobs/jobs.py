@@ -139,7 +139,7 @@ class Jobs:
                 raise WrongState("the job is being audited")
             if self._closing:
                 raise Busy("the server is stopping")
-            job.kept.state, job.kept.error, job.kept.ended, job.kept.ending = OPEN, None, None, None
+            job.kept.state, job.kept.error, job.kept.ended = OPEN, None, None
             job.save()
             job.state = "waiting"
         self._todo.put(self._nothing)
@@ -255,7 +255,7 @@ class Jobs:
         else:
             kept = job.kept
             text = self.engine.submit(kept.prompt, priority=kept.priority, out=job.folder, **kept.settings)
-        for name in ("tokens.npy", "report.json"):  # of an earlier session; written again at the end
+        for name in ("text.txt", "tokens.npy", "report.json"):  # of an earlier session; written again at the end
             (job.folder / name).unlink(missing_ok=True)
         return text
 
@@ -283,9 +283,9 @@ class Jobs:
             error = error or failure
         kept.ended, kept.ending = round(time.time(), 3), result.ending
         kept.tokens = job.pace.tokens = len(result.chosen)
-        kept.characters = len(result.text)
+        kept.characters = len(job.written() if result.ending == "interrupted" else result.text)
         kept.curve, kept.loops = list(job.pace.curve), result.report["loops"]
-        kept.speed = job.pace.figures(job.wanted)["tokens_per_s"] or kept.speed
+        kept.figures = job.pace.summary(result.stats)
         if isinstance(error, (JournalError, OSError)):  # a full disk: it goes on when there is room
             self._settle(job, "interrupted", told(error))
         elif error is not None:

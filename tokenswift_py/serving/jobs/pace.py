@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.runs.report import rounded
 from tokenswift_py.runs.stream import Stream
 
@@ -44,6 +45,7 @@ class Pace:
         self._lock = threading.Lock()
         self._samples: deque[Sample] = deque()
         self._stride, self._passes, self._gained = 16, 0, 0
+        self._first: Sample | None = None
 
     def hear(self, gained: int, stream: Stream) -> None:
         """Counts a round that brought so many tokens. Call it from the engine's thread, between rounds."""
@@ -58,15 +60,17 @@ class Pace:
                 return
             stats, planner = stream.stats, stream.loop.planner
             self._samples.append(Sample(now, self.tokens, stats.decode_ms, stats.step_tokens))
+            self._first = self._first or self._samples[0]
             while len(self._samples) > 2 and now - self._samples[1].seconds > WINDOW_SECONDS:
                 self._samples.popleft()
             if planner.target.measured:
                 self.plain_ms = planner.explain(1)["plain_ms"]
 
     def figures(self, wanted: int) -> dict[str, Any]:
-        """The fields of a status. wanted: tokens that the text may have at most.
+        """The fields of a status: how the text comes now. wanted: tokens that it may have at most.
 
-        plain_tokens_per_s and speedup are estimates from the text's own rounds, which leave out the time of others.
+        speedup is an estimate from the text's own rounds, which leave out the time of others: milliseconds of a step of
+        plain decoding over milliseconds a token. plain_tokens_per_s is what that makes of the speed.
         """
         with self._lock:
             rate = self._rate()
@@ -74,13 +78,31 @@ class Pace:
             own = None
             if first and last and last.own_tokens > first.own_tokens:
                 own = (last.own_ms - first.own_ms) / (last.own_tokens - first.own_tokens)
-            known = bool(own and self.plain_ms)
+            eta = rounded(max(0, wanted - self.tokens) / rate) if rate else None
             return {
-                "tokens_per_s": rounded(rate),
-                "eta_s": rounded(max(0, wanted - self.tokens) / rate) if rate else None,
-                "plain_tokens_per_s": rounded(1e3 / self.plain_ms) if self.plain_ms else None,
-                "speedup": rounded(self.plain_ms / own) if known and own and self.plain_ms else None,
+                **self._compared(rate, own),
+                "tokens_per_pass": self.curve[-1][1] if self.curve else None,
+                "eta_s": eta,
             }
+
+    def summary(self, stats: GenerationStats) -> dict[str, Any]:
+        """The same at the end, of the whole session. The time left is None."""
+        with self._lock:
+            rate = None
+            if self._first and (seconds := self._clock() - self._first.seconds) > 0:
+                rate = (self.tokens - self._first.tokens) / seconds
+            passes = stats.num_spec_steps
+            mean = rounded(stats.step_tokens / passes) if passes else None
+            return {**self._compared(rate, stats.ms_per_token), "tokens_per_pass": mean, "eta_s": None}
+
+    def _compared(self, rate: float | None, own_ms: float | None) -> dict[str, Any]:
+        """own_ms: milliseconds a token of the text's own rounds."""
+        speedup = self.plain_ms / own_ms if own_ms and self.plain_ms else None
+        return {
+            "tokens_per_s": rounded(rate),
+            "plain_tokens_per_s": rounded(rate / speedup) if rate and speedup else None,
+            "speedup": rounded(speedup),
+        }
 
     def _rate(self) -> float | None:
         """Tokens a second until now, so that a text that stands still becomes slower."""

@@ -107,8 +107,8 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
     @router.get("/v1/jobs", responses=errors, response_class=Response)
     async def every() -> Response:
-        """All jobs, the newest first."""
-        told = await run_in_threadpool(lambda: [job.status() for job in jobs.list()])
+        """All jobs, the newest first, without what only one of them tells: curve, loops, audit, files."""
+        told = await run_in_threadpool(lambda: [job.brief() for job in jobs.list()])
         return answer({"object": "list", "data": told})
 
     @router.get("/v1/jobs/{job}", responses=errors, response_class=Response)
