@@ -127,6 +127,7 @@ def write(
     sampler = Sampler(
         params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
     )
+    sampler.grammar = settings.pop("grammar", None)
     loop = DecodeLoop(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
     steps = list(loop.run(prompt))
     tokens = [token for step in steps for token in (*step.forced, *step.tokens)]

@@ -96,6 +96,12 @@ class DraftTree:
             path.append(int(self.parents[path[-1]]))
         return path[::-1]
 
+    def below(self, tokens: Sequence[int]) -> DraftTree:
+        """This tree behind a chain of other tokens, of which the first is pending."""
+        count = len(tokens)
+        parents = [*range(-1, count - 1), *(self.parents + count)]
+        return DraftTree(np.array([*tokens, *self.tokens], np.int32), np.array(parents, np.int32)) if count else self
+
     def merge(self, other: DraftTree, budget: int | None = None) -> DraftTree:
         """Both proposals as one trie: this tree's nodes first, then `other`'s that are new, up to `budget` nodes.
 

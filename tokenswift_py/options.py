@@ -16,6 +16,7 @@ from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams, is_whole
 from tokenswift_py.errors import UserError, check, check_text, files
 from tokenswift_py.models.positions import SCHEMES, Positions
+from tokenswift_py.sampling.grammar import schema_text
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import token_ids
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
+LANGUAGES = ("json_schema", "grammar", "regex")  # of which one may say what the text must be
 DRAFT_KV = ("auto", "own", "int8")
 CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
 PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
@@ -133,7 +135,20 @@ class Processors:
         check_processors(value)
 
 
-Kind = Whole | Number | Switch | Choice | Named | Texts | Tokens | Biases | Processors
+@dataclass(frozen=True)
+class Language:
+    """A grammar: a text, which llguidance reads where there is a tokenizer, or None. json: JSON, or what it means."""
+
+    json: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if self.json and value is not None:
+            value = schema_text(value)
+        check(value is None or (isinstance(value, str) and value != ""), name, value, "a text, not empty")
+        check_text(name, value or "")
+
+
+Kind = Language | Whole | Number | Switch | Choice | Named | Texts | Tokens | Biases | Processors
 
 
 @dataclass(frozen=True)
@@ -185,6 +200,15 @@ class Options:
     ignore_eos: bool = option(
         False, "text", Switch(), "an end-of-sequence token is one like any other, and ends nothing"
     )
+    json_schema: Mapping[str, Any] | str | None = option(
+        None, "text", Language(json=True),
+        "a JSON schema, in a file or as it is: the text, or each chapter's, is JSON of it", "none",
+    )  # fmt: skip
+    grammar: str | None = option(
+        None, "text", Language(),
+        "a Lark grammar in llguidance's dialect, in a file or as it is: the text, or each chapter's, is of it", "none",
+    )  # fmt: skip
+    regex: str | None = option(None, "text", Language(), "a regular expression that it matches as a whole", "none")
     stop: Sequence[str] = option(
         (), "text", Texts(), "end before this text (repeatable); a special token is found by its id"
     )
@@ -293,8 +317,25 @@ class Options:
         named = f"name {A_MODEL}"
         check(self.drafter != "draft_model" or self.draft_model is not None, "draft_model", self.draft_model, named)
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
+        if self.language:
+            self._check_language(self.language[0])
         SamplingParams(**self._plain_sampling())
         self.met_positions()
+
+    @property
+    def language(self) -> tuple[str, str] | None:
+        """What the text must be: the option that says so, and what it says."""
+        said = ((name, getattr(self, name)) for name in LANGUAGES)
+        return next(((name, value) for name, value in said if value is not None), None)
+
+    def _check_language(self, name: str) -> None:
+        given = [other for other in LANGUAGES if getattr(self, other) is not None]
+        check(len(given) == 1, name, getattr(self, name), f"only one of {', '.join(LANGUAGES)}")
+        for other in ("min_new_tokens", "min_chapter_tokens", "ignore_eos"):
+            allowed = f"not with {name}, which says where the text may end, and where it must"
+            check(not getattr(self, other), other, getattr(self, other), allowed)
+        if self.json_schema is not None:  # as journals have it, whatever it was given as
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def met_positions(self) -> Positions:
         """Raises UserError for a window or a block that the scheme does not have."""

@@ -8,10 +8,20 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.options import Choice, Description, Named, Number, Options, Switch, Whole, described_options
+from tokenswift_py.options import (
+    Choice,
+    Description,
+    Language,
+    Named,
+    Number,
+    Options,
+    Switch,
+    Whole,
+    described_options,
+)
 from tokenswift_py.version import __version__
 
-TYPED = (Whole, Number, Choice, Named)  # kinds of options whose value is one word; other flags stand below
+TYPED = (Whole, Number, Choice, Named, Language)  # kinds of options whose value is one word; other flags stand below
 MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads")
 SINGLE = tuple(
     name
@@ -30,7 +40,8 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         "For example: tokenswift --prompt 'Write a story about a lighthouse.' --max-new-tokens 2000 --out runs/story",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
         "what plain decoding writes. `tokenswift quality --help`: how a recorded text reads, window by window. "
-        "`tokenswift train-heads --help`: train draft heads on text that the model writes.",
+        "`tokenswift train-heads --help`: train draft heads on text that the model writes. `tokenswift serve --help`: "
+        "OpenAI's API.",
     )
     root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")

@@ -94,6 +94,8 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
         if not args.escape and unescaped(item) != item:
             logger.warning("stop: %s is taken as it is typed; with -e it is %s", shown(item), shown(unescaped(item)))
     options["chapters"] = read_chapters(args.chapters)
+    options["json_schema"] = read_language("json_schema", args.json_schema)
+    options["grammar"] = read_language("grammar", args.grammar)
     options["ban"] = None if args.ban is None else [token_or_text(typed(args, item)) for item in args.ban]
     options["logit_bias"] = read_biases(args.logit_bias)
     if args.dry_breakers is not None:
@@ -111,6 +113,13 @@ def read_chapters(value: str | None) -> list[str]:
     lines = [line.strip(" \t") for line in lines_of(read_text(Path(value), "chapters").removeprefix(BOM))]
     check(any(lines), "chapters", value, "a file with a request on each line, or a number")
     return [line for line in lines if line]
+
+
+def read_language(name: str, value: str | None) -> str | None:
+    """A schema or a grammar, or the file that holds it: what looks like neither must be a file's name."""
+    if value is None or ("{" in value if name == "json_schema" else "\n" in value or "start:" in value):
+        return value
+    return read_text(Path(value), name).removeprefix(BOM)
 
 
 def token_or_text(item: str) -> int | str:

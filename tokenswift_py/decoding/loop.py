@@ -5,7 +5,7 @@ The loop is a coroutine (see `passes`): it yields the passes that it wants, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from tokenswift_py.decoding.verify import walk
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.parallel.ranks import ALONE, Ranks
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import PHASES, FixedPlanner, Plan, Planner
 from tokenswift_py.sampling.reference import Sampler
 
 
@@ -82,16 +82,22 @@ class DecodeLoop:
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
-        plan: dict[str, Any] = {} if draft_tokens is None else {"most": draft_tokens, "fixed": True}
-        self.planner, self.ranks = Planner(**plan, times=ranks.first, shapes=model.row_shapes), ranks
+        shapes, self.ranks = model.row_shapes, ranks
+        self.planner = Planner(shapes=shapes) if draft_tokens is None else FixedPlanner(draft_tokens, shapes)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs = want_logprobs
         self.history = History()
         self.eviction = eviction
         self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
         self.timer = timer or Timer()
-        self.context = Context(
-            self.history, self.cache, model, sampler.guessing(), draft_model or model, self.planner, self.timer
+        self._context = Context(
+            self.history,
+            self.cache,
+            model,
+            sampler.guessing(),
+            draft_model or model,
+            timer=self.timer,
+            agreed=lambda ms: ranks.first_times([ms])[0],
         )
         self.trace = trace
         self.stats = GenerationStats()
@@ -147,6 +153,8 @@ class DecodeLoop:
                 self.history.append(tokens[place])
                 place += 1
                 self.stats.recorded_tokens += 1
+                if self.sampler.grammar is not None and not self.sampler.grammar.holds(self.history):
+                    raise ReplayError(place - 1, "the grammar has no place for it")
                 ending = self.stops(self.history)
                 if self.sampler.stateful:
                     self._untold.add(len(self.history) - 1)
@@ -198,12 +206,17 @@ class DecodeLoop:
         """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
         return bool(self.turns) and self.stops.tokens_left > 0
 
+    @property
+    def context(self) -> Context:
+        """What the drafter may look at now, with the plan of a round that begins here."""
+        return replace(self._context, plan=self.planner.at(self.cache.length))
+
     def round(self) -> Passes[Step]:
         """One tree: the accepted tokens and one more."""
-        self.planner.context = self.cache.length
+        context = self.context
         with self.phase("draft"):
-            budget = self.budget()
-            proposed = yield from self.drafter.propose(self.context, budget)
+            budget = self.budget(context.plan)
+            proposed = yield from self.drafter.propose(context, budget)
             tree = self.ranks.first_tree(proposed, budget)
         with self.phase("verify"):
             lap = self.timer.start(self.model)
@@ -218,9 +231,9 @@ class DecodeLoop:
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
         self.stats.settle("verify", "accept", lap.ms)
-        self.planner.observe(len(tree), len(taken.tokens), {**self.stats.latest_ms, "verify": lap.ms})
+        self.teach(context.plan, tree, taken, {**self.stats.latest_ms, "verify": lap.ms})
         if self.trace is not None:
-            self.trace(self.record(tree, taken))
+            self.trace(self.record(tree, taken, context.plan))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
 
     def force(self, tokens: Sequence[int]) -> Passes[Step]:
@@ -305,12 +318,17 @@ class DecodeLoop:
         """Rows that can be committed before the context ends or pages are evicted."""
         return self.cache.limit - self.cache.length
 
-    def budget(self) -> int:
-        """Nodes worth having in the next tree: no more than are still wanted, or can be committed."""
+    def budget(self, plan: Plan) -> int:
+        """Returns the nodes worth having in the next tree: no more than are still wanted, or can be committed."""
         left = min(self.stops.tokens_left, self.room)
-        return max(1, min(self.planner.rows_at_most, left))
+        return max(1, min(plan.rows_at_most, left))
 
-    def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:
+    def teach(self, plan: Plan, tree: DraftTree, taken: Acceptance, phase_ms: Mapping[str, float]) -> None:
+        """Tells the planner what a round brought and took; all ranks go by rank 0's clock, so that they plan alike."""
+        agreed = self.ranks.first_times([phase_ms[phase] for phase in PHASES])
+        self.planner.observe(plan.context, len(tree), len(taken.tokens), dict(zip(PHASES, agreed, strict=True)))
+
+    def record(self, tree: DraftTree, taken: Acceptance, plan: Plan) -> dict[str, Any]:
         """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""
         return {
             "step": self.stats.num_spec_steps,
@@ -320,7 +338,7 @@ class DecodeLoop:
             "tokens": list(taken.tokens),
             "ending": taken.ending,
             "ms": {phase: round(ms, 3) for phase, ms in self.stats.latest_ms.items() if phase != "prefill"},
-            "planner": self.planner.explain(len(tree)),
+            "planner": plan.explain(len(tree)),
             "drafter": {"name": self.drafter.name, **self.drafter.explain()},
         }
 

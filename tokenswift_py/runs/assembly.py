@@ -16,6 +16,7 @@ from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
+from tokenswift_py.sampling.grammar import Follower
 from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def decode_loop(
     decode = partial(loaded.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
     sampler = loaded.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
+    sampler.grammar = Follower(run.grammar) if run.grammar else None
     return DecodeLoop(
         loaded.executor.model(run.rope),
         chosen,

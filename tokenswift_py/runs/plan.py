@@ -19,6 +19,7 @@ from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rop
 from tokenswift_py.options import CHECKPOINT_DEFAULTS, POLICIES, Options
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Record
+from tokenswift_py.sampling.grammar import Grammar, schema_text
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
@@ -34,6 +35,7 @@ class Run:
 
     second_model: arguments for a drafter that has a second model.
     stop_tokens: ids of the tokens that end the text as stop strings do.
+    grammar: what each chapter of the text must be.
     """
 
     options: Options
@@ -44,6 +46,7 @@ class Run:
     rope: RopeTables
     second_model: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Returns the keyword arguments of `generate` that write this text again, defaults and seed filled in."""
@@ -74,6 +77,7 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool
     highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
     check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
     sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
+    grammar = Grammar(*options.language, loaded.vocabulary) if options.language else None
     needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
     context = options.context or needed
     parts = f"prompt ({len(tokens)})" + (f" + turns ({needed - len(tokens) - options.max_new_tokens})" if turns else "")
@@ -97,7 +101,7 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool
     if rope.note and not in_pool:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}
-    return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
+    return Run(options, tokens, turns, sampling, context, rope, drafting, stops, grammar)
 
 
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
@@ -106,6 +110,8 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     if "positions" not in recorded:  # the run began before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
     settings |= resolved_positions(loaded, settings, recorded)
+    if settings.get("json_schema") is not None:
+        settings["json_schema"] = schema_text(settings["json_schema"])  # as it is recorded
     processors = settings.pop("logits_processors", ())
     check_processors(processors)
     names = [type(processor).__name__ for processor in processors]

@@ -61,10 +61,13 @@ class NativeSampler(Sampler):
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
         usable = logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
         if usable and not self.processors:
+            row = logits.detach()
+            if self.grammar is not None and torch.isfinite(row.max()):  # else the reference says what is wrong
+                row = row.masked_fill(torch.from_numpy(self.grammar.outside(history)), -torch.inf)
             first_end = self.may_end_from(len(history)) if self.chapter_tokens else self._first_end
             if first_end != self._first_end:
                 self._first_end, self._native = first_end, self._built(first_end)
-            found: list[tuple[int, float]] = self._native.rank(logits.detach().numpy(), history.tokens, count)
+            found: list[tuple[int, float]] = self._native.rank(row.numpy(), history.tokens, count)
             if found:
                 return found
         return super().ranked(

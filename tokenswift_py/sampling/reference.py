@@ -8,7 +8,8 @@ This class is the reference, `NativeSampler` and `TritonSampler` choose the same
     smallest normal number counts as what it is.
  2. A logit of -inf excludes its token. A row with a NaN or +inf in it, or of -inf alone, is a `NumericsError`, whatever
     is banned; so is a row of which bans or processors leave nothing.
- 3. Penalty, DRY, bias, bans, then processors, in this order. -0 is 0: multiplied by a penalty, as what is not positive.
+ 3. A grammar excludes tokens. Penalty, DRY, bias, bans, then processors follow, in this order. -0 is 0: multiplied by a
+    penalty, as what is not positive.
  4. A temperature below 1e-5 is greedy (`core.GREEDY_BELOW`, where parameters are made): the largest processed logit.
  5. Else processed logits are divided by the temperature, and top-k, top-p and min-p, in this order, each set a floor,
     under which tokens are out. A token whose quotient equals the floor stays, so that ties stay or go together: top-k
@@ -32,6 +33,7 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import NumericsError as NumericsError
 from tokenswift_py.errors import check
 from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.grammar import Follower
 from tokenswift_py.sampling.penalties import contextual_penalty, dry_penalty, dry_powers
 from tokenswift_py.sampling.processors import LARGEST, apply_processors, is_pure
 
@@ -48,6 +50,7 @@ class Sampler:
     chapter_tokens: nor before a chapter has so many.
     processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
                     penalties and before the temperature: once for each token of the text, in its order (processors.py).
+    grammar:        what the text must be; set before the first choice. It follows the history, so drafters share it.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Sampler:
         self.first_end = first_end
         self.chapter_tokens = chapter_tokens
         self._chapters: list[int] = []
+        self.grammar: Follower | None = None
         self.processors = tuple(processors)
         self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
@@ -96,12 +100,19 @@ class Sampler:
     def begin_chapter(self, position: int) -> None:
         """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
         self._chapters.append(position)
+        if self.grammar is not None:
+            self.grammar.begin_chapter(position)
 
     def may_end_from(self, position: int) -> int:
         """The position from which on the chapter that `position` lies in may end."""
         chapter = bisect_right(self._chapters, position)
         begun = self._chapters[chapter - 1] + self.chapter_tokens if chapter else 0
         return max(self.first_end, begun)
+
+    def forced(self, history: History) -> int | None:
+        """The only token that the grammar allows at position len(history), if there is but one: it will be chosen,
+        unless nothing can be."""
+        return None if self.grammar is None else self.grammar.forced(history)
 
     def choose(self, logits: torch.Tensor, history: History) -> int:
         """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
@@ -137,6 +148,8 @@ class Sampler:
         scores = logits.detach().to("cpu", torch.float64, copy=True).numpy()
         if not -np.inf < scores.max() <= LARGEST:
             raise NumericsError(f"the model's logits for position {len(history)} are not finite")
+        if self.grammar is not None:
+            scores[self.grammar.outside(history)] = -np.inf
         if params.penalty != 1:
             contextual_penalty(scores, history.tokens, params.penalty, params.penalty_window)
         if params.dry_multiplier > 0:
@@ -146,7 +159,8 @@ class Sampler:
         if len(history) < self.may_end_from(len(history)):
             scores[self._eos] = -np.inf
         if scores.max() == -np.inf:
-            raise NumericsError(f"no token is left to choose from at position {len(history)}")
+            beside = " beside what the grammar excludes" if self.grammar is not None else ""
+            raise NumericsError(f"no token is left to choose from at position {len(history)}{beside}")
         return apply_processors(self.processors, history.tokens, scores)
 
     def divided(self, scores: Doubles) -> Doubles:

@@ -30,7 +30,8 @@ class TritonSampler(Sampler):
         if not self.exact:
             return lambda node: super(TritonSampler, self).choose(logits[node], history)
         positions = len(history) + tree.depth
-        found = self._chosen(logits.detach(), positions, self._recent(tree, history))
+        outside = None if self.grammar is None else self._outside(tree, history, logits)
+        found = self._chosen(logits.detach(), positions, self._recent(tree, history), outside)
         return lambda node: checked(found[node], int(positions[node]))
 
     def _recent(self, tree: DraftTree, history: History) -> list[IntArray]:
@@ -42,13 +43,27 @@ class TritonSampler(Sampler):
         paths = [tree.tokens[tree.path(node)[1:]] for node in range(len(tree))]
         return [np.unique(np.concatenate([committed, path])[-window:]) for path in paths]
 
-    def _chosen(self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray]) -> Doubles:
+    def _outside(self, tree: DraftTree, history: History, logits: torch.Tensor) -> torch.Tensor:
+        """[len(tree), vocab] whether the grammar excludes a token behind a node, on the device of the logits."""
+        assert self.grammar is not None
+        masks = []
+        for node in range(len(tree)):
+            with history.guesses():
+                history.extend(tree.tokens[tree.path(node)[1:]].tolist())
+                masks.append(self.grammar.mask(history).view(np.uint8))
+        bits = on_device(np.stack(masks), logits.device)[:, :, None] >> torch.arange(8, device=logits.device)
+        return (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
+
+    def _chosen(
+        self, logits: torch.Tensor, positions: IntArray, recent: list[IntArray], outside: torch.Tensor | None
+    ) -> Doubles:
         """[R, 3] highest logit, token, and the token's perturbed score, of rows [R, vocab]."""
         from tokenswift_py.kernels.triton.sampling import choose
 
         params, device = self.params, logits.device
         with torch.cuda.device_of(logits):  # where Triton launches
-            scores = self._changed(logits, positions, recent)
+            allowed = logits if outside is None else logits.masked_fill(outside, -torch.inf)
+            scores = self._changed(allowed, positions, recent)
             at, floors = on_device(positions, device), self._floors(scores)
             tokens, tops = choose(scores, at, params.temperature, params.seed, params.stream, floors)
             rows = torch.stack([logits.amax(1).double(), tokens.double(), tops], 1)

@@ -83,8 +83,8 @@ class Answer:
             common["usage"] = None
         try:
             for index in range(len(texts.texts)):
-                for choice in self.opening(index):
-                    yield dumped({**common, "choices": [choice]})
+                for opening in self.opening(index):
+                    yield dumped({**common, "choices": [opening]})
             async for event in texts.events():
                 if isinstance(event, Ended):
                     ends.append(event)

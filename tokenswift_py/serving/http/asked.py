@@ -11,9 +11,9 @@ from tokenswift_py.errors import UserError, check, check_text
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.options import Options
 from tokenswift_py.serving.http import own
-from tokenswift_py.serving.http.limits import Limits, check_size
 from tokenswift_py.serving.http.protocol import ChatRequest, CompletionRequest, Message, Request, ResponseRequest
 from tokenswift_py.serving.http.refusals import Refusal
+from tokenswift_py.serving.limits import Limits, check_size
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
 SEED_BITS = 53  # of a seed that the server draws: JSON numbers of every language hold it
@@ -135,7 +135,8 @@ class Server:
             return prompt_tokens(self.loaded.tokenizer, [message.plain() for message in messages], how(Options()))
         assert prompt is not None
         check_text("prompt", prompt)
-        return [int(token) for token in self.loaded.tokenizer(prompt, add_special_tokens=special is not False).input_ids]
+        found = self.loaded.tokenizer(prompt, add_special_tokens=special is not False).input_ids
+        return [int(token) for token in found]
 
     def detokenized(self, tokens: Sequence[int]) -> str:
         """Their text, special tokens included. Raises UserError for ids that there are not."""

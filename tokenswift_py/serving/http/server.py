@@ -15,12 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from tokenswift_py.errors import shown
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http import protocol, refusals
 from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, dumped
 from tokenswift_py.serving.http.asked import Asked, Server
 from tokenswift_py.serving.http.gate import Gate
-from tokenswift_py.serving.http.limits import Limits
 from tokenswift_py.serving.http.metrics import Metrics
 from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
 from tokenswift_py.serving.http.responses import ResponseAnswer
@@ -28,6 +28,7 @@ from tokenswift_py.serving.http.texts import Texts, finished
 from tokenswift_py.serving.http.tokens import TokenTexts
 from tokenswift_py.serving.jobs.jobs import Jobs
 from tokenswift_py.serving.jobs.routes import job_routes
+from tokenswift_py.serving.limits import Limits
 from tokenswift_py.version import __version__
 
 LEFT = 499  # the status of an answer that nobody waits for, as nginx logs it
@@ -97,7 +98,8 @@ class Service:
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.name):
-            raise Refusal(404, f"model: {model!r} is not here; this server has {self.name!r}", "model", "model_not_found")
+            told = f"model: {shown(model)} is not here; this server has {self.name!r}"
+            raise Refusal(404, told, "model", "model_not_found")
 
     def close(self, drain: float) -> None:
         """Stops the jobs, which go on when the server starts again, then the engine when its texts had this time."""
@@ -158,7 +160,9 @@ class Service:
             self.check_model(model)
             return Json(self.model())
 
-        @app.post("/tokenize", responses={**errors, 200: described("tokens", "count", "max_model_len")}, response_class=Json)
+        tokenized = described("tokens", "count", "max_model_len")
+
+        @app.post("/tokenize", responses={**errors, 200: tokenized}, response_class=Json)
         async def tokenize(body: protocol.TokenizeRequest) -> Response:
             """Token ids of a text, or of messages as the chat template has them."""
             self.check_model(body.model)

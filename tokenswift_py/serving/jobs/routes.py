@@ -18,13 +18,13 @@ from starlette.responses import FileResponse, Response
 from tokenswift_py.errors import check
 from tokenswift_py.serving.engine import Busy
 from tokenswift_py.serving.http.asked import Server
-from tokenswift_py.serving.http.limits import Limits
 from tokenswift_py.serving.http.own import OwnParameters
 from tokenswift_py.serving.http.protocol import Count, Message, ResponseFormat, TokenId
 from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
 from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.page import page
+from tokenswift_py.serving.limits import Limits
 
 STATUS_SECONDS = 1.0  # between two statuses in a stream of events
 GATHER_SECONDS = 0.05  # in which pieces are gathered into one event
