@@ -264,7 +264,8 @@ def test_every_width_and_scheme(browser: Any, server: Running, jobs: Jobs, schem
 
 
 NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select")].filter((one) =>
-    one.checkVisibility() && !one.textContent.trim() && !(one.labels && one.labels.length)).map((one) => one.outerHTML)"""
+    one.checkVisibility() && !one.textContent.trim() && !(one.labels && one.labels.length))
+    .map((one) => one.outerHTML)"""
 
 # The ratio of luminances (WCAG 2.2, 1.4.3): at least 4.5 for every visible text.
 CONTRAST = """() => {

@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
     door.add_argument("--api-key", help=f"what clients must send; also from the environment, {KEY} (default: none)")
     door.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask (repeatable)")
     door.add_argument("--served-name", help="the model's name in requests (default: the model's, without folders)")
-    door.add_argument("--data", type=named_path, metavar="DIR",
-                      help="keep jobs here, which outlive the server, and show them at / (default: no jobs)")  # fmt: skip
+    kept = "keep jobs here, which outlive the server, and show them at / (default: no jobs)"
+    door.add_argument("--data", type=named_path, metavar="DIR", help=kept)
     limits, usual = root.add_argument_group("limits"), Limits()
 
     def limit(flag: str, kind: Callable[[str], Any], metavar: str, value: Any, told: str) -> None:
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str]) -> int:
         if not args.quiet:
             port = listening.getsockname()[1]
             where = f"{address(args.host, port)}/v1"
+            where += f", its page at {address(args.host, port)}" if jobs else ""
             print(f"tokenswift: {name} is at {where}, Ctrl-C ends it", file=sys.stderr, flush=True)
         serve(service, listening, args.drain)
     return 0

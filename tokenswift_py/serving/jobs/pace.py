@@ -64,7 +64,7 @@ class Pace:
             while len(self._samples) > 2 and now - self._samples[1].seconds > WINDOW_SECONDS:
                 self._samples.popleft()
             if planner.target.measured:
-                self.plain_ms = planner.explain(1)["plain_ms"]
+                self.plain_ms = planner.target(1, stream.loop.cache.length)
 
     def figures(self, wanted: int) -> dict[str, Any]:
         """The fields of a status: how the text comes now. wanted: tokens that it may have at most.
