@@ -25,6 +25,7 @@ from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.page import page
 from tokenswift_py.serving.limits import Limits
+from tokenswift_py.text import Prompt
 
 STATUS_SECONDS = 1.0  # between two statuses in a stream of events
 GATHER_SECONDS = 0.05  # in which pieces are gathered into one event
@@ -34,7 +35,7 @@ SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 Offset = Annotated[int, Query(ge=0, lt=2**53, description="characters of the text to leave out")]
 
 
-class JobRequest(OwnParameters):  # type: ignore[misc]
+class JobRequest(OwnParameters):
     """A long text to be written. Either prompt or messages.
 
     raw: the prompt is the beginning of the text, without a chat template.
@@ -175,10 +176,9 @@ def plain(server: Server, body: JobRequest) -> tuple[list[int], dict[str, Any], 
     check((body.prompt is None) != (body.messages is None), "prompt", body.prompt, "either prompt or messages")
     settings = server.settings(body, body.response_format, None)
     settings |= {"raw": True} if body.raw else {}
-    named = ("prompt", body.prompt)
-    if body.messages is not None:
-        named = ("messages", [message.plain() for message in body.messages])  # type: ignore[assignment]
-    asked = server.asked(body, settings, [named], body.max_tokens, "max_tokens", 1)
+    said: Prompt = [message.plain() for message in body.messages or ()] if body.prompt is None else body.prompt
+    named = "messages" if body.prompt is None else "prompt"
+    asked = server.asked(body, settings, [(named, said)], body.max_tokens, "max_tokens", 1)
     (prompt, sample), *_ = asked.choices
     return asked.prompts[prompt], {**asked.settings, "stream": sample}, asked.priority
 
