@@ -59,6 +59,9 @@ for finder in sys.meta_path:
 """
 
 
+PAGE = "tokenswift_py/serving/jobs/page.html"
+
+
 def run(command, cwd, **variables):
     """stdout and stderr of a command that must succeed."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "TOKENSWIFT_STRICT_BUILD")
@@ -148,7 +151,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {n if n.startswith("tokenswift_py/") else f"tokenswift_py/{n}" for n in sources}
     data = {f"tokenswift_py/drafters/data/{p.name}" for p in (ROOT / "drafters" / "data").iterdir()}
     assert "tokenswift_py/drafters/data/prompts.json" in data
-    assert {n for n in names if not n.startswith(info)} - engine == expected | data | {"tokenswift_py/py.typed", stub}
+    assert {n for n in names if not n.startswith(info)} - engine == expected | data | {
+        "tokenswift_py/py.typed",
+        stub,
+        PAGE,
+    }
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/licenses/nanobind.txt"} <= names
     assert len(engine) == (HAVE_COMPILER and (ROOT / "kernels/cpu/CMakeLists.txt").exists())
 

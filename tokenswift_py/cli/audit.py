@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.cli.inputs import origin_of
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
     # Here, because torch and transformers take seconds to import.
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.runs.audit import audit, verdict
+    from tokenswift_py.runs.audit import audit, strict, verdict
     from tokenswift_py.runs.progress import work_bar
 
     swift = TokenSwift.from_pretrained(**origin_of(record, args), threads=args.threads)
@@ -65,12 +63,3 @@ def main(arguments: Sequence[str]) -> int:
         with new_file("json", args.json) as file:
             file.write(json.dumps(strict(found.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0 if found.passed else 1
-
-
-def strict(value: Any) -> Any:
-    """As JSON has it, which knows no infinity: the margin of a banned token is null."""
-    if isinstance(value, dict):
-        return {name: strict(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

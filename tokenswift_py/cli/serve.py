@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenswift_py.cli.arguments import Parser, number, whole
+from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options, described_options, world_size
@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     door.add_argument("--api-key", help=f"what clients must send; also from the environment, {KEY} (default: none)")
     door.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask (repeatable)")
     door.add_argument("--served-name", help="the model's name in requests (default: the model's, without folders)")
+    kept = "keep jobs here, which outlive the server, and show them at / (default: no jobs)"
+    door.add_argument("--data", type=named_path, metavar="DIR", help=kept)
     limits, usual = root.add_argument_group("limits"), Limits()
 
     def limit(flag: str, kind: Callable[[str], Any], metavar: str, value: Any, told: str) -> None:
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.serving.http.gate import LOOPBACK
     from tokenswift_py.serving.http.run import bound, serve
     from tokenswift_py.serving.http.server import Service
+    from tokenswift_py.serving.jobs.jobs import Jobs
 
     with bound(args.host, args.port) as listening:  # before the model is loaded: an address that is taken is told soon
         swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
@@ -97,11 +100,14 @@ def main(arguments: Sequence[str]) -> int:
             swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,
             kv_tokens=args.kv_tokens, positions=positions,
         )  # fmt: skip
+        jobs = None if args.data is None else Jobs(engine, args.data)
         name = args.served_name or Path(args.model).name
-        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host.lower()}, args.cors)
+        hosts = None if key else {*LOOPBACK, args.host.lower()}
+        service = Service(engine, name, limits, key, hosts, args.cors, jobs)
         if not args.quiet:
             port = listening.getsockname()[1]
             where = f"{address(args.host, port)}/v1"
+            where += f", its page at {address(args.host, port)}" if jobs else ""
             print(f"tokenswift: {name} is at {where}, Ctrl-C ends it", file=sys.stderr, flush=True)
         serve(service, listening, args.drain)
     return 0

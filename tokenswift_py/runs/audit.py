@@ -9,6 +9,7 @@ tokens are derived again by the chapter rule, and so is the ending of the text.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -311,3 +312,12 @@ def conclusion(found: Audit) -> str:
         return "CONSISTENT, measured: this arithmetic finds nothing that rounding does not explain; it proves nothing"
     lossy = ", evicting the same pages (lossy)" if found.guarantee == "lossy" else ""
     return f"PROVEN: every token is the one that plain decoding{lossy} writes there, given law 1 (a row is a row)"
+
+
+def strict(value: Any) -> Any:
+    """Returns a value as JSON has it, which knows no infinity: the margin of a banned token is null."""
+    if isinstance(value, dict):
+        return {name: strict(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -45,6 +45,7 @@ class Company(LoadedModel):
                `positions`, since the tables of some schemes depend on it.
     kv_tokens: tokens that the pool holds at least; None is what half of the free memory holds, and no more than
                `most_running` whole texts need.
+    alone:     the model as it was loaded.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Company(LoadedModel):
         check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
         super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
         self._costs: dict[str, PassCost] = {}
+        self.alone = loaded
         self.context = context or loaded.checkpoint.spec.trained_context
         self._rope = loaded.rope(self.context, positions)
         self.executor.check_rope(self._rope)

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.errors import check, one_line
@@ -32,6 +33,7 @@ from tokenswift_py.serving.work import StreamWork
 from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
+T = TypeVar("T")
 
 
 class Busy(RuntimeError):
@@ -39,11 +41,16 @@ class Busy(RuntimeError):
 
 
 class Text:
-    """A text in the engine. Its pieces come from the engine's thread as they are written."""
+    """A text in the engine. Its pieces come from the engine's thread as they are written.
 
-    def __init__(self, number: int, run: Run):
-        self.number, self.run = number, run
-        self.prompt = run.prompt
+    stream: what writes it. Its counts may be looked at from any thread.
+    before: the text that a resumed run found in its journal; the pieces follow it.
+    """
+
+    def __init__(self, number: int, stream: Stream):
+        self.number, self.stream, self.run = number, stream, stream.run
+        self.prompt = self.run.prompt
+        self.before = stream.text
         self.seat: Seat | None = None
         self.error: BaseException | None = None
         self._pieces: list[Piece] = []
@@ -147,12 +154,17 @@ class Engine:
 
         priority: higher is served first. out: a new or empty folder for a journal.
         """
+        return self._take(self.plan(prompt, **settings), priority, lambda stream: self._record(stream, out))
+
+    def plan(self, prompt: Prompt, **settings: Any) -> Run:
+        """Makes the run of a text that `submit` would take, and takes nothing. Raises UserError."""
         options = Options.of(**{"drafter": self.drafter, **settings, **self._fixed})
         for name in ("kv_budget", "trace", "draft_model"):
             check(getattr(options, name) is None, name, getattr(options, name), "not among many texts")
         check(options.drafter == self.drafter, "drafter", options.drafter, f"the engine's, {self.drafter}")
         run = prepare(self.loaded, prompt, options, in_pool=True)
-        return self._take(run, priority, lambda stream: self._record(stream, out))
+        self._check_room(run)
+        return run
 
     def resume(self, folder: str | Path, *, priority: float = 0.0) -> Text:
         """Goes on with a recorded run. Raises as `TokenSwift.resume`, and Busy."""
@@ -182,14 +194,17 @@ class Engine:
             "positions_block": where.block,
         }
 
+    def _check_room(self, run: Run) -> None:
+        needed = len(run.prompt) + sum(map(len, run.turns)) + run.options.max_new_tokens
+        allowed = f"what the KV pool of {self.loaded.pool.pages} pages holds"
+        check(self._scheduler.fits(needed), "max_new_tokens", run.options.max_new_tokens, allowed)
+
     def _record(self, stream: Stream, out: str | Path | None) -> None:
         if out is not None:
             stream.record(Journal.create(Path(out), stream.header()), kv_snapshot=False)
 
     def _take(self, run: Run, priority: float, begin: Callable[[Stream], None]) -> Text:
-        needed = len(run.prompt) + sum(map(len, run.turns)) + run.options.max_new_tokens
-        allowed = f"what the KV pool of {self.loaded.pool.pages} pages holds"
-        check(self._scheduler.fits(needed), "max_new_tokens", run.options.max_new_tokens, allowed)
+        self._check_room(run)
         with self._changed:
             if self._closing:
                 raise Busy("the engine is closing")
@@ -198,7 +213,7 @@ class Engine:
             own = OwnTime(time.perf_counter)
             stream = Stream(self.loaded, run, self.loaded.new_cache(), own)
             begin(stream)
-            text = Text(next(self._numbers), run)
+            text = Text(next(self._numbers), stream)
             work = StreamWork(stream, own, priority, text.tell, lambda error: self._end(work, text, error))
             self._live[text.number] = work
             self._prompt_tokens += len(run.prompt)
@@ -206,6 +221,24 @@ class Engine:
             self._orders.append(lambda: self._seat(text, work))
             self._changed.notify()
         return text
+
+    def between(self, work: Callable[[], T]) -> T:
+        """Has the engine's thread do this between two of its passes, and waits for it. Raises what it raises, and Busy
+        while the engine closes."""
+        done: Future[T] = Future()
+
+        def order() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._changed:
+            if self._closing:
+                raise Busy("the engine is closing")
+            self._orders.append(order)
+            self._changed.notify()
+        return done.result()
 
     def figures(self) -> dict[str, Any]:
         """Counts since the beginning, and how many texts there are now."""

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenswift_py.serving.http.refusals import Refusal
 from tokenswift_py.serving.limits import MIB
 
-OPEN = ("/health",)  # paths that need no key: they tell nothing
+OPEN = ("/health", "/")  # paths that need no key: they tell nothing
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DROPPED = 64 * MIB  # at most
 BODY_SECONDS = 60.0  # for a request's body to arrive

@@ -36,11 +36,11 @@ class DrainingServer(uvicorn.Server):
         figures = self.service.engine.figures()
         if texts := int(figures["running"] + figures["waiting"]):
             logger.warning("stopping: %d texts have %g s; a second signal ends them at once", texts, self.drain)
-        draining = loop.run_in_executor(None, self.service.engine.close, self.drain)
+        draining = loop.run_in_executor(None, self.service.close, self.drain)
         await super().shutdown(sockets)
         while not draining.done() and not self.force_exit:
             await asyncio.sleep(0.05)
-        await loop.run_in_executor(None, self.service.engine.close, 0.0)
+        await loop.run_in_executor(None, self.service.close, 0.0)
         await draining
 
 

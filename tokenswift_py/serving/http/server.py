@@ -26,6 +26,8 @@ from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBod
 from tokenswift_py.serving.http.responses import ResponseAnswer
 from tokenswift_py.serving.http.texts import Texts, finished
 from tokenswift_py.serving.http.tokens import TokenTexts
+from tokenswift_py.serving.jobs.jobs import Jobs
+from tokenswift_py.serving.jobs.routes import job_routes
 from tokenswift_py.serving.limits import Limits
 from tokenswift_py.version import __version__
 
@@ -58,13 +60,15 @@ class Service:
 
     name:  of the model, as requests and answers have it.
     key, hosts: see `Gate`. cors: origins whose pages may ask; none is the default.
+    jobs:  long texts that outlive the server, and the page at `/` that shows them; None is neither.
     """
 
     def __init__(
         self, engine: Engine, name: str, limits: Limits | None = None, key: str | None = None,
-        hosts: Collection[str] | None = None, cors: Sequence[str] = (),
+        hosts: Collection[str] | None = None, cors: Sequence[str] = (), jobs: Jobs | None = None,
     ):  # fmt: skip
         self.engine, self.name, self.limits = engine, name, limits or Limits()
+        self.jobs = jobs
         self.draining = False  # no new texts
         self.started = int(time.time())
         self.server = Server(engine.loaded, engine.context, self.limits)
@@ -75,11 +79,13 @@ class Service:
         self.app.add_middleware(Gate, key=key, hosts=hosts, body_mib=self.limits.body_mib)
         if cors:
             self.app.add_middleware(
-                CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST"],
+                CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["Authorization", "Content-Type"],
             )  # fmt: skip
         refusals.install(self.app)
         self._routes()
+        if jobs is not None:
+            self.app.include_router(job_routes(jobs, self.limits))
 
     async def begin(self, model: str | None, body: Any, make: Callable[[Any], Asked]) -> tuple[Asked, Texts]:
         """Check a request and hand its texts to the engine."""
@@ -94,6 +100,12 @@ class Service:
         if model not in (None, self.name):
             told = f"model: {shown(model)} is not here; this server has {self.name!r}"
             raise Refusal(404, told, "model", "model_not_found")
+
+    def close(self, drain: float) -> None:
+        """Stops the jobs, which go on when the server starts again, then the engine when its texts had this time."""
+        if self.jobs is not None:
+            self.jobs.close()
+        self.engine.close(drain)
 
     def model(self) -> Mapping[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "tokenswift",

@@ -1,0 +1,302 @@
+"""The page at `/`, driven in a real Chromium as people do: by keyboard and pointer, on a phone and a desktop."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browsers import chromium
+from servers import Running, running, until
+from tokenswift_py import TokenSwift
+from tokenswift_py.serving.engine import Engine
+from tokenswift_py.serving.jobs.jobs import Jobs
+from tokenswift_py.serving.jobs.page import contents
+from toys import save_tiny
+
+CONTEXT = 8192
+LONG = {"max_new_tokens": 6000, "ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("page")
+    save_tiny(folder / "tiny", max_position_embeddings=CONTEXT)
+    engine = Engine(TokenSwift.from_pretrained(str(folder / "tiny"), dtype="fp32", threads=1), CONTEXT)
+    with running(engine, key="right", jobs=Jobs(engine, folder / "data")) as found:
+        yield found
+
+
+@pytest.fixture
+def jobs(server: Running) -> Iterator[Jobs]:
+    assert server.service.jobs is not None
+    yield server.service.jobs
+    for job in server.service.jobs.list():
+        server.service.jobs.cancel(job.id)
+        until(lambda job=job: job.over and job.auditing is None)
+        server.service.jobs.delete(job.id)
+
+
+@pytest.fixture
+def page(browser: Any, server: Running, jobs: Jobs) -> Iterator[Any]:
+    """The page with the key given. At the end: nothing was asked of anybody else, and nothing was complained of."""
+    yield from opened(browser, server)
+
+
+def opened(browser: Any, server: Running, **context: Any) -> Iterator[Any]:
+    made = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+    made.add_init_script("if (!sessionStorage.getItem('key')) sessionStorage.setItem('key', 'right');")
+    page = made.new_page()
+    asked: list[str] = []
+    wrong: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.goto(server.url)
+    page.wait_for_selector("#write:visible")
+    yield page
+    assert {url for url in asked if not url.startswith((server.url, "data:", f"blob:{server.url}"))} == set()
+    assert wrong == []
+    made.close()
+
+
+def open_job(page: Any, title: str) -> None:
+    page.click(f"#list button:has-text('{title}')")
+    page.wait_for_selector("#job:visible")
+
+
+def text_of(page: Any) -> str:
+    """What stands in the pane, as it was put there."""
+    return str(page.eval_on_selector("#text", "pane => pane.textContent"))
+
+
+@pytest.mark.browser
+def test_a_text_is_written_by_keyboard_alone(page: Any, jobs: Jobs) -> None:
+    keys = page.keyboard
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    keys.type("the cat\nand the dog")
+    keys.press("Tab")
+    keys.press("Tab")
+    keys.type("the bird\n\n  the rain  ")
+    keys.press("Tab")
+    keys.press("Control+a")
+    keys.type("150")
+    keys.press("Tab")
+    keys.type("1")
+    keys.press("Tab")
+    keys.type("7")
+    keys.press("Enter")
+    page.wait_for_selector("#state:has-text('Finished')")
+    (job,) = jobs.list()
+    assert job.kept.asked == {
+        "prompt": "the cat\nand the dog", "chapters": ["the bird", "the rain"], "max_tokens": 150, "temperature": 1.0,
+        "seed": 7,
+    }  # fmt: skip
+    assert text_of(page) == job.written() != ""
+    assert page.inner_text("#count") == f"{job.pace.tokens} of 150 tokens"
+    page.reload()
+    page.wait_for_selector("#state:has-text('Finished')")
+    until(lambda: text_of(page) == job.written())
+
+
+@pytest.mark.browser
+def test_a_text_is_watched_while_it_comes(page: Any, jobs: Jobs) -> None:
+    job = jobs.create("the cat", title="Watched", **LONG)
+    open_job(page, "Watched")
+    page.wait_for_selector("#left:has-text('left')")
+    page.wait_for_function("document.querySelector('#curve path').getAttribute('d').includes('L')")
+    page.wait_for_selector("#plain:has-text('tokens/s')")
+    assert float(page.get_attribute("#meter", "aria-valuenow")) > 0
+    assert page.is_visible("[data-do=cancel]")
+    assert not page.is_visible("[data-do=resume]")
+    seen = len(text_of(page))
+    until(lambda: len(text_of(page)) > seen)
+    page.click("[data-do=cancel]")
+    page.wait_for_selector("#state:has-text('Cancelled')")
+    until(lambda: text_of(page) == job.written())
+    page.click("[data-do=resume]")
+    page.wait_for_selector("#state:has-text('Is being written')")
+    until(lambda: len(text_of(page)) > seen)
+    shown = text_of(page)
+    assert job.written().startswith(shown)
+
+
+@pytest.mark.browser
+def test_audit_download_and_delete(page: Any, jobs: Jobs) -> None:
+    job = jobs.create("the cat", title="Audited", **{**LONG, "max_new_tokens": 80})
+    open_job(page, "Audited")
+    page.wait_for_selector("#state:has-text('Finished: all tokens are written')")
+    page.click("[data-do=audit]")
+    page.wait_for_selector("#verdict.good:has-text('PROVEN')")
+    assert "from steps that the audit timed" in page.inner_text("#plain")
+    for name in ("text.txt", "report.json", "tokens.npy"):
+        with page.expect_download() as download:
+            page.click(f"[data-file='{name}']")
+        assert download.value.suggested_filename == name
+        assert Path(download.value.path()).read_bytes() == (job.folder / name).read_bytes()
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.click("[data-do=delete]")
+    page.wait_for_selector("#write:visible")
+    assert jobs.list() == []
+    assert page.query_selector_all("#list li") == []
+
+
+@pytest.mark.browser
+def test_loops_are_marked_along_the_text(page: Any, jobs: Jobs) -> None:
+    job = jobs.create("the cat", title="Round", logit_bias={"40": 100.0}, **{**LONG, "max_new_tokens": 300})
+    until(lambda: job.over, 60)
+    (loop,) = job.kept.loops
+    job.kept.loops = [{**loop, "start": 75}, {"start": 10, "stop": 30, "period": 5}]
+    open_job(page, "Round")
+    page.wait_for_selector("#loops:visible")
+    assert "tokens 75 to 300, tokens 10 to 30." in page.inner_text("#loops")
+    marks = page.eval_on_selector_all("#marks span", "marks => marks.map(mark => parseFloat(mark.style.top))")
+    assert marks == pytest.approx([25, 100 * 10 / 300], abs=0.01)
+
+
+MARKUP = "<img src=x onerror='document.title = \"taken\"'><b>bold</b>\n&amp; " * 400
+
+
+@pytest.mark.browser
+def test_what_is_written_is_never_markup(page: Any, jobs: Jobs) -> None:
+    title = "<img src=x onerror='document.title = 1'>"
+    job = jobs.create("the cat", title=title, **{**LONG, "max_new_tokens": 4})
+    until(lambda: job.over)
+    event = f"event: text\nid: {len(MARKUP)}\ndata: {json.dumps({'text': MARKUP, 'tokens': 4})}\n\n"
+    end = f"event: end\ndata: {json.dumps({**job.status(), 'error': MARKUP[:50]})}\n\n"
+    page.route(
+        re.compile("/events"),
+        lambda route: route.fulfill(body=event + end, headers={"Content-Type": "text/event-stream"}),
+    )
+    page.click("#list button")
+    until(lambda: text_of(page) == MARKUP)
+    assert page.inner_text("#job-title") == title
+    assert MARKUP[:50] in page.inner_text("#state")
+    assert page.query_selector_all("#main img, #main b") == []
+    assert page.title() == "tokenswift"
+    assert len(page.query_selector_all("#text > div")) > 3  # a long text is laid out in parts
+
+
+@pytest.mark.browser
+def test_the_policy_holds(browser: Any, server: Running) -> None:
+    """Neither a script nor a style nor a request to anyone else gets through."""
+    page = browser.new_page()
+    page.goto(server.url)
+    blocked = page.evaluate(
+        """async () => {
+            const found = [];
+            document.addEventListener("securitypolicyviolation", (event) => found.push(event.effectiveDirective));
+            const script = document.createElement("script");
+            script.textContent = "document.title = 'taken'";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<i style='color: red' onclick='1'></i>");
+            try { await fetch("http://127.0.0.1:9/"); } catch { found.push("fetch failed"); }
+            await new Promise((go) => setTimeout(go, 50));
+            return found;
+        }"""
+    )
+    assert {"script-src-elem", "style-src-attr", "connect-src", "fetch failed"} <= set(blocked)
+    assert page.title() == "tokenswift"
+    page.close()
+
+
+@pytest.mark.browser
+def test_the_key_is_asked_for(browser: Any, server: Running) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("#ask:visible")
+    assert page.evaluate("document.activeElement.id") == "key"
+    page.keyboard.type("wrong\n")
+    page.wait_for_selector("#key-error:visible")
+    page.keyboard.type("right\n")
+    page.wait_for_selector("#write:visible")
+    assert "tiny" in page.inner_text("#model")
+    assert page.input_value("#key") == ""
+    context.close()
+
+
+@pytest.mark.browser
+def test_a_refusal_is_told_in_the_form(browser: Any, server: Running) -> None:
+    context = browser.new_context()
+    context.add_init_script("sessionStorage.setItem('key', 'right');")
+    page = context.new_page()
+    page.goto(server.url)
+    page.wait_for_selector("#write:visible")
+    page.fill("#prompt", "the cat")
+    page.fill("#temperature", "1e9")
+    page.click("#write button.first")
+    page.wait_for_selector("#write-error:visible")
+    assert "temperature" in page.inner_text("#write-error")
+    assert page.input_value("#prompt") == "the cat"
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (390, "light"), (820, "dark"), (1440, "light")])
+def test_every_width_and_scheme(browser: Any, server: Running, jobs: Jobs, scheme: str, width: int) -> None:
+    """Nothing is wider than the screen, every control has a name and shows its focus, and all text can be read."""
+    job = jobs.create("the cat", title="A" * 60, **{**LONG, "max_new_tokens": 100})
+    until(lambda: job.over)
+    for page in opened(browser, server, viewport={"width": width, "height": 700}, color_scheme=scheme):
+        page.click("summary")
+        for view in ("#write", "#job"):
+            if view == "#job":
+                open_job(page, "AAA")
+                page.wait_for_selector("#state:has-text('Finished')")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(NAMELESS) == []
+            assert page.evaluate(CONTRAST) == []
+        page.evaluate("document.activeElement.blur()")
+        for _ in range(6):
+            page.keyboard.press("Tab")
+            assert page.evaluate("parseFloat(getComputedStyle(document.activeElement).outlineWidth)") >= 2
+
+
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select")].filter((one) =>
+    one.checkVisibility() && !one.textContent.trim() && !(one.labels && one.labels.length))
+    .map((one) => one.outerHTML)"""
+
+# The ratio of luminances (WCAG 2.2, 1.4.3): at least 4.5 for every visible text.
+CONTRAST = """() => {
+    const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+    const light = (colour) => parse(colour).slice(0, 3).map((part) => part / 255)
+        .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, at) => sum + part * [0.2126, 0.7152, 0.0722][at], 0);
+    const ground = (one) => {
+        for (; one; one = one.parentElement) {
+            const colour = getComputedStyle(one).backgroundColor;
+            if ((parse(colour)[3] ?? 1) === 1) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    return [...document.body.querySelectorAll("*")].filter((one) => one.checkVisibility()
+        && [...one.childNodes].some((node) => node.nodeType === 3 && node.data.trim()) && one.tagName !== "SCRIPT")
+        .map((one) => {
+            const [a, b] = [light(getComputedStyle(one).color), light(ground(one))];
+            return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), one.textContent.slice(0, 30)];
+        }).filter(([ratio]) => ratio < 4.5);
+}"""
+
+
+def test_the_page_is_one_file() -> None:
+    """Nothing in it names another place, but for the namespace of SVG."""
+    html, policy = contents()
+    text = html.decode()
+    assert re.findall(r"(?:https?:)?//[\w.]+", re.sub(r"^\s*//.*$", "", text, flags=re.MULTILINE)) == [
+        "http://www.w3.org"
+    ]
+    loaded = re.findall(r"\b(?:src|href|action)=[\"']?([^\"'\s>]+)", text)
+    assert {url[:10] for url in loaded} == {"data:image", "#main"}
+    assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|\son\w+=|<\w+[^>]*\sstyle=", text)
+    assert "unsafe" not in policy

@@ -1,0 +1,246 @@
+"""One long text that outlives the server: its folder, its state, and its text from any place on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenswift_py.errors import UserError, check, files, one_line
+from tokenswift_py.runs import journal
+from tokenswift_py.runs.journal import JournalError
+from tokenswift_py.runs.result import Piece
+from tokenswift_py.serving.engine import Busy, Text
+from tokenswift_py.serving.jobs.pace import Pace
+
+logger = logging.getLogger("tokenswift")
+
+NAME = "job.json"
+ID = re.compile(r"[0-9a-f]{24}")
+GONE = "deleted-"  # the beginning of a folder's name whose job was deleted
+VERSION = 1
+OPEN = "open"  # what a job's file says until it is finished, cancelled or failed
+STATES = ("waiting", "running", "finished", "failed", "cancelled", "interrupted")  # what its status says
+
+
+@dataclass
+class Kept:
+    """The contents of a job's file.
+
+    created, ended: seconds since 1970. prompt, settings: the arguments of `Engine.submit`, the seed filled in.
+    asked:    the request in its own words, to be shown.
+    state:    open, which a server that starts goes on with; finished, cancelled or failed.
+    tokens:   tokens the model chose, at the end.
+    characters: of the text that is certain. Where it was interrupted in the middle of a character, its file has a mark
+              of that behind them, which is no part of the text that goes on.
+    curve, figures: see `Pace`. loops: see `report.json`.
+    audit:    the findings of the latest audit.
+    """
+
+    created: float
+    title: str
+    priority: float
+    prompt: Any
+    settings: dict[str, Any]
+    asked: Any = None
+    state: str = OPEN
+    error: str | None = None
+    ended: float | None = None
+    ending: str | None = None
+    tokens: int = 0
+    characters: int = 0
+    curve: list[list[float]] = field(default_factory=list)
+    loops: list[dict[str, int]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] | None = None
+    version: int = VERSION
+
+
+class Job:
+    """A text that is kept in a folder. `Jobs` decides what becomes of it.
+
+    state:  one of STATES. wanted: tokens that the text may have at most.
+    text:   what writes it, while it is in the engine. cancelled: whether it shall end.
+    auditing: the share of the text that an audit has checked, None where none runs.
+    """
+
+    def __init__(self, folder: Path, kept: Kept):
+        self.id, self.folder, self.kept = folder.name, folder, kept
+        self.state = "waiting" if kept.state == OPEN else kept.state
+        self.text: Text | None = None
+        self.cancelled = False
+        self.auditing: float | None = None
+        self.pace = Pace(kept.tokens)
+        self.pace.curve = list(kept.curve)
+        self._written: str | None = None  # the text so far, while it is in the engine
+        self._parts: list[str] = []
+        self._lock = threading.Lock()
+        self._watchers: list[Callable[[], None]] = []
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Raises UserError for a file that is none of a job."""
+        path = folder / NAME
+        with files("job", path, "a job's folder has one"), one_line(f"job: {path} is not whole"):
+            kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
+        check(kept.version == VERSION, "job version", kept.version, f"this program reads version {VERSION}")
+        job = cls(folder, kept)
+        if kept.state == OPEN:
+            job.count_recorded()
+        return job
+
+    def save(self) -> None:
+        """Replaces the job's file as a whole, on the disk: neither a kill nor a power cut leaves half of one."""
+        fresh = self.folder / f"{NAME}.new"
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self.kept), indent=1))  # ASCII: a title may hold half of a surrogate pair
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self.folder / NAME)
+        journal.sync_folder(self.folder)
+
+    def count_recorded(self) -> None:
+        """Counts the tokens of the journal, of a job that is not in the engine."""
+        try:
+            self.pace.tokens = journal.read(self.folder).chosen
+        except UserError:  # there is none yet, or it is damaged, which resuming tells
+            self.pace.tokens = 0
+
+    @property
+    def began(self) -> bool:
+        """Whether there is a journal to go on with. One whose header a power cut left torn holds nothing, and goes."""
+        path = self.folder / journal.NAME
+        if not path.exists():
+            return False
+        data = path.read_bytes()
+        torn = journal.whole_frame(data, len(journal.MAGIC), 0) is None
+        if torn and data.find(journal.MARKER, len(journal.MAGIC) + 1) < 0:
+            path.unlink()
+            return False
+        return True
+
+    @property
+    def wanted(self) -> int:
+        return int(self.kept.settings["max_new_tokens"])
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes unless somebody resumes it."""
+        return self.state not in ("waiting", "running")
+
+    # The text
+
+    def follow(self, text: Text) -> None:
+        """The text is in the engine from now on."""
+        self.pace = Pace(text.stream.stats.new_tokens)
+        self.pace.curve = list(self.kept.curve)
+        with self._lock:
+            self.text, self._written, self._parts = text, text.before, []
+
+    def hear(self, piece: Piece) -> None:
+        """Takes a piece, in the engine's thread."""
+        with self._lock:
+            self._parts.append(piece.text)
+        if piece.tokens and self.text is not None:
+            self.pace.hear(len(piece.tokens), self.text.stream)
+        self.tell()
+
+    def leave(self, state: str) -> None:
+        """The text is no longer in the engine."""
+        with self._lock:
+            self.state, self.text, self._written, self._parts, self.cancelled = state, None, None, [], False
+        self.tell()
+
+    def written(self) -> str:
+        """The text that is certain so far."""
+        with self._lock:
+            if self._written is not None:
+                if self._parts:
+                    self._written, self._parts = self._written + "".join(self._parts), []
+                return self._written
+        try:
+            text = (self.folder / "text.txt").read_bytes().decode()
+        except FileNotFoundError:
+            return ""
+        return text[: self.kept.characters] if self.kept.ending == "interrupted" else text
+
+    @property
+    def characters(self) -> int:
+        return self.kept.characters if self._written is None else len(self.written())
+
+    # Those who watch
+
+    @contextmanager
+    def watching(self, tell: Callable[[], None]) -> Iterator[None]:
+        """Calls `tell` at every change, from any thread."""
+        self._watchers.append(tell)
+        try:
+            yield
+        finally:
+            self._watchers.remove(tell)
+
+    def tell(self) -> None:
+        for watcher in list(self._watchers):
+            watcher()
+
+    def status(self) -> dict[str, Any]:
+        """What is told of a job."""
+        kept, text = self.kept, self.text
+        loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
+        more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "files": self.files()}
+        return {**self.brief(), **more}
+
+    def brief(self) -> dict[str, Any]:
+        """The same in a list of many."""
+        kept, text = self.kept, self.text
+        live = text is not None and self.state == "running"
+        tokens = self.pace.tokens
+        figures = self.pace.figures(self.wanted) if live else {**dict.fromkeys(FIGURES), **kept.figures}
+        return {
+            "id": self.id, "object": "job", "title": kept.title, "created": kept.created, "ended": kept.ended,
+            "priority": kept.priority, "state": self.state, "ending": kept.ending if self.over else None,
+            "error": kept.error, "tokens": tokens, "characters": self.characters, "max_tokens": self.wanted,
+            "percent": round(100 * tokens / self.wanted, 2), **figures, "auditing": self.auditing,
+        }  # fmt: skip
+
+    def files(self) -> list[str]:
+        return [name for name in FILES if (self.folder / name).is_file()]
+
+
+FIGURES = ("tokens_per_s", "plain_tokens_per_s", "speedup", "tokens_per_pass", "eta_s")
+FILES = ("text.txt", "tokens.npy", "report.json", "journal.bin")
+
+
+def kept_jobs(folder: Path) -> Iterator[Job]:
+    """The jobs of a data folder. What is no job is left alone, but for what is left of deleted ones, which goes."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(GONE):
+            shutil.rmtree(path, ignore_errors=True)
+        elif ID.fullmatch(path.name) and path.is_dir():
+            try:
+                yield Job.read(path)
+            except (UserError, OSError) as error:
+                logger.warning("a folder is left out: %s", error)
+
+
+def titled(asked: Any) -> str:
+    """The beginning of what is asked for."""
+    said = asked.get("messages") or asked.get("prompt") if isinstance(asked, dict) else asked
+    if isinstance(said, list) and said and isinstance(said[-1], dict):
+        said = said[-1].get("content")
+    text = " ".join(said.split()) if isinstance(said, str) else ""
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def told(error: BaseException) -> str:
+    """One line. What users can mend is in their words; of anything else the kind."""
+    known = isinstance(error, (UserError, JournalError, Busy, OSError))
+    return " ".join(str(error).split()) if known else f"{type(error).__name__}; the server's log has more"

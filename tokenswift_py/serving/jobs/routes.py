@@ -1,0 +1,233 @@
+"""Jobs over HTTP, and the page that shows them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query
+from pydantic import BaseModel, ConfigDict, Field
+from sse_starlette.sse import EventSourceResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import FileResponse, Response
+
+from tokenswift_py.errors import check
+from tokenswift_py.serving.engine import Busy
+from tokenswift_py.serving.http.asked import Server
+from tokenswift_py.serving.http.own import OwnParameters
+from tokenswift_py.serving.http.protocol import Count, Message, ResponseFormat, TokenId
+from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
+from tokenswift_py.serving.jobs.job import Job
+from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
+from tokenswift_py.serving.jobs.page import page
+from tokenswift_py.serving.limits import Limits
+from tokenswift_py.text import Prompt
+
+STATUS_SECONDS = 1.0  # between two statuses in a stream of events
+GATHER_SECONDS = 0.05  # in which pieces are gathered into one event
+TYPES = {"text.txt": "text/plain; charset=utf-8", "report.json": "application/json"}
+SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
+Offset = Annotated[int, Query(ge=0, lt=2**53, description="characters of the text to leave out")]
+
+
+class JobRequest(OwnParameters):
+    """A long text to be written. Either prompt or messages.
+
+    raw: the prompt is the beginning of the text, without a chat template.
+    priority: the higher, the sooner it is served.
+    """
+
+    prompt: str | list[TokenId] | None = None
+    messages: list[Message] | None = None
+    raw: bool | None = None
+    max_tokens: Count | None = None
+    response_format: ResponseFormat | None = None
+    priority: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = None
+    title: Annotated[str, Field(max_length=200)] | None = None
+    model: str | None = None
+    sample: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+
+class AuditRequest(BaseModel):
+    """sample: windows of the text that are decoded token by token, too."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    sample: Annotated[int, Field(ge=0, le=1000)] = 0
+
+
+def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
+    """The routes of `jobs`, for an application that tells `UserError` and `Refusal` as `refusals.install` does.
+
+    limits: of one text; the same as for texts that are answered at once.
+    """
+    router = APIRouter()
+    server = Server(jobs.engine.loaded, jobs.engine.context, limits or Limits())
+    errors: dict[int | str, dict[str, Any]] = {
+        **{status: DESCRIBED[status] for status in (400, 401, 404, 429, 503) if status in DESCRIBED},
+        409: {"model": ErrorBody, "description": "not in the state that the job is in"},
+        "default": {"model": ErrorBody},
+    }
+
+    def found(name: str) -> Job:
+        try:
+            return jobs.get(name)
+        except NoSuchJob:
+            raise no_job(name) from None
+
+    async def done(name: str, what: Any, *arguments: Any) -> Any:
+        """Does what is asked for outside of the event loop, and turns what goes wrong into refusals."""
+        try:
+            return await run_in_threadpool(what, *arguments)
+        except NoSuchJob:
+            raise no_job(name) from None
+        except WrongState as error:
+            raise Refusal(409, str(error), None, "wrong_state") from error
+        except Busy as error:
+            raise Refusal(429, str(error), None, "too_many_jobs", RETRY_AFTER) from error
+
+    @router.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return page()
+
+    @router.post("/v1/jobs", status_code=201, responses=errors, response_class=Response)
+    async def create(body: JobRequest) -> Response:
+        """Take a text. It is on the disk when this answers, and is written whatever happens to the server."""
+
+        def make() -> dict[str, Any]:
+            prompt, settings, priority = plain(server, body)
+            asked = body.model_dump(exclude_none=True)
+            job = jobs.create(prompt, priority=priority, title=body.title or "", asked=asked, **settings)
+            return whole(job)
+
+        return answer(await done("", make), 201)
+
+    @router.get("/v1/jobs", responses=errors, response_class=Response)
+    async def every() -> Response:
+        """All jobs, the newest first, without what only one of them tells: curve, loops, audit, files."""
+        told = await run_in_threadpool(lambda: [job.brief() for job in jobs.list()])
+        return answer({"object": "list", "data": told})
+
+    @router.get("/v1/jobs/{job}", responses=errors, response_class=Response)
+    async def one(job: str) -> Response:
+        """The state of a job, and what was asked for."""
+        return answer(await run_in_threadpool(whole, found(job)))
+
+    @router.get("/v1/jobs/{job}/text", responses=errors, response_class=Response)
+    async def text(job: str, offset: Offset = 0) -> Response:
+        """The text so far, from a character on."""
+        it = found(job)
+        written = await run_in_threadpool(it.written)
+        rest = written[offset:]
+        state = it.state
+        return answer({"id": it.id, "offset": offset, "text": rest, "next_offset": offset + len(rest), "state": state})
+
+    @router.get("/v1/jobs/{job}/events", responses=errors, response_class=EventSourceResponse)
+    async def events(
+        job: str, offset: Offset = 0, last_event_id: Annotated[str | None, Header(max_length=20)] = None
+    ) -> Response:
+        """The text as it comes, as server-sent events, from a character on: `text` events, whose id is the number of
+        characters so far, `status` events, and an `end` event. Last-Event-ID goes before offset."""
+        it = found(job)
+        if last_event_id:
+            fine = last_event_id.isascii() and last_event_id.isdecimal()
+            check(fine, "Last-Event-ID", last_event_id, "the id of an event")
+            offset = int(last_event_id)
+        return EventSourceResponse(told(it, offset), sep="\n", headers=SAFE, send_timeout=60.0)
+
+    @router.post("/v1/jobs/{job}/cancel", responses=errors, response_class=Response)
+    async def cancel(job: str) -> Response:
+        """End a text. What is written stays, and it can be resumed."""
+        return answer(whole(await done(job, jobs.cancel, job)))
+
+    @router.post("/v1/jobs/{job}/resume", responses=errors, response_class=Response)
+    async def resume(job: str) -> Response:
+        """Go on with a text that was cancelled, interrupted or failed."""
+        return answer(whole(await done(job, jobs.resume, job)))
+
+    @router.post("/v1/jobs/{job}/audit", status_code=202, responses=errors, response_class=Response)
+    async def audit(job: str, body: AuditRequest | None = None) -> Response:
+        """Begin to prove that plain decoding writes this text. The job's status will have the findings."""
+        return answer(whole(await done(job, jobs.audit, job, body.sample if body else 0)), 202)
+
+    @router.get("/v1/jobs/{job}/files/{name}", responses=errors, response_class=FileResponse)
+    async def file(job: str, name: Literal["text.txt", "tokens.npy", "report.json", "journal.bin"]) -> Response:
+        """A file of a job's folder, as the command line writes it."""
+        path = found(job).folder / name
+        if not path.is_file():
+            raise Refusal(404, f"{name}: the job has no such file yet", "name", "no_such_file")
+        return FileResponse(path, media_type=TYPES.get(name, "application/octet-stream"), filename=name, headers=SAFE)
+
+    @router.delete("/v1/jobs/{job}", responses=errors, response_class=Response)
+    async def delete(job: str) -> Response:
+        """Remove a job and its files. One that is being written must be cancelled first."""
+        await done(job, jobs.delete, job)
+        return answer({"id": job, "object": "job", "deleted": True})
+
+    return router
+
+
+def plain(server: Server, body: JobRequest) -> tuple[list[int], dict[str, Any], float]:
+    """The prompt's token ids, the settings, and the priority that a request comes to. Raises UserError and Refusal."""
+    check((body.prompt is None) != (body.messages is None), "prompt", body.prompt, "either prompt or messages")
+    settings = server.settings(body, body.response_format, None)
+    settings |= {"raw": True} if body.raw else {}
+    said: Prompt = [message.plain() for message in body.messages or ()] if body.prompt is None else body.prompt
+    named = "messages" if body.prompt is None else "prompt"
+    asked = server.asked(body, settings, [(named, said)], body.max_tokens, "max_tokens", 1)
+    (prompt, sample), *_ = asked.choices
+    return asked.prompts[prompt], {**asked.settings, "stream": sample}, asked.priority
+
+
+def whole(job: Job) -> dict[str, Any]:
+    """All of a job's status."""
+    return {**job.status(), "asked": job.kept.asked, "seed": job.kept.settings["seed"]}
+
+
+async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
+    """The events of a job from a character on. A client may know more of the text than a server that was killed: it
+    then hears nothing until the text, which comes to the same bytes, is longer."""
+    changed, loop = asyncio.Event(), asyncio.get_running_loop()
+    due, audited = 0.0, None
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(changed.set)
+
+    with job.watching(tell):
+        while True:
+            changed.clear()
+            over = job.over and job.auditing is None
+            written = await run_in_threadpool(job.written)
+            if len(written) > offset:
+                part, offset = written[offset:], len(written)
+                yield {"event": "text", "id": str(offset), "data": dumped({"text": part, "tokens": job.pace.tokens})}
+            if over:
+                yield {"event": "end", "data": dumped(job.status())}
+                return
+            now = time.monotonic()
+            if now >= due or audited != job.auditing:
+                due, audited = now + STATUS_SECONDS, job.auditing
+                yield {"event": "status", "data": dumped(job.status())}
+            try:
+                await asyncio.wait_for(changed.wait(), STATUS_SECONDS)
+            except asyncio.TimeoutError:
+                continue
+            await asyncio.sleep(GATHER_SECONDS)
+
+
+def no_job(name: str) -> Refusal:
+    return Refusal(404, f"job: there is no {name[:64]!r}", "job", "no_such_job")
+
+
+def dumped(value: Any) -> str:
+    """JSON in ASCII: what was asked for may hold half of a surrogate pair."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def answer(value: Any, status: int = 200) -> Response:
+    return Response(dumped(value), status, SAFE, "application/json")
