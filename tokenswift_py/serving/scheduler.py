@@ -125,7 +125,8 @@ class Scheduler:
         seat.cancelled = True
 
     def step(self) -> bool:
-        """Computes one pass for those that can share it. Returns whether there was anything to do."""
+        """Computes one pass for those that can share it. Returns whether texts are left: a step may compute none, where
+        all that are in work end a round without another pass."""
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
@@ -135,7 +136,7 @@ class Scheduler:
         group = self._choose()
         if group:
             self._compute(group)
-        return bool(group)
+        return bool(self.seats)
 
     @property
     def idle_pages(self) -> int:
