@@ -14,10 +14,11 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
 # Those that the machine has not are taken from PyPI.
 BUILD_TOOLS := scikit-build-core nanobind $(if $(shell command -v cmake),,cmake) $(if $(shell command -v ninja),,ninja)
 
-.PHONY: help install demo test soak check bench gpu report sanitize sanitize-address sanitize-thread aarch64 kernels clean
+.PHONY: help install demo serve test soak check bench gpu report sanitize sanitize-address sanitize-thread aarch64 kernels clean
 
 help:
 	@echo "make demo     write a real text with the default model, beside the plain decoding of it"
+	@echo "make serve    the default model behind OpenAI's API (make serve ARGS='--port 9000 --model DIR')"
 	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
 	@echo "make soak     the tests that take minutes: kills at random moments"
 	@echo "make check    ruff, clang-format and mypy"
@@ -44,6 +45,9 @@ install: .venv/.installed
 demo: install
 	$(BIN)/python generate.py --model smollm2-135m --dtype fp32 --max-new-tokens 320 --baseline --seed 7 \
 		--temperature 0.8 --min-p 0.05 --dry-multiplier 0.8 --prompt "$(PROMPT)"
+
+serve: install
+	$(BIN)/tokenswift serve $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)

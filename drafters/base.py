@@ -18,16 +18,19 @@ from tokenswift_py.kvcache.base import Committed, FloatArray
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import DRAFTERS, Options
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import FixedPlanner, Gain, Plan
 from tokenswift_py.sampling.reference import Sampler
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a drafter may look at. The last token of `history` is pending: it is the root of the next tree, and the
-    cache holds everything before it.
+    """What a drafter may look at in one round. The last token of `history` is pending: it is the root of the next tree,
+    and the cache holds everything before it.
 
     draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
+    plan:        what is worth drafting in this round.
+    agreed:      returns rank 0's milliseconds for those that this rank measured. All ranks that draft together have to
+                 ask for it, each time that one of them learns what something took.
 
     A drafter may push guesses onto the history (to see their processed logits), inside of `history.guesses()`, which
     forgets them, and write provisional rows into the cache. It never commits.
@@ -38,15 +41,16 @@ class Context:
     model: Model
     sampler: Sampler
     draft_model: Model
-    planner: Planner = field(default_factory=lambda: Planner(fixed=True))
+    plan: Plan = field(default_factory=lambda: FixedPlanner().at(0))
     timer: Timer = field(default_factory=Timer)
+    agreed: Callable[[float], float] = float
 
 
 @dataclass(frozen=True)
 class Resources:
     """What a drafter of a run may be made of.
 
-    second_model: of a drafter that has one, its `model` and `vocab_sizes`, as DraftModel takes them.
+    second_model: the `model` and `vocab_sizes` of a drafter with a model of its own, as DraftModel takes them.
     """
 
     checkpoint: Checkpoint
@@ -73,23 +77,28 @@ class Drafter:
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
-        """The history has grown by tokens that no tree proposed; `output` is of the last rows that were committed
-        before the pending token, up to `decoding.loop.SEEN_ROWS` of them."""
+        """Takes in that the history has grown by tokens that no tree proposed.
+
+        output: of the last rows that were committed before the pending token, up to `decoding.loop.SEEN_ROWS` of them.
+        """
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        """A tree of at most `budget` nodes (at least 1) hanging from the pending token."""
+        """Returns a tree of at most `budget` nodes (at least 1), whose root is the pending token."""
         raise NotImplementedError
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        """What verification took from the last proposal, and the pass that said so."""
+        """Learns from what verification took of the last proposal.
+
+        output: of the verify pass.
+        """
 
     def explain(self) -> dict[str, Any]:
-        """What a line of the trace says about the last proposal."""
+        """Returns what a line of the trace says about the last proposal."""
         return {}
 
     def alike(self) -> object:
-        """What ranks must have in common before they draft together, beside the parameters of the run: what they read
-        from files of their own."""
+        """Returns what ranks must have in common before they draft together, beside the parameters of the run: what
+        they read from files of their own."""
         return None
 
 
@@ -103,24 +112,25 @@ class Draft(TreeBuilder):
         self.chances = [1.0]
         self.odds: list[Odds | None] = [None]
 
-    def fill(self, planner: Planner, grow: Callable[[Callable[[float], bool]], None]) -> None:
-        """Let `grow` add nodes that need no draft pass, while what it is given finds their chances worth their rows."""
+    def fill(self, plan: Plan, grow: Callable[[Gain], None]) -> None:
+        """Lets `grow` add nodes that need no draft pass, as long as they gain more than their rows cost."""
         first = len(self)
-        grow(lambda chance: planner.worth_row(chance, len(self)))
-        self.cut(planner.rows_paid(self.chances, first))
+        grow(plan.gain_ms)
+        self.cut(plan.rows_paid(self.chances, first))
 
     def cut(self, size: int) -> None:
-        """Drop all nodes but the first `size`."""
+        """Drops all nodes but the first `size`."""
         for node in range(size, len(self)):
             del self._children[self.parents[node], self.tokens[node]]
         for column in (self.tokens, self.parents, self.chances, self.odds):
             del column[size:]
 
     def guess(self, parent: int, token: int, odds: Odds, chance: float | None = None) -> int | None:
-        """The child of `parent` that carries `token`, with the best odds it was guessed by; None when the tree is full.
+        """Returns the child of `parent` that carries `token`, with the best odds it was guessed by; None when the tree
+        is full.
 
-        odds: that the child is emitted if its parent is.
-        chance: what the odds said when the guess was found; others may share them. None is what they say now.
+        odds:   that the child is emitted if its parent is.
+        chance: what the odds said when the guess was found, since others may share them; None is what they say now.
         """
         node = self.add(parent, token)
         if node is None:
@@ -133,8 +143,42 @@ class Draft(TreeBuilder):
             self.chances[node], self.odds[node] = chance, odds
         return node
 
+    def force(self, context: Context, end: int) -> list[int]:
+        """Hangs the tokens that a grammar forces behind node `end`, which carries the history's last token; they join
+        the history. That takes no draft pass, and they are always right. Returns their nodes, in order."""
+        nodes: list[int] = []
+        while (token := context.sampler.forced(context.history)) is not None:
+            if context.plan.gain_ms(self.chances[end], len(self)) <= 0:
+                break
+            node = self.add(end, token)
+            if node is None:
+                break
+            if node == len(self.chances):  # else it is there as a guess
+                self.chances.append(self.chances[end])
+                self.odds.append(None)
+            context.history.append(token)
+            nodes.append(node)
+            end = node
+        return nodes
+
+    def force_last(self, context: Context) -> None:
+        """Forces tokens behind the end of the likeliest path. The history's last token is the root."""
+        if context.sampler.grammar is None:
+            return
+        likeliest: dict[int, int] = {}
+        for node in range(1, len(self)):
+            best = likeliest.setdefault(self.parents[node], node)
+            if self.chances[node] > self.chances[best]:
+                likeliest[self.parents[node]] = node
+        with context.history.guesses():
+            end = 0
+            while end in likeliest:
+                end = likeliest[end]
+                context.history.append(self.tokens[end])
+            self.force(context, end)
+
     def learn(self, taken: Acceptance) -> None:
-        """Count every guess that was put to the test: the children of the nodes that were accepted."""
+        """Counts every guess that was put to the test: the children of the nodes that were accepted."""
         for node, odds in enumerate(self.odds):
             if odds is not None and self.parents[node] in taken.after:
                 odds.learn(self.tokens[node] == taken.after[self.parents[node]])
@@ -149,20 +193,23 @@ class Candidates:
         self._order = 0
 
     def push(self, parent: int, token: int, odds: Odds, more: Any = None) -> None:
-        """more: given to `follow` when the guess is taken."""
+        """Makes `token` behind node `parent` a candidate, if it is not too unlikely.
+
+        more: given to `follow` when the guess is taken.
+        """
         chance = odds.chance
         path = chance * self.draft.chances[parent]
         if path < UNLIKELY:
             return
-        self._order += 1  # of equals the one found first
+        self._order += 1  # where chances are equal, the guess found first is taken first
         heapq.heappush(self._heap, (-path, self._order, parent, token, odds, chance, more))
 
-    def take(self, worth: Callable[[float], bool], follow: Callable[[int, Any], None] | None = None) -> None:
-        """Add the likeliest guesses to the draft until the next is not worth it or the draft is full.
+    def take(self, gain: Gain, follow: Callable[[int, Any], None] | None = None) -> None:
+        """Adds the likeliest guesses to the draft until the next gains nothing or the draft is full.
 
         follow: called with each node added and its `more`, to push what may come behind it.
         """
-        while self._heap and worth(-self._heap[0][0]):
+        while self._heap and gain(-self._heap[0][0], len(self.draft)) > 0:
             _, _, parent, token, odds, chance, more = heapq.heappop(self._heap)
             node = self.draft.guess(parent, token, odds, chance)
             if node is None:
@@ -176,9 +223,10 @@ UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, what
 
 
 def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
-    """What a policy learns from: those rows of a pass that were committed, at positions `start` and on.
+    """Returns what a policy learns from: those rows of a pass that were committed, at positions `start` and on.
 
-    Views of the output where the rows are its first ones (every chunk of a prefill, every chain), else copies.
+    These are views of the output where the rows are its first ones (every chunk of a prefill, every chain); else
+    copies.
     """
     first = list(rows) == list(range(len(rows)))
     kept = slice(len(rows)) if first else list(rows)
@@ -193,25 +241,25 @@ def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
 
 
 def host_array(x: torch.Tensor) -> FloatArray:
-    """On the CPU, in a type that numpy has."""
+    """Returns the tensor as an array on the CPU, in a type that numpy has."""
     array: FloatArray = (x if x.dtype == torch.float64 else x.float()).cpu().numpy()
     return array
 
 
 def create(name: str, **settings: Any) -> Drafter:
-    """The drafter called `name`. Raises UserError for a name that no file carries."""
+    """Makes the drafter called `name`. Raises UserError for a name that no file carries."""
     drafter: Drafter = registry.create(DRAFTERS, "DRAFTER", "drafter", name, **settings)
     return drafter
 
 
 def kind_of(name: str) -> type[Drafter]:
-    """The class of the drafter called `name`."""
+    """Returns the class of the drafter called `name`."""
     kind: type[Drafter] = registry.module(DRAFTERS, "drafter", name).DRAFTER
     return kind
 
 
 def for_run(options: Options, resources: Resources) -> Drafter:
-    """The drafter of a run: what its file's `create` makes of the options, or its class without settings."""
+    """Makes the drafter of a run: by its file's `create`, or of its class without settings."""
     module = registry.module(DRAFTERS, "drafter", options.chosen_drafter)
     make: Callable[[Options, Resources], Drafter] | None = getattr(module, "create", None)
     made: Drafter = make(options, resources) if make else module.DRAFTER()
@@ -219,5 +267,5 @@ def for_run(options: Options, resources: Resources) -> Drafter:
 
 
 def width_of(options: Options) -> dict[str, Any]:
-    """With a fixed number of draft tokens a draft is one chain."""
+    """Returns the setting of a drafter's width: with a fixed number of draft tokens a draft is one chain."""
     return {} if options.draft_tokens is None else {"width": 1}

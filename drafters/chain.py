@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.core import Acceptance
+from tokenswift_py.core import Acceptance, DraftTree
 from tokenswift_py.drafters.base import Candidates, Context, Draft
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.sampling.reference import NumericsError
@@ -20,7 +20,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
-    """The chance that a guess is wrong, by the lead of its perturbed score over the next one's.
+    """Returns the chance that a guess is wrong, by the lead of its perturbed score over the next one's.
 
     Target and draft share their noise, so only the error of the draft's scores can make a guess wrong, and a large lead
     outlives that. The form was fitted to 7 500 guesses of the default model (code and docs, behind 16 K and 64 K
@@ -82,13 +82,13 @@ class Confidence:
         self._leads: dict[int, float] = {}  # of the latest guess that became each node
 
     def expect(self, error: float, temperature: float) -> None:
-        """Errors of so many logits, of scores that are divided by this temperature (0 is greedy: they are not). May be
-        said anew before every draft."""
+        """Expects errors of so many logits, in scores that are divided by this temperature (0 is greedy, where they are
+        not). May be called again before every draft."""
         self.spread = error / (temperature or 1.0)
 
     @property
     def next(self) -> float:
-        """The chance of a guess not made yet."""
+        """The chance that the next guess, not made yet, is right."""
         leads = (self._family or self._own).leads
         for odds, chance_wrong in zip(self._first, self._wrong(MIDDLES).tolist(), strict=True):
             odds.prior = 1 - chance_wrong
@@ -103,9 +103,9 @@ class Confidence:
         logits: torch.Tensor,
         more: Callable[[int], Any] | None = None,
     ) -> int | None:
-        """The best token behind node `end` becomes its child and joins the history, the runners-up become candidates
-        beside it. Returns the child; None for logits that nobody can choose from: whether the text comes that far is
-        for the target to say.
+        """Makes the best token behind node `end` its child, which joins the history, and the runners-up candidates
+        beside it. Returns the child; None for logits that nobody can choose from, since whether the text comes that far
+        is for the target to say.
 
         more: what a candidate's token brings along, see `Candidates.push`.
         """
@@ -126,13 +126,15 @@ class Confidence:
         return node
 
     def learn(self, draft: Draft, chain: Sequence[int], taken: Acceptance) -> bool:
-        """Count the guesses of a chain that were put to the test; whether all of them were right.
+        """Counts the guesses of a chain that were put to the test. Returns whether all of them were right.
 
         chain: its nodes, the root first.
         """
         for node, guess in pairwise(chain):
             if node not in taken.after:
                 break
+            if draft.odds[guess] is None:  # forced
+                continue
             right = draft.tokens[guess] == taken.after[node]
             (self._family or self._own).count(self._leads[guess])
             for experience in filter(None, (self._own, self._family)):
@@ -147,7 +149,8 @@ class Confidence:
         return odds
 
     def _wrong(self, leads: Doubles | float) -> Doubles:
-        """By all the spreads there may be, each as likely as the guesses seen make it. For each of these leads."""
+        """Returns the chance that a guess is wrong for each of these leads, a mean over all the spreads there may be,
+        each as likely as the guesses seen make it."""
         likelihood = self._own.likelihood
         if self._family is not None:  # which has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
@@ -157,3 +160,61 @@ class Confidence:
 
 
 RUNNER_UP = 0.55  # of the wrong guesses, those where the next by score is right
+
+
+class Chain:
+    """The draft of one round, which grows guess behind guess, and what may join it in the end.
+
+    draft:      the tree.
+    candidates: guesses that could join without another draft pass, runners-up of the chain's among them.
+    nodes:      the chain's, the root first.
+    """
+
+    def __init__(self, pending: int, budget: int):
+        self.draft = Draft(pending, budget)
+        self.candidates = Candidates(self.draft)
+        self.nodes = [0]
+
+    def __len__(self) -> int:
+        """Its guesses, which the root is not."""
+        return len(self.nodes) - 1
+
+    @property
+    def end(self) -> int:
+        """Its last node."""
+        return self.nodes[-1]
+
+    @property
+    def chance(self) -> float:
+        """The chance that its last node is emitted."""
+        return self.draft.chances[self.end]
+
+    def guess(
+        self,
+        confidence: Confidence,
+        context: Context,
+        logits: torch.Tensor,
+        more: Callable[[int], Any] | None = None,
+    ) -> int | None:
+        """Grows by the best token behind its end, see `Confidence.guess`. Returns the token, if there is one."""
+        node = confidence.guess(context, self.candidates, self.end, logits, more)
+        if node is None:
+            return None
+        self.nodes.append(node)
+        return self.draft.tokens[node]
+
+    def force(self, context: Context) -> list[int]:
+        """Grows by the tokens that a grammar forces, and returns them."""
+        nodes = self.draft.force(context, self.end)
+        self.nodes += nodes
+        return [self.draft.tokens[node] for node in nodes]
+
+    def build(self, context: Context, follow: Callable[[int, Any], None] | None = None) -> DraftTree:
+        """Returns the tree, with all candidates that pay for their rows. follow: see `Candidates.take`."""
+        self.draft.fill(context.plan, lambda gain: self.candidates.take(gain, follow))
+        self.draft.force_last(context)
+        return self.draft.build()
+
+    def explain(self) -> dict[str, Any]:
+        """Returns what a line of the trace says of it."""
+        return {"chain": len(self), "expected_tokens": round(sum(self.draft.chances), 3)}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import Pass, Passes
-from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter, Resources, width_of
-from tokenswift_py.drafters.chain import Confidence
+from tokenswift_py.drafters.base import Context, Drafter, Resources, width_of
+from tokenswift_py.drafters.chain import Chain, Confidence
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, select
 from tokenswift_py.kvcache.cache import KVCache
@@ -20,7 +20,7 @@ from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.kvcache.policies.recent import Recent
 from tokenswift_py.options import Options
 from tokenswift_py.planning.costs import PassCost
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import Plan
 
 
 class DraftModel(Drafter):
@@ -34,7 +34,7 @@ class DraftModel(Drafter):
     model:       the draft, with RoPE tables for the target's context.
     keep_tokens: rows that its cache keeps, its first page and the latest ones (StreamingLLM); None is all.
     width:       guesses a node has at most, runners-up included; 1 is a plain chain.
-    vocab_sizes: rows of the draft's and of the target's embedding, which padding may set apart; None is no matter.
+    vocab_sizes: rows of the draft's and of the target's embedding, which differ where one is padded; None: they do not.
     """
 
     name = "draft_model"
@@ -52,86 +52,86 @@ class DraftModel(Drafter):
         self.model, self.keep_tokens, self.width, self.vocab_sizes = model, keep_tokens, width, vocab_sizes
         self.cache = model.new_cache() if keep_tokens is None else bounded_cache(model, keep_tokens)
         self._policy = Recent()
-        self._cost = PassCost(shapes=model.row_shapes)
+        self._cost = PassCost(model.row_shapes)
         self._confidence = Confidence(width)
-        self._draft: Draft | None = None
-        self._chain: list[int] = []
+        self._chain = Chain(0, 1)  # of the last proposal
+        self._text = 0  # tokens of the text when the last tree was proposed
         self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
 
     def prefill(self, context: Context, output: Output) -> Passes[None]:
-        yield from self._catch_up(context.history)
+        yield from self._catch_up(context.history, len(context.history))
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        planner, history = context.planner, context.history
-        draft = Draft(history[-1], budget)
-        candidates = Candidates(draft)
-        self._draft, self._chain = draft, [0]
+        plan, history = context.plan, context.history
+        self._chain, self._text = Chain(history[-1], budget), len(history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()
         self._read = len(history) - self.cache.length
-        length = (budget - 1) // self.width if planner.fixed else budget - 1
+        longest = plan.longest_chain(budget, self.width)
         if self._cost.measured:
-            planner.expect_rate(planner.best_rate(self._confidence.next, self._pass_ms(planner, 1)))
+            plan.expect_rate(plan.best_rate(self._confidence.next, self._pass_ms(plan, 1)))
         with history.guesses():
-            while len(self._chain) <= length and self._pays(planner):
-                node = yield from self._guess(context, candidates)
-                if node is None:
+            while True:
+                self._chain.force(context)
+                if len(self._chain) >= longest or not self._pays(plan):
                     break
-                self._chain.append(node)
-        draft.fill(planner, candidates.take)
-        return draft.build()
+                token = yield from self._guess(context)
+                if token is None:
+                    break
+        return self._chain.build(context)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        assert self._draft is not None
-        self._draft.learn(taken)
-        self._confidence.learn(self._draft, self._chain, taken)
-        accepted = sum(node in taken.after for node in self._chain[1:])
+        chain = self._chain
+        chain.draft.learn(taken)
+        self._confidence.learn(chain.draft, chain.nodes, taken)
+        accepted = sum(node in taken.after for node in chain.nodes[1:])
         self._commit(min(self._read + accepted, self.cache.tail_length))
 
     def explain(self) -> dict[str, Any]:
         return {
             "kept_tokens": self._kept,
-            "chain": len(self._chain) - 1,
             "expected_acceptance": round(self._confidence.next, 4),
-            "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
+            **self._chain.explain(),
         }
 
-    def _pays(self, planner: Planner) -> bool:
-        """Whether the next guess pays for its pass. The text has to be read for any later draft as well, so that is no
-        cost of this one; but for a mere probe it is."""
-        assert self._draft is not None
-        chance = self._draft.chances[self._chain[-1]] * self._confidence.next
-        row_ms = planner.row_ms(len(self._draft))
-        if planner.worth(chance, self._pass_ms(planner, 1) + row_ms):
+    def _pays(self, plan: Plan) -> bool:
+        """Returns whether the next guess pays for its pass. The text has to be read for any later draft as well, so
+        that is no cost of this one; but for a mere probe it is."""
+        chance = self._chain.chance * self._confidence.next
+        row_ms = plan.row_ms(len(self._chain.draft))
+        if plan.worth(chance, self._pass_ms(plan, 1) + row_ms):
             return True
-        return len(self._chain) == 1 and planner.may_probe(self._pass_ms(planner, self._read) + row_ms)
+        return not self.cache.tail_length and plan.may_probe(self._pass_ms(plan, self._read) + row_ms)
 
-    def _pass_ms(self, planner: Planner, rows: int) -> float:
-        """What a pass of the draft model costs; before one was measured, what the planner takes for one."""
-        return self._cost(rows, self._kept) if self._cost.measured else planner.draft_ms(rows, self._kept)
+    def _pass_ms(self, plan: Plan, rows: int) -> float:
+        """Returns what a pass of the draft model costs."""
+        return plan.draft_ms(self._cost, rows, self._kept)
 
-    def _guess(self, context: Context, candidates: Candidates) -> Passes[int | None]:
-        """One pass: the rows that the cache lacks, and what the last of them guesses."""
-        if len(self._chain) == 1:
-            yield from self._catch_up(context.history)
+    def _guess(self, context: Context) -> Passes[int | None]:
+        """Computes the rows that the cache lacks in one pass. Returns what the last of them guesses, if anything can be
+        chosen."""
+        if not self.cache.tail_length:
+            yield from self._catch_up(context.history, self._text)
         lap = context.timer.start(self.model)
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = yield from self._forward(context.history, rows)
-        node = self._confidence.guess(context, candidates, self._chain[-1], logits)
+        token = self._chain.guess(self._confidence, context, logits)
         lap.stop()
-        self._cost.observe(rows, kept, lap.ms)
-        return node
+        self._cost.observe(rows, kept, lap.ms)  # rank 0 alone has this drafter, so there is nobody to agree with
+        return token
 
-    def _catch_up(self, history: History) -> Passes[None]:
-        """Read the text but for so few rows that the pass of the first guess takes them along."""
-        while (missing := len(history) - self.cache.length) > JOINED:
+    def _catch_up(self, history: History, stop: int) -> Passes[None]:
+        """Reads the text, which ends before position `stop`, but for so few rows that the pass of the first guess takes
+        them along."""
+        while (missing := stop - self.cache.length) > JOINED:
             rows = min(CHUNK, missing - JOINED)
             yield from self._forward(history, rows)
             self._commit(rows)
         self._read = missing
 
     def _forward(self, history: History, rows: int) -> Passes[torch.Tensor]:
-        """Compute the next rows that the cache lacks: [vocab_size] logits of the last, in the target's vocabulary."""
+        """Computes the next rows that the cache lacks. Returns the last one's logits, [vocab_size] of the target's
+        vocabulary."""
         cache = self.cache
         known = cache.length + cache.tail_length
         tokens = history.tokens[known : known + rows]
@@ -146,7 +146,7 @@ class DraftModel(Drafter):
         return F.pad(logits, (0, self.vocab_sizes[1] - len(logits)), value=-torch.inf)
 
     def _commit(self, rows: int) -> None:
-        """Keep the first provisional rows, and of the pages that are full then only the budget's."""
+        """Keeps the first provisional rows, and of the pages that are full then only the budget's."""
         cache = self.cache
         cache.commit(range(rows))
         if self.keep_tokens is not None and (cache.full_pages - cache.evicted) * PAGE_SIZE > self.keep_tokens:
@@ -160,7 +160,7 @@ class DraftModel(Drafter):
 
 
 def bounded_cache(model: Model, tokens: int) -> KVCache:
-    """A cache whose pool has room for so many rows and a chunk, whatever the context."""
+    """Makes a cache whose pool has room for so many rows and a chunk, whatever the context."""
     return KVCache(model.new_pool(pages_for(min(tokens + CHUNK, model.context))), model.context)
 
 

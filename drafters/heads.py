@@ -8,7 +8,7 @@ their forms.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -16,13 +16,15 @@ import numpy as np
 import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
+from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.head_weights import HeadWeights
 from tokenswift_py.options import Options
+from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Gain
 from tokenswift_py.sampling.reference import NumericsError
 
 UNLIKELY = 0.01  # paths below this are not proposed
@@ -43,18 +45,6 @@ class Branch:
     x: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What guesses of heads are worth to a drafter that has more than heads.
-
-    known:   the chance that its other guesses hold the next token already.
-    gain_ms: milliseconds that a guess of such a chance saves, as one more row of a draft of so many.
-    """
-
-    known: float
-    gain_ms: Callable[[float, int], float]
-
-
 class Heads(Drafter):
     """A tree of the heads' best guesses, by the same noise as the target's choice.
 
@@ -63,6 +53,7 @@ class Heads(Drafter):
     all are proposed. The acceptances start at those measured in training and follow those seen.
 
     embedding: [V, E] the model's; only heads that see tokens read it.
+    cost:      of one head's guesses behind one node, where a drafter asks head by head.
     """
 
     name = "heads"
@@ -71,6 +62,7 @@ class Heads(Drafter):
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
         self.weights = weights
         self.embedding = embedding
+        self.cost = PassCost()
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of a head's ranks
         self._row: torch.Tensor | None = None
@@ -82,8 +74,12 @@ class Heads(Drafter):
 
     @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
-        if self._row is None:
-            return DraftTree.chain([context.history[-1]])
+        forced = Draft(context.history[-1], budget)
+        with context.history.guesses():
+            certain = len(forced.force(context, 0))
+        if self._row is None or certain >= len(self.weights):  # what heads could guess is known
+            self._guesses = {}
+            return forced.build()
         return self.tree(self._row, context, budget)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
@@ -98,7 +94,10 @@ class Heads(Drafter):
 
     @torch.inference_mode()
     def tree(self, row: torch.Tensor, context: Context, budget: int) -> DraftTree:
-        """Up to `budget` nodes behind the history's last token. row: [E], `weights.reads` of the row that gave it."""
+        """Returns up to `budget` nodes, the history's last token their root.
+
+        row: [E], `weights.reads` of the row that gave that token.
+        """
         self.move(row.device)
         self._guesses = {}
         depth = min(len(self.weights), budget - 1)
@@ -113,19 +112,27 @@ class Heads(Drafter):
             if not parents:
                 break
             branches += self.children(head, parents[:BEAM], context, None if same is None else same[head])
-        branches = sorted(branches, key=by_chance)[:budget]
-        worth = context.planner.worth_row
-        rows = next((n for n, branch in enumerate(branches) if n and not worth(branch.chance, n)), len(branches))
-        builder = TreeBuilder(context.history[-1], budget)
+        return self.worth_it(sorted(branches, key=by_chance)[:budget], context, budget)
+
+    def worth_it(self, branches: Sequence[Branch], context: Context, budget: int) -> DraftTree:
+        """Returns the tree of those branches that pay for their rows. branches: the most probable first."""
+        plan = context.plan
+        gains = (plan.gain_ms(branch.chance, rows) for rows, branch in enumerate(branches))
+        rows = next((n for n, gain in enumerate(gains) if n and gain <= 0), len(branches))
+        rows = plan.rows_paid([branch.chance for branch in branches[:rows]], 1)
+        builder = Draft(context.history[-1], budget)
         nodes: dict[tuple[int, ...], int] = {(): 0}
-        for branch in branches[1 : context.planner.rows_paid([branch.chance for branch in branches[:rows]], 1)]:
+        for branch in branches[1:rows]:
             child = builder.add(nodes[branch.path[:-1]], branch.path[-1])
             assert child is not None
+            builder.chances.append(branch.chance)
+            builder.odds.append(None)  # they learn by `learn`
             nodes[branch.path] = child
+        builder.force_last(context)
         return builder.build()
 
     def same_ahead(self, x: torch.Tensor, heads: int, model: Model) -> torch.Tensor | None:
-        """[heads, V] logits of heads that see no tokens, one product for all; None for those that do."""
+        """Returns [heads, V] logits of heads that see no tokens, by one product for all; None for those that do."""
         if self.weights.sees_tokens or not heads:
             return None
         states = []
@@ -137,7 +144,7 @@ class Heads(Drafter):
     def children(
         self, head: int, parents: Sequence[Branch], context: Context, same: torch.Tensor | None
     ) -> list[Branch]:
-        """The candidates of one head behind each of these branches, as the sampler would rank them.
+        """Returns the candidates of one head behind each of these branches, as the sampler would rank them.
 
         same: [V] logits of a head that sees no tokens: it is ranked once, behind the first branch, for all of them.
         """
@@ -156,7 +163,7 @@ class Heads(Drafter):
         return found
 
     def ask(self, head: int, branches: Sequence[Branch], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
-        """What the next head reads behind each of these branches, and this one's guesses there, best first."""
+        """Returns what the next head reads behind each of these branches, and this one's guesses there, best first."""
         # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
         # for milliseconds. One row takes microseconds.
         steps = [self.step(head, branch, context.history[-1]) for branch in branches]
@@ -166,53 +173,75 @@ class Heads(Drafter):
         return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
     def step(self, head: int, branch: Branch, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the head makes of a branch, which the token on its way there is the last to enter."""
+        """Returns what the next head reads behind a branch, and the state that this one's logits are made of."""
         token = self.embedding[branch.path[-1] if branch.path else pending]
         return self.weights.step(head, branch.x, token[None].to(branch.x.device, branch.x.dtype))
 
     @torch.inference_mode()
-    def extend(self, draft: Draft, end: int, row: torch.Tensor, context: Context, gain: Gain) -> None:
-        """For a drafter that has more than heads: hang guesses behind node `end` of its draft, which carries the
-        history's last token, head by head behind the likeliest, as long as one more head is worth its time, or until
-        it is known what it takes.
+    def extend(
+        self, draft: Draft, end: int, row: torch.Tensor, context: Context, gain: Gain, known: float = 0.0
+    ) -> None:
+        """For a drafter that has more than heads: hangs guesses behind node `end` of its draft, which carries the
+        history's last token, head by head behind the likeliest, as long as one more head is worth its time.
 
-        row: [E], `weights.reads` of the row that gave that token.
+        row:   [E], `weights.reads` of the row that gave that token.
+        gain:  of one more node of this draft.
+        known: the chance that the drafter's other guesses hold the next token already.
         """
         self.move(row.device)
         branch = Branch(draft.chances[end], (), row.float()[None])
-        for head, odds in enumerate(self.odds):
-            if len(draft) == draft.budget:
+        for head in range(len(self.odds)):
+            if len(draft) == draft.budget or not self.pays(head, branch.chance * (1 - known), draft, context, gain):
                 return
-            cost = context.planner.heads
-            ms = cost(1, 0)
-            unknown = branch.chance * (1 - gain.known)
-            gains = (gain.gain_ms(unknown * each.chance, len(draft) + rank) for rank, each in enumerate(odds))
-            saved_ms = sum(takewhile(lambda saved: saved > 0, gains))
-            if cost.measured and saved_ms <= MARGIN * ms and not (head == 0 and context.planner.may_probe(ms, "heads")):
-                return
-            lap = context.timer.start(context.draft_model)
-            [(x, guesses)] = self.ask(head, [branch], context)
-            lap.stop()
-            cost.observe(1, 0, lap.ms)
-            best = None
-            for token, each in zip(guesses, odds, strict=False):
-                if gain.gain_ms(branch.chance * each.chance, len(draft)) <= 0:
-                    break
-                node = draft.guess(end, token, each)
-                best = node if best is None else best
+            x, guesses = self.timed_ask(head, branch, context)
+            best = self.hang(head, guesses, draft, end, branch.chance, gain)
             if best is None:
                 return
             branch, end = Branch(draft.chances[best], (*branch.path, draft.tokens[best]), x), best
 
+    def pays(self, head: int, chance: float, draft: Draft, context: Context, gain: Gain) -> bool:
+        """Returns whether a head's guesses behind a node save more than asking for them takes, or it is not known yet
+        what that is, or it is time to try again.
+
+        chance: that the text comes to that node, and goes on with a token that the drafter does not know otherwise.
+        """
+        if not self.cost.measured:
+            return True
+        ms = self.cost(1, 0)
+        gains = (gain(chance * odds.chance, len(draft) + rank) for rank, odds in enumerate(self.odds[head]))
+        saved_ms = sum(takewhile(lambda saved: saved > 0, gains))
+        return saved_ms > MARGIN * ms or (head == 0 and context.plan.may_probe(ms, "heads"))
+
+    def timed_ask(self, head: int, branch: Branch, context: Context) -> tuple[torch.Tensor, list[int]]:
+        """Does what `ask` does for one branch, and learns what it costs."""
+        lap = context.timer.start(context.draft_model)
+        [asked] = self.ask(head, [branch], context)
+        lap.stop()
+        self.cost.observe(1, 0, context.agreed(lap.ms))
+        return asked
+
+    def hang(self, head: int, guesses: Sequence[int], draft: Draft, end: int, chance: float, gain: Gain) -> int | None:
+        """Adds a head's guesses to the draft, best first, as long as they gain. Returns the best one's node, if any.
+
+        chance: that the text comes to node `end`.
+        """
+        best = None
+        for token, odds in zip(guesses, self.odds[head], strict=False):
+            if gain(chance * odds.chance, len(draft)) <= 0:
+                break
+            node = draft.guess(end, token, odds)
+            best = node if best is None else best
+        return best
+
     def move(self, device: torch.device) -> None:
-        """The weights to where the model's rows are, in fp32."""
+        """Brings the weights to where the model's rows are, in fp32."""
         weight = self.weights.tensors["weight"]
         if weight.device != device or weight.dtype != torch.float32:
             self.weights = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
-        """What the target's sampler would choose of these logits behind this path, best first; nothing where nobody
-        can choose: whether the text comes that far is for the target to say."""
+        """Returns what the target's sampler would choose of these logits behind this path, best first; nothing where
+        nobody can choose, since whether the text comes that far is for the target to say."""
         with context.history.guesses():
             context.history.extend(path)
             try:
@@ -221,7 +250,7 @@ class Heads(Drafter):
                 return []
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """What the model wrote behind the pending token of the last tree."""
+        """Takes in what the model wrote behind the pending token of the last tree."""
         for head, token in enumerate(tokens[: len(self.weights)]):
             guesses = self._guesses.get(tuple(tokens[:head]))
             if guesses is None:
@@ -232,12 +261,12 @@ class Heads(Drafter):
 
 
 def by_chance(branch: Branch) -> tuple[float, int]:
-    """Most probable first; of equals the shallower, so that a parent comes before its children."""
+    """Sorts the most probable first; among equals the shallower, so that a parent comes before its children."""
     return -branch.chance, len(branch.path)
 
 
 def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
-    """The drafter with the heads that `path` names, see `find_heads`."""
+    """Makes the drafter with the heads that `path` names, see `find_heads`."""
     weights = find_heads(checkpoint, path)
     return Heads(weights, checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"])
 

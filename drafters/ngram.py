@@ -17,6 +17,7 @@ from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
 from tokenswift_py.errors import check
 from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.planner import Gain
 
 
 class SuffixAutomaton:
@@ -37,7 +38,7 @@ class SuffixAutomaton:
         self.size = 0
 
     def extend(self, token: int) -> None:
-        """Append one token to the text."""
+        """Appends one token to the text."""
         state = self._add(self.longest[self.last] + 1, 0, {}, 0)
         suffix = self.last
         while suffix >= 0 and token not in self.next[suffix]:
@@ -53,7 +54,8 @@ class SuffixAutomaton:
         self._tally(state)
 
     def _split(self, suffix: int, token: int, target: int) -> int:
-        """A state for the shorter substrings of `target`, which now end in one suffix more than the longer ones."""
+        """Returns a new state for the shorter substrings of `target`, which now end in one suffix more than the longer
+        ones."""
         clone = self._add(self.longest[suffix] + 1, self.link[target], dict(self.next[target]), self.count[target])
         self.link[target] = clone
         while suffix >= 0 and self.next[suffix].get(token) == target:
@@ -62,7 +64,7 @@ class SuffixAutomaton:
         return clone
 
     def _tally(self, state: int) -> None:
-        """One more end for all suffixes; only the longest TALLIED are counted, so that a loop costs no more."""
+        """Counts one more end of all suffixes; only of the longest TALLIED, so that a loop costs no more."""
         for _ in range(TALLIED):
             if state <= 0:
                 return
@@ -106,7 +108,13 @@ class NGram(Drafter):
     @without_passes
     def propose(self, context: Context, budget: int) -> DraftTree:
         draft, match = Draft(context.history[-1], budget), self.read(context.history)
-        draft.fill(context.planner, lambda worth: self.extend(draft, match, worth))
+        with context.history.guesses():
+            forced = draft.force(context, 0)
+            for node in forced:
+                match = self.step(match, draft.tokens[node])
+        end = forced[-1] if forced else 0
+        draft.fill(context.plan, lambda gain: self.extend(draft, match, gain, end))
+        draft.force_last(context)
         self._draft = draft
         return draft.build()
 
@@ -115,14 +123,14 @@ class NGram(Drafter):
             self._draft.learn(taken)
 
     def read(self, history: History) -> Match:
-        """Take in what is new and say where its end occurred before."""
+        """Takes in what is new of the text, and returns where its end occurred before."""
         for token in history.tokens[self.automaton.size :].tolist():
             self.automaton.extend(token)
         state = max(0, self.automaton.link[self.automaton.last])
         return state, self.automaton.longest[state]
 
     def step(self, match: Match, token: int) -> Match:
-        """The match after one more token, which need not become part of the text."""
+        """Returns the match after one more token, which need not become part of the text."""
         automaton, (state, matched) = self.automaton, match
         while state > 0 and token not in automaton.next[state]:
             state = automaton.link[state]
@@ -130,14 +138,14 @@ class NGram(Drafter):
         target = automaton.next[state].get(token)
         return (target, matched + 1) if target is not None else (0, 0)
 
-    def extend(self, draft: Draft, match: Match, worth: Callable[[float], bool]) -> None:
-        """Hang repeats of what followed `match` from a draft's root, the likeliest first, while they are worth it."""
+    def extend(self, draft: Draft, match: Match, gain: Gain, end: int = 0) -> None:
+        """Hangs repeats of what followed `match` from a node of a draft, the likeliest first, as long as they gain."""
         candidates = Candidates(draft)
-        candidates.take(worth, self.push(candidates, 0, match))
+        candidates.take(gain, self.push(candidates, end, match))
 
     def push(self, candidates: Candidates, node: int, match: Match) -> Callable[[int, Match], None]:
-        """Make candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns what
-        `Candidates.take` has to call with each node, for what followed the match that led there."""
+        """Makes candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns
+        what `Candidates.take` has to call with each node, for what followed the match that led there."""
         state, matched = match
         for _ in range(SUFFIXES):
             if state <= 0 or matched < self.shortest:

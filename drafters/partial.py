@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,28 +10,34 @@ import torch
 from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
 from tokenswift_py.decoding.passes import Pass, Passes, without_passes
-from tokenswift_py.drafters.base import VIEWS, Candidates, Context, Draft, Drafter, Resources, committed, width_of
-from tokenswift_py.drafters.chain import Confidence, Experience
-from tokenswift_py.drafters.heads import Gain, Heads
+from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources, width_of
+from tokenswift_py.drafters.chain import Chain
+from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.ngram import Match, NGram
+from tokenswift_py.drafters.views import Views
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PAGE_SIZE, select
+from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import SPARE_PAGES
-from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.options import POLICIES, Options
-from tokenswift_py.planning.planner import Planner
 
 
-class View(Confidence):
-    """What is known of drafting with views of so many tokens."""
+class OwnChain(Chain):
+    """A chain that grows by draft passes over the target's cache.
 
-    def __init__(self, tokens: int, width: int, family: Experience):
-        super().__init__(width, family)
-        self.tokens = tokens
+    match: where its end occurred in the text before.
+    tail:  the provisional rows of the cache that hold its tokens, but for the last one's.
+    """
 
-    def set_text(self, text: int, temperature: float) -> None:
-        """A text of so many tokens, most of which the view leaves out."""
-        self.expect(SPREAD * max(1.0, text / self.tokens) ** GROWTH, temperature)
+    def __init__(self, pending: int, budget: int, match: Match):
+        super().__init__(pending, budget)
+        self.match = match
+        self.tail: tuple[int, ...] = ()
+
+    def room(self, cache: KVCache) -> int:
+        """Returns the rows that the next draft pass may have; those of wrong guesses take room as well."""
+        rejected = cache.tail_length - len(self.tail)
+        return min(cache.limit - cache.length - len(self.tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
 
 
 class Partial(Drafter):
@@ -61,233 +68,184 @@ class Partial(Drafter):
         check(view_tokens is None or view_tokens >= 64, "draft_budget", view_tokens, "at least 64 tokens, one page")
         check(width >= 1, "width", width, "at least 1")
         check(refresh >= 1, "refresh", refresh, "at least 1")
-        self.policy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
-        self.needs = self.policy.needs
-        self.width, self.refresh, self.reuse, self.heads = width, refresh, reuse, heads
-        family = Experience()
-        self.views = [View(tokens, width, family) for tokens in ((view_tokens,) if view_tokens else VIEWS)]
-        self._now = self.views[0]
-        self._chosen: PageView | None = None
-        self._chosen_at = (-1, -1)  # full pages and committed tokens then
-        self._missed = False  # a guess under it was wrong
-        self._passed = 0  # view tokens of the latest draft pass
-        self._length = 0  # of the cache when the last tree was proposed
-        self._round = 0
-        self._draft: Draft | None = None
-        self._chain: list[int] = []
+        chosen: EvictionPolicy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
+        self.needs = chosen.needs
+        self.width, self.reuse, self.heads = width, reuse, heads
+        self.views = Views(chosen, view_tokens, width, refresh)
+        self._chain = Chain(0, 1)  # of the last proposal
         self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
-        self._chosen = None
         if self.reuse is not None:
             self.reuse.read(context.history)
-        rows = len(output.hidden)
         self._see(output, -1)
-        self.policy.observe(committed(output, range(rows), context.cache.length - rows))
+        self.views.prefill(context, output)
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        planner, history, self._length = context.planner, context.history, context.cache.length
-        draft = Draft(history[-1], budget)
-        candidates = Candidates(draft)
-        match = self.reuse.read(history) if self.reuse is not None else (0, 0)
-        with history.guesses():
-            match = yield from self._grow_chain(context, draft, candidates, match)
-            if self.heads is not None and self._row is not None:
-                gain = Gain(next_chance(self._repeats(draft, planner, match)), planner.gain_ms)
-                self.heads.extend(draft, self._chain[-1], self._row, context, gain)
-        follow = None
-        if self.reuse is not None:
-            follow = self.reuse.push(candidates, self._chain[-1], match)
-        draft.fill(planner, lambda worth: candidates.take(worth, follow))
-        self._draft = draft
-        return draft.build()
+        match = (0, 0) if self.reuse is None else self.reuse.read(context.history)
+        self._chain = chain = OwnChain(context.history[-1], budget, match)
+        self.views.begin_round(context)
+        with context.history.guesses():
+            yield from self._grow(context, chain)
+            self._hang_heads(context, chain)
+        follow = None if self.reuse is None else self.reuse.push(chain.candidates, chain.end, chain.match)
+        return chain.build(context, follow)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        assert self._draft is not None
-        self._draft.learn(taken)
-        self._missed |= not self._now.learn(self._draft, self._chain, taken)
+        self._chain.draft.learn(taken)
+        self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])
-        self.policy.observe(committed(output, taken.path, self._length))
 
     def alike(self) -> object:
         return None if self.heads is None else self.heads.alike()
 
+    def explain(self) -> dict[str, Any]:
+        expected = {"expected_acceptance": round(self.views.now.next, 4)}
+        return {**self.views.explain(), **expected, **self._chain.explain()}
+
     def _see(self, output: Output, row: int) -> None:
+        """Keeps what heads read of the row behind which they would guess next."""
         if self.heads is not None:
             self._row = self.heads.weights.reads(output, row)
 
-    def explain(self) -> dict[str, Any]:
-        pages = 0 if self._chosen is None else int(self._chosen.pages.shape[-1])
-        return {
-            "view_tokens": self._now.tokens,
-            "view_pages": pages,
-            "view_age": None if self._chosen is None else self._length - self._chosen_at[1],
-            "chain": len(self._chain) - 1,
-            "expected_acceptance": round(self._now.next, 4),
-            "expected_tokens": round(sum(self._draft.chances), 3) if self._draft else None,
-        }
-
-    def _grow_chain(self, context: Context, draft: Draft, candidates: Candidates, match: Match) -> Passes[Match]:
-        """Guess on, pass by pass, as long as it pays; the history grows with the chain. Returns where the chain's end
-        occurred in the text before."""
-        cache, planner = context.cache, context.planner
-        tail: tuple[int, ...] = ()
-        self._chain = [0]
-        self._choose_view_size(context)
-        keys = min(self._now.tokens, self._held(context)) + PAGE_SIZE // 2
-        length = (draft.budget - 1) // self.width if planner.fixed else draft.budget - 1
+    def _grow(self, context: Context, chain: OwnChain) -> Passes[None]:
+        """Guesses on, pass by pass, as long as that pays; the history grows with the chain."""
+        plan, cache = context.plan, context.cache
         cache.drop_tail()
-        while len(self._chain) <= length:
-            rejected = cache.tail_length - len(tail)  # rows, which take room as well
-            room = min(cache.limit - cache.length - len(tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
-            ahead = self._look_ahead(context, match, keys, room)
-            ms = planner.draft_ms(len(ahead), keys)
-            if not self._pays(draft, ahead, ms, planner, match) and (tail or not planner.may_probe(ms)):
-                break
-            tree = self._ask_heads(context, draft, ahead, keys).build()
-            lap = context.timer.start(context.draft_model)
-            first = cache.tail_length
-            output = yield Pass(context.draft_model, Segment(tree, cache, self._view(context), tail))
-            rows, tokens = [0], []  # type: list[int], list[int]
-            while True:
-                token = self._guess(context, candidates, output.logits[rows[-1]], match)
-                if token is None:
-                    self._row = None
-                    return match
-                tail = (*tail, first + rows[-1])
-                tokens.append(token)
-                match = self.reuse.step(match, tokens[-1]) if self.reuse is not None else match
-                child = tree.children[rows[-1]].get(tokens[-1])
-                if child is None or len(self._chain) > length:
-                    break
-                rows.append(child)
-            ahead.learn(Acceptance(tuple(rows), tuple(tokens)))
-            self._see(output, rows[-1])
-            if self._passed == self._now.tokens:  # the first pass of a size may have many pages to copy
-                lap.stop()  # behind the guesses, which cost as much every time
-                planner.draft.observe(len(tree), keys, lap.ms)
-            self._passed = self._now.tokens
-        return match
+        longest = plan.longest_chain(chain.draft.budget, self.width)
+        while True:
+            self._force(context, chain)
+            # The last token and, before it, those that a grammar forced, which have no row yet either.
+            unread = context.history.tokens[cache.length + len(chain.tail) :].tolist()
+            room = chain.room(cache) - len(unread) + 1
+            if len(chain) >= longest or room < 1:
+                return
+            ahead = self._look_ahead(context, chain, room)
+            ms = self.views.pass_ms(plan, len(ahead) + len(unread) - 1)
+            if not self._pays(context, chain, ahead, ms) and (chain.tail or not plan.may_probe(ms)):
+                return
+            self._ask_heads(context, chain, ahead)
+            if not (yield from self._draft_pass(context, chain, ahead, unread[:-1], longest)):
+                return
 
-    def _look_ahead(self, context: Context, match: Match, keys: int, room: int) -> Draft:
-        """The last token and the repeats behind it that are likely enough to save a pass of their own, up to `room`."""
-        planner = context.planner
+    def _force(self, context: Context, chain: OwnChain) -> None:
+        """Lets what a grammar forces join the chain without a pass."""
+        for token in chain.force(context):
+            self._row = None  # nothing is known of the row that gives the latest token
+            if self.reuse is not None:
+                chain.match = self.reuse.step(chain.match, token)
+
+    def _look_ahead(self, context: Context, chain: OwnChain, room: int) -> Draft:
+        """Returns the chain's last token and the repeats behind it that are likely enough to save a draft pass of their
+        own, at most `room` nodes."""
         ahead = Draft(context.history[-1], min(1 + AHEAD, room))
-        if self.reuse is not None and planner.draft.measured:
-            pass_ms = planner.draft(1, keys)
-            self.reuse.extend(
-                ahead,
-                match,
-                lambda chance: chance * pass_ms > planner.draft(len(ahead) + 1, keys) - planner.draft(len(ahead), keys),
-            )
+        if self.reuse is not None and self.views.cost.measured:
+            pass_ms = self.views.pass_ms(context.plan, 1)
+            self.reuse.extend(ahead, chain.match, self.views.row_gain(pass_ms))
         return ahead
 
-    def _pays(self, draft: Draft, ahead: Draft, ms: float, planner: Planner, match: Match) -> bool:
-        """Whether one more draft pass of so many milliseconds saves more time than repeats would without it.
+    def _pays(self, context: Context, chain: OwnChain, ahead: Draft, ms: float) -> bool:
+        """Returns whether one more draft pass of so many milliseconds saves more time than repeats would without it.
 
-        A pass makes a guess at its first row, and at each row behind it that the guesses lead to.
+        A pass makes a guess at its first row, and at each row behind it that the guesses `ahead` lead to.
         """
-        if planner.fixed:
-            return True
-        path, rows, chance = draft.chances[self._chain[-1]], len(draft), self._now.next
+        plan, rows, chance = context.plan, len(chain.draft), self.views.now.next
         tokens = 0.0
-        for c, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
-            tokens += path * c * chance ** (1 + depth)
-            ms += c * planner.shared_row_ms(rows + depth)
-        free = self._repeats(draft, planner, match).chances[1:]
-        return planner.token_ms(tokens) - ms > sum(planner.gain_ms(path * c, rows + i) for i, c in enumerate(free))
+        for reached, depth in zip(ahead.chances, ahead.build().depth.tolist(), strict=True):
+            tokens += chain.chance * reached * chance ** (1 + depth)
+            ms += reached * plan.shared_row_ms(rows + depth)
+        free = self._repeats(context, chain).chances[1:]
+        return plan.worth(tokens, ms, sum(plan.gain_ms(chain.chance * c, rows + i) for i, c in enumerate(free)))
 
-    def _repeats(self, draft: Draft, planner: Planner, match: Match) -> Draft:
-        """Those behind the chain's end that are worth the target's rows without a draft pass."""
-        end, rows = self._chain[-1], len(draft)
-        free = Draft(draft.tokens[end], min(MOST_REPEATS, 1 + draft.budget - rows))
+    def _repeats(self, context: Context, chain: OwnChain) -> Draft:
+        """Returns the repeats behind the chain's end that are worth the target's rows without a draft pass."""
+        path, rows, gain_ms = chain.chance, len(chain.draft), context.plan.gain_ms
+        free = Draft(chain.draft.tokens[chain.end], min(MOST_REPEATS, 1 + chain.draft.budget - rows))
         if self.reuse is not None:
-            path = draft.chances[end]
-            self.reuse.extend(free, match, lambda chance: planner.worth_row(path * chance, rows + len(free) - 1))
+            self.reuse.extend(free, chain.match, lambda chance, more: gain_ms(path * chance, rows + more - 1))
         return free
 
-    def _ask_heads(self, context: Context, draft: Draft, ahead: Draft, keys: int) -> Draft:
-        """More for a draft pass to check, where it saves more time in passes than it takes.
+    def _ask_heads(self, context: Context, chain: OwnChain, ahead: Draft) -> None:
+        """Adds guesses of heads for a draft pass to check, where that saves more time in passes than it takes.
 
         A right guess brings the token behind it, too. That saves a pass where one would have been made for it, and is
         never worth more than the token.
         """
-        if self.heads is not None and self._row is not None:
-            planner, cost = context.planner, context.planner.draft
-            chance_behind = draft.chances[self._chain[-1]] * self._now.next**2
-            saved_ms = min(cost(1, keys), planner.gain_ms(chance_behind, len(draft) + 1))
-
-            def gain_ms(chance: float, rows: int) -> float:
-                return chance * saved_ms - (cost(rows + 1, keys) - cost(rows, keys))
-
-            self.heads.extend(ahead, 0, self._row, context, Gain(next_chance(ahead), gain_ms))
-        return ahead
-
-    def _guess(self, context: Context, candidates: Candidates, logits: torch.Tensor, match: Match) -> int | None:
-        """One more token of the chain, as `Confidence.guess` finds it."""
-        reuse = self.reuse
-        more = None if reuse is None else lambda other: reuse.step(match, other)
-        node = self._now.guess(context, candidates, self._chain[-1], logits, more)
-        if node is None:
-            return None
-        self._chain.append(node)
-        return candidates.draft.tokens[node]
-
-    def _view(self, context: Context) -> PageView | None:
-        """The pages of this round; None, which is all of them, where they fit the budget."""
-        cache = context.cache
-        pages, length = cache.full_pages, cache.length
-        if self._held(context) <= self._now.tokens:
-            return None
-        old = self._missed or pages != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh
-        if self._chosen is None or old:
-            chosen = PageView(select(self.policy, cache.page_stats(), self._now.tokens))
-            self._chosen, self._chosen_at, self._missed = chosen, (pages, length), False
-        return self._chosen
-
-    @staticmethod
-    def _held(context: Context) -> int:
-        """Tokens of the full pages that the target's cache still holds."""
-        return (context.cache.full_pages - context.cache.evicted) * PAGE_SIZE
-
-    def _choose_view_size(self, context: Context) -> None:
-        """Every so many rounds: the size whose drafts pay most, of the present one and those next to it; and tell the
-        planner what it promises, at first in every round."""
-        planner, text = context.planner, self._held(context)
-        for view in self.views:
-            view.set_text(text, context.sampler.params.temperature)
-        self._round += 1
-        often = self._round % VIEW_ROUNDS == 0
-        if not (often or self._round <= VIEW_ROUNDS):
+        if self.heads is None or self._row is None:
             return
+        chance_behind = chain.chance * self.views.now.next**2
+        token_ms = context.plan.gain_ms(chance_behind, len(chain.draft) + 1)
+        gain = self.views.row_gain(min(self.views.cost(1, self.views.keys), token_ms))
+        self.heads.extend(ahead, 0, self._row, context, gain, next_chance(ahead))
 
-        def rate(i: int) -> float:
-            keys = min(self.views[i].tokens, text) + PAGE_SIZE // 2
-            return planner.best_rate(self.views[i].next, planner.draft_ms(1, keys))
+    def _hang_heads(self, context: Context, chain: OwnChain) -> None:
+        """Adds guesses of heads behind the chain's end, for the target to check."""
+        if self.heads is not None and self._row is not None:
+            known = next_chance(self._repeats(context, chain))
+            self.heads.extend(chain.draft, chain.end, self._row, context, context.plan.gain_ms, known)
 
-        best = now = self.views.index(self._now)
-        if self._round == 1:
-            best = sum(view.tokens < FIRST_VIEW * text**0.5 for view in self.views[:-1])
-        elif often and planner.draft.measured:
-            # one that holds all of the text already gains nothing from being larger
-            fitting = [i for i, view in enumerate(self.views) if not i or self.views[i - 1].tokens < text]
-            best = max((i for i in fitting if abs(i - now) <= 1), key=rate, default=fitting[-1])
-        if best != now:
-            self._now, self._chosen = self.views[best], None
-        if planner.draft.measured:
-            planner.expect_rate(rate(best))
+    def _draft_pass(
+        self, context: Context, chain: OwnChain, ahead: Draft, unread: Sequence[int], longest: int
+    ) -> Passes[bool]:
+        """Computes the chain's last token and the guesses `ahead` in one draft pass, and grows the chain along those
+        that are right. Returns whether it may go on.
+
+        unread: the tokens before the last one that have no row yet.
+        """
+        model, cache, tree = context.draft_model, context.cache, ahead.build().below(unread)
+        lap, first = context.timer.start(model), cache.tail_length
+        output = yield Pass(model, Segment(tree, cache, self.views.pages(cache), chain.tail))
+        chain.tail = (*chain.tail, *range(first, first + len(unread)))
+        taken = self._follow(context, chain, tree, output.logits, first, len(unread), longest)
+        if taken is None:
+            self._row = None
+            return False
+        ahead.learn(Acceptance(tuple(row - len(unread) for row in taken.path), taken.tokens))
+        self._see(output, taken.path[-1])
+        self.views.timed(len(tree), lap, context.agreed)  # with the guesses, which cost as much every time
+        return True
+
+    def _follow(
+        self,
+        context: Context,
+        chain: OwnChain,
+        tree: DraftTree,
+        logits: torch.Tensor,
+        first: int,
+        start: int,
+        longest: int,
+    ) -> Acceptance | None:
+        """Walks the tree of a draft pass by the draft's own choices, each of which joins the chain. Returns what was
+        taken; None where nothing could be chosen.
+
+        logits: [rows, V] of the pass. first: the provisional row of the tree's root. start: the node to begin at.
+        """
+        rows, tokens = [start], []  # type: list[int], list[int]
+        while (token := self._guess(context, chain, logits[rows[-1]])) is not None:
+            chain.tail = (*chain.tail, first + rows[-1])
+            tokens.append(token)
+            child = tree.children[rows[-1]].get(token)
+            if child is None or len(chain) >= longest:
+                return Acceptance(tuple(rows), tuple(tokens))
+            rows.append(child)
+        return None
+
+    def _guess(self, context: Context, chain: OwnChain, logits: torch.Tensor) -> int | None:
+        """Adds one more token to the chain, as `Confidence.guess` finds it, and returns it."""
+        reuse, match = self.reuse, chain.match
+        more = None if reuse is None else lambda other: reuse.step(match, other)
+        token = chain.guess(self.views.now, context, logits, more)
+        if token is not None and reuse is not None:
+            chain.match = reuse.step(match, token)
+        return token
 
 
 def next_chance(draft: Draft) -> float:
-    """That the token behind a draft's root is among its guesses."""
+    """Returns the chance that the token behind a draft's root is among its guesses."""
     return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 
-VIEW_ROUNDS = 8
-FIRST_VIEW = 13  # times the root of the text: the least view that is tried before any cost is known, as sweeps had it
-SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights
-GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
 AHEAD = 6  # repeats checked by one draft pass
 MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
 

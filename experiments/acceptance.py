@@ -126,7 +126,7 @@ class Taught(Text):
 
     def drafter(self, policy: str, view: int) -> Partial:
         drafter = Partial(policy=policy, view_tokens=view, width=1)
-        drafter.policy = copy.deepcopy(self.policies[policy])
+        drafter.views.policy = copy.deepcopy(self.policies[policy])
         return drafter
 
 

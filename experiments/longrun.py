@@ -31,7 +31,7 @@ from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.report import rounded, text_figures
 from tokenswift_py.runs.stream import Stream
-from workloads import WORKLOADS, free_run
+from workloads import WORKLOADS, free_run, held_to_grammar
 
 Record = dict[str, Any]
 
@@ -54,6 +54,7 @@ class Log:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", default="story", choices=WORKLOADS)
+    parser.add_argument("--grammar", action="store_true", help="hold each answer to the workload's grammar")
     parser.add_argument("--tokens", type=int, default=100_000, help="new tokens that the model chooses")
     parser.add_argument("--context", type=int, default=0, help="default: what the run needs")
     parser.add_argument("--model", default="smollm2-135m")
@@ -118,9 +119,10 @@ def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
     if (args.out / "journal.bin").exists():
         return swift.resume(args.out, drafter=args.drafter)
     workload = free_run(args.workload)
+    settings = held_to_grammar(workload) if args.grammar else workload.settings
     return swift.stream(
         workload.prompt, out=args.out, chapters=workload.chapters, max_new_tokens=args.tokens, seed=args.seed,
-        context=args.context or None, drafter=args.drafter, on_loop="warn", **workload.settings,
+        context=args.context or None, drafter=args.drafter, on_loop="warn", **settings,
     )  # fmt: skip
 
 

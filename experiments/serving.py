@@ -20,8 +20,9 @@ import numpy as np
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, IntArray, Segment
-from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop, Step
+from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.decoding.statistics import distinct_n, find_loop, memory_bandwidth
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import Options
 from tokenswift_py.runs.assembly import decode_loop

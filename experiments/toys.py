@@ -5,7 +5,7 @@ They are tiny random checkpoints of every family, and a table of transitions who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
-from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
@@ -32,16 +26,11 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.spec import FAMILIES as FAMILIES
+from tokenswift_py.models.spec import ModelSpec, family_named
 from tokenswift_py.sampling.reference import Sampler
 
 Doubles = npt.NDArray[np.float64]
-
-FAMILIES: dict[str, Callable[..., Any]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-}
 
 SMALL = {
     "vocab_size": 61,
@@ -60,9 +49,30 @@ CHATML = (
 )
 
 
+ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2}  # not those of a large vocabulary
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+
+# What a tiny model of a family has besides, so that what is the family's own shows.
+OWN: dict[str, dict[str, Any]] = {
+    "mistral": {"head_dim": 16},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0, 1], **ENDS},
+    "phi3": ENDS,
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 40,
+        "query_pre_attn_scalar": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **ENDS,
+    },
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 16, **EXPERTS},
+    "qwen2_moe": {"shared_expert_intermediate_size": 40, **EXPERTS},
+}
+
+
 def tiny_config(family: str = "llama", **changes: Any) -> Any:
-    extra = {"head_dim": 16} if family in ("qwen3", "mistral") else {}
-    return FAMILIES[family](**{**SMALL, **extra, **changes})
+    return AutoConfig.for_model(family, **{**SMALL, **OWN.get(family, {}), **changes})
 
 
 def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
@@ -76,9 +86,31 @@ def tiny_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -
     return model
 
 
+def weights_of(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of transformers' own model under our names."""
+    spec, state = ModelSpec.from_config(model.config), model.state_dict()
+    family, found = family_named(spec.family), {}
+    for name, shape in spec.shapes().items():
+        place = family.stored(name, shape, spec)[-1]
+        whole = state[place.name].detach()
+        found[name] = (whole if place.index is None else whole[place.index])[place.first : place.first + shape[0]]
+    return found
+
+
+def in_hugging_faces_form(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The other way round: as transformers' model holds them in memory."""
+    family, state = family_named(spec.family), {}
+    for name, tensor in tensors.items():
+        place = family.stored(name, tuple(tensor.shape), spec)[-1]
+        whole = state.setdefault(place.name, tensor.new_empty(place.shape))
+        rows = slice(place.first, place.first + len(tensor))
+        (whole if place.index is None else whole[place.index])[rows] = tensor
+    return state
+
+
 def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """Makes transformers' own model of a checkpoint, with the weights that we read, also those of a GGUF file."""
-    state = dict(checkpoint.tensors(dtype=dtype))
+    state = in_hugging_faces_form(checkpoint.spec, dict(checkpoint.tensors(dtype=dtype)))
     if checkpoint.spec.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
@@ -127,6 +159,7 @@ def write(
     sampler = Sampler(
         params or SamplingParams(), vocab, eos, first_end, chapter_tokens=settings.pop("chapter_tokens", 0)
     )
+    sampler.grammar = settings.pop("grammar", None)
     loop = DecodeLoop(model, drafter or NoDraft(), sampler, settings.pop("stops", Stops(count, eos)), **settings)
     steps = list(loop.run(prompt))
     tokens = [token for step in steps for token in (*step.forced, *step.tokens)]

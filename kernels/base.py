@@ -122,13 +122,13 @@ class FarQueries:
 class QueryTurns:
     """Turns queries that are rotated to their own rows' positions, for those who score far keys with them.
 
-    cos, sin: [context, head_dim / 2] fp32. windows: sliding window of each layer, None where it has none.
+    cos, sin: [context, head_dim / 2] fp32. moved: [layers] whether a layer moves queries at all.
     """
 
     shifts: BlockShifts
     cos: torch.Tensor
     sin: torch.Tensor
-    windows: tuple[int | None, ...]
+    moved: tuple[bool, ...]
 
     def groups(self, position: int, pages: IntArray) -> list[tuple[int, IntArray]]:
         """Groups pages by the position from which the row at `position` meets them: (that position, its pages)."""
@@ -140,11 +140,11 @@ class QueryTurns:
 
         Layers that move no queries keep theirs.
         """
-        served = torch.tensor([self.shifts.serves(window) for window in self.windows], device=queries.device)
+        served = torch.tensor(self.moved, device=queries.device)
         (c, s), (c0, s0) = ([table[p].to(queries.device) for table in (self.cos, self.sin)] for p in (at, position))
         size = c0 * c0 + s0 * s0  # divides the attention factor out: it is in the tables, and in the queries already
-        moved = rotate(queries, (c * c0 + s * s0) / size, (s * c0 - c * s0) / size)
-        return torch.where(served[:, None, None], moved, queries)
+        turned = rotate(queries, (c * c0 + s * s0) / size, (s * c0 - c * s0) / size)
+        return torch.where(served[:, None, None], turned, queries)
 
 
 @dataclass(frozen=True)

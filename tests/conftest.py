@@ -19,16 +19,13 @@ from tokenswift_py.models.spec import ModelSpec
 from toys import FAMILIES as FAMILIES
 from toys import save_tiny, tiny_config, tiny_model
 from toys import tiny_tokenizer as tiny_tokenizer
+from toys import weights_of as weights_of
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families of one kind of layer; test_families.py has the others
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long one example takes says nothing while the machine is busy
-
-
-def weights_of(model: Any) -> dict[str, torch.Tensor]:
-    spec = ModelSpec.from_config(model.config)
-    state = model.state_dict()
-    return {name: state[name].detach() for name in spec.shapes()}
 
 
 def decoder_of(

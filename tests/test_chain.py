@@ -15,9 +15,10 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.base import Candidates, Draft
 from tokenswift_py.drafters.chain import FARTHEST, MIDDLES, USUAL, Confidence, Experience, wrong
 from tokenswift_py.drafters.ngram import NGram
-from tokenswift_py.drafters.partial import Partial, View
+from tokenswift_py.drafters.partial import OwnChain, Partial
+from tokenswift_py.drafters.views import View
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import Plan, Planner
 
 
 class Scores:
@@ -94,15 +95,17 @@ def test_what_one_view_learns_is_expected_of_the_others() -> None:
     assert whole > before > fresh.next, "errors weigh more at a low temperature"
 
 
+def behind(pages: int, plan: Plan) -> Any:
+    """What a drafter may look at behind a text of so many pages."""
+    cache = SimpleNamespace(full_pages=pages, evicted=0, length=64 * pages)
+    return SimpleNamespace(plan=plan, cache=cache, sampler=Scores(), draft_model=SimpleNamespace(row_shapes=()))
+
+
 def test_a_long_text_begins_with_a_larger_view() -> None:
-    drafter = Partial()
-    planner = Planner()
     for pages, tokens in ((90, 1024), (256, 2048), (1024, 4096), (5000, 8192)):
         drafter = Partial()
-        cache = SimpleNamespace(full_pages=pages, evicted=0)
-        context: Any = SimpleNamespace(planner=planner, cache=cache, sampler=Scores())
-        drafter._choose_view_size(context)
-        assert drafter._now.tokens == tokens
+        drafter.views.begin_round(behind(pages, Planner().at(64 * pages)))
+        assert drafter.views.now.tokens == tokens
 
 
 def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -> None:
@@ -113,48 +116,45 @@ def test_a_draft_pass_is_weighed_against_repeats_and_the_rows_that_they_cost() -
     chosen = []
     for row_ms in (0.01, 25.0, 100.0):
         planner, drafter = Planner(), Partial(view_tokens=1024, reuse=NGram())
-        planner.context = 64000
+        drafter.views.begin_round(behind(1000, planner.at(64000)))
         for rows in (1, 2, 4, 8, 16):
             planner.target.observe(rows, 64000, 60.0 + row_ms * rows)
-            planner.draft.observe(rows, 1056, 25.0 + 0.1 * rows)
+            drafter.views.cost.observe(rows, 1056, 25.0 + 0.1 * rows)
         assert drafter.reuse is not None
         drafter.reuse._odds = [[Odds(0.5) for _ in odds] for odds in drafter.reuse._odds]
-        drafter._now.set_text(64000, 1.0)
-        drafter._chain = [0]
-        place, draft = drafter.reuse.read(History(text)), Draft(text[-1], 17)
-        context: Any = SimpleNamespace(planner=planner, history=History(text))
-        ahead = drafter._look_ahead(context, place, 1056, 64)
-        chosen.append(drafter._pays(draft, ahead, 25.0, planner, place))
+        chain = OwnChain(text[-1], 17, drafter.reuse.read(History(text)))
+        context: Any = SimpleNamespace(plan=planner.at(64000), history=History(text))
+        ahead = drafter._look_ahead(context, chain, 64)
+        chosen.append(drafter._pays(context, chain, ahead, 25.0))
     assert chosen == [False, True, False]
 
 
 def test_the_view_goes_up_and_down_by_a_size_to_what_pays_most() -> None:
-    drafter = Partial()
-    planner = Planner()
-    planner.context = 64000
+    views, planner = Partial().views, Planner()
     for rows in (1, 2, 4, 8):
         planner.target.observe(rows, 64000, 30.0 + rows)
-    context: Any = SimpleNamespace(planner=planner, cache=SimpleNamespace(full_pages=1000, evicted=0), sampler=Scores())
-    drafter._choose_view_size(context)
+    plan = planner.at(64000)
+    context = behind(1000, plan)
+    views.begin_round(context)
     for keys in (1056, 4128, 8224):  # a pass costs the same however large the view is
-        planner.draft.observe(1, keys, 4.0)
+        views.cost.observe(1, keys, 4.0)
     sizes = []
     for _ in range(40):
-        drafter._choose_view_size(context)
-        sizes.append(drafter._now.tokens)
+        views.begin_round(context)
+        sizes.append(views.now.tokens)
     assert list(dict.fromkeys(sizes)) == [4096, 8192], "the largest is right most often"
     for _ in range(12):
         for keys in (1056, 2080, 4128, 8224):  # now it costs what it reads
-            planner.draft.observe(1, keys, keys / 250)
+            views.cost.observe(1, keys, keys / 250)
     for _ in range(40):
-        drafter._choose_view_size(context)
-        sizes.append(drafter._now.tokens)
+        views.begin_round(context)
+        sizes.append(views.now.tokens)
     assert sizes[-1] < 4096, "small ones are cheap enough to be wrong more often"
     steps = {(a, b) for a, b in pairwise(sizes) if a != b}
     assert all(max(step) == 2 * min(step) for step in steps)
-    keys = drafter._now.tokens + 32
-    promised = planner.best_rate(drafter._now.next, planner.draft_ms(1, keys))
-    assert planner._expected_rate == promised
+    assert views.keys == views.now.tokens + 32
+    promised = plan.best_rate(views.now.next, views.pass_ms(plan, 1))
+    assert planner.rounds.expected_rate == promised
 
 
 def test_candidates_keep_the_chance_they_were_found_with() -> None:
@@ -164,6 +164,6 @@ def test_candidates_keep_the_chance_they_were_found_with() -> None:
     candidates.push(0, 5, odds)
     odds.prior = 0.1
     candidates.push(0, 6, odds)
-    candidates.take(lambda chance: True)
+    candidates.take(lambda chance, rows: 1.0)
     assert draft.tokens[1:] == [5, 6]
     assert draft.chances[1:] == pytest.approx([0.6, 0.1])

@@ -29,7 +29,7 @@ from tokenswift_py.cli import terminal
 from tokenswift_py.cli.main import main
 from tokenswift_py.runs.folder import save_tokens
 from tokenswift_py.runs.journal import read
-from tokenswift_py.text import prompt_tokens
+from tokenswift_py.text import Chat, prompt_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,7 +296,7 @@ def test_an_error_in_the_middle_keeps_what_was_written(
 ) -> None:
     """A model that breaks at a token it writes: one line with the position, and all three files."""
     swift = TokenSwift.from_pretrained(cli[1], dtype="fp32")
-    prompt = prompt_tokens(swift.tokenizer, "the cat", raw=False)
+    prompt = prompt_tokens(swift.tokenizer, "the cat", Chat())
     tokens = swift.generate("the cat", max_new_tokens=40, seed=3).tokens
     broken = Path(shutil.copytree(tiny_folder, tmp_path / "broken"))
     late = next(token for token in tokens[5:] if token not in (*prompt, *tokens[:5]))

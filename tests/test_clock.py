@@ -65,7 +65,7 @@ def test_the_planner_learns_what_the_device_took() -> None:
     for rows in range(1, engine.planner.target.largest + 1):
         assert engine.planner.target(rows, 50) == pytest.approx(20.0 + rows, rel=0.05)
     assert engine.planner.target.largest > 2
-    assert engine.planner.explain(1)["plain_ms"] == pytest.approx(21.0, rel=0.05)
+    assert engine.planner.at(50).explain(1)["plain_ms"] == pytest.approx(21.0, rel=0.05)
 
 
 def test_draft_passes_are_told_by_the_clock_of_the_model_that_drafts() -> None:
@@ -74,8 +74,8 @@ def test_draft_passes_are_told_by_the_clock_of_the_model_that_drafts() -> None:
     write(target, [1, 2], 30, drafter=drafter, vocab=7)
     assert drafter._cost(1, 20) == pytest.approx(4.0, rel=0.05)
     partial = create("partial", policy="recent", view_tokens=64)
-    _, engine, _ = write(target, [1, 2], 30, drafter=partial, vocab=7, draft_model=draft, draft_tokens=3)
-    assert engine.planner.draft(1, 20) == pytest.approx(4.0, rel=0.05)
+    write(target, [1, 2], 30, drafter=partial, vocab=7, draft_model=draft, draft_tokens=3)
+    assert partial.views.cost(1, 20) == pytest.approx(4.0, rel=0.05)
 
 
 @pytest.mark.parametrize("cold", [1, 2, 5])
@@ -93,8 +93,9 @@ def test_not_a_number_is_no_measurement_and_a_cold_round_counts_as_a_warm_one() 
     planner, warm = Planner(), Planner()
     for chosen, times in ((planner, (10.0, math.nan, 10.0)), (warm, (10.0, 10.0, 10.0))):
         for ms in times:
-            chosen.observe(1, 1, {"draft": 0.0, "verify": ms, "accept": 0.1, "commit": 0.1, "learn": 0.1})
-    assert planner.rate == pytest.approx(warm.rate) and planner._total_ms == pytest.approx(warm._total_ms)
+            chosen.observe(0, 1, 1, {"draft": 0.0, "verify": ms, "accept": 0.1, "commit": 0.1, "learn": 0.1})
+    assert planner.at(0).rate == pytest.approx(warm.at(0).rate)
+    assert planner.rounds.total_ms == pytest.approx(warm.rounds.total_ms)
 
 
 def test_a_wait_belongs_to_the_phase_that_asked_for_the_work() -> None:

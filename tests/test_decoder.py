@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import FAMILIES, decoder_of, tiny_config, tiny_model
+from conftest import PLAIN, decoder_of, tiny_config, tiny_model
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.view import PageView
@@ -50,7 +50,7 @@ def assert_equals_hf(model: Any, count: int, context: int = 512) -> None:
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_family_equals_hugging_face(family: str, rope: str) -> None:
     tied = family in ("llama", "qwen2")
     config = tiny_config(family, tie_word_embeddings=tied, rope_parameters=ROPES[rope])

@@ -72,6 +72,16 @@ def test_a_listener_hears_every_piece_and_the_end(engine: Engine) -> None:
     assert [token for piece in heard[:-1] if piece for token in piece.tokens] == text.result().tokens
 
 
+def test_what_was_held_back_comes_behind_the_last_pass(swift: TokenSwift, engine: Engine) -> None:
+    """Texts that end within a character have a piece without a pass: alone, nobody else wakes the engine for it."""
+    late = 0
+    for seed in range(8):
+        text = engine.submit("the cat", **settings(seed, 5))
+        late += text.result(20) is not None and not list(text)[-1].tokens
+        assert "".join(piece.text for piece in text) == text.result().text
+    assert late > 0
+
+
 def test_what_cannot_be_is_refused_and_too_many_wait(swift: TokenSwift, engine: Engine) -> None:
     for wrong, told in (
         ({"max_new_tokens": 10_000}, "context"),

@@ -51,7 +51,14 @@ FINE: dict[str, st.SearchStrategy[Any]] = {
     "drafter": st.sampled_from(["auto", "none", "ngram", "partial", "cascade"]), "draft_tokens": st.integers(1, 511),
     "draft_policy": st.sampled_from(["recent", "quest", "h2o", "mass"]), "draft_budget": st.integers(64, 2000),
     "kv_budget": st.integers(256, 2000), "on_loop": st.sampled_from(["warn", "stop", "ignore"]),
-    **dict.fromkeys(("raw", "ignore_eos", "logprobs"), st.booleans()),
+    "repetition_penalty": st.floats(0, 100, exclude_min=True), "no_repeat_ngram_size": st.integers(0, 2**63),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), st.floats(-2, 2)),
+    "ban_words": st.lists(st.one_of(TEXTS.map("".join), st.lists(st.integers(0, 288), max_size=3)), max_size=3),
+    "top_n_sigma": st.floats(0, 100), "typical_p": st.floats(0, 1, exclude_min=True),
+    "xtc_threshold": st.floats(0, 0.5), "xtc_probability": st.floats(0, 1), "prompt_logprobs": st.integers(0, 1000),
+    "system": st.sampled_from(["a", "<|im_end|>"]), "chat_template": st.sampled_from(["{{ messages }}", "{%"]),
+    "template_args": st.dictionaries(st.sampled_from(["a", "messages", "tokenize"]), ANY, max_size=2),
+    **dict.fromkeys(("raw", "ignore_eos", "logprobs", "keep_stop", "no_bos", "special"), st.booleans()),
 }  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.decoding.history import History
 from tokenswift_py.options import Options
-from tokenswift_py.runs.plan import prepare
+from tokenswift_py.runs.journal import Record
+from tokenswift_py.runs.plan import prepare, recorded_run
 from tokenswift_py.sampling.reference import Sampler
 
 PROMPT = [5, 9, 40, 9, 40, 9, 41]
@@ -44,6 +45,8 @@ def asking(tiny_folder: Path, folder: Path, **fields: Any) -> Path:
         {"do_sample": True, "repetition_penalty": 1.3, "top_k": 20, "typical_p": 1.0},
         {"suppress_tokens": [40, 7, 100_000], "bad_words_ids": [[9], [2], [5]]},
         {"do_sample": True, "suppress_tokens": [40], "num_beams": 1, "no_repeat_ngram_size": 0},
+        {"do_sample": True, "typical_p": 0.7, "top_k": 20, "no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
+        {"bad_words_ids": [[9], [9, 41, 7], [41, 7], [5, 6]], "no_repeat_ngram_size": 3},
     ],
     ids=str,
 )
@@ -62,22 +65,44 @@ def test_the_scores_are_those_of_transformers(tiny_folder: Path, tmp_path: Path,
         scores = sampler.process(row[0], History(text[: len(PROMPT) + step]))
         if params.temperature:
             scores = scores / params.temperature
-            scores[scores < sampler.floor(scores)] = -np.inf
+            scores[np.setdiff1d(np.arange(len(scores)), sampler.candidates(scores))] = -np.inf
         np.testing.assert_allclose(scores, wanted[0].double().numpy(), rtol=1e-5)
         assert params.temperature or scores.argmax() == text[len(PROMPT) + step]
     assert not_honoured(folder) == ("temperature 0.6, top_k 3" if fields.get("top_k") == 3 else "")
 
 
 def test_a_long_text_is_penalised_for_all_of_it(tiny_folder: Path, tmp_path: Path) -> None:
-    """The checkpoint's penalty looks at all of the text, one that is asked for at its own window."""
+    """The checkpoint's penalty looks at all of the text; a contextual one that is asked for takes its place."""
     swift = TokenSwift.from_pretrained(str(asking(tiny_folder, tmp_path / "m", repetition_penalty=1.5)), dtype="fp32")
 
-    def window(**settings: Any) -> tuple[float, int]:
-        params = prepare(swift, "the cat", Options(**settings)).sampling
-        return params.penalty, params.penalty_window
+    def penalties(**settings: Any) -> tuple[float, float, int]:
+        run = prepare(swift, "the cat", Options(**settings))
+        assert prepare(swift, "the cat", Options.of(**run.parameters())).sampling == run.sampling
+        return run.sampling.repetition_penalty, run.sampling.penalty, run.sampling.penalty_window
 
-    assert window() == (1.5, 2**31 - 1) and window(penalty_window=9) == (1.5, 9)
-    assert window(penalty=1.1) == (1.1, 1024) and window(penalty=1.1, penalty_window=9) == (1.1, 9)
+    assert penalties() == (1.5, 1.0, 1024) and penalties(penalty=1) == (1.0, 1.0, 1024)
+    assert penalties(penalty=1.1, penalty_window=9) == (1.0, 1.1, 9)
+    assert penalties(penalty=1.1, repetition_penalty=1.2) == (1.2, 1.1, 1024)
+
+
+def test_a_run_that_was_begun_before_these_defaults_were_known_goes_on_without_them(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """What is new in an option's list must not change a text that is half written."""
+    swift = TokenSwift.from_pretrained(
+        str(
+            asking(tiny_folder, tmp_path / "m", repetition_penalty=1.5, no_repeat_ngram_size=2, bad_words_ids=[[5, 6]])
+        ),
+        dtype="fp32",
+    )
+    before = dict(prepare(swift, "the cat", Options(seed=1)).parameters(), penalty=1.5, penalty_window=2**31 - 1)
+    for name in ("repetition_penalty", "no_repeat_ngram_size", "ban_words", "typical_p", "special", "system"):
+        del before[name]
+    header = {"parameters": {**before, "logprobs": False}, "prompt": [5, 6], "numerics": "x"}
+    run = recorded_run(swift, Record(tmp_path, header, [], [], 0, 0, 0, 0))
+    found = run.sampling
+    assert (found.penalty, found.repetition_penalty, found.no_repeat_ngram_size, found.ban_words) == (1.5, 1.0, 0, ())
+    assert run.options.special and run.options.logprobs is None
 
 
 def test_bans_of_the_checkpoint_stay_until_others_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
@@ -92,10 +117,12 @@ def test_bans_of_the_checkpoint_stay_until_others_are_asked_for(tiny_folder: Pat
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"typical_p": 0.9, "do_sample": True}, "typical_p 0.9"),
-        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size 3"),
-        ({"bad_words_ids": [[5], [5, 6]], "epsilon_cutoff": 1e-3}, "bad_words_ids [[5, 6]], epsilon_cutoff 0.001"),
-        ({"repetition_penalty": 0.8}, "repetition_penalty 0.8"),
+        ({"typical_p": 0.9, "do_sample": True, "top_h": 0.4}, "top_h 0.4"),
+        ({"typical_p": 0.9, "no_repeat_ngram_size": 3}, "typical_p 0.9"),
+        ({"no_repeat_ngram_size": 2.5}, "no_repeat_ngram_size 2.5"),
+        ({"bad_words_ids": [[5], [5, 6]], "epsilon_cutoff": 1e-3}, "epsilon_cutoff 0.001"),
+        ({"repetition_penalty": 0.8}, ""),
+        ({"repetition_penalty": 1000.0}, "repetition_penalty 1000.0"),
         ({"min_new_tokens": 5, "stop_strings": ["END"]}, "min_new_tokens 5, stop_strings ['END']"),
         ({"begin_suppress_tokens": [5], "forced_eos_token_id": 2}, "begin_suppress_tokens [5], forced_eos_token_id 2"),
         ({"temperature": 0.5, "top_p": 1.0}, "temperature 0.5"),

@@ -157,6 +157,31 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
                         rope__scaling__original_context_length=32)}),
     "qwen3": (gguf_config("qwen3", head_dim=64), {}),
     "qwen3 with biases": (gguf_config("qwen3", attention_bias=True, tie_word_embeddings=True), {}),
+    "smollm3": (gguf_config("smollm3", no_rope_layers=None, num_hidden_layers=5), {}),
+    "smollm3, yarn": (
+        gguf_config("smollm3", no_rope_layers=None, num_hidden_layers=4, rope_parameters=YARN),
+        {"change": keys("smollm3", rope__scaling__type="yarn", rope__scaling__factor=4.0,
+                        rope__scaling__original_context_length=32)}),
+    "phi3": (gguf_config("phi3", sliding_window=40), {}),
+    "phi3, longrope": (
+        gguf_config("phi3", rope_parameters=LONG, original_max_position_embeddings=64),
+        {"more": {f"rope_factors_{name}.weight": np.array(LONG[f"{name}_factor"], np.float32)
+                  for name in ("short", "long")},
+         "change": keys("phi3", rope__scaling__attn_factor=1.25, rope__scaling__original_context_length=64)}),
+    "gemma3": (
+        gguf_config("gemma3_text", layer_types=None, num_hidden_layers=7, query_pre_attn_scalar=32, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}),
+        {"change": keys("gemma3", rope__scaling__type="linear", rope__scaling__factor=8.0)}),
+    "gemma3, its own bases and pattern": (
+        gguf_config("gemma3_text", query_pre_attn_scalar=32, tie_word_embeddings=False, rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}, num_hidden_layers=3,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        {"change": keys("gemma3", rope__freq_base_swa=500.0, attention__sliding_window_pattern=2)}),
+    "mixtral": (gguf_config("mixtral"), {}),
+    "qwen3_moe": (gguf_config("qwen3_moe", norm_topk_prob=True), {}),
+    "qwen2_moe": (gguf_config("qwen2_moe"), {}),
     "llama 3": (gguf_config("llama", rope_parameters=LLAMA3), {"more": {"rope_freqs.weight": FACTORS}}),
     "llama 3, said to be none": (
         gguf_config("llama", rope_parameters=LLAMA3),
@@ -250,7 +275,7 @@ def test_a_bias_that_is_missing_is_zero(tmp_path: Path) -> None:
         ("logit_scale", 0.5),
         ("attention__scale", 0.5),
         ("attention__sliding_window", 64),
-        ("expert_count", 8),
+        ("rope__freq_base_swa", 5.0),
     ],
 )
 def test_metadata_that_change_the_arithmetic_are_refused(tmp_path: Path, dtype: str, name: str, value: Any) -> None:

@@ -34,20 +34,21 @@ from tokenswift_py.drafters.base import Draft, Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.head_files import PACKAGED, find_heads, fingerprint, heads_file, read_heads, write_heads
 from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights
-from tokenswift_py.drafters.heads import UNLIKELY, Gain, Heads
+from tokenswift_py.drafters.heads import UNLIKELY, Heads
+from tokenswift_py.drafters.partial import OwnChain
 from tokenswift_py.models.clock import HostClock
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.options import Options
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import FixedPlanner, Gain, Planner
 from tokenswift_py.sampling.reference import Sampler
 
 
 def drafting(**parts: Any) -> Any:
     """A context of which only these parts are looked at."""
-    return SimpleNamespace(planner=Planner(fixed=True), timer=Timer(), **parts)
+    return SimpleNamespace(plan=FixedPlanner().at(0), timer=Timer(), agreed=float, **parts)
 
 
 def embedding_of(decoder: Any) -> torch.Tensor:
@@ -270,7 +271,7 @@ def test_heads_within_the_cascade_change_no_token(
         drafted, engine, _ = write(model, PROMPT, count, params, drafter, draft_tokens=size)
         assert drafted == plain
         assert engine.cache.pool.in_use == 0
-        asked = engine.planner.heads.measured
+        asked = drafter.heads.cost.measured
         assert asked or count < 4 or size == 1, "heads are asked at least until it is known what they cost"
 
 
@@ -301,46 +302,45 @@ def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: A
 def extended(acceptance: list[list[float]], gain: Gain, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
     """What heads hang behind the second node of a draft; each of them took `ms` until now."""
     drafter, _, context = proposal(acceptance, 1)
-    planner = Planner()
     for _ in range(20):
-        planner.heads.observe(1, 0, ms)
+        drafter.cost.observe(1, 0, ms)
     draft = Draft(9, budget)
     assert draft.guess(0, 7, Odds(0.5)) == 1
-    drafter.extend(draft, 1, torch.ones(E), SimpleNamespace(**{**vars(context), "planner": planner}), gain)
+    drafter.extend(draft, 1, torch.ones(E), SimpleNamespace(**{**vars(context), "plan": Planner().at(0)}), gain)
     return drafter, draft
 
 
 def test_heads_go_on_behind_their_likeliest_guess_as_long_as_that_pays() -> None:
     acceptance = [[0.5, 0.3], [0.8, 0.1]]
-    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.01))
+    _, draft = extended(acceptance, lambda chance, rows: chance - 0.01)
     assert list(zip(draft.tokens, draft.parents, strict=True))[2:] == [(0, 1), (1, 1), (0, 2), (1, 2)]
     assert draft.chances[2:] == pytest.approx([0.25, 0.15, 0.2, 0.025]), "chances multiply from the root on"
-    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.16))
+    _, draft = extended(acceptance, lambda chance, rows: chance - 0.16)
     assert draft.tokens[2:] == [0, 0], "a guess that is not worth its row is left out"
-    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance - 0.1 * rows))
+    _, draft = extended(acceptance, lambda chance, rows: chance - 0.1 * rows)
     assert draft.tokens[2:] == [0], "rows may cost the more the more there are"
-    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance), budget=4)
+    _, draft = extended(acceptance, lambda chance, rows: chance, budget=4)
     assert len(draft) == 4, "no more than there is room for"
-    drafter, draft = extended(acceptance, Gain(0.0, lambda chance, rows: chance), budget=2)
+    drafter, draft = extended(acceptance, lambda chance, rows: chance, budget=2)
     assert len(draft) == 2
-    context: Any = SimpleNamespace(planner=Planner())
-    drafter.extend(draft, 1, torch.ones(E), context, Gain(0.0, lambda chance, rows: float("inf")))
-    assert not context.planner.heads.measured, "and where there is none heads are not asked"
+    drafter, _, context = proposal(acceptance, 1)
+    drafter.extend(draft, 1, torch.ones(E), context, lambda chance, rows: float("inf"))
+    assert not drafter.cost.measured, "and where there is none heads are not asked"
 
 
 def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> None:
     acceptance = [[0.5, 0.3], [0.8, 0.1]]
     drafter, _, context = proposal(acceptance, 1)
-    context.planner = planner = Planner()
+    context.plan = Planner().at(0)
     for _ in range(20):
-        planner.heads.observe(1, 0, 1.0)
+        drafter.cost.observe(1, 0, 1.0)
     asked = []
     for _ in range(30):
         draft = Draft(9, 9)
-        drafter.extend(draft, 0, torch.ones(E), context, Gain(0.0, lambda chance, rows: chance / 1e5))
+        drafter.extend(draft, 0, torch.ones(E), context, lambda chance, rows: chance / 1e5)
         asked.append(len(draft) > 1)
     assert asked[0] and not any(asked[9:]), "what saves microseconds is not worth a millisecond"
-    _, draft = extended(acceptance, Gain(0.0, lambda chance, rows: 2 * chance), ms=0.3)
+    _, draft = extended(acceptance, lambda chance, rows: 2 * chance, ms=0.3)
     assert len(draft) > 2
 
 
@@ -349,23 +349,26 @@ def test_a_guess_saves_no_more_of_a_draft_pass_than_its_token_is_worth(reached: 
     """Heads take 1 ms and are mostly right, a draft pass takes 4: where the chain is likely to be wrong before, no pass
     would be made for what they guess."""
     heads, _, context = proposal([[0.9, 0.05]], 1)
-    context.planner = planner = Planner()
+    planner, drafter = Planner(), Cascade(heads=heads)
     for rows in (1, 2, 4, 8):
-        planner.observe(rows, 1, {"draft": 0.0, "verify": 20.0 + rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
+        planner.observe(0, rows, 1, {"draft": 0.0, "verify": 20.0 + rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
     for rows in (1, 2, 3, 4) * 6:
-        planner.draft.observe(rows, 96, 4.0 + 0.05 * rows)
-        planner.heads.observe(1, 0, 1.0)
-    while planner.may_probe(1.0):
+        drafter.views.cost.observe(rows, 96, 4.0 + 0.05 * rows)
+        heads.cost.observe(1, 0, 1.0)
+    context.plan = planner.at(0)
+    while context.plan.may_probe(1.0):
         pass
-    drafter, draft, ahead = Cascade(heads=heads), Draft(7, 9), Draft(7, 7)
-    node = draft.guess(0, 3, Odds(reached))
+    chain, ahead = OwnChain(7, 9, (0, 0)), Draft(7, 7)
+    node = chain.draft.guess(0, 3, Odds(reached))
     assert node is not None
-    drafter._chain, drafter._row = [0, node], torch.ones(E)
-    assert (len(drafter._ask_heads(context, draft, ahead, 96)) > 1) == asked
+    chain.nodes.append(node)
+    drafter.views.keys, drafter._row = 96, torch.ones(E)
+    drafter._ask_heads(context, chain, ahead)
+    assert (len(ahead) > 1) == asked
 
 
 def test_what_became_of_heads_guesses_is_learned() -> None:
-    drafter, draft = extended([[0.5, 0.3]], Gain(0.0, lambda chance, rows: chance))
+    drafter, draft = extended([[0.5, 0.3]], lambda chance, rows: chance)
     before = [odds.chance for odds in drafter.odds[0]]
     draft.learn(Acceptance((0, 1), (7, 1)))
     assert drafter.odds[0][0].chance < before[0] and drafter.odds[0][1].chance > before[1]
@@ -603,7 +606,7 @@ def test_cascade_takes_heads_where_it_is_told_to(checkpoint: Checkpoint) -> None
 
 
 def test_a_step_without_rows_proposes_nothing() -> None:
-    context: Any = drafting(history=History([9]))
+    context: Any = drafting(history=History([9]), sampler=Sampler(SamplingParams(), V))
     assert compute(Heads(random_heads("medusa"), torch.ones(V, E)).propose(context, 8)).tokens.tolist() == [9]
 
 

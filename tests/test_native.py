@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import FAMILIES, decoder_of, tiny_model, weights_of
+from conftest import PLAIN, decoder_of, tiny_model, weights_of
 from native_rows import (
     CONTEXT,
     DTYPES,
@@ -265,7 +265,7 @@ def poison_positions(decoder: NativeDecoder, cache: KVCache, positions: range) -
 
 
 @pytest.mark.parametrize("rope", ["default", "yarn"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 def test_every_family_agrees_with_torch(isa: str, family: str, rope: str) -> None:
     parameters = {"rope_type": rope, "rope_theta": 10_000.0}
     if rope == "yarn":

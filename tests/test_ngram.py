@@ -10,14 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenswift_py.core import DraftTree
+from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import TALLIED, NGram, SuffixAutomaton
 from tokenswift_py.errors import UserError
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import FixedPlanner
+from tokenswift_py.sampling.reference import Sampler
 
 NO_OUTPUT: Any = None  # this drafter reads the history only
+SAMPLER = Sampler(SamplingParams(), 64)  # and asks for what a grammar forces
 
 texts = st.one_of(
     st.lists(st.integers(0, 2), max_size=30),
@@ -104,7 +106,7 @@ def test_a_hundred_thousand_tokens_of_one_kind_are_read_in_linear_time() -> None
 
 
 def propose(text: list[int], budget: int, drafter: NGram | None = None) -> DraftTree:
-    context: Any = SimpleNamespace(history=History(text), planner=Planner(fixed=True))
+    context: Any = SimpleNamespace(history=History(text), plan=FixedPlanner().at(0), sampler=SAMPLER)
     return compute((drafter or NGram()).propose(context, budget))
 
 
@@ -157,7 +159,7 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
 ) -> None:
     """The history may grow by any number of tokens between proposals, as it does by a forced turn."""
     drafter, history = NGram(shortest), History([4])
-    context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
+    context: Any = SimpleNamespace(history=history, plan=FixedPlanner().at(0), sampler=SAMPLER)
     compute(drafter.prefill(context, NO_OUTPUT))
     for part in parts:
         history.extend(part)
@@ -173,7 +175,7 @@ def test_whatever_the_text_the_tree_hangs_from_its_end_and_continues_what_was_se
 
 def test_a_forced_turn_is_read_too() -> None:
     drafter, history = NGram(), History([1, 2, 3])
-    context: Any = SimpleNamespace(history=history, planner=Planner(fixed=True))
+    context: Any = SimpleNamespace(history=history, plan=FixedPlanner().at(0), sampler=SAMPLER)
     compute(drafter.prefill(context, NO_OUTPUT))
     history.extend([10, 11, 12, 13, 20, 10, 11])
     assert compute(drafter.propose(context, 3)).tokens.tolist() == [11, 12, 13]

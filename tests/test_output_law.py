@@ -222,7 +222,7 @@ def test_draft_passes_of_wrong_guesses_fit_the_end_of_a_context(
     assert engine.stats.num_accepted_draft_tokens > 100
 
 
-def look_ahead(self: Partial, context: Any, place: Any, keys: int, room: int) -> Draft:
+def look_ahead(self: Partial, context: Any, chain: Any, room: int) -> Draft:
     """As many guesses as there is room for, all of them wrong but by chance."""
     ahead = Draft(context.history[-1], min(7, room))
     while len(ahead) < ahead.budget:

@@ -39,7 +39,9 @@ PyMODINIT_FUNC PyInit__native(void) {
 
 IMPORT_ALL = """
 import importlib, importlib.util, sys
-optional = {"triton", "flash_attn", "xformers", "matplotlib", "llama_cpp"}
+optional = {"triton", "flash_attn", "xformers", "matplotlib", "llama_cpp"} | {
+    "fastapi", "prometheus_client", "pydantic", "sse_starlette", "starlette", "uvicorn"
+}
 for name in sys.argv[1:]:
     try:
         importlib.import_module(name)

@@ -184,6 +184,17 @@ def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: 
     assert pool == (3, 1, 4, 64, 8), "pages of its own KV head only"
 
 
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("family", ["smollm3", "phi3", "gemma3_text"])
+def test_shares_of_families_with_layers_of_several_kinds(pair: Pair, family: str, gather: bool) -> None:
+    """Layers without RoPE or with a base of their own, norms behind attention and feed-forward, a scaled embedding."""
+    config = tiny_config(family)
+    expected = passes(decoder_of(tiny_model(config)))
+    logits, others = (found[0] for found in pair(shared_passes, config, gather, torch.float64))
+    assert torch.equal(logits, others)
+    assert (logits - expected).abs().max() < 1e-9
+
+
 def test_bf16_travels_too(pair: Pair) -> None:
     config = tiny_config("qwen2")
     expected = passes(decoder_of(tiny_model(config, torch.bfloat16)))

@@ -9,8 +9,9 @@ import pytest
 
 from scripted import write
 from tokenswift_py.core import Output, SamplingParams
-from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.passes import Pass, Timer, compute, steps, without_passes
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.sampling.reference import Sampler

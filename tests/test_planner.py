@@ -6,6 +6,7 @@ Passes are simulated: their milliseconds come from a formula and a seeded genera
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,15 @@ import numpy as np
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
-from tokenswift_py.planning.planner import Planner
+from tokenswift_py.planning.planner import FixedPlanner, Plan, Planner
 from tokenswift_py.runs.journal import read
+from tokenswift_py.sampling.reference import Sampler
 
 CONTEXTS = (200, 1000, 5000, 20_000)
 Cost = Callable[[int, int], float]
@@ -84,22 +87,30 @@ def test_the_cost_follows_a_machine_that_became_slower() -> None:
 
 def test_no_tree_is_far_larger_than_those_whose_cost_is_known() -> None:
     planner = Planner(most=40)
-    assert (planner.target.measured, planner.target(1, 100), planner.rows_at_most) == (False, 0.0, 1)
+    plan = planner.at(0)
+    assert (planner.target.measured, planner.target(1, 100), plan.rows_at_most) == (False, 0.0, 1)
     grown = []
     for _ in range(6):
-        planner.observe(planner.rows_at_most, 1, phases(0.0, 10.0))
-        grown.append(planner.rows_at_most)
+        planner.observe(0, plan.rows_at_most, 1, phases(0.0, 10.0))
+        grown.append(plan.rows_at_most)
     assert grown == [3, 7, 15, 31, 41, 41]
-    assert Planner(most=40, fixed=True).rows_at_most == 41
+    assert FixedPlanner(most=40).at(0).rows_at_most == 41
+
+
+def test_a_plan_is_of_its_own_length_of_the_cache() -> None:
+    planner = planner_of()
+    for context in CONTEXTS:
+        assert planner.at(context).target_ms(2) == pytest.approx(true_cost(2, context), rel=0.05)
+    assert planner.at(20_000).rate < planner.at(200).rate == pytest.approx(1 / (true_cost(1, 200) + 0.3), rel=0.05)
 
 
 def test_a_draft_pass_that_was_never_measured_costs_a_plain_one() -> None:
-    planner = Planner()
-    planner.context = 5000
-    planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
-    assert planner.draft_ms(1, 1000) == planner.target(1, 5000) == pytest.approx(true_cost(1, 5000))
-    planner.draft.observe(1, 1000, 2.0)
-    assert planner.draft_ms(1, 1000) == pytest.approx(2.0)
+    planner, draft = Planner(), PassCost()
+    planner.observe(5000, 1, 1, phases(0.0, true_cost(1, 5000)))
+    plan = planner.at(5000)
+    assert plan.draft_ms(draft, 1, 1000) == planner.target(1, 5000) == pytest.approx(true_cost(1, 5000))
+    draft.observe(1, 1000, 2.0)
+    assert plan.draft_ms(draft, 1, 1000) == pytest.approx(2.0)
 
 
 def test_odds_start_at_the_prior_and_learn() -> None:
@@ -113,16 +124,14 @@ def test_odds_start_at_the_prior_and_learn() -> None:
     assert odds.chance > 0.85
 
 
-def planner_of(cost: Cost = true_cost, context: int = 5000, rounds: int = 200, most: int = 64) -> Planner:
-    """Returns a planner that has seen plain rounds, and passes of more rows without noise."""
-    planner = Planner(most)
-    planner.context = context
+def planner_of(rounds: int = 200) -> Planner:
+    """One that has seen plain rounds behind 5 000 tokens, and passes of more rows without noise."""
+    planner = Planner()
     for rows in range(1, 17):
-        for other in CONTEXTS:
-            planner.target.observe(rows, other, cost(rows, other))
-            planner.draft.observe(rows, other, 0.1 * cost(rows, other))
+        for context in CONTEXTS:
+            planner.target.observe(rows, context, true_cost(rows, context))
     for _ in range(rounds):
-        planner.observe(1, 1, phases(0.0, cost(1, context)))
+        planner.observe(5000, 1, 1, phases(0.0, true_cost(1, 5000)))
     return planner
 
 
@@ -131,97 +140,109 @@ def phases(draft: float, verify: float) -> dict[str, float]:
 
 
 def test_a_node_is_worth_what_plain_decoding_would_write_in_its_time() -> None:
-    planner = planner_of()
+    plan = planner_of().at(5000)
     plain = true_cost(1, 5000) + 0.3
-    assert planner.rate == pytest.approx(1 / plain, rel=0.05)
-    assert planner.worth(0.5, 0.45 * plain) and not planner.worth(0.5, 0.55 * plain)
+    assert plan.rate == pytest.approx(1 / plain, rel=0.05)
+    assert plan.worth(0.5, 0.45 * plain) and not plan.worth(0.5, 0.55 * plain)
+    assert plan.worth(0.5, 0.2 * plain, instead_ms=0.25 * plain)
+    assert not plan.worth(0.5, 0.2 * plain, instead_ms=0.35 * plain), "what is saved without it counts against it"
     row = true_cost(2, 5000) - true_cost(1, 5000)
-    assert planner.row_ms(1) == pytest.approx(row, rel=0.3)
-    assert planner.worth_row(0.2, 1) and not planner.worth_row(0.01, 20)
-    assert Planner(fixed=True).worth(0.0, 1e9), "a fixed one drafts whatever it costs"
-    assert Planner().worth(0.01, 1.0), "before anything was measured everything is worth a try"
+    assert plan.row_ms(1) == pytest.approx(row, rel=0.3)
+    assert plan.gain_ms(0.2, 1) == pytest.approx(0.2 * plain - row, rel=0.3)
+    assert plan.gain_ms(0.01, 20) < 0
+    assert Planner().at(0).worth(0.01, 1.0), "before anything was measured everything is worth a try"
+
+
+def test_a_fixed_plan_drafts_whatever_it_costs() -> None:
+    planner = FixedPlanner(most=9)
+    for rows in (1, 10) * 9:
+        planner.observe(5000, rows, 1, phases(0.0, 1e6 * rows))
+    plan = planner.at(5000)
+    assert plan.worth(0.0, 1e9, instead_ms=1e9) and plan.gain_ms(0.0, 9) == math.inf
+    assert (plan.rows_at_most, plan.rows_paid([1.0, 0.0, 0.0], 1)) == (10, 3)
+    assert plan.longest_chain(10, 3) == 3, "with two runners-up beside each guess"
+    assert planner_of().at(5000).longest_chain(10, 3) == 9, "a planned chain is as long as it pays"
+    assert plan.explain(10)["plain_ms"] == pytest.approx(1e6, rel=0.05), "what it costs is told all the same"
 
 
 def test_a_text_that_is_written_faster_asks_more_of_a_node() -> None:
     planner = planner_of()
-    before = planner.rate
+    plan = planner.at(5000)
+    before = plan.rate
     for _ in range(200):
-        planner.observe(4, 3, phases(5.0, true_cost(4, 5000)))
-    assert planner.rate == pytest.approx(3 / (5 + true_cost(4, 5000) + 0.3), rel=0.05)
+        planner.observe(5000, 4, 3, phases(5.0, true_cost(4, 5000)))
+    assert plan.rate == pytest.approx(3 / (5 + true_cost(4, 5000) + 0.3), rel=0.05)
     for _ in range(400):  # and one whose drafts stopped being right no less than plain decoding
-        planner.observe(16, 1, phases(30.0, true_cost(16, 5000)))
-    assert planner.rate == pytest.approx(before, rel=0.1)
+        planner.observe(5000, 16, 1, phases(30.0, true_cost(16, 5000)))
+    assert plan.rate == pytest.approx(before, rel=0.1)
 
 
 def test_what_is_expected_counts_beside_what_rounds_tell() -> None:
     planner = planner_of(rounds=1)
-    plain = planner.rate
-    planner.expect_rate(3 * plain)
-    assert 2.5 * plain < planner.rate <= 3 * plain, "the first trees are weighed against what they are to bring"
+    plan = planner.at(5000)
+    plain = plan.rate
+    plan.expect_rate(3 * plain)
+    assert 2.5 * plain < plan.rate <= 3 * plain, "the first trees are weighed against what they are to bring"
     for _ in range(48):
-        planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
-    assert planner.rate < 1.6 * plain, "rounds that bring less have their say"
+        planner.observe(5000, 1, 1, phases(0.0, true_cost(1, 5000)))
+    assert plan.rate < 1.6 * plain, "rounds that bring less have their say"
     for _ in range(300):
-        planner.observe(1, 1, phases(0.0, true_cost(1, 5000)))
-    assert planner.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.02), "most of it, but never all"
-    planner.expect_rate(0.1 * plain)
-    assert planner.rate == pytest.approx(plain, rel=0.05), "nothing expected is plain decoding's rate"
+        planner.observe(5000, 1, 1, phases(0.0, true_cost(1, 5000)))
+    assert plan.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.02), "most of it, but never all"
+    plan.expect_rate(0.1 * plain)
+    assert plan.rate == pytest.approx(plain, rel=0.05), "nothing expected is plain decoding's rate"
 
 
 SHAPES = (1, 2, 4, 8, 16, 32, 64)
 
 
-def padded_planner(step_ms: float, context: int = 5000) -> Planner:
-    """Returns a planner for an executor that pads passes.
-
-    A pass takes 10 ms, and `step_ms` more for each row that it computes, guess or padding.
-    """
+def padded_plan(step_ms: float) -> Plan:
+    """Of an executor that pads passes: 10 ms, and `step_ms` more for each row that it computes, guess or padding."""
     planner = Planner(shapes=SHAPES)
-    planner.context = context
     for rows in range(1, 65):
-        planner.target.observe(rows, context, 10 + step_ms * next(shape for shape in SHAPES if shape >= rows))
+        planner.target.observe(rows, 5000, 10 + step_ms * next(shape for shape in SHAPES if shape >= rows))
     for _ in range(50):
-        planner.observe(1, 1, phases(0.0, 10 + step_ms))
-    return planner
+        planner.observe(5000, 1, 1, phases(0.0, 10 + step_ms))
+    return planner.at(5000)
 
 
 def test_a_row_within_a_shape_costs_nothing_and_the_first_of_the_next_its_step() -> None:
-    planner = padded_planner(0.25)
+    plan = padded_plan(0.25)
     for rows in range(1, 64):
-        step = 0.25 * rows if rows in SHAPES else 0.0  # each shape is twice as large as the one before
-        assert planner.row_ms(rows) == pytest.approx(step, abs=0.02), rows
-    assert planner.target.largest == 64 and planner.target(5, 5000) == planner.target(8, 5000)
-    assert planner.worth_row(1e-6, 5), "a seat that is paid for"
-    share = planner.rate * 0.25
-    assert planner.worth_row(1.2 * share, 8) and not planner.worth_row(0.8 * share, 8)
+        step = 0.25 * rows if rows in SHAPES else 0.0  # from a shape to the next, twice as large
+        assert plan.row_ms(rows) == pytest.approx(step, abs=0.02), rows
+    assert plan.rows_at_most == 64 and plan.target_ms(5) == plan.target_ms(8)
+    assert plan.gain_ms(1e-6, 5) > 0, "a seat that is paid for"
+    share = plan.rate * 0.25
+    assert plan.gain_ms(1.2 * share, 8) > 0 > plan.gain_ms(0.8 * share, 8)
 
 
 def test_a_shape_is_taken_if_its_rows_together_pay_for_it() -> None:
-    planner = padded_planner(0.25)
-    step = planner.rate * 8 * 0.25  # tokens that rows 9 to 16 must bring
+    plan = padded_plan(0.25)
+    step = plan.rate * 8 * 0.25  # what rows 9 to 16 must bring
     tree = [1.0] + [0.5] * 7
-    assert planner.rows_paid([*tree, *[step / 4] * 8], 1) == 16
-    assert planner.rows_paid([*tree, *[step / 4] * 5], 1) == 13, "rows that nobody needs are padding"
-    assert planner.rows_paid([*tree, *[step / 4] * 3], 1) == 8
-    assert planner.rows_paid([*tree, *[step / 4] * 3], 10) == 11, "the shape that a draft pass led into is paid for"
-    assert planner.rows_paid([*tree, *[1e-6] * 9], 10) == 16
-    assert planner.rows_paid([1.0] + [1e-6] * 20, 1) == 1, "down to none"
-    assert Planner(fixed=True, shapes=SHAPES).rows_paid([*tree, 0.0], 1) == 9
-    plain = planner_of()
+    assert plan.rows_paid([*tree, *[step / 4] * 8], 1) == 16
+    assert plan.rows_paid([*tree, *[step / 4] * 5], 1) == 13, "rows that nobody needs are padding"
+    assert plan.rows_paid([*tree, *[step / 4] * 3], 1) == 8
+    assert plan.rows_paid([*tree, *[step / 4] * 3], 10) == 11, "the shape that a draft pass led into is paid for"
+    assert plan.rows_paid([*tree, *[1e-6] * 9], 10) == 16
+    assert plan.rows_paid([1.0] + [1e-6] * 20, 1) == 1, "down to none"
+    assert FixedPlanner(shapes=SHAPES).at(5000).rows_paid([*tree, 0.0], 1) == 9
+    plain = planner_of().at(5000)
     worth = [1.0]
-    while plain.worth_row(0.3 * 0.9 ** len(worth), len(worth)):
+    while plain.gain_ms(0.3 * 0.9 ** len(worth), len(worth)) > 0:
         worth.append(0.3 * 0.9 ** len(worth))
     assert len(worth) > 3 and plain.rows_paid(worth, 1) == len(worth), "without shapes row by row says it all"
 
 
 def test_trees_grow_from_shape_to_shape() -> None:
     planner = Planner(shapes=SHAPES)
-    grown = []
+    plan, grown = planner.at(0), []
     for _ in range(7):
-        planner.observe(planner.rows_at_most, 1, phases(0.0, 10.0))
-        grown.append(planner.rows_at_most)
+        planner.observe(0, plan.rows_at_most, 1, phases(0.0, 10.0))
+        grown.append(plan.rows_at_most)
     assert grown == [2, 4, 8, 16, 32, 64, 64], "a 65th row would be padded to no shape"
-    assert Planner(fixed=True, most=7, shapes=SHAPES).rows_at_most == 8
+    assert FixedPlanner(most=7, shapes=SHAPES).at(0).rows_at_most == 8
 
 
 def test_repeats_fill_a_shape_and_leave_one_that_does_not_pay() -> None:
@@ -229,33 +250,34 @@ def test_repeats_fill_a_shape_and_leave_one_that_does_not_pay() -> None:
     text = [*([1, 2, *range(20, 32)] * 2), 1, 2]
     sizes = []
     for step_ms in (0.01, 0.4):
-        planner, drafter = padded_planner(step_ms), NGram()
+        plan, drafter = padded_plan(step_ms), NGram()
         drafter._odds = [[Odds(0.7) for _ in odds] for odds in drafter._odds]
-        context: Any = SimpleNamespace(history=History(text), planner=planner)
+        context: Any = SimpleNamespace(history=History(text), plan=plan, sampler=Sampler(SamplingParams(), 64))
         sizes.append(len(compute(drafter.propose(context, 17))))
     assert sizes == [11, 8]
 
 
 def test_the_best_rate_is_that_of_the_best_length() -> None:
     planner = planner_of()
-    overhead, chance, draft_ms = planner._overhead_ms, 0.8, 2.0
+    plan, overhead, chance, draft_ms = planner.at(5000), planner.rounds.overhead_ms, 0.8, 2.0
     rates = [1 / (planner.target(1, 5000) + overhead)]
     for length in range(1, 33):
         tokens = sum(chance**n for n in range(length + 1))
         rates.append(tokens / (length * draft_ms + planner.target(length + 1, 5000) + overhead))
-    assert planner.best_rate(chance, draft_ms) == pytest.approx(max(rates))
+    assert plan.best_rate(chance, draft_ms) == pytest.approx(max(rates))
     assert 1 < np.argmax(rates) < 32
-    assert planner.best_rate(0.05, 50.0) == pytest.approx(rates[0]), "plain decoding, where no length pays"
+    assert plan.best_rate(0.05, 50.0) == pytest.approx(rates[0]), "plain decoding, where no length pays"
 
 
 def test_probes_take_a_hundredth_of_the_time() -> None:
     planner = planner_of(rounds=0)
     for _ in range(1000):
-        planner.observe(1, 1, phases(0.0, 10.0))
-    allowed = sum(planner.may_probe(3.0) for _ in range(1000))
+        planner.observe(5000, 1, 1, phases(0.0, 10.0))
+    plan = planner.at(5000)
+    allowed = sum(plan.may_probe(3.0) for _ in range(1000))
     assert 3 * allowed == pytest.approx(0.01 * 1000 * 10.3 + 8 * 3, rel=0.1)
-    assert not planner.may_probe(3.0)
-    assert planner.may_probe(3.0, "heads"), "each kind for itself"
+    assert not planner.at(9000).may_probe(3.0)
+    assert plan.may_probe(3.0, "heads"), "each kind for itself"
 
 
 def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:
@@ -263,18 +285,18 @@ def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = N
 
     length: number of guesses to draft always. None asks the planner before every guess.
     """
-    rng, planner, odds = np.random.default_rng(seed), Planner(), Odds(0.9)
-    planner.context = 5000
+    rng, planner, draft, odds = np.random.default_rng(seed), Planner(), PassCost(), Odds(0.9)
+    plan = planner.at(5000)
     written, total = 0, 0.0
     while written < tokens:
         guesses, spent, path = 0, 0.0, 1.0
-        while guesses < (planner.rows_at_most - 1 if length is None else length):
-            ms = planner.draft_ms(1, 1000) + planner.row_ms(1 + guesses)
+        while guesses < (plan.rows_at_most - 1 if length is None else length):
+            ms = plan.draft_ms(draft, 1, 1000) + plan.row_ms(1 + guesses)
             path *= odds.chance
-            if length is None and not planner.worth(path, ms) and (guesses or not planner.may_probe(ms)):
+            if length is None and not plan.worth(path, ms) and (guesses or not plan.may_probe(ms)):
                 break
             measured = noisy(rng, draft_ms)
-            planner.draft.observe(1, 1000, measured)
+            draft.observe(1, 1000, measured)
             spent, guesses = spent + measured, guesses + 1
         right = 0
         while right < guesses and rng.random() < chance:
@@ -282,7 +304,7 @@ def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = N
         for i in range(min(right + 1, guesses)):
             odds.learn(i < right)
         verify = noisy(rng, true_cost(1 + guesses, 5000))
-        planner.observe(1 + guesses, right + 1, phases(spent, verify))
+        planner.observe(5000, 1 + guesses, right + 1, phases(spent, verify))
         written, total = written + right + 1, total + spent + verify + 0.3
     return total / written
 

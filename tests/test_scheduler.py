@@ -11,7 +11,8 @@ import pytest
 
 from scripted import write
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
-from tokenswift_py.decoding.loop import DecodeLoop, Step
+from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kvcache.cache import KVCache
@@ -146,10 +147,11 @@ def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -
     assert [work.written for work in works] == [alone(tiny_decoder, work)[:60] for work in works]
 
 
-def test_texts_that_end_without_another_pass_do_end(tiny_decoder: Any) -> None:
-    """As those do whose last characters become certain with their end."""
+@pytest.mark.parametrize("most_running", [1, 2])
+def test_texts_that_end_without_another_pass_do_end(tiny_decoder: Any, most_running: int) -> None:
+    """As those do whose last characters become certain with their end; and those that wait for them begin."""
     clock = Ticks()
-    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock)
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock, most_running)
     works = [Work(tiny_decoder, scheduler.pool, n, 10, 0.0, clock, seed=n) for n in range(2)]
 
     def passes(work: Work) -> Any:

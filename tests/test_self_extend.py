@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral, a window wider than trained": {"sliding_window": 500},
     "qwen2": {},
     "qwen3": {"head_dim": 32},
+    "smollm3": {},
     "qwen3, every other layer under a window as trained": {
         "use_sliding_window": True, "sliding_window": 200,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
@@ -108,6 +109,8 @@ def reference(model: Any, ids: np.ndarray, met: torch.Tensor) -> torch.Tensor:
             q, k = norm(q, f"{part}.self_attn.q_norm.weight"), norm(k, f"{part}.self_attn.k_norm.weight")
         k, v = (z.repeat_interleave(spec.heads // spec.kv_heads, 1) for z in (k, v))
         far = met if window is None or window > TRAINED else past
+        if spec.layer_specs[layer].rope is None:
+            far = torch.zeros_like(past)
         scores = torch.zeros(spec.heads, len(ids), len(ids), dtype=torch.float64)
         half = spec.head_dim // 2
         for i in range(half):

@@ -11,7 +11,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from conftest import FAMILIES, decoder_of, tiny_config, tiny_model, weights_of
+from conftest import PLAIN, decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
@@ -86,7 +86,7 @@ def naive_queries(config: Any, ids: list[int]) -> torch.Tensor:
     return torch.stack(caught, 1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PLAIN)
 @pytest.mark.parametrize("make", [on_torch, native])
 def test_queries_are_those_of_hugging_face(make: Callable[..., Any], family: str) -> None:
     config = tiny_config(family)

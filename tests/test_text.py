@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.errors import UserError
-from tokenswift_py.text import TextJoiner, prompt_tokens, turn_tokens
+from tokenswift_py.text import Chat, TextJoiner, prompt_tokens, turn_tokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -215,50 +215,50 @@ def chatml(*messages: tuple[str, str]) -> str:
 
 def test_a_text_is_one_user_message_and_messages_are_what_the_template_makes_of_them() -> None:
     wanted = encode(chatml(("user", "the story")) + "<|im_start|>assistant\n")
-    assert prompt_tokens(TOKENIZER, "the story", raw=False) == wanted
-    assert prompt_tokens(TOKENIZER, [{"role": "user", "content": "the story"}], raw=False) == wanted
+    assert prompt_tokens(TOKENIZER, "the story", Chat()) == wanted
+    assert prompt_tokens(TOKENIZER, [{"role": "user", "content": "the story"}], Chat()) == wanted
     longer = [("system", "on"), ("user", "the"), ("assistant", "story"), ("user", "went")]
-    assert prompt_tokens(TOKENIZER, [{"role": r, "content": c} for r, c in longer], raw=False) == encode(
+    assert prompt_tokens(TOKENIZER, [{"role": r, "content": c} for r, c in longer], Chat()) == encode(
         chatml(*longer) + "<|im_start|>assistant\n"
     )
     assert wanted.count(IM_END) == 1
 
 
 def test_raw_text_and_ids_go_in_as_they_are() -> None:
-    assert prompt_tokens(TOKENIZER, "the story", raw=True) == encode("the story")
-    assert prompt_tokens(byte_level(None), "the story", raw=False) == encode("the story")
+    assert prompt_tokens(TOKENIZER, "the story", Chat(raw=True)) == encode("the story")
+    assert prompt_tokens(byte_level(None), "the story", Chat()) == encode("the story")
     for raw in (True, False):
-        assert prompt_tokens(TOKENIZER, [5, 6, 5], raw) == [5, 6, 5]
-        assert prompt_tokens(TOKENIZER, (7,), raw) == [7]
+        assert prompt_tokens(TOKENIZER, [5, 6, 5], Chat(raw)) == [5, 6, 5]
+        assert prompt_tokens(TOKENIZER, (7,), Chat(raw)) == [7]
 
 
 def test_prompts_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"^prompt: -1 is not allowed; token ids are not negative"):
-        prompt_tokens(TOKENIZER, [3, -1], raw=False)
+        prompt_tokens(TOKENIZER, [3, -1], Chat())
     with pytest.raises(UserError, match=r"^prompt: 'messages' is not allowed; this tokenizer has no chat template"):
-        prompt_tokens(byte_level(None), [{"role": "user", "content": "hi"}], raw=False)
+        prompt_tokens(byte_level(None), [{"role": "user", "content": "hi"}], Chat())
 
 
 @pytest.mark.parametrize("answer", ["the story went on.", "", "日本語", "on, and\n"])
 def test_a_turn_is_exactly_what_the_template_puts_between_two_answers(answer: str) -> None:
     """Prompt, answer, the EOS that ended it and the turn are together what the template makes of the conversation."""
-    start = prompt_tokens(TOKENIZER, "the", raw=False)
-    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], raw=False)
+    start = prompt_tokens(TOKENIZER, "the", Chat())
+    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], Chat())
     conversation = chatml(("user", "the"), ("assistant", answer), ("user", "and on?")) + "<|im_start|>assistant\n"
     assert [*start, *encode(answer), IM_END, *turn] == encode(conversation)
 
 
 def test_only_a_token_that_ended_the_chapter_is_left_out_of_a_turn() -> None:
-    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], raw=False)
-    assert turn_tokens(TOKENIZER, "and on?", [0], raw=False) == [IM_END, *turn]
+    turn = turn_tokens(TOKENIZER, "and on?", [IM_END], Chat())
+    assert turn_tokens(TOKENIZER, "and on?", [0], Chat()) == [IM_END, *turn]
 
 
 def test_raw_turns_are_paragraphs_and_a_template_without_answers_is_refused() -> None:
     wanted = encode("\n\nand on?\n\n")
-    assert turn_tokens(TOKENIZER, "and on?", [IM_END], raw=True) == wanted
-    assert turn_tokens(byte_level(None), "and on?", [IM_END], raw=False) == wanted
+    assert turn_tokens(TOKENIZER, "and on?", [IM_END], Chat(raw=True)) == wanted
+    assert turn_tokens(byte_level(None), "and on?", [IM_END], Chat()) == wanted
     with pytest.raises(UserError, match=r"^chapters: 'and on[?]' is not allowed; .* drops earlier answers$"):
-        turn_tokens(byte_level(FORGETFUL), "and on?", [IM_END], raw=False)
+        turn_tokens(byte_level(FORGETFUL), "and on?", [IM_END], Chat())
 
 
 SURROUNDED = st.one_of(

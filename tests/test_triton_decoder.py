@@ -65,7 +65,7 @@ def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, dep
     assert linear(x[:0], weight).shape == (0, columns)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "smollm3", "phi3"])
 def test_it_computes_what_hugging_face_does(family: str) -> None:
     decoder, model = triton_decoder(family=family)
     ids = np.array(PROMPT, np.int32)

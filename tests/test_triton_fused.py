@@ -211,7 +211,8 @@ def test_a_row_without_a_token_says_so() -> None:
     [
         {}, {"temperature": 0.0, "penalty": 1.3}, {"top_k": 20, "min_p": 0.1}, {"top_k": 5, "temperature": 1.7},
         {"penalty": 1.2, "penalty_window": 3, "ban": (4, 5), "logit_bias": {9: 3.5, 11: -1.0}},
-        {"top_p": 0.8}, {"dry_multiplier": 0.8},
+        {"top_p": 0.8}, {"dry_multiplier": 0.8}, {"repetition_penalty": 1.3, "penalty": 1.2, "penalty_window": 2},
+        {"typical_p": 0.7, "xtc_probability": 0.5, "frequency_penalty": 0.4, "no_repeat_ngram_size": 2},
     ],
 )  # fmt: skip
 def test_the_sampler_on_the_gpu_is_the_reference(changes: dict[str, Any]) -> None:
@@ -232,7 +233,7 @@ def test_the_sampler_on_the_gpu_is_the_reference(changes: dict[str, Any]) -> Non
     "changes",
     [
         {}, {"temperature": 0.0}, {"penalty": 1.4, "penalty_window": 3, "top_k": 30}, {"top_p": 0.8},
-        {"min_p": 0.05, "ban": (4, 5), "logit_bias": {9: 3.5}},
+        {"min_p": 0.05, "ban": (4, 5), "logit_bias": {9: 3.5}}, {"repetition_penalty": 1.3, "penalty": 1.1},
     ],
 )  # fmt: skip
 def test_the_nodes_of_a_tree_are_chosen_for_as_each_would_be(changes: dict[str, Any]) -> None:

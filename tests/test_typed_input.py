@@ -17,7 +17,7 @@ from tokenswift_py.cli.flags import parser
 from tokenswift_py.cli.inputs import read_options, read_prompt
 from tokenswift_py.cli.main import main
 from tokenswift_py.errors import check
-from tokenswift_py.text import prompt_tokens
+from tokenswift_py.text import Chat, prompt_tokens
 from toys import tiny_tokenizer
 
 
@@ -56,15 +56,19 @@ def test_a_bos_that_is_typed_is_not_doubled(caplog: pytest.LogCaptureFixture) ->
         single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", 0), ("<|im_end|>", 2)]
     )
     ids = tokenizer("the cat", add_special_tokens=False).input_ids
-    assert prompt_tokens(tokenizer, "the cat", raw=True) == [0, *ids, 2] and not caplog.records
-    assert prompt_tokens(tokenizer, "<|endoftext|>the cat", raw=True) == [0, *ids, 2]
+    assert prompt_tokens(tokenizer, "the cat", Chat(raw=True)) == [0, *ids, 2] and not caplog.records
+    assert prompt_tokens(tokenizer, "<|endoftext|>the cat", Chat(raw=True, special=True)) == [0, *ids, 2]
     assert [record.getMessage() for record in caplog.records] == [
         "prompt: it begins with <|endoftext|>, so the tokenizer's own is left out"
     ]
-    assert prompt_tokens(tokenizer, "<|endoftext|><|endoftext|>the", raw=True)[:3] == [0, 0, 0]  # as was typed
+    assert prompt_tokens(tokenizer, "<|endoftext|><|endoftext|>the", Chat(raw=True, special=True))[:3] == [
+        0,
+        0,
+        0,
+    ]  # as was typed
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
-    assert prompt_tokens(tokenizer, "<|endoftext|>the cat", raw=True) == [0, *ids]
-    assert prompt_tokens(tokenizer, "<|endoftext|><|endoftext|>the cat", raw=True) == [0, 0, *ids]
+    assert prompt_tokens(tokenizer, "<|endoftext|>the cat", Chat(raw=True, special=True)) == [0, *ids]
+    assert prompt_tokens(tokenizer, "<|endoftext|><|endoftext|>the cat", Chat(raw=True, special=True)) == [0, 0, *ids]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,6 @@ def test_a_run_reads_escapes_and_goes_on_with_them(tiny_folder: Path, tmp_path: 
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["parameters"]["stop"] == ["\n\n"]
     swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32")
-    assert report["prompt_tokens"] == len(prompt_tokens(swift.tokenizer, "a\nb", raw=True))
+    assert report["prompt_tokens"] == len(prompt_tokens(swift.tokenizer, "a\nb", Chat(raw=True)))
     assert main(["resume", run, "--stop", r"\n\n", "-e", "--quiet"]) == 0
     assert main(["resume", run, "--stop", r"\n\n", "--quiet"]) == 2

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from conftest import tiny_tokenizer
+from tokenswift_py.decoding.history import History
 from tokenswift_py.options import Options
+from tokenswift_py.sampling.grammar import Follower, Grammar, Vocabulary
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 workloads = runpy.run_path(str(EXPERIMENTS / "workloads" / "__init__.py"))
@@ -36,6 +39,20 @@ def test_a_free_run_is_one_that_generate_takes(name: str) -> None:
     assert len(set(run.chapters)) == len(run.chapters) >= 300
     least = options.min_chapter_tokens * len(run.chapters)
     assert least >= (100_000 if name == "story" else 30_000), "the requests end before a long run does"
+
+
+def test_records_can_be_held_to_a_grammar() -> None:
+    pytest.importorskip("llguidance", reason="needs llguidance: pip install 'tokenswift-py[grammar]'")
+    options = Options.of(**workloads["held_to_grammar"](workloads["free_run"]("records")))
+    tokenizer = tiny_tokenizer()
+    follower = Follower(Grammar(*options.language, Vocabulary(tokenizer, len(tokenizer), [2])))
+    text = ", ".join(
+        f'"k_{number}": {value}' for number, value in enumerate(('"a"', "-1.5", "[]", "true", "null", "0"))
+    )
+    assert follower.holds(History([*tokenizer.encode(f"{{{text}}}"), 2]))
+    assert not follower.holds(History([*tokenizer.encode(f"{{{text}"), 2]))
+    with pytest.raises(ValueError, match="grammar: 'story' is not allowed"):
+        workloads["held_to_grammar"](workloads["free_run"]("story"))
 
 
 def test_story_requests_have_nothing_in_common_with_their_neighbours() -> None:

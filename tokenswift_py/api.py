@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.core import is_whole
 from tokenswift_py.errors import check, one_line
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.devices import find_device
@@ -23,9 +25,10 @@ from tokenswift_py.models.executors import choose_engine, load
 from tokenswift_py.options import Options
 from tokenswift_py.parallel.ranks import join
 from tokenswift_py.runs import contract
+from tokenswift_py.runs.assembly import prompt_rows
 from tokenswift_py.runs.baseline import baseline
 from tokenswift_py.runs.journal import Journal, JournalError, shared
-from tokenswift_py.runs.plan import check_snapshot, prepare, recorded_run
+from tokenswift_py.runs.plan import Run, check_snapshot, prepare, recorded_run
 from tokenswift_py.runs.result import Result
 from tokenswift_py.runs.stream import Stream
 from tokenswift_py.text import Prompt
@@ -109,6 +112,39 @@ class TokenSwift(LoadedModel):
                 pass
             return stream.result()
 
+    def generate_n(self, prompt: Prompt, n: int, **settings: Any) -> list[Result]:
+        """Write `n` samples of one prompt: sample i is what `generate` writes with the same seed and `stream` i."""
+        results = []
+        for stream in self.streams(prompt, n, **settings):
+            with stream:
+                for _ in stream:
+                    pass
+                results.append(stream.result())
+        return results
+
+    def streams(
+        self, prompt: Prompt, n: int, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
+    ) -> Iterator[Stream]:
+        """As `stream`, of `n` samples that share the seed and the prompt's KV, one after the other: each is closed when
+        the next is asked for. They are numbered from the setting `stream` on. out: its folders 1, 2 ... are theirs."""
+        check(is_whole(n) and 1 <= n <= 2**31, "n", n, "a whole number, at least 1")
+        run = self._prepared(prompt, Options.of(**settings))
+        first, rows = run.sampling.stream, prompt_rows(self, run)
+        try:
+            for number in range(n):
+                sampling = replace(run.sampling, stream=first + number)
+                numbered: dict[str, Any] = {"stream": first + number}
+                options = replace(run.options, **numbered)
+                folder = None if out is None else Path(out) / str(number + 1)
+                cache = None if rows is None else rows.fork()
+                with self._begun(
+                    replace(run, options=options, sampling=sampling), folder, kv_snapshot, cache
+                ) as stream:
+                    yield stream
+        finally:
+            if rows is not None:
+                rows.release()
+
     def stream(
         self, prompt: Prompt, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
     ) -> Stream:
@@ -117,20 +153,27 @@ class TokenSwift(LoadedModel):
         out:         a new or empty folder that gets a journal, from which `resume` goes on, and which an audit proves.
         kv_snapshot: when the stream ends or is closed, full pages of its KV cache go there, too, for `resume`.
         """
+        return self._begun(self._prepared(prompt, Options.of(**settings)), out, kv_snapshot)
+
+    def _prepared(self, prompt: Prompt, options: Options) -> Run:
+        """A run that every rank agrees on."""
         ranks = self.executor.ranks
         with ranks.same_fate():
-            run = prepare(self, prompt, Options.of(**settings))
+            run = prepare(self, prompt, options)
         if run.options.seed is None:  # each rank has drawn one
             seed = int(ranks.first(np.array([run.sampling.seed]))[0])
             run = replace(run, sampling=replace(run.sampling, seed=seed))
+        return run
+
+    def _begun(self, run: Run, out: str | Path | None, kv_snapshot: bool, cache: KVCache | None = None) -> Stream:
+        """The stream of a run. cache: has rows of the prompt already."""
+        ranks = self.executor.ranks
         ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters(), kv_snapshot))
         folder = ranks.first_text("" if out is None else str(Path(out)))  # the command line tells rank 0 alone
         with ranks.same_fate():
             check(not kv_snapshot or folder != "", "kv_snapshot", kv_snapshot, "only with out")
             check_snapshot(kv_snapshot, run.options)
-            logprobs = run.options.logprobs
-            check(not (folder and logprobs), "logprobs", logprobs, "not with out: a journal holds tokens only")
-        stream = Stream(self, run)
+        stream = Stream(self, run, cache)
         if folder:
             journal = shared(ranks, lambda: Journal.create(Path(folder), stream.header()))
             stream.record(journal, kv_snapshot)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tokenswift_py.errors import check
+from tokenswift_py.sampling.kinds import is_finite as is_finite
+from tokenswift_py.sampling.kinds import is_whole as is_whole
+from tokenswift_py.sampling.params import GREEDY_BELOW as GREEDY_BELOW
+from tokenswift_py.sampling.params import SamplingParams as SamplingParams
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from tokenswift_py.models.clock import Clock
 
 IntArray = npt.NDArray[np.int32]
+Likeliest = tuple[tuple[int, float], ...]  # tokens with the natural log of their probability, the best first
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,12 @@ class DraftTree:
         while path[-1] > 0:
             path.append(int(self.parents[path[-1]]))
         return path[::-1]
+
+    def below(self, tokens: Sequence[int]) -> DraftTree:
+        """This tree behind a chain of other tokens, of which the first is pending."""
+        count = len(tokens)
+        parents = [*range(-1, count - 1), *(self.parents + count)]
+        return DraftTree(np.array([*tokens, *self.tokens], np.int32), np.array(parents, np.int32)) if count else self
 
     def merge(self, other: DraftTree, budget: int | None = None) -> DraftTree:
         """Both proposals as one trie: this tree's nodes first, then `other`'s that are new, up to `budget` nodes.
@@ -230,99 +239,17 @@ class Acceptance:
     path:   accepted nodes, node 0 first: the rows to commit.
     tokens: len(path) chosen tokens: the accepted drafts and one more, which is the next pending token.
     ending: why the text or the chapter ends after the last token; None if it goes on.
-    logprobs: natural log of the model's own probability of each token, when asked for.
+    logprobs: natural log of the model's own probability of each token, when asked for; top_logprobs: for each token the
+              likeliest ones there with theirs, when asked for.
     """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
     ending: str | None = None
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[Likeliest, ...] | None = None
 
     @cached_property
     def after(self) -> dict[int, int]:
         """For each accepted node the token that was chosen behind it."""
         return dict(zip(self.path, self.tokens, strict=True))
-
-
-def is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_finite(value: object) -> bool:
-    """A number that a double can hold."""
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-GREEDY_BELOW = 1e-5  # a temperature that is lower is taken for 0, as vLLM takes it: scores divided by it stay finite
-MOST_BIAS = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a row of logits becomes a token. Checked when made; a wrong value is a `UserError`.
-
-    temperature:       0 is greedy, and so is anything below GREEDY_BELOW, which becomes 0.
-    top_k:             keep the k largest logits, ties at the edge included; 0 is off.
-    top_p:             keep the most probable tokens whose mass reaches top_p; 1 is off.
-    min_p:             keep tokens at least min_p times as probable as the best; 0 is off.
-    penalty:           theta of the contextual penalty (TokenSwift section 3.4); 1 is off.
-    penalty_window:    how many of the latest tokens it looks at.
-    dry_multiplier:    DRY repetition penalty; 0 is off. It is multiplier * base ** (matched - length).
-    dry_base, dry_length, dry_breakers: growth, longest match that goes unpunished, token ids no match crosses.
-    seed, stream:      key and sample number of the position-keyed noise.
-    ban:               token ids never written.
-    logit_bias:        token id -> added to its logit; no more than fp32 holds.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    penalty: float = 1.0
-    penalty_window: int = 1024
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_length: int = 2
-    dry_breakers: tuple[int, ...] = ()
-    seed: int = 0
-    stream: int = 0
-    ban: tuple[int, ...] = ()
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for number in ("temperature", "top_p", "min_p", "penalty", "dry_multiplier", "dry_base"):
-            check(is_finite(getattr(self, number)), number, getattr(self, number), "a finite number")
-        for whole in ("top_k", "penalty_window", "dry_length", "seed", "stream"):
-            check(is_whole(getattr(self, whole)), whole, getattr(self, whole), "a whole number")
-        check(0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 and 100")
-        check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 is off)")
-        check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1 (1 is off)")
-        check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 (off) and 1")
-        check(1 <= self.penalty <= 100, "penalty", self.penalty, "between 1 (off) and 100")
-        check(self.penalty_window >= 1, "penalty_window", self.penalty_window, "at least 1")
-        check(0 <= self.dry_multiplier <= 1000, "dry_multiplier", self.dry_multiplier, "between 0 (off) and 1000")
-        check(1 <= self.dry_base <= 16, "dry_base", self.dry_base, "between 1 and 16")
-        check(1 <= self.dry_length <= 64, "dry_length", self.dry_length, "between 1 and 64")
-        check(0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2^64 - 1")
-        check(0 <= self.stream < 2**32, "stream", self.stream, "between 0 and 2^32 - 1")
-        for tokens in ("ban", "dry_breakers", "logit_bias"):
-            for token in getattr(self, tokens):
-                check(is_whole(token), tokens, token, "token ids")
-        for token, bias in self.logit_bias.items():
-            fine = is_finite(bias) and abs(bias) <= MOST_BIAS
-            check(fine, "logit_bias", {token: bias}, "finite numbers that fp32 can hold; ban excludes a token")
-        if self.temperature < GREEDY_BELOW:
-            object.__setattr__(self, "temperature", 0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the report records them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            **values,
-            "ban": list(self.ban),
-            "dry_breakers": list(self.dry_breakers),
-            "logit_bias": {str(k): v for k, v in self.logit_bias.items()},
-        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from tokenswift_py.models.executors import Executor
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.options import Options
+from tokenswift_py.sampling.grammar import Vocabulary
 from tokenswift_py.text import end_tokens
 
 
@@ -33,9 +35,20 @@ class LoadedModel:
         self._draft: tuple[tuple[str, str], LoadedModel] | None = None  # the last one, and how it was asked for
         self.origin = origin
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What grammars are made over. Raises UserError where there can be none."""
+        return Vocabulary(self.tokenizer, self.checkpoint.spec.vocab_size, self.checkpoint.eos)
+
     def goes_on(self, options: Options) -> bool:
         """Whether a prompt is the beginning of the text, which then goes on from it."""
-        return options.raw or not self.tokenizer.chat_template
+        return options.continue_final_message or not options.chat.templated(self.tokenizer)
+
+    def ends(self, options: Options) -> tuple[int, ...]:
+        """Every token that ends a text: another chat template may have its own behind an answer."""
+        if options.chat_template is None:
+            return self.checkpoint.eos
+        return end_tokens(self.tokenizer, self.checkpoint.eos, options.chat)
 
     def rope(self, context: int, positions: Positions) -> RopeTables:
         """RoPE tables for a run over so many positions. Raises UserError as `rope_tables` does."""

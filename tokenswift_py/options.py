@@ -1,6 +1,7 @@
 """What a run can be asked for: the parameters of `TokenSwift.generate`, which are the flags of the command line.
 
-The module is longer than others because it is one table: every option with its checks and its help, and nowhere else.
+The module is one table: every option with its checks and its help, and nowhere else. Those of sampling stand in
+sampling/params.py, and are derived from there.
 """
 
 from __future__ import annotations
@@ -8,121 +9,28 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any
 
-from tokenswift_py import registry
-from tokenswift_py.core import SamplingParams, is_whole
-from tokenswift_py.errors import UserError, check, check_text, files
+from tokenswift_py.core import SamplingParams
+from tokenswift_py.errors import UserError, check
 from tokenswift_py.models.positions import SCHEMES, Positions
+from tokenswift_py.sampling.grammar import Language, schema_text
+from tokenswift_py.sampling.kinds import Arguments, Choice, Named, Switch, Text, Texts, Tokens, Whole
+from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
-from tokenswift_py.text import token_ids
+from tokenswift_py.text import Chat, token_ids, word_ids
 
-if TYPE_CHECKING:
-    pass
-
+MOST_LOGPROBS = 1000  # of one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
+LANGUAGES = ("json_schema", "grammar", "regex")  # of which one may say what the text must be
 DRAFT_KV = ("auto", "own", "int8")
-CHECKPOINT_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window")  # a checkpoint has a say
-PLAIN_SAMPLING = tuple(f.name for f in fields(SamplingParams) if f.name not in ("ban", "dry_breakers"))
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A whole number in a range, or None where `optional`. unit: behind the least, for the message."""
-
-    least: int | None = None
-    most: int | None = None
-    optional: bool = False
-    unit: str = ""
-
-    def check(self, name: str, value: Any) -> None:
-        if value is None and self.optional:
-            return
-        check(is_whole(value) and abs(value) < 2**63, name, value, "a whole number below 2^63")
-        fits = (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
-        between = f"at least {self.least}" if self.most is None else f"between {self.least} and {self.most}"
-        check(fits, name, value, between + self.unit)
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number, `whole` or not, whose range `SamplingParams` checks."""
-
-    whole: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        """Nothing is left to check."""
-
-
-@dataclass(frozen=True)
-class Switch:
-    """True or False."""
-
-    def check(self, name: str, value: Any) -> None:
-        check(isinstance(value, bool), name, value, "True or False")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of some names. package: the folder of implementations that has them, beside those named here."""
-
-    names: tuple[str, ...] = ()
-    package: str = ""
-    optional: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        if value is None and self.optional:
-            return
-        known = [*self.names, *(registry.names(self.package) if self.package else ())]
-        check(value in known, name, value, f"one of {', '.join(known)}")
-
-
-@dataclass(frozen=True)
-class Named:
-    """The name of a file, a folder or a model; None is none."""
-
-    allowed: str
-    exists: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        fine = value is None or (isinstance(value, str) and value != "")
-        check(fine, name, value, self.allowed)
-        if fine and self.exists and value not in (None, "auto"):
-            with files(name, value, self.allowed):
-                there = Path(value).expanduser().exists()
-            check(there, name, value, self.allowed)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """A list of texts, none of them empty."""
-
-    def check(self, name: str, value: Any) -> None:
-        fine = isinstance(value, (list, tuple)) and all(isinstance(text, str) and text for text in value)
-        check(fine, name, value, "a list of texts, none of them empty")
-        for text in value:
-            check_text(name, text)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A list of token ids and of texts that are one token, or None where `optional`."""
-
-    optional: bool = False
-
-    def check(self, name: str, value: Any) -> None:
-        check_tokens(name, () if value is None and self.optional else value)
-
-
-@dataclass(frozen=True)
-class Biases:
-    """Token id -> number, which `SamplingParams` checks."""
-
-    def check(self, name: str, value: Any) -> None:
-        check(isinstance(value, Mapping), name, value, "token id -> number")
+PARAMETERS = described_parameters()
+PLAIN_SAMPLING = tuple(
+    name for name, described in PARAMETERS.items() if described.asked is None
+)  # no tokenizer is needed
+FILLED = tuple(name for name in PLAIN_SAMPLING if PARAMETERS[name].unset)  # None until a run is prepared
 
 
 @dataclass(frozen=True)
@@ -131,9 +39,6 @@ class Processors:
 
     def check(self, name: str, value: Any) -> None:
         check_processors(value)
-
-
-Kind = Whole | Number | Switch | Choice | Named | Texts | Tokens | Biases | Processors
 
 
 @dataclass(frozen=True)
@@ -146,31 +51,42 @@ class Description:
     """
 
     group: str
-    kind: Kind
+    kind: Any
     help: str
     unset: str = ""
     changes_text: bool = True
 
 
-def option(default: Any, group: str, kind: Kind, help: str, unset: str = "", changes_text: bool = True) -> Any:
+def option(default: Any, group: str, kind: Any, help: str, unset: str = "", changes_text: bool = True) -> Any:
     """A field of `Options` with its description."""
     described = {"option": Description(group, kind, help, unset, changes_text)}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return field(**made, metadata=described)
 
 
-def drafting(default: Any, kind: Kind, help: str, unset: str = "") -> Any:
+def drafting(default: Any, kind: Any, help: str, unset: str = "") -> Any:
     """An option of drafting, on which no text depends."""
     return option(default, "drafting", kind, help, unset, changes_text=False)
 
 
+def sampling_option(name: str, described: Parameter) -> tuple[str, Any, Any]:
+    """The option by which a sampling parameter is asked for. What has no other form is checked as the parameter."""
+    own = getattr(SamplingParams, name, dict) if described.asked_default is None else described.asked_default
+    default = None if described.unset else own
+    kind = described.asked or described.kind
+    return name, Any, option(default, described.group, kind, described.help, described.unset)
+
+
+Asked: Any = make_dataclass(
+    "Asked", [sampling_option(name, described) for name, described in PARAMETERS.items()], frozen=True
+)
+
 DRAFTERS, POLICIES = "tokenswift_py.drafters", "tokenswift_py.kvcache.policies"
 A_MODEL = "a folder, a .gguf file or a hub id of a smaller model"
-CHECKPOINTS = "the checkpoint's"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Asked):
     """Parameters of one run; the arguments of `TokenSwift.generate`. Every wrong value is a `UserError`.
 
     Each field is described where it stands; docs/options.md has them as a table. Those of sampling are those of
@@ -185,11 +101,23 @@ class Options:
     ignore_eos: bool = option(
         False, "text", Switch(), "an end-of-sequence token is one like any other, and ends nothing"
     )
+    json_schema: Mapping[str, Any] | str | None = option(
+        None, "text", Language(json=True),
+        "a JSON schema, in a file or as it is: the text, or each chapter's, is JSON of it", "none",
+    )  # fmt: skip
+    grammar: str | None = option(
+        None, "text", Language(),
+        "a Lark grammar in llguidance's dialect, in a file or as it is: the text, or each chapter's, is of it", "none",
+    )  # fmt: skip
+    regex: str | None = option(None, "text", Language(), "a regular expression that it matches as a whole", "none")
     stop: Sequence[str] = option(
         (), "text", Texts(), "end before this text (repeatable); a special token is found by its id"
     )
     stop_tokens: Sequence[int | str] = option(
         (), "text", Tokens(), "end before this token: its id, or its text (repeatable)"
+    )
+    keep_stop: bool = option(
+        False, "text", Switch(), "what stopped the text (a stop string, a stop token) stays at its end"
     )
     on_loop: str = option(
         "warn", "text", Choice(("warn", "stop", "ignore")),
@@ -199,6 +127,22 @@ class Options:
         (), "text", Texts(), "follow-up requests: put to the model when it ends its answer, one after the other"
     )
     raw: bool = option(False, "text", Switch(), "no chat template: the prompt is the beginning of the text")
+    system: str | None = option(None, "text", Text(), "a system message before the prompt", "none")
+    chat_template: str | None = option(
+        None, "text", Text(), "a chat template (Jinja) instead of the model's own", "the model's"
+    )
+    template_args: Mapping[str, Any] = option(
+        dict, "text", Arguments(), "what the chat template is told besides, as enable_thinking"
+    )
+    continue_final_message: bool = option(
+        False, "text", Switch(), "the prompt's last message is the assistant's, and the text goes on from it"
+    )
+    no_bos: bool = option(
+        False, "text", Switch(), "no token that begins a sequence before the prompt, nor others around a raw one"
+    )
+    special: bool = option(
+        False, "text", Switch(), "the name of a control token in the prompt, as <|im_end|>, is that token and not text"
+    )
     context: int | None = option(
         None, "model", Whole(2, optional=True), "positions the run is made for", "what it needs"
     )
@@ -253,48 +197,53 @@ class Options:
         None, "lossy", Choice(package=POLICIES, optional=True),
         "by whose scores pages are evicted from it, as draft_policy", "recent",
     )  # fmt: skip
-    logprobs: bool = option(False, "python", Switch(), "return the model's own log-probability of each new token")
+    logprobs: int | bool | None = option(
+        None, "output", Whole(0, MOST_LOGPROBS, optional=True),
+        "the model's own log-probability of each new token, and of so many likeliest ones; 0 (or True) is its alone",
+        "none", changes_text=False,
+    )  # fmt: skip
+    prompt_logprobs: int | bool | None = option(
+        None, "output", Whole(0, MOST_LOGPROBS, optional=True), "the same of the prompt's tokens", "none",
+        changes_text=False,
+    )  # fmt: skip
     logits_processors: Sequence[Any] = option(
         (), "python", Processors(),
         "Hugging Face's LogitsProcessors, applied after the penalties, each called once for every token that is "
         "written, in order; drafters guess without them, but for those that keep no state and say so (`pure = True`)",
     )  # fmt: skip
-    temperature: float | None = option(None, "sampling", Number(), "0 is greedy", f"{CHECKPOINTS}, else 0")
-    top_k: int | None = option(None, "sampling", Number(whole=True), "keep the k best tokens; 0 is off", CHECKPOINTS)
-    top_p: float | None = option(
-        None, "sampling", Number(), "keep the best tokens of this much mass; 1 is off", CHECKPOINTS
-    )
-    min_p: float | None = option(
-        None, "sampling", Number(), "keep tokens this probable beside the best; 0 is off", CHECKPOINTS
-    )
-    penalty: float | None = option(None, "sampling", Number(), "contextual penalty; 1 is off", CHECKPOINTS)
-    penalty_window: int | None = option(
-        None, "sampling", Number(whole=True), "of the latest tokens", "1024; with the checkpoint's penalty: all"
-    )
-    dry_multiplier: float = option(0.0, "sampling", Number(), "DRY repetition penalty; 0 is off")
-    dry_base: float = option(1.75, "sampling", Number(), "its growth per repeated token")
-    dry_length: int = option(2, "sampling", Number(whole=True), "longest repeat that goes unpunished")
-    dry_breakers: Sequence[str] = option(
-        ("\n", ":", '"', "*"), "sampling", Texts(), "no repeat is counted across these"
-    )
-    ban: Sequence[int | str] | None = option(
-        None, "sampling", Tokens(optional=True), "token ids or one-token texts, never written", CHECKPOINTS
-    )
-    logit_bias: Mapping[int, float] = option(dict, "sampling", Biases(), "added to a token's logit")
-    seed: int | None = option(None, "sampling", Number(whole=True), "of the noise", "random, and recorded")
-    stream: int = option(0, "python", Number(whole=True), "number of a sample of one prompt, with noise of its own")
 
     def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if isinstance(getattr(self, name), bool):
+                object.__setattr__(self, name, 0 if getattr(self, name) else None)
         for name, described in described_options().items():
-            described.kind.check(name, getattr(self, name))
+            if name not in PLAIN_SAMPLING:
+                described.kind.check(name, getattr(self, name))
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         named = f"name {A_MODEL}"
         check(self.drafter != "draft_model" or self.draft_model is not None, "draft_model", self.draft_model, named)
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
+        if self.language:
+            self._check_language(self.language[0])
         SamplingParams(**self._plain_sampling())
         self.met_positions()
+
+    @property
+    def language(self) -> tuple[str, str] | None:
+        """What the text must be: the option that says so, and what it says."""
+        said = ((name, getattr(self, name)) for name in LANGUAGES)
+        return next(((name, value) for name, value in said if value is not None), None)
+
+    def _check_language(self, name: str) -> None:
+        given = [other for other in LANGUAGES if getattr(self, other) is not None]
+        check(len(given) == 1, name, getattr(self, name), f"only one of {', '.join(LANGUAGES)}")
+        for other in ("min_new_tokens", "min_chapter_tokens", "ignore_eos"):
+            allowed = f"not with {name}, which says where the text may end, and where it must"
+            check(not getattr(self, other), other, getattr(self, other), allowed)
+        if self.json_schema is not None:  # as journals have it, whatever it was given as
+            object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def met_positions(self) -> Positions:
         """Raises UserError for a window or a block that the scheme does not have."""
@@ -315,9 +264,19 @@ class Options:
         own: dict[str, Any] = {"seed": secrets.randbits(63), "dry_breakers": tuple(breakers)}
         if self.ban is not None:
             own["ban"] = tuple(token_of(tokenizer, item, "ban") for item in self.ban)
-        if self.penalty is not None:  # with a window of its own
-            own["penalty_window"] = SamplingParams.penalty_window
+        if self.ban_words is not None:
+            own["ban_words"] = tuple(dict.fromkeys(ids for item in self.ban_words for ids in word_ids(tokenizer, item)))
+        if self.penalty is not None:  # two penalties of repetition would be one too many
+            own["repetition_penalty"] = SamplingParams.repetition_penalty
         return SamplingParams(**{**defaults, **own, **self._plain_sampling()})
+
+    @property
+    def chat(self) -> Chat:
+        """How a prompt becomes tokens."""
+        return Chat(
+            self.raw, self.system, self.chat_template, self.template_args, self.continue_final_message, self.no_bos,
+            self.special,
+        )  # fmt: skip
 
     def stop_ids(self, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
         """The tokens that end the text: `stop_tokens`, and stop strings that are a special token, which decodes to
@@ -336,7 +295,8 @@ class Options:
     def _plain_sampling(self) -> dict[str, Any]:
         """What was asked for of the parameters that need no tokenizer."""
         values = {name: getattr(self, name) for name in PLAIN_SAMPLING}
-        values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}  # JSON has text keys
+        if isinstance(self.logit_bias, Mapping):  # JSON has text keys
+            values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -371,14 +331,6 @@ def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
     return found | set(tokenizer.all_special_ids)
-
-
-def check_tokens(field: str, items: Any) -> None:
-    """Raise UserError for what is no list of token ids and texts."""
-    fine = isinstance(items, (list, tuple)) and all(is_whole(item) or isinstance(item, str) for item in items)
-    check(fine, field, items, "a list of token ids and one-token texts")
-    for item in items:
-        check_text(field, str(item))
 
 
 def token_of(tokenizer: Any, item: int | str, field: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-SHARED = ("base", "chain", "head_files", "head_weights", "training")  # files for several implementations
+SHARED = ("base", "chain", "head_files", "head_weights", "training", "views")  # what implementations have in common
 
 
 def names(package: str) -> list[str]:

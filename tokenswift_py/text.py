@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -12,87 +14,216 @@ from tokenswift_py.errors import UserError, check, check_text, one_line
 
 logger = logging.getLogger("tokenswift")
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
 BAD = "\ufffd"  # what decoding has for invalid UTF-8, and for a character that is not whole yet
 # More than a character that is not whole can be: a byte-fallback vocabulary has one for each of its bytes, at most 3,
 # and for each of the whole character's before it, which it decodes together.
 HOPELESS = 8 * BAD
+PRIVATE = range(0xE000, 0xF900)  # of these characters one marks names: one that no message has
 ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
 
-def prompt_tokens(tokenizer: Any, prompt: Prompt, raw: bool) -> list[int]:
+@dataclass(frozen=True)
+class Chat:
+    """How a prompt becomes tokens.
+
+    raw:       no chat template: the prompt is the beginning of the text.
+    system:    a system message before it.
+    template:  a chat template instead of the tokenizer's; arguments: what it is told besides.
+    continues: the last message is the assistant's, and the text goes on from it.
+    no_bos:    no token that begins a sequence.
+    special:   the name of a control token in a message is that token.
+    """
+
+    raw: bool = False
+    system: str | None = None
+    template: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
+    no_bos: bool = False
+    special: bool = False
+
+    def templated(self, tokenizer: Any) -> bool:
+        """Whether there is a chat template, and it is wanted."""
+        return not self.raw and bool(self.template or tokenizer.chat_template)
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt, chat: Chat) -> list[int]:
     """Token ids of a text, of chat messages, or of ids as they are.
 
-    A text is one user message, unless `raw` or the tokenizer has no chat template.
+    A text is one user message, unless `raw` or there is no chat template.
     """
     listed = isinstance(prompt, Sequence) or hasattr(prompt, "__array__")
     check(listed, "prompt", prompt, "a text, chat messages or token ids")
     if not isinstance(prompt, str) and all(isinstance(item, Integral) for item in prompt):
         tokens = [int(item) for item in prompt]  # type: ignore[arg-type]
         check(min(tokens, default=0) >= 0, "prompt", min(tokens, default=0), "token ids are not negative")
+        check(chat.system is None, "system", chat.system, "not with token ids")
+        check(not chat.continues, "continue_final_message", True, "not with token ids, which are gone on from")
         return tokens
-    if isinstance(prompt, str) and (raw or not tokenizer.chat_template):
+    templated = chat.templated(tokenizer)
+    if isinstance(prompt, str) and not templated:
+        check(chat.system is None, "system", chat.system, "only with a chat template, and not with raw")
+        check(not chat.continues, "continue_final_message", True, "only with messages; a raw prompt is gone on from")
         check_text("prompt", prompt)
-        return raw_tokens(tokenizer, prompt)
+        return raw_tokens(tokenizer, prompt, chat)
     fine = isinstance(prompt, str) or all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     check(fine, "prompt", prompt, "a text, messages with role and content, or token ids")
-    check(bool(tokenizer.chat_template), "prompt", "messages", "this tokenizer has no chat template; give a text")
+    allowed = "not with raw; give a text" if chat.raw else "this tokenizer has no chat template; give a text"
+    check(templated, "prompt", "messages", allowed)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    text = templated(tokenizer, messages)
-    check_text("prompt", text)
-    return token_ids(tokenizer, text)
+    if chat.system is not None:
+        there = any(message["role"] == "system" for message in messages)  # type: ignore[index]
+        check(not there, "system", chat.system, "the messages have a system message already")
+        messages.insert(0, {"role": "system", "content": chat.system})
+    if chat.continues:
+        role = messages[-1]["role"] if messages else None  # type: ignore[index]
+        check(role == "assistant", "continue_final_message", True, "only where the last message is the assistant's")
+    tokens = templated_ids(tokenizer, messages, chat)
+    return tokens[1:] if chat.no_bos and tokens[:1] == [tokenizer.bos_token_id] else tokens
 
 
-def raw_tokens(tokenizer: Any, prompt: str) -> list[int]:
+def raw_tokens(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
     """Token ids of the beginning of a text, with what the tokenizer puts around one: but no second BOS before one that
     the text begins with, for no model has seen two."""
-    tokens, bos = token_ids(tokenizer, prompt, special=True), tokenizer.bos_token_id
+    around = not chat.no_bos
+    if not chat.special:
+        inside = next((text for text in special_texts(tokenizer) if text in prompt), None)
+        if inside is not None:
+            logger.warning("prompt: %s in it is text; with special it is the control token", inside)
+        return token_ids(tokenizer, prompt, special=around, as_text=True)
+    tokens, bos = token_ids(tokenizer, prompt, special=around), tokenizer.bos_token_id
     if bos is None or tokens[:2] != [bos, bos] or token_ids(tokenizer, prompt)[:2] == [bos, bos]:
         return tokens
     logger.warning("prompt: it begins with %s, so the tokenizer's own is left out", tokenizer.bos_token)
     return tokens[1:]
 
 
-def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], raw: bool) -> list[int]:
+def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], chat: Chat) -> list[int]:
     """What is forced into the text when a chapter ended and `request` asks for the next.
 
     It is what the chat template puts between the model's answer and its next one, without the end-of-sequence token
     that ended the chapter.
     """
-    if raw or not tokenizer.chat_template:
-        return token_ids(tokenizer, f"\n\n{request}\n\n")
+    if not chat.templated(tokenizer):
+        return token_ids(tokenizer, f"\n\n{request}\n\n", as_text=not chat.special)
     messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("", ANSWER, request), strict=True)]
-    text = templated(tokenizer, messages)
+    mark, text = rendered(tokenizer, messages, replace(chat, continues=False))
     check(ANSWER in text, "chapters", request, "this model's chat template drops earlier answers")
-    tokens = token_ids(tokenizer, text.split(ANSWER, 1)[1])
+    tokens = marked_ids(tokenizer, mark, text.split(ANSWER, 1)[1])
     return tokens[1:] if tokens and tokens[0] in eos else tokens
 
 
-def end_tokens(tokenizer: Any, eos: Collection[int]) -> tuple[int, ...]:
+def end_tokens(tokenizer: Any, eos: Collection[int], chat: Chat | None = None) -> tuple[int, ...]:
     """Every token that ends a text: the checkpoint's own, the tokenizer's, and the special token that the chat template
     puts behind an answer, whether or not the checkpoint names it."""
-    ends = [*eos, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])]
-    if tokenizer.chat_template:
+    ends, chat = [*eos, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])], chat or Chat()
+    if chat.templated(tokenizer):
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("x", ANSWER, "x"), strict=True)]
         with suppress(UserError):  # a template that takes no such talk is told of where one is asked for
-            behind = token_ids(tokenizer, templated(tokenizer, messages).partition(ANSWER)[2].lstrip())
+            text = rendered(tokenizer, messages, replace(chat, continues=False))[1]
+            behind = token_ids(tokenizer, text.partition(ANSWER)[2].lstrip())
             ends += [token for token in behind[:1] if token in special_ids(tokenizer) - {tokenizer.bos_token_id}]
     return tuple(dict.fromkeys(ends))
 
 
-def token_ids(tokenizer: Any, text: str, special: bool = False) -> list[int]:
-    """special: with the tokens that the tokenizer puts around a text. Raises UserError for a tokenizer that fails."""
+def token_ids(tokenizer: Any, text: str, special: bool = False, as_text: bool = False) -> list[int]:
+    """special: with the tokens that the tokenizer puts around a text. as_text: the names of control tokens in it are
+    text. Raises UserError for a tokenizer that fails."""
     with one_line("tokenizer: it does not take the text"):
+        if as_text and any(name in text for name in special_texts(tokenizer)):
+            return list(tokenizer(text, add_special_tokens=special, split_special_tokens=True).input_ids)
         return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
-def templated(tokenizer: Any, messages: Sequence[Any]) -> str:
-    """What the chat template makes of them, up to where the model answers. Raises UserError for one that is broken."""
+def word_ids(tokenizer: Any, word: str | Sequence[int]) -> list[tuple[int, ...]]:
+    """The ways in which the tokenizer writes a word: alone, and behind a space where it then has a first token of its
+    own and no more of them (vLLM's rule). Ids are one way."""
+    if not isinstance(word, str):
+        return [tuple(int(token) for token in word)]
+    alone, spaced = (tuple(token_ids(tokenizer, text)) for text in (word, f" {word.lstrip()}"))
+    check(len(alone) > 0, "ban_words", word, "a text that has tokens")
+    return [alone, spaced] if spaced[0] != alone[0] and len(spaced) == len(alone) else [alone]
+
+
+def templated_ids(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> list[int]:
+    """Token ids of what the chat template makes of messages."""
+    mark, text = rendered(tokenizer, messages, chat)
+    check_text("prompt", text)
+    return marked_ids(tokenizer, mark, text)
+
+
+def rendered(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> tuple[str, str]:
+    """What the chat template makes of messages, up to where the model answers, behind the character that marks what
+    stands for the name of a control token that is text; none where no message has one. Raises UserError for a template
+    that is broken."""
+    said, names = "\n".join(texts_in(messages)), () if chat.special else special_texts(tokenizer)
+    mark = next((chr(code) for code in PRIVATE if chr(code) not in said), "") if any(n in said for n in names) else ""
     with one_line("prompt: the model's chat template does not take it"):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = tokenizer.apply_chat_template(
+            [marked(message, names, mark) for message in messages] if mark else list(messages),
+            chat_template=chat.template, tokenize=False, add_generation_prompt=not chat.continues,
+            continue_final_message=chat.continues, **chat.arguments,
+        )  # fmt: skip
+    return mark, str(text)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a message, or in any part of it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
+
+
+def marked(value: Any, names: Sequence[str], mark: str) -> Any:
+    """A message, or any part of it, with the number of each name, between marks, in its place."""
+    if isinstance(value, str):
+        for number, name in enumerate(names):
+            value = value.replace(name, f"{mark}n{number}{mark}")
+        return value
+    if isinstance(value, dict):
+        return {key: marked(item, names, mark) for key, item in value.items()}
+    return [marked(item, names, mark) for item in value] if isinstance(value, list) else value
+
+
+def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
+    """Token ids of a text in which names between marks are text, and all others control tokens.
+
+    The tokenizer itself cannot tell them apart. So in a copy of it the others get names of their own, which stay tokens
+    where all that was special is read as text; the text around them is cut and read as it always is.
+    """
+    if not mark:
+        return token_ids(tokenizer, text)
+    from tokenizers import AddedToken
+
+    special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    alias = {token: f"{mark}t{token}{mark}" for token in special}
+    for token in sorted(special, key=lambda token: -len(special[token].content)):
+        text = text.replace(special[token].content, alias[token])
+    for number, name in enumerate(special_texts(tokenizer)):
+        text = text.replace(f"{mark}n{number}{mark}", name)
+    with one_line("tokenizer: it does not take the text"):
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.add_tokens([
+            AddedToken(alias[token], lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
+                       normalized=added.normalized, special=False)
+            for token, added in special.items()
+        ])  # fmt: skip
+        backend.encode_special_tokens = True
+        ids = backend.encode(text, add_special_tokens=False).ids
+    token_of = {backend.token_to_id(name): token for token, name in alias.items()}
+    return [token_of.get(token, token) for token in ids]
+
+
+def special_texts(tokenizer: Any) -> tuple[str, ...]:
+    """The names of control tokens, the longest first."""
+    names = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special and added.content}
+    return tuple(sorted(names, key=lambda name: (-len(name), name)))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -109,12 +240,13 @@ class TextJoiner:
 
     before: tokens that the text goes on from. A SentencePiece vocabulary drops the space at the start of what it
     decodes, so a text that continues another is decoded behind it.
+    keep: the text is cut behind the first stop string rather than before it.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()):
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = (), keep: bool = False):
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
-        self._stops = tuple(stops)
+        self._stops, self._keep = tuple(stops), keep
         # The latest tokens, the first of them told: they are the context of the others.
         self._window = [token for token in before if self._has_text(token)]
         self._context = len(self._window)  # how many these are
@@ -140,10 +272,10 @@ class TextJoiner:
         return text
 
     def finish(self) -> str:
-        """The rest of the chapter: what was held back, cut before a stop string."""
+        """The rest of the chapter: what was held back, cut at a stop string."""
         rest = self._held + self._decode(self._window)[self._told :]
-        starts = [rest.find(stop) for stop in self._stops if stop in rest]
-        return rest[: min(starts, default=len(rest))]
+        cuts = [rest.find(stop) + (len(stop) if self._keep else 0) for stop in self._stops if stop in rest]
+        return rest[: min(cuts, default=len(rest))]
 
     def _has_text(self, token: int) -> bool:
         """An id without a token has none."""

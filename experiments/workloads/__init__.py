@@ -43,3 +43,13 @@ def free_run(name: str) -> FreeRun:
     digest = hashlib.sha256("\0".join((prompt, chapters, settings)).encode()).hexdigest()
     # Logit biases stay text -> number, as `generate` takes them from JSON.
     return FreeRun(name, prompt.strip(), tuple(chapters.splitlines()), json.loads(settings), digest)
+
+
+def held_to_grammar(run: FreeRun) -> dict[str, Any]:
+    """The run's settings under which each of its answers is of NAME.lark, which alone says how short one may be. Raises
+    ValueError for a workload without a grammar."""
+    path = HERE / f"{run.name}.lark"
+    if not path.exists():
+        raise ValueError(f"grammar: {run.name!r} is not allowed; records has one")
+    settings = {name: value for name, value in run.settings.items() if name != "min_chapter_tokens"}
+    return {**settings, "grammar": path.read_text(encoding="utf-8")}

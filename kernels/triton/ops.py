@@ -58,6 +58,9 @@ class TritonOps:
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return fused.swiglu(gate, up)
 
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate="tanh") * up
+
     def rope_write(
         self,
         pool: Any,

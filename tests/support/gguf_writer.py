@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from gguf import (
     GGML_QUANT_SIZES,
     MODEL_ARCH,
+    MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFWriter,
     TokenType,
@@ -25,7 +26,18 @@ from k_quants import WRITERS, quantised
 from tokenswift_py.models.spec import ModelSpec
 
 Floats = npt.NDArray[np.float32]
-ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2, "qwen3": MODEL_ARCH.QWEN3}
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+    "phi3": MODEL_ARCH.PHI3,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "qwen2_moe": MODEL_ARCH.QWEN2MOE,
+}
+PAIRED = ("llama", "smollm3", "mixtral")  # whose rows of q and k llama.cpp's converter puts in another order
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 32}
 # Where the fp16 scales lie in a block, for types that neither gguf.quants nor k_quants writes.
 SCALES = {"Q2_K": (80, 82), "Q3_K": (108,)}
@@ -58,6 +70,20 @@ def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
     return raw.reshape(len(weights), -1)
 
 
+def own_metadata(config: Any) -> dict[str, int]:
+    """What llama.cpp's converter writes of a family besides what it writes of all."""
+    names = {
+        "expert_count": ("num_local_experts", "num_experts"),
+        "expert_used_count": ("num_experts_per_tok",),
+        "expert_feed_forward_length": ("moe_intermediate_size",),
+        "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    }
+    found = {key: getattr(config, name, None) for key, known in names.items() for name in known}
+    if config.model_type in ("phi3", "gemma3_text"):
+        found["attention.sliding_window"] = config.sliding_window
+    return {key: value for key, value in found.items() if value}
+
+
 def write_gguf(
     path: Path,
     config: Any,
@@ -78,7 +104,7 @@ def write_gguf(
     more:    further tensors.
     parts:   number of files that the model is split into.
     """
-    family, spec = config.model_type, ModelSpec.from_config(config)
+    family, spec = MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], ModelSpec.from_config(config)
     tensors = gguf_tensors_of(config, state or tiny_model(config, torch.float32).state_dict(), kinds, default)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
     tensors |= {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
@@ -95,11 +121,13 @@ def write_gguf(
         "attention.value_length": spec.head_dim,
         "rope.dimension_count": spec.head_dim,
         "vocab_size": spec.vocab_size,
+        **own_metadata(config),
     }.items():
         if key not in without:
             writer.add_uint32(f"{family}.{key}", value)
     if "rope.freq_base" not in without:
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        rope = config.rope_parameters
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(spec.norm_eps)
     add_tokenizer(writer)
     change(writer)
@@ -116,19 +144,35 @@ def gguf_tensors_of(
     config: Any, state: Mapping[str, torch.Tensor], kinds: Mapping[str, str], default: str
 ) -> dict[str, tuple[npt.NDArray[Any], GGMLQuantizationType]]:
     """Returns the tensors under GGUF's names. q and k of llama have llama.cpp's order of rows."""
-    family, spec = config.model_type, ModelSpec.from_config(config)
-    names, tensors = get_tensor_name_map(ARCHITECTURES[family], spec.layers), {}
-    for seed, (name, shape) in enumerate(spec.shapes().items()):
+    spec = ModelSpec.from_config(config)
+    names, tensors = get_tensor_name_map(ARCHITECTURES[config.model_type], spec.layers), {}
+    for seed, (name, weights) in enumerate(as_converted(spec, config, state)):
         stem, suffix = name.rsplit(".", 1)
-        weights = state[name].numpy()
+        shape = weights.shape
         part = stem.split(".")[-1]
-        if family == "llama" and part in ("q_proj", "k_proj"):
+        if config.model_type in PAIRED and part in ("q_proj", "k_proj"):
             heads = spec.heads if part == "q_proj" else spec.kv_heads
             weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
-        kind = kinds.get(part, default) if len(shape) == 2 else "F32"
+        kind = kinds.get(part, default) if len(shape) > 1 and not stem.endswith(("mlp.gate", "expert_gate")) else "F32"
         data = encoded(np.ascontiguousarray(weights), kind, seed)
         tensors[f"{names.get_name(stem)}.{suffix}"] = data, GGMLQuantizationType[kind]
     return tensors
+
+
+def as_converted(spec: ModelSpec, config: Any, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Floats]]:
+    """transformers' tensors under its names, changed as llama.cpp's converter changes them but for the rows of q, k."""
+    simple = all(name in state for name in spec.shapes())
+    for name in spec.shapes() if simple else state:
+        weights = state[name].numpy()
+        if name == "lm_head.weight" and spec.tied:
+            continue
+        if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+            weights = weights + 1
+        if name.endswith("experts.gate_up_proj"):
+            for part, half in zip(("gate", "up"), np.split(weights, 2, 1), strict=True):
+                yield name.replace("gate_up_proj", f"{part}_proj.weight"), np.ascontiguousarray(half)
+        else:
+            yield name + ("" if "." in name and name.endswith(("weight", "bias")) else ".weight"), weights
 
 
 def add_tokenizer(writer: GGUFWriter) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
-from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, weight_files
+from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, places_of, weight_files
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.spec import ModelSpec
@@ -54,7 +54,7 @@ class Checkpoint:
         """
         if self.gguf is not None:
             return GgufTensors(self.gguf, part, dtype)
-        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part)
+        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part, places_of(self.spec))
 
     def blocks(self) -> GgufBlocks:
         """Returns the weights in the blocks of the GGUF file. Raises UserError where there is none."""

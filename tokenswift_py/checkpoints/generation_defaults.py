@@ -13,18 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenswift_py.core import is_finite
-from tokenswift_py.errors import check, shown
+from tokenswift_py.errors import UserError, check, shown
+from tokenswift_py.sampling.params import described_parameters
 
 NAME = "generation_config.json"
-WHOLE_TEXT = 2**31 - 1  # as penalty_window: transformers' repetition penalty looks at the prompt and all of the text
-SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults, with do_sample
-PENALTY = "repetition_penalty"
+# With do_sample, transformers' defaults.
+SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+ANYWAY = ("repetition_penalty", "no_repeat_ngram_size")  # without it, too
 
-READ = ("do_sample", PENALTY, "suppress_tokens", "bad_words_ids", "eos_token_id")
+READ = ("do_sample", "suppress_tokens", "bad_words_ids", "eos_token_id")
 # Values that leave the text as it is; false, null and empty ones do so of any field.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "no_repeat_ngram_size": (0,),
+    "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "repetition_penalty": (1.0,),
     "min_length": (0,), "min_new_tokens": (0,), "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0.0,),
     "guidance_scale": (1.0,), "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,),
     "num_return_sequences": (1,), **{name: (value,) for name, value in SAMPLING.items()}, "top_k": (0, 50),
@@ -59,16 +59,21 @@ def sampling_defaults(values: Mapping[str, Any], eos: tuple[int, ...], vocab: in
     if values.get("do_sample"):
         asked = {name: values[name] for name in SAMPLING if values.get(name) is not None}
         defaults |= {"temperature": SAMPLING["temperature"], "top_k": SAMPLING["top_k"], **asked}
-    if is_honoured_penalty(values.get(PENALTY)):
-        defaults |= {"penalty": values[PENALTY], "penalty_window": WHOLE_TEXT}
-    words = [word[0] for word in values.get("bad_words_ids") or () if len(word) == 1 and word[0] not in eos]
-    ban = {token for token in (*(values.get("suppress_tokens") or ()), *words) if 0 <= token < vocab}
-    return {**defaults, "ban": tuple(sorted(ban))} if ban else defaults
+    defaults |= {name: values[name] for name in ANYWAY if values.get(name) and is_allowed(name, values[name])}
+    words = [tuple(word) for word in values.get("bad_words_ids") or () if len(word) > 1 or word[0] not in eos]
+    single = [word[0] for word in words if len(word) == 1]
+    ban = {token for token in (*(values.get("suppress_tokens") or ()), *single) if 0 <= token < vocab}
+    longer = tuple(word for word in words if len(word) > 1 and all(0 <= token < vocab for token in word))
+    return defaults | ({"ban": tuple(sorted(ban))} if ban else {}) | ({"ban_words": longer} if longer else {})
 
 
-def is_honoured_penalty(value: Any) -> bool:
-    """One that punishes; 1 is off, and a reward for repetition is none that is offered here."""
-    return bool(is_finite(value) and 1 < value <= 100)
+def is_allowed(name: str, value: Any) -> bool:
+    """Whether it is a value that our parameter of this name takes."""
+    try:
+        described_parameters()[name].kind.check(name, value)
+    except UserError:
+        return False
+    return True
 
 
 def not_honoured(folder: Path) -> str:
@@ -76,12 +81,8 @@ def not_honoured(folder: Path) -> str:
     values = {name: value for name, value in read(folder).items() if value}
     if values.get("do_sample"):
         values = {name: value for name, value in values.items() if name not in SAMPLING}
-    words = [word for word in values.pop("bad_words_ids", ()) if len(word) > 1]
-    penalty = values.get(PENALTY, 1)
-    left = {"bad_words_ids": words} if words else {}
-    left |= {PENALTY: penalty} if penalty != 1 and not is_honoured_penalty(penalty) else {}
-    known = (*READ, *UNREAD)
-    left |= {
+    known = (*READ, *UNREAD, *(name for name in ANYWAY if name in values and is_allowed(name, values[name])))
+    left = {
         name: value
         for name, value in values.items()
         if name not in known and not name.startswith("_") and value not in NEUTRAL.get(name, ())

@@ -16,9 +16,8 @@ import numpy as np
 from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.core import is_finite, is_whole
 from tokenswift_py.errors import check
+from tokenswift_py.models.spec import FAMILIES, family_named
 
-# Families of GGUF's own names; llama is also what llama.cpp calls Mistral's models.
-CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 # Keys of an architecture that `config_of` reads, or whose value the tensors' shapes say too.
 READ = (
     "context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
@@ -36,6 +35,11 @@ NEUTRAL: dict[str, Any] = {
 # Factors of RoPE's frequencies: of Llama 3's scaling, and of LongRoPE's two.
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQUENCIES, LONG, SHORT)
+# Families by GGUF's own names, several of one; llama is also what llama.cpp calls Mistral's models.
+ARCHITECTURES: dict[str, list[str]] = {}
+for _name in FAMILIES:
+    if _architecture := family_named(_name).architecture:
+        ARCHITECTURES.setdefault(_architecture, []).append(_name)
 ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 TOKENS = "tokenizer.ggml.tokens"
 
@@ -46,8 +50,11 @@ class Metadata:
     def __init__(self, file: GgufFile):
         self.file = file
         self.architecture = str(file.metadata.get("general.architecture", ""))
-        allowed = f"GGUF files of {', '.join(CLASSES)} are supported"
-        check(self.architecture in CLASSES, "model family", self.architecture, allowed)
+        allowed = f"GGUF files of {', '.join(ARCHITECTURES)} are supported"
+        check(self.architecture in ARCHITECTURES, "model family", self.architecture, allowed)
+        families = ARCHITECTURES[self.architecture]
+        self.name = next(name for name in families if family_named(name).gguf_fits(file.metadata))
+        self.family = family_named(self.name)
         kind = file.metadata.get("general.type", "model")
         check(kind == "model", "model: general.type", kind, f"{file.name} must be a model")
 
@@ -55,7 +62,7 @@ class Metadata:
         """Raise UserError for a key that nothing here reads, unless its value changes nothing."""
         for key, found in self.file.metadata.items():
             part = key.removeprefix(f"{self.architecture}.")
-            if part != key and part not in READ:
+            if part != key and part not in (*READ, *self.family.keys):
                 wanted = NEUTRAL.get(part)
                 allowed = f"from a GGUF file only {wanted!r}; a folder of the same model has it in config.json"
                 check(wanted is not None and np.array_equal(found, wanted), f"model: {key}", found, allowed)
@@ -88,9 +95,9 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         check(found == head_dim, f"model: {said.architecture}.{part}", found, f"only that of the keys, {head_dim}")
     tokens = file.metadata.get(TOKENS)
     check(isinstance(tokens, list), f"model: {TOKENS}", tokens, f"{file.name} must have a list of tokens")
-    return {
-        "model_type": said.architecture,
-        "architectures": [CLASSES[said.architecture]],
+    config = {
+        "model_type": said.name,
+        "architectures": [said.family.class_name],
         "vocab_size": len(tokens or ()),
         "hidden_size": hidden,
         "intermediate_size": said.size("feed_forward_length"),
@@ -104,10 +111,11 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "rope_parameters": rope_parameters(said, head_dim),
         "sliding_window": None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": said.architecture != "qwen2" and any(biases(file, "attn")),
-        "mlp_bias": said.architecture == "llama" and any(biases(file, "ffn")),
+        "attention_bias": said.name != "qwen2" and any(biases(file, "attn")),
+        "mlp_bias": any(biases(file, "ffn")),
         **token_ids(file),
     }
+    return {**config, **said.family.gguf_config(said, config)}
 
 
 def biases(file: GgufFile, block: str) -> Iterable[str]:
@@ -128,6 +136,8 @@ def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:
     texts where there is only one set.
     """
     kind = said.file.metadata.get(f"{said.architecture}.rope.scaling.type", "linear")
+    if said.family.lengths and LONG in said.file.tensors:
+        kind = "longrope"
     factor = said.number("rope.scaling.factor", said.number("rope.scale_linear", 0.0)) or 1.0
     attention = said.number("rope.scaling.attn_factor", 1.0)
     sets = factor_sets(said, kind, head_dim)
@@ -164,10 +174,12 @@ def factor_sets(said: Metadata, kind: str, head_dim: int) -> tuple[list[float], 
     Raises UserError for factors that llama.cpp does not read with this architecture or scaling.
     """
     there = [name for name in FACTORS if name in said.file.tensors]
-    used = [] if said.architecture != "llama" else [SHORT, LONG] if kind == "longrope" else [FREQUENCIES]
+    read = (said.family.frequencies or said.family.lengths) and kind == "longrope"
+    used = [SHORT, LONG] if read else [FREQUENCIES] if said.family.frequencies else []
     for name in used if kind == "longrope" else ():
         check(name in there, f"model: tensor {name}", None, f"{said.file.name} must hold it, as its scaling is {kind}")
-    check(kind != "longrope" or bool(used), f"model: {said.architecture}.rope.scaling.type", kind, "only of llama")
+    scaling = f"model: {said.architecture}.rope.scaling.type"
+    check(kind != "longrope" or bool(used), scaling, kind, f"not of {said.name}")
     found = {name: factors(said.file.tensors[name], head_dim) for name in there}
     for name, values in found.items():
         ones, allowed = set(values) == {1}, f"with {said.architecture} and scaling {kind} only ones"

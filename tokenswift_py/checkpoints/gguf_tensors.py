@@ -9,6 +9,7 @@ all others    dequantised and rounded to blocks of 8 bits, which one line of the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,7 +24,7 @@ from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.models.blocks import FORMATS, Blocks
 from tokenswift_py.models.native import available_threads
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.spec import ModelSpec, family_named
 
 logger = logging.getLogger("tokenswift")
 
@@ -49,35 +50,46 @@ class GgufPlaces:
 
         architecture = file.metadata["general.architecture"]
         number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
-        names, unread = get_tensor_name_map(number, spec.layers), dict(file.tensors)
+        names, family = get_tensor_name_map(number, spec.layers), family_named(spec.family)
         self.file, self.spec, self.shapes = file, spec, spec.shapes()
-        self._paired = architecture == "llama"
+        self._paired = family.paired
         self.tensors: dict[str, StoredTensor] = {}
+        self._first: dict[str, int] = {}  # of a tensor's rows the first that is ours, where it holds others too
         for name, shape in self.shapes.items():
-            stem, suffix = name.rsplit(".", 1)
+            place = family.gguf_place(name, shape, spec)
+            stem, suffix = place.name.rsplit(".", 1)
             theirs = f"{names.get_name(stem)}.{suffix}"
-            there = theirs in unread
+            there = theirs in file.tensors
             check(there or suffix == "bias", f"model: tensor {theirs}", None, f"{file.name} must hold it")
             if there:
-                self.tensors[name] = checked(unread.pop(theirs), shape)
-        others = sorted(unread.keys() - set(FACTORS))  # those are in the config's RoPE parameters
+                self.tensors[name] = checked(file.tensors[theirs], place.shape)
+                self._first[name] = place.first + (place.index or 0) * shape[0]
+        unread = file.tensors.keys() - {tensor.name for tensor in self.tensors.values()}
+        others = sorted(unread - set(FACTORS))  # those are in the config's RoPE parameters
         check(not others, f"model: tensor {others[0] if others else ''}", file.name, "no model of this config reads it")
 
     def bytes_of(self, name: str) -> Bytes:
         """[rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
 
-        Rows of q and k are in Hugging Face's order: files of the llama architecture hold the two halves of a head,
-        which RoPE turns against each other, row by row.
+        Rows of q and k are in Hugging Face's order: files of some families hold the two halves of a head, which RoPE
+        turns against each other, row by row.
         """
         tensor, shape = self.tensors[name], self.shapes[name]
-        rows = shape[0] if len(shape) == 2 else 1
-        data: Bytes = np.asarray(np.memmap(tensor.path, np.uint8, "r", tensor.offset, (rows, tensor.nbytes // rows)))
+        rows, whole = (shape[0], math.prod(tensor.shape[:-1])) if len(shape) == 2 else (1, 1)
+        width = tensor.nbytes // whole
+        start = tensor.offset + self._first[name] * width if len(shape) == 2 else tensor.offset
+        data: Bytes = np.asarray(np.memmap(tensor.path, np.uint8, "r", start, (rows, width)))
         heads = {"q_proj": self.spec.heads, "k_proj": self.spec.kv_heads}.get(name.split(".")[-2])
         if not self._paired or heads is None:
             return data
         values = data.reshape(shape[0], -1)  # a bias has a value a row
         halves: Bytes = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(data.shape)
         return halves
+
+    def unfolded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A norm's weight as Hugging Face has it: of a family whose norms multiply by it and 1, files hold the sum."""
+        offset = self.spec.norm_offset
+        return tensor.float() - offset if offset and name.endswith("norm.weight") else tensor
 
 
 class GgufTensors(Tensors):
@@ -98,7 +110,7 @@ class GgufTensors(Tensors):
         with one_line(f"{where(places, name)} cannot be read"):
             data = places.bytes_of(name)
             if kind in VALUES:
-                return valued(data, kind, shape)[part]
+                return self._places.unfolded(name, valued(data, kind, shape))[part]
             found = dequantised(data[part[0]], kind, self._dtype)
         check(found is not None, where(places, name), "inf or nan", "finite scales")
         assert found is not None
@@ -138,7 +150,7 @@ class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
         with one_line(f"{where(places, name)} cannot be read"):
             data = places.bytes_of(name)
             if kind in VALUES:
-                return valued(data, kind, places.shapes[name])
+                return places.unfolded(name, valued(data, kind, places.shapes[name]))
             blocks = Blocks(NATIVE[kind], data) if kind in NATIVE else rounded(data, kind)
             finite = blocks.finite()
         check(finite, where(places, name), "inf or nan", "finite scales")
@@ -160,7 +172,7 @@ def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     name = f"model: tensor {tensor.name}"
     rows = f"; there are as many tokens in {TOKENS}" if tensor.name == "token_embd.weight" else ""
     check(tensor.shape == shape, name, tensor.shape, f"it must be {shape}{rows}")
-    usable = len(shape) == 2 or tensor.kind in VALUES
+    usable = len(shape) > 1 or tensor.kind in VALUES
     check(usable, f"{name}: type", tensor.kind, f"norms and biases are {', '.join(VALUES)}")
     known = tensor.kind in VALUES or quantisation(tensor.kind) is not None
     check(known, f"{name}: type", tensor.kind, "one that the gguf package dequantises")

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from tokenswift_py.errors import check, files, one_line
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.families.base import Place
+from tokenswift_py.models.spec import ModelSpec, family_named
 
 logger = logging.getLogger("tokenswift")
 
@@ -33,6 +34,19 @@ class Tensors(Mapping[str, torch.Tensor]):
         return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
 
 
+Places = Callable[[str, tuple[int, ...]], Sequence[Place]]
+
+
+def by_its_name(name: str, shape: tuple[int, ...]) -> Sequence[Place]:
+    return (Place(name, shape),)
+
+
+def places_of(spec: ModelSpec) -> Places:
+    """Where files of the model's family may hold a tensor, the likeliest place first."""
+    family = family_named(spec.family)
+    return lambda name, shape: family.stored(name, shape, spec)
+
+
 class StoredTensors(Tensors):
     """The tensors of safetensors files, or a part of each.
 
@@ -40,26 +54,42 @@ class StoredTensors(Tensors):
     a tensor that is missing, misshapen, of a type that is not for weights, or in two of the files.
     """
 
-    def __init__(self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], part: Part | None = None):
+    def __init__(
+        self,
+        files: Sequence[Path],
+        shapes: Mapping[str, tuple[int, ...]],
+        part: Part | None = None,
+        places: Places = by_its_name,
+    ):
         self._shapes, self._part = dict(shapes), part
-        self._file = {name: path for name, path in files_of(files).items() if name in shapes}
-        for path in dict.fromkeys(self._file.values()):
+        self._file = files_of(files)
+        self._places = {name: self._place(places(name, shape)) for name, shape in shapes.items()}
+        whole = {place.name: place.shape for place in self._places.values()}
+        for path in dict.fromkeys(self._file[name] for name in whole):
             with one_line(unreadable(path)), safe_open(path, "pt") as tensors:
-                for name in (name for name, file in self._file.items() if file == path):
+                for name in (name for name in whole if self._file[name] == path):
                     found = tuple(tensors.get_slice(name).get_shape())
-                    check(found == shapes[name], f"model: tensor {name}", found, f"it must be {shapes[name]}")
+                    check(found == whole[name], f"model: tensor {name}", found, f"it must be {whole[name]}")
                     kind = tensors.get_slice(name).get_dtype()
                     check(kind in STORED, f"model: type of tensor {name}", kind, f"one of {', '.join(STORED)}")
-        for name in shapes:
-            check(name in self._file, f"model: tensor {name}", None, "the safetensors files must hold it")
+
+    def _place(self, places: Sequence[Place]) -> Place:
+        found = next((place for place in places if place.name in self._file), None)
+        check(found is not None, f"model: tensor {places[0].name}", None, "the safetensors files must hold it")
+        return found or places[0]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with safe_open(self._file[name], "pt") as tensors:
-            if self._part is None:
-                tensor: torch.Tensor = tensors.get_tensor(name)
-            else:
-                tensor = tensors.get_slice(name)[self._part(name, self._shapes[name])]
-        return tensor
+        place, shape = self._places[name], self._shapes[name]
+        with safe_open(self._file[place.name], "pt") as tensors:
+            if self._part is None and place.shape == shape:
+                tensor: torch.Tensor = tensors.get_tensor(place.name)
+                return tensor
+            rows, *columns = self._part(name, shape) if self._part else (slice(None),)
+            begin, end, _ = rows.indices(shape[0])
+            index = () if place.index is None else (place.index,)
+            at = (*index, slice(place.first + begin, place.first + end), *columns)
+            part: torch.Tensor = tensors.get_slice(place.name)[at]
+        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -109,8 +139,9 @@ def check_unread(folder: Path, spec: ModelSpec) -> None:
     """Raises UserError for an unread tensor that would change the text, and names other unread parts in the log."""
     read = weight_files(folder)
     others = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in read]
-    shapes, found = spec.shapes(), files_of(read)
-    for name in sorted(found.keys() - shapes.keys()):
+    places, found = places_of(spec), files_of(read)
+    known = {place.name for name, shape in spec.shapes().items() for place in places(name, shape)}
+    for name in sorted(found.keys() - known):
         if TABLES.fullmatch(name) is None and not is_neutral(name, found, spec):
             changes = name.startswith(("model.", "lm_head.")) or "lora_" in name
             why = (

@@ -8,10 +8,13 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.options import Choice, Description, Named, Number, Options, Switch, Whole, described_options
+from tokenswift_py.options import Description, Options, described_options
+from tokenswift_py.sampling.grammar import Language
+from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Whole
 from tokenswift_py.version import __version__
 
-TYPED = (Whole, Number, Choice, Named)  # kinds of options whose value is one word; other flags stand below
+GROUPS = ("model", "text", "sampling", "drafting", "lossy", "output")
+TYPED = (Whole, Real, Choice, Named, Text, Language)  # kinds whose value is one word; other flags stand below
 MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads")
 SINGLE = tuple(
     name
@@ -30,22 +33,29 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         "For example: tokenswift --prompt 'Write a story about a lighthouse.' --max-new-tokens 2000 --out runs/story",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
         "what plain decoding writes. `tokenswift quality --help`: how a recorded text reads, window by window. "
-        "`tokenswift train-heads --help`: train draft heads on text that the model writes.",
+        "`tokenswift train-heads --help`: train draft heads on text that the model writes. `tokenswift serve --help`: "
+        "OpenAI's API.",
     )
     root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
-    groups = {
-        name: root.add_argument_group(name) for name in ("model", "text", "sampling", "drafting", "lossy", "output")
-    }
+    groups = {name: root.add_argument_group(name) for name in GROUPS}
     options = described_options()
     text, output = groups["text"], groups["output"]
     model_flags(groups["model"])
     source = text.add_mutually_exclusive_group()
     source.add_argument("--prompt", help="the prompt itself (default: standard input)")
     source.add_argument("--prompt-file", type=named_path, help="a UTF-8 file that holds the prompt")
+    source.add_argument(
+        "--messages", type=named_path, metavar="FILE", help="a JSON file that holds a chat: a list of {role, content}"
+    )
+    text.add_argument(
+        "--template-arg", dest="template_args", action="append", default=[], metavar="NAME=VALUE",
+        help=f"{options['template_args'].help} (repeatable; the value is JSON, else a text)",
+    )  # fmt: skip
     text.add_argument(
         "-e", "--escape", action="store_true",
-        help=r"read \n, \t, \r, \\, \" and \xHH in --prompt, --stop, --stop-token, --ban and --dry-breakers as escapes",
+        help=r"read \n, \t, \r, \\, \" and \xHH as escapes in --prompt, --system, --stop, --stop-token, --ban, "
+        "--ban-words and --dry-breakers",
     )  # fmt: skip
     text.add_argument(
         "--chapters", metavar="FILE|N", help=f"{options['chapters'].help}: a line each, or N generic ones"
@@ -74,6 +84,11 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         metavar="TOKEN",
         help=options["ban"].help + told_default("ban"),
     )
+    sampling.add_argument(
+        "--ban-words", nargs="*", action="extend", metavar="TEXT",
+        help=options["ban_words"].help.partition(";")[0] + told_default("ban_words"),
+    )  # fmt: skip
+    sampling.add_argument("--n", type=whole, default=1, help="samples of the prompt; with --out in DIR/1, DIR/2 ...")
     sampling.add_argument(
         "--logit-bias", nargs="*", action="extend", default=[], metavar="ID=BIAS", help=options["logit_bias"].help
     )
@@ -118,9 +133,9 @@ def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> di
 
 def typed(described: Description) -> Callable[[str], Any]:
     """What makes a value of the word on the command line."""
-    if isinstance(described.kind, Whole) or (isinstance(described.kind, Number) and described.kind.whole):
+    if isinstance(described.kind, Whole):
         return whole
-    return number if isinstance(described.kind, Number) else str
+    return number if isinstance(described.kind, Real) else str
 
 
 def told_default(name: str) -> str:
@@ -140,7 +155,8 @@ def reference() -> str:
         "| option | group | default | what it does | changes the text |",
         "|---|---|---|---|---|",
     ]
-    for f in fields(Options):
+    groups = ["text", "model", *GROUPS, "python"]
+    for f in sorted(fields(Options), key=lambda f: groups.index(f.metadata["option"].group)):
         described: Any = f.metadata["option"]
         given = "none" if f.default in ((), MISSING) else f"`{f.default!r}`"
         default = described.unset if f.default is None else given

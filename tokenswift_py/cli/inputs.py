@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -13,9 +14,10 @@ from typing import Any, BinaryIO
 
 from tokenswift_py.cli.arguments import lines_of, unescaped
 from tokenswift_py.cli.flags import SINGLE
-from tokenswift_py.errors import UserError, check, check_new, files, shown
+from tokenswift_py.errors import UserError, check, check_new, files, one_line, shown
 from tokenswift_py.options import Options
 from tokenswift_py.runs.journal import Journal, Record, shared
+from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
@@ -29,25 +31,30 @@ def follows() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
-def read_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def read_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     """The prompt and the options. Everything that needs no model is refused before one is loaded."""
     prompt, options = read_prompt(args), read_options(args)
     Options.of(**options)
+    check(args.n >= 1, "n", args.n, "at least 1")
+    check(args.n == 1 or not args.baseline, "baseline", True, "not with n")
+    for name in ("logprobs", "prompt_logprobs"):
+        value = getattr(args, name)
+        check(value is None or args.out is not None or follows(), name, value, "only with out, where they go")
     check_trace(args.trace)
     check_out(args.out)
     return prompt, options
 
 
-def shared_input(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def shared_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
     from tokenswift_py.parallel.ranks import join
 
     ranks = join()
     with ranks.same_fate():
         if not ranks.leads:
-            args.prompt, args.prompt_file, args.out = "of rank 0", None, None
+            args.prompt, args.prompt_file, args.messages, args.out = "of rank 0", None, None, None
         prompt, options = read_input(args)
-    return ranks.first_text(prompt), options
+    return json.loads(ranks.first_text(json.dumps(prompt))), options
 
 
 def shared_journal(folder: Path) -> Journal:
@@ -57,7 +64,9 @@ def shared_journal(folder: Path) -> Journal:
     return shared(join(), lambda: Journal.open(folder))
 
 
-def read_prompt(args: argparse.Namespace) -> str:
+def read_prompt(args: argparse.Namespace) -> Prompt:
+    if args.messages is not None:
+        return read_messages(args.messages)
     if args.prompt is not None:
         text = typed(args, args.prompt)
     elif args.prompt_file is not None:
@@ -69,6 +78,37 @@ def read_prompt(args: argparse.Namespace) -> str:
     text = str(text).removeprefix(BOM)
     check(bool(text), "prompt", text, "it must not be empty")
     return text
+
+
+def read_messages(path: Path) -> list[dict[str, Any]]:
+    text = read_text(path, "messages").removeprefix(BOM)
+    with one_line(f"messages: {path} is not JSON"):
+        messages = json.loads(text)
+    fine = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    check(fine and len(messages) > 0, "messages", str(path), "a list of {role, content}")
+    return list(messages)
+
+
+def read_template(value: str) -> str:
+    """A chat template from a file, or as it is typed: that has braces."""
+    path = Path(value)
+    if "{" in value and not path.is_file():
+        return value
+    return read_text(path, "chat_template").removeprefix(BOM)
+
+
+def read_template_args(items: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        check(bool(equals) and name.isidentifier(), "template_arg", item, "NAME=VALUE, like enable_thinking=false")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        check(name not in found or found[name] == value, "template_arg", item, f"{name} was given before")
+        found[name] = value
+    return found
 
 
 def read_text(path: Path, field: str) -> str:
@@ -94,8 +134,16 @@ def read_options(args: argparse.Namespace) -> dict[str, Any]:
         if not args.escape and unescaped(item) != item:
             logger.warning("stop: %s is taken as it is typed; with -e it is %s", shown(item), shown(unescaped(item)))
     options["chapters"] = read_chapters(args.chapters)
+    options["json_schema"] = read_language("json_schema", args.json_schema)
+    options["grammar"] = read_language("grammar", args.grammar)
     options["ban"] = None if args.ban is None else [token_or_text(typed(args, item)) for item in args.ban]
+    options["ban_words"] = None if args.ban_words is None else [typed(args, item) for item in args.ban_words]
     options["logit_bias"] = read_biases(args.logit_bias)
+    options["template_args"] = read_template_args(args.template_args)
+    if args.system is not None:
+        options["system"] = typed(args, args.system)
+    if args.chat_template is not None:
+        options["chat_template"] = read_template(args.chat_template)
     if args.dry_breakers is not None:
         options["dry_breakers"] = [typed(args, item) for item in args.dry_breakers]
     return options
@@ -111,6 +159,13 @@ def read_chapters(value: str | None) -> list[str]:
     lines = [line.strip(" \t") for line in lines_of(read_text(Path(value), "chapters").removeprefix(BOM))]
     check(any(lines), "chapters", value, "a file with a request on each line, or a number")
     return [line for line in lines if line]
+
+
+def read_language(name: str, value: str | None) -> str | None:
+    """A schema or a grammar, or the file that holds it: what looks like neither must be a file's name."""
+    if value is None or ("{" in value if name == "json_schema" else "\n" in value or "start:" in value):
+        return value
+    return read_text(Path(value), name).removeprefix(BOM)
 
 
 def token_or_text(item: str) -> int | str:

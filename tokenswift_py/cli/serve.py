@@ -7,16 +7,18 @@ import importlib
 import ipaddress
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, number, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.options import world_size
-from tokenswift_py.serving.http.limits import Limits
+from tokenswift_py.options import Options, described_options, world_size
+from tokenswift_py.serving.limits import Limits
 
 KEY = "TOKENSWIFT_API_KEY"  # of the environment
+POSITIONS = ("positions", "positions_window", "positions_block")
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
 
@@ -30,31 +32,34 @@ def parser() -> argparse.ArgumentParser:
     model_flags(root.add_argument_group("model"))
     engine = root.add_argument_group("engine")
     engine.add_argument("--context", type=whole, help="positions of every text (default: the trained length)")
+    for name in POSITIONS:
+        described, typed = described_options()[name], str if name == "positions" else whole
+        default = "auto" if name == "positions" else None
+        engine.add_argument(f"--{name.replace('_', '-')}", type=typed, default=default, help=described.help)
     engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads or cascade")
     engine.add_argument("--running", type=whole, default=16, help="texts that are written at once (default: 16)")
     engine.add_argument("--waiting", type=whole, default=64, help="texts that may wait for it (default: 64)")
     engine.add_argument("--kv-tokens", type=whole, help="tokens that the KV cache holds (default: by the memory)")
     door = root.add_argument_group("door")
-    door.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    door.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1: this machine)")
     door.add_argument("--port", type=whole, default=8000, help="0 is any that is free (default: 8000)")
     door.add_argument("--api-key", help=f"what clients must send; also from the environment, {KEY} (default: none)")
     door.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="whose pages may ask (repeatable)")
     door.add_argument("--served-name", help="the model's name in requests (default: the model's, without folders)")
-    limits, default = root.add_argument_group("limits"), Limits()
-    limits.add_argument("--max-body", type=whole, default=default.body_mib, metavar="MIB",
-                        help=f"of a request (default: {default.body_mib})")  # fmt: skip
-    limits.add_argument("--max-prompt-tokens", type=whole, help="of a prompt (default: what the context holds)")
-    limits.add_argument("--max-tokens", type=whole, help="that a text may have (default: what the context holds)")
-    limits.add_argument("--default-tokens", type=whole, default=default.default_tokens,
-                        help=f"a text's most where a request does not say (default: {default.default_tokens})")  # fmt: skip
-    limits.add_argument("--max-n", type=whole, default=default.choices,
-                        help=f"texts of one request (default: {default.choices})")  # fmt: skip
-    limits.add_argument("--timeout", type=number, default=default.timeout, metavar="SECONDS",
-                        help=f"after which texts are cut, 0 is never (default: {default.timeout:g})")  # fmt: skip
-    limits.add_argument("--stall", type=number, default=default.stall, metavar="SECONDS",
-                        help=f"that a client may leave a stream unread, 0 is for ever (default: {default.stall:g})")  # fmt: skip
-    limits.add_argument("--drain", type=number, default=30.0, metavar="SECONDS",
-                        help="that texts have when the server is stopped (default: 30)")  # fmt: skip
+    limits, usual = root.add_argument_group("limits"), Limits()
+
+    def limit(flag: str, kind: Callable[[str], Any], metavar: str, value: Any, told: str) -> None:
+        shown = "what the context holds" if value is None else f"{value:g}"
+        limits.add_argument(flag, type=kind, metavar=metavar, default=value, help=f"{told} (default: {shown})")
+
+    limit("--max-body", whole, "MIB", usual.body_mib, "of a request")
+    limit("--max-prompt-tokens", whole, "N", usual.prompt_tokens, "of a prompt")
+    limit("--max-tokens", whole, "N", usual.max_tokens, "that a text may have")
+    limit("--default-tokens", whole, "N", usual.default_tokens, "a text's most where a request does not say")
+    limit("--max-n", whole, "N", usual.choices, "texts of one request")
+    limit("--timeout", number, "SECONDS", usual.timeout, "after which texts are cut; 0 is never")
+    limit("--stall", number, "SECONDS", usual.stall, "that a client may leave a stream unread; 0 is for ever")
+    limit("--drain", number, "SECONDS", 30.0, "that texts have when the server is stopped")
     root.add_argument("--quiet", action="store_true", help="errors alone on standard error")
     return root
 
@@ -64,9 +69,10 @@ def main(arguments: Sequence[str]) -> int:
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "serve runs in one process")
     limits = Limits(
-        args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout, args.stall
-    )
-    key = checked_key(args)
+        args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout,
+        args.stall,
+    )  # fmt: skip
+    key, positions = checked_key(args), Options(**{name: getattr(args, name) for name in POSITIONS}).met_positions()
     check(0 <= args.port < 2**16, "port", args.port, "between 0 and 65535")
     check(0 <= args.drain <= 86400, "drain", args.drain, "seconds, at most a day")
     for origin in args.cors:
@@ -89,13 +95,14 @@ def main(arguments: Sequence[str]) -> int:
         swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
         engine = Engine(
             swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,
-            kv_tokens=args.kv_tokens,
+            kv_tokens=args.kv_tokens, positions=positions,
         )  # fmt: skip
         name = args.served_name or Path(args.model).name
-        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host}, args.cors)
+        service = Service(engine, name, limits, key, None if key else {*LOOPBACK, args.host.lower()}, args.cors)
         if not args.quiet:
             port = listening.getsockname()[1]
-            print(f"tokenswift: {name} is at {address(args.host, port)}/v1, Ctrl-C ends it", file=sys.stderr, flush=True)
+            where = f"{address(args.host, port)}/v1"
+            print(f"tokenswift: {name} is at {where}, Ctrl-C ends it", file=sys.stderr, flush=True)
         serve(service, listening, args.drain)
     return 0
 

@@ -164,9 +164,9 @@ def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[
 
 
 def encode(swift: Any, lines: list[tuple[str, bool]]) -> list[list[int]]:
-    from tokenswift_py.text import prompt_tokens
+    from tokenswift_py.text import Chat, prompt_tokens
 
-    return [prompt_tokens(swift.tokenizer, text, raw) for text, raw in lines]
+    return [prompt_tokens(swift.tokenizer, text, Chat(raw)) for text, raw in lines]
 
 
 def endless(prompts: list[list[int]], seed: int) -> Iterator[list[int]]:

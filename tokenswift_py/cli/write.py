@@ -14,7 +14,7 @@ from tokenswift_py.cli.inputs import check_trace, read_input, read_options, shar
 from tokenswift_py.cli.terminal import CtrlC, LogLines, Output, no_bar, note
 from tokenswift_py.errors import check
 from tokenswift_py.options import world_size
-from tokenswift_py.runs.folder import restore, save_report, save_tokens
+from tokenswift_py.runs.folder import restore, save_logprobs, save_report, save_tokens
 from tokenswift_py.runs.journal import Journal, JournalError
 
 if TYPE_CHECKING:
@@ -39,13 +39,20 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
         attention=args.attention, device=args.device, threads=args.threads,
         deterministic=args.deterministic,
     )  # fmt: skip
-    stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
-    return write_out(args, swift, stream, args.out, lines)
+    if args.n == 1:
+        stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
+        return write_out(args, swift, stream, args.out, lines)
+    streams = swift.streams(prompt, args.n, out=args.out, kv_snapshot=args.kv_snapshot, **options)
+    for number, stream in enumerate(streams, start=1):
+        print(f"--- sample {number} of {args.n} ---", flush=True)
+        if code := write_out(args, swift, stream, args.out / str(number) if args.out else None, lines):
+            return code
+    return 0
 
 
 def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> int:
     """Go on with a recorded run. given: the flags that were given; the others are as recorded."""
-    for name in ("prompt", "prompt_file", "out", "baseline"):
+    for name in ("prompt", "prompt_file", "messages", "n", "out", "baseline"):
         check(name not in given, name, given.get(name), "not with resume")
     check(args.extend >= 0, "extend", args.extend, "at least 0")
     check_trace(args.trace)
@@ -76,7 +83,9 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     rows = len(stream.run.prompt) + len(stream.tokens)
     with work_bar("reading them again", swift.checkpoint.spec, rows, no_bar(args)) as progress:
         stream.catch_up(progress)
-    for name in ("tokens.npy", "report.json") if folder else ():  # of an earlier session; written again at the end
+    for name in (
+        ("tokens.npy", "report.json", "logprobs.jsonl") if folder else ()
+    ):  # of an earlier session; written again at the end
         (args.resume / name).unlink(missing_ok=True)
     return write_out(args, swift, stream, folder, lines)
 
@@ -107,6 +116,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         if folder and not any(isinstance(failure, JournalError) for failure in failures):
             failures += attempted(save_tokens, folder, result.tokens)  # these are of what the journal holds
             failures += attempted(save_report, folder, result.report)
+            failures += attempted(save_logprobs, folder, stream.run.prompt, result)
         if failures:
             raise failures[0]
         output.end(result.text)

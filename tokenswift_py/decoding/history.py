@@ -11,12 +11,13 @@ from tokenswift_py.core import IntArray
 
 
 class History:
-    """An int32 array that grows and can be cut back."""
+    """An int32 array that grows and can be cut back. cuts: how often tokens were forgotten."""
 
     def __init__(self, tokens: Iterable[int] = ()):
         initial = np.fromiter(tokens, np.int32)
         self._buffer = np.resize(initial, max(1024, 2 * len(initial))) if len(initial) else np.zeros(1024, np.int32)
         self._length = len(initial)
+        self.cuts = 0
 
     def __len__(self) -> int:
         return self._length
@@ -54,4 +55,5 @@ class History:
         """Forgets everything from position `length` on."""
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot cut {self._length} tokens to {length}")
+        self.cuts += length < self._length
         self._length = length

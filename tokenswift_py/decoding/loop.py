@@ -5,46 +5,24 @@ The loop is a coroutine (see `passes`): it yields the passes that it wants, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output, Segment
+from tokenswift_py.core import Acceptance, DraftTree, Likeliest, Model, Output, Segment
 from tokenswift_py.decoding.eviction import Eviction
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import Pass, Passes, Timer, steps
 from tokenswift_py.decoding.statistics import GenerationStats
+from tokenswift_py.decoding.step import ReplayError, Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.decoding.verify import walk
 from tokenswift_py.drafters.base import Context, Drafter
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.parallel.ranks import ALONE, Ranks
-from tokenswift_py.planning.planner import Planner
-from tokenswift_py.sampling.reference import Sampler
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one round added to the text.
-
-    forced: tokens of a turn put into the text; they come before `tokens`.
-    tokens: tokens the model chose.
-    ending: why the text or, with turns left, the chapter ends after them.
-    """
-
-    tokens: tuple[int, ...]
-    forced: tuple[int, ...] = ()
-    ending: str | None = None
-    logprobs: tuple[float, ...] | None = None
-
-
-class ReplayError(ValueError):
-    """Recorded tokens that no run of these parameters writes. position: of the first of them, behind the prompt."""
-
-    def __init__(self, position: int, reason: str):
-        super().__init__(f"token {position}: {reason}")
-        self.position, self.reason = position, reason
+from tokenswift_py.planning.planner import PHASES, FixedPlanner, Plan, Planner
+from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
 
 
 class DecodeLoop:
@@ -58,6 +36,9 @@ class DecodeLoop:
     eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
     cache: one that holds rows of the prompt's first tokens already, written by the same model; at least one token of
         the prompt must be missing. Of rows it holds the drafter sees nothing.
+    want_logprobs, top_logprobs: of the chosen tokens, and of how many others there.
+    prompt_logprobs: of the prompt's tokens, and of how many others there; None is none. They are in `known`, by
+        position, and so are, behind `catch_up`, those of a replayed text.
     ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
            that are verified, and all must choose the same tokens.
     timer: the time of whoever drives this loop; None is that of a loop alone.
@@ -79,19 +60,30 @@ class DecodeLoop:
         cache: KVCache | None = None,
         ranks: Ranks = ALONE,
         timer: Timer | None = None,
+        top_logprobs: int = 0,
+        prompt_logprobs: int | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
-        plan: dict[str, Any] = {} if draft_tokens is None else {"most": draft_tokens, "fixed": True}
-        self.planner, self.ranks = Planner(**plan, times=ranks.first, shapes=model.row_shapes), ranks
+        shapes, self.ranks = model.row_shapes, ranks
+        self.planner = Planner(shapes=shapes) if draft_tokens is None else FixedPlanner(draft_tokens, shapes)
         self.prefill_chunk = prefill_chunk
-        self.want_logprobs = want_logprobs
+        self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
+        self.known: dict[int, tuple[float, Likeliest]] = {}
+        # Positions whose log-probabilities the next passes tell, and of how many others there.
+        self.unknown: dict[int, int] = {}
         self.history = History()
         self.eviction = eviction
         self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
         self.timer = timer or Timer()
-        self.context = Context(
-            self.history, self.cache, model, sampler.guessing(), draft_model or model, self.planner, self.timer
+        self._context = Context(
+            self.history,
+            self.cache,
+            model,
+            sampler.guessing(),
+            draft_model or model,
+            timer=self.timer,
+            agreed=lambda ms: ranks.first_times([ms])[0],
         )
         self.trace = trace
         self.stats = GenerationStats()
@@ -140,16 +132,21 @@ class DecodeLoop:
         forced, place = tuple(prompt), 0
         if tokens:
             self.history.extend(prompt)
+            self.ask_of_prompt()
         while place < len(tokens):
-            self.begin_chapter()
+            self.begin_chapter(len(forced))
             ending = None
             while ending is None and place < len(tokens):
                 self.history.append(tokens[place])
                 place += 1
                 self.stats.recorded_tokens += 1
+                if self.sampler.grammar is not None and not self.sampler.grammar.holds(self.history):
+                    raise ReplayError(place - 1, "the grammar has no place for it")
                 ending = self.stops(self.history)
                 if self.sampler.stateful:
                     self._untold.add(len(self.history) - 1)
+                if self.want_logprobs:
+                    self.unknown[len(self.history) - 1] = self.top_logprobs
                 yield Step((tokens[place - 1],), forced, ending)
                 forced = ()
             if place == len(tokens):
@@ -198,12 +195,17 @@ class DecodeLoop:
         """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
         return bool(self.turns) and self.stops.tokens_left > 0
 
+    @property
+    def context(self) -> Context:
+        """What the drafter may look at now, with the plan of a round that begins here."""
+        return replace(self._context, plan=self.planner.at(self.cache.length))
+
     def round(self) -> Passes[Step]:
         """One tree: the accepted tokens and one more."""
-        self.planner.context = self.cache.length
+        context = self.context
         with self.phase("draft"):
-            budget = self.budget()
-            proposed = yield from self.drafter.propose(self.context, budget)
+            budget = self.budget(context.plan)
+            proposed = yield from self.drafter.propose(context, budget)
             tree = self.ranks.first_tree(proposed, budget)
         with self.phase("verify"):
             lap = self.timer.start(self.model)
@@ -218,30 +220,39 @@ class DecodeLoop:
             self.drafter.observe(taken, output)
         self.stats.record(tree, taken)
         self.stats.settle("verify", "accept", lap.ms)
-        self.planner.observe(len(tree), len(taken.tokens), {**self.stats.latest_ms, "verify": lap.ms})
+        self.teach(context.plan, tree, taken, {**self.stats.latest_ms, "verify": lap.ms})
         if self.trace is not None:
-            self.trace(self.record(tree, taken))
-        return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs)
+            self.trace(self.record(tree, taken, context.plan))
+        return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs, top_logprobs=taken.top_logprobs)
 
     def force(self, tokens: Sequence[int]) -> Passes[Step]:
         """Put tokens into the text (the prompt, or a turn behind the pending token) and choose the next."""
         with self.phase("prefill"):
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
+            first = not len(self.history)
             self.history.extend(tokens)
-            self.begin_chapter()
+            if first:
+                self.ask_of_prompt()
+            self.begin_chapter(len(tokens))
             output = yield from self.prefill(len(self.history))
             taken = self.walk(PENDING, output)
             yield from self.drafter.prefill(self.context, output)
         self.stats.first_tokens += 1
-        return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs)
+        return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs, taken.top_logprobs)
 
-    def begin_chapter(self) -> None:
-        """What stands in the history was forced: the model's own text begins behind it."""
+    def ask_of_prompt(self) -> None:
+        """The history is the prompt: its log-probabilities are known behind the prefill, if they are wanted."""
+        if self.prompt_logprobs is not None:
+            self.unknown.update(dict.fromkeys(range(1, len(self.history)), self.prompt_logprobs))
+
+    def begin_chapter(self, forced: int) -> None:
+        """The latest tokens of the history were forced: the model's own text begins behind them."""
         self.stops.begin_chapter()
-        self.sampler.begin_chapter(len(self.history))
+        self.sampler.begin_chapter(len(self.history), forced)
 
     def walk(self, tree: DraftTree, output: Output) -> Acceptance:
-        taken = walk(tree, output.logits, self.sampler, self.history, self.stops, self.want_logprobs)
+        wanted = (self.want_logprobs, self.top_logprobs)
+        taken = walk(tree, output.logits, self.sampler, self.history, self.stops, *wanted)
         at = len(self.history) - len(taken.tokens)
         self.ranks.agree(f"the tokens from position {at} on", (taken.tokens, taken.path, taken.ending))
         return taken
@@ -250,7 +261,8 @@ class DecodeLoop:
         """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the
         last."""
         progress = progress or (lambda rows: None)
-        chunk = min(self.prefill_chunk, SEEN_ROWS) if self._untold else self.prefill_chunk  # of these all logits
+        told = not self._untold and not self.unknown
+        chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # of these all logits
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
             yield from self.read(count, [], seen=False)
@@ -263,12 +275,16 @@ class DecodeLoop:
         """Commit the next `count` rows; their output, with the logits of `logit_rows`."""
         at = self.cache.length
         untold = [row for row in range(count) if at + row + 1 in self._untold] if self._untold else []
-        rows = sorted({*untold, *logit_rows})
+        unknown = [row for row in range(count) if at + row + 1 in self.unknown] if self.unknown else []
+        rows = sorted({*untold, *unknown, *logit_rows})
         output = yield self.ask(self.chunk(count), rows, seen)
         for row, logits in zip(rows, output.logits, strict=True):
             if row in untold:
                 self._told.extend(self.history.tokens[len(self._told) : at + row + 1].tolist())
                 self.sampler.process(logits, self._told)
+            if row in unknown:
+                token, others = self.history[at + row + 1], self.unknown.pop(at + row + 1)
+                self.known[at + row + 1] = log_probability(logits, token), likeliest(logits, others)
         self._untold -= {at + row + 1 for row in untold}
         self.commit_chunk(count, output)
         return replace(output, logits=output.logits[[rows.index(row) for row in logit_rows]])
@@ -305,12 +321,17 @@ class DecodeLoop:
         """Rows that can be committed before the context ends or pages are evicted."""
         return self.cache.limit - self.cache.length
 
-    def budget(self) -> int:
-        """Nodes worth having in the next tree: no more than are still wanted, or can be committed."""
+    def budget(self, plan: Plan) -> int:
+        """Returns the nodes worth having in the next tree: no more than are still wanted, or can be committed."""
         left = min(self.stops.tokens_left, self.room)
-        return max(1, min(self.planner.rows_at_most, left))
+        return max(1, min(plan.rows_at_most, left))
 
-    def record(self, tree: DraftTree, taken: Acceptance) -> dict[str, Any]:
+    def teach(self, plan: Plan, tree: DraftTree, taken: Acceptance, phase_ms: Mapping[str, float]) -> None:
+        """Tells the planner what a round brought and took; all ranks go by rank 0's clock, so that they plan alike."""
+        agreed = self.ranks.first_times([phase_ms[phase] for phase in PHASES])
+        self.planner.observe(plan.context, len(tree), len(taken.tokens), dict(zip(PHASES, agreed, strict=True)))
+
+    def record(self, tree: DraftTree, taken: Acceptance, plan: Plan) -> dict[str, Any]:
         """A line of the trace. position: of the pending token, the root; path: the accepted nodes, root included."""
         return {
             "step": self.stats.num_spec_steps,
@@ -320,7 +341,7 @@ class DecodeLoop:
             "tokens": list(taken.tokens),
             "ending": taken.ending,
             "ms": {phase: round(ms, 3) for phase, ms in self.stats.latest_ms.items() if phase != "prefill"},
-            "planner": self.planner.explain(len(tree)),
+            "planner": plan.explain(len(tree)),
             "drafter": {"name": self.drafter.name, **self.drafter.explain()},
         }
 

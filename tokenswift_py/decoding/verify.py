@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from tokenswift_py.core import Acceptance, DraftTree
+from tokenswift_py.core import Acceptance, DraftTree, Likeliest
 from tokenswift_py.decoding.history import History
-from tokenswift_py.sampling.reference import Sampler, log_probability
+from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
 
 
 def walk(
@@ -18,13 +18,15 @@ def walk(
     history: History,
     ending: Callable[[History], str | None],
     want_logprobs: bool = False,
+    top_logprobs: int = 0,
 ) -> Acceptance:
     """Choose tokens down the tree and append them to `history`, whose last token is the tree's root.
 
     logits: [len(tree), vocab_size]. ending: why the text ends after the latest token, or None; it is asked after
-    every token, and nothing past an ending is chosen.
+    every token, and nothing past an ending is chosen. top_logprobs: of how many other tokens they are wanted.
     """
     path, tokens, logprobs = [0], [], []
+    likely: list[Likeliest] = []
     choose = sampler.chooser(tree, logits, history)
     while True:
         token = choose(path[-1])
@@ -32,8 +34,11 @@ def walk(
         tokens.append(token)
         if want_logprobs:
             logprobs.append(log_probability(logits[path[-1]], token))
+        if want_logprobs and top_logprobs:
+            likely.append(likeliest(logits[path[-1]], top_logprobs))
         reason = ending(history)
         child = tree.children[path[-1]].get(token)
         if reason is not None or child is None:
-            return Acceptance(tuple(path), tuple(tokens), reason, tuple(logprobs) if want_logprobs else None)
+            known = (tuple(logprobs), tuple(likely)) if want_logprobs else (None, None)
+            return Acceptance(tuple(path), tuple(tokens), reason, known[0], known[1] or None)
         path.append(child)

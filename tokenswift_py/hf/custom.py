@@ -156,7 +156,7 @@ class Call:
         engine, own = own_settings(tokenswift)
         check(own.get("trace") is None or rows == 1, "trace", own.get("trace"), "with one sequence only")
         eos, room, others = ends(criteria, length)
-        found = asked(processors, bool(self.config.do_sample), length, eos, rows, own)
+        found = asked(processors, bool(self.config.do_sample), length, eos, rows)
         loaded = self.load(engine, eos, own.pop("tokenizer", None) or NoTokenizer(), own)
         options = {**self.options(found, room), **own}
         results = []

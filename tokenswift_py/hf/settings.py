@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tokenswift_py.checkpoints.generation_defaults import NEUTRAL, PENALTY, UNREAD, WHOLE_TEXT, is_honoured_penalty
+from tokenswift_py.checkpoints.generation_defaults import NEUTRAL, UNREAD
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import UserError, check
@@ -26,7 +26,7 @@ from tokenswift_py.sampling.processors import TRANSFORMERS, is_pure
 # those that are read here.
 MADE = frozenset(
     (
-        "guidance_scale", "sequence_bias", "encoder_repetition_penalty", PENALTY, "no_repeat_ngram_size",
+        "guidance_scale", "sequence_bias", "encoder_repetition_penalty", "repetition_penalty", "no_repeat_ngram_size",
         "encoder_no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id",
         "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
         "begin_suppress_tokens", "temperature", "top_h", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
@@ -96,19 +96,17 @@ def check_config(config: Any) -> None:
             check(not getattr(config, name, None), name, True, "sequences alone are returned; leave it out")
 
 
-def asked(
-    processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence[int], rows: int, own: Mapping[str, Any]
-) -> Asked:
+def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence[int], rows: int) -> Asked:
     """What a prepared list of processors comes to.
 
-    length: of the prompts, padding included. eos: tokens that end a text. rows: texts to write. own: options beside.
+    length: of the prompts, padding included. eos: tokens that end a text. rows: texts to write.
     """
     left = list(processors)
     for processor in left:
         alone = rows == 1 or class_name(processor) not in OF_A_BATCH
         check(alone, class_name(processor), rows, "with one sequence only: rows are written one after the other")
     options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    while left and (found := at_head(left[0], length, eos, own, options)) is not None:
+    while left and (found := at_head(left[0], length, eos, options)) is not None:
         options |= found
         del left[0]
     if do_sample:
@@ -122,14 +120,12 @@ def asked(
     return Asked(options, tuple(left))
 
 
-def at_head(
-    processor: Any, length: int, eos: Sequence[int], own: Mapping[str, Any], before: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def at_head(processor: Any, length: int, eos: Sequence[int], before: Mapping[str, Any]) -> dict[str, Any] | None:
     """Options that do what this processor does, as the first that is left; None leaves it. before: options of those
     in front of it."""
     kind = class_name(processor)
-    if kind == "RepetitionPenaltyLogitsProcessor" and not {PENALTY, "penalty"} & before.keys():
-        return repetition(processor, own)
+    if kind == "RepetitionPenaltyLogitsProcessor" and "repetition_penalty" not in before:
+        return repetition(processor)
     if kind == "NoRepeatNGramLogitsProcessor" and "no_repeat_ngram_size" in OPTIONS:
         return {"no_repeat_ngram_size": int(processor.ngram_size)}
     if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
@@ -142,15 +138,12 @@ def at_head(
     return None
 
 
-def repetition(processor: Any, own: Mapping[str, Any]) -> dict[str, Any] | None:
+def repetition(processor: Any) -> dict[str, Any] | None:
     """A repetition penalty over prompt and text, which is ours, too: padding is no part of either here."""
-    if isinstance(processor.prompt_ignore_length, int):
+    penalty = float(processor.penalty)
+    if isinstance(processor.prompt_ignore_length, int) or not fits("repetition_penalty", penalty):
         return None
-    if PENALTY in OPTIONS:
-        return {PENALTY: float(processor.penalty)} if fits(PENALTY, float(processor.penalty)) else None
-    if "penalty" in own or not is_honoured_penalty(processor.penalty):
-        return None
-    return {"penalty": float(processor.penalty), "penalty_window": WHOLE_TEXT}
+    return {"repetition_penalty": penalty}
 
 
 def at_tail(processor: Any, place: int) -> tuple[int, str, Any] | None:

@@ -1,4 +1,4 @@
-"""One decoder for the llama, mistral, qwen2 and qwen3 families in torch, on any device.
+"""One decoder for all families in torch, on any device.
 
 torch's matrix products round differently with the number of rows, so this executor's identity between plain and
 speculative decoding is *measured*, not bitwise, unless `ops` and attention keep law 1.
@@ -21,6 +21,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
 from tokenswift_py.models.clock import clock_of
+from tokenswift_py.models.families.base import GLOBAL, LOCAL, Experts, LayerSpec
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import lay_out, shared_pool
@@ -37,6 +38,21 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
     able = rope.shifts is None or getattr(attention, "moves_queries", False)
     allowed = f"attention {attention.name} cannot; attention triton and sdpa and engine native can, and positions"
     check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
+
+
+def lacking(spec: ModelSpec) -> str:
+    """What a model's layers have that Triton's kernels do not compute, in words; empty where they compute it all."""
+    needs = {
+        "norms by 1 + weight": spec.norm_offset != 0,
+        "mixtures of experts": spec.experts is not None,
+    }
+    return ", ".join(name for name, needed in needs.items() if needed)
+
+
+def check_kernels(spec: ModelSpec, ops: Ops) -> None:
+    """Raise UserError for a family whose layers these operations do not compute."""
+    lacks = lacking(spec) if ops.pads else ""
+    check(not lacks, "attention", "triton", f"its kernels have no {lacks} ({spec.family}); sdpa computes them")
 
 
 class TorchDecoder:
@@ -58,17 +74,23 @@ class TorchDecoder:
         kv_dtype: torch.dtype | None = None,
     ):
         self.spec = spec
-        self.weights = weights
+        self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
         self.attention = attention
         self.draft = draft
         self.ops = ops or TorchOps()
+        check_kernels(spec, self.ops)
         self.guarantee = self.ops.guarantee
         self.context = rope.context
         embedding = weights["model.embed_tokens.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
+        self._tables = {GLOBAL: (self.cos, self.sin)}
+        if rope.local is not None:
+            self._tables[LOCAL] = (rope.local.cos.to(self.device), rope.local.sin.to(self.device))
+        self._embedding_scale = torch.tensor(spec.embedding_scale, device=self.device).to(self.dtype)
         self.shifts, self._turns = rope.shifts, query_turns(rope, spec)
+        self._moved = spec.moved(rope.shifts)
         check_moves_queries(attention, rope)
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
@@ -135,36 +157,51 @@ class TorchDecoder:
         """
         spec = self.spec
         tokens, positions, slots = places.unbind()
-        cos, sin = self.cos[positions], self.sin[positions]  # [R, head_dim / 2]
+        angles = self._angles(positions)
         mass = None if mass_pages is None else self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, mass_pages)
         queries: list[torch.Tensor] = []
         x = self._embed(tokens)  # [R, hidden]
+        if spec.embedding_scale != 1:
+            x = x * self._embedding_scale
         added: torch.Tensor | None = None  # what the last block adds to x
-        for layer in range(spec.layers):
+        for layer, kind in enumerate(spec.layer_specs):
             at = f"model.layers.{layer}."
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             q, k, v = self._qkv(normed, f"{at}self_attn.")
             options: dict[str, Any] = {}
-            if self.shifts is not None and self.shifts.serves(spec.windows[layer]):
+            if self.shifts is not None and self._moved[layer]:
                 options["far"] = FarQueries(
                     q.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
                 )
-            q = self.ops.rope_write(pool, layer, q, k, v, cos, sin, slots)
+            q = self.ops.rope_write(pool, layer, q, k, v, *angles[kind.rope], slots)
             if want_queries:
                 queries.append(q.float())
             if (scales := pool.scales_of(layer)) is not None:
                 options["scales"] = scales
             attended = self.attention.attend(
-                plan, layer, q, pool.keys[layer], pool.values[layer], spec.windows[layer],
+                plan, layer, q, pool.keys[layer], pool.values[layer], kind.window,
                 None if mass is None else mass[layer], **options,
             )  # fmt: skip
-            x, normed = self._add_norm(x, self._join(attended.flatten(1), f"{at}self_attn.o_proj"),
-                                       f"{at}post_attention_layernorm")  # fmt: skip
-            gate, up = (self._linear(normed, f"{at}mlp.{name}_proj") for name in ("gate", "up"))
-            added = self._join(self.ops.swiglu(gate, up), f"{at}mlp.down_proj")
+            joined = self._join(attended.flatten(1), f"{at}self_attn.o_proj")
+            if spec.post_norms:
+                joined = self._norm(joined, f"{at}post_attention_layernorm")
+            x, normed = self._add_norm(x, joined, f"{at}{spec.mlp_norm}")
+            added = self._feed_forward(normed, f"{at}mlp", kind)
+            if spec.post_norms:
+                added = self._norm(added, f"{at}post_feedforward_layernorm")
         stream, hidden = self._add_norm(x, added, "model.norm")
         asked = torch.stack(queries, 1) if want_queries else None
         return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
+
+    def _angles(self, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
+        """cos and sin [R, head_dim / 2] of each kind of layer; one that rotates nothing turns by no angle."""
+        angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {
+            name: (cos[positions], sin[positions]) for name, (cos, sin) in self._tables.items()
+        }
+        if any(layer.rope is None for layer in self.spec.layer_specs):
+            cos, sin = angles[GLOBAL]
+            angles[None] = torch.ones_like(cos), torch.zeros_like(sin)
+        return angles
 
     @torch.inference_mode()
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -185,18 +222,53 @@ class TorchDecoder:
         """What brings heads, or the feed-forward's columns, back to the residual stream."""
         return self._linear(x, name)
 
+    def _feed_forward(self, x: torch.Tensor, at: str, layer: LayerSpec) -> torch.Tensor:
+        if layer.experts:
+            return self._mixture(x, at)
+        return self._join(self._gated(x, at), f"{at}.down_proj")
+
+    def _gated(self, x: torch.Tensor, at: str) -> torch.Tensor:
+        gate, up = (self._linear(x, f"{at}.{name}_proj") for name in ("gate", "up"))
+        return self.ops.swiglu(gate, up) if self.spec.activation == "silu" else self.ops.geglu(gate, up)
+
+    def _mixture(self, x: torch.Tensor, at: str) -> torch.Tensor:
+        """A row is the sum of its experts in ascending order of their numbers, each times its share."""
+        experts = self.spec.experts
+        assert experts is not None
+        chosen, shares = choose_experts(self._linear(x, f"{at}.gate"), experts)
+        total = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, ranks = (chosen == expert).nonzero(as_tuple=True)
+            part = f"{at}.experts.{expert}"
+            y = self._linear(self._gated(x[rows], part), f"{part}.down_proj")
+            total.index_add_(0, rows, (y * shares[rows, ranks, None]).to(x.dtype))
+        if experts.shared:
+            part = f"{at}.shared_expert"
+            y = self._linear(self._gated(x, part), f"{part}.down_proj")
+            total = total + self._linear(x, f"{part}_gate").sigmoid() * y
+        return total
+
     def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""
         q, k, v = (self._linear(x, f"{at}{name}_proj").unflatten(1, (-1, self.spec.head_dim)) for name in "qkv")
         if self.spec.qk_norm:
-            q, k = (
-                self.ops.norm(y, self.weights[f"{at}{name}_norm.weight"], self.spec.norm_eps)
-                for y, name in ((q, "q"), (k, "k"))
-            )
+            q, k = self._norm(q, f"{at}q_norm"), self._norm(k, f"{at}k_norm")
         return q, k, v
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return self.ops.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self.ops.norm(x, self.weights[f"{name}.weight"], self.spec.norm_eps)
+
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.add_norm(x, y, self.weights[f"{name}.weight"], self.spec.norm_eps)
+
+
+def choose_experts(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, chosen] the experts of each row, the likeliest first and of equal ones the lowest number, and their shares,
+    in fp32 or better. scores: [R, count] of the router."""
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    shares, chosen = wide.softmax(-1).sort(stable=True, dim=-1, descending=True)
+    shares, chosen = shares[:, : experts.chosen], chosen[:, : experts.chosen]
+    return chosen, shares / shares.sum(-1, keepdim=True) if experts.normalised else shares

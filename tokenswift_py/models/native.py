@@ -5,6 +5,7 @@ A row's bits depend on its own ancestors only (law 1): not on the rows beside it
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
+from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
@@ -30,22 +32,27 @@ WEIGHTS = {**DTYPES, torch.int8: "q8"}
 KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
-PARTS = {
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-    "self_attn.q_norm": "q_norm",
-    "self_attn.k_norm": "k_norm",
-    "input_layernorm": "input_norm",
-    "post_attention_layernorm": "post_norm",
-    "model.norm": "final_norm",
-    "model.embed_tokens": "embed",
-    "lm_head": "head",
-}
+FP32 = ("router", "shared_gate")  # whatever the type of the other matrices
+ROPES = {GLOBAL: 0, LOCAL: 1, None: -1}
+PARTS = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "final_norm", "input_layernorm": "input_norm",
+         "post_feedforward_layernorm": "ffn_norm", "gate": "router", "shared_expert_gate": "shared_gate"}  # fmt: skip
+
+
+def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
+    """What the engine calls a weight or bias, and its layer; -1 for those of no layer."""
+    stem, kind = name.rsplit(".", 1)
+    layer = -1
+    if stem.startswith("model.layers."):
+        _, _, number, stem = stem.split(".", 3)
+        layer = int(number)
+    if stem == "post_attention_layernorm":
+        part = "attention_norm" if spec.post_norms else "post_norm"
+    elif stem == spec.mlp_norm:
+        part = "post_norm"
+    else:
+        part = stem.removeprefix("self_attn.").removeprefix("mlp.").replace("shared_expert.", "shared.")
+        part = PARTS.get(part, part.removesuffix("_proj"))
+    return part + ("_bias" if kind == "bias" else ""), layer
 
 
 class NativePool(BoundedPages):
@@ -128,19 +135,23 @@ class NativeWeights:
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         self.team = team or _native.Team(threads or available_threads())
         self._kinds: set[str] = set()
+        embedding = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self._fewest_bits = fewest_bits
         self.native = _native.Decoder(
             vocab=spec.vocab_size,
             hidden=spec.hidden_size,
             ffn=spec.intermediate_size,
-            layers=spec.layers,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             norm_eps=spec.norm_eps,
             tied=spec.tied,
             qk_norm=spec.qk_norm,
-            windows=[window or 0 for window in spec.windows],
+            layers=[(layer.window or 0, ROPES[layer.rope], layer.experts) for layer in spec.layer_specs],
+            experts=None if spec.experts is None else dataclasses.astuple(spec.experts),
+            post_norms=spec.post_norms,
+            gelu=spec.activation == "gelu",
+            embedding_scale=float(torch.tensor(spec.embedding_scale).to(embedding)),
             dtype=WEIGHTS[self.dtype],
             team=self.team,
         )
@@ -170,20 +181,20 @@ class NativeWeights:
         return "+".join(sorted(self._kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
 
     def _pack(self, name: str, tensor: torch.Tensor | Blocks) -> None:
-        stem, kind = name.rsplit(".", 1)
-        layer = -1
-        if stem.startswith("model.layers."):
-            _, _, number, stem = stem.split(".", 3)
-            layer = int(number)
-        part = PARTS[stem]
-        if kind == "bias":
-            part += "_bias"
+        part, layer = part_of(name, self.spec)
+        if part in FP32:
+            values = isinstance(tensor, torch.Tensor)
+            check(values, f"model: type of tensor {name}", "blocks", "values: it is kept in fp32")
+            assert isinstance(tensor, torch.Tensor)
+            self.native.set_matrix(part, layer, tensor.detach().float().contiguous().numpy())
+            return
         if isinstance(tensor, Blocks):
             self._kinds.add(tensor.kind)
             self.native.set_blocks(part, layer, tensor.kind, np.ascontiguousarray(tensor.data))
             return
         if tensor.ndim == 1:
-            self.native.set_vector(part, layer, tensor.detach().float().contiguous().numpy())
+            vector = self.spec.folded(name, tensor.detach().float())
+            self.native.set_vector(part, layer, vector.contiguous().numpy())
             return
         half = torch.bfloat16 in (self.dtype, tensor.dtype) and self.dtype != torch.float32
         matrix = tensor.detach().to(torch.bfloat16 if half else torch.float32).contiguous()
@@ -226,6 +237,8 @@ class NativeDecoder:
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
         check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
+        local = rope.local
+        self._local = None if local is None else tuple(t.float().contiguous().numpy() for t in (local.cos, local.sin))
         shifts, self._turns = rope.shifts, query_turns(rope, self.spec)
         self._shifts = None if shifts is None else (shifts.block, native_ints(shifts.shifts), shifts.trained)
         kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
@@ -267,6 +280,7 @@ class NativeDecoder:
             cos=self._cos,
             sin=self._sin,
             shifts=self._shifts,
+            local=self._local,
             hidden=hidden,
             residual=residual,
             logits=logits,

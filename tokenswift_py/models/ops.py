@@ -28,7 +28,7 @@ class Ops(Protocol):
         """Computes x @ weight.T + bias. x: [R, in]. weight: [out, in]."""
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Computes RMSNorm over the last dimension."""
+        """Computes RMSNorm over the last dimension. A weight of a wider type than x multiplies before the rounding."""
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -37,6 +37,9 @@ class Ops(Protocol):
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """Computes silu(gate) * up."""
+
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """gelu(gate) * up, the gelu by its approximation with tanh."""
 
     def rope_write(
         self,
@@ -72,7 +75,7 @@ class TorchOps:
         """Computes RMSNorm with its mean in fp32, as the families were trained."""
         wide = x if x.dtype == torch.float64 else x.float()
         scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * scaled.to(x.dtype)
+        return weight * scaled.to(x.dtype) if weight.dtype == x.dtype else (weight * scaled).to(x.dtype)
 
     def add_norm(
         self, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -82,6 +85,9 @@ class TorchOps:
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * up
+
+    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate="tanh") * up
 
     def rope_write(
         self,

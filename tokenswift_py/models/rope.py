@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
+from tokenswift_py.models.families.base import LOCAL
 from tokenswift_py.models.positions import (
     EXTENSIONS,
     STRETCHES,
@@ -25,7 +26,7 @@ from tokenswift_py.models.positions import (
     log_scale,
     log_shifts,
 )
-from tokenswift_py.models.spec import ModelSpec, windows
+from tokenswift_py.models.spec import ModelSpec, layers_of
 
 SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
@@ -42,6 +43,7 @@ class RopeTables:
     note:      line that says which scheme was chosen, where the config's own tables do not reach the context.
     positions: the scheme that was chosen, never auto.
     shifts:    rule by which queries meet far keys. None meets all keys at their true distances.
+    local:     tables of layers with a base of their own (LayerSpec.rope). Positions change nothing there.
     """
 
     cos: torch.Tensor
@@ -50,6 +52,7 @@ class RopeTables:
     note: str | None = None
     positions: Positions = TRAINED
     shifts: BlockShifts | None = None
+    local: RopeTables | None = None
 
     @property
     def context(self) -> int:
@@ -63,7 +66,19 @@ def rope_tables(config: Any, context: int, positions: Positions = AUTO) -> RopeT
     is LongRoPE's choice between factors for short and for long texts. Raises UserError for a scheme that this config
     cannot have.
     """
+    local = local_config(config)
     config = standardized(config)
+    tables = global_tables(config, context, positions)
+    if local is None:
+        return tables
+    check_local(config, tables)
+    kind = local.rope_parameters["rope_type"]
+    own = tables_of(local, kind, context, context, exact=tables.shifts is not None)
+    return replace(tables, local=own, label=f"{tables.label}+local-{own.label}")
+
+
+def global_tables(config: Any, context: int, positions: Positions) -> RopeTables:
+    """Without those of layers with a base of their own. config: standardized."""
     trained, kind = trained_length(config), config.rope_parameters.get("rope_type", "default")
     positions = chosen_positions(config, context, positions)
     if positions.scheme in STRETCHES:
@@ -98,7 +113,9 @@ def chosen_positions(config: Any, context: int, positions: Positions) -> Positio
 def covered(config: Any, context: int) -> bool:
     """Returns whether the model knows every distance in a text of this length. Sliding windows may hide the others."""
     trained = trained_length(config)
-    return context <= trained or all(window is not None and window <= trained for window in windows(config))
+    return context <= trained or all(
+        layer.window is not None and layer.window <= trained for layer in layers_of(config)
+    )
 
 
 def extended(tables: RopeTables, trained: int, positions: Positions) -> RopeTables:
@@ -182,22 +199,45 @@ def tables_of(
 
 def query_turns(rope: RopeTables, spec: ModelSpec) -> QueryTurns | None:
     """Returns the rule by which a model's queries meet far keys, None where these tables move no queries."""
-    return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.windows)
+    return None if rope.shifts is None else QueryTurns(rope.shifts, rope.cos, rope.sin, spec.moved(rope.shifts))
 
 
 def rope_bytes(config: Any, context: int) -> int:
     """Returns the bytes that the tables take while they are made: angles, cos and sin, at most in fp64."""
-    return 3 * context * head_dim(config) // 2 * torch.float64.itemsize
+    sets = 2 if any(layer.rope == LOCAL for layer in layers_of(config)) else 1
+    return sets * 3 * context * head_dim(config) // 2 * torch.float64.itemsize
 
 
 def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def standardized(config: Any) -> Any:
-    """Returns a copy with rope_parameters completed by transformers. Raises UserError for an unsupported scaling."""
+def check_local(config: Any, tables: RopeTables) -> None:
+    """Raises UserError where layers with a base of their own would meet distances that they were not trained for."""
+    trained = trained_length(config)
+    wide = max((layer.window or tables.context for layer in layers_of(config) if layer.rope == LOCAL), default=0)
+    allowed = f"the local layers' window of {wide} is beyond {trained} trained positions; only trained"
+    check(tables.shifts is None or wide <= trained, "positions", tables.positions.scheme, allowed)
+
+
+def local_config(config: Any) -> Any:
+    """Returns the config as layers with a RoPE base of their own see it, None where there are no such layers."""
+    if not any(layer.rope == LOCAL for layer in layers_of(config)):
+        return None
+    return standardized(config, "sliding_attention")
+
+
+def standardized(config: Any, kind_of_layer: str = "full_attention") -> Any:
+    """Returns a copy with rope_parameters completed by transformers, those of one kind of layer where kinds differ.
+
+    Raises UserError for an unsupported scaling.
+    """
     config = copy.deepcopy(config)
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = head_dim(config)  # transformers' functions of frequencies multiply with it
     config.standardize_rope_params()
+    if kind_of_layer in config.rope_parameters:
+        config.rope_parameters = config.rope_parameters[kind_of_layer]
     kind = config.rope_parameters.get("rope_type", "default")
     whole = config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
     if kind not in SUPPORTED or not whole:

@@ -8,85 +8,123 @@ from typing import Any
 
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.core import is_whole
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import check
+from tokenswift_py.kernels.base import BlockShifts
+from tokenswift_py.models.families.base import GLOBAL, Experts, Family, LayerSpec, count_of
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FOLDER = "tokenswift_py.models.families"
+FAMILIES = tuple(registry.names(FOLDER))
+
+
+def family_named(name: str) -> Family:
+    """Raises UserError for one that has no file in the folder."""
+    check(name in FAMILIES, "model family", name, f"supported are {', '.join(FAMILIES)}")
+    family: Family = registry.module(FOLDER, "model family", name).FAMILY
+    return family
+
+
+def layers_of(config: Any) -> tuple[LayerSpec, ...]:
+    return family_named(str(getattr(config, "model_type", None))).layers(config)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Shapes and switches of one model.
 
-    windows: [layers] sliding window of each layer in tokens; None is full attention.
+    layer_specs:     what each layer has of its own.
+    norm_offset:     a norm multiplies by its weight and this.
+    post_norms:      what attention and feed-forward give is normed before it is added to the residual stream.
+    embedding_scale: of a token's row, rounded to the weights' type.
+    query_scale:     of queries, beyond the head_dim ** -0.5 that every attention has; only beside qk_norm.
+    activation:      of the gate: silu, or gelu by the tanh.
     """
 
     family: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    layers: int
     heads: int
     kv_heads: int
     head_dim: int
     norm_eps: float
     tied: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    windows: tuple[int | None, ...]
+    layer_specs: tuple[LayerSpec, ...]
     trained_context: int
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    query_scale: float = 1.0
+    activation: str = "silu"
+    experts: Experts | None = None
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
         """From a transformers config. Raises UserError for a family or feature that is not supported."""
-        family = str(getattr(config, "model_type", None))
-        check(family in FAMILIES, "model family", family, f"supported are {', '.join(FAMILIES)}")
-        act = getattr(config, "hidden_act", "silu")
-        check(act in ("silu", "swish"), "hidden_act", act, "supported is silu")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            size = getattr(config, name)
-            check(is_whole(size) and size >= 1, f"config.json: {name}", size, "a whole number, at least 1")
+        name = str(getattr(config, "model_type", None))
+        family = family_named(name)
+        act = family.act(config)
+        check(act in family.hidden_act, "hidden_act", act, f"of {name} supported is {family.hidden_act[0]}")
+        for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            count_of(config, size)
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         check(is_whole(kv_heads) and kv_heads >= 1, "num_key_value_heads", kv_heads, "a whole number, at least 1")
         check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"it must divide the {heads} attention heads")
-        bias = bool(getattr(config, "attention_bias", False))
         return cls(
-            family=family,
+            family=name,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            layers=config.num_hidden_layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             norm_eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
-            qkv_bias=bias or family == "qwen2",
-            o_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
-            qk_norm=family == "qwen3",
-            windows=windows(config),
+            layer_specs=family.layers(config),
             trained_context=config.max_position_embeddings,
+            activation=family.activation,
+            **family.fields(config),
         )
+
+    @property
+    def layers(self) -> int:
+        return len(self.layer_specs)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """[layers] the sliding window of each layer in tokens; None is full attention."""
+        return tuple(layer.window for layer in self.layer_specs)
+
+    def moved(self, shifts: BlockShifts | None) -> tuple[bool, ...]:
+        """[layers] whether queries are moved for far keys: not where windows hide them, nor where nothing rotates."""
+        return tuple(
+            shifts is not None and layer.rope == GLOBAL and shifts.serves(layer.window) for layer in self.layer_specs
+        )
+
+    @property
+    def mlp_norm(self) -> str:
+        """The norm before the feed-forward."""
+        return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the model, under Hugging Face's names."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for layer in range(self.layers):
+        for layer, kind in enumerate(self.layer_specs):
             at = f"model.layers.{layer}."
             linear = {
                 "self_attn.q_proj": (q, hidden, self.qkv_bias),
                 "self_attn.k_proj": (kv, hidden, self.qkv_bias),
                 "self_attn.v_proj": (kv, hidden, self.qkv_bias),
                 "self_attn.o_proj": (hidden, q, self.o_bias),
-                "mlp.gate_proj": (ffn, hidden, self.mlp_bias),
-                "mlp.up_proj": (ffn, hidden, self.mlp_bias),
-                "mlp.down_proj": (hidden, ffn, self.mlp_bias),
+                **self._feed_forward(kind, ffn, hidden),
             }
             for name, (rows, columns, bias) in linear.items():
                 shapes[f"{at}{name}.weight"] = (rows, columns)
@@ -95,10 +133,39 @@ class ModelSpec:
             if self.qk_norm:
                 shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (self.head_dim,)
             shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
+            if self.post_norms:
+                for name in ("pre", "post"):
+                    shapes[f"{at}{name}_feedforward_layernorm.weight"] = (hidden,)
         shapes["model.norm.weight"] = (hidden,)
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
+
+    def _feed_forward(self, layer: LayerSpec, ffn: int, hidden: int) -> dict[str, tuple[int, int, bool]]:
+        """Rows, columns and bias of the matrices of a layer's feed-forward."""
+
+        def gated(at: str, width: int, bias: bool) -> dict[str, tuple[int, int, bool]]:
+            wide, narrow = (width, hidden, bias), (hidden, width, bias)
+            return {f"{at}gate_proj": wide, f"{at}up_proj": wide, f"{at}down_proj": narrow}
+
+        if self.experts is None or not layer.experts:
+            return gated("mlp.", ffn, self.mlp_bias)
+        found = {"mlp.gate": (self.experts.count, hidden, False)}
+        for expert in range(self.experts.count):
+            found |= gated(f"mlp.experts.{expert}.", self.experts.width, False)
+        if self.experts.shared:
+            found |= gated("mlp.shared_expert.", self.experts.shared, False)
+            found["mlp.shared_expert_gate"] = (1, hidden, False)
+        return found
+
+    def folded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A norm's weight as rows are multiplied by it, in fp32 or better where that is not the weight itself; any
+        other tensor as it is."""
+        own = (self.norm_offset, self.query_scale) == (0.0, 1.0) or not name.endswith("norm.weight")
+        if own:
+            return tensor
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        return (wide + self.norm_offset) * (self.query_scale if name.endswith("q_norm.weight") else 1.0)
 
     @property
     def parameters(self) -> int:
@@ -106,28 +173,16 @@ class ModelSpec:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that every token is multiplied with; of an untied embedding only rows are read."""
-        return self.parameters - (0 if self.tied else self.vocab_size * self.hidden_size)
+        """Parameters that every token is multiplied with; of an untied embedding only rows are read, of experts only
+        those that are chosen."""
+        idle = 0 if self.tied else self.vocab_size * self.hidden_size
+        if self.experts is not None:
+            mixtures = sum(layer.experts for layer in self.layer_specs)
+            each = 3 * self.experts.width * self.hidden_size
+            idle += mixtures * (self.experts.count - self.experts.chosen) * each
+        return self.parameters - idle
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
         """Bytes of keys and values of `tokens` tokens, all layers; of int8 with the scale beside each."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return 2 * self.layers * self.kv_heads * (self.head_dim * dtype.itemsize + scale) * tokens
-
-
-def windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as transformers' model of the family has it: llama's has none, whatever the
-    config says; mistral's is one for all layers."""
-    width: int | None = getattr(config, "sliding_window", None)
-    if config.model_type == "llama" or getattr(config, "use_sliding_window", True) is False:
-        width = None
-    check(width is None or (is_whole(width) and width >= 1), "sliding_window", width, "a number of tokens, at least 1")
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None or config.model_type == "mistral":
-        return (width,) * int(config.num_hidden_layers)
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown or len(kinds) != config.num_hidden_layers:
-        raise UserError(
-            f"layer_types: {unknown or len(kinds)} is not allowed; full_attention and sliding_attention are"
-        )
-    return tuple(width if kind == "sliding_attention" else None for kind in kinds)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,6 +60,11 @@ class Ranks:
     def first(self, values: Array) -> Array:
         """Returns rank 0's array. The others give one of the same shape and type."""
         return values
+
+    def first_times(self, ms: Sequence[float]) -> list[float]:
+        """Rank 0's milliseconds; the others measured as many."""
+        times: list[float] = self.first(np.array(ms, np.float64)).tolist()
+        return times
 
     def first_text(self, text: str) -> str:
         """Returns rank 0's text."""

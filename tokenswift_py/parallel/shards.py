@@ -45,6 +45,8 @@ class Shard:
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
         """Returns the spec of the rank's heads and feed-forward. Raises UserError where they do not divide evenly."""
+        allowed = f"ranks do not share out the experts of {spec.family}; one process holds them"
+        check(spec.experts is None or self.world == 1, "torchrun's WORLD_SIZE", self.world, allowed)
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
             count = getattr(spec, FIELDS[name])
             check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
-Times = Callable[[Doubles], Doubles]
-
-
-def as_measured(times: Doubles) -> Doubles:
-    return times
 
 
 class PassCost:
     """A model of a pass's milliseconds: a + b rows + c extra + context (d + e rows + f extra).
 
-    extra = max(0, rows - KNEE). The coefficients are at least 0, so a further row never costs less than the one before.
-    A few rows hide behind the memory that any pass reads, and many are bound by arithmetic. The fit to the latest
-    passes minimises absolute relative deviations, which a burst on a busy machine moves little.
+    The coefficients are at least 0, so more rows never cost less, and each costs no less than the one before: a few
+    rows hide behind the memory that any pass reads, many are bound by arithmetic. They are fitted to the latest passes
+    by least absolute relative deviations, which a burst on a busy machine moves little.
 
-    largest: rows of the largest pass measured. Costs far beyond it are guesses that cannot be trusted.
-    times:   function from measured milliseconds to those that are used. Processes that must plan alike take the times
-             of one of them.
-    shapes:  numbers of rows that passes are padded to, ascending. A row costs nothing until a pass needs the next of
-             them. Passes that are larger than all shapes are not padded.
+    shapes:  numbers of rows that passes are padded to, ascending: a row costs nothing until it takes the next of them.
+        Passes that are larger than all of these are not padded.
+    largest: rows of the largest pass measured. The cost of far larger ones is a guess, and not to be trusted.
     """
 
-    def __init__(self, times: Times = as_measured, shapes: Sequence[int] = ()) -> None:
-        self._times, self.shapes = times, tuple(shapes)
+    def __init__(self, shapes: Sequence[int] = ()) -> None:
+        self.shapes = tuple(shapes)
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
         self._coefficients = np.zeros(len(features(1, 0)))
         self._count = self._due = 0
@@ -40,11 +33,15 @@ class PassCost:
 
     @property
     def measured(self) -> bool:
+        """Whether any pass was measured."""
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:
-        """Learns from a pass. ms: milliseconds; NaN for a pass whose time says nothing about others."""
-        ms = max(float(self._times(np.array([ms]))[0]), SHORTEST)
+        """Takes in one pass.
+
+        ms: its milliseconds; NaN for a pass that did work which no later one does, and so tells nothing.
+        """
+        ms = max(ms, SHORTEST)
         if math.isnan(ms):
             return
         rows = self.padded(rows)
@@ -55,11 +52,15 @@ class PassCost:
         self._count += 1
 
     def __call__(self, rows: int, context: int) -> float:
-        """Returns the expected milliseconds of a pass, 0 before anything was measured."""
+        """Returns the expected milliseconds of a pass; 0 before anything was measured."""
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
         return float(features(self.padded(rows), context) @ self._coefficients)
+
+    def row_ms(self, rows: int, context: int) -> float:
+        """Returns what one more row costs in a pass of `rows`."""
+        return self(rows + 1, context) - self(rows, context)
 
     def padded(self, rows: int) -> int:
         """Returns how many rows a pass of `rows` computes."""
@@ -79,19 +80,23 @@ class PassCost:
             weights = 1 / np.maximum(np.abs(x @ self._coefficients - 1), 0.02)
 
 
-SHORTEST = 1e-6  # milliseconds; a clock that moves in leaps can show less, or none
-KNEE = 4  # rows from which on one more may cost more
-SAMPLES = 12  # latest passes that are kept for each number of rows, or group of numbers
-REFIT = 64  # passes between fits, at most
+SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or none
+KNEE = 4
+SAMPLES = 12  # a row count
+REFIT = 64  # passes between fits
 
 
 def features(rows: int, context: int) -> Doubles:
+    """Returns what the coefficients of `PassCost` are multiplied by."""
     extra = max(0, rows - KNEE)
     return np.array([1.0, rows, extra, context, context * rows, context * extra])
 
 
 def non_negative(x: Doubles, weights: Doubles, start: Doubles) -> Doubles:
-    """Finds the b >= 0 that minimises sum(weights * (x b - 1)^2), by coordinate descent. x: [n, k]. weights: [n]."""
+    """Returns the b >= 0 that minimises sum(weights * (x b - 1)^2), found by coordinate descent from `start`.
+
+    x: [n, k]. weights: [n].
+    """
     scale = np.maximum(np.abs(x).max(0), 1e-300)
     x = x / scale
     gram, target = (x * weights[:, None]).T @ x, x.T @ weights

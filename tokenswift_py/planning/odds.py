@@ -17,11 +17,13 @@ class Odds:
         self.right = self.tried = 0.0
 
     def learn(self, hit: bool) -> None:
+        """Counts one more guess, and whether it was right."""
         keep = 1 - 1 / self.memory
         self.right = self.right * keep + hit
         self.tried = self.tried * keep + 1
 
     @property
     def chance(self) -> float:
-        # This is (right + prior weight) / (tried + weight), written so that it gives the prior exactly at first.
+        """The chance that the next guess is right."""
+        # equal to (right + prior weight) / (tried + weight), but the prior to the last bit before anything was tried
         return self.prior + (self.right - self.prior * self.tried) / (self.tried + self.weight)

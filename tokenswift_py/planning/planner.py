@@ -3,161 +3,186 @@
 Rounds of drafting and verifying follow one another, so a text is written at E[tokens of a round] / E[time of a round].
 The policy that maximises such a ratio maximises E[tokens] - rate * E[time], `rate` being the best ratio itself (renewal
 reward; Dinkelbach 1967). So each node of a tree stands alone: with chance p of being emitted, and for c more
-milliseconds of drafting and verifying, it pays exactly if p > rate * c. Plain decoding is what remains when none does.
+milliseconds of drafting and verifying, it saves p / rate - c milliseconds, and pays exactly if that is more than 0.
+Plain decoding is what remains when no node pays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
+from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.rounds import Rounds
 
-from tokenswift_py.planning.costs import SHORTEST, PassCost, Times, as_measured
+Gain = Callable[[float, int], float]  # (a node's chance of being emitted, rows before it) -> milliseconds that it saves
 
 
 class Planner:
-    """Says what is worth drafting.
+    """Learns what the rounds of one text take and bring, and makes the plan of the next one.
 
-    most:  nodes of a tree at most, the pending token not counted.
-    fixed: draft `most` nodes always, whatever they cost; what sweeps and tests ask for.
-    times, shapes: see `PassCost`.
+    most:   nodes of a tree at most, the pending token not counted.
+    shapes: numbers of rows that passes of the target are padded to, see `PassCost`.
+    target: what a pass of the target costs.
     """
 
-    def __init__(
-        self, most: int = 64, fixed: bool = False, times: Times = as_measured, shapes: Sequence[int] = ()
-    ) -> None:
-        self.most, self.fixed = most, fixed
-        self.target, self.draft = PassCost(shapes=shapes), PassCost(times, shapes)
-        self.heads = PassCost(times)  # one head's guesses
-        self._times = times
-        self.context = 0
-        self._tokens = self._ms = 0.0  # of the latest rounds, by the model of costs, so that a burst changes no plan
-        self._total_ms = 0.0
-        self._expected_rate = 0.0  # tokens per millisecond
-        self._probe_ms: dict[str, float] = {}
-        self._overhead_ms = 0.0
+    def __init__(self, most: int = 64, shapes: Sequence[int] = ()) -> None:
+        self.most = most
+        self.target = PassCost(shapes)
+        self.rounds = Rounds()
+
+    def at(self, context: int) -> Plan:
+        """Returns the plan of a round that begins with so many tokens in the target's cache."""
+        return Plan(self, context)
+
+    def observe(self, context: int, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
+        """Takes in one round.
+
+        context:  tokens in the target's cache when it began.
+        rows:     of its verify pass.
+        tokens:   that it brought.
+        phase_ms: milliseconds of its phases. A verify pass of NaN milliseconds (see `PassCost.observe`) counts as what
+                  it should have taken.
+        """
+        draft, verify, *others = (phase_ms[phase] for phase in PHASES)
+        self.target.observe(rows, context, verify)
+        expected = self.target(rows, context)
+        self.rounds.observe(tokens, draft, expected if math.isnan(verify) else verify, sum(others), expected)
+
+
+class Plan:
+    """Says what is worth drafting in one round, at one length of the target's cache.
+
+    It looks at what its planner knows now: what a drafter expects counts from the moment it says so.
+    """
+
+    def __init__(self, planner: Planner, context: int) -> None:
+        self.context = context
+        self._most, self._target, self._rounds = planner.most, planner.target, planner.rounds
 
     @property
     def rows_at_most(self) -> int:
-        """Rows of the next tree at most: a first pass is plain, and no tree is far larger than those whose cost is
-        known."""
-        if self.fixed:
-            return self.most + 1
-        return self.target.fitting(min(self.most + 1, 1 + 2 * self.target.largest))
+        """Rows of the tree at most: a first pass is plain, and no tree is far larger than those whose cost is known."""
+        return self._target.fitting(min(self._most + 1, 1 + 2 * self._target.largest))
 
-    def draft_ms(self, rows: int, context: int) -> float:
-        """What a draft pass costs; no less than a plain pass of the target as long as none was measured."""
-        return self.draft(rows, context) if self.draft.measured else self.target(rows, self.context)
+    def longest_chain(self, budget: int, width: int) -> int:
+        """Returns the guesses of a chain at most, in a tree of up to `budget` nodes with `width` guesses a node."""
+        return budget - 1
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give.
-
-        What drafters expect counts as EXPECTED_ROUNDS rounds beside the latest: weighed against plain decoding alone,
-        the first trees would hold guesses that do not pay. It never fades; where it did, texts were written 1 % slower.
-        """
-        plain = self.target(1, self.context) + self._overhead_ms
-        if not plain:
-            return 0.0
-        expected = EXPECTED_ROUNDS * plain if self._expected_rate else 0.0
-        rounds = (self._tokens + expected * self._expected_rate) / max(self._ms + expected, SHORTEST)
-        return max(1 / plain, rounds)
+        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give."""
+        return self._rounds.rate(self.target_ms(1))
 
     def expect_rate(self, rate: float) -> None:
-        """A drafter expects to write so many tokens per millisecond."""
-        self._expected_rate = rate
+        """Takes in that the drafter expects to write so many tokens per millisecond."""
+        self._rounds.expected_rate = rate
 
-    def worth(self, chance: float, ms: float) -> bool:
-        """Whether a node that is emitted with this chance pays for its milliseconds."""
-        return self.fixed or chance > self.rate * ms
+    def token_ms(self, chance: float) -> float:
+        """Returns the milliseconds that a token takes at the present rate, times this chance; without bound before any
+        rate is known."""
+        rate = self.rate
+        return chance / rate if rate else math.inf
 
-    def worth_row(self, chance: float, rows: int) -> bool:
-        """`worth` for a node that only makes the verify pass, `rows` so far, one row longer."""
-        return self.gain_ms(chance, rows) > 0
+    def target_ms(self, rows: int) -> float:
+        """Returns what a verify pass of so many rows costs; 0 before any was measured."""
+        return self._target(rows, self.context)
+
+    def row_ms(self, rows: int) -> float:
+        """Returns what one more row costs in a verify pass of `rows`."""
+        return self._target.row_ms(rows, self.context)
+
+    def shared_row_ms(self, rows: int) -> float:
+        """Returns the same where a pass is padded: the next shape's cost, shared by all rows that have room in it."""
+        return self.row_ms(rows) / (self._target.padded(rows + 1) - rows)
+
+    def draft_ms(self, cost: PassCost, rows: int, keys: int) -> float:
+        """Returns what a draft pass costs; as long as none was measured, as much as one of the target."""
+        return cost(rows, keys) if cost.measured else self.target_ms(rows)
 
     def gain_ms(self, chance: float, rows: int) -> float:
-        """Milliseconds that such a node saves; without bound where nothing is known to cost any.
+        """Returns the milliseconds that a node saves which is emitted with this chance, and only makes the verify pass,
+        `rows` so far, one row longer; without bound where nothing is known to cost any.
 
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.
         """
-        if self.fixed:
-            return float("inf")
         return self.token_ms(chance) - self.shared_row_ms(rows)
 
-    def token_ms(self, chance: float) -> float:
-        """Milliseconds that a token takes at the present rate, times this chance; without bound before any is known."""
-        rate = self.rate
-        return chance / rate if rate else float("inf")
+    def worth(self, tokens: float, ms: float, instead_ms: float = 0.0) -> bool:
+        """Returns whether so many expected tokens pay for their milliseconds.
+
+        instead_ms: milliseconds that would be saved without them, and are not if they are drafted.
+        """
+        return self.token_ms(tokens) - ms > instead_ms
 
     def rows_paid(self, chances: Sequence[float], first: int) -> int:
-        """How many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay for.
+        """Returns how many rows of a tree to verify: the first ones in any case, and as many shapes as their rows pay
+        for.
 
         chances: of all its nodes, in order.
         """
         count = len(chances)
-        while count > first and not self.fixed:
-            before = max(first, self.target.fitting(count - 1))
-            ms = self.target(count, self.context) - self.target(before, self.context)
-            if self.worth(sum(chances[before:count]), ms):
+        while count > first:
+            before = max(first, self._target.fitting(count - 1))
+            if self.worth(sum(chances[before:count]), self.target_ms(count) - self.target_ms(before)):
                 break
             count = before
         return count
 
-    def row_ms(self, rows: int) -> float:
-        """What one more row costs in a verify pass of `rows`."""
-        return self.target(rows + 1, self.context) - self.target(rows, self.context)
-
-    def shared_row_ms(self, rows: int) -> float:
-        """The same where a pass is padded: the next shape's cost, shared by all rows that have room in it."""
-        return self.row_ms(rows) / (self.target.padded(rows + 1) - rows)
-
     def best_rate(self, chance: float, draft_ms: float) -> float:
-        """Tokens per millisecond of a chain whose every guess is right with this chance, at the best length."""
-        best, tokens = 1 / max(self.target(1, self.context) + self._overhead_ms, 1e-9), 1.0
-        for length in range(1, min(LONGEST_CHAIN, self.most) + 1):
+        """Returns the tokens per millisecond of a chain of the best length, whose every guess is right with this chance
+        and takes a draft pass of `draft_ms`."""
+        overhead_ms = self._rounds.overhead_ms
+        best, tokens = 1 / max(self.target_ms(1) + overhead_ms, 1e-9), 1.0
+        for length in range(1, min(LONGEST_CHAIN, self._most) + 1):
             tokens += chance**length
-            ms = length * draft_ms + self.target(length + 1, self.context) + self._overhead_ms
-            best = max(best, tokens / ms)
+            best = max(best, tokens / (length * draft_ms + self.target_ms(length + 1) + overhead_ms))
         return best
 
     def may_probe(self, ms: float, kind: str = "draft") -> bool:
-        """Whether a guess that does not look worth it may be tried all the same, to learn whether it still is not.
-
-        Probes of each kind take PROBES of all time, and a few are free at the beginning."""
-        spent = self._probe_ms.get(kind, 0.0)
-        if spent + ms > PROBES * self._total_ms + FREE_PROBES * ms:
-            return False
-        self._probe_ms[kind] = spent + ms
-        return True
-
-    def observe(self, rows: int, tokens: int, phase_ms: Mapping[str, float]) -> None:
-        """One round: rows verified, tokens it gave, milliseconds of its phases. A verification of NaN milliseconds (see
-        `PassCost.observe`) counts as what it should have taken."""
-        draft, verify, *others = self._times(np.array([phase_ms[phase] for phase in PHASES])).tolist()
-        self.target.observe(rows, self.context, verify)
-        verify_ms = self.target(rows, self.context)
-        other_ms = sum(others)
-        self._total_ms += draft + (verify_ms if math.isnan(verify) else verify) + other_ms
-        self._overhead_ms += (min(verify_ms, other_ms) - self._overhead_ms) / 32
-        keep = 1 - 1 / ROUNDS
-        self._tokens = self._tokens * keep + tokens
-        self._ms = self._ms * keep + min(draft, 4 * verify_ms) + verify_ms + self._overhead_ms
+        """Returns whether a guess that does not look worth it may be tried all the same, and counts it if so; see
+        `Rounds.may_probe`."""
+        return self._rounds.may_probe(ms, kind)
 
     def explain(self, rows: int) -> dict[str, float]:
-        """What a line of the trace says of the plan: tokens per second aimed at, and what the passes should cost."""
+        """Returns what a line of the trace says of the plan: tokens per second aimed at, and what passes should
+        cost."""
         return {
             "tokens_per_s": round(1e3 * self.rate, 3),
-            "verify_ms": round(self.target(rows, self.context), 3),
-            "plain_ms": round(self.target(1, self.context), 3),
+            "verify_ms": round(self.target_ms(rows), 3),
+            "plain_ms": round(self.target_ms(1), 3),
             "next_row_ms": round(self.row_ms(rows), 3),
         }
 
 
+class FixedPlanner(Planner):
+    """Has `most` nodes drafted in every round, whatever they cost, as sweeps and tests ask for."""
+
+    def at(self, context: int) -> FixedPlan:
+        return FixedPlan(self, context)
+
+
+class FixedPlan(Plan):
+    """The plan of a round in which every node is worth it."""
+
+    @property
+    def rows_at_most(self) -> int:
+        return self._most + 1
+
+    def longest_chain(self, budget: int, width: int) -> int:
+        """Leaves room in the tree for the runners-up of every guess."""
+        return (budget - 1) // width
+
+    def gain_ms(self, chance: float, rows: int) -> float:
+        return math.inf
+
+    def worth(self, tokens: float, ms: float, instead_ms: float = 0.0) -> bool:
+        return True
+
+    def rows_paid(self, chances: Sequence[float], first: int) -> int:
+        return len(chances)
+
+
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
-PROBES = 0.01
-FREE_PROBES = 8
-ROUNDS = 48  # rounds after which one counts 1/e in the rate
-EXPECTED_ROUNDS = 8  # rounds

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tokenswift_py import registry
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
-from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.decoding.passes import Timer
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
+from tokenswift_py.sampling.grammar import Follower
 from tokenswift_py.text import special_ids
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ def decode_loop(
             chosen = for_run(options, Resources(loaded.checkpoint, run.second_model))
     if loaded.executor.ranks.world > 1:
         loaded.executor.ranks.agree("the draft heads", chosen.alike())
-    eos = loaded.checkpoint.eos
+    eos = loaded.ends(options)
     first_end = len(run.prompt) + options.min_new_tokens
     vocab, special = loaded.checkpoint.spec.vocab_size, special_ids(loaded.tokenizer)
     eviction = eviction_of(options, loaded.executor.ranks)
@@ -46,6 +50,7 @@ def decode_loop(
     decode = partial(loaded.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
     sampler = loaded.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
+    sampler.grammar = Follower(run.grammar) if run.grammar else None
     return DecodeLoop(
         loaded.executor.model(run.rope),
         chosen,
@@ -63,7 +68,9 @@ def decode_loop(
         ),
         run.turns,
         options.draft_tokens,
-        want_logprobs=options.logprobs,
+        want_logprobs=options.logprobs is not None,
+        top_logprobs=options.logprobs or 0,
+        prompt_logprobs=options.prompt_logprobs,
         draft_model=loaded.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
         if chosen.runs_target
         else None,
@@ -74,6 +81,22 @@ def decode_loop(
         timer=timer,
         **chunk,
     )
+
+
+def prompt_rows(loaded: LoadedModel, run: Run) -> KVCache | None:
+    """A cache with the rows of the prompt but the last, which a drafter sees, and room for one fork of it that goes on;
+    None where there is little to share."""
+    shared, options = len(run.prompt) - SEEN_ROWS, run.options
+    alone = loaded.executor.ranks.world > 1 or options.kv_budget is not None or options.prompt_logprobs is not None
+    if shared < PAGE_SIZE or alone:
+        return None
+    pool = loaded.executor.model(run.rope).new_pool(pages_for(shared) + pages_for(run.context))
+    plain = replace(run, options=replace(options, drafter="none", draft_heads=None))
+    loop = decode_loop(loaded, plain, cache=KVCache(pool, run.context))
+    loop.history.extend(run.prompt)
+    while loop.cache.length < shared:
+        loop.read(min(loop.prefill_chunk, shared - loop.cache.length), [], seen=False)
+    return loop.cache
 
 
 def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:

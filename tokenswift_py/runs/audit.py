@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tokenswift_py.decoding.history import History
-from tokenswift_py.decoding.loop import ReplayError
+from tokenswift_py.decoding.step import ReplayError
 from tokenswift_py.errors import UserError, check, one_line
 from tokenswift_py.runs import contract, journal
 from tokenswift_py.runs.journal import Record

@@ -34,7 +34,7 @@ def baseline(loaded: LoadedModel, stream: Stream) -> Result:
         size = loaded.kv_bytes(kept, reads_bounds(run.options.kv_policy)) // loaded.executor.ranks.world
         with loaded.executor.ranks.same_fate():
             check_memory(size, loaded.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
-    options = replace(run.options, drafter="none", trace=None)
+    options = replace(run.options, drafter="none", trace=None, logprobs=None, prompt_logprobs=None)
     if options.on_loop == "warn":  # the stream has warned already
         options = replace(options, on_loop="ignore")
     with Stream(loaded, replace(run, options=options), cache) as plain:

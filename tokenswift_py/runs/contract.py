@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name, sha256
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.errors import check
-from tokenswift_py.options import described_options
+from tokenswift_py.options import LANGUAGES, described_options
 from tokenswift_py.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def header(
         "eos": list(loaded.checkpoint.eos),
         "numerics": numerics,
         "guarantee": guarantee,
+        **({"grammar": loaded.vocabulary.version} if any(parameters[name] for name in LANGUAGES) else {}),
         "parameters": parameters,
         "prompt": prompt,
     }
@@ -57,8 +58,9 @@ def check_same(recorded: Mapping[str, Any], now: Mapping[str, Any], numerics: bo
     for name in (*theirs, *(name for name in ours if name not in theirs)):
         then = theirs.get(name)
         check(ours.get(name) == then, f"model: {name}", ours.get(name), f"the run was written with {then!r} (SHA-256)")
-    for name in ("tokenizer", "eos", *(("numerics",) if numerics else ())):
-        check(now[name] == recorded[name], name, now[name], f"the run was written with {recorded[name]!r}")
+    for name in ("tokenizer", "eos", *(("numerics", "grammar") if numerics else ())):
+        then = recorded.get(name)
+        check(now.get(name) == then, name, now.get(name), f"the run was written with {then!r}")
     for name, value in recorded["parameters"].items():
         if name not in (*SPEED_ONLY, "max_new_tokens"):
             check_parameter(name, now["parameters"].get(name), value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,12 +12,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenswift_py.core import Likeliest
+
 if TYPE_CHECKING:
     from tokenswift_py.runs.result import Result
 
 
 def save_text(folder: Path, text: str) -> None:
     put(folder / "text.txt", text.encode())
+
+
+def save_logprobs(folder: Path, prompt: Sequence[int], result: Result) -> None:
+    """A JSON line for each token whose log-probability was asked for: its absolute position, its id, and the likeliest
+    tokens there. Nothing where none was."""
+    lines = []
+    if result.prompt_logprobs is not None:
+        for place, found in enumerate(result.prompt_logprobs):
+            lines += [] if found is None else [logprob_line(place, prompt[place], *found)]
+    if result.logprobs is not None:
+        likely = result.top_logprobs or [()] * len(result.logprobs)
+        inside = {place for span in result.forced for place in range(*span)}
+        places = [place for place in range(len(result.tokens)) if place not in inside]
+        for place, logprob, top in zip(places, result.logprobs, likely, strict=True):
+            lines.append(logprob_line(len(prompt) + place, result.tokens[place], logprob, top))
+    if result.prompt_logprobs is not None or result.logprobs is not None:
+        put(folder / "logprobs.jsonl", "".join(lines).encode())
+
+
+def logprob_line(position: int, token: int, logprob: float, likely: Likeliest) -> str:
+    top = [[other, value if math.isfinite(value) else None] for other, value in likely]
+    value = logprob if math.isfinite(logprob) else None
+    return json.dumps({"position": position, "token": token, "logprob": value, "top": top}) + "\n"
 
 
 def save_tokens(folder: Path, tokens: Sequence[int]) -> None:

@@ -16,9 +16,10 @@ from tokenswift_py.errors import UserError, about, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
-from tokenswift_py.options import CHECKPOINT_DEFAULTS, POLICIES, Options
+from tokenswift_py.options import FILLED, POLICIES, Options
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Record
+from tokenswift_py.sampling.grammar import Grammar, schema_text
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
@@ -34,6 +35,7 @@ class Run:
 
     second_model: arguments for a drafter that has a second model.
     stop_tokens: ids of the tokens that end the text as stop strings do.
+    grammar: what each chapter of the text must be.
     """
 
     options: Options
@@ -44,13 +46,16 @@ class Run:
     rope: RopeTables
     second_model: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Returns the keyword arguments of `generate` that write this text again, defaults and seed filled in."""
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
         options |= {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
-        filled = {name: getattr(self.sampling, name) for name in (*CHECKPOINT_DEFAULTS, "seed")}
+        filled = {name: getattr(self.sampling, name) for name in FILLED}
         filled["ban"] = list(self.sampling.ban if self.options.ban is None else self.options.ban)
+        words = self.sampling.ban_words if self.options.ban_words is None else self.options.ban_words
+        filled["ban_words"] = [word if isinstance(word, str) else list(word) for word in words]
         processors = [type(processor).__name__ for processor in self.options.logits_processors]
         bias = {str(token): value for token, value in self.sampling.logit_bias.items()}
         positions = {
@@ -62,18 +67,23 @@ class Run:
         return {**options, **filled, **positions, "logits_processors": processors, "logit_bias": bias}
 
 
-def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool = False) -> Run:
+def prepare(
+    loaded: LoadedModel, prompt: Prompt, options: Options, recorded: bool = False, in_pool: bool = False
+) -> Run:
     """Checks everything that can be checked before any work, and makes the run. Raises UserError.
 
+    recorded: the prompt is the token ids that a journal has.
     in_pool: the text's pages come from a pool that is there already, so that no memory is asked for.
     """
     tokenizer, checkpoint = loaded.tokenizer, loaded.checkpoint
-    tokens = prompt_tokens(tokenizer, prompt, options.raw)
+    tokens = list(map(int, prompt)) if recorded else prompt_tokens(tokenizer, prompt, options.chat)  # type: ignore[arg-type]
     check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
-    turns = [turn_tokens(tokenizer, request, checkpoint.eos, options.raw) for request in options.chapters]
+    ends = loaded.ends(options)
+    turns = [turn_tokens(tokenizer, request, ends, options.chat) for request in options.chapters]
     highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
     check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
     sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
+    grammar = Grammar(*options.language, loaded.vocabulary) if options.language else None
     needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
     context = options.context or needed
     parts = f"prompt ({len(tokens)})" + (f" + turns ({needed - len(tokens) - options.max_new_tokens})" if turns else "")
@@ -97,7 +107,7 @@ def prepare(loaded: LoadedModel, prompt: Prompt, options: Options, in_pool: bool
     if rope.note and not in_pool:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}
-    return Run(options, tokens, turns, sampling, context, rope, drafting, stops)
+    return Run(options, tokens, turns, sampling, context, rope, drafting, stops, grammar)
 
 
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
@@ -105,7 +115,12 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
     if "positions" not in recorded:  # the run began before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
+    if "special" not in recorded:  # begun before names of control tokens were text and these defaults were known
+        earlier = {name: getattr(SamplingParams, name) for name in FILLED}
+        recorded = {**earlier, "ban_words": [], "special": True, **recorded}
     settings |= resolved_positions(loaded, settings, recorded)
+    if settings.get("json_schema") is not None:
+        settings["json_schema"] = schema_text(settings["json_schema"])  # as it is recorded
     processors = settings.pop("logits_processors", ())
     check_processors(processors)
     names = [type(processor).__name__ for processor in processors]
@@ -114,7 +129,7 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
         if name in recorded and name not in contract.SPEED_ONLY:
             contract.check_parameter(name, value, recorded[name])
     options = Options.of(**{**recorded, **settings, "logits_processors": processors})
-    run = prepare(loaded, record.header["prompt"], options, in_pool)
+    run = prepare(loaded, record.header["prompt"], options, recorded=True, in_pool=in_pool)
     outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
     room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens

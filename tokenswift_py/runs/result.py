@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tokenswift_py.core import Likeliest
 from tokenswift_py.decoding.statistics import GenerationStats
 
 
@@ -19,6 +20,7 @@ class Piece:
     forced: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[Likeliest, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Result:
     text:     the text that the model wrote, with an empty line between chapters.
     tokens:   every token behind the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
-    logprobs: log-probabilities of the chosen tokens, when asked for.
+    logprobs: log-probabilities of the chosen tokens, when asked for; top_logprobs: and of the likeliest tokens in the
+              place of each.
+    prompt_logprobs: of the prompt's tokens, None first, which stands behind nothing; each with the likeliest there.
     ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """
@@ -40,6 +44,8 @@ class Result:
     ending: str
     stats: GenerationStats
     report: dict[str, Any]
+    top_logprobs: list[Likeliest] | None = None
+    prompt_logprobs: list[tuple[float, Likeliest] | None] | None = None
 
     @property
     def chosen(self) -> list[int]:

@@ -9,10 +9,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from tokenswift_py.core import Output
-from tokenswift_py.decoding.loop import Step
+from tokenswift_py.core import Likeliest, Output
 from tokenswift_py.decoding.passes import Pass, Timer, compute
 from tokenswift_py.decoding.statistics import GenerationStats
+from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import ChapterText
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
@@ -51,7 +51,7 @@ class Stream:
         self._joiner = self._new_joiner()
         self._text: list[str] = []
         self.forced: list[tuple[int, int]] = []
-        self._logprobs: list[float] = []
+        self._logprobs: dict[int, tuple[float, Likeliest]] = {}  # by position
         self.ending = "interrupted"
 
     def __iter__(self) -> Iterator[Piece]:
@@ -115,7 +115,7 @@ class Stream:
     def _restore(self, progress: Callable[[int], None]) -> None:
         """Loads a snapshot's rows before the pending token, except one at least, which is left to be computed."""
         loop, stop = self.loop, len(self.loop.history) - 2
-        if self.journal is not None and loop.eviction is None and not loop.sampler.stateful:
+        if self.journal is not None and loop.eviction is None and not loop.sampler.stateful and not loop.unknown:
             folder = self.journal.record.path.parent
             tokens = loop.history.tokens
             snapshot.load(folder, loop.cache, tokens, self.numerics, stop, progress, loop.ranks)
@@ -156,15 +156,30 @@ class Stream:
     def result(self) -> Result:
         """Returns the text so far. Its `ending` is "interrupted" unless something ended it."""
         text = self.text + (self._joiner.finish() if self._joiner else "")
-        logprobs = list(self._logprobs) if self.run.options.logprobs else None
         tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
-        result = Result(text, tokens, forced, logprobs, self.ending, stats, {})
+        fields = {"logprobs": None, **self.logprobs()}
+        result = Result(text, tokens, forced, ending=self.ending, stats=stats, report={}, **fields)
         return replace(
             result,
             report=report.of_run(
                 self.loaded, self.run, self.loop, result, self.numerics, self.guarantee, self.recorded
             ),
         )
+
+    def logprobs(self) -> dict[str, Any]:
+        """Those fields of the result; of a text that was replayed only, none."""
+        options, start, known = self.run.options, len(self.run.prompt), {**self.loop.known, **self._logprobs}
+        fields: dict[str, Any] = {}
+        if options.logprobs is not None:
+            inside = {start + place for span in self.forced for place in range(*span)}
+            chosen = [known.get(p) for p in range(start, start + len(self.tokens)) if p not in inside]
+            whole = [found for found in chosen if found is not None]
+            if len(whole) == len(chosen):
+                fields["logprobs"] = [logprob for logprob, _ in whole]
+                fields["top_logprobs"] = [likely for _, likely in whole] if options.logprobs else None
+        if options.prompt_logprobs is not None and all(place in known for place in range(1, start)):
+            fields["prompt_logprobs"] = [None, *(known[place] for place in range(1, start))]
+        return fields
 
     @property
     def stats(self) -> GenerationStats:
@@ -197,15 +212,17 @@ class Stream:
             self._joiner = self._new_joiner()
         assert self._joiner is not None
         by_token = step.ending == "stop" and step.tokens[-1] in self.run.stop_tokens
-        told = step.tokens[:-1] if by_token else step.tokens
+        told = step.tokens[:-1] if by_token and not self.run.options.keep_stop else step.tokens
         text += self._joiner.push(told, stopped=step.ending == "stop" and not by_token)
         self._text.append(text)
         self.tokens.extend(step.tokens)
         if self.journal is not None:
             self.journal.append(step.tokens, forced)
-        self._logprobs.extend(step.logprobs or ())
+        first = len(self.run.prompt) + len(self.tokens) - len(step.tokens)
+        for place, logprob in enumerate(step.logprobs or ()):
+            self._logprobs[first + place] = logprob, step.top_logprobs[place] if step.top_logprobs else ()
         self.ending = "interrupted" if step.ending == "eos" and self.loop.goes_on else step.ending or "interrupted"
-        return Piece(step.tokens, forced, text, step.logprobs)
+        return Piece(step.tokens, forced, text, step.logprobs, step.top_logprobs)
 
     def finish(self) -> str:
         """Closes the journal and the trace; the last characters of the text, which waited for more bytes."""
@@ -224,4 +241,4 @@ class Stream:
 
     def _new_joiner(self) -> ChapterText | None:
         before = [*self.run.prompt, *self.tokens] if self.loaded.goes_on(self.run.options) else ()
-        return ChapterText(self.loaded.tokenizer, self.run.options.stop, before)
+        return ChapterText(self.loaded.tokenizer, self.run.options.stop, before, self.run.options.keep_stop)

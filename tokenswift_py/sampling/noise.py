@@ -16,6 +16,7 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 TOKEN_DOMAIN = 0  # choosing tokens; other uses of the generator take other domains
+XTC_DOMAIN = 1  # whether XTC acts at a position
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -79,6 +80,11 @@ def gumbel(seed: int, position: int, tokens: npt.NDArray[Any], stream: int = 0, 
     x = words[at, tokens % 4]
     u = (x.astype(np.float64) + 0.5) * 2.0**-32
     return -log(-log(u))
+
+
+def coin(seed: int, position: int, stream: int, domain: int) -> float:
+    """One u for a position: of the first word of its first block."""
+    return (float(philox((position, 0, stream, domain), seed)[0]) + 0.5) * 2.0**-32
 
 
 HIGHEST = float(-log(-log((2.0**32 - 0.5) * 2.0**-32)))

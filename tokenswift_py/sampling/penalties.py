@@ -3,6 +3,8 @@ tree node is judged by the committed history plus its own ancestors (law 5)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +22,38 @@ def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta:
     recent = np.unique(tokens[-window:])
     values = scores[recent]
     scores[recent] = np.where(values > 0, values / theta, values * theta)
+
+
+def count_penalty(scores: npt.NDArray[np.float64], written: IntArray, frequency: float, presence: float) -> None:
+    """Subtract frequency * count and then presence from the scores of the tokens in `written`, in place.
+
+    Source: OpenAI's API reference, as in vLLM: of the tokens that the model wrote, not of the prompt.
+    """
+    tokens, counts = np.unique(written, return_counts=True)
+    if frequency:
+        scores[tokens] -= frequency * counts
+    if presence:
+        scores[tokens] -= presence
+
+
+def repeated_ngrams(tokens: IntArray, size: int) -> IntArray:
+    """Tokens behind which a sequence of `size` tokens would stand in the text a second time, some of them twice."""
+    before = size - 1
+    if len(tokens) < size:
+        return np.zeros(0, np.int32)
+    same = np.ones(len(tokens) - before, np.bool_)
+    for back in range(before):
+        same &= tokens[before - 1 - back : len(tokens) - 1 - back] == tokens[len(tokens) - 1 - back]
+    return tokens[before:][same]
+
+
+def finished_words(tokens: IntArray, words: Sequence[Sequence[int]]) -> list[int]:
+    """The last tokens of those words whose others are what the text ends with."""
+    return [word[-1] for word in words if len(word) - 1 <= len(tokens) and ends_with(tokens, word[:-1])]
+
+
+def ends_with(tokens: IntArray, end: Sequence[int]) -> bool:
+    return not end or tokens[-len(end) :].tolist() == list(end)
 
 
 def dry_matches(tokens: IntArray, shortest: int, breakers: IntArray) -> tuple[IntArray, IntArray]:

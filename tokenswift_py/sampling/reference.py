@@ -8,12 +8,17 @@ This class is the reference, `NativeSampler` and `TritonSampler` choose the same
     smallest normal number counts as what it is.
  2. A logit of -inf excludes its token. A row with a NaN or +inf in it, or of -inf alone, is a `NumericsError`, whatever
     is banned; so is a row of which bans or processors leave nothing.
- 3. Penalty, DRY, bias, bans, then processors, in this order. -0 is 0: multiplied by a penalty, as what is not positive.
+ 3. A grammar excludes tokens. Repetition penalty, contextual penalty, frequency, presence, DRY, bias, bans (tokens,
+    n-grams, words, ends), then processors follow, in this order. -0 is 0: multiplied by a penalty, as what is not
+    positive. Repetition penalty, n-grams and words see the whole text, prompt and forced turns too; frequency and
+    presence the model's own tokens alone.
  4. A temperature below 1e-5 is greedy (`core.GREEDY_BELOW`, where parameters are made): the largest processed logit.
- 5. Else processed logits are divided by the temperature, and top-k, top-p and min-p, in this order, each set a floor,
-    under which tokens are out. A token whose quotient equals the floor stays, so that ties stay or go together: top-k
-    keeps more than k where several are equal to the k-th.
- 6. Noise is added to what stays, and the largest sum wins. -0 and 0 are equal; of equals the lowest id wins.
+ 5. Else processed logits are divided by the temperature, and top-n-sigma, top-k, top-p and min-p, in this order, each
+    set a floor, under which tokens are out. A token whose quotient equals the floor stays, so that ties stay or go
+    together: top-k keeps more than k where several are equal to the k-th.
+ 6. Typical-p leaves out more, and then XTC, where the coin of the position says so; each takes what is left for all
+    there is. Ties stay or go together here too.
+ 7. Noise is added to what stays, and the largest sum wins. -0 and 0 are equal; of equals the lowest id wins.
 """
 
 from __future__ import annotations
@@ -27,18 +32,24 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.core import DraftTree, SamplingParams
+from tokenswift_py.core import DraftTree, IntArray, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import NumericsError as NumericsError
 from tokenswift_py.errors import check
 from tokenswift_py.sampling import noise
-from tokenswift_py.sampling.penalties import contextual_penalty, dry_penalty, dry_powers
+from tokenswift_py.sampling.filters import NEGLIGIBLE, nucleus_floor, sigma_floor, typical_excess, xtc_ceiling
+from tokenswift_py.sampling.grammar import Follower
+from tokenswift_py.sampling.penalties import (
+    contextual_penalty,
+    count_penalty,
+    dry_penalty,
+    dry_powers,
+    finished_words,
+    repeated_ngrams,
+)
 from tokenswift_py.sampling.processors import LARGEST, apply_processors, is_pure
 
 Doubles = npt.NDArray[np.float64]
-
-MASS_BITS = 40  # probabilities relative to the best are summed as integers of this many bits
-NEGLIGIBLE = -28.0  # e^-28 < 2^-40: such a token has no mass
 
 
 class Sampler:
@@ -48,6 +59,7 @@ class Sampler:
     chapter_tokens: nor before a chapter has so many.
     processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
                     penalties and before the temperature: once for each token of the text, in its order (processors.py).
+    grammar:        what the text must be; set before the first choice. It follows the history, so drafters share it.
     """
 
     def __init__(
@@ -63,13 +75,17 @@ class Sampler:
             ("ban", params.ban),
             ("logit_bias", params.logit_bias),
             ("dry_breakers", params.dry_breakers),
+            ("ban_words", [token for word in params.ban_words for token in word]),
         ):
             for token in ids:
                 check(0 <= token < vocab_size, name, token, f"token ids are 0 to {vocab_size - 1}")
         self.params = params
+        self.vocab_size = vocab_size
         self.first_end = first_end
         self.chapter_tokens = chapter_tokens
         self._chapters: list[int] = []
+        self.grammar: Follower | None = None
+        self._forced: list[tuple[int, int]] = []  # [start, stop) of what was put into the text, the prompt first
         self.processors = tuple(processors)
         self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
@@ -93,15 +109,31 @@ class Sampler:
         guesser.processors = tuple(processor for processor in self.processors if is_pure(processor))
         return guesser
 
-    def begin_chapter(self, position: int) -> None:
-        """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
+    def begin_chapter(self, position: int, forced: int = 0) -> None:
+        """A chapter's own text begins at absolute `position`, behind those of the chapters before it. The `forced`
+        tokens before it were put there: the prompt, or a turn."""
         self._chapters.append(position)
+        if self.grammar is not None:
+            self.grammar.begin_chapter(position)
+        self._forced.append((position - forced, position))
+
+    def written(self, tokens: IntArray) -> IntArray:
+        """Those of the text's tokens that the model chose."""
+        starts = [0, *(stop for _, stop in self._forced)]
+        stops = [*(start for start, _ in self._forced), len(tokens)]
+        parts = [tokens[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts])
 
     def may_end_from(self, position: int) -> int:
         """The position from which on the chapter that `position` lies in may end."""
         chapter = bisect_right(self._chapters, position)
         begun = self._chapters[chapter - 1] + self.chapter_tokens if chapter else 0
         return max(self.first_end, begun)
+
+    def forced(self, history: History) -> int | None:
+        """The only token that the grammar allows at position len(history), if there is but one: it will be chosen,
+        unless nothing can be."""
+        return None if self.grammar is None else self.grammar.forced(history)
 
     def choose(self, logits: torch.Tensor, history: History) -> int:
         """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
@@ -127,7 +159,7 @@ class Sampler:
         if self.params.temperature == 0:
             return best(scores, np.arange(len(scores)), min(count, int((scores > -np.inf).sum()) if count > 1 else 1))
         scores = self.divided(scores)
-        tokens = self.candidates(scores, count)
+        tokens = self.candidates(scores, count, position)
         perturbed = scores[tokens] + noise.gumbel(self.params.seed, position, tokens, self.params.stream)
         return best(perturbed, tokens, count)
 
@@ -137,16 +169,27 @@ class Sampler:
         scores = logits.detach().to("cpu", torch.float64, copy=True).numpy()
         if not -np.inf < scores.max() <= LARGEST:
             raise NumericsError(f"the model's logits for position {len(history)} are not finite")
+        if self.grammar is not None:
+            scores[self.grammar.outside(history)] = -np.inf
+        if params.repetition_penalty != 1:
+            contextual_penalty(scores, history.tokens, params.repetition_penalty, len(history) + 1)
         if params.penalty != 1:
             contextual_penalty(scores, history.tokens, params.penalty, params.penalty_window)
+        if params.frequency_penalty or params.presence_penalty:
+            count_penalty(scores, self.written(history.tokens), params.frequency_penalty, params.presence_penalty)
         if params.dry_multiplier > 0:
             dry_penalty(scores, history.tokens, params.dry_length, self._powers, self._breakers)
         scores[self._bias_ids] += self._bias
         scores[self._ban] = -np.inf
+        if params.no_repeat_ngram_size:
+            scores[repeated_ngrams(history.tokens, params.no_repeat_ngram_size)] = -np.inf
+        if params.ban_words:
+            scores[finished_words(history.tokens, params.ban_words)] = -np.inf
         if len(history) < self.may_end_from(len(history)):
             scores[self._eos] = -np.inf
         if scores.max() == -np.inf:
-            raise NumericsError(f"no token is left to choose from at position {len(history)}")
+            beside = " beside what the grammar excludes" if self.grammar is not None else ""
+            raise NumericsError(f"no token is left to choose from at position {len(history)}{beside}")
         return apply_processors(self.processors, history.tokens, scores)
 
     def divided(self, scores: Doubles) -> Doubles:
@@ -155,15 +198,31 @@ class Sampler:
             return np.asarray(scores / self.params.temperature)
 
     def floor(self, scores: Doubles) -> float:
-        """The least score that survives top-k, top-p and min-p. scores: [vocab_size], divided by the temperature."""
+        """The least score that survives top-n-sigma, top-k, top-p and min-p. scores: [vocab_size], divided by the
+        temperature."""
         params, top = self.params, scores.max()
-        floor = -np.inf
+        floor = sigma_floor(scores, params.top_n_sigma) if params.top_n_sigma > 0 else -np.inf
         if 0 < params.top_k < len(scores):
-            floor = np.partition(scores, -params.top_k)[-params.top_k]
+            floor = max(floor, np.partition(scores, -params.top_k)[-params.top_k])
         if params.top_p < 1:
             massive = scores[scores >= max(floor, top + NEGLIGIBLE)]
             floor = max(floor, nucleus_floor(massive, params.top_p))
         return float(max(floor, top + self._log_min_p))
+
+    def excess(self, scores: Doubles, floor: float, position: int) -> Doubles:
+        """[vocab_size] how far a score is outside of what survives every filter: at most 0 where it does. floor: of
+        those that set one."""
+        params, outside, live = self.params, np.full(len(scores), np.inf), scores > -np.inf
+        outside[live] = floor - scores[live]
+        kept = np.flatnonzero(outside <= 0)
+        beyond = np.zeros(len(kept))
+        if params.typical_p < 1:
+            beyond = typical_excess(scores[kept], params.typical_p)
+            outside[kept] = np.maximum(outside[kept], beyond)
+            kept = kept[beyond <= 0]
+        if noise.coin(params.seed, position, params.stream, noise.XTC_DOMAIN) < params.xtc_probability:
+            outside[kept] = np.maximum(outside[kept], scores[kept] - xtc_ceiling(scores[kept], params.xtc_threshold))
+        return np.asarray(outside)
 
     def judge(self, logits: torch.Tensor, history: History, token: int) -> tuple[int, float, float]:
         """The choice, and how far `token` is behind it (see `behind`). Processors are called once."""
@@ -179,7 +238,8 @@ class Sampler:
         margin: the choice's perturbed score minus the token's (greedy: processed logits).
         slack:  the least error of scores, divided by the temperature, that makes the token the choice: it lifts the
                 token over the floor of top-k, top-p and min-p, and every other token of a better perturbed score below
-                either that floor or the token. The floor itself is taken as it is.
+                either that floor or the token. The floor itself is taken as it is, and so are the edges of typical-p
+                and XTC, beyond which no other token is taken.
         """
         return self.trailing(self.process(logits, history), len(history), token)
 
@@ -191,41 +251,29 @@ class Sampler:
             floor = self.floor(scores)
             tokens = np.arange(len(scores))
             perturbed = scores + noise.gumbel(self.params.seed, position, tokens, self.params.stream)
+            if self.params.shaped:
+                excess = self.excess(scores, floor, position)
+                lead = perturbed[excess <= 0] - perturbed[token]
+                return float(lead.max()), float(max(lead.max(), excess[token]))
         allowed = scores >= max(floor, np.finfo(np.float64).min)
         lead = perturbed[allowed] - perturbed[token]
         slack = np.minimum(lead, scores[allowed] - floor).max()
         short = floor - scores[token] if floor > -np.inf else 0.0
         return float(lead.max()), float(max(slack, short))
 
-    def candidates(self, scores: Doubles, count: int = 1) -> npt.NDArray[np.int64]:
-        """Tokens that survive top-k, top-p and min-p, in this order, ascending.
+    def candidates(self, scores: Doubles, count: int = 1, position: int = 0) -> npt.NDArray[np.int64]:
+        """Tokens that survive the filters, ascending.
 
         scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count`
         are left out. Tokens of equal score stay or go together, so no order of summation matters.
         """
-        floor, top = self.floor(scores), scores.max()
+        floor = self.floor(scores)
+        if self.params.shaped:
+            scores, floor = np.where(self.excess(scores, floor, position) <= 0, scores, -np.inf), -np.inf
+        top = scores.max()
         reach = top if count == 1 else np.partition(scores, -min(count, len(scores)))[-min(count, len(scores))]
         hopeless = reach - (noise.HIGHEST - noise.LOWEST) - 1e-6
         return np.flatnonzero((scores >= floor) & (scores >= hopeless) & (scores > -np.inf))
-
-
-def nucleus_floor(scores: Doubles, top_p: float) -> float:
-    """The score of the last token of the nucleus: of the smallest set of best tokens with at least top_p of the mass.
-
-    scores: [n] > the best + NEGLIGIBLE. The row is never sorted as a whole: a growing head of it is, until that
-    holds the mass.
-    """
-    mass = np.floor(noise.exp(scores - scores.max()) * 2.0**MASS_BITS).astype(np.int64)
-    wanted = top_p * float(mass.sum())
-    head = 256
-    while True:
-        order = np.argpartition(mass, -head)[-head:] if head < len(mass) else np.arange(len(mass))
-        order = order[np.argsort(-mass[order], kind="stable")]
-        reached = np.searchsorted(np.cumsum(mass[order]).astype(np.float64), wanted)
-        if reached < len(order) or head >= len(mass):
-            smallest = mass[order[min(int(reached), len(order) - 1)]]
-            return float(scores[mass >= smallest].min())
-        head *= 8
 
 
 def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[tuple[int, float]]:
@@ -244,3 +292,9 @@ def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[tup
 def log_probability(logits: torch.Tensor, token: int) -> float:
     """Natural log of the model's own probability of a token, before penalties and temperature. logits: [vocab]."""
     return float(torch.log_softmax(logits.double(), -1)[token])
+
+
+def likeliest(logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` tokens of highest probability with its natural log, of equals the lowest id first."""
+    values = torch.log_softmax(logits.double(), -1).cpu().numpy()
+    return tuple(best(values, np.arange(len(values)), min(count, len(values)))) if count else ()

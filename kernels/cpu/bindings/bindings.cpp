@@ -28,6 +28,7 @@ using Ints = Array<const int32_t, 1>;
 using Table = Array<const float, 2>;
 // (positions of a block, shifts [blocks], trained distances)
 using ShiftArrays = std::tuple<int, Ints, int>;
+using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with a RoPE base of their own
 
 // (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
 using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
@@ -88,10 +89,38 @@ std::optional<nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>> page_copy(nb::handle
   return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(copy, {Pool::block_bytes(PageType::int8, pool.head_dim())}, self);
 }
 
-void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int layers, int heads, int kv_heads, int head_dim,
-                  float norm_eps, bool tied, bool qk_norm, std::vector<int> windows, const std::string& dtype,
+// layers: (window, which RoPE tables, whether it is a mixture) of each. experts: (count, chosen, columns, whether
+// shares sum to 1, columns of the shared one) or None.
+using LayerArgument = std::tuple<int, int, bool>;
+using ExpertsArgument = std::optional<std::tuple<int, int, int, bool, int>>;
+
+void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int heads, int kv_heads, int head_dim, float norm_eps,
+                  bool tied, bool qk_norm, const std::vector<LayerArgument>& layers, const ExpertsArgument& experts,
+                  bool post_norms, bool gelu, float embedding_scale, const std::string& dtype,
                   std::shared_ptr<Team> team) {
-  const Shape shape{vocab, hidden, ffn, layers, heads, kv_heads, head_dim, norm_eps, tied, qk_norm, windows};
+  Shape shape;
+  shape.vocab = vocab;
+  shape.hidden = hidden;
+  shape.ffn = ffn;
+  shape.layers = int(layers.size());
+  shape.heads = heads;
+  shape.kv_heads = kv_heads;
+  shape.head_dim = head_dim;
+  shape.norm_eps = norm_eps;
+  shape.tied = tied;
+  shape.qk_norm = qk_norm;
+  shape.post_norms = post_norms;
+  shape.gelu = gelu;
+  shape.embedding_scale = embedding_scale;
+  for (const auto& [window, rope, mixture] : layers) {
+    require(!mixture || experts, "a mixture needs experts");
+    shape.windows.push_back(window);
+    shape.ropes.push_back(rope);
+    shape.mixtures.push_back(mixture);
+  }
+  if (experts) {
+    std::tie(shape.experts, shape.chosen, shape.expert_ffn, shape.normalised_shares, shape.shared_ffn) = *experts;
+  }
   require(team != nullptr, "a decoder needs a team");
   const Element weights = dtype == "q8" ? Element::q8 : element(dtype);
   new (self) Decoder(shape, weights, kernels_of_environment(), std::move(team));
@@ -180,7 +209,7 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
              const std::optional<ShiftArrays>& shifts, const Array<float, 2>& hidden, const Array<float, 2>& residual,
              const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass,
-             const std::optional<Array<float, 4>>& queries, bool int8_pages) {
+             const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.int8_pages = int8_pages;
@@ -197,7 +226,9 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   }
   pass.logit_rows = logit_rows.data();
   pass.logit_count = size(logit_rows);
-  for (const Table* table : {&cos, &sin}) {
+  std::vector<const Table*> tables{&cos, &sin};
+  if (local) tables.insert(tables.end(), {&std::get<0>(*local), &std::get<1>(*local)});
+  for (const Table* table : tables) {
     require(size(*table, 0) == size(cos, 0) && size(*table, 1) == shape.head_dim / 2,
             "RoPE tables are [context, head_dim / 2]");
   }
@@ -205,6 +236,10 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   pass.rope.cos = cos.data();
   pass.rope.sin = sin.data();
   if (shifts) pass.rope.shifts = block_shifts(*shifts);
+  if (local) {
+    pass.local.cos = std::get<0>(*local).data();
+    pass.local.sin = std::get<1>(*local).data();
+  }
   for (const Array<float, 2>* states : {&hidden, &residual}) {
     require(size(*states, 0) == pass.rows && size(*states, 1) == shape.hidden,
             "hidden and residual are [rows, hidden_size]");
@@ -288,8 +323,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("threads", &Team::size);
 
   nb::class_<Decoder>(m, "Decoder", "Packed weights and everything a pass needs.")
-      .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "norm_eps"_a, "tied"_a, "qk_norm"_a, "windows"_a, "dtype"_a, "team"_a)
+      .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "norm_eps"_a, "tied"_a, "qk_norm"_a, "layers"_a, "experts"_a.none(), "post_norms"_a, "gelu"_a,
+           "embedding_scale"_a, "dtype"_a, "team"_a)
       .def("set_matrix", &set_matrix<uint16_t>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false,
            "Returns what the matrix is made of: with fewest_bits, blocks of 4 bits instead of 8 where those suffice.")
       .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false)
@@ -304,7 +340,8 @@ NB_MODULE(_native, m) {
       .def("forward", &forward, "pool"_a, "tokens"_a.noconvert(), "positions"_a.noconvert(), "slots"_a.noconvert(),
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
            "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(),
-           "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a)
+           "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a,
+           "local"_a.noconvert().none() = nb::none())
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")
       .def("key_bounds", &key_bounds, "pool"_a, "pages"_a.noconvert(), "low"_a.noconvert(), "high"_a.noconvert(),

@@ -7,10 +7,6 @@
 namespace tokenswift {
 namespace {
 
-constexpr int row_multiple = 32;  // whole panels of every ISA, whole vectors of every kernel
-constexpr int row_block = 96;     // rows of one piece of a multiplication: whole tiles of every ISA
-constexpr int widest_panel = 32;
-
 void require(bool condition, const std::string& what) {
   if (!condition) throw std::invalid_argument(what);
 }
@@ -36,13 +32,14 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
   require(shape.heads % shape.kv_heads == 0, "heads must be a multiple of kv_heads");
   require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= longest_head,
           "head_dim " + std::to_string(shape.head_dim) + ": only even numbers up to 512 are allowed");
-  require(int(shape.windows.size()) == shape.layers, "as many windows as layers");
+  for (const std::vector<int>* each : {&shape.windows, &shape.ropes, &shape.mixtures}) {
+    require(int(each->size()) == shape.layers, "as many windows, ropes and mixtures as layers");
+  }
   hidden_stride_ = padded(shape.hidden);
   qkv_stride_ = padded(q_width() + 2 * kv_width());
-  ffn_stride_ = padded(shape.ffn);
+  ffn_stride_ = padded(std::max({shape.ffn, shape.expert_ffn, shape.shared_ffn}));
   operand_stride_ = std::max({hidden_stride_, padded(q_width()), ffn_stride_});
-
-  const auto linear = [&](int rows, int columns) { return Linear{Matrix(weights, kernels.panel, rows, columns), {}}; };
+  score_stride_ = padded(shape.experts);
   head_ = linear(shape.vocab, shape.hidden);
   if (!shape.tied) embed_ = linear(shape.vocab, shape.hidden);
   final_norm_.assign(hidden_stride_, 0.0f);
@@ -53,26 +50,54 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
     layer.k = linear(kv_width(), shape.hidden);
     layer.v = linear(kv_width(), shape.hidden);
     layer.o = linear(shape.hidden, q_width());
-    layer.gate = linear(shape.ffn, shape.hidden);
-    layer.up = linear(shape.ffn, shape.hidden);
-    layer.down = linear(shape.hidden, shape.ffn);
+    if (shape.mixtures[i]) {
+      require(shape.chosen > 0 && shape.chosen <= shape.experts && shape.expert_ffn > 0,
+              "a row takes one expert at least, and no more than there are");
+      layer.experts.resize(shape.experts);
+      for (FeedForward& expert : layer.experts) expert = feed_forward_of(shape.expert_ffn);
+      layer.router.weight = Matrix(Element::f32, kernels.panel, shape.experts, shape.hidden);
+      if (shape.shared_ffn) {
+        layer.shared = feed_forward_of(shape.shared_ffn);
+        layer.shared_gate.weight = Matrix(Element::f32, kernels.panel, 1, shape.hidden);
+      }
+    } else {
+      layer.dense = feed_forward_of(shape.ffn);
+    }
     layer.input_norm.assign(hidden_stride_, 0.0f);
     layer.post_norm.assign(hidden_stride_, 0.0f);
+    if (shape.post_norms) {
+      layer.attention_norm.assign(hidden_stride_, 0.0f);
+      layer.ffn_norm.assign(hidden_stride_, 0.0f);
+    }
     if (shape.qk_norm) {
       layer.q_norm.assign(padded_head(), 0.0f);
       layer.k_norm.assign(padded_head(), 0.0f);
     }
     layer.window = shape.windows[i];
     require(layer.window >= 0, "a window must not be negative");
+    layer.rope = shape.ropes[i];
+    require(layer.rope >= -1 && layer.rope <= 1, "ropes are -1, 0 or 1");
   }
 }
 
-size_t Decoder::multiplied_bytes() const {
+Decoder::FeedForward Decoder::feed_forward_of(int ffn) const {
+  return {linear(ffn, shape_.hidden), linear(ffn, shape_.hidden), linear(shape_.hidden, ffn)};
+}
+
+// idle: experts that a row does not take count, too.
+size_t Decoder::matrix_bytes(bool idle) const {
+  const auto of = [](const FeedForward& part) {
+    return part.gate.weight.bytes() + part.up.weight.bytes() + part.down.weight.bytes();
+  };
   size_t bytes = head_.weight.bytes();
   for (const Layer& layer : layers_) {
-    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+    for (const Linear* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.router, &layer.shared_gate}) {
       bytes += linear->weight.bytes();
     }
+    bytes += of(layer.dense) + of(layer.shared);
+    size_t experts = 0;
+    for (const FeedForward& expert : layer.experts) experts += of(expert);
+    bytes += idle || !shape_.experts ? experts : experts * shape_.chosen / shape_.experts;
   }
   return bytes;
 }
@@ -90,18 +115,35 @@ Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
   if (part == "k") return layer.k;
   if (part == "v") return layer.v;
   if (part == "o") return layer.o;
-  if (part == "gate") return layer.gate;
-  if (part == "up") return layer.up;
-  if (part == "down") return layer.down;
-  throw std::invalid_argument("unknown part '" + part + "'");
+  return expert_linear(part, layer);
+}
+
+// A matrix of a layer's feed-forward: gate, shared.gate, experts.N.gate, router.
+Decoder::Linear& Decoder::expert_linear(const std::string& part, Layer& layer) {
+  const size_t dot = part.rfind('.');
+  const std::string owner = dot == std::string::npos ? "" : part.substr(0, dot);
+  const std::string name = dot == std::string::npos ? part : part.substr(dot + 1);
+  FeedForward* of = owner.empty() ? &layer.dense : owner == "shared" ? &layer.shared : nullptr;
+  for (size_t i = 0; i < layer.experts.size() && !of; ++i) {
+    if (owner == "experts." + std::to_string(i)) of = &layer.experts[i];
+  }
+  Linear* found = nullptr;
+  if (owner.empty() && name == "router") found = &layer.router;
+  if (owner.empty() && name == "shared_gate") found = &layer.shared_gate;
+  if (of && name == "gate") found = &of->gate;
+  if (of && name == "up") found = &of->up;
+  if (of && name == "down") found = &of->down;
+  require(found && found->weight, "unknown part '" + part + "'");
+  return *found;
 }
 
 Element Decoder::set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   Matrix& matrix = linear_at(part, layer).weight;
-  Element element = weights_;
-  if (in_blocks(weights_) && in_blocks(source.element)) element = source.element;
-  else if (in_blocks(weights_) && fewest && four_bits_suffice(*team_, source)) element = Element::q4;
+  Element element = matrix.element();
+  const bool blocks = in_blocks(element);
+  if (blocks && in_blocks(source.element)) element = source.element;
+  else if (blocks && fewest && four_bits_suffice(*team_, source)) element = Element::q4;
   Matrix packed(element, kernels_.panel, matrix.rows(), matrix.columns());
   try {
     packed.pack(*team_, source);
@@ -121,6 +163,8 @@ void Decoder::set_vector(const std::string& part, int layer, const float* data, 
   if (part == "final_norm") return copy(final_norm_, shape_.hidden);
   if (part == "input_norm") return copy(layer_at(layer).input_norm, shape_.hidden);
   if (part == "post_norm") return copy(layer_at(layer).post_norm, shape_.hidden);
+  if (part == "attention_norm" && shape_.post_norms) return copy(layer_at(layer).attention_norm, shape_.hidden);
+  if (part == "ffn_norm" && shape_.post_norms) return copy(layer_at(layer).ffn_norm, shape_.hidden);
   if (part == "q_norm" && shape_.qk_norm) return copy(layer_at(layer).q_norm, shape_.head_dim);
   if (part == "k_norm" && shape_.qk_norm) return copy(layer_at(layer).k_norm, shape_.head_dim);
   const size_t stem = part.rfind("_bias");
@@ -136,6 +180,8 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
           "the pool's pages are not of this model's shape");
   require(pass.rows > 0, "a pass without rows");
   check_shifts(pass.rope.shifts, pass.context);
+  require(pass.local.cos || std::count(shape_.ropes.begin(), shape_.ropes.end(), 1) == 0,
+          "this model needs local RoPE tables");
   for (int row = 0; row < pass.rows; ++row) {
     require(pass.tokens[row] >= 0 && pass.tokens[row] < shape_.vocab, among("token", pass.tokens[row], shape_.vocab));
     require(pass.positions[row] >= 0 && pass.positions[row] < pass.context,
@@ -168,6 +214,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.qkv.reserve(rows * qkv_stride_);
   buffers_.attended.reserve(rows * padded(q_width()));
   buffers_.activated.reserve(rows * ffn_stride_);
+  if (shape_.post_norms || shape_.experts) buffers_.added.reserve(rows * hidden_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
   buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
   if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
@@ -192,30 +239,34 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
     project_qkv(layer, pass.rows);
     rotate_and_store(layer, i, pass, pool);
     attend(layer, i, pass);
-    add_projected(layer.o, pass.rows);
+    if (shape_.post_norms) {
+      project_into_added(layer.o, pass.rows);
+      add_normalised(layer.attention_norm, pass.rows);
+    } else {
+      add_projected(layer.o, pass.rows);
+    }
     normalise(layer.post_norm.data(), pass.rows);
-    feed_forward(layer, pass.rows);
-    add_projected(layer.down, pass.rows);
+    if (!layer.experts.empty()) {
+      mix_experts(layer, pass.rows);
+    } else {
+      feed_forward(layer.dense, pass.rows);
+      if (!shape_.post_norms) {
+        add_projected(layer.dense.down, pass.rows);
+        continue;
+      }
+      project_into_added(layer.dense.down, pass.rows);
+    }
+    add_normalised(layer.ffn_norm, pass.rows);
   }
   finish(pass);
 }
 
-// work(panel, first row, rows, room for the products of two panels), for every panel and block of rows.
-template <class Work>
-void Decoder::share(int rows, int panels, const Work& work) {
-  team_->run(panels * ((rows + row_block - 1) / row_block), [&](int piece, int) {
-    alignas(64) float products[2 * row_block * widest_panel];
-    const int first = piece / panels * row_block;
-    work(piece % panels, first, std::min(row_block, rows - first), products);
-  });
-}
-
-// products [rows][panel] of operand rows with one panel, bias added.
-void Decoder::multiply(const Linear& linear, int panel, int first, int rows, float* products) const {
+// products [rows][panel] of operand rows x with one panel, bias added.
+void Decoder::multiply(const Linear& linear, int panel, const char* x, int rows, float* products) const {
   const int width = kernels_.panel;
   const Matrix& weight = linear.weight;
   kernels_.of(weight.element())
-      .multiply(weight.panel_data(panel), weight.steps(), operands(first), operand_stride_, rows, products, width);
+      .multiply(weight.panel_data(panel), weight.steps(), x, operand_stride_, rows, products, width);
   if (linear.bias.empty()) return;
   const float* bias = linear.bias.data() + panel * width;
   for (int row = 0; row < rows; ++row)
@@ -232,6 +283,9 @@ void Decoder::embed(const Pass& pass) {
     float* x = buffers_.x.data() + row * hidden_stride_;
     table.unpack_row(pass.tokens[row], x);
     std::fill(x + shape_.hidden, x + hidden_stride_, 0.0f);
+    if (shape_.embedding_scale != 1.0f) {
+      for (int i = 0; i < shape_.hidden; ++i) x[i] *= shape_.embedding_scale;
+    }
   });
 }
 
@@ -241,6 +295,16 @@ void Decoder::normalise(const float* weight, int rows) {
     float* normed = buffers_.normed.data() + row * hidden_stride_;
     kernels_.rms_norm(buffers_.x.data() + row * hidden_stride_, weight, shape_.hidden, shape_.norm_eps, normed);
     round(normed, shape_.hidden, row);
+  });
+}
+
+// What `added` holds goes to the residual stream, normed where the layer has a norm for it.
+void Decoder::add_normalised(const std::vector<float>& weight, int rows) {
+  team_->run(rows, rows * hidden_stride_, [&](int row, int) {
+    float* x = buffers_.x.data() + row * hidden_stride_;
+    float* added = buffers_.added.data() + row * hidden_stride_;
+    if (!weight.empty()) kernels_.rms_norm(added, weight.data(), shape_.hidden, shape_.norm_eps, added);
+    for (int i = 0; i < shape_.hidden; ++i) x[i] += added[i];
   });
 }
 
@@ -278,14 +342,14 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   const float* q = buffers_.qkv.data() + row * qkv_stride_;
   const float* k = q + q_width();
   const float* v = k + kv_width();
-  const bool moves = pass.rope.shifts.serve(layer.window);
+  const bool moved = moves(layer, pass);
   alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {}, head_v[longest_head] = {};  // zero behind
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     normalise_head(head_q, layer.q_norm);
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
-    if (moves) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
-    rotate_head(head_q, pass, row);
+    if (moved) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
+    rotate_head(head_q, pass, row, layer.rope);
     if (pass.queries) {
       const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
       std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
@@ -299,7 +363,7 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
     std::copy_n(k + head * head_dim, head_dim, head_k);
     std::copy_n(v + head * head_dim, head_dim, head_v);
     normalise_head(head_k, layer.k_norm);
-    rotate_head(head_k, pass, row);
+    rotate_head(head_k, pass, row, layer.rope);
     pool.write(index, head, pass.slots[row], head_k, head_v);
   }
 }
@@ -308,17 +372,19 @@ void Decoder::normalise_head(float* x, const std::vector<float>& norm) const {
   if (shape_.qk_norm) kernels_.rms_norm(x, norm.data(), shape_.head_dim, shape_.norm_eps, x);
 }
 
-void Decoder::rotate_head(float* x, const Pass& pass, int row) const {
+void Decoder::rotate_head(float* x, const Pass& pass, int row, int rope) const {
+  if (rope < 0) return;
+  const RopeTables& tables = rope == 0 ? pass.rope : pass.local;
   const int half = shape_.head_dim / 2;
   const size_t angles = size_t(pass.positions[row]) * half;
-  kernels_.rotate(x, pass.rope.cos + angles, pass.rope.sin + angles, half, x);
+  kernels_.rotate(x, tables.cos + angles, tables.sin + angles, half, x);
 }
 
 void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   const size_t stride = padded(q_width());
   float* mass = pass.mass;
   if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
-  const float* plain = pass.rope.shifts.serve(layer.window) ? buffers_.plain_queries.data() : nullptr;
+  const float* plain = moves(layer, pass) ? buffers_.plain_queries.data() : nullptr;
   attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(), plain,
                           buffers_.attended.data(), stride, mass});
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
@@ -336,20 +402,37 @@ void Decoder::add_projected(const Linear& linear, int rows) {
   });
 }
 
-// SwiGLU, as operands of the down projection.
-void Decoder::feed_forward(const Layer& layer, int rows) {
+// The operands times `linear`, kept in `added`.
+void Decoder::project_into_added(const Linear& linear, int rows) {
   const int width = kernels_.panel;
-  share(rows, layer.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
-    float* up = products + size_t(count) * width;
-    multiply(layer.gate, panel, first, count, products);
-    multiply(layer.up, panel, first, count, up);
-    kernels_.swiglu(products, up, count * width, products);
+  share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
+    multiply(linear, panel, first, count, products);
     for (int row = 0; row < count; ++row) {
-      std::memcpy(buffers_.activated.data() + (first + row) * ffn_stride_ + panel * width, products + row * width,
+      std::memcpy(buffers_.added.data() + (first + row) * hidden_stride_ + panel * width, products + row * width,
                   width * sizeof(float));
     }
   });
-  round_rows(buffers_.activated.data(), ffn_stride_, shape_.ffn, rows);
+}
+
+// A panel of a gated feed-forward. x: operand rows. products: room for those of two panels. out: of the first row.
+void Decoder::gate_panel(const FeedForward& part, int panel, const char* x, int rows, float* products,
+                         float* out) const {
+  const int width = kernels_.panel;
+  float* up = products + size_t(rows) * width;
+  multiply(part.gate, panel, x, rows, products);
+  multiply(part.up, panel, x, rows, up);
+  (shape_.gelu ? kernels_.geglu : kernels_.swiglu)(products, up, rows * width, products);
+  for (int row = 0; row < rows; ++row) {
+    std::memcpy(out + row * ffn_stride_ + panel * width, products + row * width, width * sizeof(float));
+  }
+}
+
+// A gated feed-forward, as operands of its down projection.
+void Decoder::feed_forward(const FeedForward& part, int rows) {
+  share(rows, part.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
+    gate_panel(part, panel, operands(first), count, products, buffers_.activated.data() + first * ffn_stride_);
+  });
+  round_rows(buffers_.activated.data(), ffn_stride_, part.gate.weight.rows(), rows);
 }
 
 void Decoder::finish(const Pass& pass) {

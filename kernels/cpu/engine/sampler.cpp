@@ -70,6 +70,17 @@ Sampler::Sampler(const SamplerParams& params, int vocab)
         throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
     }
   }
+  for (const auto& word : params.ban_words) {
+    if (word.empty()) throw std::invalid_argument("a word has tokens");
+    for (const int32_t token : word) {
+      if (token < 0 || token >= vocab)
+        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
+    }
+  }
+  if (params.forced.size() % 2) throw std::invalid_argument("a span has a start and a stop");
+  if (params.penalty != 1 || params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
+      params.presence_penalty != 0)
+    counts_.assign(vocab, 0);
   if (params.bias.size() != params.bias_tokens.size()) throw std::invalid_argument("as many biases as tokens");
   if (!params.dry_powers.empty() && (int(params.dry_powers.size()) <= longest_match || params.dry_length < 1)) {
     throw std::invalid_argument("DRY needs its powers and a length");
@@ -125,24 +136,78 @@ void Sampler::modify(float* logits, const int32_t* history, int length) {
     std::fill(stamp_.begin(), stamp_.end(), 0);
     call_ = 1;
   }
-  if (params_.penalty != 1) penalise_context(logits, history, length);
+  if (params_.repetition_penalty != 1) penalise_context(logits, history, length, length, params_.repetition_penalty);
+  if (params_.penalty != 1) penalise_context(logits, history, length, params_.penalty_window, params_.penalty);
+  if (params_.frequency_penalty != 0 || params_.presence_penalty != 0) penalise_counts(logits, history, length);
   if (!params_.dry_powers.empty()) penalise_repeats(logits, history, length);
   for (size_t i = 0; i < params_.bias.size(); ++i) {
     double& score = modified(logits, params_.bias_tokens[i]);
     score = score + params_.bias[i];
   }
   for (const int32_t token : params_.ban) modified(logits, token) = -infinity;
+  if (params_.ngram > 0) ban_ngrams(logits, history, length);
+  if (!params_.ban_words.empty()) ban_words(logits, history, length);
   if (length < params_.first_end) {
     for (const int32_t token : params_.eos) modified(logits, token) = -infinity;
   }
 }
 
-void Sampler::penalise_context(float* logits, const int32_t* history, int length) {
-  for (int i = std::max(0, length - params_.penalty_window); i < length; ++i) {
-    const size_t before = changes_.size();
+void Sampler::penalise_context(float* logits, const int32_t* history, int length, int window, double theta) {
+  forget_counts();  // of a call that threw
+  for (int i = std::max(0, length - window); i < length; ++i) {
     double& score = modified(logits, history[i]);
-    if (changes_.size() == before) continue;  // once a token, however often it stands there
-    score = score > 0 ? score / params_.penalty : score * params_.penalty;
+    if (counts_[history[i]]) continue;  // once a token, however often it stands there
+    counts_[history[i]] = 1;
+    counted_.push_back(history[i]);
+    score = score > 0 ? score / theta : score * theta;
+  }
+  forget_counts();
+}
+
+// Of the tokens that the model wrote: what stands between the forced spans.
+void Sampler::penalise_counts(float* logits, const int32_t* history, int length) {
+  forget_counts();  // of a call that threw
+  const auto count = [&](int64_t start, int64_t stop) {
+    for (int64_t i = std::max<int64_t>(start, 0); i < std::min<int64_t>(stop, length); ++i) {
+      modified(logits, history[i]);  // throws before anything is counted of a token that is none
+      if (counts_[history[i]]++ == 0) counted_.push_back(history[i]);
+    }
+  };
+  int64_t start = 0;
+  for (size_t i = 0; i < params_.forced.size(); i += 2) {
+    count(start, params_.forced[i]);
+    start = params_.forced[i + 1];
+  }
+  count(start, length);
+  for (const int32_t token : counted_) {
+    double& score = modified(logits, token);
+    if (params_.frequency_penalty != 0) score = score - params_.frequency_penalty * double(counts_[token]);
+    if (params_.presence_penalty != 0) score = score - params_.presence_penalty;
+  }
+  forget_counts();
+}
+
+void Sampler::forget_counts() {
+  for (const int32_t token : counted_) counts_[token] = 0;
+  counted_.clear();
+}
+
+// Behind what the text ends with, a token that stood there before would repeat a sequence of `ngram` tokens.
+void Sampler::ban_ngrams(float* logits, const int32_t* history, int length) {
+  const int before = params_.ngram - 1;
+  if (length <= before) return;
+  const int32_t* end = history + length - before;
+  for (int i = 0; i + before < length; ++i) {
+    if (std::equal(end, end + before, history + i)) modified(logits, history[i + before]) = -infinity;
+  }
+}
+
+void Sampler::ban_words(float* logits, const int32_t* history, int length) {
+  for (const auto& word : params_.ban_words) {
+    const int before = int(word.size()) - 1;
+    if (before <= length && std::equal(word.begin(), word.end() - 1, history + length - before)) {
+      modified(logits, word.back()) = -infinity;
+    }
   }
 }
 

@@ -7,9 +7,12 @@
 namespace tokenswift {
 
 struct SamplerParams {
-  double temperature = 0, top_p = 1, log_min_p = 0, penalty = 1;
+  double temperature = 0, top_p = 1, log_min_p = 0, penalty = 1, repetition_penalty = 1;
+  double frequency_penalty = 0, presence_penalty = 0;
   bool has_min_p = false;
-  int top_k = 0, penalty_window = 0, dry_length = 0;
+  int top_k = 0, penalty_window = 0, dry_length = 0, ngram = 0;
+  std::vector<int64_t> forced;  // start and stop of each span of the text that the model did not write, ascending
+  std::vector<std::vector<int32_t>> ban_words;
   std::vector<double> dry_powers;  // multiplier * base^k; empty is off
   std::vector<int32_t> dry_breakers, ban, eos, bias_tokens;
   std::vector<double> bias;
@@ -45,7 +48,11 @@ class Sampler {
 
   void modify(float* logits, const int32_t* history, int length);
   double& modified(float* logits, int32_t token);
-  void penalise_context(float* logits, const int32_t* history, int length);
+  void penalise_context(float* logits, const int32_t* history, int length, int window, double theta);
+  void penalise_counts(float* logits, const int32_t* history, int length);
+  void forget_counts();
+  void ban_ngrams(float* logits, const int32_t* history, int length);
+  void ban_words(float* logits, const int32_t* history, int length);
   void penalise_repeats(float* logits, const int32_t* history, int length);
   void collect(const float* logits, int count);
   double reached(int count);
@@ -61,6 +68,8 @@ class Sampler {
   std::vector<float> originals_;
   std::vector<uint32_t> place_, stamp_;
   uint32_t call_ = 0;
+  std::vector<int64_t> counts_;  // of tokens, all 0 between calls; empty where nothing is counted
+  std::vector<int32_t> counted_;
   std::vector<float> block_top_;
   std::vector<Scored> scored_;
   std::vector<double> scratch_;

@@ -89,6 +89,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up; n a multiple of vector_multiple.
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
+  // out = gelu(gate) * up, the gelu by its approximation with tanh.
+  void (*geglu)(const float* gate, const float* up, int n, float* out);
+  // out = the softmax of n values; out has room up to vector_multiple.
+  void (*softmax)(const float* x, int n, float* out);
   // RoPE: the halves of x [2 * half] against each other, as in Hugging Face's checkpoints; out may be x.
   void (*rotate)(const float* x, const float* cos, const float* sin, int half, float* out);
   // Softmax state `part` merged into `state`.

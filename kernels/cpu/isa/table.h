@@ -39,6 +39,8 @@ Kernels make_kernels(const char* name) {
           {block_size, activation_bytes, round_query, visit_bytes, copy_page},
           rms_norm,
           swiglu,
+          geglu,
+          softmax,
           rotate,
           merge,
           normalise,

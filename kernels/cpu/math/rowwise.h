@@ -51,6 +51,33 @@ inline void swiglu(const float* gate, const float* up, int n, float* out) {
   }
 }
 
+// x (1 + tanh u) / 2 is x / (1 + exp(-2 u)); u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline void geglu(const float* gate, const float* up, int n, float* out) {
+  const Vec linear = Isa::splat(-2.3022082f), cubic = Isa::splat(-0.10294324f);  // of -2 u log2(e)
+  const Vec one = Isa::splat(1.0f), top = Isa::splat(127.0f), bottom = Isa::splat(-200.0f);
+  for (int i = 0; i < n; i += Isa::lanes) {
+    const Vec x = Isa::load(gate + i);
+    const Vec square = Isa::mul(x, x);
+    const Vec power = exp2(Isa::max(bottom, Isa::min(top, Isa::mul(x, Isa::fma(square, cubic, linear)))));
+    Isa::store(out + i, Isa::mul(Isa::div(x, Isa::add(one, power)), Isa::load(up + i)));
+  }
+}
+
+inline void softmax(const float* x, int n, float* out) {
+  const int padded = round_up(n, vector_multiple);
+  float largest = x[0];
+  for (int i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  for (int i = 0; i < padded; ++i) out[i] = i < n ? (x[i] - largest) * 1.4426950408889634f : -1000.0f;
+  Vec sums = Isa::zero();
+  for (int i = 0; i < padded; i += Isa::lanes) {
+    const Vec power = exp2(Isa::load(out + i));
+    Isa::store(out + i, power);
+    sums = Isa::add(sums, power);
+  }
+  const Vec total = Isa::splat(Isa::sum(sums));
+  for (int i = 0; i < padded; i += Isa::lanes) Isa::store(out + i, Isa::div(Isa::load(out + i), total));
+}
+
 // Products and sums stay apart, so that every ISA gives the same bits.
 inline void rotate(const float* x, const float* cos, const float* sin, int half, float* out) {
   int i = 0;

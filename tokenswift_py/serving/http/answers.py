@@ -49,7 +49,7 @@ class Answer:
     def __init__(self, model: str, asked: Asked, tokens: TokenTexts, echoed: Sequence[str] = ()):
         self.asked, self.tokens, self.echoed = asked, tokens, echoed
         self.wants_logprobs = "logprobs" in asked.settings
-        self.wants_likeliest = asked.settings.get("logprobs") is not True and self.wants_logprobs
+        self.wants_likeliest = asked.settings.get("logprobs", 0) > 0
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def choice(self, index: int, text: str, logprobs: Any, end: Ended | None) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class Answer:
             common["usage"] = None
         try:
             for index in range(len(texts.texts)):
-                for choice in self.opening(index):
-                    yield dumped({**common, "choices": [choice]})
+                for opening in self.opening(index):
+                    yield dumped({**common, "choices": [opening]})
             async for event in texts.events():
                 if isinstance(event, Ended):
                     ends.append(event)

@@ -11,9 +11,9 @@ from tokenswift_py.errors import UserError, check, check_text
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.options import Options
 from tokenswift_py.serving.http import own
-from tokenswift_py.serving.http.limits import Limits, check_size
 from tokenswift_py.serving.http.protocol import ChatRequest, CompletionRequest, Message, Request, ResponseRequest
 from tokenswift_py.serving.http.refusals import Refusal
+from tokenswift_py.serving.limits import Limits, check_size
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
 SEED_BITS = 53  # of a seed that the server draws: JSON numbers of every language hold it
@@ -76,10 +76,9 @@ class Server:
             check_size(name, value)
         schema = form.wanted() if form else None
         if schema is not None:
-            known("response_format", "json_schema")
             settings["json_schema"] = schema
         if likeliest is not None:
-            settings["logprobs"] = likeliest or True
+            settings["logprobs"] = likeliest
         return {"seed": secrets.randbits(SEED_BITS), **settings}
 
     def asked(
@@ -114,7 +113,7 @@ class Server:
     def tokens(self, field: str, prompt: Prompt, settings: dict[str, Any]) -> list[int]:
         """Token ids of a prompt."""
         options = Options.of(**settings)
-        found = prompt_tokens(self.loaded.tokenizer, prompt, how(options))
+        found = prompt_tokens(self.loaded.tokenizer, prompt, options.chat)
         most = self.limits.prompt_tokens or len(found)
         check(len(found) > 0, field, prompt, "it must not be empty")
         if len(found) > most:
@@ -125,17 +124,18 @@ class Server:
     def turns(self, settings: dict[str, Any]) -> int:
         """Tokens of all turns that are forced into each text."""
         options, loaded = Options.of(**settings), self.loaded
-        eos = loaded.checkpoint.eos
-        return sum(len(turn_tokens(loaded.tokenizer, turn, eos, how(options))) for turn in options.chapters)
+        eos = loaded.ends(options)
+        return sum(len(turn_tokens(loaded.tokenizer, turn, eos, options.chat)) for turn in options.chapters)
 
     def tokenized(self, prompt: str | None, messages: Sequence[Message] | None, special: bool | None) -> list[int]:
         """What /tokenize is asked for."""
         check((prompt is None) != (messages is None), "prompt", prompt, "either prompt or messages")
         if messages is not None:
-            return prompt_tokens(self.loaded.tokenizer, [message.plain() for message in messages], how(Options()))
+            return prompt_tokens(self.loaded.tokenizer, [message.plain() for message in messages], Options().chat)
         assert prompt is not None
         check_text("prompt", prompt)
-        return [int(token) for token in self.loaded.tokenizer(prompt, add_special_tokens=special is not False).input_ids]
+        found = self.loaded.tokenizer(prompt, add_special_tokens=special is not False).input_ids
+        return [int(token) for token in found]
 
     def detokenized(self, tokens: Sequence[int]) -> str:
         """Their text, special tokens included. Raises UserError for ids that there are not."""
@@ -145,18 +145,7 @@ class Server:
         return str(self.loaded.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=False))
 
 
-def how(options: Options) -> Any:
-    """How a prompt becomes tokens, as the functions of `text` take it."""
-    return getattr(options, "chat", options.raw)
-
-
 def renamed(message: str, names: dict[str, str]) -> str:
     """A message about a field of `Options`, by the name that the request has for it."""
     field, colon, rest = message.partition(":")
     return f"{names.get(field, field)}{colon}{rest}"
-
-
-def known(field: str, option: str) -> None:
-    """Refuse what this version has no option for."""
-    if option not in Options.__dataclass_fields__:
-        raise Refusal(400, f"{field}: this server has nothing of the kind", field)

@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenswift_py.serving.http.limits import MIB
 from tokenswift_py.serving.http.refusals import Refusal
+from tokenswift_py.serving.limits import MIB
 
 OPEN = ("/health",)  # paths that need no key: they tell nothing
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+DROPPED = 64 * MIB  # at most
 BODY_SECONDS = 60.0  # for a request's body to arrive
 
 
@@ -65,17 +66,19 @@ class Gate:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         same = hmac.compare_digest(given.strip().encode("latin-1"), self._key)
         if scheme.lower() != "bearer" or not same:
-            raise Refusal(401, "no API key, or a wrong one; send it as Authorization: Bearer KEY", code="invalid_api_key")
+            told = "no API key, or a wrong one; send it as Authorization: Bearer KEY"
+            raise Refusal(401, told, code="invalid_api_key")
 
     async def body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """All of the body; None if the client left before its end."""
+        """All of the body; None if the client left before its end. Of one that is too large some is read and dropped: a
+        client that is still sending when the connection is closed does not see the answer."""
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or len(declared) > 18 or int(declared) > self._most:
+        if not declared.isdecimal() or len(declared) > 18 or int(declared) > self._most + DROPPED:
             raise self.too_large()
         parts: list[bytes] = []
         size, more = 0, True
         deadline = asyncio.get_running_loop().time() + BODY_SECONDS
-        while more:
+        while more and size <= self._most + DROPPED:
             left = deadline - asyncio.get_running_loop().time()
             try:
                 message = await asyncio.wait_for(receive(), left)
@@ -83,10 +86,14 @@ class Gate:
                 raise Refusal(408, f"the body did not come within {BODY_SECONDS:g} s") from None
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > self._most:
-                raise self.too_large()
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            if size <= self._most:
+                parts.append(part)
+            else:
+                parts.clear()
+        if size > self._most:
+            raise self.too_large()
         return b"".join(parts)
 
     def too_large(self) -> Refusal:

@@ -48,7 +48,8 @@ class EngineFigures(Collector):
         reasons = Counter(dict.fromkeys(("stop", "length", "abort"), 0.0))
         for ending, count in figures["finished"].items():
             reasons[REASONS.get(ending, "abort")] += count
-        done = CounterMetricFamily("vllm:request_success", "Texts by their end.", labels=["model_name", "finished_reason"])
+        labels = ["model_name", "finished_reason"]
+        done = CounterMetricFamily("vllm:request_success", "Texts by their end.", labels=labels)
         for reason, count in reasons.items():
             done.add_metric([self._model, reason], count)
         yield done

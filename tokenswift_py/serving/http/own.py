@@ -23,9 +23,9 @@ REQUESTS = frozenset(
 # chat template is a program); and what a request says in OpenAI's words.
 SERVERS = frozenset(
     (
-        "context", "positions", "positions_window", "positions_block", "drafter", "draft_policy", "draft_budget", "draft_weights",
-        "draft_kv", "draft_model", "draft_heads", "trace", "kv_budget", "kv_policy", "logits_processors",
-        "chat_template", "system", "raw", "max_new_tokens", "json_schema", "logprobs", "prompt_logprobs", "stream",
+        "context", "positions", "positions_window", "positions_block", "drafter", "draft_policy", "draft_budget",
+        "draft_weights", "draft_kv", "draft_model", "draft_heads", "trace", "kv_budget", "kv_policy", "system", "raw",
+        "logits_processors", "chat_template", "max_new_tokens", "json_schema", "logprobs", "prompt_logprobs", "stream",
     )
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def fields() -> dict[str, Any]:
         if name in REQUESTS:
             extra = shape(described.kind)
             found[name] = (Any, Field(default=None, description=described.help, json_schema_extra=extra))
-    one_or_more = {"anyOf": [{"type": "string"}, TEXTS, {"type": "null"}]}
+    one_or_more: dict[str, Any] = {"anyOf": [{"type": "string"}, TEXTS, {"type": "null"}]}
     told = "end before this text, or before any of these"
     return {**found, "stop": (Any, Field(default=None, description=told, json_schema_extra=one_or_more))}
 

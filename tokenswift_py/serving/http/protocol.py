@@ -15,7 +15,8 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 def neutral(*values: Any) -> Any:
     """A field of OpenAI's that must ask for nothing: null, or one of these values."""
-    return Field(default=None, description="only where it asks for nothing", json_schema_extra={"enum": [None, *values]})
+    said = "only where it asks for nothing"
+    return Field(default=None, description=said, json_schema_extra={"enum": [None, *values]})
 
 
 class Part(BaseModel):
@@ -69,7 +70,7 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
-class Request(OwnParameters):  # type: ignore[misc]
+class Request(OwnParameters):
     """What all requests for texts may have.
 
     sample: number of the first text: `n` texts are samples `sample`, `sample` + 1, ... of one prompt and seed.
@@ -131,9 +132,8 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """Texts and lists of token ids."""
-        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        said: Any = self.prompt
+        return [said] if isinstance(said, str) or (said and isinstance(said[0], int)) else list(said)
 
 
 class TextFormat(Body):

@@ -29,8 +29,9 @@ class Refusal(Exception):
     retry_after: seconds after which it may be tried again."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
-    ):
+        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        retry_after: int | None = None,
+    ):  # fmt: skip
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after = retry_after

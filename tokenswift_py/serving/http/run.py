@@ -33,6 +33,9 @@ class DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.service.draining = True
+        figures = self.service.engine.figures()
+        if texts := int(figures["running"] + figures["waiting"]):
+            logger.warning("stopping: %d texts have %g s; a second signal ends them at once", texts, self.drain)
         draining = loop.run_in_executor(None, self.service.engine.close, self.drain)
         await super().shutdown(sockets)
         while not draining.done() and not self.force_exit:

@@ -12,29 +12,28 @@ from fastapi.middleware.cors import CORSMiddleware
 from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from tokenswift_py.errors import shown
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http import protocol, refusals
 from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, dumped
 from tokenswift_py.serving.http.asked import Asked, Server
 from tokenswift_py.serving.http.gate import Gate
-from tokenswift_py.serving.http.limits import Limits
 from tokenswift_py.serving.http.metrics import Metrics
 from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
 from tokenswift_py.serving.http.responses import ResponseAnswer
 from tokenswift_py.serving.http.texts import Texts, finished
 from tokenswift_py.serving.http.tokens import TokenTexts
+from tokenswift_py.serving.limits import Limits
 from tokenswift_py.version import __version__
 
 LEFT = 499  # the status of an answer that nobody waits for, as nginx logs it
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Json(Response):
-    media_type = "application/json"
-
+class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         return dumped(content).encode()
 
@@ -93,7 +92,8 @@ class Service:
 
     def check_model(self, model: str | None) -> None:
         if model not in (None, self.name):
-            raise Refusal(404, f"model: {model!r} is not here; this server has {self.name!r}", "model", "model_not_found")
+            told = f"model: {shown(model)} is not here; this server has {self.name!r}"
+            raise Refusal(404, told, "model", "model_not_found")
 
     def model(self) -> Mapping[str, Any]:
         return {"id": self.name, "object": "model", "created": self.started, "owned_by": "tokenswift",
@@ -106,8 +106,11 @@ class Service:
 
     def _routes(self) -> None:
         app, errors = self.app, {**DESCRIBED, "default": {"model": ErrorBody}}
+        proven = ("system_fingerprint", "guarantee", "numerics", "context", "seed", "usage")
+        texts_of = described("id", "object", "created", "model", "choices", *proven, stream=True)
+        response_of = described("id", "object", "created_at", "model", "output", "status", *proven, stream=True)
 
-        @app.post("/v1/chat/completions", responses=errors, response_class=Json)
+        @app.post("/v1/chat/completions", responses={**errors, 200: texts_of}, response_class=Json)
         async def chat(body: protocol.ChatRequest, request: Request) -> Response:
             """An answer to a conversation, whole or as a stream."""
             asked, texts = await self.begin(body.model, body, self.server.chat)
@@ -116,7 +119,7 @@ class Service:
                 return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
-        @app.post("/v1/completions", responses=errors, response_class=Json)
+        @app.post("/v1/completions", responses={**errors, 200: texts_of}, response_class=Json)
         async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
             """What goes on from a text, whole or as a stream: no chat template."""
             asked, texts = await self.begin(body.model, body, self.server.completion)
@@ -126,7 +129,7 @@ class Service:
                 return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
-        @app.post("/v1/responses", responses=errors, response_class=Json)
+        @app.post("/v1/responses", responses={**errors, 200: response_of}, response_class=Json)
         async def responses(body: protocol.ResponseRequest, request: Request) -> Response:
             """The same in the shape of the Responses API; nothing is stored."""
             asked, texts = await self.begin(body.model, body, self.server.response)
@@ -135,7 +138,7 @@ class Service:
                 return Events(answer.events(texts), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
-        @app.get("/v1/models", response_class=Json)
+        @app.get("/v1/models", responses={200: described("object", "data")}, response_class=Json)
         async def models() -> Response:
             """The model that this server has."""
             return Json({"object": "list", "data": [self.model()]})
@@ -145,14 +148,16 @@ class Service:
             self.check_model(model)
             return Json(self.model())
 
-        @app.post("/tokenize", responses=errors, response_class=Json)
+        tokenized = described("tokens", "count", "max_model_len")
+
+        @app.post("/tokenize", responses={**errors, 200: tokenized}, response_class=Json)
         async def tokenize(body: protocol.TokenizeRequest) -> Response:
             """Token ids of a text, or of messages as the chat template has them."""
             self.check_model(body.model)
             found = await run_in_threadpool(self.server.tokenized, body.prompt, body.messages, body.add_special_tokens)
             return Json({"tokens": found, "count": len(found), "max_model_len": self.engine.context})
 
-        @app.post("/detokenize", responses=errors, response_class=Json)
+        @app.post("/detokenize", responses={**errors, 200: described("prompt")}, response_class=Json)
         async def detokenize(body: protocol.DetokenizeRequest) -> Response:
             """The text of token ids, special ones included."""
             self.check_model(body.model)
@@ -167,6 +172,14 @@ class Service:
         async def metrics() -> Response:
             """For Prometheus, under vLLM's names."""
             return Response(self.metrics.text(), media_type=PROMETHEUS)
+
+
+def described(*names: str, stream: bool = False) -> dict[str, Any]:
+    """An answer for the OpenAPI document. names: of its fields. stream: it may also come as server-sent events."""
+    answer = {"schema": {"type": "object", "required": list(names), "properties": {name: {} for name in names}}}
+    event = {"type": "object", "required": ["data"], "properties": {"event": {}, "data": {"type": "string"}}}
+    events = {"text/event-stream": {"schema": event}} if stream else {}
+    return {"description": "the answer", "content": {"application/json": answer, **events}}
 
 
 def wants_usage(body: Any) -> bool:

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive
@@ -63,7 +64,7 @@ class Texts:
         self._pieces: list[list[Piece]] = [[] for _ in texts]
         self._latest: dict[int, float] = {}  # when the last tokens of each came
         for index, text in enumerate(texts):
-            text.listen(lambda piece, index=index: self._hear(index, piece))
+            text.listen(partial(self._hear, index))
 
     @classmethod
     async def submit(cls, engine: Engine, asked: Asked, timeout: float, metrics: Metrics, began: float) -> Texts:

@@ -40,7 +40,7 @@ class TokenTexts:
         """Of each token that has a text, the log-probability. An end-of-sequence token has none."""
         found = []
         for piece in pieces:
-            likeliest = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
+            likeliest = piece.top_logprobs or [()] * len(piece.tokens)
             for token, logprob, likely in zip(piece.tokens, piece.logprobs or (), likeliest, strict=False):
                 if token not in self._special:
                     found.append(Told(token, logprob, likely))
@@ -89,6 +89,9 @@ class Offsets:
         found = []
         for token in piece.tokens:
             if token not in self._special:
-                found.append(self._told)
-                self._told += len(self._joiner.push([token]))
+                alone = str(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
+                told = self._joiner.push([token])
+                before = len(told) - len(alone) if told.endswith(alone) else 0  # what was held back until now
+                found.append(self._told + before)
+                self._told += len(told)
         return found

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.message import Message
 from typing import Any
 
 import openai
 
-from tokenswift_py.serving.http.limits import Limits
 from tokenswift_py.serving.http.run import DrainingServer, bound, configuration
 from tokenswift_py.serving.http.server import Service
+from tokenswift_py.serving.limits import Limits
 
 
 @dataclass
@@ -51,6 +55,28 @@ def running(engine: Any, drain: float = 0.0, **settings: Any) -> Iterator[Runnin
             server.should_exit = True
             thread.join(60)
     assert not thread.is_alive()
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: Message
+    text: str
+
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+
+def ask(url: str, body: Any = None, **headers: str) -> Reply:
+    """A plain request. body: JSON, bytes as they are, or parts of them, whose length is not told; None is a GET."""
+    data = json.dumps(body).encode() if isinstance(body, dict) else body
+    named = {name.replace("_", "-"): value for name, value in {"Content_Type": "application/json", **headers}.items()}
+    request = urllib.request.Request(url, data, named, method="GET" if data is None else "POST")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return Reply(reply.status, reply.headers, reply.read().decode())
+    except urllib.error.HTTPError as error:
+        return Reply(error.code, error.headers, error.read().decode())
 
 
 def until(true: Callable[[], Any], seconds: float = 30.0) -> None:

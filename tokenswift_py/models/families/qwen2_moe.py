@@ -1,0 +1,59 @@
+"""Qwen 2 with mixtures of experts and one feed-forward that every token takes, in all layers or in some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tokenswift_py.models.families.base import (
+    Experts,
+    Family,
+    LayerSpec,
+    Place,
+    count_of,
+    mixture_layers,
+    stacked,
+    stacked_halves,
+)
+
+
+class Qwen2Moe(Family):
+    architecture, class_name = "qwen2moe", "Qwen2MoeForCausalLM"
+    keys = (
+        "expert_count",
+        "expert_used_count",
+        "expert_feed_forward_length",
+        "expert_shared_feed_forward_length",
+    )
+
+    def fields(self, config: Any) -> dict[str, Any]:
+        width, shared = (count_of(config, f"{kind}_intermediate_size") for kind in ("moe", "shared_expert"))
+        count, chosen = count_of(config, "num_experts"), count_of(config, "num_experts_per_tok")
+        return {
+            "qkv_bias": bool(config.qkv_bias),
+            "experts": Experts(count, chosen, width, bool(config.norm_topk_prob), shared),
+        }
+
+    def layers(self, config: Any) -> tuple[LayerSpec, ...]:
+        kinds = zip(super().layers(config), mixture_layers(config), strict=True)
+        return tuple(replace(layer, experts=experts) for layer, experts in kinds)
+
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
+        return Place(name, shape), stacked_halves(name, shape, config)
+
+    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+        return stacked(name, shape, config)
+
+    def gguf_config(self, said: Any, config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "num_experts": said.size("expert_count"),
+            "num_experts_per_tok": said.size("expert_used_count"),
+            "moe_intermediate_size": said.size("expert_feed_forward_length"),
+            "shared_expert_intermediate_size": said.size("expert_shared_feed_forward_length"),
+            "norm_topk_prob": False,  # as llama.cpp has it, whatever the model
+            "qkv_bias": True,
+        }
+
+
+FAMILY = Qwen2Moe()

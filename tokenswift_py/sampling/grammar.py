@@ -1,0 +1,196 @@
+"""Grammars: which tokens may come next, by llguidance (https://github.com/guidance-ai/llguidance).
+
+What may follow is a function of the chapter's own tokens so far, so it is one for every node of a tree (law 5). One
+matcher serves the walk and every drafter: it follows the history that it is asked about, and goes back where guesses
+were forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenswift_py.decoding.history import History
+from tokenswift_py.errors import NumericsError, UserError, check, check_text, need_extra, one_line
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+# How JSON is written where its schema does not say otherwise (`x-guidance`): as Python's json.dumps writes it, on one
+# line. Room for any whitespace would leave no token forced, and let a model write blanks for ever.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Vocabulary:
+    """A tokenizer as llguidance has it, made in a second, for all grammars of a model. Raises UserError without
+    llguidance, for a tokenizer that it cannot read, and for a model that nothing could end a text of.
+
+    vocab_size: of the model. eos: its end-of-sequence tokens, one of which ends what a grammar describes.
+    version:    of llguidance, on which masks depend. ends: a bit a token: whether it is an EOS.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos: Sequence[int]):
+        need_extra("grammar", "grammar", "llguidance")
+        from llguidance import LLTokenizer, get_version
+
+        self.size, self.eos = vocab_size, frozenset(token for token in eos if 0 <= token < vocab_size)
+        self.version = get_version()
+        check(bool(self.eos), "grammar", "a grammar", "this model has no end-of-sequence token to end its text")
+        self.ends = np.zeros((vocab_size + 31) // 32, np.uint32)
+        for token in self.eos:
+            self.ends[token // 32] |= np.uint32(1 << token % 32)
+        with one_line("grammar: llguidance cannot read this model's tokenizer"):
+            described = tokenizer.backend_tokenizer.to_str()
+            self.tokenizer: LLTokenizer = LLTokenizer(described, n_vocab=vocab_size, eos_token=sorted(self.eos))
+
+
+class Grammar:
+    """What a text must be. Raises UserError for what is no grammar, and for one that no token of the vocabulary begins.
+
+    kind: json_schema, grammar (Lark, in llguidance's dialect) or regex. text: of it.
+    """
+
+    def __init__(self, kind: str, text: str, vocabulary: Vocabulary):
+        from llguidance import LLMatcher
+
+        self.kind, self.vocabulary = kind, vocabulary
+        with one_line(f"{kind}: llguidance cannot read it"):
+            if kind == "json_schema":
+                self._compiled = LLMatcher.grammar_from_json_schema(text, defaults=JSON_FORM)  # type: ignore[arg-type]
+            else:
+                make = LLMatcher.grammar_from_lark if kind == "grammar" else LLMatcher.grammar_from_regex
+                self._compiled = make(text)
+        matcher = self.matcher()
+        if matcher.is_error():
+            raise UserError(f"{kind}: {' '.join(matcher.get_error().split())[:300]}")
+        try:
+            begins = bool(Follower(self).mask(History()).any())
+        except NumericsError:
+            begins = False
+        check(begins, kind, text, "this model's tokenizer has no token that begins such a text")
+
+    def matcher(self) -> Any:
+        """A new one, at the beginning."""
+        from llguidance import LLMatcher
+
+        return LLMatcher(self.vocabulary.tokenizer, self._compiled, log_level=0)
+
+
+class Follower:
+    """A grammar's matcher beside a history. Every method is about the token behind the history's last; each chapter
+    begins anew."""
+
+    def __init__(self, grammar: Grammar):
+        self.grammar = grammar
+        self._matcher = grammar.matcher()
+        self._chapters: list[int] = []
+        self._start = 0  # position of the chapter that the matcher is in
+        self._seen = History()  # its tokens, as far as they were shown to the matcher
+        self._taken = 0  # of these, those that the matcher took: what it refuses, or an EOS, is the last it sees
+        self._history: History | None = None  # the latest one, when it had been cut so often
+        self._cuts = 0
+
+    def begin_chapter(self, position: int) -> None:
+        """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
+        self._chapters.append(position)
+
+    def holds(self, history: History) -> bool:
+        """Whether the chapter's tokens begin a text of the grammar, or are one with its EOS."""
+        self._follow(history)
+        behind, eos = self._seen.tokens[self._taken :].tolist(), self.grammar.vocabulary.eos
+        return not behind or (len(behind) == 1 and behind[0] in eos and bool(self._matcher.is_accepting()))
+
+    def mask(self, history: History) -> npt.NDArray[np.uint32]:
+        """A bit a token, the lowest first: whether it may be next. None may behind a text's end, nor behind tokens that
+        the grammar has no place for."""
+        self._follow(history)
+        if self._taken < len(self._seen):
+            return np.zeros_like(self.grammar.vocabulary.ends)
+        ends = self.grammar.vocabulary.ends
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # which may have a word more
+        if self._matcher.is_error():
+            why = " ".join(self._matcher.get_error().split())[:200]
+            self._begin_again()  # what a guess led to must not stop the text
+            raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
+        # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
+        return bits if self._matcher.is_accepting() else bits & ~ends
+
+    def outside(self, history: History) -> npt.NDArray[np.bool_]:
+        """[vocab_size] whether a token may not be next."""
+        bits = self.mask(history).view(np.uint8)
+        return ~np.unpackbits(bits, bitorder="little", count=self.grammar.vocabulary.size).view(np.bool_)
+
+    def forced(self, history: History) -> int | None:
+        """The only token that may be next, if there is but one."""
+        mask = self.mask(history)
+        words = np.flatnonzero(mask)
+        word = int(mask[words[0]]) if len(words) == 1 else 0
+        return 32 * int(words[0]) + word.bit_length() - 1 if word and not word & (word - 1) else None
+
+    def _follow(self, history: History) -> None:
+        """Bring the matcher behind the history's last token."""
+        chapter = bisect_right(self._chapters, len(history))
+        start = self._chapters[chapter - 1] if chapter else 0
+        if start != self._start:
+            self._go_back(0)
+            self._start, self._history = start, None
+        tokens, known = history.tokens[start:], len(self._seen)
+        if history is not self._history or history.cuts != self._cuts:
+            known = common(self._seen.tokens, tokens)
+            self._history, self._cuts = history, history.cuts
+        if known < len(self._seen):
+            self._go_back(known)
+        if len(tokens) > known:
+            self._show(tokens[known:].tolist())
+
+    def _begin_again(self) -> None:
+        self._matcher, self._taken, self._history = self.grammar.matcher(), 0, None
+        self._seen.truncate(0)
+
+    def _go_back(self, length: int) -> None:
+        if length < self._taken:
+            self._matcher.rollback(self._taken - length)
+            self._taken = length
+        self._seen.truncate(length)
+
+    def _show(self, tokens: list[int]) -> None:
+        if self._taken == len(self._seen):
+            eos = self.grammar.vocabulary.eos
+            end = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+            self._taken += self._matcher.try_consume_tokens(tokens[:end])
+        self._seen.extend(tokens)
+
+
+def common(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(one), len(other))
+    unequal = one[:shorter] != other[:shorter]
+    return int(unequal.argmax()) if unequal.any() else shorter
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema, given as JSON or as what that stands for, as JSON on one line; the order of keys stays, for texts
+    follow it. Raises UserError."""
+    with one_line("json_schema: it is no JSON"):
+        value = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
+        check(isinstance(value, dict), "json_schema", schema, "a JSON schema, which is an object")
+        return json.dumps(value)
+
+
+@dataclass(frozen=True)
+class Language:
+    """A grammar: a text, which llguidance reads where there is a tokenizer, or None. json: JSON, or what it means."""
+
+    json: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        if self.json and value is not None:
+            value = schema_text(value)
+        check(value is None or (isinstance(value, str) and value != ""), name, value, "a text, not empty")
+        check_text(name, value or "")
