@@ -18,11 +18,11 @@ import pytest
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.errors import NumericsError
-from tokenswift_py.serving import lines
-from tokenswift_py.serving.batch import Batch
+from tokenswift_py.serving.bulk import lines
+from tokenswift_py.serving.bulk.batch import Batch
+from tokenswift_py.serving.bulk.lines import Answers, Line, lines_in
+from tokenswift_py.serving.bulk.requests import SHAPES, Requests
 from tokenswift_py.serving.engine import Engine
-from tokenswift_py.serving.lines import Answers, Line, lines_in
-from tokenswift_py.serving.requests import SHAPES, Requests
 from toys import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.serving import ray_data
+from tokenswift_py.serving.bulk import ray_data
 from toys import save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +140,7 @@ def test_an_actor_is_killed(ray: Any, folder: Path, swift: TokenSwift, tmp_path:
 def test_replicas_follow_the_queue(ray: Any, folder: Path, swift: TokenSwift) -> None:
     serve = pytest.importorskip("ray.serve")
     openai = pytest.importorskip("openai")
-    from tokenswift_py.serving.ray_serve import application
+    from tokenswift_py.serving.bulk.ray_serve import application
 
     scaling = {"upscale_delay_s": 0.5, "downscale_delay_s": 600, "look_back_period_s": 1}
     with socket.socket() as free:

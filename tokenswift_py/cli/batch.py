@@ -61,9 +61,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"batch: it needs {package}: pip install 'tokenswift-py[server]' ({error})") from error
 
     # Here, because torch, transformers and FastAPI take seconds to import.
-    from tokenswift_py.serving.http.limits import Limits
-    from tokenswift_py.serving.lines import Answers, survey
-    from tokenswift_py.serving.requests import SHAPES
+    from tokenswift_py.serving.bulk.lines import Answers, survey
+    from tokenswift_py.serving.bulk.requests import SHAPES
+    from tokenswift_py.serving.limits import Limits
 
     limits = Limits(default_tokens=args.default_tokens)
     keys = survey(args.input, tuple(SHAPES))  # before anything is made
@@ -80,10 +80,10 @@ def main(arguments: Sequence[str]) -> int:
 def answer(args: argparse.Namespace, answers: Any, left: int, limits: Any) -> int:
     """Load the model and answer. left: how many requests have no answer."""
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.serving.batch import AHEAD, Batch
+    from tokenswift_py.serving.bulk.batch import AHEAD, Batch
+    from tokenswift_py.serving.bulk.lines import lines_in
+    from tokenswift_py.serving.bulk.requests import SHAPES, Requests
     from tokenswift_py.serving.engine import Engine
-    from tokenswift_py.serving.lines import lines_in
-    from tokenswift_py.serving.requests import SHAPES, Requests
 
     swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
     engine = Engine(

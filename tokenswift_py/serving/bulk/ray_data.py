@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.serving.batch import AHEAD, Batch
+from tokenswift_py.serving.bulk.batch import AHEAD, Batch
+from tokenswift_py.serving.bulk.lines import encoded, read_line
+from tokenswift_py.serving.bulk.requests import SHAPES, Requests
 from tokenswift_py.serving.engine import Engine
-from tokenswift_py.serving.http.limits import Limits
-from tokenswift_py.serving.lines import encoded, read_line
-from tokenswift_py.serving.requests import SHAPES, Requests
+from tokenswift_py.serving.limits import Limits
 
 COLUMN = "request"  # the JSON of a line of a batch
 PARTS = ("custom_id", "url", "body")  # columns of a request that is not one text

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenswift_py.serving.ray_data import need_ray
+from tokenswift_py.serving.bulk.ray_data import need_ray
 
 DRAIN_S = 600.0  # that the texts of a replica have when it is taken away
 
@@ -36,8 +36,8 @@ def application(
         from tokenswift_py.api import TokenSwift
         from tokenswift_py.serving.engine import Engine
         from tokenswift_py.serving.http.gate import LOOPBACK
-        from tokenswift_py.serving.http.limits import Limits
         from tokenswift_py.serving.http.server import Service
+        from tokenswift_py.serving.limits import Limits
 
         swift = TokenSwift.from_pretrained(model, **loading)
         engine = Engine(

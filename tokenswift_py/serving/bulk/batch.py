@@ -9,10 +9,10 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from tokenswift_py.errors import UserError
+from tokenswift_py.serving.bulk.lines import Line, answer_of
+from tokenswift_py.serving.bulk.requests import Answering, Requests
 from tokenswift_py.serving.engine import Busy
 from tokenswift_py.serving.http.refusals import Refusal, of_user_error
-from tokenswift_py.serving.lines import Line, answer_of
-from tokenswift_py.serving.requests import Answering, Requests
 
 AHEAD = 4  # texts that wait in the engine, so that none of its places stays empty
 LOOK_S = 0.2  # seconds between two looks at whether to stop

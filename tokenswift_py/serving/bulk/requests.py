@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
-
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.serving.engine import Engine, Text
 from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer
 from tokenswift_py.serving.http.asked import Asked, Server
-from tokenswift_py.serving.http.limits import Limits
 from tokenswift_py.serving.http.protocol import ChatRequest, CompletionRequest, ResponseRequest
 from tokenswift_py.serving.http.refusals import Refusal, of_user_error, of_validation
 from tokenswift_py.serving.http.responses import ResponseAnswer
 from tokenswift_py.serving.http.texts import Ended
 from tokenswift_py.serving.http.tokens import TokenTexts
+from tokenswift_py.serving.limits import Limits
 
 SHAPES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,
@@ -39,7 +37,7 @@ class Answering:
         self._pieces: list[list[Piece]] = [[] for _ in texts]
         self._left, self._lock = len(texts), threading.Lock()
         for text, pieces in zip(texts, self._pieces, strict=True):
-            text.listen(lambda piece, pieces=pieces: self._hear(pieces, piece))
+            text.listen(partial(self._hear, pieces))
 
     def _hear(self, pieces: list[Piece], piece: Piece | None) -> None:
         if piece is not None:
@@ -78,10 +76,7 @@ class Requests:
 
     def begin(self, url: str, body: Any, over: Callable[[], None]) -> Answering:
         """Hands the texts of a request to the engine, all or none. Raises Refusal, and Busy. over: see `Answering`."""
-        try:
-            request = SHAPES[url].model_validate(body)
-        except ValidationError as error:
-            raise of_validation(RequestValidationError(error.errors())) from error
+        request = validated(url, body)
         if request.model not in (None, self.name):
             said = f"model: {request.model!r} is not here; this is {self.name!r}"
             raise Refusal(404, said, "model", "model_not_found")
@@ -116,3 +111,14 @@ class Requests:
             return asked, CompletionAnswer(self.name, asked, self.tokens, echoed)
         asked = self.server.response(request)
         return asked, ResponseAnswer(self.name, request, asked, self.tokens)
+
+
+def validated(url: str, body: Any) -> Any:
+    """Returns a body as the request that it is. Raises Refusal."""
+    from fastapi.exceptions import RequestValidationError
+    from pydantic import ValidationError
+
+    try:
+        return SHAPES[url].model_validate(body)
+    except ValidationError as error:
+        raise of_validation(RequestValidationError(error.errors())) from error
