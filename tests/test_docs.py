@@ -98,7 +98,7 @@ def test_the_recipes_run(
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda script: script.name)
 def test_the_examples_run(script: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
-    folder = [str(tmp_path / "run")] if script.name == "resume.py" else []
+    folder = [str(tmp_path / "run")] if script.name in ("batch.py", "resume.py") else []
     command = [sys.executable, str(script), *folder, str(tmp_path / "model")]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}

@@ -147,6 +147,25 @@ def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -
     assert [work.written for work in works] == [alone(tiny_decoder, work)[:60] for work in works]
 
 
+@pytest.mark.parametrize("most_running", [1, 2])
+def test_texts_that_end_without_another_pass_do_end(tiny_decoder: Any, most_running: int) -> None:
+    """As those do whose last characters become certain with their end; and those that wait for them begin."""
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock, most_running)
+    works = [Work(tiny_decoder, scheduler.pool, n, 10, 0.0, clock, seed=n) for n in range(2)]
+
+    def passes(work: Work) -> Any:
+        yield from work.loop.text(work.prompt)
+        yield Step(tokens=())
+
+    for work in works:
+        work.passes = lambda work=work: passes(work)
+        scheduler.add(work)
+    while scheduler.step():
+        pass
+    assert [work.ended for work in works] == [[None], [None]]
+
+
 def test_a_text_that_fails_leaves_the_others_alone(tiny_decoder: Any) -> None:
     clock = Ticks()
     scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
-from tokenswift_py.cli import audit, quality, serve, train_heads
+from tokenswift_py.cli import audit, batch, quality, serve, train_heads
 from tokenswift_py.cli.flags import given_options, parser
 from tokenswift_py.cli.inputs import follows
 from tokenswift_py.cli.terminal import LogLines, open_standard_streams
@@ -18,7 +18,10 @@ from tokenswift_py.errors import UserError
 from tokenswift_py.runs.journal import JournalError
 
 logger = logging.getLogger("tokenswift")
-COMMANDS = {"audit": audit.main, "quality": quality.main, "serve": serve.main, "train-heads": train_heads.main}
+COMMANDS = {
+    "audit": audit.main, "batch": batch.main, "quality": quality.main, "serve": serve.main,
+    "train-heads": train_heads.main,
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

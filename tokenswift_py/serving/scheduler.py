@@ -125,7 +125,8 @@ class Scheduler:
         seat.cancelled = True
 
     def step(self) -> bool:
-        """Computes one pass for those that can share it, where any is wanted. Returns whether there are texts left."""
+        """Computes one pass for those that can share it. Returns whether texts are left: a step may compute none, where
+        all that are in work end a round without another pass."""
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
