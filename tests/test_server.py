@@ -451,7 +451,7 @@ def test_a_client_that_leaves_a_stream_ends_its_text(swift: TokenSwift) -> None:
     with running(engine(swift)) as found:
         with found.client().chat.completions.create(model="tiny", messages=SAID, stream=True, n=2, **LONG) as stream:
             next(chunk for chunk in stream if chunk.choices[0].delta.content)
-            assert figures(found)["running"] == 2
+            until(lambda: figures(found)["running"] == 2)
         until(lambda: figures(found)["finished"] == {"interrupted": 2})
         assert figures(found)["running"] == 0
 

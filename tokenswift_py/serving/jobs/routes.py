@@ -213,10 +213,11 @@ async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
             if now >= due or audited != job.auditing:
                 due, audited = now + STATUS_SECONDS, job.auditing
                 yield {"event": "status", "data": dumped(job.status())}
+            alarm = loop.call_later(STATUS_SECONDS, changed.set)  # wait_for can miss that a client left (before 3.12)
             try:
-                await asyncio.wait_for(changed.wait(), STATUS_SECONDS)
-            except asyncio.TimeoutError:
-                continue
+                await changed.wait()
+            finally:
+                alarm.cancel()
             await asyncio.sleep(GATHER_SECONDS)
 
 
