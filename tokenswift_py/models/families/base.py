@@ -108,6 +108,16 @@ class Family:
         return {}
 
 
+class Mixture(Family):
+    """A family whose experts transformers holds in stacks, gate above up, and files hold one by one."""
+
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
+        return Place(name, shape), stacked_halves(name, shape, config)
+
+    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+        return stacked(name, shape, config)
+
+
 def window_of(config: Any) -> int | None:
     """The width of the config's sliding windows; None where it has none."""
     width: int | None = getattr(config, "sliding_window", None)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from tokenswift_py.models.families.base import (
     Experts,
-    Family,
     LayerSpec,
-    Place,
+    Mixture,
     count_of,
     mixture_layers,
-    stacked,
-    stacked_halves,
 )
 
 
-class Qwen2Moe(Family):
+class Qwen2Moe(Mixture):
     architecture, class_name = "qwen2moe", "Qwen2MoeForCausalLM"
     keys = (
         "expert_count",
@@ -38,12 +34,6 @@ class Qwen2Moe(Family):
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         kinds = zip(super().layers(config), mixture_layers(config), strict=True)
         return tuple(replace(layer, experts=experts) for layer, experts in kinds)
-
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        return Place(name, shape), stacked_halves(name, shape, config)
-
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
-        return stacked(name, shape, config)
 
     def gguf_config(self, said: Any, config: dict[str, Any]) -> dict[str, Any]:
         return {

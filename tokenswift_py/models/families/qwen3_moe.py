@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tokenswift_py.models.families.base import (
     Experts,
-    Family,
     LayerSpec,
-    Place,
+    Mixture,
     count_of,
     mixture_layers,
-    stacked,
-    stacked_halves,
     windows_everywhere,
 )
 
 
-class Qwen3Moe(Family):
+class Qwen3Moe(Mixture):
     architecture, class_name = "qwen3moe", "Qwen3MoeForCausalLM"
     keys = ("expert_count", "expert_used_count", "expert_feed_forward_length")
 
@@ -31,12 +27,6 @@ class Qwen3Moe(Family):
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         kinds = zip(windows_everywhere(config), mixture_layers(config), strict=True)
         return tuple(LayerSpec(window, experts=experts) for window, experts in kinds)
-
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        return Place(name, shape), stacked_halves(name, shape, config)
-
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
-        return stacked(name, shape, config)
 
     def gguf_config(self, said: Any, config: dict[str, Any]) -> dict[str, Any]:
         return {
