@@ -33,7 +33,7 @@ from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
-from tokenswift_py.drafters.partial import Partial
+from tokenswift_py.drafters.views import Views
 from tokenswift_py.kvcache.policies.recent import POLICY as Recent
 from tokenswift_py.runs import contract, journal, snapshot
 from tokenswift_py.runs.journal import NAME, Journal, JournalError
@@ -332,14 +332,14 @@ def test_a_recorded_run_goes_on_where_it_was_cut(swift: TokenSwift, run: tuple[P
 def test_a_run_goes_on_with_drafts_that_see_a_few_pages(
     swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drafter: str
 ) -> None:
-    view, seen = Partial._view, set()
+    view, seen = Views.pages, set()
 
-    def watched(self: Partial, context: Any) -> Any:
-        found = view(self, context)
+    def watched(self: Views, cache: Any) -> Any:
+        found = view(self, cache)
         seen.add(found and found.pages.shape[-1])
         return found
 
-    monkeypatch.setattr(Partial, "_view", watched)
+    monkeypatch.setattr(Views, "pages", watched)
     folder = tmp_path / "run"
     settings: dict[str, Any] = {**SETTINGS, "max_new_tokens": 90, "chapters": [], "ignore_eos": True, "context": 900}
     prompt = 32 * "the cat and the dog and the bird sat on the mat, and then the rain began. "
