@@ -67,6 +67,9 @@ class Writing:
     def tokens(self) -> IntArray:
         return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
 
+    def needs_all_rows(self) -> bool:
+        return self.loop.needs_all_rows
+
     def rows_ahead(self) -> int:
         return self.loop.rows_ahead
 

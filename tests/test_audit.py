@@ -294,13 +294,13 @@ def test_what_rounding_explains_is_a_tie(
     torch_swift: TokenSwift, honest: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits a little off change some choices; each is reported with its margin, and none of them fails the audit."""
-    rows, noise = audit.Pass.rows, torch.Generator().manual_seed(0)
+    rows, noise = audit.Check.rows, torch.Generator().manual_seed(0)
 
     def rough(self: Any, count: int) -> torch.Tensor:
         logits = rows(self, count)
         return logits + 0.3 * (2 * torch.rand(logits.shape, generator=noise) - 1)
 
-    monkeypatch.setattr(audit.Pass, "rows", rough)
+    monkeypatch.setattr(audit.Check, "rows", rough)
     assert audit.audit(torch_swift, honest[0]).mismatch is not None
     monkeypatch.setitem(audit.ROUNDING, "fp32", 2.0)
     found = audit.audit(torch_swift, honest[0])
@@ -312,13 +312,13 @@ def test_what_rounding_explains_is_a_tie(
 def test_rows_that_depend_on_their_company_prove_nothing(
     swift: TokenSwift, honest: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = audit.Pass.rows
+    rows = audit.Check.rows
 
     def lawless(self: Any, count: int) -> torch.Tensor:
         logits = rows(self, count)
         return logits if count > 1 else logits + 1e-5
 
-    monkeypatch.setattr(audit.Pass, "rows", lawless)
+    monkeypatch.setattr(audit.Check, "rows", lawless)
     found = audit.audit(swift, honest[0])
     assert found.mismatch is None and found.unequal_rows == found.decoded > 0 and not found.passed
 
@@ -363,10 +363,10 @@ def test_a_file_for_the_findings_that_cannot_be_is_refused_before_any_work(
 def test_an_audit_that_breaks_off_says_nothing_of_the_text(
     honest: tuple[Path, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: audit.Pass) -> None:
+    def fails(self: audit.Check) -> None:
         raise RuntimeError("logits are not\nfinite")
 
-    monkeypatch.setattr(audit.Pass, "run", fails)
+    monkeypatch.setattr(audit.Check, "run", fails)
     assert main(["audit", str(honest[0])]) == 2
     assert capsys.readouterr().err.endswith(
         "audit: it broke off and says nothing (RuntimeError: logits are not finite)\n"

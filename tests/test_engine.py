@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.runs import snapshot
 from tokenswift_py.runs.audit import audit
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.serving.engine import Busy, Engine
@@ -156,3 +159,78 @@ def test_a_fault_of_the_engine_ends_the_texts_and_not_the_engine(
         with pytest.raises(ZeroDivisionError):
             engine.submit("the cat", **settings(1)).result(60)
     assert engine.submit("the cat", **settings(1)).result(60).ending == "length"
+
+
+def test_a_listener_that_fails_ends_nothing(swift: TokenSwift, engine: Engine) -> None:
+    heard: list[Piece | None] = []
+    bad, good = engine.submit("the cat", **settings(1)), engine.submit("a dog", **settings(2))
+
+    def fails(piece: Piece | None) -> None:
+        if threading.current_thread() is not threading.main_thread():  # where it would hurt others
+            raise ZeroDivisionError
+
+    for text in (bad, good):
+        text.listen(fails)
+        text.listen(heard.append)
+    assert bad.result(60).tokens == swift.generate("the cat", context=CONTEXT, **settings(1)).tokens
+    assert good.result(60).ending == "length" and heard.count(None) == 2
+    assert engine.submit("the cat", **settings(3)).result(60).ending == "length"
+
+
+def test_a_long_prompt_gets_on_beside_texts_that_are_being_written(swift: TokenSwift) -> None:
+    engine = Engine(swift, 900, most_running=3)
+    engine._scheduler.most_rows = 4
+    others = [engine.submit("the cat", **settings(i, 600)) for i in range(2)]
+    for other in others:
+        next(iter(other))
+    long = engine.submit(150 * "the cat ", **settings(9, 5))
+    assert long.result(60).ending == "length" and len(long.prompt) > 300
+    assert not any(other.done for other in others)
+    engine.close()
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_run_with_a_snapshot_goes_on_in_company(swift: TokenSwift, tmp_path: Path, warm: bool) -> None:
+    """Also where pages of its prompt are known already: a snapshot begins at the first page."""
+    prompt, asked = 40 * "the cat and a dog ", {**settings(5, 80), "context": 900}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(snapshot, "SHARD", 1)
+        patch.setattr(snapshot, "ROWS", 64)
+        with swift.stream(prompt, out=tmp_path / "run", kv_snapshot=True, **asked) as stream:
+            pieces = iter(stream)
+            for _ in range(4):
+                next(pieces)
+        assert list((tmp_path / "run" / "kv").iterdir())
+        engine = Engine(swift, 900)
+        if warm:
+            engine.submit(prompt, **settings(6, 5)).result(60)
+        resumed = engine.resume(tmp_path / "run").result(60)
+        later = engine.submit(prompt, **settings(7, 30)).result(60)
+        engine.close()
+    assert resumed.tokens == swift.generate(prompt, **asked).tokens
+    assert later.tokens == swift.generate(prompt, **{**settings(7, 30), "context": 900}).tokens
+
+
+def test_log_probabilities_of_a_prompt_whose_pages_are_known(swift: TokenSwift, engine: Engine) -> None:
+    prompt = 12 * "the cat and "
+    first, again = (engine.submit(prompt, prompt_logprobs=0, **settings(1, 3)).result(60) for _ in range(2))
+    assert first.prompt_logprobs == again.prompt_logprobs and first.prompt_logprobs is not None
+
+
+def test_texts_in_a_pool_that_holds_hardly_two(swift: TokenSwift) -> None:
+    engine = Engine(swift, CONTEXT, most_running=4, kv_tokens=20 * 64)
+    texts = [engine.submit(PROMPTS[i % 4], **settings(i, 200)) for i in range(5)]
+    for i, text in enumerate(texts):
+        assert text.result(120).tokens == swift.generate(PROMPTS[i % 4], context=CONTEXT, **settings(i, 200)).tokens
+    assert engine.figures()["preemptions"] > 0
+    engine.close()
+
+
+def test_a_process_that_leaves_its_engine_open_ends_quietly(tiny_folder: Path) -> None:
+    script = (
+        "from tokenswift_py import TokenSwift\nfrom tokenswift_py.serving.engine import Engine\n"
+        f"engine = Engine(TokenSwift.from_pretrained({str(tiny_folder)!r}), 300)\n"
+        "text = engine.submit('the cat', max_new_tokens=250, ignore_eos=True)\nprint(len(next(iter(text)).tokens))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

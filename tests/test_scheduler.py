@@ -59,6 +59,9 @@ class Work:
     def tokens(self) -> Any:
         return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
 
+    def needs_all_rows(self) -> bool:
+        return self.loop.needs_all_rows
+
     def rows_ahead(self) -> int:
         return self.loop.rows_ahead
 
@@ -233,3 +236,33 @@ def test_shares_add_up_and_charge_each_text_for_its_rows() -> None:
     assert one + three == pytest.approx(14.0)
     assert three - one == pytest.approx(2.0, abs=0.3)
     assert shares.split([asked(4)], 14.0) == [14.0]
+
+
+def test_who_waits_long_is_served_beside_a_steady_stream_of_the_more_urgent(tiny_decoder: Any) -> None:
+    now = 0.0
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(100), lambda: now, most_running=1)
+    patient = Work(tiny_decoder, scheduler.pool, 0, 10, 0.0, Ticks(), seed=0)
+    scheduler.add(patient)
+    for _ in range(200):
+        if sum(seat.work is not patient for seat in scheduler.seats) < 2:
+            scheduler.add(Work(tiny_decoder, scheduler.pool, 3, 10, 1.0, Ticks(), seed=4))
+        scheduler.step()
+        now += 1.0
+        if patient.ended:
+            break
+    assert patient.ended == [None]
+
+
+def test_an_error_of_one_pass_fails_its_text_alone(tiny_decoder: Any) -> None:
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock)
+    works = [Work(tiny_decoder, scheduler.pool, n, 25, 0.0, clock, seed=n) for n in range(3)]
+    works[1].prompt = [5, 7, 10**6]  # no such token
+    for work in works:
+        scheduler.add(work)
+    while scheduler.step():
+        pass
+    assert [type(work.ended[0]) for work in works] == [type(None), IndexError, type(None)]
+    for work in (works[0], works[2]):
+        assert work.written == alone(tiny_decoder, work)[:25]
+    assert scheduler.pool.free + scheduler.idle_pages == scheduler.pool.pages

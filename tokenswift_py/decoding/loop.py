@@ -188,6 +188,11 @@ class DecodeLoop:
             self.cache.commit(range(count))
 
     @property
+    def needs_all_rows(self) -> bool:
+        """Whether passes over the text's rows tell more than keys and values, so that none of them can be left out."""
+        return self.prompt_logprobs is not None or bool(self.unknown) or bool(self._untold)
+
+    @property
     def rows_ahead(self) -> int:
         """How many rows the next round may commit beside those of its tree: those of a turn."""
         return len(self.turns[0]) if self.turns else 0

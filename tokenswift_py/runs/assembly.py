@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenswift_py import registry
 from tokenswift_py.decoding.eviction import STATISTICS_ROWS, Eviction
@@ -45,7 +45,7 @@ def decode_loop(
     first_end = len(run.prompt) + options.min_new_tokens
     vocab, special = loaded.checkpoint.spec.vocab_size, special_ids(loaded.tokenizer)
     eviction = eviction_of(options, loaded.executor.ranks)
-    chunk: dict[str, Any] = {"prefill_chunk": STATISTICS_ROWS} if eviction and eviction.needs else {}
+    chunk = STATISTICS_ROWS if eviction and eviction.needs else loaded.prefill_chunk
     ends = () if options.ignore_eos else eos
     decode = partial(loaded.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
@@ -81,7 +81,7 @@ def decode_loop(
         ranks=loaded.executor.ranks,
         timer=timer,
         target_cost=loaded.pass_cost("target", model.row_shapes),
-        **chunk,
+        prefill_chunk=chunk,
     )
 
 

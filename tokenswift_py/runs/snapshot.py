@@ -64,7 +64,10 @@ def load(
     """Fills an empty cache with the rows before position `stop`, as far as there are whole shards of these tokens.
 
     A shard that is damaged, or of other tokens or numerics, is removed with all behind it, with a line to the log.
+    Raises ValueError for a cache that is not empty.
     """
+    if cache.length:
+        raise ValueError(f"a snapshot begins at position 0, and the cache holds {cache.length} rows")
     for shard in range(stop // ROWS):
         path = shard_path(run / FOLDER, shard, ranks)
         there = path.exists()

@@ -65,7 +65,7 @@ class Stream:
     def passes(self) -> Generator[Pass | Piece, Output | None, None]:
         """The stream as a coroutine: yields the passes that it needs, to be sent their outputs, and its pieces. A piece
         of tokens ends a round."""
-        if self._cold and self.ending == "interrupted":
+        if self._cold and self.ending == "interrupted" and not self.loop.cache.length:
             self._restore(lambda rows: None)
         text, output = self.loop.text(self.run.prompt, self.after), None
         with closing(text):

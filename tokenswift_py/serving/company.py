@@ -7,8 +7,9 @@ from typing import Any
 
 from tokenswift_py.core import Model
 from tokenswift_py.errors import check
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import SPARE_PAGES, pages_for
+from tokenswift_py.kvcache.pages import ROUND_PAGES, SPARE_PAGES
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
@@ -48,6 +49,8 @@ class Company(LoadedModel):
     alone:     the model as it was loaded.
     """
 
+    prefill_chunk = 128  # so that a long prompt holds the others up for a moment only
+
     def __init__(
         self,
         loaded: LoadedModel,
@@ -65,13 +68,14 @@ class Company(LoadedModel):
         self.executor.check_rope(self._rope)
         self.target = self.executor.model(self._rope)
         page_bytes = self.kv_bytes(0) // SPARE_PAGES
-        whole = most_running * pages_for(self.context)
+        one = -(-self.context // PAGE_SIZE) + ROUND_PAGES
+        whole = most_running * one
         if kv_tokens is None:
             pages = min(whole, free_on(self.executor.device) // 2 // page_bytes)
         else:
-            pages = pages_for(kv_tokens)
+            pages = -(-kv_tokens // PAGE_SIZE) + ROUND_PAGES
         what = f"a KV pool of {pages} pages of 64 tokens"
-        check(pages >= pages_for(self.context), "kv_tokens", kv_tokens, f"room for one text of {self.context} tokens")
+        check(pages >= one, "kv_tokens", kv_tokens, f"room for one text of {self.context} tokens")
         check_memory(pages * page_bytes, self.executor.device, what)
         self.pool = self.target.new_pool(pages)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
+from weakref import ref
 
 from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.errors import check, one_line
@@ -24,11 +26,11 @@ from tokenswift_py.options import Options
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Journal
 from tokenswift_py.runs.plan import Run, prepare, recorded_run
-from tokenswift_py.runs.result import Piece, Result
 from tokenswift_py.runs.stream import Stream
 from tokenswift_py.serving.company import Company
-from tokenswift_py.serving.scheduler import Scheduler, Seat
+from tokenswift_py.serving.scheduler import Scheduler
 from tokenswift_py.serving.sharing import OwnTime
+from tokenswift_py.serving.texts import Text
 from tokenswift_py.serving.work import StreamWork
 from tokenswift_py.text import Prompt
 
@@ -38,74 +40,6 @@ T = TypeVar("T")
 
 class Busy(RuntimeError):
     """As many texts wait already as may."""
-
-
-class Text:
-    """A text in the engine. Its pieces come from the engine's thread as they are written.
-
-    stream: what writes it. Its counts may be looked at from any thread.
-    before: the text that a resumed run found in its journal; the pieces follow it.
-    """
-
-    def __init__(self, number: int, stream: Stream):
-        self.number, self.stream, self.run = number, stream, stream.run
-        self.prompt = self.run.prompt
-        self.before = stream.text
-        self.seat: Seat | None = None
-        self.error: BaseException | None = None
-        self._pieces: list[Piece] = []
-        self._listeners: list[Callable[[Piece | None], None]] = []
-        self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._result: Callable[[], Result] | None = None
-        self.cancel: Callable[[], None] = lambda: None
-
-    @property
-    def done(self) -> bool:
-        return self._over.is_set()
-
-    def listen(self, tell: Callable[[Piece | None], None]) -> None:
-        """Calls `tell` with each piece, those so far first, and with None after the last: from the engine's thread,
-        which waits meanwhile, or from this one."""
-        with self._lock:
-            for piece in self._pieces:
-                tell(piece)
-            if self.done:
-                tell(None)
-            else:
-                self._listeners.append(tell)
-
-    def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come. Raises what ended the text, if that was an error."""
-        pieces: SimpleQueue[Piece | None] = SimpleQueue()
-        self.listen(pieces.put)
-        while (piece := pieces.get()) is not None:
-            yield piece
-        if self.error is not None:
-            raise self.error
-
-    def result(self, timeout: float | None = None) -> Result:
-        """Waits for the end of the text, at most so many seconds. Raises TimeoutError, and what ended the text if that
-        was an error."""
-        if not self._over.wait(timeout):
-            raise TimeoutError(f"the text is not over after {timeout} s")
-        if self.error is not None:
-            raise self.error
-        assert self._result is not None
-        return self._result()
-
-    def tell(self, piece: Piece) -> None:
-        with self._lock:
-            self._pieces.append(piece)
-            for listener in self._listeners:
-                listener(piece)
-
-    def end(self, error: BaseException | None, result: Callable[[], Result]) -> None:
-        with self._lock:
-            self.error, self._result = error, result
-            self._over.set()
-            for listener in self._listeners:
-                listener(None)
 
 
 class Engine:
@@ -146,6 +80,11 @@ class Engine:
         self._past = GenerationStats()
         self._prompt_tokens = 0
         self._closing = False
+        self._due = 0.0  # when figures are shown again
+        self._shown: dict[str, Any] = {"running": 0, "kv_usage": 0.0, "preemptions": 0, "prefix_hits": 0}
+        # A thread that computes while the process ends would end it with a crash.
+        self._at_exit = partial(close_at_exit, ref(self))
+        atexit.register(self._at_exit)
         self._thread = threading.Thread(target=self._work, name="tokenswift-engine", daemon=True)
         self._thread.start()
 
@@ -245,14 +184,10 @@ class Engine:
         with self._changed:
             live, past, finished = list(self._live.values()), self._past, dict(self._finished)
         stats = [past, *(work.stream.stats for work in live)]
-        pool, running = self.loaded.pool, self._scheduler.running
-        used = pool.pages - pool.free - self._scheduler.idle_pages
+        shown = self._shown
         return {
-            "running": running,
-            "waiting": max(0, len(live) - running),
-            "kv_usage": max(0.0, used / pool.pages),
-            "preemptions": self._scheduler.preemptions,
-            "prefix_hits": self._scheduler.prefixes.hits,
+            **shown,
+            "waiting": max(0, len(live) - shown["running"]),
             "prompt_tokens": self._prompt_tokens,
             "generated_tokens": sum(each.new_tokens for each in stats),
             "drafts": sum(each.num_spec_steps for each in stats),
@@ -271,6 +206,7 @@ class Engine:
         self._order(self._scheduler.close)
         self._order(self._stop)
         self._thread.join()
+        atexit.unregister(self._at_exit)
 
     # In the engine's thread
 
@@ -281,14 +217,28 @@ class Engine:
                 while not self._orders and not busy:
                     self._changed.wait()
                 orders = [self._orders.popleft() for _ in range(len(self._orders))]
-            for order in orders:
-                order()
             try:
+                for order in orders:
+                    order()
                 busy = self._going and self._scheduler.step()
             except Exception as error:  # what concerns one text ended that text; this is a fault of the engine
                 logger.exception("the engine failed: all texts end")
                 self._scheduler.close(error)
                 busy = False
+            if not busy or time.monotonic() >= self._due:
+                self._show()
+
+    def _show(self) -> None:
+        """Makes the scheduler's figures known to other threads, which must not look into it while it works."""
+        pool, scheduler = self.loaded.pool, self._scheduler
+        used = pool.pages - pool.free - scheduler.idle_pages
+        self._shown = {
+            "running": scheduler.running,
+            "kv_usage": max(0.0, used / pool.pages),
+            "preemptions": scheduler.preemptions,
+            "prefix_hits": scheduler.prefixes.hits,
+        }
+        self._due = time.monotonic() + SHOWN_SECONDS
 
     def _stop(self) -> None:
         self._going = False
@@ -321,3 +271,11 @@ class Engine:
                 num_accepted_draft_tokens=self._past.num_accepted_draft_tokens + mine.num_accepted_draft_tokens,
             )
         text.end(error, work.stream.result)
+
+
+def close_at_exit(engine: ref[Engine]) -> None:
+    if (found := engine()) is not None:
+        found.close()
+
+
+SHOWN_SECONDS = 0.1

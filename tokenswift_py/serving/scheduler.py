@@ -12,67 +12,17 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from tokenswift_py.core import IntArray, Model, Output
+from tokenswift_py.core import Model, Output
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.kvcache.base import PAGE_SIZE, PagePool
-from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import SPARE_PAGES
+from tokenswift_py.kvcache.pages import ROUND_PAGES as ROUND_PAGES
 from tokenswift_py.serving.prefixes import Prefixes
-from tokenswift_py.serving.sharing import OwnTime, Shares
+from tokenswift_py.serving.seat import Seat as Seat
+from tokenswift_py.serving.seat import Work
+from tokenswift_py.serving.sharing import Shares
 from tokenswift_py.serving.together import together
-
-
-class Work(Protocol):
-    """A text as the scheduler sees it.
-
-    cache: in the scheduler's pool. priority: higher is served first.
-    """
-
-    priority: float
-    time: OwnTime
-
-    @property
-    def cache(self) -> KVCache: ...
-
-    def passes(self) -> Generator[Pass | Any, Output | None, None]:
-        """Writes the text: yields passes, and anything else at the end of each round."""
-
-    def recompute(self) -> Generator[Pass, Output, None]:
-        """Computes the rows of the text again, after its pages were taken."""
-
-    def tokens(self) -> IntArray:
-        """The text so far, the prompt and the pending token included."""
-
-    def rows_ahead(self) -> int:
-        """How many rows the next round commits at most, beside those of a tree."""
-
-    def tell(self, what: Any) -> None:
-        """Takes what the text has brought at the end of a round."""
-
-    def end(self, error: BaseException | None) -> None:
-        """Nothing more comes: the text has ended, was cancelled (None) or failed."""
-
-
-class Seat:
-    """A text's place in the scheduler.
-
-    text:      its coroutine; None before its first round.
-    asked:     the pass it waits for; None between rounds.
-    coroutine: the one that asked.
-    running:   whether it is in work; otherwise it holds no page.
-    since:     when it began to wait, in seconds.
-    digests:   of its full pages that the prefixes know.
-    """
-
-    def __init__(self, work: Work, number: int, now: float):
-        self.work, self.number, self.since = work, number, now
-        self.text: Generator[Any, Any, None] | None = None
-        self.running = self.cancelled = False
-        self.asked: Pass | None = None
-        self.coroutine: Generator[Any, Any, None] | None = None
-        self.digests: list[bytes] = []
 
 
 class Scheduler:
@@ -152,24 +102,33 @@ class Scheduler:
     # Who is in work
 
     def _urgency(self, seat: Seat) -> tuple[float, int]:
-        """Ascending: the most urgent first. Who waits becomes more urgent by 1 in AGEING seconds."""
+        """Ascending: the most urgent first. Who waits becomes more urgent by 1 in AGEING seconds, and stays so."""
         waited = 0.0 if seat.running else (self.clock() - seat.since) / AGEING
-        return -(seat.work.priority + waited), seat.number
+        return -(seat.work.priority + seat.credit + waited), seat.number
 
     def _seat_waiting(self) -> None:
         for seat in sorted((seat for seat in self.seats if not seat.running), key=self._urgency):
-            victims = [other for other in self._at_rest() if other.work.priority < seat.work.priority]
+            victims = [other for other in self._at_rest() if self._gives_way(other, seat)]
             if self.running >= self.most_running:
                 if not victims:
                     return
                 self._preempt(victims.pop())
-            needed = pages_of(len(seat.work.tokens())) + ROUND_PAGES
+            cache, tokens = seat.work.cache, seat.work.tokens()
+            if not seat.work.needs_all_rows():
+                self.prefixes.attach(cache, tokens)
+            needed = pages_of(len(tokens)) - pages_of(cache.length) + ROUND_PAGES
             if self._make_room(needed, victims, beside=True):
+                seat.credit += (self.clock() - seat.since) / AGEING
                 seat.running = True
-            elif self.running:
+                continue
+            cache.release()
+            if self.running:
                 return
-            else:
-                self._leave(seat, self._too_small())
+            self._leave(seat, self._too_small())
+
+    def _gives_way(self, other: Seat, seat: Seat) -> bool:
+        """Whether a text in work makes room for one that waits: of a lower priority, and not for having waited long."""
+        return other.work.priority < seat.work.priority and self._urgency(other) > self._urgency(seat)
 
     def _at_rest(self) -> list[Seat]:
         """Those in work that stand between rounds, the most urgent first."""
@@ -188,6 +147,10 @@ class Scheduler:
             return pages + promised - self.pool.free
 
         victims = list(victims)
+        held = sum(victim.work.cache.nbytes for victim in victims) // self.pool.page_bytes
+        held += sum(map(self._needs, victims)) if beside else 0
+        if missing() > self.prefixes.idle + held:
+            return False  # nobody is preempted in vain
         while (short := missing()) > 0:
             self.prefixes.make_room(short)
             if missing() <= 0:
@@ -225,12 +188,9 @@ class Scheduler:
             elif not any(other.running for other in less_urgent):
                 self._preempt(seat)
             return  # else the round waits until those that are less urgent end theirs
-        cache, tokens = seat.work.cache, seat.work.tokens()
-        if not cache.length:
-            self.prefixes.attach(cache, tokens)
         if seat.text is None:
             seat.text = seat.work.passes()
-        elif cache.length < len(tokens) - 1:
+        elif seat.work.cache.length < len(seat.work.tokens()) - 1:
             self._resume(seat, seat.work.recompute(), None)
             return
         self._resume(seat, seat.text, None)
@@ -255,6 +215,8 @@ class Scheduler:
             return
         self.prefixes.keep(work.cache, work.tokens(), seat.digests)
         work.tell(asked)
+        if not work.cache.nbytes:  # these were its last words
+            self._resume(seat, coroutine, None)
 
     def _leave(self, seat: Seat, error: BaseException | None) -> None:
         """A text ends: its coroutine gives its pages back, if it does not have so yet."""
@@ -262,10 +224,14 @@ class Scheduler:
             return
         self.seats.remove(seat)
         seat.running, seat.asked = False, None
-        if seat.text is not None:
-            seat.text.close()
-        seat.work.cache.release()
-        seat.work.end(error)
+        try:
+            if seat.text is not None:
+                seat.text.close()
+        except Exception as raised:
+            error = error or raised
+        finally:
+            seat.work.cache.release()
+            seat.work.end(error)
 
     # Passes
 
@@ -286,21 +252,28 @@ class Scheduler:
         for seat in sorted(group, key=is_prefill):
             assert seat.asked is not None
             size = len(seat.asked.segment.tree)
-            if not chosen or not is_prefill(seat) or rows + size <= self.most_rows:
+            # The most urgent prompt gets on beside any verification, however many rows that has.
+            if not is_prefill(seat) or not any(map(is_prefill, chosen)) or rows + size <= self.most_rows:
                 chosen.append(seat)
                 rows += size
         return chosen
 
     def _compute(self, group: list[Seat]) -> None:
         passes = [seat.asked for seat in group if seat.asked is not None]
+        tails = [asked.segment.cache.tail_length for asked in passes]
         model, spoiled = passes[0].model, passes[0].model.clock.spoiled
         try:
             began = self.clock()
             outputs = together(model, passes)
             seconds = self.clock() - began
         except Exception as error:
-            for seat in group:
-                self._fail(seat, error)
+            for asked, rows in zip(passes, tails, strict=True):
+                asked.segment.cache.drop_tail(rows)
+            if len(group) == 1:
+                self._fail(group[0], error)
+            else:  # one of them may be at fault, or all may be too many: alone their rows are the same
+                for seat in group:
+                    self._compute([seat])
             return
         self.passes += 1
         shares = self._shares[id(model)].split(passes, 1e3 * seconds)
@@ -327,5 +300,4 @@ def pages_of(tokens: int) -> int:
     return math.ceil(tokens / PAGE_SIZE)
 
 
-ROUND_PAGES = SPARE_PAGES + 1  # that a round takes at most for rows that it does not commit
 AGEING = 30.0

@@ -43,6 +43,9 @@ class StreamWork:
         history = self.stream.loop.history
         return history.tokens if len(history) else np.array(self.stream.run.prompt, np.int32)
 
+    def needs_all_rows(self) -> bool:
+        return self.stream.loop.needs_all_rows
+
     def rows_ahead(self) -> int:
         return self.stream.loop.rows_ahead
 

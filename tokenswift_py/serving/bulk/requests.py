@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.runs.result import Piece
-from tokenswift_py.serving.engine import Engine, Text
+from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer
 from tokenswift_py.serving.http.asked import Asked, Server
 from tokenswift_py.serving.http.protocol import ChatRequest, CompletionRequest, ResponseRequest
@@ -18,6 +18,7 @@ from tokenswift_py.serving.http.responses import ResponseAnswer
 from tokenswift_py.serving.http.texts import Ended
 from tokenswift_py.serving.http.tokens import TokenTexts
 from tokenswift_py.serving.limits import Limits
+from tokenswift_py.serving.texts import Text
 
 SHAPES: dict[str, Any] = {
     "/v1/chat/completions": ChatRequest,

@@ -14,10 +14,11 @@ from starlette.types import Receive
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.runs.result import Piece, Result
-from tokenswift_py.serving.engine import Busy, Engine, Text
+from tokenswift_py.serving.engine import Busy, Engine
 from tokenswift_py.serving.http.asked import Asked
 from tokenswift_py.serving.http.metrics import Metrics
 from tokenswift_py.serving.http.refusals import RETRY_AFTER, Refusal, of_failure, of_user_error
+from tokenswift_py.serving.texts import Text
 
 FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}  # of a text that was cut: length, too
 

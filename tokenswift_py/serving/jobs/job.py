@@ -18,8 +18,9 @@ from tokenswift_py.errors import UserError, check, files, one_line
 from tokenswift_py.runs import journal
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.runs.result import Piece
-from tokenswift_py.serving.engine import Busy, Text
+from tokenswift_py.serving.engine import Busy
 from tokenswift_py.serving.jobs.pace import Pace
+from tokenswift_py.serving.texts import Text
 
 logger = logging.getLogger("tokenswift")
 

@@ -20,9 +20,10 @@ from tokenswift_py.errors import UserError, check, files
 from tokenswift_py.runs import journal
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
 from tokenswift_py.runs.journal import JournalError
-from tokenswift_py.serving.engine import Busy, Engine, Text
+from tokenswift_py.serving.engine import Busy, Engine
 from tokenswift_py.serving.jobs.job import GONE, ID, OPEN, Job, Kept, kept_jobs, titled, told
 from tokenswift_py.serving.jobs.proof import audited
+from tokenswift_py.serving.texts import Text
 from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")

@@ -1,0 +1,66 @@
+"""A text as the scheduler sees it, and its place there."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Protocol
+
+from tokenswift_py.core import IntArray, Output
+from tokenswift_py.decoding.passes import Pass
+from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.serving.sharing import OwnTime
+
+
+class Work(Protocol):
+    """A text as the scheduler sees it.
+
+    cache: in the scheduler's pool. priority: higher is served first.
+    """
+
+    priority: float
+    time: OwnTime
+
+    @property
+    def cache(self) -> KVCache: ...
+
+    def passes(self) -> Generator[Pass | Any, Output | None, None]:
+        """Writes the text: yields passes, and anything else at the end of each round."""
+
+    def recompute(self) -> Generator[Pass, Output, None]:
+        """Computes the rows of the text again, after its pages were taken."""
+
+    def tokens(self) -> IntArray:
+        """The text so far, the prompt and the pending token included."""
+
+    def needs_all_rows(self) -> bool:
+        """Whether it has to compute every row itself, so that no known page can serve it."""
+
+    def rows_ahead(self) -> int:
+        """How many rows the next round commits at most, beside those of a tree."""
+
+    def tell(self, what: Any) -> None:
+        """Takes what the text has brought at the end of a round."""
+
+    def end(self, error: BaseException | None) -> None:
+        """Nothing more comes: the text has ended, was cancelled (None) or failed."""
+
+
+class Seat:
+    """A text's place in the scheduler.
+
+    text:      its coroutine; None before its first round.
+    asked:     the pass it waits for; None between rounds.
+    coroutine: the one that asked.
+    running:   whether it is in work; otherwise it holds no page.
+    since:     when it began to wait, in seconds.
+    credit:    what it has become more urgent by while it waited.
+    digests:   of its full pages that the prefixes know.
+    """
+
+    def __init__(self, work: Work, number: int, now: float):
+        self.work, self.number, self.since, self.credit = work, number, now, 0.0
+        self.text: Generator[Any, Any, None] | None = None
+        self.running = self.cancelled = False
+        self.asked: Pass | None = None
+        self.coroutine: Generator[Any, Any, None] | None = None
+        self.digests: list[bytes] = []
