@@ -114,7 +114,7 @@ class Scheduler:
                     return
                 self._preempt(victims.pop())
             cache, tokens = seat.work.cache, seat.work.tokens()
-            if not seat.work.needs_all_rows():
+            if not cache.length and not seat.work.needs_all_rows():
                 self.prefixes.attach(cache, tokens)
             needed = pages_of(len(tokens)) - pages_of(cache.length) + ROUND_PAGES
             if self._make_room(needed, victims, beside=True):
