@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.core import DraftTree, IntArray, Segment
+from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
 from tokenswift_py.decoding.statistics import distinct_n, find_loop, memory_bandwidth
 from tokenswift_py.decoding.step import Step
@@ -30,6 +30,7 @@ from tokenswift_py.runs.plan import prepare
 from tokenswift_py.serving.company import Company
 from tokenswift_py.serving.scheduler import Scheduler
 from tokenswift_py.serving.sharing import OwnTime
+from tokenswift_py.serving.work import LoopWork
 from workloads import continuation
 
 APART = 192  # tokens from the place of one text to that of the next
@@ -41,44 +42,18 @@ WAYS = (
 )
 
 
-@dataclass
-class Writing:
-    """One text as the scheduler sees it. at: seconds of its own time at each token."""
+class Writing(LoopWork):
+    """One text as the scheduler sees it."""
 
-    loop: DecodeLoop
-    time: OwnTime
-    prompt: list[int]
-    priority: float = 0.0
-
-    def __post_init__(self) -> None:
+    def __init__(self, loop: DecodeLoop, prompt: list[int], time: OwnTime):
+        super().__init__(loop, prompt, time)
         self.tokens_written: list[int] = []
-        self.ended = False
-
-    @property
-    def cache(self) -> KVCache:
-        return self.loop.cache
-
-    def passes(self) -> Any:
-        return self.loop.text(self.prompt)
-
-    def recompute(self) -> Any:
-        return self.loop.recompute()
-
-    def tokens(self) -> IntArray:
-        return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
-
-    def needs_all_rows(self) -> bool:
-        return self.loop.needs_all_rows
-
-    def rows_ahead(self) -> int:
-        return self.loop.rows_ahead
 
     def tell(self, step: Step) -> None:
         self.tokens_written += step.tokens
 
     def end(self, error: BaseException | None) -> None:
         assert error is None, error
-        self.ended = True
 
 
 class Texts:
@@ -111,7 +86,7 @@ class Texts:
             run = prepare(self.company, self.tokens[:cut], replace(options, seed=i), in_pool=True)
             own = OwnTime(perf_counter)
             loop = decode_loop(self.company, run, cache=self.forks[cut].fork(), timer=own)
-            found.append(Writing(loop, own, run.prompt))
+            found.append(Writing(loop, run.prompt, own))
         return found
 
     def write(self, drafter: str, together: bool) -> tuple[float, list[Writing]]:

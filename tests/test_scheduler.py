@@ -19,6 +19,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.serving.scheduler import ROUND_PAGES, Scheduler, Seat
 from tokenswift_py.serving.sharing import OwnTime, Shares
+from tokenswift_py.serving.work import LoopWork
 
 LENGTHS = (10, 25, 60, 80)
 PROMPTS = [np.random.default_rng(i).integers(0, 61, size).tolist() for i, size in enumerate((5, 70, 140, 9))]
@@ -36,34 +37,18 @@ class Ticks:
         return next(self.looks) / 1e3
 
 
-class Work:
+class Work(LoopWork):
     """A loop as the scheduler sees it. tokens written, and how it ended, are kept."""
 
     def __init__(self, model: Any, pool: Any, number: int, length: int, priority: float, clock: Ticks, seed: int):
-        self.priority, self.time = priority, OwnTime(clock)
-        self.prompt = PROMPTS[number % len(PROMPTS)]
-        params = SamplingParams(temperature=1.0, seed=seed)
-        self.loop = DecodeLoop(
+        time, params = OwnTime(clock), SamplingParams(temperature=1.0, seed=seed)
+        loop = DecodeLoop(
             model, create(DRAFTERS[seed % len(DRAFTERS)]), Sampler(params, 61), Stops(length),
-            draft_tokens=3, prefill_chunk=24, cache=KVCache(pool, model.context), timer=self.time,
+            draft_tokens=3, prefill_chunk=24, cache=KVCache(pool, model.context), timer=time,
         )  # fmt: skip
+        super().__init__(loop, PROMPTS[number % len(PROMPTS)], time, priority)
         self.written: list[int] = []
         self.ended: list[BaseException | None] = []
-        self.passes = lambda: self.loop.text(self.prompt)
-        self.recompute = self.loop.recompute
-
-    @property
-    def cache(self) -> KVCache:
-        return self.loop.cache
-
-    def tokens(self) -> Any:
-        return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
-
-    def needs_all_rows(self) -> bool:
-        return self.loop.needs_all_rows
-
-    def rows_ahead(self) -> int:
-        return self.loop.rows_ahead
 
     def tell(self, step: Step) -> None:
         self.written.extend(step.tokens)

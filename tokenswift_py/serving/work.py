@@ -1,13 +1,14 @@
-"""A stream as the scheduler sees it."""
+"""Loops and streams as the scheduler sees them, see `seat.Work`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tokenswift_py.core import IntArray, Output
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.runs.result import Piece
@@ -15,8 +16,34 @@ from tokenswift_py.runs.stream import Stream
 from tokenswift_py.serving.sharing import OwnTime
 
 
-class StreamWork:
-    """See `scheduler.Work`."""
+class LoopWork:
+    """The text of a decode loop. Whoever takes what it brings adds `tell` and `end`."""
+
+    def __init__(self, loop: DecodeLoop, prompt: Sequence[int], time: OwnTime, priority: float = 0.0):
+        self.loop, self.prompt, self.time, self.priority = loop, prompt, time, priority
+
+    @property
+    def cache(self) -> KVCache:
+        return self.loop.cache
+
+    def passes(self) -> Generator[Pass | Any, Output | None, None]:
+        return self.loop.text(self.prompt)
+
+    def recompute(self) -> Generator[Pass, Output, None]:
+        return self.loop.recompute()
+
+    def tokens(self) -> IntArray:
+        return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
+
+    def needs_all_rows(self) -> bool:
+        return self.loop.needs_all_rows
+
+    def rows_ahead(self) -> int:
+        return self.loop.rows_ahead
+
+
+class StreamWork(LoopWork):
+    """The text of a stream."""
 
     def __init__(
         self,
@@ -26,31 +53,8 @@ class StreamWork:
         tell: Callable[[Piece], None],
         end: Callable[[BaseException | None], None],
     ):
-        self.stream, self.time, self.priority = stream, time, priority
-        self._tell, self._end = tell, end
-
-    @property
-    def cache(self) -> KVCache:
-        return self.stream.loop.cache
+        super().__init__(stream.loop, stream.run.prompt, time, priority)
+        self.stream, self.tell, self.end = stream, tell, end
 
     def passes(self) -> Generator[Pass | Piece, Output | None, None]:
         return self.stream.passes()
-
-    def recompute(self) -> Generator[Pass, Output, None]:
-        return self.stream.loop.recompute()
-
-    def tokens(self) -> IntArray:
-        history = self.stream.loop.history
-        return history.tokens if len(history) else np.array(self.stream.run.prompt, np.int32)
-
-    def needs_all_rows(self) -> bool:
-        return self.stream.loop.needs_all_rows
-
-    def rows_ahead(self) -> int:
-        return self.stream.loop.rows_ahead
-
-    def tell(self, what: Any) -> None:
-        self._tell(what)
-
-    def end(self, error: BaseException | None) -> None:
-        self._end(error)
