@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from killed import Nursery
-from servers import Running, running, until
+from servers import Running, braked, running, until
 from tokenswift_py import TokenSwift
 from tokenswift_py.cli.main import main
 from tokenswift_py.errors import UserError
@@ -30,8 +30,13 @@ from toys import save_tiny
 
 CONTEXT = 8192
 ENDLESS = {"ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}  # ends by length alone
-LONG = {**ENDLESS, "max_new_tokens": 8000}  # is not over before a test has seen it
+LONG = {**ENDLESS, "max_new_tokens": 8000}  # see `braked`
 CHAPTERS = {"chapters": ["the dog", "the bird"], "temperature": 1.0, "min_chapter_tokens": 4}
+
+
+@pytest.fixture(autouse=True)
+def brake(monkeypatch: pytest.MonkeyPatch) -> None:
+    braked(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from browsers import chromium
-from servers import Running, running, until
+from servers import Running, braked, running, until
 from tokenswift_py import TokenSwift
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.jobs.jobs import Jobs
@@ -20,6 +20,11 @@ from toys import save_tiny
 
 CONTEXT = 8192
 LONG = {"max_new_tokens": 6000, "ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def brake(monkeypatch: pytest.MonkeyPatch) -> None:
+    braked(monkeypatch)
 
 
 @pytest.fixture(scope="module")

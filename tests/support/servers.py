@@ -15,9 +15,11 @@ from email.message import Message
 from typing import Any
 
 import openai
+import pytest
 
 from tokenswift_py.serving.http.run import DrainingServer, bound, configuration
 from tokenswift_py.serving.http.server import Service
+from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.limits import Limits
 
 
@@ -55,6 +57,18 @@ def running(engine: Any, drain: float = 0.0, **settings: Any) -> Iterator[Runnin
             server.should_exit = True
             thread.join(60)
     assert not thread.is_alive()
+
+
+def braked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slows jobs of many tokens, so that none is over before a test has seen it, however fast the machine is."""
+    hear = Job.hear
+
+    def slowly(job: Job, piece: Any) -> None:
+        hear(job, piece)
+        if job.wanted >= 6000:
+            time.sleep(0.02)
+
+    monkeypatch.setattr(Job, "hear", slowly)
 
 
 @dataclass
