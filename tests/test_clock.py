@@ -95,7 +95,7 @@ def test_not_a_number_is_no_measurement_and_a_cold_round_counts_as_a_warm_one() 
         for ms in times:
             chosen.observe(0, 1, 1, {"draft": 0.0, "verify": ms, "accept": 0.1, "commit": 0.1, "learn": 0.1})
     assert planner.at(0).rate == pytest.approx(warm.at(0).rate)
-    assert planner.rounds.total_ms == pytest.approx(warm.rounds.total_ms)
+    assert planner.probes.total_ms == pytest.approx(warm.probes.total_ms)
 
 
 def test_a_wait_belongs_to_the_phase_that_asked_for_the_work() -> None:

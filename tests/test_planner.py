@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import compute
 from tokenswift_py.drafters.ngram import NGram
-from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.costs import PassCost, features, non_negative
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import FixedPlanner, Plan, Planner
+from tokenswift_py.planning.rounds import Probes
 from tokenswift_py.runs.journal import read
 from tokenswift_py.sampling.reference import Sampler
 
@@ -278,6 +280,33 @@ def test_probes_take_a_hundredth_of_the_time() -> None:
     assert 3 * allowed == pytest.approx(0.01 * 1000 * 10.3 + 8 * 3, rel=0.1)
     assert not planner.at(9000).may_probe(3.0)
     assert plan.may_probe(3.0, "heads"), "each kind for itself"
+
+
+def test_a_company_probes_in_bursts() -> None:
+    """All its texts try to draft in the same rounds, and no text has probes of its own."""
+    shared = Probes(burst=4)
+    texts = [Planner(probes=shared) for _ in range(4)]
+    granted = []
+    for _ in range(2000):
+        granted.append(sum(text.at(100).may_probe(2.0) for text in texts))
+        for text in texts:
+            text.observe(100, 1, 1, phases(0.0, 10.0))
+    assert set(granted) == {0, 4}
+    assert 2.0 * sum(granted) == pytest.approx(0.01 * shared.total_ms, rel=0.1)
+
+
+def test_the_fit_is_the_least_squares_with_no_negative_coefficient() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        count = rng.integers(3, 150)
+        x = features(rng.integers(1, 40, count).astype(float), rng.integers(0, 100_000, count).astype(float))
+        x /= rng.uniform(5, 80, count)[:, None]
+        weights, scale = rng.uniform(0.1, 50, count), np.abs(x).max(0)
+        wanted = nnls(x / scale * np.sqrt(weights)[:, None], np.sqrt(weights), maxiter=1000)[0] / scale
+        found = non_negative(x, weights)
+        assert (found >= 0).all()
+        errors = [float(weights @ (x @ b - 1) ** 2 / weights.sum()) for b in (found, wanted)]
+        assert errors[0] == pytest.approx(errors[1], abs=2e-6)
 
 
 def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:

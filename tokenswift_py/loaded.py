@@ -19,6 +19,7 @@ from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import RopeTables, rope_tables
 from tokenswift_py.options import Options
 from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.rounds import Probes
 from tokenswift_py.sampling.grammar import Vocabulary
 from tokenswift_py.text import end_tokens
 
@@ -60,6 +61,10 @@ class LoadedModel:
     def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
         """Returns what is known of the cost of passes of this kind ("target" or "draft"): for a text alone nothing."""
         return PassCost(shapes)
+
+    def probes(self) -> Probes:
+        """Returns what says when drafting may be tried: a text alone has its own."""
+        return Probes()
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
         """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,

@@ -24,6 +24,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.planner import PHASES, FixedPlanner, Plan, Planner
+from tokenswift_py.planning.rounds import Probes
 from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
 
 
@@ -45,6 +46,7 @@ class DecodeLoop:
            that are verified, and all must choose the same tokens.
     timer: the time of whoever drives this loop; None is that of a loop alone.
     target_cost: what passes of the model cost, where that is known; see `Planner`.
+    probes: see `Planner`.
     """
 
     def __init__(
@@ -66,12 +68,13 @@ class DecodeLoop:
         top_logprobs: int = 0,
         prompt_logprobs: int | None = None,
         target_cost: PassCost | None = None,
+        probes: Probes | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns = list(turns)
         shapes, self.ranks = model.row_shapes, ranks
         most, planner = (64, Planner) if draft_tokens is None else (draft_tokens, FixedPlanner)
-        self.planner = planner(most, shapes, target_cost)
+        self.planner = planner(most, shapes, target_cost, probes)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
         self.known: dict[int, tuple[float, Likeliest]] = {}

@@ -27,7 +27,7 @@ class PassCost:
     def __init__(self, shapes: Sequence[int] = ()) -> None:
         self.shapes = tuple(shapes)
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
-        self._coefficients = np.zeros(len(features(1, 0)))
+        self._coefficients = [0.0] * COEFFICIENTS
         self._count = self._due = 0
         self.largest = 0
 
@@ -56,7 +56,10 @@ class PassCost:
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
-        return float(features(self.padded(rows), context) @ self._coefficients)
+        a, b, c, d, e, f = self._coefficients  # scalars: this is asked for each candidate of each round
+        rows = self.padded(rows)
+        extra = max(0, rows - KNEE)
+        return a + b * rows + c * extra + context * (d + e * rows + f * extra)
 
     def row_ms(self, rows: int, context: int) -> float:
         """Returns what one more row costs in a pass of `rows`."""
@@ -71,46 +74,51 @@ class PassCost:
         return max((shape for shape in self.shapes if shape <= rows), default=rows)
 
     def _fit(self) -> None:
-        samples = [sample for group in self._samples.values() for sample in group]
-        x = np.array([features(rows, context) for rows, context, _ in samples])
-        x /= np.array([ms for _, _, ms in samples])[:, None]
+        samples = np.array([sample for group in self._samples.values() for sample in group])
+        x = features(samples[:, 0], samples[:, 1]) / samples[:, 2:]
         weights = np.ones(len(x))
         for _ in range(3):  # iteratively reweighted least squares, towards least absolute deviations
-            self._coefficients = non_negative(x, weights, self._coefficients)
-            weights = 1 / np.maximum(np.abs(x @ self._coefficients - 1), 0.02)
+            coefficients = non_negative(x, weights)
+            weights = 1 / np.maximum(np.abs(x @ coefficients - 1), 0.02)
+        self._coefficients = coefficients.tolist()
 
 
 SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or none
 KNEE = 4
 SAMPLES = 12  # a row count
 REFIT = 64  # passes between fits
+COEFFICIENTS = 6
 
 
-def features(rows: int, context: int) -> Doubles:
-    """Returns what the coefficients of `PassCost` are multiplied by."""
-    extra = max(0, rows - KNEE)
-    return np.array([1.0, rows, extra, context, context * rows, context * extra])
+def features(rows: Doubles, context: Doubles) -> Doubles:
+    """Returns what the coefficients of `PassCost` are multiplied by, [n, COEFFICIENTS]."""
+    extra = np.maximum(0.0, rows - KNEE)
+    return np.stack([np.ones_like(rows), rows, extra, context, context * rows, context * extra], axis=1)
 
 
-def non_negative(x: Doubles, weights: Doubles, start: Doubles) -> Doubles:
-    """Returns the b >= 0 that minimises sum(weights * (x b - 1)^2), found by coordinate descent from `start`.
+# The sets of coefficients that are not 0, one a line, the smallest first.
+SUPPORTS = (np.arange(2**COEFFICIENTS)[:, None] >> np.arange(COEFFICIENTS) & 1).astype(np.float64)
+SUPPORTS = SUPPORTS[np.argsort(SUPPORTS.sum(1), kind="stable")]
 
-    x: [n, k]. weights: [n].
+
+def non_negative(x: Doubles, weights: Doubles) -> Doubles:
+    """Returns the b >= 0 that minimises sum(weights * (x b - 1)^2).
+
+    The minimum is the plain least squares over those coefficients that are not 0 in it. There are few enough sets of
+    them that all are solved at once, and the best is taken of those whose solutions are not negative. Where several
+    explain the samples alike, as after passes of one size only, the one with the fewest and first coefficients is.
+
+    x: [n, COEFFICIENTS]. weights: [n].
     """
     scale = np.maximum(np.abs(x).max(0), 1e-300)
     x = x / scale
     gram, target = (x * weights[:, None]).T @ x, x.T @ weights
-    gram[np.diag_indices_from(gram)] += 1e-9 * weights.sum()
-    b, size = (start * scale).tolist(), range(len(target))
-    rows, wanted = gram.tolist(), target.tolist()
-    for _ in range(200):
-        moved = 0.0
-        for i in size:
-            row = rows[i]
-            new = max(0.0, b[i] + (wanted[i] - sum(row[j] * b[j] for j in size)) / row[i])
-            moved = max(moved, abs(new - b[i]))
-            b[i] = new
-        if moved < 1e-6:
-            break
-    solution: Doubles = np.array(b) / scale
-    return solution
+    ridge = 1e-9 * weights.sum()
+    masked = SUPPORTS[:, :, None] * SUPPORTS[:, None, :] * gram
+    masked += np.eye(COEFFICIENTS) * (1 - SUPPORTS + ridge)[:, :, None]
+    wanted = SUPPORTS * target
+    solutions: Doubles = np.linalg.solve(masked, wanted[:, :, None])[:, :, 0]
+    explained = np.where((solutions >= 0).all(1), (solutions * wanted).sum(1), -1.0)
+    enough = explained.max() - 1e-6 * weights.sum()
+    best: Doubles = solutions[(explained >= enough).argmax()] / scale
+    return best

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tokenswift_py.planning.costs import PassCost
-from tokenswift_py.planning.rounds import Rounds
+from tokenswift_py.planning.rounds import Probes, Rounds
 
 Gain = Callable[[float, int], float]  # (a node's chance of being emitted, rows before it) -> milliseconds that it saves
 
@@ -24,11 +24,19 @@ class Planner:
     most:   nodes of a tree at most, the pending token not counted.
     shapes: numbers of rows that passes of the target are padded to, see `PassCost`.
     target: what a pass of the target costs; None has nothing learned yet. Texts in company learn it together.
+    probes: when guesses may be tried that do not look worth it.
     """
 
-    def __init__(self, most: int = 64, shapes: Sequence[int] = (), target: PassCost | None = None) -> None:
+    def __init__(
+        self,
+        most: int = 64,
+        shapes: Sequence[int] = (),
+        target: PassCost | None = None,
+        probes: Probes | None = None,
+    ) -> None:
         self.most = most
         self.target = target or PassCost(shapes)
+        self.probes = probes or Probes()
         self.rounds = Rounds()
 
     def at(self, context: int) -> Plan:
@@ -47,7 +55,9 @@ class Planner:
         draft, verify, *others = (phase_ms[phase] for phase in PHASES)
         self.target.observe(rows, context, verify)
         expected = self.target(rows, context)
-        self.rounds.observe(tokens, draft, expected if math.isnan(verify) else verify, sum(others), expected)
+        verify = expected if math.isnan(verify) else verify
+        self.probes.total_ms += draft + verify + sum(others)
+        self.rounds.observe(tokens, draft, verify, sum(others), expected)
 
 
 class Plan:
@@ -59,6 +69,7 @@ class Plan:
     def __init__(self, planner: Planner, context: int) -> None:
         self.context = context
         self._most, self._target, self._rounds = planner.most, planner.target, planner.rounds
+        self._probes = planner.probes
 
     @property
     def rows_at_most(self) -> int:
@@ -142,8 +153,8 @@ class Plan:
 
     def may_probe(self, ms: float, kind: str = "draft") -> bool:
         """Returns whether a guess that does not look worth it may be tried all the same, and counts it if so; see
-        `Rounds.may_probe`."""
-        return self._rounds.may_probe(ms, kind)
+        `Probes`."""
+        return self._probes.may(ms, kind)
 
     def explain(self, rows: int) -> dict[str, float]:
         """Returns what a line of the trace says of the plan: tokens per second aimed at, and what passes should

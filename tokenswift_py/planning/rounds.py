@@ -5,18 +5,45 @@ from __future__ import annotations
 from tokenswift_py.planning.costs import SHORTEST
 
 
+class Probes:
+    """Says when a guess that does not look worth its milliseconds may be tried all the same, to learn whether it still
+    is not. Texts in company have one between them.
+
+    burst:    probes that are granted together, for all texts of a company to draft in the same rounds: the weights are
+              read for all of them at once, so a probe alone would say that drafting is dearer than it is.
+    total_ms: milliseconds of all rounds.
+    """
+
+    def __init__(self, burst: int = 1) -> None:
+        self.burst = burst
+        self.total_ms = 0.0
+        self._spent_ms: dict[str, float] = {}
+        self._left: dict[str, int] = {}  # probes of a burst that was begun
+
+    def may(self, ms: float, kind: str) -> bool:
+        """Returns whether a probe of so many milliseconds may be made, and counts it if so.
+
+        Probes of each kind take PROBES of all time, and a few are free at the beginning.
+        """
+        spent, left = self._spent_ms.get(kind, 0.0), self._left.get(kind, 0)
+        if not left:
+            if spent + self.burst * ms > PROBES * self.total_ms + max(FREE_PROBES, self.burst) * ms:
+                return False
+            left = self.burst
+        self._spent_ms[kind], self._left[kind] = spent + ms, left - 1
+        return True
+
+
 class Rounds:
     """Statistics of the rounds of one text.
 
     overhead_ms:   milliseconds of a round in which neither model computes.
-    total_ms:      milliseconds of all rounds.
     expected_rate: tokens per millisecond that the drafter expects to write; 0 where it expects nothing.
     """
 
     def __init__(self) -> None:
-        self.overhead_ms = self.total_ms = self.expected_rate = 0.0
+        self.overhead_ms = self.expected_rate = 0.0
         self._tokens = self._ms = 0.0  # the latest rounds count most
-        self._probe_ms: dict[str, float] = {}
 
     def observe(self, tokens: int, draft: float, verify: float, others: float, expected: float) -> None:
         """Takes in one round: its tokens, and milliseconds of its phases.
@@ -24,7 +51,6 @@ class Rounds:
         expected: milliseconds that its verify pass should have taken by the model of costs. These count in the rate, so
                   that a burst on a busy machine changes no plan.
         """
-        self.total_ms += draft + verify + others
         self.overhead_ms += (min(expected, others) - self.overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens
@@ -44,18 +70,6 @@ class Rounds:
         expected = EXPECTED_ROUNDS * plain if self.expected_rate else 0.0
         rounds = (self._tokens + expected * self.expected_rate) / max(self._ms + expected, SHORTEST)
         return max(1 / plain, rounds)
-
-    def may_probe(self, ms: float, kind: str) -> bool:
-        """Returns whether a guess that does not look worth its milliseconds may be tried all the same, to learn whether
-        it still is not; counts it if so.
-
-        Probes of each kind take PROBES of all time, and a few are free at the beginning.
-        """
-        spent = self._probe_ms.get(kind, 0.0)
-        if spent + ms > PROBES * self.total_ms + FREE_PROBES * ms:
-            return False
-        self._probe_ms[kind] = spent + ms
-        return True
 
 
 PROBES = 0.01

@@ -81,6 +81,7 @@ def decode_loop(
         ranks=loaded.executor.ranks,
         timer=timer,
         target_cost=loaded.pass_cost("target", model.row_shapes),
+        probes=loaded.probes(),
         prefill_chunk=chunk,
     )
 

@@ -15,6 +15,7 @@ from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, RopeTables
 from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.rounds import Probes
 
 
 class SharedModels:
@@ -62,6 +63,7 @@ class Company(LoadedModel):
         check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
         super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
         self._costs: dict[str, PassCost] = {}
+        self._probes = Probes(burst=most_running)
         self.alone = loaded
         self.context = context or loaded.checkpoint.spec.trained_context
         self._rope = loaded.rope(self.context, positions)
@@ -88,6 +90,10 @@ class Company(LoadedModel):
         if kind not in self._costs:
             self._costs[kind] = super().pass_cost(kind, shapes)
         return self._costs[kind]
+
+    def probes(self) -> Probes:
+        """Returns the one for all texts, so that many do not try what few already know does not pay."""
+        return self._probes
 
     def new_cache(self) -> KVCache:
         return KVCache(self.pool, self.context)
