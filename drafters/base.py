@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from tokenswift_py import registry
@@ -114,6 +115,9 @@ class Draft(TreeBuilder):
         super().__init__(pending, budget)
         self.chances = [1.0]
         self.odds: list[Odds | None] = [None]
+
+    def build(self) -> DraftTree:
+        return DraftTree(np.array(self.tokens, np.int32), np.array(self.parents, np.int32), tuple(self.chances))
 
     def fill(self, plan: Plan, grow: Callable[[Gain], None]) -> None:
         """Lets `grow` add nodes that need no draft pass, as long as they gain more than their rows cost."""

@@ -76,6 +76,7 @@ class Partial(Drafter):
         self.width, self.reuse, self.heads = width, reuse, heads
         self.views = Views(chosen, view_tokens, width, refresh, cost or PassCost())
         self._chain = Chain(0, 1)  # of the last proposal
+        self._idle = 0  # rounds since the latest draft pass
         self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
 
     @without_passes
@@ -116,6 +117,10 @@ class Partial(Drafter):
         """Guesses on, pass by pass, as long as that pays; the history grows with the chain."""
         plan, cache = context.plan, context.cache
         cache.drop_tail()
+        self._idle += 1
+        if self._idle > IDLE_ROUNDS and self._idle % IDLE_STEP:
+            self._force(context, chain)
+            return  # a pass is unlikely to pay now, and to find that out takes the host a while
         longest = plan.longest_chain(chain.draft.budget, self.width)
         while True:
             self._force(context, chain)
@@ -129,6 +134,7 @@ class Partial(Drafter):
             if not self._pays(context, chain, ahead, ms) and (chain.tail or not plan.may_probe(ms)):
                 return
             self._ask_heads(context, chain, ahead)
+            self._idle = 0
             if not (yield from self._draft_pass(context, chain, ahead, unread[:-1], longest)):
                 return
 
@@ -249,6 +255,8 @@ def next_chance(draft: Draft) -> float:
     return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 
+IDLE_ROUNDS = 16  # rounds without a draft pass, after which it is only asked every IDLE_STEP rounds whether one pays
+IDLE_STEP = 4
 AHEAD = 6  # repeats checked by one draft pass
 MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
 

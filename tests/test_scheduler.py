@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from typing import Any
 
@@ -12,13 +13,14 @@ import pytest
 from scripted import write
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.serving.scheduler import ROUND_PAGES, Scheduler, Seat
-from tokenswift_py.serving.sharing import OwnTime, Shares
+from tokenswift_py.serving.sharing import GroupCost, OwnTime, Width
 from tokenswift_py.serving.work import LoopWork
 
 LENGTHS = (10, 25, 60, 80)
@@ -214,13 +216,41 @@ def test_shares_add_up_and_charge_each_text_for_its_rows() -> None:
         cache = SimpleNamespace(length=100)
         return SimpleNamespace(segment=SimpleNamespace(tree=range(rows), cache=cache))
 
-    shares = Shares()
+    shares = GroupCost()
     for rows in (2, 3, 4, 5, 6, 8) * 4:
         shares.split([asked(1), asked(rows - 1)], 10.0 + rows)
     one, three = shares.split([asked(1), asked(3)], 14.0)
     assert one + three == pytest.approx(14.0)
     assert three - one == pytest.approx(2.0, abs=0.3)
     assert shares.split([asked(4)], 14.0) == [14.0]
+
+
+def test_a_company_verifies_the_rows_that_fill_its_tiles() -> None:
+    """Four rows cost as much as one, and the next four less than these."""
+    from types import SimpleNamespace
+
+    from tokenswift_py.core import DraftTree
+
+    def asked(*chances: float) -> Any:
+        segment = Segment(DraftTree.chain(range(1 + len(chances))), SimpleNamespace(length=100))  # type: ignore[arg-type]
+        return Pass(None, segment, chances=(1.0, *chances))  # type: ignore[arg-type]
+
+    cost = GroupCost()
+    for rows in list(range(1, 30)) * 20:
+        cost.observe(rows, 100 * rows, 4.0 + 6.0 * math.ceil(rows / 4))
+    width = Width(cost)
+
+    def sizes(*passes: Any) -> list[int]:
+        return [len(cut.segment.tree) for cut in width.cut(passes)]
+
+    assert sizes(asked(0.5), asked(0.3), asked(0.2)) == [2, 1, 1]
+    assert sizes(asked(0.5, 0.4), asked(0.45)) == [2, 2]
+    assert sizes(asked(0.3, 0.5, 0.5), asked(0.4), asked(0.2)) == [1, 2, 1], "no row without those before it"
+    assert sizes(asked(0.9, 0.3, 0.2), asked(0.8), asked(), asked(0.1)) == [1, 1, 1, 1], "four fill a tile"
+    assert sizes(asked(*[0.97] * 16), asked()) == [15, 1]
+    assert sizes(asked(*[1.0] * 3), asked(*[1.0] * 20)) == [4, 20], "certain ones are worth tiles of their own"
+    prompt = Pass(None, Segment(DraftTree.chain(range(64)), SimpleNamespace(length=0), causal=True))  # type: ignore[arg-type]
+    assert sizes(asked(0.5), prompt)[1] == 64
 
 
 def test_who_waits_long_is_served_beside_a_steady_stream_of_the_more_urgent(tiny_decoder: Any) -> None:

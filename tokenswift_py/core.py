@@ -34,12 +34,14 @@ class DraftTree:
 
     tokens:  [N] token ids; node 0 is the pending token (emitted, its KV not in the cache yet).
     parents: [N] index of each node's parent, always smaller than the node's own; -1 for node 0.
+    chances: [N] what the drafter thinks each node's chance of being emitted is; None where it did not say.
 
     Siblings carry different tokens, so a path of tokens names a node. A chain is a tree; one node is plain decoding.
     """
 
     tokens: IntArray
     parents: IntArray
+    chances: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         tokens = np.array(self.tokens, dtype=np.int32)
@@ -98,6 +100,13 @@ class DraftTree:
         while path[-1] > 0:
             path.append(int(self.parents[path[-1]]))
         return path[::-1]
+
+    def first(self, count: int) -> DraftTree:
+        """Returns the tree of the first so many nodes."""
+        if count >= len(self):
+            return self
+        chances = None if self.chances is None else self.chances[:count]
+        return DraftTree(self.tokens[:count], self.parents[:count], chances)
 
     def below(self, tokens: Sequence[int]) -> DraftTree:
         """This tree behind a chain of other tokens, of which the first is pending."""

@@ -45,8 +45,7 @@ class DecodeLoop:
     ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
            that are verified, and all must choose the same tokens.
     timer: the time of whoever drives this loop; None is that of a loop alone.
-    target_cost: what passes of the model cost, where that is known; see `Planner`.
-    probes: see `Planner`.
+    target_cost, probes: what others know of the model's passes; see `Planner`.
     """
 
     def __init__(
@@ -71,10 +70,9 @@ class DecodeLoop:
         probes: Probes | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
-        self.turns = list(turns)
-        shapes, self.ranks = model.row_shapes, ranks
+        self.turns, self.ranks = list(turns), ranks
         most, planner = (64, Planner) if draft_tokens is None else (draft_tokens, FixedPlanner)
-        self.planner = planner(most, shapes, target_cost, probes)
+        self.planner = planner(most, model.row_shapes, target_cost, probes)
         self.prefill_chunk = prefill_chunk
         self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
         self.known: dict[int, tuple[float, Likeliest]] = {}
@@ -225,6 +223,7 @@ class DecodeLoop:
             self.cache.drop_tail()
             output = yield self.ask(Segment(tree, self.cache))
             lap.stop()
+            tree = tree.first(len(output.hidden))  # in company there may have been no time for more
         with self.phase("accept"):
             taken = self.walk(tree, output)
         with self.phase("commit"):
@@ -319,7 +318,8 @@ class DecodeLoop:
     def ask(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Pass:
         """A pass of the target. seen: by the drafter, which may need more than logits of it."""
         needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
-        return Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs)
+        asked = Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs)
+        return asked if isinstance(self.planner, FixedPlanner) else replace(asked, chances=segment.tree.chances)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,13 +22,22 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass over the rows of one sequence; the parameters are those of `Model.forward`."""
+    """One forward pass over the rows of one sequence; the parameters are those of `Model.forward`.
+
+    chances: [rows] of being emitted. Where they are given, who computes the pass may leave out rows at the end, down to
+             the first: the output has as many as were computed.
+    """
 
     model: Model
     segment: Segment
     logit_rows: Sequence[int] | None = None
     want_mass: bool = False
     want_queries: bool = False
+    chances: Sequence[float] | None = None
+
+    def first(self, rows: int) -> Pass:
+        """Returns the pass of the first so many rows, of one that may be cut."""
+        return replace(self, segment=replace(self.segment, tree=self.segment.tree.first(rows)))
 
     def compute(self) -> Output:
         return self.model.forward(

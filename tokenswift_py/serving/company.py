@@ -86,9 +86,12 @@ class Company(LoadedModel):
         return self._rope
 
     def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
-        """Returns what all texts have learned together: the next one need not find it out again."""
+        """Returns what all texts have learned together: the next one need not find it out again.
+
+        shapes: do not count here, where rows of several texts fill a pass; see `sharing.Width`.
+        """
         if kind not in self._costs:
-            self._costs[kind] = super().pass_cost(kind, shapes)
+            self._costs[kind] = super().pass_cost(kind)
         return self._costs[kind]
 
     def probes(self) -> Probes:

@@ -21,7 +21,7 @@ from tokenswift_py.kvcache.pages import ROUND_PAGES as ROUND_PAGES
 from tokenswift_py.serving.prefixes import Prefixes
 from tokenswift_py.serving.seat import Seat as Seat
 from tokenswift_py.serving.seat import Work
-from tokenswift_py.serving.sharing import Shares
+from tokenswift_py.serving.sharing import GroupCost, Width
 from tokenswift_py.serving.together import together
 
 
@@ -50,7 +50,8 @@ class Scheduler:
         self.preemptions = 0
         self.passes = 0
         self._numbers = itertools.count()
-        self._shares: defaultdict[int, Shares] = defaultdict(Shares)
+        self._costs: defaultdict[int, GroupCost] = defaultdict(GroupCost)
+        self._width = Width(self._costs[id(target)])
 
     @property
     def running(self) -> int:
@@ -260,6 +261,9 @@ class Scheduler:
 
     def _compute(self, group: list[Seat]) -> None:
         passes = [seat.asked for seat in group if seat.asked is not None]
+        verifies = passes[0].model is self.target
+        if verifies:
+            passes = self._width.cut(passes)
         tails = [asked.segment.cache.tail_length for asked in passes]
         model, spoiled = passes[0].model, passes[0].model.clock.spoiled
         try:
@@ -276,7 +280,9 @@ class Scheduler:
                     self._compute([seat])
             return
         self.passes += 1
-        shares = self._shares[id(model)].split(passes, 1e3 * seconds)
+        if model.clock.spoiled == spoiled and verifies:
+            self._width.observe(1e3 * began, 1e3 * (began + seconds), 1e3 * seconds)
+        shares = self._costs[id(model)].split(passes, 1e3 * seconds)
         for seat, output, ms in zip(group, outputs, shares, strict=True):
             seat.work.time.charge(ms / 1e3, model.clock.spoiled != spoiled)
             assert seat.coroutine is not None

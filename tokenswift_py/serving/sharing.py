@@ -1,4 +1,4 @@
-"""How the milliseconds of a pass that several texts share are told to each of them."""
+"""What passes cost that several texts share: what each of them pays, and how many rows they have together."""
 
 from __future__ import annotations
 
@@ -56,22 +56,36 @@ class OwnLap:
             self.ms = 1e3 * (self._time.now() - self._began)
 
 
-class Shares:
-    """Splits the time of passes of one model: each text pays what its rows add, and all pay alike for the rest.
+class GroupCost:
+    """What passes of one model cost that several texts share: a fit, and how far passes of each size are from it.
 
-    So a row costs a planner what it costs the whole company, and speculation shrinks as the company grows: a pass that
-    is bound by arithmetic already charges each row in full.
+    Products are made in tiles of rows, so that a row may cost nothing or as much as four: a fit alone, which rises
+    evenly, would fill the wrong ones.
     """
 
     def __init__(self) -> None:
         self._cost = PassCost()
+        self._ratios: dict[int, float] = {}  # rows -> measured over fitted milliseconds
+
+    def observe(self, rows: int, keys: int, ms: float) -> None:
+        """Takes in one pass. keys: of all its texts together."""
+        self._cost.observe(rows, keys, ms)
+        fitted = self._cost(rows, keys)
+        if fitted > 0:
+            old = self._ratios.get(rows, 1.0)
+            self._ratios[rows] = old + (min(ms / fitted, 2.0) - old) / RATIO_PASSES
+
+    def __call__(self, rows: int, keys: int) -> float:
+        """Returns the expected milliseconds of a pass; 0 before anything was measured."""
+        return self._cost(rows, keys) * self._ratios.get(rows, 1.0)
 
     def split(self, passes: Sequence[Pass], ms: float) -> list[float]:
-        """The shares of these passes of one forward, which add up to `ms`."""
+        """Returns the shares of these passes of one forward, which add up to `ms`: each text pays what its rows add,
+        and all pay alike for the rest. So a row costs a planner what it costs the whole company."""
         rows = np.array([len(asked.segment.tree) for asked in passes])
         keys = np.array([asked.segment.cache.length for asked in passes])
         total = int(rows.sum()), int(keys.sum())
-        self._cost.observe(*total, ms)
+        self.observe(*total, ms)
         if len(passes) == 1:
             return [ms]
         whole = self._cost(*total)
@@ -80,3 +94,66 @@ class Shares:
         shares = added + rest
         scaled: list[float] = (shares * (ms / max(float(shares.sum()), 1e-9))).tolist()
         return scaled
+
+
+RATIO_PASSES = 8  # of one size, after which one counts 1/e
+
+
+class Width:
+    """Leaves out guesses whose rows cost the company more time than they save.
+
+    Every text drafts as if it knew what a row costs, but which rows are cheap is seen when all trees are there: with
+    tiles of four rows, five texts have three for nothing, and eight have none. The width that is taken is the one at
+    which most tokens a millisecond are expected (see `planning.planner` for why that is the ratio to look at).
+
+    cost:    of a pass of the target.
+    between: milliseconds from one such pass to the next, in which drafts are made and the host works.
+    """
+
+    def __init__(self, cost: GroupCost) -> None:
+        self.cost = cost
+        self.between = 0.0
+        self._ended = 0.0
+
+    def cut(self, passes: Sequence[Pass]) -> list[Pass]:
+        """Returns the passes of one forward, each with the rows it is worth."""
+        cuttable = [i for i, asked in enumerate(passes) if asked.chances is not None]
+        if not cuttable:
+            return list(passes)
+        guesses: list[tuple[float, int, float]] = []  # (least chance up to there, text, chance)
+        for i in cuttable:
+            least, chances = 1.0, passes[i].chances
+            assert chances is not None
+            for chance in chances[1:]:
+                least = min(least, chance)
+                guesses.append((least, i, chance))
+        guesses.sort(key=lambda guess: -guess[0])  # stable: each text's in their order
+        rows = sum(len(asked.segment.tree) for asked in passes) - len(guesses)
+        keys = sum(asked.segment.cache.length for asked in passes)
+        taken = self._best(guesses, rows, len(cuttable), keys)
+        kept = [1] * len(passes)
+        for _, i, _ in guesses[:taken]:
+            kept[i] += 1
+        return [asked if asked.chances is None else asked.first(kept[i]) for i, asked in enumerate(passes)]
+
+    def _best(self, guesses: Sequence[tuple[float, int, float]], rows: int, texts: int, keys: int) -> int:
+        """Returns how many guesses to verify, the first of those given.
+
+        rows: that are computed in any case, of which `texts` bring a token each; the others are of prompts.
+        """
+        tokens = [float(texts)]
+        for _, _, chance in guesses:
+            tokens.append(tokens[-1] + chance)
+        plain = self.cost(rows, keys)
+        if not plain:
+            return len(guesses)
+        rate = max(count / (self.cost(texts + i, keys) + self.between) for i, count in enumerate(tokens))
+        gains = [count / rate - self.cost(rows + i, keys) for i, count in enumerate(tokens)]
+        return gains.index(max(gains))
+
+    def observe(self, began: float, ended: float, ms: float) -> None:
+        """Takes in one pass of the target. began, ended: milliseconds by some clock."""
+        waited = began - self._ended
+        if self._ended and waited < 4 * ms:  # else nobody had anything to write
+            self.between += (waited - self.between) / 32
+        self._ended = ended
