@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tokenswift_py import quality, registry
-from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.checkpoints.loading import open_checkpoint
@@ -20,7 +19,7 @@ from tokenswift_py.errors import check, one_line
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory
-from tokenswift_py.models.devices import find_device
+from tokenswift_py.models.devices import KV_DTYPES, WEIGHT_FORMATS, find_device
 from tokenswift_py.models.executors import choose_engine, load
 from tokenswift_py.options import Options
 from tokenswift_py.parallel.ranks import join
@@ -74,7 +73,7 @@ class TokenSwift(LoadedModel):
         are read.
         """
         ranks = join()
-        check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
+        check(dtype in WEIGHT_FORMATS, "dtype", dtype, f"one of {', '.join(WEIGHT_FORMATS)}")
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
+from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.models.positions import SCHEMES, Positions
@@ -23,6 +24,7 @@ from tokenswift_py.text import Chat, token_ids, word_ids
 
 MOST_LOGPROBS = 1000  # of one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
+AUTO_WITH_MODEL = "draft_model"  # where a second model is named
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 LANGUAGES = ("json_schema", "grammar", "regex")  # of which one may say what the text must be
 DRAFT_KV = ("auto", "own", "int8")
@@ -223,7 +225,8 @@ class Options(Asked):
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         named = f"name {A_MODEL}"
-        check(self.drafter != "draft_model" or self.draft_model is not None, "draft_model", self.draft_model, named)
+        drafter = registry.module(DRAFTERS, "drafter", self.chosen_drafter).DRAFTER
+        check(not drafter.has_second_model or self.draft_model is not None, "draft_model", self.draft_model, named)
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         if self.language:
             self._check_language(self.language[0])
@@ -304,7 +307,7 @@ class Options(Asked):
         """What auto stands for, else what was asked for."""
         if self.drafter != "auto":
             return self.drafter
-        return "draft_model" if self.draft_model is not None else AUTO_DRAFTER
+        return AUTO_WITH_MODEL if self.draft_model is not None else AUTO_DRAFTER
 
 
 def described_options() -> dict[str, Description]:

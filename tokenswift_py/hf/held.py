@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, WEIGHTS, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.devices import DTYPES, KV_DTYPES, WEIGHT_FORMATS
 from tokenswift_py.models.executors import ENGINES, Executor, choose_engine, load
-from tokenswift_py.models.families.base import Place
+from tokenswift_py.models.families.base import StoredSlice
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -82,7 +83,7 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
-        known = [name for name in WEIGHTS if name != "gguf"]
+        known = [name for name in WEIGHT_FORMATS if name != "gguf"]
         check(self.dtype in (None, *known), "dtype", self.dtype, f"one of {', '.join(known)}")
         check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", self.kv_dtype, f"one of {', '.join(KV_DTYPES)}")
 
@@ -165,14 +166,14 @@ def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return found
 
 
-def part_of(state: Mapping[str, torch.Tensor], name: str, place: Place, rows: int) -> torch.Tensor:
+def part_of(state: Mapping[str, torch.Tensor], name: str, stored: StoredSlice, rows: int) -> torch.Tensor:
     """A tensor of a checkpoint in a model's state: transformers keeps some as parts of others."""
-    whole = state.get(place.name)
+    whole = state.get(stored.name)
     shape = None if whole is None else tuple(whole.shape)
     check(whole is not None, f"model: tensor {name}", None, "the model must hold it (adapters must be merged first)")
-    check(shape == place.shape, f"model: tensor {place.name}", shape, f"it must be {place.shape}")
+    check(shape == stored.shape, f"model: tensor {stored.name}", shape, f"it must be {stored.shape}")
     assert whole is not None
-    return (whole if place.index is None else whole[place.index])[place.first : place.first + rows]
+    return (whole if stored.index is None else whole[stored.index])[stored.first : stored.first + rows]
 
 
 def version_of(tensor: torch.Tensor) -> tuple[Any, ...]:

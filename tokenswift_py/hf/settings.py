@@ -56,7 +56,7 @@ WARPERS = (
 OPTIONS = frozenset(f.name for f in fields(Options))
 ENGINE = frozenset(f.name for f in fields(EngineSettings))
 # Options that a caller may set beside what `generate` itself is told.
-FREE = frozenset(
+OWN_OPTIONS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "penalty", "penalty_window", "dry_multiplier",
         "dry_base", "dry_length", "dry_breakers", "seed", "on_loop",
@@ -76,7 +76,7 @@ class Asked:
 def own_settings(settings: Mapping[str, Any] | None) -> tuple[EngineSettings, dict[str, Any]]:
     """The argument `tokenswift` as engine settings and options, `tokenizer` among these. Raises UserError."""
     given = dict(settings or {})
-    known = ENGINE | FREE | {"tokenizer"}
+    known = ENGINE | OWN_OPTIONS | {"tokenizer"}
     for name in given:
         instead = "give assistant_model" if name == "draft_model" else f"known here are {', '.join(sorted(known))}"
         check(name in known, "tokenswift", name, f"{instead}; what generate has a parameter for is told to generate")

@@ -6,18 +6,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_kernels, check_moves_queries, lacking, reads_int8
+from tokenswift_py.models.devices import DTYPES, KV_DTYPES
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables
@@ -115,7 +117,7 @@ class TorchExecutor:
         allowed += " or int8" if int8 else "; attention triton and engine native have int8 as well"
         check(kv_dtype == dtype or (int8 and kv_dtype == "int8"), "kv_dtype", kv_dtype, allowed)
         self._kernels = (kv_dtype, device, backend, deterministic)
-        self._sampler = TritonSampler if backend == "triton" else Sampler
+        self._sampler = OWN_KERNELS[backend].sampler if backend in OWN_KERNELS else Sampler
         self._shard: Shard | None = None
         if ranks.world > 1:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
@@ -252,30 +254,52 @@ def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str
     PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
-            if backend == "triton" and spec is not None and lacking(spec):
-                continue
-            if importlib.util.find_spec(package) is not None:
+            own = OWN_KERNELS.get(backend)
+            computed = own is None or spec is None or not own.lacks(spec)
+            if computed and importlib.util.find_spec(package) is not None:
                 return backend
     return "sdpa"
 
 
 def check_attention(attention: str, device: torch.device) -> None:
-    """Raise UserError for a backend without kernels for the device. Triton tells by itself: it has an interpreter."""
-    needs_gpu = attention in ("flash", "xformers")
+    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
+    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
     check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
 
 
 def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
-    """Triton's kernels with Triton's attention, else torch's. `auto` is on where that attention keeps law 1."""
-    if attention != "triton":
-        allowed = f"only with attention triton; {attention} rounds by the number of rows"
-        check(deterministic != "on", "deterministic", deterministic, allowed)
-        return TorchOps()
+    """Makes the operations that go with an attention backend: its own, else torch's."""
+    if attention in OWN_KERNELS:
+        return OWN_KERNELS[attention].ops(device, deterministic)
+    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
+    check(deterministic != "on", "deterministic", deterministic, allowed)
+    return TorchOps()
+
+
+def triton_ops(device: torch.device, deterministic: str) -> Ops:
+    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
     from tokenswift_py.kernels.triton.ops import TritonOps
     from tokenswift_py.kernels.triton.runtime import check_device
 
     check_device(device)
     return TritonOps(deterministic != "off")
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """The kernels that a backend's folder has beside attention.
+
+    ops:     makes a layer's operations for a device and the option `deterministic`.
+    lacks:   says in words what of a model they do not compute; empty if they compute all of it.
+    sampler: chooses tokens where the logits lie.
+    """
+
+    ops: Callable[[torch.device, str], Ops]
+    lacks: Callable[[ModelSpec], str]
+    sampler: type[Sampler]
+
+
+OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # by the attention that they go with
 
 
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:

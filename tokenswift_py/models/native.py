@@ -21,15 +21,13 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
+from tokenswift_py.models.devices import DTYPES, KV_DTYPES, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.version import __version__
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-WEIGHTS = {**DTYPES, torch.int8: "q8"}
-KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 FP32 = ("router", "shared_gate")  # whatever the type of the other matrices
@@ -55,6 +53,10 @@ def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
     return part + ("_bias" if kind == "bias" else ""), layer
 
 
+def check_dtype(field: str, dtype: torch.dtype) -> None:
+    check(dtype in KV_DTYPES.values(), field, dtype, "torch.bfloat16, torch.float32 or torch.int8")
+
+
 class NativePool(BoundedPages):
     """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
     held, and nothing is ever copied to grow. Statistics are computed by the threads of `weights`."""
@@ -65,7 +67,8 @@ class NativePool(BoundedPages):
         spec = weights.spec
         super().__init__((spec.layers, spec.kv_heads, pages, spec.head_dim), torch.device("cpu"))
         self.layers, self.kv_heads, self.dtype = spec.layers, spec.kv_heads, dtype
-        self.native = _native.Pool(spec.layers, spec.kv_heads, round_up(spec.head_dim, VECTOR), KV_DTYPES[dtype], pages)
+        width = round_up(spec.head_dim, VECTOR)
+        self.native = _native.Pool(spec.layers, spec.kv_heads, width, dtype_name(dtype), pages)
         self.page_bytes: int = self.native.page_bytes
         self._engine = weights.native
 
@@ -130,7 +133,7 @@ class NativeWeights:
 
         self.spec = spec
         self.dtype = dtype
-        check(self.dtype in WEIGHTS, "dtype", self.dtype, "torch.bfloat16, torch.float32 or torch.int8")
+        check_dtype("dtype", self.dtype)
         check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         self.team = team or _native.Team(threads or available_threads())
@@ -152,7 +155,7 @@ class NativeWeights:
             post_norms=spec.post_norms,
             gelu=spec.activation == "gelu",
             embedding_scale=float(torch.tensor(spec.embedding_scale).to(embedding)),
-            dtype=WEIGHTS[self.dtype],
+            dtype="q8" if self.dtype == torch.int8 else dtype_name(self.dtype),
             team=self.team,
         )
         for name, shape in spec.shapes().items():
@@ -234,14 +237,14 @@ class NativeDecoder:
         self.context = rope.context
         self.clock: Clock = HostClock()
         self.draft, self.int8_pages = draft, draft and int8_pages
-        self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
-        check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
+        self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES.values() else torch.bfloat16)
+        check_dtype("kv_dtype", self.kv_dtype)
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
         local = rope.local
         self._local = None if local is None else tuple(t.float().contiguous().numpy() for t in (local.cos, local.sin))
         shifts, self._turns = rope.shifts, query_turns(rope, self.spec)
         self._shifts = None if shifts is None else (shifts.block, native_ints(shifts.shifts), shifts.trained)
-        kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
+        kinds = f"{weights.label}/kv-{dtype_name(self.kv_dtype)}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:

@@ -49,7 +49,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Place:
+class StoredSlice:
     """Where a file holds a tensor: in the tensor `name` of this shape, from row `first` on; of a stack of matrices in
     number `index`."""
 
@@ -90,14 +90,14 @@ class Family:
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(window) for window in windows_by_type(config))
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
         """Where safetensors files may hold a tensor, the likeliest first. The last one is where transformers' model
         holds it in memory. config: the ModelSpec."""
-        return (Place(name, shape),)
+        return (StoredSlice(name, shape),)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
         """The same of a GGUF file, under Hugging Face's names. config: the ModelSpec."""
-        return Place(name, shape)
+        return StoredSlice(name, shape)
 
     def gguf_fits(self, metadata: Mapping[str, Any]) -> bool:
         """Whether a file of this architecture is of this family."""
@@ -111,10 +111,10 @@ class Family:
 class Mixture(Family):
     """A family whose experts transformers holds in stacks, gate above up, and files hold one by one."""
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        return Place(name, shape), stacked_halves(name, shape, config)
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
+        return StoredSlice(name, shape), stacked_halves(name, shape, config)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
         return stacked(name, shape, config)
 
 
@@ -161,22 +161,22 @@ def mixture_layers(config: Any) -> tuple[bool, ...]:
     return tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers))
 
 
-def stacked(name: str, shape: tuple[int, ...], config: Any) -> Place:
+def stacked(name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
     """An expert's matrix in a stack of those of all experts, as GGUF files have them. config: the ModelSpec."""
     found = EXPERT.fullmatch(name)
     if found is None:
-        return Place(name, shape)
+        return StoredSlice(name, shape)
     at, expert, part = found.groups()
-    return Place(f"{at}{part}_proj.weight", (config.experts.count, *shape), index=int(expert))
+    return StoredSlice(f"{at}{part}_proj.weight", (config.experts.count, *shape), index=int(expert))
 
 
-def stacked_halves(name: str, shape: tuple[int, ...], config: Any) -> Place:
+def stacked_halves(name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
     """The same where gate and up are halves of one matrix, as transformers has them in memory."""
     found = EXPERT.fullmatch(name)
     if found is None:
-        return Place(name, shape)
+        return StoredSlice(name, shape)
     (at, expert, part), width = found.groups(), config.experts.width
     if part == "down":
-        return Place(f"{at}down_proj", (config.experts.count, *shape), index=int(expert))
+        return StoredSlice(f"{at}down_proj", (config.experts.count, *shape), index=int(expert))
     whole = (config.experts.count, 2 * width, config.hidden_size)
-    return Place(f"{at}gate_up_proj", whole, width if part == "up" else 0, int(expert))
+    return StoredSlice(f"{at}gate_up_proj", whole, width if part == "up" else 0, int(expert))
