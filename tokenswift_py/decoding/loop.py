@@ -1,6 +1,7 @@
-"""The loop: draft, verify, accept, commit, learn. Plain decoding is the same loop over trees of one node.
+"""The decode loop. Plain decoding is the same loop over trees of one node.
 
-The loop is a coroutine (see `passes`): it yields the passes that it wants, and between rounds the steps of the text.
+`DecodeLoop.text` is the loop, and `DecodeLoop.round` is one turn of it: draft, verify, accept, commit, learn. Both are
+coroutines (see `passes`). They yield the passes that they want, and `text` also yields the steps of the text.
 """
 
 from __future__ import annotations
