@@ -1,5 +1,4 @@
-"""Two executors, one contract: torch on any device, the native C++ engine on CPUs. Each holds a model's weights once
-and makes a `Model` for the RoPE tables of a run."""
+"""Two executors with one contract: torch on any device, and the native C++ engine on CPUs."""
 
 from __future__ import annotations
 
@@ -35,15 +34,19 @@ logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
 DETERMINISTIC = ("auto", "on", "off")
-# What attention `auto` is on a GPU, the first that is installed: what keeps law 1 before what is measured.
+# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
 class Executor(Protocol):
-    """name, dtype (as --dtype names it), kv_dtype, device, threads: what the report says. multiplied_nbytes: of the
-    weights that every token is multiplied with (this rank's). sampler: how rows of its logits become tokens. ranks: the
-    processes that hold the model."""
+    """Holds a model's weights once, and makes a `Model` for the RoPE tables of a run.
+
+    name, dtype, kv_dtype, device, threads: entries of the report. dtype is a name of --dtype.
+    multiplied_nbytes: bytes of the weights that every token is multiplied with (this rank's).
+    sampler: class that chooses tokens from rows of its logits.
+    ranks: the processes that hold the model.
+    """
 
     name: str
     dtype: str
@@ -61,33 +64,34 @@ class Executor(Protocol):
     def sampler(self) -> type[Sampler]: ...
 
     def padded_head(self, head_dim: int) -> int:
-        """What a head of this size takes in the KV cache."""
+        """Returns the size that a head of this size takes in the KV cache."""
 
     def check_rope(self, rope: RopeTables) -> None:
-        """Raise UserError for tables whose far keys this executor cannot meet."""
+        """Raises UserError for tables whose far keys this executor cannot meet."""
 
     def model(self, rope: RopeTables) -> Model:
-        """The model for a run of these RoPE tables; weights are shared."""
+        """Makes the model for a run of these RoPE tables. Weights are shared."""
 
     def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        """The same model for draft passes over the same cache, whose rows can never be committed.
+        """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
-        weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, of 4 where they are no
-                 finer, packed at first use; auto is int8 where the engine has it.
-        kv:      own are the cache's keys and values as they are; int8 copies of the full pages that drafts see; auto is
+        weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
+                 bits where the target's are no finer. auto is int8 where the engine has it.
+        kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
-        Raises UserError for others, and for weights that this executor has not or memory has no room for.
+
+        Raises UserError for others, for weights that this executor has not, and where memory has no room for them.
         """
 
     def reads_copies(self, kv: str) -> bool:
-        """Whether a draft model made with this `kv` reads int8 copies of pages."""
+        """Returns whether a draft model made with this `kv` reads int8 copies of pages."""
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        """An executor of another model that drafts for this one, on the same device, threads and kernels, with the same
-        type of KV cache.
+        """Loads another model that drafts for this one, on the same device, threads and kernels, with the same type of
+        KV cache.
 
-        weights: bf16 are of the type that the target's were asked for in (bf16 where those are in blocks); int8 and
-                 auto, and what is raised, as in `draft_model`.
+        weights: bf16 is the type that the target's weights were asked for in (bf16 where those are in blocks). int8 and
+                 auto are those of `draft_model`, and so is what is raised.
         """
 
 
@@ -250,8 +254,8 @@ def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device)
 
 
 def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str:
-    """What attention `auto` means: on a GPU the first of GPU_ATTENTION that is installed and computes this model, else
-    PyTorch's own."""
+    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and computes this
+    model, else PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
             own = OWN_KERNELS.get(backend)
@@ -303,11 +307,8 @@ OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # by t
 
 
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
-    """native or torch. `auto` is native on a CPU, unless an attention backend of torch's was asked for or several
-    processes share the model.
-
-    Raises UserError where native was asked for and cannot be.
-    """
+    """Returns native or torch. Raises UserError where native was asked for and cannot be. `auto` is native on a CPU,
+    unless an attention backend of torch's was asked for or several processes share the model."""
     check(engine in ENGINES, "engine", engine, f"one of {', '.join(ENGINES)}")
     if engine == "native":
         check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
@@ -337,7 +338,7 @@ def load(
     deterministic: str = "auto",
     ranks: Ranks = ALONE,
 ) -> Executor:
-    """Read the weights into the chosen executor. `engine` is native or torch."""
+    """Reads the weights into the chosen executor. `engine` is native or torch."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")

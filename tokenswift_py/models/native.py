@@ -1,4 +1,5 @@
-"""The decoder on the C++ CPU engine (`kernels/cpu`): the forward contract of `core.Model`, one native call a pass.
+"""The decoder on the C++ CPU engine (`kernels/cpu`). It keeps the forward contract of `core.Model`, with one native
+call a pass.
 
 A row's bits depend on its own ancestors only (law 1): not on the rows beside it, chunks, batches, or threads.
 """
@@ -37,7 +38,7 @@ PARTS = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "final_
 
 
 def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
-    """What the engine calls a weight or bias, and its layer; -1 for those of no layer."""
+    """Returns the engine's name of a weight or bias, and its layer, -1 for those of no layer."""
     stem, kind = name.rsplit(".", 1)
     layer = -1
     if stem.startswith("model.layers."):
@@ -58,8 +59,8 @@ def check_dtype(field: str, dtype: torch.dtype) -> None:
 
 
 class NativePool(BoundedPages):
-    """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
-    held, and nothing is ever copied to grow. Statistics are computed by the threads of `weights`."""
+    """Pages in native memory, with keys and values packed for dot products. Memory grows by slabs as pages are first
+    held, and nothing is ever copied to grow. The threads of `weights` compute the statistics."""
 
     def __init__(self, weights: NativeWeights, pages: int, dtype: torch.dtype):
         from tokenswift_py.kernels.cpu import _native
@@ -93,7 +94,7 @@ class NativePool(BoundedPages):
             block[:] = part
 
     def _blocks(self, page: int) -> list[Bytes]:
-        """The memory of a page, a block for each layer and KV head."""
+        """Returns the memory of a page, with a block for each layer and KV head."""
         return [self.native.block(layer, head, page) for layer in range(self.layers) for head in range(self.kv_heads)]
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
@@ -111,13 +112,13 @@ class NativePool(BoundedPages):
 class NativeWeights:
     """Weights packed from Hugging Face's names, and the team of threads that multiplies with them.
 
-    weights: read once, tensor by tensor, and not kept. Norms and biases are tensors and stay fp32; a matrix is a
-             tensor, or with dtype int8 also `Blocks`, which are packed as they are.
-    dtype:   of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
-    threads: None is what the affinity mask and the cgroup's quota allow.
-    team:    of other weights, to be shared: passes take turns, and no two teams wait for each other's cores.
-    fewest_bits: with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 % (root
-             mean square), as those do that came from a 4-bit file.
+    weights: read once, tensor by tensor, and not kept. Norms and biases are tensors and stay fp32. A matrix is a
+             tensor, or with dtype int8 also `Blocks`, which are packed without a change.
+    dtype:   type of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
+    threads: number of threads; None is what the affinity mask and the cgroup's quota allow.
+    team:    team of other weights, to be shared. Passes take turns, and no two teams wait for each other's cores.
+    fewest_bits: whether, with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 %
+                 (root mean square). Those that came from a 4-bit file lose no more.
     """
 
     def __init__(
@@ -170,17 +171,18 @@ class NativeWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed matrices."""
+        """Returns the bytes of the packed matrices."""
         return int(self.native.weight_bytes)
 
     @property
     def multiplied_nbytes(self) -> int:
-        """Bytes of those that every token is multiplied with: of an untied embedding only rows are read."""
+        """Returns the bytes of the matrices that every token is multiplied with. Of an untied embedding only rows are
+        read."""
         return int(self.native.multiplied_bytes)
 
     @property
     def label(self) -> str:
-        """The numerics of a multiplication: bf16, fp32, or which kinds of blocks there are."""
+        """Returns the numerics of a multiplication: bf16, fp32, or the kinds of blocks."""
         return "+".join(sorted(self._kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
 
     def _pack(self, name: str, tensor: torch.Tensor | Blocks) -> None:
@@ -208,16 +210,16 @@ class NativeWeights:
 class NativeDecoder:
     """Packed weights and the RoPE tables of one context.
 
-    kv_dtype: of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a scale
-              (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
+    kv_dtype: type of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a
+              scale (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
               multiples of it, ties to even.
-    draft:    rows are for drafts only and can never be committed.
-    int8_pages: drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8, and round what
-              meets them to bytes as well, queries to signed and weights to unsigned ones. They are made when a draft
-              first sees the page, and take 66 % of the bytes of the largest view.
+    draft:    whether rows are for drafts only and can never be committed.
+    int8_pages: whether drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8. What
+                meets them is rounded to bytes as well, queries to signed and weights to unsigned ones. Copies are made
+                when a draft first sees the page, and take 66 % of the bytes of the largest view.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
+    weight or a bf16 or int8 key or value is rounded to bf16. On the others it stays fp32. What meets a weight in blocks
     is rounded to int8 in blocks. `Output.hidden` is the final norm's fp32.
     """
 
@@ -251,7 +253,7 @@ class NativeDecoder:
         return KVCache(self.new_pool(pages_for(self.context)), self.context)
 
     def new_pool(self, pages: int) -> NativePool:
-        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
+        """Makes room for the pages of one or several sequences, which must share a pool to share a pass."""
         return NativePool(self.weights, pages, self.kv_dtype)
 
     def forward(
@@ -316,7 +318,7 @@ def native_ints(array: IntArray) -> IntArray:
 
 
 def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | None, IntArray]]:
-    """The segments as the native engine takes them: positions, full pages, view, tail."""
+    """Returns the segments in the native engine's form: positions, full pages, view, tail."""
     return [
         (
             native_ints(segment.positions),
@@ -329,7 +331,8 @@ def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | No
 
 
 def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says so."""
+    """Returns the number of cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says
+    so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1].lstrip("/")
