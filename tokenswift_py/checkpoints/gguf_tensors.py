@@ -39,10 +39,10 @@ ALONE = 2**15  # elements up to which torch starts no threads of its own to conv
 
 
 class GgufIndex:
-    """Which tensor of a file each of Hugging Face's names is.
+    """The index of a file: which of its tensors each of Hugging Face's names is.
 
     Raises UserError for a tensor that is missing, has another shape or a type that nothing dequantises, and for one
-    that no model of this config reads. A bias that a file does not have is zero, as in llama.cpp.
+    that no model of this config reads. A bias that a file does not have is zero, like in llama.cpp.
     """
 
     def __init__(self, file: GgufFile, spec: ModelSpec):
@@ -69,9 +69,9 @@ class GgufIndex:
         check(not others, f"model: tensor {others[0] if others else ''}", file.name, "no model of this config reads it")
 
     def bytes_of(self, name: str) -> Bytes:
-        """[rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
+        """Returns [rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
 
-        Rows of q and k are in Hugging Face's order: files of some families hold the two halves of a head, which RoPE
+        Rows of q and k are in Hugging Face's order. Files of some families hold the two halves of a head, which RoPE
         turns against each other, row by row.
         """
         tensor, shape = self.tensors[name], self.shapes[name]
@@ -87,7 +87,8 @@ class GgufIndex:
         return halves
 
     def unfolded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A norm's weight as Hugging Face has it: of a family whose norms multiply by it and 1, files hold the sum."""
+        """Returns a norm's weight in Hugging Face's form. Files of a family whose norms multiply by 1 + weight hold the
+        sum."""
         offset = self.spec.norm_offset
         return tensor.float() - offset if offset and name.endswith("norm.weight") else tensor
 
@@ -137,7 +138,7 @@ class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
 
     @property
     def nbytes(self) -> int:
-        """What the tensors take when packed: matrices in blocks, norms and biases as fp32."""
+        """Returns the bytes that the packed tensors take: matrices in blocks, norms and biases in fp32."""
         tensors = self._index.tensors
         return sum(packed_bytes(tensors[name].kind if name in tensors else "F32", self._index.shapes[name])
                    for name in self)  # fmt: skip
@@ -191,7 +192,7 @@ def valued(data: Bytes, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def dequantised(data: Bytes, kind: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """[rows, columns] of blocks as values; None where one is not finite."""
+    """Returns [rows, columns] values of blocks, None where one is not finite."""
     out = torch.empty((len(data), columns_of(data, kind)), dtype=dtype)
 
     def put(rows: slice, values: Floats) -> bool:

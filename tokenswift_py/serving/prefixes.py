@@ -13,7 +13,8 @@ from tokenswift_py.kvcache.cache import KVCache
 
 @dataclass
 class KnownPage:
-    """page: of the pool. depth: how many pages stand before it in its text. used: when it was last of use."""
+    """A page of an earlier text. page: its number in the pool. depth: how many pages stand before it in its text. used:
+    when it was last of use."""
 
     page: int
     depth: int

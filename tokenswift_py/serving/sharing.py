@@ -1,4 +1,4 @@
-"""How the milliseconds of a pass that several texts share are told to each of them."""
+"""Shares the milliseconds of a pass among the texts that travelled in it."""
 
 from __future__ import annotations
 
