@@ -42,7 +42,7 @@ from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
 CHAIN = 4  # guesses of a round
-WANTED = 0.92  # acceptance that the best policy should reach with the largest view
+WANTED = 0.92  # the acceptance that the best policy should reach with the largest view
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ class Taught(Text):
 
     @cached_property
     def policies(self) -> dict[str, EvictionPolicy]:
-        """The policies in their state SEEN_ROWS before the end of the prefix, which is read up to there."""
+        """Returns the policies in their state SEEN_ROWS before the end of the prefix, which is read up to there."""
         source = self.source
         source.read(max(0, self.length - self.args.seen))
         made: dict[str, EvictionPolicy] = {

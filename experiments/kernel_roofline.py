@@ -1,4 +1,4 @@
-"""What the Triton kernels must read, write and compute, and what a GPU's memory and matrix units allow them at best.
+"""Lists the bytes and FLOPs that the Triton kernels need, and the best times that a GPU's memory and units allow.
 
     python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
 

@@ -1,4 +1,4 @@
-"""One very long text: how long it takes, against what plain decoding takes over the same contexts.
+"""Writes one very long text, and compares its time with that of plain decoding over the same contexts.
 
     python experiments/longrun.py --tokens 100000 --out runs/100k
 

@@ -1,4 +1,4 @@
-"""How much faster drafting writes a text than plain decoding, at several lengths of what stands before it.
+"""How much faster does drafting write a text than plain decoding, at several lengths of the text before it?
 
     python experiments/speedup.py --workloads code,docs --lengths 2048,16384 --drafters auto --new 256
 
