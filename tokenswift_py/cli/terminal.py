@@ -167,7 +167,7 @@ class Output:
                 Path(self._file.name).write_bytes(text.encode())
 
     def end(self, text: str) -> None:
-        """Writes the text that an interruption kept from standard output, and the end of the last line."""
+        """What an interruption kept from standard output, and the end of the last line."""
         sys.stdout.write(text[self.written :])
         if sys.stdout.isatty() or not text.endswith("\n"):
             sys.stdout.write("\n")

@@ -238,7 +238,7 @@ class TorchDecoder:
         return self.ops.swiglu(gate, up) if self.spec.activation == "silu" else self.ops.geglu(gate, up)
 
     def _mixture(self, x: torch.Tensor, at: str) -> torch.Tensor:
-        """Sums a row's experts in ascending order of their numbers, each times its share."""
+        """A row is the sum of its experts in ascending order of their numbers, each times its share."""
         experts = self.spec.experts
         assert experts is not None
         chosen, shares = choose_experts(self._linear(x, f"{at}.gate"), experts)
@@ -255,7 +255,7 @@ class TorchDecoder:
         return total
 
     def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns [R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""
+        """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""
         q, k, v = (self._linear(x, f"{at}{name}_proj").unflatten(1, (-1, self.spec.head_dim)) for name in "qkv")
         if self.spec.qk_norm:
             q, k = self._norm(q, f"{at}q_norm"), self._norm(k, f"{at}k_norm")

@@ -39,7 +39,7 @@ class Ops(Protocol):
         """Computes silu(gate) * up."""
 
     def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Computes gelu(gate) * up, the gelu by its approximation with tanh."""
+        """gelu(gate) * up, the gelu by its approximation with tanh."""
 
     def rope_write(
         self,

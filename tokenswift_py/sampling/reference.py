@@ -149,7 +149,7 @@ class Sampler:
         return lambda node: self.choose(logits[node], history)
 
     def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
-        """Returns up to `count` tokens, best perturbed score first. The first is the result of `choose`."""
+        """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
         return [token for token, _ in self.ranked(logits, history, count)]
 
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:

@@ -1,5 +1,5 @@
-"""The sampler of the verify walk on the GPU. It keeps the rules of `sampling.Sampler`, token for token, and the host
-fetches three numbers instead of a row of logits."""
+"""The sampler of the verify walk on the GPU: the rules of `sampling.Sampler`, token for token, and three numbers to
+fetch instead of a row of logits."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Penalties = list[tuple[float, list[IntArray]]]  # theta, and for each row the to
 
 
 class TritonSampler(Sampler):
-    """A sampler for everything that is exact in double on any device. The rest takes the way of the reference: filters
-    with sums, whose exponential or order is the reference's own (top-p, top-n-sigma, typical-p, XTC), everything that
-    searches or counts in the text (DRY, n-grams, words, frequency, presence), and Hugging Face's processors."""
+    """For everything that is exact in double on any device. Filters with sums, whose exponential or order is the
+    reference's own (top-p, top-n-sigma, typical-p, XTC), what searches or counts in the text (DRY, n-grams, words,
+    frequency, presence) and Hugging Face's processors go the way of the reference."""
 
     @property
     def exact(self) -> bool:
@@ -33,7 +33,7 @@ class TritonSampler(Sampler):
         return self.chooser(PENDING, logits[None], history)(0)
 
     def chooser(self, tree: DraftTree, logits: torch.Tensor, history: History) -> Callable[[int], int]:
-        """Chooses all nodes' tokens at once, so that the walk waits for the device once, not for every token."""
+        """All nodes' tokens at once: the walk waits for the device once, not for every token."""
         if not self.exact:
             return lambda node: super(TritonSampler, self).choose(logits[node], history)
         positions = len(history) + tree.depth
@@ -42,7 +42,7 @@ class TritonSampler(Sampler):
         return lambda node: checked(found[node], int(positions[node]))
 
     def _penalties(self, tree: DraftTree, history: History) -> Penalties:
-        """Returns each penalty that there is, and for each node the tokens, each once, that it looks at."""
+        """Each penalty that there is, and for each node the tokens, each once, that it looks at."""
         params, whole = self.params, len(history) + len(tree)
         wanted = ((params.repetition_penalty, whole), (params.penalty, params.penalty_window))
         return [(theta, self._recent(tree, history, window)) for theta, window in wanted if theta != 1]
@@ -55,7 +55,7 @@ class TritonSampler(Sampler):
         return [np.unique(np.concatenate([committed, path])[-window:]) for path in paths]
 
     def _outside(self, tree: DraftTree, history: History, logits: torch.Tensor) -> torch.Tensor:
-        """Returns [len(tree), vocab] whether the grammar excludes a token after a node, on the device of the logits."""
+        """[len(tree), vocab] whether the grammar excludes a token behind a node, on the device of the logits."""
         assert self.grammar is not None
         masks = []
         for node in range(len(tree)):
@@ -68,7 +68,7 @@ class TritonSampler(Sampler):
     def _chosen(
         self, logits: torch.Tensor, positions: IntArray, penalties: Penalties, outside: torch.Tensor | None
     ) -> Doubles:
-        """Returns [R, 3] the highest logit, the token, and the token's perturbed score, of rows [R, vocab]."""
+        """[R, 3] highest logit, token, and the token's perturbed score, of rows [R, vocab]."""
         from tokenswift_py.kernels.triton.sampling import choose
 
         params, device = self.params, logits.device
@@ -82,7 +82,7 @@ class TritonSampler(Sampler):
         return found
 
     def _changed(self, logits: torch.Tensor, positions: IntArray, penalties: Penalties) -> torch.Tensor:
-        """Returns the logits after penalties, bias and bans: a copy in double, or themselves where there are none."""
+        """The logits after penalties, bias and bans: a copy in double, or themselves where there are none."""
         early = np.flatnonzero([position < self.may_end_from(position) for position in positions.tolist()])
         ends = len(early) and len(self._eos)
         if not penalties and not len(self._bias_ids) and not len(self._ban) and not ends:
@@ -106,7 +106,7 @@ class TritonSampler(Sampler):
         return scores
 
     def _floors(self, scores: torch.Tensor) -> torch.Tensor:
-        """Returns [R] the least score / T that top-k and min-p let pass."""
+        """[R] what scores / T must reach by top-k and min-p."""
         params = self.params
         floors = torch.full((len(scores),), -torch.inf, dtype=torch.float64, device=scores.device)
         if params.temperature == 0:
@@ -120,7 +120,7 @@ class TritonSampler(Sampler):
 
 
 def checked(found: Doubles, position: int) -> int:
-    """Returns the token of a row. Raises NumericsError where there is none."""
+    """The token of a row, or NumericsError."""
     highest, token, score = found
     if not np.isfinite(highest):
         raise NumericsError(f"the model's logits for position {position} are not finite")
@@ -133,5 +133,5 @@ PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
 
 
 def divided(values: torch.Tensor, by: float) -> torch.Tensor:
-    """Returns values / by, rounded once. On a GPU torch multiplies by the reciprocal of a plain number."""
+    """values / by, rounded once: on a GPU torch multiplies by the reciprocal of a plain number."""
     return values / values.new_full((1,), by)

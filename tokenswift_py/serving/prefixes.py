@@ -13,8 +13,7 @@ from tokenswift_py.kvcache.cache import KVCache
 
 @dataclass
 class KnownPage:
-    """A page of an earlier text. page: its number in the pool. depth: how many pages stand before it in its text. used:
-    when it was last of use."""
+    """page: of the pool. depth: how many pages stand before it in its text. used: when it was last of use."""
 
     page: int
     depth: int

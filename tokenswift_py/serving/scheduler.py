@@ -61,7 +61,7 @@ class Scheduler:
         return len(self.seats) - self.running
 
     def fits(self, tokens: int) -> bool:
-        """Returns whether a text of so many tokens fits the pool at all, together with the rows of a round."""
+        """Whether a text of so many tokens fits the pool at all, with what a round takes."""
         return pages_of(tokens) + ROUND_PAGES <= self.pool.pages
 
     def add(self, work: Work) -> Seat:
@@ -102,8 +102,7 @@ class Scheduler:
     # Who is in work
 
     def _urgency(self, seat: Seat) -> tuple[float, int]:
-        """Returns the order of texts, the most urgent first. A text that waits becomes more urgent by 1 in AGEING
-        seconds, and stays so."""
+        """Ascending: the most urgent first. Who waits becomes more urgent by 1 in AGEING seconds, and stays so."""
         waited = 0.0 if seat.running else (self.clock() - seat.since) / AGEING
         return -(seat.work.priority + seat.credit + waited), seat.number
 
@@ -128,8 +127,7 @@ class Scheduler:
             self._leave(seat, self._too_small())
 
     def _gives_way(self, other: Seat, seat: Seat) -> bool:
-        """Returns whether a text in work makes room for one that waits: it has a lower priority, and not for having
-        waited long."""
+        """Whether a text in work makes room for one that waits: of a lower priority, and not for having waited long."""
         return other.work.priority < seat.work.priority and self._urgency(other) > self._urgency(seat)
 
     def _at_rest(self) -> list[Seat]:

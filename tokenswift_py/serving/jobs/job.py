@@ -117,8 +117,7 @@ class Job:
 
     @property
     def began(self) -> bool:
-        """Returns whether there is a journal to go on with. A journal whose header a power cut left torn holds nothing,
-        and goes."""
+        """Whether there is a journal to go on with. One whose header a power cut left torn holds nothing, and goes."""
         path = self.folder / journal.NAME
         if not path.exists():
             return False
@@ -135,7 +134,7 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Returns whether nothing more comes unless somebody resumes it."""
+        """Whether nothing more comes unless somebody resumes it."""
         return self.state not in ("waiting", "running")
 
     # The text
@@ -194,14 +193,14 @@ class Job:
             watcher()
 
     def status(self) -> dict[str, Any]:
-        """Returns the status of a job."""
+        """What is told of a job."""
         kept, text = self.kept, self.text
         loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
         more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "files": self.files()}
         return {**self.brief(), **more}
 
     def brief(self) -> dict[str, Any]:
-        """Returns its status in a list of many."""
+        """The same in a list of many."""
         kept, text = self.kept, self.text
         live = text is not None and self.state == "running"
         tokens = self.pace.tokens
