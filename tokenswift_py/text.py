@@ -20,7 +20,7 @@ Prompt = str | Sequence[Message] | Sequence[int]
 BAD = "\ufffd"  # stands for invalid UTF-8, and for a character that is not whole yet
 # Longer than anything that may still become whole: a byte-fallback vocabulary has one for each byte of a character, at
 # most 3, and for each byte of the whole character before it, which it decodes together.
-HOPELESS = 8 * BAD
+INVALID_RUN = 8 * BAD
 PRIVATE = range(0xE000, 0xF900)  # the first of these characters that no message has marks names
 ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
@@ -265,8 +265,8 @@ class TextJoiner:
                 continue
             self._window.append(token)
             text = self._decode(self._window)
-            if text.endswith(HOPELESS):
-                self._tell(text, len(text) - len(HOPELESS) + 1)
+            if text.endswith(INVALID_RUN):
+                self._tell(text, len(text) - len(INVALID_RUN) + 1)
                 self._shorten(text[self._told :])
             elif not text.endswith(BAD) and len(text) > self._told:
                 self._tell(text, len(text))
@@ -299,8 +299,8 @@ class TextJoiner:
     def _shorten(self, untold: str) -> None:
         """Drops tokens of a long run of invalid bytes. The last ones are context enough, because decoding falls into
         step within a character. Otherwise each token would decode all of the run again."""
-        if len(self._window) > 4 * len(HOPELESS):
-            del self._window[: -2 * len(HOPELESS)]
+        if len(self._window) > 4 * len(INVALID_RUN):
+            del self._window[: -2 * len(INVALID_RUN)]
             self._context, self._told = 0, len(self._decode(self._window)) - len(untold)
 
     def _certain(self) -> int:

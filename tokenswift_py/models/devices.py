@@ -19,6 +19,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
+def check_dtype(field: str, dtype: torch.dtype) -> None:
+    """Raises UserError for a type that has no name here."""
+    check(dtype in KV_DTYPES.values(), field, dtype, ", ".join(map(str, KV_DTYPES.values())))
+
+
 def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """Finds the device. Several ranks have a GPU each, by torchrun's LOCAL_RANK. Raises UserError for a missing one."""
     if name == "auto":

@@ -22,7 +22,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
-from tokenswift_py.models.devices import DTYPES, KV_DTYPES, dtype_name
+from tokenswift_py.models.devices import DTYPES, check_dtype, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
@@ -52,10 +52,6 @@ def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
         part = stem.removeprefix("self_attn.").removeprefix("mlp.").replace("shared_expert.", "shared.")
         part = PARTS.get(part, part.removesuffix("_proj"))
     return part + ("_bias" if kind == "bias" else ""), layer
-
-
-def check_dtype(field: str, dtype: torch.dtype) -> None:
-    check(dtype in KV_DTYPES.values(), field, dtype, "torch.bfloat16, torch.float32 or torch.int8")
 
 
 class NativePool(BoundedPages):
