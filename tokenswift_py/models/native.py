@@ -114,7 +114,7 @@ class NativeWeights:
     threads: number of threads; None is what the affinity mask and the cgroup's quota allow.
     team:    team of other weights, to be shared. Passes take turns, and no two teams wait for each other's cores.
     fewest_bits: whether, with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 %
-                 (root mean square). Those that came from a 4-bit file lose no more.
+                 (root mean square).
     """
 
     def __init__(
