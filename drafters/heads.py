@@ -52,7 +52,7 @@ class Heads(Drafter):
     all are proposed. The acceptances start at those measured in training and follow those seen.
 
     embedding: [V, E] the model's; only heads that see tokens read it.
-    cost:      of one head's guesses behind one node, where a drafter asks head by head.
+    cost:      of one head's guesses after one node, where a drafter asks head by head.
     """
 
     name = "heads"
@@ -65,7 +65,7 @@ class Heads(Drafter):
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of a head's ranks
         self._row: torch.Tensor | None = None
-        self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
+        self._guesses: dict[tuple[int, ...], list[int]] = {}  # after each path of the last tree that got children
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -143,9 +143,9 @@ class Heads(Drafter):
     def children(
         self, head: int, parents: Sequence[Branch], context: Context, same: torch.Tensor | None
     ) -> list[Branch]:
-        """Returns the candidates of one head behind each of these branches, as the sampler would rank them.
+        """Returns the candidates of one head after each of these branches, as the sampler would rank them.
 
-        same: [V] logits of a head that sees no tokens: it is ranked once, behind the first branch, for all of them.
+        same: [V] logits of a head that sees no tokens: it is ranked once, after the first branch, for all of them.
         """
         if same is None:
             asked = self.ask(head, parents, context)
@@ -162,7 +162,7 @@ class Heads(Drafter):
         return found
 
     def ask(self, head: int, branches: Sequence[Branch], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
-        """Returns what the next head reads behind each of these branches, and this one's guesses there, best first."""
+        """Returns what the next head reads after each of these branches, and this one's guesses there, best first."""
         # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
         # for milliseconds. One row takes microseconds.
         steps = [self.step(head, branch, context.history[-1]) for branch in branches]
@@ -172,7 +172,7 @@ class Heads(Drafter):
         return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
     def step(self, head: int, branch: Branch, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what the next head reads behind a branch, and the state that this one's logits are made of."""
+        """Returns what the next head reads after a branch, and the state that this one's logits are made of."""
         token = self.embedding[branch.path[-1] if branch.path else pending]
         return self.weights.step(head, branch.x, token[None].to(branch.x.device, branch.x.dtype))
 

@@ -4,7 +4,7 @@
 
 Behind a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
 cache. A guess is put to the test if all before it in its chain were right; `acceptance` is the share of those that were
-right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew behind a
+right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew after a
 wrong guess, a full page and 8 tokens; `fresh` are guesses under one that was chosen in their own round.
 
 What policies learn from is attention. In a long run they see that of every row written; of a prompt they are shown the

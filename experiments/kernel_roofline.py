@@ -94,7 +94,7 @@ class Work:
 def attention_work(
     shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False, far: bool = False
 ) -> Work:
-    """Returns the attention work of a chain of `rows` behind `context` committed tokens.
+    """Returns the attention work of a chain of `rows` after `context` committed tokens.
 
     Keys and values are read once for each tile of packed rows. The partial states of every split are written once and
     read once, those of the split at the boundary twice.

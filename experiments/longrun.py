@@ -240,7 +240,7 @@ def is_object(answer: str) -> bool:
 def has_object(answer: str) -> bool:
     """Returns whether the first brace of an answer begins a JSON object, which the workload `records` asks for.
 
-    Words before and behind it ("Here is the record:") are allowed.
+    Words before and after it ("Here is the record:") are allowed.
     """
     try:
         json.JSONDecoder().raw_decode(answer, answer.index("{"))

@@ -57,7 +57,7 @@ class Writing(LoopWork):
 
 
 class Texts:
-    """Several texts behind cuts of one prefix, which is read once."""
+    """Several texts that go on from cuts of one prefix, which is read once."""
 
     def __init__(self, swift: TokenSwift, args: argparse.Namespace, count: int, length: int):
         self.args, self.count = args, count

@@ -169,7 +169,7 @@ def write(
 class MarkovModel:
     """A model whose logits depend on the row's own token only. So every transition of a text is an independent sample.
 
-    table: [vocab, vocab] logits of the column's token behind the row's.
+    table: [vocab, vocab] logits of the column's token after the row's.
     """
 
     numerics, guarantee, row_shapes = "table", "bitwise", ()
