@@ -1,4 +1,4 @@
-"""What a drafter is; the registry is this folder."""
+"""The contract of a drafter, and the parts that drafters share. The registry is this folder."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tokenswift_py.sampling.reference import Sampler
 
 @dataclass(frozen=True)
 class Context:
-    """What a drafter may look at in one round. The last token of `history` is pending: it is the root of the next tree,
-    and the cache holds everything before it.
+    """All that a drafter may look at in one round. The last token of `history` is pending: it is the root of the next
+    tree, and the cache holds everything before it.
 
     draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
-    plan:        what is worth drafting in this round.
+    plan:        decides what is worth drafting in this round.
     agreed:      returns rank 0's milliseconds for those that this rank measured. All ranks that draft together have to
                  ask for it, each time that one of them learns what something took.
 
@@ -50,10 +50,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a drafter of a run may be made of.
+    """The parts that a drafter of a run may be made of.
 
-    second_model: the `model` and `vocab_sizes` of a drafter with a model of its own, as DraftModel takes them.
-    draft_cost:   what draft passes cost; texts in company learn it together.
+    second_model: the `model` and `vocab_sizes` of a drafter with a model of its own, which DraftModel takes.
+    draft_cost:   cost of draft passes. Texts in company learn it together.
     """
 
     checkpoint: Checkpoint
@@ -62,12 +62,12 @@ class Resources:
 
 
 class Drafter:
-    """Proposes trees and owns whatever state that takes. It changes how fast a text is written, never the text.
+    """Proposes trees and owns the state that this takes. It changes how fast a text is written, never the text.
 
     `prefill` and `propose` are coroutines (see `decoding.passes`): where they need a pass they yield it, and are sent
-    its output. One that needs none is made by `without_passes`.
+    its output. `without_passes` makes a coroutine of a function that needs none.
 
-    needs: of "mass" and "queries", what the passes it sees the output of must report.
+    needs: which of "mass" and "queries" the passes must report whose output it sees.
     runs_target: whether it makes passes of the target with the draft's weights, or products with its LM head.
     sees_views: whether these see views of the target's cache, of which an engine may keep copies.
     has_second_model: whether it drafts with a model of its own, which of several ranks rank 0 alone holds.
@@ -83,7 +83,8 @@ class Drafter:
     def prefill(self, context: Context, output: Output) -> None:
         """Takes in that the history has grown by tokens that no tree proposed.
 
-        output: of the last rows that were committed before the pending token, up to `decoding.loop.SEEN_ROWS` of them.
+        output: output of the last rows that were committed before the pending token, up to `decoding.loop.SEEN_ROWS` of
+                them.
         """
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
@@ -91,9 +92,9 @@ class Drafter:
         raise NotImplementedError
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        """Learns from what verification took of the last proposal.
+        """Learns from the part of the last proposal that verification took.
 
-        output: of the verify pass.
+        output: output of the verify pass.
         """
 
     def explain(self) -> dict[str, Any]:
@@ -101,8 +102,8 @@ class Drafter:
         return {}
 
     def alike(self) -> object:
-        """Returns what ranks must have in common before they draft together, beside the parameters of the run: what
-        they read from files of their own."""
+        """Returns the values that ranks must have in common before they draft together, beside the parameters of the
+        run: those that they read from files of their own."""
         return None
 
 
@@ -151,7 +152,7 @@ class Draft(TreeBuilder):
         return node
 
     def force(self, context: Context, end: int) -> list[int]:
-        """Hangs the tokens that a grammar forces behind node `end`, which carries the history's last token; they join
+        """Hangs the tokens that a grammar forces below node `end`, which carries the history's last token; they join
         the history. That takes no draft pass, and they are always right. Returns their nodes, in order."""
         nodes: list[int] = []
         while (token := context.sampler.forced(context.history)) is not None:
@@ -169,7 +170,7 @@ class Draft(TreeBuilder):
         return nodes
 
     def force_last(self, context: Context) -> None:
-        """Forces tokens behind the end of the likeliest path. The history's last token is the root."""
+        """Forces tokens after the end of the likeliest path. The history's last token is the root."""
         if context.sampler.grammar is None:
             return
         likeliest: dict[int, int] = {}
@@ -200,9 +201,9 @@ class Candidates:
         self._order = 0
 
     def push(self, parent: int, token: int, odds: Odds, more: Any = None) -> None:
-        """Makes `token` behind node `parent` a candidate, if it is not too unlikely.
+        """Makes `token` after node `parent` a candidate, if it is not too unlikely.
 
-        more: given to `follow` when the guess is taken.
+        more: value given to `follow` when the guess is taken.
         """
         chance = odds.chance
         path = chance * self.draft.chances[parent]
@@ -214,7 +215,7 @@ class Candidates:
     def take(self, gain: Gain, follow: Callable[[int, Any], None] | None = None) -> None:
         """Adds the likeliest guesses to the draft until the next gains nothing or the draft is full.
 
-        follow: called with each node added and its `more`, to push what may come behind it.
+        follow: function that is called with each node added and its `more`, to push what may come after it.
         """
         while self._heap and gain(-self._heap[0][0], len(self.draft)) > 0:
             _, _, parent, token, odds, chance, more = heapq.heappop(self._heap)
@@ -230,7 +231,7 @@ UNLIKELY = 0.02  # chance of being emitted below which nothing is proposed, what
 
 
 def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
-    """Returns what a policy learns from: those rows of a pass that were committed, at positions `start` and on.
+    """Returns what a policy learns from: the rows of a pass that were committed, at positions `start` and on.
 
     These are views of the output where the rows are its first ones (every chunk of a prefill, every chain); else
     copies.

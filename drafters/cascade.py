@@ -1,6 +1,8 @@
-"""Three tiers: repeats of the text and heads propose, the model over a small view of its cache checks several guesses a
-draft pass and goes on where they end, the full cache verifies the lot. The middle tier is TriForce's and SpecPV's idea
-(arXiv 2404.11912); here the walk over the full cache decides alone, so nothing is lost.
+"""Drafts in tiers.
+
+Repeats of the text and heads propose. The model over a small view of its cache checks several guesses a draft pass, and
+goes on where they end. The full cache verifies all of them. The middle tier is TriForce's and SpecPV's idea (arXiv
+2404.11912). Here the walk over the full cache decides alone, so nothing is lost.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ class Cascade(Partial):
 
 
 def create(options: Options, resources: Resources) -> Cascade:
-    """With heads where they are asked for: those of the default model do not pay beside the other tiers
-    (`results/ablations.md`). Raises UserError where there are no such heads."""
+    """Makes the drafter, with heads where they are asked for. Those of the default model do not pay beside the other
+    tiers (`results/ablations.md`). Raises UserError where there are no such heads."""
     named = options.draft_heads
     heads = None if named is None else heads_for(resources.checkpoint, named)
     settings = {"policy": options.draft_policy, "view_tokens": options.draft_budget, **width_of(options)}

@@ -1,4 +1,5 @@
-"""What drafters share that guess token after token by the target's own noise: how sure a guess is, what it is worth."""
+"""Parts of the drafters that guess token after token by the target's own noise: how sure a guess is, and what it is
+worth."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
     """Returns the chance that a guess is wrong, by the lead of its perturbed score over the next one's.
 
     Target and draft share their noise, so only the error of the draft's scores can make a guess wrong, and a large lead
-    outlives that. The form was fitted to 7 500 guesses of the default model (code and docs, behind 16 K and 64 K
-    tokens, views of 1 024 to 8 192): it holds from few errors to many, while the spread alone changes. Where sampling
-    left one candidate, the lead is without bound and the guess still wrong now and then: hence FARTHEST.
+    outlives that. The form was fitted to 7 500 guesses of the default model (code and docs, after 16 K and 64 K tokens,
+    views of 1 024 to 8 192). It holds from few errors to many, while the spread alone changes. Where sampling left one
+    candidate, the lead is without bound and the guess still wrong now and then: hence FARTHEST.
 
     lead, spread: in units of logit / temperature.
     """
@@ -39,7 +40,7 @@ USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how ofte
 
 
 class Experience:
-    """Which spreads explain the guesses seen, recent ones counting more.
+    """The spreads that explain the guesses seen. Recent guesses count more.
 
     likelihood: [FACTORS] logarithms; a factor is that of the true spread over the expected one.
     leads:      [LEADS + 1] how often a guess's lead lay in each range.
@@ -61,15 +62,15 @@ class Experience:
 MEMORY = 200.0  # guesses after which one counts 1/e
 FACTORS = np.geomspace(1 / 16, 16, 33)
 PRIOR = -0.5 * (np.log(FACTORS) / np.log(2.5)) ** 2
-KINSHIP = 0.8  # what a guess of another draft of the family counts
+KINSHIP = 0.8  # weight of a guess of another draft of the family
 
 
 class Confidence:
-    """How often the guesses of one draft are right.
+    """Estimates how often the guesses of one draft are right.
 
     width:  guesses a node has at most, runners-up included.
-    family: what drafts of the same kind share; they differ by the expected spread.
-    spread: expected of the errors of its scores, in units of logit / temperature, see `expect`.
+    family: experience that drafts of the same kind share; they differ by the expected spread.
+    spread: expected spread of the errors of its scores, in units of logit / temperature, see `expect`.
     """
 
     spread = 1.0
@@ -83,7 +84,7 @@ class Confidence:
 
     def expect(self, error: float, temperature: float) -> None:
         """Expects errors of so many logits, in scores that are divided by this temperature (0 is greedy, where they are
-        not). May be called again before every draft."""
+        not). It may be called again before every draft."""
         self.spread = error / (temperature or 1.0)
 
     @property
@@ -103,11 +104,11 @@ class Confidence:
         logits: torch.Tensor,
         more: Callable[[int], Any] | None = None,
     ) -> int | None:
-        """Makes the best token behind node `end` its child, which joins the history, and the runners-up candidates
-        beside it. Returns the child; None for logits that nobody can choose from, since whether the text comes that far
-        is for the target to say.
+        """Makes the best token after node `end` its child, which joins the history, and the runners-up candidates
+        beside it. Returns the child. It returns None for logits that nobody can choose from, because whether the text
+        comes that far is for the target to say.
 
-        more: what a candidate's token brings along, see `Candidates.push`.
+        more: value that a candidate's token brings along, see `Candidates.push`.
         """
         try:
             ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
@@ -128,7 +129,7 @@ class Confidence:
     def learn(self, draft: Draft, chain: Sequence[int], taken: Acceptance) -> bool:
         """Counts the guesses of a chain that were put to the test. Returns whether all of them were right.
 
-        chain: its nodes, the root first.
+        chain: nodes of the chain, the root first.
         """
         for node, guess in pairwise(chain):
             if node not in taken.after:
@@ -149,8 +150,8 @@ class Confidence:
         return odds
 
     def _wrong(self, leads: Doubles | float) -> Doubles:
-        """Returns the chance that a guess is wrong for each of these leads, a mean over all the spreads there may be,
-        each as likely as the guesses seen make it."""
+        """Returns the chance that a guess is wrong for each of these leads. It is a mean over all the spreads there may
+        be, each as likely as the guesses seen make it."""
         likelihood = self._own.likelihood
         if self._family is not None:  # which has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
@@ -163,11 +164,11 @@ RUNNER_UP = 0.55  # of the wrong guesses, those where the next by score is right
 
 
 class Chain:
-    """The draft of one round, which grows guess behind guess, and what may join it in the end.
+    """The draft of one round, which grows guess by guess, and the guesses that may join it in the end.
 
     draft:      the tree.
     candidates: guesses that could join without another draft pass, runners-up of the chain's among them.
-    nodes:      the chain's, the root first.
+    nodes:      nodes of the chain, the root first.
     """
 
     def __init__(self, pending: int, budget: int):
@@ -176,17 +177,17 @@ class Chain:
         self.nodes = [0]
 
     def __len__(self) -> int:
-        """Its guesses, which the root is not."""
+        """Returns the number of its guesses. The root is none."""
         return len(self.nodes) - 1
 
     @property
     def end(self) -> int:
-        """Its last node."""
+        """Returns its last node."""
         return self.nodes[-1]
 
     @property
     def chance(self) -> float:
-        """The chance that its last node is emitted."""
+        """Returns the chance that its last node is emitted."""
         return self.draft.chances[self.end]
 
     def guess(
@@ -196,7 +197,7 @@ class Chain:
         logits: torch.Tensor,
         more: Callable[[int], Any] | None = None,
     ) -> int | None:
-        """Grows by the best token behind its end, see `Confidence.guess`. Returns the token, if there is one."""
+        """Grows by the best token after its end, see `Confidence.guess`. Returns the token, if there is one."""
         node = confidence.guess(context, self.candidates, self.end, logits, more)
         if node is None:
             return None
@@ -210,11 +211,11 @@ class Chain:
         return [self.draft.tokens[node] for node in nodes]
 
     def build(self, context: Context, follow: Callable[[int, Any], None] | None = None) -> DraftTree:
-        """Returns the tree, with all candidates that pay for their rows. follow: see `Candidates.take`."""
+        """Returns the tree, with all candidates that pay for their rows. follow: function for `Candidates.take`."""
         self.draft.fill(context.plan, lambda gain: self.candidates.take(gain, follow))
         self.draft.force_last(context)
         return self.draft.build()
 
     def explain(self) -> dict[str, Any]:
-        """Returns what a line of the trace says of it."""
+        """Returns its part of a line of the trace."""
         return {"chain": len(self), "expected_tokens": round(sum(self.draft.chances), 3)}

@@ -24,11 +24,11 @@ from tokenswift_py.planning.planner import Plan
 
 
 class DraftModel(Drafter):
-    """A chain of the draft model's guesses, chosen with the target's noise and processors, and runners-up beside it
+    """A chain of the draft model's guesses, chosen with the target's noise and processors, with runners-up beside it
     where they are worth a row. The chain ends where one more guess would not pay for its pass.
 
-    The draft's cache holds the text as far as the draft has read it. What it has not (forced tokens, what the target
-    chose instead of a guess, the pending token) is read in the pass that makes the first guess; while no draft pays,
+    The draft's cache holds the text as far as the draft has read it. The rest (forced tokens, tokens that the target
+    chose instead of a guess, the pending token) is read in the pass that makes the first guess. While no draft pays,
     nothing is read. Rows of accepted guesses stay, those of the others are dropped.
 
     model:       the draft, with RoPE tables for the target's context.
@@ -96,7 +96,7 @@ class DraftModel(Drafter):
 
     def _pays(self, plan: Plan) -> bool:
         """Returns whether the next guess pays for its pass. The text has to be read for any later draft as well, so
-        that is no cost of this one; but for a mere probe it is."""
+        that is no cost of this guess, unless it is a mere probe."""
         chance = self._chain.chance * self._confidence.next
         row_ms = plan.row_ms(len(self._chain.draft))
         if plan.worth(chance, self._pass_ms(plan, 1) + row_ms):
@@ -108,7 +108,7 @@ class DraftModel(Drafter):
         return plan.draft_ms(self._cost, rows, self._kept)
 
     def _guess(self, context: Context) -> Passes[int | None]:
-        """Computes the rows that the cache lacks in one pass. Returns what the last of them guesses, if anything can be
+        """Computes the rows that the cache lacks in one pass. Returns the guess of the last of them, if anything can be
         chosen."""
         if not self.cache.tail_length:
             yield from self._catch_up(context.history, self._text)
@@ -121,8 +121,8 @@ class DraftModel(Drafter):
         return token
 
     def _catch_up(self, history: History, stop: int) -> Passes[None]:
-        """Reads the text, which ends before position `stop`, but for so few rows that the pass of the first guess takes
-        them along."""
+        """Reads the text, which ends before position `stop`, except for so few rows that the pass of the first guess
+        takes them along."""
         while (missing := stop - self.cache.length) > JOINED:
             rows = min(CHUNK, missing - JOINED)
             yield from self._forward(history, rows)
@@ -135,7 +135,7 @@ class DraftModel(Drafter):
         cache = self.cache
         known = cache.length + cache.tail_length
         tokens = history.tokens[known : known + rows]
-        if self.vocab_sizes is not None:  # in the target's padding, which means no text; any row will do for a guess
+        if self.vocab_sizes is not None:  # tokens of the target's padding mean no text: any row does
             tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
         tail, read = tuple(range(cache.tail_length)), rows > JOINED  # what guesses is a pass of fixed shape on a GPU
         segment = Segment(DraftTree.chain(tokens), cache, tail=tail, causal=read)
@@ -146,7 +146,7 @@ class DraftModel(Drafter):
         return F.pad(logits, (0, self.vocab_sizes[1] - len(logits)), value=-torch.inf)
 
     def _commit(self, rows: int) -> None:
-        """Keeps the first provisional rows, and of the pages that are full then only the budget's."""
+        """Keeps the first provisional rows. Of the pages that are full then it keeps only the budget's."""
         cache = self.cache
         cache.commit(range(rows))
         if self.keep_tokens is not None and (cache.full_pages - cache.evicted) * PAGE_SIZE > self.keep_tokens:

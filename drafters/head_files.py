@@ -29,11 +29,11 @@ PACKAGED = Path(__file__).parent / "data"
 
 
 def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
-    """Read heads and check them against the model. Raises UserError.
+    """Reads heads and checks them against the model. Raises UserError.
 
     path: a file of ours, or a file or folder with heads of Medusa or TokenSwift (.safetensors, .pt, .bin), which is
-    converted once into the cache; "auto" and None look for heads that were trained for this model, in the cache and in
-    the package.
+          converted once into the cache. "auto" and None look for heads that were trained for this model, in the cache
+          and in the package.
     """
     key = fingerprint(checkpoint)
     if path in (None, "auto"):
@@ -55,7 +55,7 @@ def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """16 hex digits that tell models apart, those of one shape too: of shape and final norm."""
+    """Returns 16 hex digits of a model's shape and final norm, which tell models of one shape apart, too."""
     spec = checkpoint.spec
     norm = checkpoint.tensors()["model.norm.weight"].float().numpy()
     shape = f"{spec.family} {spec.vocab_size} {spec.hidden_size} {spec.layers} "
@@ -63,13 +63,13 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:
-    """Where heads for a model are looked for, what was trained here first."""
+    """Returns the files where heads for a model are looked for, those trained here first."""
     key = fingerprint(checkpoint)
     return [heads_file(folder, key) for folder in (cache_folder(), PACKAGED)]
 
 
 def heads_file(folder: Path, key: str) -> Path:
-    """Where heads for the model of this fingerprint lie."""
+    """Returns the file where heads for the model of this fingerprint lie."""
     return folder / f"heads-{key}.safetensors"
 
 
@@ -81,7 +81,7 @@ def is_ours(file: Path) -> bool:
 
 
 def read_heads(file: Path) -> HeadWeights:
-    """A file that `write_heads` wrote. Raises UserError."""
+    """Reads a file that `write_heads` wrote. Raises UserError."""
     with one_line(f"draft_heads: {file.name} is not a readable file of heads"):
         with safe_open(file, "pt") as stored:
             about = stored.metadata()
@@ -121,7 +121,7 @@ TOKENSWIFT_NAMES = {"linear": "weight", "input_layernorm": "norm_in", "post_laye
 
 
 def convert(path: Path, checkpoint: Checkpoint) -> Path:
-    """A checkpoint of Medusa or TokenSwift as a file of ours, written once into the cache."""
+    """Returns a checkpoint of Medusa or TokenSwift in a file of ours, written once into the cache."""
     files = foreign_files(path)
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(f"{VERSION} {checkpoint.spec.norm_eps} {stats}".encode()).hexdigest()[:12]
@@ -137,7 +137,7 @@ def convert(path: Path, checkpoint: Checkpoint) -> Path:
 
 
 def foreign_files(path: Path) -> list[Path]:
-    """The file, or those of a folder: safetensors, else pickles."""
+    """Returns the file, or those of a folder: safetensors, else pickles."""
     if path.is_file():
         return [path]
     for pattern in ("*.safetensors", "*.pt", "*.bin"):
@@ -147,7 +147,8 @@ def foreign_files(path: Path) -> list[Path]:
 
 
 def foreign_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of heads in a file, which may hold the rest of a model too. Pickles: tensors only, no code runs."""
+    """Reads the tensors of heads in a file, which may hold the rest of a model too. From pickles only tensors are read,
+    and no code runs."""
     with one_line(f"draft_heads: {file.name} is not a readable file of tensors"):
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as stored:
@@ -164,8 +165,8 @@ def is_head(name: object) -> bool:
 
 
 def from_names(tensors: Mapping[str, torch.Tensor], eps: float) -> HeadWeights:
-    """Heads from the names of Medusa (`0.0.linear.weight`, `0.0.linear.bias`, `0.1.weight`: head, block) or TokenSwift
-    (`model.medusa_layers.0.linear.weight`, `.input_layernorm.weight`, `.post_layernorm.weight`).
+    """Makes heads from the names of Medusa (`0.0.linear.weight`, `0.0.linear.bias`, `0.1.weight`: head, block) or
+    TokenSwift (`model.medusa_layers.0.linear.weight`, `.input_layernorm.weight`, `.post_layernorm.weight`).
 
     Raises UserError where one is missing or the heads differ in shape.
     """
@@ -185,7 +186,7 @@ def from_names(tensors: Mapping[str, torch.Tensor], eps: float) -> HeadWeights:
 
 
 def stack(part: str, pieces: Mapping[tuple[int, ...], torch.Tensor]) -> torch.Tensor:
-    """Pieces numbered without gaps as one tensor, the numbers its first dimensions."""
+    """Stacks pieces that are numbered without gaps in one tensor, whose first dimensions are the numbers."""
     counts = [max(numbers) + 1 for numbers in zip(*pieces, strict=True)]
     check(len(pieces) == np.prod(counts), f"draft_heads: pieces of {part}", sorted(pieces), f"all of {counts}")
     shapes = {tuple(piece.shape) for piece in pieces.values()}

@@ -1,13 +1,16 @@
-"""The tensors of draft heads, and what they compute. Three forms:
+"""The tensors of draft heads, and their arithmetic. There are three forms.
 
-medusa (Cai et al. 2024, arXiv 2401.10774): x = final norm's output; x <- x + SiLU(W x + b), once a block; each head
-    on its own, with the model's LM head or one of its own.
-tokenswift (Wu et al. 2025, arXiv 2502.18890): h_0 = residual stream before the final norm;
-    h_i = h_{i-1} + W_i norm_in_i(h_{i-1}), and the model's LM head reads norm_out_i(h_i); norms are RMSNorms.
+medusa (Cai et al. 2024, arXiv 2401.10774): x = final norm's output; x <- x + SiLU(W x + b), once for each block. Each
+head is on its own, with the model's LM head or one of its own.
+
+tokenswift (Wu et al. 2025, arXiv 2502.18890): h_0 = residual stream before the final norm; h_i = h_{i-1} + W_i
+norm_in_i(h_{i-1}), and the model's LM head reads norm_out_i(h_i). The norms are RMSNorms.
+
 recurrent: the same chain, which also sees the token before the one it guesses (t_1 is the pending token, known when
-    heads are asked, t_2 the first guess): h_i = h_{i-1} + W_i norm_in_i(h_{i-1}) + U_i rms(embedding(t_i)). The idea
-    of Hydra (Ankner et al. 2024, arXiv 2402.05109) and ReDrafter (Zhang et al. 2024, arXiv 2403.09919). It costs a
-    product with the LM head for every level of the tree; the other forms pay one for all.
+           heads are asked, t_2 the first guess): h_i = h_{i-1} + W_i norm_in_i(h_{i-1}) + U_i rms(embedding(t_i)). It
+           is the idea of Hydra (Ankner et al. 2024, arXiv 2402.05109) and ReDrafter (Zhang et al. 2024, arXiv
+           2403.09919). It costs a product with the LM head for every level of the tree; the other forms pay one for
+           all.
 """
 
 from __future__ import annotations
@@ -25,26 +28,26 @@ from tokenswift_py.core import Model, Output
 from tokenswift_py.errors import check
 from tokenswift_py.models.spec import ModelSpec
 
-BF16_HEAD = ("head", torch.bfloat16)  # an LM head of its own that was stored so stays so
+BF16_HEAD = ("head", torch.bfloat16)  # an LM head that was stored in bf16 keeps its type
 Table = npt.NDArray[np.float64]
 FORMS = ("medusa", "tokenswift", "recurrent")
 RANKS = 8  # candidates of each head
-PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none was measured
+PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none is measured
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """K heads. The tensors, by form:
+    """K heads, in the tensors of their form.
 
     medusa:     weight [K, blocks, E, E], bias [K, blocks, E]; head [K, V, E] unless the model's LM head is shared.
     tokenswift: weight [K, E, E], norm_in [K, E], norm_out [K, E].
     recurrent:  those and token [K, E, E].
 
-    eps:         of the RMSNorms.
+    eps:         epsilon of the RMSNorms.
     model:       `fingerprint` of the model that they were made for; None is not known.
-    acceptance:  [K, ranks] how often each candidate of each head, best first, is what the model then writes if the
-                 tokens before it are right.
-    provenance:  how they were made, accuracies included; kept as it is.
+    acceptance:  [K, ranks] how often each candidate of each head, best first, is the token that the model then writes
+                 if the tokens before it are right.
+    provenance:  record of how they were made, accuracies included; kept unchanged.
     """
 
     form: str
@@ -62,15 +65,15 @@ class HeadWeights:
         return self.form == "recurrent"
 
     def reads(self, output: Output, row: int) -> torch.Tensor:
-        """[E] what the heads read of a row of a pass."""
+        """Returns [E] the state that the heads read from a row of a pass."""
         states = output.hidden if self.form == "medusa" else output.residual
         assert states is not None, "this executor does not report the residual stream"
         return states[row]
 
     def step(self, head: int, x: torch.Tensor, token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the next head reads, and what the LM head reads for this one. All [R, E].
+        """Returns the state that the next head reads, and the one that the LM head reads for this head. All are [R, E].
 
-        x: of `reads`, or of the head before; token: embedding of the token before the one that is guessed.
+        x: state of `reads`, or of the head before. token: embedding of the token before the one that is guessed.
         """
         at = {name: tensor[head] for name, tensor in self.tensors.items()}
         if self.form == "medusa":
@@ -84,7 +87,7 @@ class HeadWeights:
         return x, rms_norm(x, self.eps) * at["norm_out"]
 
     def project(self, states: torch.Tensor, heads: Sequence[int], model: Model) -> torch.Tensor:
-        """[R, V] fp32 logits of rows [R, E] that these heads gave, by the model's LM head or their own."""
+        """Returns [R, V] fp32 logits of rows [R, E] that these heads gave, by the model's LM head or their own."""
         own = self.tensors.get("head")
         if own is None:
             return model.project(states)
@@ -92,7 +95,7 @@ class HeadWeights:
         return torch.stack([F.linear(state, own[head]).float() for state, head in rows])
 
     def to(self, device: torch.device) -> HeadWeights:
-        """On a device, in fp32 but for LM heads in bf16, which are large and stay as they are."""
+        """Moves the heads to a device, in fp32. LM heads in bf16 are large and keep their type."""
         wide = {
             name: tensor.to(device, torch.bfloat16 if (name, tensor.dtype) == BF16_HEAD else torch.float32)
             for name, tensor in self.tensors.items()

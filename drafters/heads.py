@@ -1,8 +1,7 @@
-"""Draft heads: small residual blocks on the last hidden state that guess the tokens behind the pending one.
+"""Draft heads: small residual blocks on the last hidden state that guess the tokens after the pending one.
 
-The row that gave the pending token has everything they read, so a proposal costs products with the LM head and no
-pass of the model. Head i = 1 .. K guesses the i-th token behind the pending one. `head_weights` has
-their forms.
+The row that gave the pending token has everything they read, so a proposal costs products with the LM head and no pass
+of the model. Head i = 1 .. K guesses the i-th token after the pending one. `head_weights` has their forms.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BEAM = 3  # branches of a level that get children
 class Branch:
     """A node that the tree may have.
 
-    chance: that the model writes the path; x: [1, E] what the head that guesses its children reads.
+    chance: chance that the model writes the path. x: [1, E] state for the head that guesses its children.
     """
 
     chance: float
@@ -53,7 +52,7 @@ class Heads(Drafter):
     all are proposed. The acceptances start at those measured in training and follow those seen.
 
     embedding: [V, E] the model's; only heads that see tokens read it.
-    cost:      of one head's guesses behind one node, where a drafter asks head by head.
+    cost:      of one head's guesses after one node, where a drafter asks head by head.
     """
 
     name = "heads"
@@ -66,7 +65,7 @@ class Heads(Drafter):
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of a head's ranks
         self._row: torch.Tensor | None = None
-        self._guesses: dict[tuple[int, ...], list[int]] = {}  # behind each path of the last tree that got children
+        self._guesses: dict[tuple[int, ...], list[int]] = {}  # after each path of the last tree that got children
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -144,9 +143,9 @@ class Heads(Drafter):
     def children(
         self, head: int, parents: Sequence[Branch], context: Context, same: torch.Tensor | None
     ) -> list[Branch]:
-        """Returns the candidates of one head behind each of these branches, as the sampler would rank them.
+        """Returns the candidates of one head after each of these branches, as the sampler would rank them.
 
-        same: [V] logits of a head that sees no tokens: it is ranked once, behind the first branch, for all of them.
+        same: [V] logits of a head that sees no tokens: it is ranked once, after the first branch, for all of them.
         """
         if same is None:
             asked = self.ask(head, parents, context)
@@ -163,7 +162,7 @@ class Heads(Drafter):
         return found
 
     def ask(self, head: int, branches: Sequence[Branch], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
-        """Returns what the next head reads behind each of these branches, and this one's guesses there, best first."""
+        """Returns what the next head reads after each of these branches, and this one's guesses there, best first."""
         # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
         # for milliseconds. One row takes microseconds.
         steps = [self.step(head, branch, context.history[-1]) for branch in branches]
@@ -173,7 +172,7 @@ class Heads(Drafter):
         return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
     def step(self, head: int, branch: Branch, pending: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what the next head reads behind a branch, and the state that this one's logits are made of."""
+        """Returns what the next head reads after a branch, and the state that this one's logits are made of."""
         token = self.embedding[branch.path[-1] if branch.path else pending]
         return self.weights.step(head, branch.x, token[None].to(branch.x.device, branch.x.dtype))
 
@@ -181,11 +180,11 @@ class Heads(Drafter):
     def extend(
         self, draft: Draft, end: int, row: torch.Tensor, context: Context, gain: Gain, known: float = 0.0
     ) -> None:
-        """For a drafter that has more than heads: hangs guesses behind node `end` of its draft, which carries the
-        history's last token, head by head behind the likeliest, as long as one more head is worth its time.
+        """Hangs guesses below node `end` of a draft, for a drafter that has more than heads. The node carries the
+        history's last token. Guesses go head by head after the likeliest, as long as one more head is worth its time.
 
         row:   [E], `weights.reads` of the row that gave that token.
-        gain:  of one more node of this draft.
+        gain:  gain of one more node of this draft.
         known: the chance that the drafter's other guesses hold the next token already.
         """
         self.move(row.device)
@@ -200,10 +199,11 @@ class Heads(Drafter):
             branch, end = Branch(draft.chances[best], (*branch.path, draft.tokens[best]), x), best
 
     def pays(self, head: int, chance: float, draft: Draft, context: Context, gain: Gain) -> bool:
-        """Returns whether a head's guesses behind a node save more than asking for them takes, or it is not known yet
-        what that is, or it is time to try again.
+        """Returns whether a head's guesses after a node save more than asking for them takes. It is also true while
+        that is not known yet, and when it is time to try again.
 
-        chance: that the text comes to that node, and goes on with a token that the drafter does not know otherwise.
+        chance: chance that the text comes to that node, and goes on with a token that the drafter does not know
+                otherwise.
         """
         if not self.cost.measured:
             return True
@@ -240,8 +240,8 @@ class Heads(Drafter):
             self.weights = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
-        """Returns what the target's sampler would choose of these logits behind this path, best first; nothing where
-        nobody can choose, since whether the text comes that far is for the target to say."""
+        """Returns the tokens that the target's sampler would choose of these logits after this path, best first. It
+        returns nothing where nobody can choose, because whether the text comes that far is for the target to say."""
         with context.history.guesses():
             context.history.extend(path)
             try:
@@ -250,7 +250,7 @@ class Heads(Drafter):
                 return []
 
     def learn(self, tokens: Sequence[int]) -> None:
-        """Takes in what the model wrote behind the pending token of the last tree."""
+        """Takes in the tokens that the model wrote after the pending token of the last tree."""
         for head, token in enumerate(tokens[: len(self.weights)]):
             guesses = self._guesses.get(tuple(tokens[:head]))
             if guesses is None:

@@ -1,4 +1,4 @@
-"""Reuse of what was written before: a suffix automaton over prompt and output proposes how its repeats went on.
+"""Proposes how repeats of the text went on, by a suffix automaton over prompt and output.
 
 The automaton (Blumer et al. 1985) holds every substring of the text in at most 2n states and grows by one token in
 amortised constant time. Using one for drafting is SuffixDecoding's idea (arXiv 2411.04975).
@@ -21,12 +21,11 @@ from tokenswift_py.planning.planner import Gain
 
 
 class SuffixAutomaton:
-    """States are sets of substrings that end at the same places. State 0 is the empty string.
+    """A suffix automaton. States are sets of substrings that end at the same places. State 0 is the empty string.
 
-    longest[s]: length of the longest substring of state s.
-    link[s]:    the state of its longest suffix that ends in more places; -1 for state 0.
-    next[s]:    token -> state.
-    count[s]:   in how many places the substrings end, as far as they were counted (see `extend`).
+    longest[s]: length of the longest substring of state s. link[s]:    the state of its longest suffix that ends in
+    more places; -1 for state 0. next[s]:    token -> state. count[s]:   number of places where the substrings end, as
+    far as they were counted (see `extend`).
     """
 
     def __init__(self) -> None:
@@ -64,7 +63,7 @@ class SuffixAutomaton:
         return clone
 
     def _tally(self, state: int) -> None:
-        """Counts one more end of all suffixes; only of the longest TALLIED, so that a loop costs no more."""
+        """Counts one more end of all suffixes, but only of the longest TALLIED, so that a loop costs no more."""
         for _ in range(TALLIED):
             if state <= 0:
                 return
@@ -87,7 +86,7 @@ Match = tuple[int, int]  # a state, and how many of the latest tokens it matches
 class NGram(Drafter):
     """Follows the longest suffixes of the text that occurred before, the likeliest continuations first.
 
-    A continuation's chance is learned by the length of the match behind it and its share of all continuations seen.
+    A continuation's chance is learned by the length of the match before it and its share of all continuations seen.
 
     shortest: tokens a suffix must have for its continuations to be proposed.
     """
@@ -123,7 +122,7 @@ class NGram(Drafter):
             self._draft.learn(taken)
 
     def read(self, history: History) -> Match:
-        """Takes in what is new of the text, and returns where its end occurred before."""
+        """Takes in the new part of the text, and returns where its end occurred before."""
         for token in history.tokens[self.automaton.size :].tolist():
             self.automaton.extend(token)
         state = max(0, self.automaton.link[self.automaton.last])
@@ -144,8 +143,9 @@ class NGram(Drafter):
         candidates.take(gain, self.push(candidates, end, match))
 
     def push(self, candidates: Candidates, node: int, match: Match) -> Callable[[int, Match], None]:
-        """Makes candidates of what followed the suffixes that end at `match`, the longest SUFFIXES of them. Returns
-        what `Candidates.take` has to call with each node, for what followed the match that led there."""
+        """Makes candidates of the continuations of the suffixes that end at `match`, the longest SUFFIXES of them.
+        Returns the function that `Candidates.take` has to call with each node, for the continuations of the match that
+        led there."""
         state, matched = match
         for _ in range(SUFFIXES):
             if state <= 0 or matched < self.shortest:
@@ -171,7 +171,7 @@ class NGram(Drafter):
 
 
 UNLIKELY = 0.02  # continuations with a smaller share of those seen are not proposed
-DOUBT = 2.0  # continuations never seen, as if seen so often behind a match of one token
+DOUBT = 2.0  # continuations never seen count as seen so often after a match of one token
 SUFFIXES = 8  # how many shorter matches fill up the tree
 BRANCHES = 8  # continuations of one match
 LENGTHS = (3, 4, 6, 9, 17)  # of a match: 2, 3, 4-5, 6-8, 9-16, more

@@ -1,4 +1,4 @@
-"""No draft: the pending token alone, which is plain autoregressive decoding."""
+"""No draft. The tree is the pending token alone, which is plain autoregressive decoding."""
 
 from __future__ import annotations
 

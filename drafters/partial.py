@@ -1,4 +1,4 @@
-"""The model drafts for itself, over a small part of its own KV cache."""
+"""Drafts with the model itself, over a small part of its own KV cache."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tokenswift_py.planning.costs import PassCost
 class OwnChain(Chain):
     """A chain that grows by draft passes over the target's cache.
 
-    match: where its end occurred in the text before.
-    tail:  the provisional rows of the cache that hold its tokens, but for the last one's.
+    match: place where its end occurred in the text before.
+    tail:  the provisional rows of the cache that hold its tokens, except the last one's.
     """
 
     def __init__(self, pending: int, budget: int, match: Match):
@@ -36,23 +36,24 @@ class OwnChain(Chain):
         self.tail: tuple[int, ...] = ()
 
     def room(self, cache: KVCache) -> int:
-        """Returns the rows that the next draft pass may have; those of wrong guesses take room as well."""
+        """Returns the rows that the next draft pass may have. Rows of wrong guesses take room as well."""
         rejected = cache.tail_length - len(self.tail)
         return min(cache.limit - cache.length - len(self.tail), 1 + SPARE_PAGES * PAGE_SIZE - rejected)
 
 
 class Partial(Drafter):
-    """A chain of the model's own guesses under a page view, chosen with the target's noise, and runners-up of the same
+    """A chain of the model's own guesses under a page view, chosen with the target's noise, with runners-up of the same
     perturbed scores beside it where they are worth a row. The chain ends where one more guess would not pay for its
     pass.
 
-    policy:      which pages are in the view.
+    policy:      decides which pages are in the view.
     view_tokens: budget of the view; None tries VIEWS and keeps to the one that pays most.
     width:       guesses a node has at most, runners-up included; 1 is a plain chain.
     refresh:     committed tokens after which the view is chosen anew; it also is after a wrong guess.
     reuse:       repeats of the text that a draft pass checks several at a time.
-    heads:       guess what follows the last row of a pass, for the next draft pass to check, or for the target.
-    cost:        what draft passes cost, where that is known.
+    heads:       heads that guess what follows the last row of a pass, for the next draft pass to check, or for the
+                 target.
+    cost:        cost of draft passes, where that is known.
     """
 
     name = "partial"
@@ -77,7 +78,7 @@ class Partial(Drafter):
         self.views = Views(chosen, view_tokens, width, refresh, cost or PassCost())
         self._chain = Chain(0, 1)  # of the last proposal
         self._idle = 0  # rounds since the latest draft pass
-        self._row: torch.Tensor | None = None  # what heads read of the row that gave the latest token
+        self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -109,7 +110,7 @@ class Partial(Drafter):
         return {**self.views.explain(), **expected, **self._chain.explain()}
 
     def _see(self, output: Output, row: int) -> None:
-        """Keeps what heads read of the row behind which they would guess next."""
+        """Keeps the state that heads read from the row after which they would guess next."""
         if self.heads is not None:
             self._row = self.heads.weights.reads(output, row)
 
@@ -139,14 +140,14 @@ class Partial(Drafter):
                 return
 
     def _force(self, context: Context, chain: OwnChain) -> None:
-        """Lets what a grammar forces join the chain without a pass."""
+        """Lets the tokens that a grammar forces join the chain without a pass."""
         for token in chain.force(context):
             self._row = None  # nothing is known of the row that gives the latest token
             if self.reuse is not None:
                 chain.match = self.reuse.step(chain.match, token)
 
     def _look_ahead(self, context: Context, chain: OwnChain, room: int) -> Draft:
-        """Returns the chain's last token and the repeats behind it that are likely enough to save a draft pass of their
+        """Returns the chain's last token and the repeats after it that are likely enough to save a draft pass of their
         own, at most `room` nodes."""
         ahead = Draft(context.history[-1], min(1 + AHEAD, room))
         if self.reuse is not None and self.views.cost.measured:
@@ -157,7 +158,7 @@ class Partial(Drafter):
     def _pays(self, context: Context, chain: OwnChain, ahead: Draft, ms: float) -> bool:
         """Returns whether one more draft pass of so many milliseconds saves more time than repeats would without it.
 
-        A pass makes a guess at its first row, and at each row behind it that the guesses `ahead` lead to.
+        A pass makes a guess at its first row, and at each later row that the guesses `ahead` lead to.
         """
         plan, rows, chance = context.plan, len(chain.draft), self.views.now.next
         tokens = 0.0
@@ -168,7 +169,7 @@ class Partial(Drafter):
         return plan.worth(tokens, ms, sum(plan.gain_ms(chain.chance * c, rows + i) for i, c in enumerate(free)))
 
     def _repeats(self, context: Context, chain: OwnChain) -> Draft:
-        """Returns the repeats behind the chain's end that are worth the target's rows without a draft pass."""
+        """Returns the repeats after the chain's end that are worth the target's rows without a draft pass."""
         path, rows, gain_ms = chain.chance, len(chain.draft), context.plan.gain_ms
         free = Draft(chain.draft.tokens[chain.end], min(MOST_REPEATS, 1 + chain.draft.budget - rows))
         if self.reuse is not None:
@@ -178,8 +179,8 @@ class Partial(Drafter):
     def _ask_heads(self, context: Context, chain: OwnChain, ahead: Draft) -> None:
         """Adds guesses of heads for a draft pass to check, where that saves more time in passes than it takes.
 
-        A right guess brings the token behind it, too. That saves a pass where one would have been made for it, and is
-        never worth more than the token.
+        A right guess brings the next token, too. That saves a pass where one would have been made for it, and is never
+        worth more than the token.
         """
         if self.heads is None or self._row is None:
             return
@@ -189,7 +190,7 @@ class Partial(Drafter):
         self.heads.extend(ahead, 0, self._row, context, gain, next_chance(ahead))
 
     def _hang_heads(self, context: Context, chain: OwnChain) -> None:
-        """Adds guesses of heads behind the chain's end, for the target to check."""
+        """Adds guesses of heads after the chain's end, for the target to check."""
         if self.heads is not None and self._row is not None:
             known = next_chance(self._repeats(context, chain))
             self.heads.extend(chain.draft, chain.end, self._row, context, context.plan.gain_ms, known)
@@ -225,8 +226,8 @@ class Partial(Drafter):
         start: int,
         longest: int,
     ) -> Acceptance | None:
-        """Walks the tree of a draft pass by the draft's own choices, each of which joins the chain. Returns what was
-        taken; None where nothing could be chosen.
+        """Walks the tree of a draft pass by the draft's own choices, each of which joins the chain. Returns the nodes
+        that it took, None where nothing could be chosen.
 
         logits: [rows, V] of the pass. first: the provisional row of the tree's root. start: the node to begin at.
         """
@@ -241,7 +242,7 @@ class Partial(Drafter):
         return None
 
     def _guess(self, context: Context, chain: OwnChain, logits: torch.Tensor) -> int | None:
-        """Adds one more token to the chain, as `Confidence.guess` finds it, and returns it."""
+        """Adds one more token to the chain, which `Confidence.guess` finds, and returns it."""
         reuse, match = self.reuse, chain.match
         more = None if reuse is None else lambda other: reuse.step(match, other)
         token = chain.guess(self.views.now, context, logits, more)
@@ -251,7 +252,7 @@ class Partial(Drafter):
 
 
 def next_chance(draft: Draft) -> float:
-    """Returns the chance that the token behind a draft's root is among its guesses."""
+    """Returns the chance that the token after a draft's root is among its guesses."""
     return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 

@@ -1,4 +1,5 @@
-"""Training of draft heads on text the model writes itself: frozen base, only the heads' own matrices learn."""
+"""Trains draft heads on text that the model writes itself. The base is frozen, and only the heads' own matrices
+learn."""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ from tokenswift_py.sampling.reference import Sampler
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows of a model over texts that it wrote, text after text; row r is that which chose `following[r]`.
+    """N rows of a model over texts that it wrote, text after text. Row r is the one that chose `following[r]`.
 
-    states:    [N, E] bf16, what the heads read.
+    states:    [N, E] bf16, the states that the heads read.
     following: [N] the token that was chosen.
     left:      [N] how many rows of the same text come after.
-    tokens, probabilities: [N, TEACHER] the model's likeliest next tokens and what it gave them.
+    tokens, probabilities: [N, TEACHER] the model's likeliest next tokens and their probabilities.
     """
 
     states: torch.Tensor
@@ -51,7 +52,7 @@ TEACHER = 32  # of the model's distribution that heads learn from
 
 
 class Text:
-    """A text being written, and what the heads will learn from it."""
+    """A text being written, and the data that the heads will learn from."""
 
     def __init__(self, number: int, prompt: Sequence[int], cache: KVCache, sampler: Sampler):
         self.number, self.cache, self.sampler = number, cache, sampler
@@ -63,7 +64,7 @@ class Text:
         return len(self.history) - self.start
 
     def take(self, state: torch.Tensor, logits: torch.Tensor) -> None:
-        """Choose the next token. state: [E]; logits: [V]."""
+        """Chooses the next token. state: [E]; logits: [V]."""
         best = logits.softmax(-1).topk(min(TEACHER, len(logits)))
         self.seen.append((state.to("cpu", torch.bfloat16), best.indices.cpu(), best.values.float().cpu()))
         self.history.append(self.sampler.choose(logits, self.history))
@@ -87,13 +88,14 @@ def write(
     deadline: float = math.inf,
     quiet: bool = False,
 ) -> tuple[Rows, list[list[int]]]:
-    """Let the model write `wanted` tokens, in texts of at most `length` that end with a token of `ends`, several of
-    them a pass. Returns the rows behind them and the texts, prompts included.
+    """Lets the model write `wanted` tokens, in texts of at most `length` that end with a token of `ends`, several of
+    them a pass. Returns the rows that chose them and the texts, prompts included.
 
     context: positions for the longest prompt and a text; the model's, or fewer.
-    sampler_of: the number of a text -> its sampler. A row is a row, so text i and its rows depend on prompt i and
-    sampler i only, not on how many lanes there are (bitwise so on the native engine). At `deadline`
-    (time.monotonic()) all texts are cut where they are; such a run cannot be repeated bit for bit.
+    sampler_of: function from the number of a text to its sampler. A row is a row, so text i and its rows depend on
+                prompt i and sampler i only, not on how many lanes there are (bitwise so on the native engine).
+    deadline: value of time.monotonic() at which all texts are cut where they are; such a run cannot be repeated bit for
+              bit.
     """
     lanes = min(lanes, max(1, wanted // length))
     pool, running, done = model.new_pool(lanes * pages_for(context)), list[Text](), list[Text]()
@@ -126,21 +128,23 @@ def write(
 
 
 def gathered(texts: Sequence[Text], wanted: int) -> tuple[Rows, list[list[int]]]:
-    """The first texts that make `wanted` tokens. Which others had been begun by then depends on the lanes."""
+    """Returns the first texts that make `wanted` tokens. The number of lanes decides which others had been begun by
+    then."""
     count = int(np.searchsorted(np.cumsum([len(text) for text in texts]), wanted)) + 1
     columns = zip(*(vars(text.rows()).values() for text in texts[:count]), strict=True)
     return Rows(*(torch.cat(column) for column in columns)), [text.history.tokens.tolist() for text in texts[:count]]
 
 
 def usable_rows(rows: Rows, weights: HeadWeights) -> torch.Tensor:
-    """The rows behind which every head's token was written. Raises UserError where there are none."""
+    """Returns the rows after which every head's token was written. Raises UserError where there are none."""
     usable = torch.nonzero(rows.left >= len(weights)).flatten()
     check(len(usable) > 0, "tokens", len(rows), f"texts of more than {len(weights)} tokens")
     return usable
 
 
 def new_heads(form: str, heads: int, final_norm: torch.Tensor, eps: float) -> HeadWeights:
-    """Heads whose blocks add nothing yet: what they guess is the pending token again. final_norm: [E] the model's."""
+    """Makes heads whose blocks add nothing yet, so that they guess the pending token again. final_norm: [E] the
+    model's."""
     check(form in FORMS, "form", form, f"one of {', '.join(FORMS)}")
     hidden = len(final_norm)
     if form == "medusa":
@@ -158,9 +162,9 @@ def new_heads(form: str, heads: int, final_norm: torch.Tensor, eps: float) -> He
 
 
 def regressed(weights: HeadWeights, rows: Rows, embedding: torch.Tensor) -> HeadWeights:
-    """A start for training: head after head, the matrices that come closest to the residual stream i rows later.
+    """Makes a start for training: head after head, the matrices that come closest to the residual stream i rows later.
 
-    Ridge regression in closed form, a second's work. Medusa's block is not linear and starts as it is.
+    It is ridge regression in closed form, a second's work. Medusa's block is not linear and starts unchanged.
     """
     if weights.form == "medusa":
         return weights
@@ -198,12 +202,13 @@ def train(
     deadline: float = math.inf,
     quiet: bool = False,
 ) -> tuple[HeadWeights, list[float]]:
-    """AdamW on the cross entropy between what head i says at row r and what the model said at row r + i.
+    """Trains by AdamW on the cross entropy between the guess of head i at row r and the model's distribution at row r +
+    i.
 
-    lm_head:  [V, E], frozen; products with it are nearly all of the work, so each step takes `Candidates` of it.
+    lm_head:  [V, E], frozen. Products with it are nearly all of the work, so each step takes `Candidates` of it.
     rate:     peak learning rate; a short warm-up, then a cosine down to nothing.
-    deadline: time.monotonic() at which to stop early; a run that this ends cannot be repeated bit for bit.
-    Returns the heads and the loss of every step (mean over heads, in nats).
+    deadline: time.monotonic() at which to stop early. A run that this ends cannot be repeated bit for bit. Returns the
+              heads and the loss of every step (mean over heads, in nats).
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.tensors.items()}
     learner = replace(weights, tensors=parameters)
@@ -236,11 +241,12 @@ def train(
 
 
 SCALES = {"weight": 10.0, "token": 10.0}
-"""Of the learning rate: these lead from normed rows to the residual stream, which is some ten times larger."""
+"""Factors on the learning rate. These matrices lead from normed rows to the residual stream, which is some ten times
+larger."""
 
 
 def shuffled(rows: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Batches of rows, all in a random order, again and again."""
+    """Yields batches of rows, all in a random order, again and again."""
     left = rows[:0]
     while True:
         while len(left) < batch:
@@ -250,8 +256,8 @@ def shuffled(rows: torch.Tensor, batch: int, generator: torch.Generator) -> Iter
 
 
 COMMON = 512  # tokens that are candidates in every step
-LIKELY = 2  # of the model's best tokens at each row of a batch, candidates of its step
-OTHERS = 256  # tokens drawn at random, which stand for all the rest
+LIKELY = 2  # the model's best tokens at each row of a batch that are candidates of its step
+OTHERS = 256  # random tokens, which stand for all the rest
 
 
 class Candidates:
@@ -275,7 +281,8 @@ class Candidates:
         self.weight[len(kept) :] = math.log(max(1, vocab - len(kept)) / max(1, len(others)))
 
     def loss(self, states: torch.Tensor, tokens: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        """Cross entropy in nats against the model's probabilities of those of its best tokens that are candidates.
+        """Returns the cross entropy in nats against the model's probabilities of those of its best tokens that are
+        candidates.
 
         states: [R, E]; tokens, probabilities: [R, TEACHER].
         """
@@ -287,7 +294,8 @@ class Candidates:
 
 
 def chained(weights: HeadWeights, rows: Rows, at: torch.Tensor, embedding: torch.Tensor) -> list[torch.Tensor]:
-    """For each head [len(at), E] what the LM head reads, the tokens before its guess being those that were written."""
+    """Returns for each head the states [len(at), E] that the LM head reads, where the tokens before its guess are those
+    that were written."""
     x, states = rows.states[at].float(), []
     for i in range(len(weights)):
         x, state = weights.step(i, x, embedding[rows.following[at + i]].float())
@@ -299,7 +307,7 @@ def chained(weights: HeadWeights, rows: Rows, at: torch.Tensor, embedding: torch
 def accuracy(
     weights: HeadWeights, rows: Rows, lm_head: torch.Tensor, embedding: torch.Tensor, batch: int = 256
 ) -> dict[str, list[float]]:
-    """Of each head, how often the token that followed was its best (top1), or among its best three (top3)."""
+    """Returns for each head how often the token that followed was its best (top1), or among its best three (top3)."""
     hits = torch.zeros(2, len(weights))
     usable = usable_rows(rows, weights)
     matrix = lm_head.to(torch.bfloat16)
@@ -322,8 +330,11 @@ def acceptance(
     embedding: torch.Tensor,
     most: int = 1000,
 ) -> Table:
-    """[K, RANKS] how often each candidate of each head, best first by the noise of its position, was what the model
-    wrote there: what drafting would have seen, at up to `most` rows spread over the texts. texts: of `write`."""
+    """Returns [K, RANKS] how often each candidate of each head, best first by the noise of its position, was the token
+    that the model wrote there. Drafting would have seen the same, at up to `most` rows spread over the texts.
+
+    texts: the texts of `write`.
+    """
     hits, matrix = np.zeros((len(weights), RANKS)), lm_head.to(torch.bfloat16)
     every = max(1, len(usable_rows(rows, weights)) // most)
     offset = seen = 0
@@ -344,7 +355,8 @@ def acceptance(
 
 
 def keep(weights: HeadWeights, checkpoint: Checkpoint, file: Path | None = None) -> Path:
-    """Write heads for this model to a file, or where the drafter looks for them; what they are is told beside."""
+    """Writes heads for this model to a file, or where the drafter looks for them, with their origin and figures beside
+    them."""
     key = fingerprint(checkpoint)
     target = file or heads_file(cache_folder(), key)
     write_heads(replace(weights, model=key), target)

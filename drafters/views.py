@@ -1,4 +1,4 @@
-"""Which pages of the target's cache draft passes see, how many of them, and what passes that see them cost."""
+"""The pages of the target's cache that draft passes see, their number, and the cost of passes that see them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenswift_py.planning.planner import Gain, Plan
 
 
 class View(Confidence):
-    """What is known of drafting with views of so many tokens."""
+    """All that is known of drafting with views of so many tokens."""
 
     def __init__(self, tokens: int, width: int, family: Experience):
         super().__init__(width, family)
@@ -29,7 +29,7 @@ class View(Confidence):
 
 
 class Views:
-    """The pages that draft passes see, as a policy chooses them, and the size of view that pays most.
+    """The pages that draft passes see, chosen by a policy, and the size of view that pays most.
 
     policy:  scores pages.
     tokens:  budget of a view; None tries VIEWS and keeps to the one that pays most.
@@ -38,8 +38,8 @@ class Views:
 
     sizes:   what is known of each size of view.
     now:     the size that is used.
-    cost:    of a draft pass, by its rows and the keys that each of them attends to.
-    keys:    that a row of this round attends to.
+    cost:    cost of a draft pass, by its rows and the keys that each of them attends to.
+    keys:    keys that a row of this round attends to.
     """
 
     def __init__(self, policy: EvictionPolicy, tokens: int | None, width: int, refresh: int, cost: PassCost):
@@ -65,7 +65,7 @@ class Views:
     def begin_round(self, context: Context) -> None:
         """Takes in how long the text is by now, and changes to the size of view that pays most.
 
-        Tells the plan what that promises: at first in every round, later when the size may change.
+        It tells the plan the rate to expect: at first in every round, later when the size may change.
         """
         self._text, self._length = held(context.cache), context.cache.length
         self._round += 1
@@ -81,7 +81,8 @@ class Views:
         self.keys = self._keys_of(self.now)
 
     def _best_size(self, plan: Plan) -> View:
-        """Returns, every so many rounds, the size whose drafts pay most, of the present one and those next to it."""
+        """Returns, every so many rounds, the size whose drafts pay most, out of the present one and those next to
+        it."""
         if self._round == 1:
             least = FIRST_VIEW * self._text**0.5
             return next((size for size in self.sizes if size.tokens >= least), self.sizes[-1])
@@ -120,8 +121,8 @@ class Views:
         return lambda chance, rows: chance * saved_ms - self.cost.row_ms(rows, self.keys)
 
     def timed(self, rows: int, lap: Lap, agreed: Callable[[float], float]) -> None:
-        """Ends the lap of a draft pass and learns its cost. The first pass of a size tells nothing, for it may have had
-        many pages to copy.
+        """Ends the lap of a draft pass and learns its cost. The first pass of a size tells nothing, because it may have
+        had many pages to copy.
 
         agreed: see `Context`.
         """
@@ -131,9 +132,9 @@ class Views:
         self._passed = self.now.tokens
 
     def observe(self, chain: Chain, taken: Acceptance, output: Output) -> None:
-        """Learns from what verification took of the chain, and shows the policy the rows that were committed.
+        """Learns from the part of the chain that verification took, and shows the policy the rows that were committed.
 
-        output: of the verify pass.
+        output: output of the verify pass.
         """
         self._missed |= not self.now.learn(chain.draft, chain.nodes, taken)
         self.policy.observe(committed(output, taken.path, self._length))

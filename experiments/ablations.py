@@ -1,4 +1,4 @@
-"""What each part of drafting is worth: one thing varied at a time, the rest fixed.
+"""Measures the worth of each part of drafting: one thing is varied at a time, the rest is fixed.
 
     python experiments/ablations.py --groups budget,policy --lengths 4096,16384 --new 256
 

@@ -4,7 +4,7 @@
 
 Behind a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
 cache. A guess is put to the test if all before it in its chain were right; `acceptance` is the share of those that were
-right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew behind a
+right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew after a
 wrong guess, a full page and 8 tokens; `fresh` are guesses under one that was chosen in their own round.
 
 What policies learn from is attention. In a long run they see that of every row written; of a prompt they are shown the
@@ -42,7 +42,7 @@ from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
 CHAIN = 4  # guesses of a round
-WANTED = 0.92  # acceptance that the best policy should reach with the largest view
+WANTED = 0.92  # the acceptance that the best policy should reach with the largest view
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ class Taught(Text):
 
     @cached_property
     def policies(self) -> dict[str, EvictionPolicy]:
-        """The policies in their state SEEN_ROWS before the end of the prefix, which is read up to there."""
+        """Returns the policies in their state SEEN_ROWS before the end of the prefix, which is read up to there."""
         source = self.source
         source.read(max(0, self.length - self.args.seen))
         made: dict[str, EvictionPolicy] = {

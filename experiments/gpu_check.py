@@ -1,4 +1,4 @@
-"""Whether the GPU path is right, and how fast it is: everything that only a card can tell, in a few minutes of one.
+"""Checks whether the GPU path is right, and measures how fast it is, in a few minutes of a card.
 
     make gpu                                          # steps 0 to 7
     make gpu ARGS="--steps 8,9"                       # in a second call

@@ -102,7 +102,7 @@ class Planted(Drafter):
 
 
 def loop(stage: Stage) -> Iterator[Row]:
-    """Times the loop behind a long text that was never written.
+    """Times the loop after a long text that was never written.
 
     Keys and values are random and the same for every drafter, and no drafter may change a token. Phases are medians of
     warm rounds. The time of verify is the device's.

@@ -1,4 +1,4 @@
-"""What the Triton kernels must read, write and compute, and what a GPU's memory and matrix units allow them at best.
+"""Lists the bytes and FLOPs that the Triton kernels need, and the best times that a GPU's memory and units allow.
 
     python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
 
@@ -94,7 +94,7 @@ class Work:
 def attention_work(
     shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False, far: bool = False
 ) -> Work:
-    """Returns the attention work of a chain of `rows` behind `context` committed tokens.
+    """Returns the attention work of a chain of `rows` after `context` committed tokens.
 
     Keys and values are read once for each tile of packed rows. The partial states of every split are written once and
     read once, those of the split at the boundary twice.

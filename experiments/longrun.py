@@ -1,4 +1,4 @@
-"""One very long text: how long it takes, against what plain decoding takes over the same contexts.
+"""Writes one very long text, and compares its time with that of plain decoding over the same contexts.
 
     python experiments/longrun.py --tokens 100000 --out runs/100k
 
@@ -240,7 +240,7 @@ def is_object(answer: str) -> bool:
 def has_object(answer: str) -> bool:
     """Returns whether the first brace of an answer begins a JSON object, which the workload `records` asks for.
 
-    Words before and behind it ("Here is the record:") are allowed.
+    Words before and after it ("Here is the record:") are allowed.
     """
     try:
         json.JSONDecoder().raw_decode(answer, answer.index("{"))

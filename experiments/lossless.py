@@ -162,7 +162,7 @@ def toy(args: argparse.Namespace, sampler: str, rule: str, **_: Any) -> Row:
 
 
 def toy_trees(table: Doubles) -> list[DraftTree]:
-    """Makes a full tree behind each token, of the likeliest tokens by a draft that is somewhat off."""
+    """Makes a full tree after each token, of the likeliest tokens by a draft that is somewhat off."""
     best = np.argsort(-(table + np.random.default_rng(1).normal(0, 1, table.shape)))[:, :WIDTH]
     return [full_tree(token, lambda path: best[path[-1]].tolist()) for token in range(len(table))]
 
@@ -191,7 +191,7 @@ def path_nodes(tree: DraftTree) -> np.ndarray:
 
 
 class ToyTrees(Drafter):
-    """A drafter that always proposes the same tree behind a token."""
+    """A drafter that always proposes the same tree after a token."""
 
     name = "toy"
 
@@ -205,7 +205,7 @@ class ToyTrees(Drafter):
 
 
 def write_by_paths(trees: list[DraftTree], p: Doubles, count: int, rng: np.random.Generator) -> tuple[list[int], int]:
-    """Writes a text of `count` tokens behind token 0 by the published rule. Returns it and the number of passes.
+    """Writes a text of `count` tokens after token 0 by the published rule. Returns it and the number of passes.
 
     p: [vocab, vocab] transition probabilities.
     """
@@ -233,7 +233,7 @@ def first_token(tree: DraftTree, p: Callable[[int], Doubles]) -> tuple[Doubles, 
     """Computes the exact distribution [vocab] of the first token that the published rule emits.
 
     The two other results are the drafts of a full tree that this rule, and one choice a node, accept on average.
-    p: function from a node to the target's distribution [vocab] behind it.
+    p: function from a node to the target's distribution [vocab] after it.
     """
     nodes, root = path_nodes(tree), p(0)
     right = np.ones(len(tree))

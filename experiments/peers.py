@@ -38,7 +38,7 @@ from tokenswift_py.runs.report import first_divergence, text_figures
 from workloads import continuation
 
 SAMPLINGS = {"greedy": {"temperature": 0.0, "min_p": 0.0}, "sampled": {"temperature": 0.8, "min_p": 0.05}}
-LOOKUP = 10  # tokens that prompt lookup proposes behind a match of up to 2 tokens, by llama-cpp-python's defaults
+LOOKUP = 10  # tokens that prompt lookup proposes after a match of up to 2 tokens, by llama-cpp-python's defaults
 NO_ASSISTANT = "no smaller model with this tokenizer is at hand; name one with --assistant"
 
 

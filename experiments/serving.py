@@ -1,4 +1,4 @@
-"""How many tokens a second many texts are written at together, over one after the other.
+"""How many tokens a second are written when many texts travel together, and when they follow one another?
 
     python experiments/serving.py --texts 1,2,4,8,16 --lengths 512,4096,16384
 
@@ -57,7 +57,7 @@ class Writing(LoopWork):
 
 
 class Texts:
-    """Several texts behind cuts of one prefix, which is read once."""
+    """Several texts that go on from cuts of one prefix, which is read once."""
 
     def __init__(self, swift: TokenSwift, args: argparse.Namespace, count: int, length: int):
         self.args, self.count = args, count

@@ -1,4 +1,4 @@
-"""How much faster drafting writes a text than plain decoding, at several lengths of what stands before it.
+"""How much faster does drafting write a text than plain decoding, at several lengths of the text before it?
 
     python experiments/speedup.py --workloads code,docs --lengths 2048,16384 --drafters auto --new 256
 
@@ -47,7 +47,7 @@ CUT = 1024  # tokens from one cut of a text to the next
 
 @dataclass
 class Contender:
-    """One way of writing the text. settings: fields of Options. tokens: the model's choices behind `written`."""
+    """One way of writing the text. settings: fields of Options. tokens: the model's choices after `written`."""
 
     name: str
     settings: dict[str, Any]
@@ -103,7 +103,7 @@ def contenders(names: str) -> list[Contender]:
 
 
 class Prefix:
-    """A text that is read once. Forks of its cache begin behind the tokens read so far.
+    """A text that is read once. Forks of its cache begin after the tokens read so far.
 
     kept: folder that keeps the keys and values of its pages for the next time, 23 KB a token of the default model.
     """
@@ -141,7 +141,7 @@ class Prefix:
 class Written:
     """A free run, written by `auto` as far as it is asked for.
 
-    written: the tokens behind the prompt so far, forced ones included.
+    written: the tokens after the prompt so far, forced ones included.
     """
 
     def __init__(self, swift: TokenSwift, name: str, most: int, args: argparse.Namespace):

@@ -1,4 +1,4 @@
-"""What one forward pass costs, against the machine's own limits and against peers.
+"""Measures the cost of one forward pass, against the machine's own limits and against peers.
 
     python experiments/steps.py --contexts 64,4096,16384 --rows 1,4,8,16 --view 1024,4096 --peers hf,llamacpp
 

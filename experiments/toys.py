@@ -52,7 +52,7 @@ CHATML = (
 ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2}  # not those of a large vocabulary
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 
-# What a tiny model of a family has besides, so that what is the family's own shows.
+# Further fields of a tiny model of a family, so that the family's own parts show.
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16},
     "qwen3": {"head_dim": 16},
@@ -169,7 +169,7 @@ def write(
 class MarkovModel:
     """A model whose logits depend on the row's own token only. So every transition of a text is an independent sample.
 
-    table: [vocab, vocab] logits of the column's token behind the row's.
+    table: [vocab, vocab] logits of the column's token after the row's.
     """
 
     numerics, guarantee, row_shapes = "table", "bitwise", ()

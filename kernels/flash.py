@@ -91,3 +91,4 @@ def with_varlen(function: Any, capability: int) -> PrefixAndTail:
 
 
 BACKEND = create
+NEEDS_GPU = True

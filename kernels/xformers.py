@@ -33,3 +33,4 @@ def with_function(function: Any) -> PrefixAndTail:
 
 
 BACKEND = create
+NEEDS_GPU = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.options import DRAFTERS, Options
 
 SAMPLED = SamplingParams(temperature=0.9, min_p=0.02, penalty=1.1, dry_multiplier=0.5, seed=3)
 
@@ -342,3 +344,13 @@ def test_the_drafts_cache_counts_in_the_memory_check(
     assert both == alone + swift._draft[1].kv_bytes(170)
     assert alone < bounded < both
     assert "that of the draft model" in what
+
+
+def test_any_drafter_with_a_second_model_asks_for_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["from tokenswift_py.drafters.draft_model import DraftModel", "class DRAFTER(DraftModel): pass"]
+    (tmp_path / "another.py").write_text("\n".join(lines))
+    folder = importlib.import_module(DRAFTERS)
+    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    assert Options(drafter="another", draft_model="tiny").chosen_drafter == "another"
+    with pytest.raises(UserError, match="draft_model: None is not allowed; name"):
+        Options(drafter="another")

@@ -22,7 +22,7 @@ from gguf_writer import ARCHITECTURES, EXACT, KINDS, PAIRED, VALUES, Floats, ggu
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints import gguf_folder, loading
 from tokenswift_py.checkpoints.gguf_file import open_gguf
-from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces
+from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufIndex
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
@@ -54,7 +54,7 @@ def unpacked(tensor: torch.Tensor | Blocks) -> Floats:
 
 
 def blocks(path: Path, config: Any) -> GgufBlocks:
-    return GgufBlocks(GgufPlaces(open_gguf(path), ModelSpec.from_config(config)))
+    return GgufBlocks(GgufIndex(open_gguf(path), ModelSpec.from_config(config)))
 
 
 def decoder(path: Path, config: Any, threads: int = 2) -> NativeDecoder:

@@ -25,12 +25,12 @@ from conftest import tiny_config, tiny_model, tiny_tokenizer
 from gguf_writer import VALUES, gguf_config, write_gguf
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.cache import sha256
-from tokenswift_py.checkpoints.checkpoint import WEIGHTS
 from tokenswift_py.checkpoints.gguf_config import config_of
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.checkpoints.stored_tensors import StoredTensors
 from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.models.devices import WEIGHT_FORMATS
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.runs import contract
 
@@ -467,7 +467,7 @@ NATIVE = "dtype: {!r} is not allowed; with engine torch one of bf16, fp32; engin
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
-@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize("dtype", WEIGHT_FORMATS)
 @pytest.mark.parametrize("source", ["safetensors", "gguf", "gguf in a folder", "gguf in parts"])
 def test_every_cell_of_the_matrix_runs_or_says_why_not(
     sources: dict[str, Path], source: str, dtype: str, engine: str

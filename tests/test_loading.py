@@ -216,7 +216,7 @@ def test_a_gguf_that_cannot_fit_is_refused_before_it_is_read(
     pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
     path = gguf_writer.write_gguf(tmp_path / "large.gguf", gguf_writer.gguf_config("llama"), {}, "Q8_0")
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 2**20)
-    monkeypatch.setattr("tokenswift_py.checkpoints.gguf_tensors.GgufPlaces.bytes_of", None)
+    monkeypatch.setattr("tokenswift_py.checkpoints.gguf_tensors.GgufIndex.bytes_of", None)
     with pytest.raises(UserError, match=f"^memory: .* the weights of .* in {dtype}"):
         TokenSwift.from_pretrained(str(path), dtype=dtype, engine="native")
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from tokenswift_py import quality, registry
-from tokenswift_py.checkpoints.checkpoint import KV_DTYPES, WEIGHTS
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.checkpoints.loading import open_checkpoint
@@ -20,7 +19,7 @@ from tokenswift_py.errors import check, one_line
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory
-from tokenswift_py.models.devices import find_device
+from tokenswift_py.models.devices import KV_DTYPES, WEIGHT_FORMATS, find_device
 from tokenswift_py.models.executors import choose_engine, load
 from tokenswift_py.options import Options
 from tokenswift_py.parallel.ranks import join
@@ -35,7 +34,7 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
-MOST_THREADS = 1024  # of the native engine's team
+MOST_THREADS = 1024  # in the native engine's team
 
 
 class TokenSwift(LoadedModel):
@@ -55,26 +54,27 @@ class TokenSwift(LoadedModel):
         threads: int | None = None,
         deterministic: str = "auto",
     ) -> TokenSwift:
-        """Load a model: the default's name, a folder, a .gguf file or a hub id.
+        """Loads a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and 8-bit
-                   blocks of a .gguf file as they are; native).
-        kv_dtype:  of the KV cache: bf16, fp32 or int8 (with an fp32 scale for each token's key and value of each head;
-                   native, and torch with attention triton); None is that of the weights, bf16 beside int8 and gguf.
+        dtype:     type of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and
+                   8-bit blocks of a .gguf file, unchanged; native).
+        kv_dtype:  type of the KV cache: bf16, fp32 or int8 (with an fp32 scale for each token's key and value of each
+                   head; native, and torch with attention triton); None is that of the weights, bf16 beside int8 and
+                   gguf.
         engine:    native (C++, CPU), torch (any device) or auto: native on a CPU where it is built.
-        attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU; on a GPU the first installed
-                   of triton, flash, xformers and sdpa.
+        attention: auto, or a backend of kernels/, which is torch's. auto is sdpa on a CPU, and on a GPU the first
+                   installed of triton, flash, xformers and sdpa.
         device:    auto (cuda where there is one, else cpu) or a torch device.
-        threads:   CPU threads; None is what the machine gives this process.
-        deterministic: on: a row's bits do not depend on its company (native always; torch with attention triton);
-                   off: cuBLAS's products, measured; auto: on where it can be.
+        threads:   CPU threads; None is the number that the machine gives this process.
+        deterministic: with on, a row's bits do not depend on its company (native always; torch with attention triton).
+                       With off, matrix products are cuBLAS's and the guarantee is measured. auto is on where it can be.
+
         Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights,
-        and must run the same program on the same arguments.
-        Raises UserError, in one line, for whatever cannot be used; weights that cannot fit are refused before they
-        are read.
+        and must run the same program on the same arguments. Raises UserError, in one line, for whatever cannot be used.
+        Weights that cannot fit are refused before they are read.
         """
         ranks = join()
-        check(dtype in WEIGHTS, "dtype", dtype, f"one of {', '.join(WEIGHTS)}")
+        check(dtype in WEIGHT_FORMATS, "dtype", dtype, f"one of {', '.join(WEIGHT_FORMATS)}")
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
@@ -106,14 +106,15 @@ class TokenSwift(LoadedModel):
         return cls(checkpoint, tokenizer, executor, origin)
 
     def generate(self, prompt: Prompt, **settings: Any) -> Result:
-        """Write a text and return it whole. Settings: the fields of `Options`."""
+        """Writes a text and returns it whole. settings: the fields of `Options`."""
         with self.stream(prompt, **settings) as stream:
             for _ in stream:
                 pass
             return stream.result()
 
     def generate_n(self, prompt: Prompt, n: int, **settings: Any) -> list[Result]:
-        """Write `n` samples of one prompt: sample i is what `generate` writes with the same seed and `stream` i."""
+        """Writes `n` samples of one prompt. Sample i is the text that `generate` writes with the same seed and `stream`
+        i."""
         results = []
         for stream in self.streams(prompt, n, **settings):
             with stream:
@@ -125,8 +126,11 @@ class TokenSwift(LoadedModel):
     def streams(
         self, prompt: Prompt, n: int, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
     ) -> Iterator[Stream]:
-        """As `stream`, of `n` samples that share the seed and the prompt's KV, one after the other: each is closed when
-        the next is asked for. They are numbered from the setting `stream` on. out: its folders 1, 2 ... are theirs."""
+        """Yields `n` streams, like `stream`, that share the seed and the prompt's KV. Each is closed when the next is
+        asked for. They are numbered from the setting `stream` on.
+
+        out: folder that gets a folder 1, 2 ... for each of them.
+        """
         check(is_whole(n) and 1 <= n <= 2**31, "n", n, "a whole number, at least 1")
         run = self._prepared(prompt, Options.of(**settings))
         first, rows = run.sampling.stream, prompt_rows(self, run)
@@ -148,15 +152,15 @@ class TokenSwift(LoadedModel):
     def stream(
         self, prompt: Prompt, *, out: str | Path | None = None, kv_snapshot: bool = False, **settings: Any
     ) -> Stream:
-        """Begin a text and return an iterator over its pieces; `.result()` of it is the text so far.
+        """Begins a text and returns an iterator over its pieces. Its `.result()` is the text so far.
 
         out:         a new or empty folder that gets a journal, from which `resume` goes on, and which an audit proves.
-        kv_snapshot: when the stream ends or is closed, full pages of its KV cache go there, too, for `resume`.
+        kv_snapshot: whether full pages of its KV cache go there too when the stream ends or is closed, for `resume`.
         """
         return self._begun(self._prepared(prompt, Options.of(**settings)), out, kv_snapshot)
 
     def _prepared(self, prompt: Prompt, options: Options) -> Run:
-        """A run that every rank agrees on."""
+        """Makes a run that every rank agrees on."""
         ranks = self.executor.ranks
         with ranks.same_fate():
             run = prepare(self, prompt, options)
@@ -166,7 +170,7 @@ class TokenSwift(LoadedModel):
         return run
 
     def _begun(self, run: Run, out: str | Path | None, kv_snapshot: bool, cache: KVCache | None = None) -> Stream:
-        """The stream of a run. cache: has rows of the prompt already."""
+        """Makes the stream of a run. cache: a cache that has rows of the prompt already."""
         ranks = self.executor.ranks
         ranks.agree("the prompt or the parameters", (run.prompt, run.turns, run.parameters(), kv_snapshot))
         folder = ranks.first_text("" if out is None else str(Path(out)))  # the command line tells rank 0 alone
@@ -182,14 +186,16 @@ class TokenSwift(LoadedModel):
     def resume(
         self, journal: str | Path | Journal, extend: int = 0, kv_snapshot: bool = False, **settings: Any
     ) -> Stream:
-        """Go on with a recorded run: the stream has its text so far, and its pieces are those behind it.
+        """Goes on with a recorded run. The stream has its text so far, and yields the pieces after it.
 
         journal:  the run's folder, or its journal opened.
-        kv_snapshot: as for `stream`; one that is there is used in any case.
-        extend:   write so many tokens more than were asked for, within the recorded context; of a finished run only.
-        settings: fields of `Options`, `logits_processors` foremost, which a journal names only: as they were when the
-                  run began, for each is called again for every token so far, unless it is pure. One that the text
-                  depends on must be as recorded.
+        kv_snapshot: the same as for `stream`. A snapshot that is there is used in any case.
+        extend:   number of tokens to write beyond those that were asked for, within the recorded context; only for a
+                  finished run.
+        settings: fields of `Options`. A journal records only the names of `logits_processors`, so these must be given
+                  in the state that they had when the run began: each is called again for every token so far, unless it
+                  is pure. A setting that the text depends on must be the recorded one.
+
         Raises UserError with the difference where model, tokenizer, parameters or numerics are not the recorded ones.
         """
         ranks = self.executor.ranks
@@ -223,20 +229,22 @@ class TokenSwift(LoadedModel):
         return stream
 
     def baseline(self, stream: Stream) -> Result:
-        """Write the stream's text again by plain decoding, same seed; the stream's report with both side by side.
+        """Writes the stream's text again by plain decoding with the same seed. Returns the stream's report with both
+        side by side.
 
-        Raises UserError for a resumed stream, whose times are of a part of its text, and where the stream has not
-        ended and there is no room for a second KV cache beside its own.
+        Raises UserError for a resumed stream, because its times are those of a part of its text, and where the stream
+        has not ended and there is no room for a second KV cache beside its own.
         """
         return baseline(self, stream)
 
     def window_perplexity(self, text: Result | Sequence[int], window: int | None = None) -> quality.WindowPerplexity:
-        """How the model reads a text, window by window, each on its own at positions that it was trained to.
+        """Returns how the model reads a text, window by window, each on its own at positions that it was trained for.
 
         text:   a result, of which the tokens that the model chose count, or token ids.
-        window: tokens of each; None is 1000, or what the trained positions hold. A rest is left out, but a shorter
-                text is one window.
-        `.summary()` of what is returned is the report's `window_perplexity`. Raises UserError for a window longer than
-        the trained positions, and for ids that the model does not know.
+        window: tokens of each window; None is 1000, or the trained positions if these are fewer. A rest is left out,
+                but a shorter text is one window.
+
+        `.summary()` of the value returned is the report's `window_perplexity`. Raises UserError for a window longer
+        than the trained positions, and for ids that the model does not know.
         """
         return quality.window_perplexity(self, text.chosen if isinstance(text, Result) else text, window)

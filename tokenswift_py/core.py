@@ -1,4 +1,4 @@
-"""The nouns: trees of draft tokens, the rows of a forward pass, what verification took, sampling parameters."""
+"""The nouns: trees of draft tokens, the rows of a forward pass, the result of verification, sampling parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Likeliest = tuple[tuple[int, float], ...]  # tokens with the natural log of thei
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """Draft tokens hanging from the pending token.
+    """Draft tokens that hang from the pending token.
 
     tokens:  [N] token ids; node 0 is the pending token (emitted, its KV not in the cache yet).
     parents: [N] index of each node's parent, always smaller than the node's own; -1 for node 0.
@@ -58,7 +58,7 @@ class DraftTree:
 
     @classmethod
     def chain(cls, tokens: Sequence[int] | IntArray) -> DraftTree:
-        """Each token the child of the one before."""
+        """Makes a tree in which each token is the child of the one before."""
         return cls(np.asarray(tokens, np.int32), np.arange(-1, len(tokens) - 1, dtype=np.int32))
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class DraftTree:
 
     @cached_property
     def depth(self) -> IntArray:
-        """[N] edges between each node and node 0."""
+        """Returns [N], the number of edges between each node and node 0."""
         if self.is_chain:
             return np.arange(len(self), dtype=np.int32)
         depth = np.zeros(len(self), np.int32)
@@ -80,7 +80,7 @@ class DraftTree:
 
     @cached_property
     def mask(self) -> npt.NDArray[np.bool_]:
-        """[N, N]; mask[i, j] is true where j is i or an ancestor of i."""
+        """Returns [N, N], true at [i, j] where j is i or an ancestor of i."""
         mask = np.eye(len(self), dtype=np.bool_)
         for node in range(1, len(self)):
             mask[node] |= mask[self.parents[node]]
@@ -88,14 +88,14 @@ class DraftTree:
 
     @cached_property
     def children(self) -> tuple[dict[int, int], ...]:
-        """For each node, token -> child node."""
+        """Returns a map from token to child node for each node."""
         children: tuple[dict[int, int], ...] = tuple({} for _ in range(len(self)))
         for node in range(1, len(self)):
             children[self.parents[node]][int(self.tokens[node])] = node
         return children
 
     def path(self, node: int) -> list[int]:
-        """The nodes from node 0 down to `node`, both included."""
+        """Returns the nodes from node 0 down to `node`, both included."""
         path = [node]
         while path[-1] > 0:
             path.append(int(self.parents[path[-1]]))
@@ -109,13 +109,13 @@ class DraftTree:
         return DraftTree(self.tokens[:count], self.parents[:count], chances)
 
     def below(self, tokens: Sequence[int]) -> DraftTree:
-        """This tree behind a chain of other tokens, of which the first is pending."""
+        """Hangs this tree below a chain of other tokens, the first of which is pending."""
         count = len(tokens)
         parents = [*range(-1, count - 1), *(self.parents + count)]
         return DraftTree(np.array([*tokens, *self.tokens], np.int32), np.array(parents, np.int32)) if count else self
 
     def merge(self, other: DraftTree, budget: int | None = None) -> DraftTree:
-        """Both proposals as one trie: this tree's nodes first, then `other`'s that are new, up to `budget` nodes.
+        """Joins both proposals in one trie: this tree's nodes first, then `other`'s that are new, up to `budget` nodes.
 
         Raises ValueError if the two do not hang from the same pending token.
         """
@@ -133,7 +133,7 @@ class DraftTree:
 
 
 class TreeBuilder:
-    """Grows a `DraftTree` node by node; adding a token that is already there finds it."""
+    """Grows a `DraftTree` node by node. Adding a token that is already there finds it."""
 
     def __init__(self, pending: int, budget: int | None = None):
         self.tokens = [pending]
@@ -145,7 +145,7 @@ class TreeBuilder:
         return len(self.tokens)
 
     def add(self, parent: int, token: int) -> int | None:
-        """The child of `parent` that carries `token`; None when the tree is full."""
+        """Returns the child of `parent` that carries `token`, None when the tree is full."""
         node = self._children.get((parent, token))
         if node is None and (self.budget is None or len(self.tokens) < self.budget):
             node = self._children[parent, token] = len(self.tokens)
@@ -161,12 +161,12 @@ class TreeBuilder:
 class Segment:
     """The rows that one sequence brings into a forward pass.
 
-    tree:   one row a node. Node i stands at position cache.length + len(tail) + tree.depth[i].
-    view:   limits which full pages of the committed prefix the rows attend to; None is all of them. The last,
-            partial page and the tail are always attended to.
-    tail:   earlier provisional rows (numbered from 0 behind cache.length, in the order they were written) that
-            node 0 builds on, in path order: what a draft step hands to the next.
-    causal: the tree is a chain of any length (a prefill chunk).
+    tree:   one row for each node. Node i stands at position cache.length + len(tail) + tree.depth[i].
+    view:   limits which full pages of the committed prefix the rows attend to; None is all of them. The last, partial
+            page and the tail are always attended to.
+    tail:   earlier provisional rows that node 0 builds on, in path order: one draft step hands them to the next. They
+            are numbered from 0 after cache.length, in the order in which they were written.
+    causal: whether the tree is a chain of any length (a prefill chunk).
     """
 
     tree: DraftTree
@@ -182,16 +182,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass returns; R rows in the order of the segments' nodes.
+    """The result of a forward pass; R rows in the order of the segments' nodes.
 
-    hidden:    [R, hidden_size] after the final norm, what the LM head reads.
+    hidden:    [R, hidden_size] after the final norm, for the LM head.
     logits:    [len(logit_rows), vocab_size] fp32 (fp64 for an fp64 model), rows as asked for.
-    page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page,
-               summed over the query heads of the KV head's group; None unless asked for.
-    residual:  [R, hidden_size] before the final norm, what TokenSwift's heads read.
+    page_mass: [layers, R, kv_heads, pages] attention probability that each row puts on each absolute page, summed over
+               the query heads of the KV head's group; None unless asked for.
+    residual:  [R, hidden_size] before the final norm, for TokenSwift's heads.
     queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
                unless asked for.
-    turns:     how these queries meet far keys; None where as they are.
+    turns:     the way in which these queries meet far keys; None where they meet them unchanged.
     """
 
     hidden: torch.Tensor
@@ -205,9 +205,9 @@ class Output:
 class Model(Protocol):
     """An executor: the same contract for torch on any device and for the native CPU engine.
 
-    context: positions there are RoPE tables for.
-    row_shapes: numbers of rows, ascending, that the passes of a tree are padded to; larger ones are not.
-    clock: what its passes take.
+    context: number of positions that there are RoPE tables for.
+    row_shapes: numbers of rows, ascending, that the passes of a tree are padded to; larger ones are not padded.
+    clock: measures the time that its passes take.
     """
 
     numerics: str
@@ -223,33 +223,33 @@ class Model(Protocol):
         want_mass: bool = False,
         want_queries: bool = False,
     ) -> Output:
-        """Compute all rows, writing each row's KV into provisional slots behind its cache's length.
+        """Computes all rows, and writes each row's KV into provisional slots after its cache's length.
 
         logit_rows: the rows whose logits are wanted (indices into all rows); None is all.
         """
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, vocab_size] logits of [R, hidden_size] rows as `Output.hidden` has them, through the LM head.
+        """Returns [R, vocab_size] logits of [R, hidden_size] rows of `Output.hidden`, through the LM head.
 
         A row's logits are those that a pass gives for the same hidden state.
         """
 
     def new_cache(self) -> KVCache:
-        """An empty cache of this model's shape, type and context."""
+        """Makes an empty cache of this model's shape, type and context."""
 
     def new_pool(self, pages: int) -> PagePool:
-        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
+        """Makes room for the pages of one or several sequences, which must share a pool to share a pass."""
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What the walk took from one tree.
+    """The part of one tree that the walk took.
 
     path:   accepted nodes, node 0 first: the rows to commit.
     tokens: len(path) chosen tokens: the accepted drafts and one more, which is the next pending token.
-    ending: why the text or the chapter ends after the last token; None if it goes on.
-    logprobs: natural log of the model's own probability of each token, when asked for; top_logprobs: for each token the
-              likeliest ones there with theirs, when asked for.
+    ending: reason why the text or the chapter ends after the last token; None if it goes on.
+    logprobs: natural log of the model's own probability of each token, when asked for.
+    top_logprobs: for each token the likeliest ones there with theirs, when asked for.
     """
 
     path: tuple[int, ...]
@@ -260,5 +260,5 @@ class Acceptance:
 
     @cached_property
     def after(self) -> dict[int, int]:
-        """For each accepted node the token that was chosen behind it."""
+        """Returns the token that was chosen after each accepted node."""
         return dict(zip(self.path, self.tokens, strict=True))

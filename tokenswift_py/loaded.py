@@ -1,4 +1,4 @@
-"""A model with its tokenizer and what runs its passes: what writing, resuming, auditing and judging all need."""
+"""A model with its tokenizer and executor: all that writing, resuming, auditing and judging need."""
 
 from __future__ import annotations
 
@@ -41,25 +41,26 @@ class LoadedModel:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What grammars are made over. Raises UserError where there can be none."""
+        """Returns the vocabulary that grammars are made over. Raises UserError where there can be none."""
         return Vocabulary(self.tokenizer, self.checkpoint.spec.vocab_size, self.checkpoint.eos)
 
     def goes_on(self, options: Options) -> bool:
-        """Whether a prompt is the beginning of the text, which then goes on from it."""
+        """Returns whether a prompt is the beginning of the text, which then goes on from it."""
         return options.continue_final_message or not options.chat.templated(self.tokenizer)
 
     def ends(self, options: Options) -> tuple[int, ...]:
-        """Every token that ends a text: another chat template may have its own behind an answer."""
+        """Returns every token that ends a text. Another chat template may put one of its own after an answer."""
         if options.chat_template is None:
             return self.checkpoint.eos
         return end_tokens(self.tokenizer, self.checkpoint.eos, options.chat)
 
     def rope(self, context: int, positions: Positions) -> RopeTables:
-        """RoPE tables for a run over so many positions. Raises UserError as `rope_tables` does."""
+        """Makes the RoPE tables of a run over so many positions. Raises UserError like `rope_tables`."""
         return rope_tables(self.checkpoint.config, context, positions)
 
     def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
-        """Returns what is known of the cost of passes of this kind ("target" or "draft"): for a text alone nothing."""
+        """Returns the known cost of passes of this kind ("target" or "draft"). Nothing is known of it for a text
+        alone."""
         return PassCost(shapes)
 
     def probes(self) -> Probes:
@@ -67,21 +68,25 @@ class LoadedModel:
         return Probes()
 
     def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
-        """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
-        which some policies read. dtype: None is the executor's."""
+        """Returns the bytes of a KV cache with room for so many tokens, with heads padded like the executor's.
+
+        bounds: whether bounds of each page's keys are counted, which some policies read.
+        dtype: type of the cache; None is the executor's.
+        """
         spec, padded = self.checkpoint.spec, self.executor.padded_head
         pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
         bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
         return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
 
     def step_bytes(self, context: float) -> float:
-        """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
+        """Returns the bytes of weights and KV that plain decoding must read for a token after so many others (this
+        rank's)."""
         kv = self.checkpoint.spec.kv_bytes(1, self.executor.kv_dtype) * context
         return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
 
     def draft(self, options: Options) -> LoadedModel | None:
-        """The smaller model of drafter draft_model, loaded at its first use; of several ranks rank 0 has it whole, and
-        the others have none, for its trees are theirs. Raises UserError."""
+        """Returns the smaller model of drafter draft_model, loaded at its first use. With several ranks, rank 0 has it
+        whole and the others have none, because they verify its trees. Raises UserError."""
         if not kind_of(options.chosen_drafter).has_second_model or not self.executor.ranks.leads:
             return None
         assert options.draft_model is not None

@@ -1,7 +1,7 @@
-"""What a run can be asked for: the parameters of `TokenSwift.generate`, which are the flags of the command line.
+"""The parameters of a run: those of `TokenSwift.generate`, which are also the flags of the command line.
 
-The module is one table: every option with its checks and its help, and nowhere else. Those of sampling stand in
-sampling/params.py, and are derived from there.
+The module is one table: every option with its checks and its help, and nowhere else. The options of sampling are
+described in sampling/params.py and derived from there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
+from tokenswift_py import registry
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.models.positions import SCHEMES, Positions
@@ -21,16 +22,17 @@ from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Chat, token_ids, word_ids
 
-MOST_LOGPROBS = 1000  # of one token
+MOST_LOGPROBS = 1000  # for one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
+AUTO_WITH_MODEL = "draft_model"  # where a second model is named
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
-LANGUAGES = ("json_schema", "grammar", "regex")  # of which one may say what the text must be
+LANGUAGES = ("json_schema", "grammar", "regex")  # only one of them may be set
 DRAFT_KV = ("auto", "own", "int8")
 PARAMETERS = described_parameters()
 PLAIN_SAMPLING = tuple(
     name for name, described in PARAMETERS.items() if described.asked is None
 )  # no tokenizer is needed
-FILLED = tuple(name for name in PLAIN_SAMPLING if PARAMETERS[name].unset)  # None until a run is prepared
+FILLED = tuple(name for name in PLAIN_SAMPLING if PARAMETERS[name].unset)  # these are None until a run is prepared
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class Processors:
 
 @dataclass(frozen=True)
 class Description:
-    """What is said of an option in one place: checks, flags, help, journals and the reference page follow it.
+    """All that is said of an option. Checks, flags, help, journals and the reference page follow it.
 
-    group: of the help. kind: the values that it takes. help: what it does, its default not told.
-    unset: what the default stands for where that is None.
-    changes_text: whether the text depends on it; what does not may be changed when a run is resumed.
+    group: heading of the help. kind: the values that it takes. help: its effect, without its default.
+    unset: meaning of the default where that is None.
+    changes_text: whether the text depends on it. An option that changes no text may be changed when a run is resumed.
     """
 
     group: str
@@ -58,19 +60,20 @@ class Description:
 
 
 def option(default: Any, group: str, kind: Any, help: str, unset: str = "", changes_text: bool = True) -> Any:
-    """A field of `Options` with its description."""
+    """Makes a field of `Options` with its description."""
     described = {"option": Description(group, kind, help, unset, changes_text)}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return field(**made, metadata=described)
 
 
 def drafting(default: Any, kind: Any, help: str, unset: str = "") -> Any:
-    """An option of drafting, on which no text depends."""
+    """Makes an option of drafting, on which no text depends."""
     return option(default, "drafting", kind, help, unset, changes_text=False)
 
 
 def sampling_option(name: str, described: Parameter) -> tuple[str, Any, Any]:
-    """The option by which a sampling parameter is asked for. What has no other form is checked as the parameter."""
+    """Makes the option by which a sampling parameter is asked for. Without a form of its own it is checked like the
+    parameter."""
     own = getattr(SamplingParams, name, dict) if described.asked_default is None else described.asked_default
     default = None if described.unset else own
     kind = described.asked or described.kind
@@ -89,7 +92,7 @@ A_MODEL = "a folder, a .gguf file or a hub id of a smaller model"
 class Options(Asked):
     """Parameters of one run; the arguments of `TokenSwift.generate`. Every wrong value is a `UserError`.
 
-    Each field is described where it stands; docs/options.md has them as a table. Those of sampling are those of
+    Each field is described where it stands; docs/options.md has them as a table. The sampling options are the fields of
     `SamplingParams`, where None means the checkpoint's own default.
     """
 
@@ -223,7 +226,8 @@ class Options(Asked):
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
         named = f"name {A_MODEL}"
-        check(self.drafter != "draft_model" or self.draft_model is not None, "draft_model", self.draft_model, named)
+        drafter = registry.module(DRAFTERS, "drafter", self.chosen_drafter).DRAFTER
+        check(not drafter.has_second_model or self.draft_model is not None, "draft_model", self.draft_model, named)
         check(not (self.chapters and self.ignore_eos), "chapters", len(self.chapters), "not with ignore_eos")
         if self.language:
             self._check_language(self.language[0])
@@ -232,7 +236,7 @@ class Options(Asked):
 
     @property
     def language(self) -> tuple[str, str] | None:
-        """What the text must be: the option that says so, and what it says."""
+        """Returns the option that says what the text must be, and its value. None where no option does."""
         said = ((name, getattr(self, name)) for name in LANGUAGES)
         return next(((name, value) for name, value in said if value is not None), None)
 
@@ -242,7 +246,7 @@ class Options(Asked):
         for other in ("min_new_tokens", "min_chapter_tokens", "ignore_eos"):
             allowed = f"not with {name}, which says where the text may end, and where it must"
             check(not getattr(self, other), other, getattr(self, other), allowed)
-        if self.json_schema is not None:  # as journals have it, whatever it was given as
+        if self.json_schema is not None:  # in the form that journals have
             object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def met_positions(self) -> Positions:
@@ -251,7 +255,7 @@ class Options(Asked):
 
     @classmethod
     def of(cls, **settings: Any) -> Options:
-        """As the constructor, but an unknown name is a `UserError` too."""
+        """Makes options. An unknown name is a `UserError`, too."""
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
@@ -259,7 +263,7 @@ class Options(Asked):
         return cls(**settings)
 
     def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
-        """Sampling parameters: what was asked for, else the checkpoint's defaults, else plain greedy."""
+        """Returns the sampling parameters: those asked for, else the checkpoint's defaults, else plain greedy."""
         breakers = sorted(tokens_containing(tokenizer, self.dry_breakers)) if self.dry_multiplier > 0 else []
         own: dict[str, Any] = {"seed": secrets.randbits(63), "dry_breakers": tuple(breakers)}
         if self.ban is not None:
@@ -272,15 +276,16 @@ class Options(Asked):
 
     @property
     def chat(self) -> Chat:
-        """How a prompt becomes tokens."""
+        """Returns the rules by which a prompt becomes tokens."""
         return Chat(
             self.raw, self.system, self.chat_template, self.template_args, self.continue_final_message, self.no_bos,
             self.special,
         )  # fmt: skip
 
     def stop_ids(self, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-        """The tokens that end the text: `stop_tokens`, and stop strings that are a special token, which decodes to
-        nothing. Raises UserError for ids the model does not have, and for strings that hold such a token and more."""
+        """Returns the tokens that end the text: `stop_tokens`, and stop strings that are a special token, which
+        decodes to nothing. Raises UserError for ids the model does not have, and for strings that hold such a token
+        and more."""
         ids = [token_of(tokenizer, item, "stop_tokens") for item in self.stop_tokens]
         special = {added.content: token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         for string in self.stop:
@@ -293,7 +298,7 @@ class Options(Asked):
         return tuple(ids)
 
     def _plain_sampling(self) -> dict[str, Any]:
-        """What was asked for of the parameters that need no tokenizer."""
+        """Returns the parameters that were asked for and need no tokenizer."""
         values = {name: getattr(self, name) for name in PLAIN_SAMPLING}
         if isinstance(self.logit_bias, Mapping):  # JSON has text keys
             values["logit_bias"] = {whole(token): bias for token, bias in self.logit_bias.items()}
@@ -301,19 +306,19 @@ class Options(Asked):
 
     @property
     def chosen_drafter(self) -> str:
-        """What auto stands for, else what was asked for."""
+        """Returns the drafter that auto means, else the one that was asked for."""
         if self.drafter != "auto":
             return self.drafter
-        return "draft_model" if self.draft_model is not None else AUTO_DRAFTER
+        return AUTO_WITH_MODEL if self.draft_model is not None else AUTO_DRAFTER
 
 
 def described_options() -> dict[str, Description]:
-    """Every option by its name, in the order of the fields."""
+    """Returns every option by its name, in the order of the fields."""
     return {f.name: f.metadata["option"] for f in fields(Options)}
 
 
 def world_size() -> int:
-    """How many processes torchrun started to hold the model together (WORLD_SIZE): 1 without it."""
+    """Returns how many processes torchrun started to hold the model together (WORLD_SIZE), 1 without it."""
     world = os.environ.get("WORLD_SIZE", "1")
     check(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", world, "a whole number, as torchrun sets it")
     return int(world)
@@ -327,14 +332,15 @@ def whole(token: Any) -> Any:
 
 
 def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
-    """Every token whose text holds one of the strings; special tokens too, which no repetition should cross."""
+    """Returns every token whose text holds one of the strings, and all special tokens, which no repetition should
+    cross."""
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
     return found | set(tokenizer.all_special_ids)
 
 
 def token_of(tokenizer: Any, item: int | str, field: str) -> int:
-    """A token id as it is; a string must be one token."""
+    """Returns a token id unchanged, and the id of a string, which must be one token."""
     if isinstance(item, int):
         return item
     tokens = token_ids(tokenizer, item)

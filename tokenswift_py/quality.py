@@ -44,7 +44,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def windows_of(tokens: Sequence[int], window: int = WINDOW) -> list[Sequence[int]]:
-    """Cuts tokens into windows, one behind the other. A rest is left out, but a shorter text is one window.
+    """Cuts tokens into windows, one after the other. A rest is left out, but a shorter text is one window.
 
     Raises ValueError for fewer tokens than LEAST.
     """

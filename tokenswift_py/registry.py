@@ -24,6 +24,11 @@ def module(package: str, field: str, name: str) -> Any:
     return importlib.import_module(f"{package}.{name}")
 
 
+def says(package: str, field: str, name: str, attribute: str, default: Any) -> Any:
+    """Returns what file `name` of the folder says of its implementation before one is made, or the default."""
+    return getattr(module(package, field, name), attribute, default)
+
+
 def create(package: str, attribute: str, field: str, name: str, **settings: Any) -> Any:
     """Calls `attribute` of file `name` of the folder. Raises UserError, naming `field`, if there is no such file."""
     return getattr(module(package, field, name), attribute)(**settings)

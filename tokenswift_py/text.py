@@ -1,4 +1,4 @@
-"""Between text and tokens: prompts and turns in, correctly joined UTF-8 out."""
+"""The way between text and tokens: prompts and turns in, correctly joined UTF-8 out."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ logger = logging.getLogger("tokenswift")
 Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
-BAD = "\ufffd"  # what decoding has for invalid UTF-8, and for a character that is not whole yet
-# More than a character that is not whole can be: a byte-fallback vocabulary has one for each of its bytes, at most 3,
-# and for each of the whole character's before it, which it decodes together.
-HOPELESS = 8 * BAD
-PRIVATE = range(0xE000, 0xF900)  # of these characters one marks names: one that no message has
+BAD = "\ufffd"  # stands for invalid UTF-8, and for a character that is not whole yet
+# Longer than anything that may still become whole: a byte-fallback vocabulary has one for each byte of a character, at
+# most 3, and for each byte of the whole character before it, which it decodes together.
+INVALID_RUN = 8 * BAD
+PRIVATE = range(0xE000, 0xF900)  # the first of these characters that no message has marks names
 ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
 
 @dataclass(frozen=True)
 class Chat:
-    """How a prompt becomes tokens.
+    """The rules by which a prompt becomes tokens.
 
-    raw:       no chat template: the prompt is the beginning of the text.
-    system:    a system message before it.
-    template:  a chat template instead of the tokenizer's; arguments: what it is told besides.
-    continues: the last message is the assistant's, and the text goes on from it.
-    no_bos:    no token that begins a sequence.
-    special:   the name of a control token in a message is that token.
+    raw:       whether no chat template is used: the prompt is the beginning of the text.
+    system:    a system message before the prompt.
+    template:  a chat template instead of the tokenizer's.
+    arguments: further variables of the template.
+    continues: whether the last message is the assistant's, and the text goes on from it.
+    no_bos:    whether no token that begins a sequence is put before the prompt.
+    special:   whether the name of a control token in a message is that token.
     """
 
     raw: bool = False
@@ -47,14 +48,14 @@ class Chat:
     special: bool = False
 
     def templated(self, tokenizer: Any) -> bool:
-        """Whether there is a chat template, and it is wanted."""
+        """Returns whether there is a chat template, and it is wanted."""
         return not self.raw and bool(self.template or tokenizer.chat_template)
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt, chat: Chat) -> list[int]:
-    """Token ids of a text, of chat messages, or of ids as they are.
+    """Returns the token ids of a text or of chat messages; ids are returned unchanged.
 
-    A text is one user message, unless `raw` or there is no chat template.
+    A text is one user message, unless `raw` is set or there is no chat template.
     """
     listed = isinstance(prompt, Sequence) or hasattr(prompt, "__array__")
     check(listed, "prompt", prompt, "a text, chat messages or token ids")
@@ -87,8 +88,8 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, chat: Chat) -> list[int]:
 
 
 def raw_tokens(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
-    """Token ids of the beginning of a text, with what the tokenizer puts around one: but no second BOS before one that
-    the text begins with, for no model has seen two."""
+    """Returns the token ids of the beginning of a text, with the tokens that the tokenizer puts around one. A text that
+    begins with a BOS gets no second one, because no model has seen two."""
     around = not chat.no_bos
     if not chat.special:
         inside = next((text for text in special_texts(tokenizer) if text in prompt), None)
@@ -103,10 +104,10 @@ def raw_tokens(tokenizer: Any, prompt: str, chat: Chat) -> list[int]:
 
 
 def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], chat: Chat) -> list[int]:
-    """What is forced into the text when a chapter ended and `request` asks for the next.
+    """Returns the tokens that are forced into the text when a chapter ended and `request` asks for the next.
 
-    It is what the chat template puts between the model's answer and its next one, without the end-of-sequence token
-    that ended the chapter.
+    The chat template puts them between the model's answer and its next one. The end-of-sequence token that ended the
+    chapter is not among them.
     """
     if not chat.templated(tokenizer):
         return token_ids(tokenizer, f"\n\n{request}\n\n", as_text=not chat.special)
@@ -118,12 +119,12 @@ def turn_tokens(tokenizer: Any, request: str, eos: Collection[int], chat: Chat) 
 
 
 def end_tokens(tokenizer: Any, eos: Collection[int], chat: Chat | None = None) -> tuple[int, ...]:
-    """Every token that ends a text: the checkpoint's own, the tokenizer's, and the special token that the chat template
-    puts behind an answer, whether or not the checkpoint names it."""
+    """Returns every token that ends a text: the checkpoint's own, the tokenizer's, and the special token that the chat
+    template puts after an answer, whether or not the checkpoint names it."""
     ends, chat = [*eos, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])], chat or Chat()
     if chat.templated(tokenizer):
         messages = [{"role": role, "content": text} for role, text in zip(ROLES, ("x", ANSWER, "x"), strict=True)]
-        with suppress(UserError):  # a template that takes no such talk is told of where one is asked for
+        with suppress(UserError):  # a template that takes no such talk is reported when it is used
             text = rendered(tokenizer, messages, replace(chat, continues=False))[1]
             behind = token_ids(tokenizer, text.partition(ANSWER)[2].lstrip())
             ends += [token for token in behind[:1] if token in special_ids(tokenizer) - {tokenizer.bos_token_id}]
@@ -131,8 +132,11 @@ def end_tokens(tokenizer: Any, eos: Collection[int], chat: Chat | None = None) -
 
 
 def token_ids(tokenizer: Any, text: str, special: bool = False, as_text: bool = False) -> list[int]:
-    """special: with the tokens that the tokenizer puts around a text. as_text: the names of control tokens in it are
-    text. Raises UserError for a tokenizer that fails."""
+    """Returns the token ids of a text. Raises UserError for a tokenizer that fails.
+
+    special: whether the tokens that the tokenizer puts around a text are included.
+    as_text: whether the names of control tokens in it are text.
+    """
     with one_line("tokenizer: it does not take the text"):
         if as_text and any(name in text for name in special_texts(tokenizer)):
             return list(tokenizer(text, add_special_tokens=special, split_special_tokens=True).input_ids)
@@ -140,8 +144,8 @@ def token_ids(tokenizer: Any, text: str, special: bool = False, as_text: bool = 
 
 
 def word_ids(tokenizer: Any, word: str | Sequence[int]) -> list[tuple[int, ...]]:
-    """The ways in which the tokenizer writes a word: alone, and behind a space where it then has a first token of its
-    own and no more of them (vLLM's rule). Ids are one way."""
+    """Returns the ways in which the tokenizer writes a word: alone, and after a space if it then has a first token of
+    its own and as many tokens (vLLM's rule). Ids are one way."""
     if not isinstance(word, str):
         return [tuple(int(token) for token in word)]
     alone, spaced = (tuple(token_ids(tokenizer, text)) for text in (word, f" {word.lstrip()}"))
@@ -150,16 +154,16 @@ def word_ids(tokenizer: Any, word: str | Sequence[int]) -> list[tuple[int, ...]]
 
 
 def templated_ids(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> list[int]:
-    """Token ids of what the chat template makes of messages."""
+    """Returns the token ids of chat messages in the chat template."""
     mark, text = rendered(tokenizer, messages, chat)
     check_text("prompt", text)
     return marked_ids(tokenizer, mark, text)
 
 
 def rendered(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> tuple[str, str]:
-    """What the chat template makes of messages, up to where the model answers, behind the character that marks what
-    stands for the name of a control token that is text; none where no message has one. Raises UserError for a template
-    that is broken."""
+    """Renders messages by the chat template, up to where the model answers. Returns the text, and before it the
+    character that marks names of control tokens which are text ("" where no message has one). Raises UserError for a
+    template that is broken."""
     said, names = "\n".join(texts_in(messages)), () if chat.special else special_texts(tokenizer)
     mark = next((chr(code) for code in PRIVATE if chr(code) not in said), "") if any(n in said for n in names) else ""
     with one_line("prompt: the model's chat template does not take it"):
@@ -172,7 +176,7 @@ def rendered(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> tuple[str, 
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a message, or in any part of it."""
+    """Yields every text in a message, or in any part of it."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (dict, list, tuple)):
@@ -181,7 +185,8 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def marked(value: Any, names: Sequence[str], mark: str) -> Any:
-    """A message, or any part of it, with the number of each name, between marks, in its place."""
+    """Returns a message, or any part of it, in which the number of each name stands between marks in the name's
+    place."""
     if isinstance(value, str):
         for number, name in enumerate(names):
             value = value.replace(name, f"{mark}n{number}{mark}")
@@ -192,10 +197,10 @@ def marked(value: Any, names: Sequence[str], mark: str) -> Any:
 
 
 def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
-    """Token ids of a text in which names between marks are text, and all others control tokens.
+    """Returns the token ids of a text in which names between marks are text, and all others control tokens.
 
     The tokenizer itself cannot tell them apart. So in a copy of it the others get names of their own, which stay tokens
-    where all that was special is read as text; the text around them is cut and read as it always is.
+    where all that was special is read as text. The text around them is cut and read as always.
     """
     if not mark:
         return token_ids(tokenizer, text)
@@ -221,47 +226,47 @@ def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:
-    """The names of control tokens, the longest first."""
+    """Returns the names of control tokens, the longest first."""
     names = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special and added.content}
     return tuple(sorted(names, key=lambda name: (-len(name), name)))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that are no text: chat markup, end of sequence and the like."""
+    """Returns the tokens that are no text: chat markup, end of sequence and the like."""
     return frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
 
 
 class TextJoiner:
-    """Tokens in, text out as soon as it is certain: no half characters, nothing of a stop string.
+    """Turns tokens into text as soon as it is certain. It returns no half characters, and nothing of a stop string.
 
-    The pieces of one chapter, `finish` included, join to exactly what decoding all of its tokens gives, cut before
-    the first stop string. (But for invalid UTF-8 in byte-fallback vocabularies: there a bad byte turns the whole
-    characters before it bad, which may have been told.)
+    The pieces of one chapter, `finish` included, join to exactly what decoding all of its tokens gives, cut before the
+    first stop string. Invalid UTF-8 in byte-fallback vocabularies is an exception: there a bad byte turns the whole
+    characters before it bad, which may have been returned already.
 
-    before: tokens that the text goes on from. A SentencePiece vocabulary drops the space at the start of what it
-    decodes, so a text that continues another is decoded behind it.
-    keep: the text is cut behind the first stop string rather than before it.
+    before: tokens that the text goes on from. A SentencePiece vocabulary drops the space at the start of the tokens it
+            decodes, so a text that continues another is decoded together with its end.
+    keep: whether the text is cut after the first stop string rather than before it.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = (), keep: bool = False):
         self._tokenizer = tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
         self._stops, self._keep = tuple(stops), keep
-        # The latest tokens, the first of them told: they are the context of the others.
+        # The latest tokens. The first of them were told, and are the context of the others.
         self._window = [token for token in before if self._has_text(token)]
-        self._context = len(self._window)  # how many these are
+        self._context = len(self._window)  # how many of them were told
         self._told = len(self._decode(self._window).rstrip(BAD))  # characters of the window's text that were told
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that is certain after these tokens; empty while a character or a stop string may go on."""
+        """Returns the text that is certain after these tokens, empty while a character or a stop string may go on."""
         for token in tokens:
             if not self._has_text(token):
                 continue
             self._window.append(token)
             text = self._decode(self._window)
-            if text.endswith(HOPELESS):
-                self._tell(text, len(text) - len(HOPELESS) + 1)
+            if text.endswith(INVALID_RUN):
+                self._tell(text, len(text) - len(INVALID_RUN) + 1)
                 self._shorten(text[self._told :])
             elif not text.endswith(BAD) and len(text) > self._told:
                 self._tell(text, len(text))
@@ -272,34 +277,34 @@ class TextJoiner:
         return text
 
     def finish(self) -> str:
-        """The rest of the chapter: what was held back, cut at a stop string."""
+        """Returns the rest of the chapter: the text that was held back, cut at a stop string."""
         rest = self._held + self._decode(self._window)[self._told :]
         cuts = [rest.find(stop) + (len(stop) if self._keep else 0) for stop in self._stops if stop in rest]
         return rest[: min(cuts, default=len(rest))]
 
     def _has_text(self, token: int) -> bool:
-        """An id without a token has none."""
+        """Returns whether a token has a text. An id without a token has none."""
         return token not in self._special and self._tokenizer.id_to_token(token) is not None
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        """(tokenizers' DecodeStream does this too, but raises an exception where invalid UTF-8 in a byte-fallback
-        vocabulary changes the context's text.)"""
+        """Decodes tokens to text. (tokenizers' DecodeStream does this too, but raises an exception where invalid UTF-8
+        in a byte-fallback vocabulary changes the context's text.)"""
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _tell(self, text: str, stop: int) -> None:
-        """The window's text up to character `stop`."""
+        """Returns the window's text up to character `stop`."""
         self._held += text[self._told : stop]
         self._told = max(self._told, stop)
 
     def _shorten(self, untold: str) -> None:
-        """Of a long run of invalid bytes the last tokens are context enough: decoding falls into step within a
-        character. Else each token would decode all of the run again."""
-        if len(self._window) > 4 * len(HOPELESS):
-            del self._window[: -2 * len(HOPELESS)]
+        """Drops tokens of a long run of invalid bytes. The last ones are context enough, because decoding falls into
+        step within a character. Otherwise each token would decode all of the run again."""
+        if len(self._window) > 4 * len(INVALID_RUN):
+            del self._window[: -2 * len(INVALID_RUN)]
             self._context, self._told = 0, len(self._decode(self._window)) - len(untold)
 
     def _certain(self) -> int:
-        """Characters held before anything that is, or may become, a stop string."""
+        """Returns how many characters stand before anything that is, or may become, a stop string."""
         held = self._held
         found = [held.index(stop) for stop in self._stops if stop in held]
         begun = [len(held) - size for stop in self._stops for size in range(1, len(stop)) if held.endswith(stop[:size])]

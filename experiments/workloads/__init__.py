@@ -1,5 +1,6 @@
-"""What the experiments let the model write: prompts of our own, and real texts to go on from (those of
-`tokenswift_py.human`). README.md says how.
+"""The workloads of the experiments: prompts of our own, and real texts to go on from (those of `tokenswift_py.human`).
+
+README.md describes them.
 
 A script in experiments/ imports this as `workloads`.
 """

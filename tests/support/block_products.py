@@ -1,5 +1,5 @@
-"""What products with weights in blocks are: the documented formula (kernels/cpu/math/quant.h), block after block, on
-numbers that the gguf package takes out of the blocks."""
+"""Products with weights in blocks by the documented formula (kernels/cpu/math/quant.h), block after block, on numbers
+that the gguf package takes out of the blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Bytes = npt.NDArray[np.uint8]
 VOCAB = 83  # panels of every width, the last one not full
 TYPES = {kind: GGMLQuantizationType[{"q8": "Q8_0", "q4": "Q4_1"}.get(kind, kind.upper())] for kind in FORMATS}
 SIXES = bytes([1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1])  # eight scales of 1 and minima of 0 in Q4_K and Q5_K
-# Of blocks of 256: (place, bytes) that make every scale 1, (first, last, byte) that make every weight `unit` times it.
+# (place, bytes) of blocks of 256 that make every scale 1, (first, last, byte) that make every weight `unit` times it.
 SCALES: dict[str, tuple[tuple[int, bytes], tuple[int, int, int], int]] = {
     "q4_k": ((4, SIXES), (16, 144, 0x11), 1),
     "q5_k": ((4, SIXES), (16, 176, 0xFF), 31),
@@ -35,7 +35,12 @@ SCALES: dict[str, tuple[tuple[int, bytes], tuple[int, int, int], int]] = {
 
 @dataclass(frozen=True)
 class Numbers:
-    """d, minimum: [rows, blocks of 32]; scales: [rows, blocks of 32, 2], one for each 16; quants: less their zero."""
+    """The numbers of blocks.
+
+    d, minimum: [rows, blocks of 32].
+    scales: [rows, blocks of 32, 2], one for each 16.
+    quants: [rows, blocks of 32, 32], less their zero.
+    """
 
     d: Floats
     scales: Floats
@@ -44,7 +49,7 @@ class Numbers:
 
 
 def dequantised(blocks: Blocks) -> Floats:
-    """By the gguf package."""
+    """Returns the values of blocks by the gguf package."""
     return dequantize(blocks.data, TYPES[blocks.kind]).astype(np.float32).reshape(blocks.shape)
 
 
@@ -53,7 +58,8 @@ def numbers(blocks: Blocks) -> Numbers:
     raw = blocks.data.reshape(-1, form.stored)
 
     def whole(halves: tuple[float, float], first: int = 0, changes: bytes = b"") -> npt.NDArray[np.int64]:
-        """The values with these d and minimum, and the bytes from `first` on changed: whole numbers."""
+        """Returns the values of blocks with these d and minimum, and the bytes from `first` on changed: whole
+        numbers."""
         changed = raw.copy()
         changed[:, first : first + len(changes)] = np.frombuffer(changes, np.uint8)
         for at, half in zip(form.halves, halves, strict=False):
@@ -73,7 +79,7 @@ def numbers(blocks: Blocks) -> Numbers:
 
 
 def fma(a: Floats, b: Floats, c: Floats) -> Floats:
-    """a b + c rounded once: the product is exact in double; its sum with c is rounded to odd, then to fp32."""
+    """Returns a b + c rounded once. The product is exact in double; its sum with c is rounded to odd, then to fp32."""
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + c
     of_c = total - product
@@ -84,7 +90,7 @@ def fma(a: Floats, b: Floats, c: Floats) -> Floats:
 
 
 def rounded(x: Floats, blocks: int) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Activations as products take them: scales [rows, blocks] and quants [rows, blocks, 32]."""
+    """Returns activations rounded for a product: scales [rows, blocks] and quants [rows, blocks, 32]."""
     padded = np.zeros((len(x), blocks * 32), np.float32)
     padded[:, : x.shape[1]] = x
     rows = padded.reshape(len(x), -1, 32)
@@ -94,7 +100,7 @@ def rounded(x: Floats, blocks: int) -> tuple[Floats, npt.NDArray[np.int64]]:
 
 
 def product(blocks: Blocks, x: Floats) -> Floats:
-    """The documented formula, block after block."""
+    """Computes the documented formula, block after block."""
     found = numbers(blocks)
     scale, factors = rounded(x, found.quants.shape[1])
     parts = 2 if blocks.kind == "q6_k" else 1
@@ -112,7 +118,7 @@ def product(blocks: Blocks, x: Floats) -> Floats:
 
 
 def random_blocks(kind: str, columns: int, seed: int) -> Blocks:
-    """Scales from subnormal to large, every quant there is."""
+    """Makes blocks with scales from subnormal to large, and every quant there is."""
     rng, form = np.random.default_rng(seed), FORMATS[kind]
     raw = rng.integers(0, 256, (VOCAB, columns // form.weights, form.stored)).astype(np.uint8)
     tens = 10.0 ** rng.integers(-7, 3, len(form.halves))
@@ -125,8 +131,8 @@ def random_blocks(kind: str, columns: int, seed: int) -> Blocks:
 
 
 def decoder_with(head: torch.Tensor | Blocks, threads: int = 2, **others: Any) -> NativeDecoder:
-    """A model whose LM head is `head`; `project` is then one product with it. others: more weights by their names,
-    with one underscore for each dot."""
+    """Makes a model whose LM head is `head`. `project` is then one product with it. others: more weights by their
+    names, with one underscore for each dot."""
     config = tiny_config(hidden_size=head.shape[1], vocab_size=VOCAB, num_attention_heads=2, tie_word_embeddings=False)
     weights: dict[str, Any] = weights_of(tiny_model(config, torch.float32))
     packed = NativeWeights(

@@ -14,7 +14,8 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """Skips, with the reason, where there is none: neither one of this machine's nor Playwright's own."""
+    """Starts a browser. Skips, with the reason, where there is none: neither one of this machine's nor Playwright's
+    own."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'tokenswift-py[dev]'")
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
     with sync_api.sync_playwright() as playwright:

@@ -71,7 +71,7 @@ def encoded(weights: Floats, kind: str, seed: int) -> npt.NDArray[Any]:
 
 
 def own_metadata(config: Any) -> dict[str, int]:
-    """What llama.cpp's converter writes of a family besides what it writes of all."""
+    """Returns the metadata that llama.cpp's converter writes of a family besides what it writes of all."""
     names = {
         "expert_count": ("num_local_experts", "num_experts"),
         "expert_used_count": ("num_experts_per_tok",),
@@ -160,7 +160,8 @@ def gguf_tensors_of(
 
 
 def as_converted(spec: ModelSpec, config: Any, state: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Floats]]:
-    """transformers' tensors under its names, changed as llama.cpp's converter changes them but for the rows of q, k."""
+    """Returns transformers' tensors under its names, changed like llama.cpp's converter changes them but for the rows
+    of q, k."""
     simple = all(name in state for name in spec.shapes())
     for name in spec.shapes() if simple else state:
         weights = state[name].numpy()

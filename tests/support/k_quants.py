@@ -15,19 +15,20 @@ def divided(a: Floats, b: Floats) -> Floats:
 
 
 def half(x: Floats) -> tuple[Floats, Bytes]:
-    """Rounded to fp16, and its bytes [..., 2]."""
+    """Rounds to fp16, and returns the bytes [..., 2] too."""
     rounded = x.astype(np.float16)
     return rounded.astype(np.float32), rounded.view(np.uint8).reshape(*x.shape[:-1], 2)
 
 
 def nibbles(low: Bytes, count: int) -> Bytes:
-    """[blocks, n] four bits each: the first `count` of each 2 * count in the low halves of bytes, the others high."""
+    """Packs [blocks, n] four bits each: the first `count` of each 2 * count in the low halves of bytes, the others
+    high."""
     pairs = (low & 15).reshape(len(low), -1, 2, count)
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(low), -1)
 
 
 def with_minima(weights: Floats, bits: int) -> Bytes:
-    """Q4_K, Q5_K: eight scales s and minima t of 6 bits, w = d s q - dmin t."""
+    """Packs Q4_K or Q5_K: eight scales s and minima t of 6 bits, w = d s q - dmin t."""
     parts = weights.reshape(-1, 8, 32)
     least = np.minimum(parts.min(-1), 0)
     steps = (parts.max(-1) - least) / (2**bits - 1)
@@ -41,7 +42,7 @@ def with_minima(weights: Floats, bits: int) -> Bytes:
 
 
 def q6_k(weights: Floats) -> Bytes:
-    """Sixteen signed scales, w = d s (q - 32)."""
+    """Packs Q6_K: sixteen signed scales, w = d s (q - 32)."""
     parts = weights.reshape(-1, 16, 16)
     steps = np.abs(parts).max(-1) / 31
     d, d_bytes = half(steps.max(-1, keepdims=True) / 127)
@@ -54,7 +55,7 @@ def q6_k(weights: Floats) -> Bytes:
 
 
 def places(values: Floats) -> Bytes:
-    """Of the nearest values of the codebook."""
+    """Returns the indices of the nearest values of the codebook."""
     return np.abs(values[..., None] - CODEBOOK).argmin(-1).astype(np.uint8)
 
 
@@ -65,7 +66,7 @@ def iq4_nl(weights: Floats) -> Bytes:
 
 
 def iq4_xs(weights: Floats) -> Bytes:
-    """Eight scales s of 6 bits, w = d (s - 32) codebook[q]."""
+    """Packs IQ4_XS: eight scales s of 6 bits, w = d (s - 32) codebook[q]."""
     parts = weights.reshape(-1, 8, 32)
     steps = np.abs(parts).max(-1) / 113
     d, d_bytes = half(steps.max(-1, keepdims=True) / 31)
@@ -86,5 +87,5 @@ WRITERS = {
 
 
 def quantised(weights: Floats, kind: str) -> Bytes:
-    """[rows, bytes of a row]"""
+    """Returns [rows, bytes of a row] of weights in a type of blocks."""
     return WRITERS[kind](weights).reshape(len(weights), -1)

@@ -28,18 +28,18 @@ class Nursery:
         )
 
     def start(self, data: Path) -> int:
-        """Starts a child; its process id."""
+        """Starts a child and returns its process id."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{self._model} {data} {self._settings}\n")
         self._process.stdin.flush()
         return int(self._line())
 
     def end(self) -> int:
-        """Waits for the end of the child; its exit code, negative for a signal."""
+        """Waits for the end of the child. Returns its exit code, negative for a signal."""
         return int(self._line())
 
     def kill_at(self, data: Path, child: int, size: int) -> int:
-        """Kills the child when the journals of all jobs have so many bytes more; returns as `end`."""
+        """Kills the child when the journals of all jobs have so many bytes more. Returns the exit code."""
         began = total(data)
         deadline = time.monotonic() + 60
         while total(data) < began + size:

@@ -12,7 +12,7 @@ VALUES: tuple[Any, ...] = ("cat", "the dog", "", 'a "b"', 3, -1.5, True, None, [
 
 
 def random_schema(rng: np.random.Generator, depth: int = 3) -> dict[str, Any]:
-    """Objects and arrays down to `depth`, unions, and every kind of leaf."""
+    """Makes objects and arrays down to `depth`, unions, and every kind of leaf."""
     kinds = (*LEAVES, *(("object", "array", "anyOf") * 3 if depth else ()))
     kind = str(rng.choice(kinds))
     if kind == "object":

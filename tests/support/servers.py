@@ -1,4 +1,4 @@
-"""A server in a thread, as clients meet it."""
+"""A server in a thread, in the way that clients meet it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tokenswift_py.serving.limits import Limits
 
 @dataclass
 class Running:
-    """A server, and how to reach it."""
+    """A server and its address."""
 
     engine: Any
     service: Service
@@ -42,7 +42,7 @@ class Running:
 
 @contextmanager
 def running(engine: Any, drain: float = 0.0, **settings: Any) -> Iterator[Running]:
-    """settings: of `Service`, and of `Limits`. The engine is closed with the server."""
+    """Runs a server, and closes it and its engine at the end. settings: settings of `Service` and of `Limits`."""
     limits = {name: settings.pop(name) for name in Limits.__dataclass_fields__ if name in settings}
     service = Service(engine, "tiny", Limits(**limits), **settings)
     with bound("127.0.0.1", 0) as listening:
@@ -82,7 +82,7 @@ class Reply:
 
 
 def ask(url: str, body: Any = None, **headers: str) -> Reply:
-    """A plain request. body: JSON, bytes as they are, or parts of them, whose length is not told; None is a GET."""
+    """Sends a plain request. body: JSON, bytes, or parts of them, whose length is not told; None is a GET."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
     named = {name.replace("_", "-"): value for name, value in {"Content_Type": "application/json", **headers}.items()}
     request = urllib.request.Request(url, data, named, method="GET" if data is None else "POST")
@@ -94,7 +94,7 @@ def ask(url: str, body: Any = None, **headers: str) -> Reply:
 
 
 def until(true: Callable[[], Any], seconds: float = 30.0) -> None:
-    """Waits for it. Raises AssertionError."""
+    """Waits for a condition. Raises AssertionError."""
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline

@@ -9,21 +9,14 @@ from typing import Any
 import torch
 
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
-from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufPlaces, GgufTensors
-from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, places_of, weight_files
+from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufIndex, GgufTensors
+from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, slices_of, weight_files
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.models.blocks import INT8_BYTES
+from tokenswift_py.models.devices import DTYPES
 from tokenswift_py.models.spec import ModelSpec
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-WEIGHTS = (*DTYPES, "int8", "gguf")
-KV_DTYPES = {**DTYPES, "int8": torch.int8}
 NO_BLOCKS = f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns the name that --dtype and --kv-dtype use."""
-    return next(name for name, known in KV_DTYPES.items() if known == dtype)
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Checkpoint:
     spec: ModelSpec
     defaults: dict[str, Any]
     eos: tuple[int, ...]
-    gguf: GgufPlaces | None = None
+    gguf: GgufIndex | None = None
 
     def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
         """Returns the weights as they lie on disk. Blocks of a GGUF file are dequantised in fp32, rounded to `dtype`.
@@ -54,7 +47,7 @@ class Checkpoint:
         """
         if self.gguf is not None:
             return GgufTensors(self.gguf, part, dtype)
-        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part, places_of(self.spec))
+        return StoredTensors(weight_files(self.folder), self.spec.shapes(), part, slices_of(self.spec))
 
     def blocks(self) -> GgufBlocks:
         """Returns the weights in the blocks of the GGUF file. Raises UserError where there is none."""

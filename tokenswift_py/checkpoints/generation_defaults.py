@@ -1,9 +1,8 @@
-"""What generation_config.json asks for: honoured as transformers honours it, or told in one line; nothing is dropped
-without a word.
+"""Honours generation_config.json like transformers, or says in one line why not. Nothing is dropped without a word.
 
 Source: transformers' GenerationConfig and the processors that `generate` makes of it. A field that is missing or null
-has transformers' default. What `generate` is always told here by a parameter of its own, as max_new_tokens, or what
-cannot change a text, as use_cache, is not looked at.
+        has transformers' default. Fields are not looked at if a parameter of our own always decides them
+        (max_new_tokens), or if they cannot change a text (use_cache).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1.0,), "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,),
     "num_return_sequences": (1,), **{name: (value,) for name, value in SAMPLING.items()}, "top_k": (0, 50),
 }  # fmt: skip
-# What a parameter of ours says in any case, what is of beams alone, and what changes the speed and not the text.
+# Fields that parameters of ours decide in any case, those of beams alone, and those that change only the speed.
 UNREAD = frozenset(
     (
         "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "decoder_start_token_id", "length_penalty",
@@ -68,7 +67,7 @@ def sampling_defaults(values: Mapping[str, Any], eos: tuple[int, ...], vocab: in
 
 
 def is_allowed(name: str, value: Any) -> bool:
-    """Whether it is a value that our parameter of this name takes."""
+    """Returns whether a value is one that our parameter of this name takes."""
     try:
         described_parameters()[name].kind.check(name, value)
     except UserError:

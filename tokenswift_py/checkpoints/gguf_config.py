@@ -85,7 +85,7 @@ class Metadata:
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
-    """What config.json says of the same model. Raises UserError for what is missing or not supported."""
+    """Returns the config.json of the same model. Raises UserError for metadata that is missing or not supported."""
     said = Metadata(file)
     said.check_keys()
     heads, hidden = said.size("attention.head_count"), said.size("embedding_length")

@@ -18,7 +18,7 @@ import google_crc32c
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name
 from tokenswift_py.checkpoints.gguf_config import config_of
 from tokenswift_py.checkpoints.gguf_file import GgufFile
-from tokenswift_py.checkpoints.gguf_tensors import GgufPlaces
+from tokenswift_py.checkpoints.gguf_tensors import GgufIndex
 from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
 from tokenswift_py.errors import one_line
 from tokenswift_py.models.spec import ModelSpec
@@ -41,7 +41,7 @@ def describe_gguf(file: GgufFile) -> Path:
         return folder
     with one_line(f"model: {file.name} is not a readable GGUF file"):
         config = config_of(file)
-        GgufPlaces(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
+        GgufIndex(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.parent):
             if not usable(folder):  # another process may have made it while this one waited

@@ -38,11 +38,11 @@ AT_ONCE = 2**17  # weights that a thread dequantises together: they stay in its 
 ALONE = 2**15  # elements up to which torch starts no threads of its own to convert them
 
 
-class GgufPlaces:
-    """Which tensor of a file each of Hugging Face's names is.
+class GgufIndex:
+    """The index of a file: which of its tensors each of Hugging Face's names is.
 
     Raises UserError for a tensor that is missing, has another shape or a type that nothing dequantises, and for one
-    that no model of this config reads. A bias that a file does not have is zero, as in llama.cpp.
+    that no model of this config reads. A bias that a file does not have is zero, like in llama.cpp.
     """
 
     def __init__(self, file: GgufFile, spec: ModelSpec):
@@ -56,22 +56,22 @@ class GgufPlaces:
         self.tensors: dict[str, StoredTensor] = {}
         self._first: dict[str, int] = {}  # of a tensor's rows the first that is ours, where it holds others too
         for name, shape in self.shapes.items():
-            place = family.gguf_place(name, shape, spec)
-            stem, suffix = place.name.rsplit(".", 1)
+            stored = family.gguf_slice(name, shape, spec)
+            stem, suffix = stored.name.rsplit(".", 1)
             theirs = f"{names.get_name(stem)}.{suffix}"
             there = theirs in file.tensors
             check(there or suffix == "bias", f"model: tensor {theirs}", None, f"{file.name} must hold it")
             if there:
-                self.tensors[name] = checked(file.tensors[theirs], place.shape)
-                self._first[name] = place.first + (place.index or 0) * shape[0]
+                self.tensors[name] = checked(file.tensors[theirs], stored.shape)
+                self._first[name] = stored.first + (stored.index or 0) * shape[0]
         unread = file.tensors.keys() - {tensor.name for tensor in self.tensors.values()}
         others = sorted(unread - set(FACTORS))  # those are in the config's RoPE parameters
         check(not others, f"model: tensor {others[0] if others else ''}", file.name, "no model of this config reads it")
 
     def bytes_of(self, name: str) -> Bytes:
-        """[rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
+        """Returns [rows, bytes of a row] of a matrix, [1, bytes] of a vector, mapped from the file.
 
-        Rows of q and k are in Hugging Face's order: files of some families hold the two halves of a head, which RoPE
+        Rows of q and k are in Hugging Face's order. Files of some families hold the two halves of a head, which RoPE
         turns against each other, row by row.
         """
         tensor, shape = self.tensors[name], self.shapes[name]
@@ -87,7 +87,8 @@ class GgufPlaces:
         return halves
 
     def unfolded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A norm's weight as Hugging Face has it: of a family whose norms multiply by it and 1, files hold the sum."""
+        """Returns a norm's weight in Hugging Face's form. Files of a family whose norms multiply by 1 + weight hold the
+        sum."""
         offset = self.spec.norm_offset
         return tensor.float() - offset if offset and name.endswith("norm.weight") else tensor
 
@@ -98,73 +99,73 @@ class GgufTensors(Tensors):
     dtype: what matrices in blocks are rounded to. Vectors and tensors without blocks have the file's own type.
     """
 
-    def __init__(self, places: GgufPlaces, part: Part | None = None, dtype: torch.dtype = torch.float32):
-        self._places, self._part, self._dtype = places, part, dtype
+    def __init__(self, index: GgufIndex, part: Part | None = None, dtype: torch.dtype = torch.float32):
+        self._index, self._part, self._dtype = index, part, dtype
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        places, shape = self._places, self._places.shapes[name]
+        index, shape = self._index, self._index.shapes[name]
         part = self._part(name, shape) if self._part else (slice(None),)
-        if name not in places.tensors:
+        if name not in index.tensors:
             return torch.zeros(shape)[part]
-        kind = places.tensors[name].kind
-        with one_line(f"{where(places, name)} cannot be read"):
-            data = places.bytes_of(name)
+        kind = index.tensors[name].kind
+        with one_line(f"{where(index, name)} cannot be read"):
+            data = index.bytes_of(name)
             if kind in VALUES:
-                return self._places.unfolded(name, valued(data, kind, shape))[part]
+                return self._index.unfolded(name, valued(data, kind, shape))[part]
             found = dequantised(data[part[0]], kind, self._dtype)
-        check(found is not None, where(places, name), "inf or nan", "finite scales")
+        check(found is not None, where(index, name), "inf or nan", "finite scales")
         assert found is not None
         return found[:, part[1]] if len(part) > 1 else found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places.shapes)
+        return iter(self._index.shapes)
 
     def __len__(self) -> int:
-        return len(self._places.shapes)
+        return len(self._index.shapes)
 
 
 class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
     """Tensors under Hugging Face's names: matrices as blocks where the file has blocks, the others as values."""
 
-    def __init__(self, places: GgufPlaces):
-        self._places = places
+    def __init__(self, index: GgufIndex):
+        self._index = index
 
     def tell_rounded(self) -> None:
         """Say in one line of the log which of the file's types the engine has no products for."""
-        kinds = {tensor.kind for tensor in self._places.tensors.values()} - NATIVE.keys() - VALUES.keys()
+        kinds = {tensor.kind for tensor in self._index.tensors.values()} - NATIVE.keys() - VALUES.keys()
         if kinds:
-            logger.warning("%s: %s: rounded to blocks of 8 bits", self._places.file.name, ", ".join(sorted(kinds)))
+            logger.warning("%s: %s: rounded to blocks of 8 bits", self._index.file.name, ", ".join(sorted(kinds)))
 
     @property
     def nbytes(self) -> int:
-        """What the tensors take when packed: matrices in blocks, norms and biases as fp32."""
-        tensors = self._places.tensors
-        return sum(packed_bytes(tensors[name].kind if name in tensors else "F32", self._places.shapes[name])
+        """Returns the bytes that the packed tensors take: matrices in blocks, norms and biases in fp32."""
+        tensors = self._index.tensors
+        return sum(packed_bytes(tensors[name].kind if name in tensors else "F32", self._index.shapes[name])
                    for name in self)  # fmt: skip
 
     def __getitem__(self, name: str) -> torch.Tensor | Blocks:
-        places = self._places
-        if name not in places.tensors:
-            return torch.zeros(places.shapes[name])
-        kind = places.tensors[name].kind
-        with one_line(f"{where(places, name)} cannot be read"):
-            data = places.bytes_of(name)
+        index = self._index
+        if name not in index.tensors:
+            return torch.zeros(index.shapes[name])
+        kind = index.tensors[name].kind
+        with one_line(f"{where(index, name)} cannot be read"):
+            data = index.bytes_of(name)
             if kind in VALUES:
-                return places.unfolded(name, valued(data, kind, places.shapes[name]))
+                return index.unfolded(name, valued(data, kind, index.shapes[name]))
             blocks = Blocks(NATIVE[kind], data) if kind in NATIVE else rounded(data, kind)
             finite = blocks.finite()
-        check(finite, where(places, name), "inf or nan", "finite scales")
+        check(finite, where(index, name), "inf or nan", "finite scales")
         return blocks
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places.shapes)
+        return iter(self._index.shapes)
 
     def __len__(self) -> int:
-        return len(self._places.shapes)
+        return len(self._index.shapes)
 
 
-def where(places: GgufPlaces, name: str) -> str:
-    return f"model: tensor {name} of {places.tensors[name].path.name}"
+def where(index: GgufIndex, name: str) -> str:
+    return f"model: tensor {name} of {index.tensors[name].path.name}"
 
 
 def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
@@ -191,7 +192,7 @@ def valued(data: Bytes, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def dequantised(data: Bytes, kind: str, dtype: torch.dtype) -> torch.Tensor | None:
-    """[rows, columns] of blocks as values; None where one is not finite."""
+    """Returns [rows, columns] values of blocks, None where one is not finite."""
     out = torch.empty((len(data), columns_of(data, kind)), dtype=dtype)
 
     def put(rows: slice, values: Floats) -> bool:

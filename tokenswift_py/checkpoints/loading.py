@@ -14,7 +14,7 @@ from tokenswift_py.checkpoints.finding import DEFAULT_MODEL, from_hub, locate
 from tokenswift_py.checkpoints.generation_defaults import generation_defaults
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.checkpoints.gguf_folder import describe_gguf
-from tokenswift_py.checkpoints.gguf_tensors import GgufPlaces
+from tokenswift_py.checkpoints.gguf_tensors import GgufIndex
 from tokenswift_py.checkpoints.stored_tensors import check_unread
 from tokenswift_py.core import is_whole
 from tokenswift_py.errors import about, check, one_line
@@ -57,7 +57,7 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
         check_unread(folder, spec)
         return Checkpoint(model, folder, config, spec, defaults, eos)
     with one_line(f"model: {file.name} is not a readable GGUF file"):
-        return Checkpoint(model, folder, config, spec, defaults, eos, GgufPlaces(file, spec))
+        return Checkpoint(model, folder, config, spec, defaults, eos, GgufIndex(file, spec))
 
 
 def open_draft_checkpoint(model: str, target: Any) -> tuple[Checkpoint, Any]:

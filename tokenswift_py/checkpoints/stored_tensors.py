@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from tokenswift_py.errors import check, files, one_line
-from tokenswift_py.models.families.base import Place
+from tokenswift_py.models.families.base import StoredSlice
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 logger = logging.getLogger("tokenswift")
@@ -34,15 +34,15 @@ class Tensors(Mapping[str, torch.Tensor]):
         return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
 
 
-Places = Callable[[str, tuple[int, ...]], Sequence[Place]]
+FindSlices = Callable[[str, tuple[int, ...]], Sequence[StoredSlice]]
 
 
-def by_its_name(name: str, shape: tuple[int, ...]) -> Sequence[Place]:
-    return (Place(name, shape),)
+def by_its_name(name: str, shape: tuple[int, ...]) -> Sequence[StoredSlice]:
+    return (StoredSlice(name, shape),)
 
 
-def places_of(spec: ModelSpec) -> Places:
-    """Where files of the model's family may hold a tensor, the likeliest place first."""
+def slices_of(spec: ModelSpec) -> FindSlices:
+    """Returns what tells where files of the model's family may hold a tensor, the likeliest place first."""
     family = family_named(spec.family)
     return lambda name, shape: family.stored(name, shape, spec)
 
@@ -59,12 +59,12 @@ class StoredTensors(Tensors):
         files: Sequence[Path],
         shapes: Mapping[str, tuple[int, ...]],
         part: Part | None = None,
-        places: Places = by_its_name,
+        slices: FindSlices = by_its_name,
     ):
         self._shapes, self._part = dict(shapes), part
         self._file = files_of(files)
-        self._places = {name: self._place(places(name, shape)) for name, shape in shapes.items()}
-        whole = {place.name: place.shape for place in self._places.values()}
+        self._slices = {name: self._first_found(slices(name, shape)) for name, shape in shapes.items()}
+        whole = {stored.name: stored.shape for stored in self._slices.values()}
         for path in dict.fromkeys(self._file[name] for name in whole):
             with one_line(unreadable(path)), safe_open(path, "pt") as tensors:
                 for name in (name for name in whole if self._file[name] == path):
@@ -73,22 +73,22 @@ class StoredTensors(Tensors):
                     kind = tensors.get_slice(name).get_dtype()
                     check(kind in STORED, f"model: type of tensor {name}", kind, f"one of {', '.join(STORED)}")
 
-    def _place(self, places: Sequence[Place]) -> Place:
-        found = next((place for place in places if place.name in self._file), None)
-        check(found is not None, f"model: tensor {places[0].name}", None, "the safetensors files must hold it")
-        return found or places[0]
+    def _first_found(self, slices: Sequence[StoredSlice]) -> StoredSlice:
+        found = next((stored for stored in slices if stored.name in self._file), None)
+        check(found is not None, f"model: tensor {slices[0].name}", None, "the safetensors files must hold it")
+        return found or slices[0]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        place, shape = self._places[name], self._shapes[name]
-        with safe_open(self._file[place.name], "pt") as tensors:
-            if self._part is None and place.shape == shape:
-                tensor: torch.Tensor = tensors.get_tensor(place.name)
+        stored, shape = self._slices[name], self._shapes[name]
+        with safe_open(self._file[stored.name], "pt") as tensors:
+            if self._part is None and stored.shape == shape:
+                tensor: torch.Tensor = tensors.get_tensor(stored.name)
                 return tensor
             rows, *columns = self._part(name, shape) if self._part else (slice(None),)
             begin, end, _ = rows.indices(shape[0])
-            index = () if place.index is None else (place.index,)
-            at = (*index, slice(place.first + begin, place.first + end), *columns)
-            part: torch.Tensor = tensors.get_slice(place.name)[at]
+            index = () if stored.index is None else (stored.index,)
+            at = (*index, slice(stored.first + begin, stored.first + end), *columns)
+            part: torch.Tensor = tensors.get_slice(stored.name)[at]
         return part
 
     def __iter__(self) -> Iterator[str]:
@@ -139,8 +139,8 @@ def check_unread(folder: Path, spec: ModelSpec) -> None:
     """Raises UserError for an unread tensor that would change the text, and names other unread parts in the log."""
     read = weight_files(folder)
     others = [path.name for path in sorted(folder.glob("*.safetensors")) if path not in read]
-    places, found = places_of(spec), files_of(read)
-    known = {place.name for name, shape in spec.shapes().items() for place in places(name, shape)}
+    slices, found = slices_of(spec), files_of(read)
+    known = {stored.name for name, shape in spec.shapes().items() for stored in slices(name, shape)}
     for name in sorted(found.keys() - known):
         if TABLES.fullmatch(name) is None and not is_neutral(name, found, spec):
             changes = name.startswith(("model.", "lm_head.")) or "lora_" in name

@@ -1,4 +1,4 @@
-"""What the commands' parsers share: every wrong value is told in the one line that wrong settings get everywhere."""
+"""Parts that the commands' parsers share. Every wrong value gets the one line that wrong settings get everywhere."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tokenswift_py.errors import UserError, shown
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, rather than to print every flag there is and end the process.
+    """Raises UserError for a wrong command line. It does not print every flag there is, nor end the process.
 
-    stray: what is said to words that belong to no flag.
+    stray: answer to words that belong to no flag.
     """
 
     stray = "--help lists what there is"
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    """Keeps a flag's value; another one for the same flag contradicts it."""
+    """Keeps a flag's value. Another value for the same flag contradicts it."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         earlier = parser.given.setdefault(self.dest, values)
@@ -51,8 +51,8 @@ class Once(argparse.Action):
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, which end with a line feed, a carriage return or both; str.splitlines ends them at what else
-    Unicode has, too."""
+    """Returns the lines of a text, which end with a line feed, a carriage return or both. str.splitlines also ends them
+    at other characters of Unicode."""
     return re.split(r"\r\n|\n|\r", text)
 
 
@@ -60,7 +60,8 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\", "'": "'", '"': '"'}
 
 
 def unescaped(text: str) -> str:
-    r"""What \n, \r, \t, \\, \', \" and \xHH (a byte of ASCII) stand for; any other backslash is one."""
+    r"""Replaces \n, \r, \t, \\, \', \" and \xHH (a byte of ASCII) by the characters they stand for. Any other backslash
+    is one."""
 
     def meant(found: re.Match[str]) -> str:
         return ESCAPES.get(found[1]) or chr(int(found[1][1:], 16))
@@ -83,7 +84,8 @@ def number(text: str) -> float:
 
 
 def named_path(text: str) -> Path:
-    """An empty name, from a variable that is not set, is not the folder one is in."""
+    """Makes a path of a name. Refuses an empty name, from a variable that is not set, which would be the present
+    folder."""
     if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is not allowed; the name of a file or folder")
     return Path(text)

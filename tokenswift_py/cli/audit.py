@@ -1,4 +1,4 @@
-"""`tokenswift audit`: prove that a recorded text is what plain decoding writes."""
+"""`tokenswift audit` proves that a recorded text is what plain decoding writes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input."""
+    """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(args.sample >= 0, "sample", args.sample, "at least 0")
     if args.json:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     record = journal.read(args.folder)
     check(not record.header["parameters"]["logits_processors"], "journal", str(args.folder), "processors need Python")
 
-    # Here, because torch and transformers take seconds to import.
+    # Imported here, because torch and transformers take seconds.
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.runs.audit import audit, strict, verdict
     from tokenswift_py.runs.progress import work_bar

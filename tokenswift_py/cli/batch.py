@@ -1,4 +1,4 @@
-"""`tokenswift batch`: a file of requests in OpenAI's batch format, answered by one engine."""
+"""`tokenswift batch` answers a file of requests in OpenAI's batch format by one engine."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input. Requests that fail are lines of the output, not errors."""
+    """Runs the command. Raises UserError for wrong input. Requests that fail are lines of the output, not errors."""
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "batch runs in one process")
     check(args.running >= 1, "running", args.running, "at least 1")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         except ImportError as error:
             raise UserError(f"batch: it needs {package}: pip install 'tokenswift-py[server]' ({error})") from error
 
-    # Here, because torch, transformers and FastAPI take seconds to import.
+    # Imported here, because torch, transformers and FastAPI take seconds.
     from tokenswift_py.serving.bulk.lines import Answers, survey
     from tokenswift_py.serving.bulk.requests import SHAPES
     from tokenswift_py.serving.limits import Limits
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def answer(args: argparse.Namespace, answers: Any, left: int, limits: Any) -> int:
-    """Load the model and answer. left: how many requests have no answer."""
+    """Loads the model and answers the requests. left: number of requests that have no answer."""
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.serving.bulk.batch import AHEAD, Batch
     from tokenswift_py.serving.bulk.lines import lines_in
@@ -110,7 +110,8 @@ def answer(args: argparse.Namespace, answers: Any, left: int, limits: Any) -> in
 
 
 def shown_on(bar: Any, engine: Any) -> Callable[[int, int], None]:
-    """Returns what shows on a bar how many requests are answered, and tokens a second since the last look."""
+    """Returns a function that shows on a bar how many requests are answered, and tokens a second since the last
+    look."""
     at, tokens = time.monotonic(), 0
 
     def show(answered: int, failed: int) -> None:

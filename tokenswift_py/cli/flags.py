@@ -24,7 +24,10 @@ SINGLE = tuple(
 
 
 def parser(resumes: bool = False) -> argparse.ArgumentParser:
-    """Every flag. Those of `Options` take their defaults from it. resumes: of `tokenswift resume DIR`."""
+    """Makes the parser with every flag. The flags of `Options` take their defaults from it.
+
+    resumes: whether it is the parser of `tokenswift resume DIR`.
+    """
     root = Parser(
         prog="tokenswift resume" if resumes else "tokenswift",
         description="Go on with the run that was written to DIR. What the text depends on is as recorded."
@@ -105,7 +108,8 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
 
 
 def model_flags(model: Any) -> None:
-    """Which model, and what runs it: the arguments of `TokenSwift.from_pretrained`, of which `MODEL` has the names.
+    """Adds the flags that choose a model and its engine. They are the arguments of `TokenSwift.from_pretrained`, whose
+    names are in `MODEL`.
 
     model: the parser, or a group of its flags.
     """
@@ -125,28 +129,28 @@ def model_flags(model: Any) -> None:
 
 
 def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """What the command line says itself, without defaults."""
+    """Returns the options that the command line itself gives, without defaults."""
     nothing = argparse.Namespace(**{action.dest: None for action in root._actions})
     given = vars(root.parse_args(arguments, nothing))
     return {name: value for name, value in given.items() if value is not None}
 
 
 def typed(described: Description) -> Callable[[str], Any]:
-    """What makes a value of the word on the command line."""
+    """Returns the function that makes a value of the word on the command line."""
     if isinstance(described.kind, Whole):
         return whole
     return number if isinstance(described.kind, Real) else str
 
 
 def told_default(name: str) -> str:
-    """What help says of an option that is not given."""
+    """Returns the help's words about an option that is not given."""
     default = getattr(Options, name, None)
     told = described_options()[name].unset if default is None else default
     return f" (default: {told})" if told != "" else ""
 
 
 def reference() -> str:
-    """docs/options.md, which `python -m tokenswift_py.cli.flags` prints."""
+    """Returns docs/options.md, which `python -m tokenswift_py.cli.flags` prints."""
     lines = [
         "# Every option of a run\n",
         "Made of `tokenswift_py/options.py` by `python -m tokenswift_py.cli.flags > docs/options.md`.\n",

@@ -1,4 +1,4 @@
-"""What the command line is given, read and checked before a model is loaded: prompt, chapters, options, folders."""
+"""Reads and checks the input of the command line before a model is loaded: prompt, chapters, options, folders."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
-MOST_CHAPTERS = 10_000  # that are asked for by number
+MOST_CHAPTERS = 10_000  # these options are asked for by number
 MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
 BOM = "\ufeff"  # at the start of a file it says how the file is written, and is no text
 
 
 def follows() -> bool:
-    """Whether this is one of torchrun's processes, and not rank 0."""
+    """Returns whether this is one of torchrun's processes, and not rank 0."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def read_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
-    """The prompt and the options. Everything that needs no model is refused before one is loaded."""
+    """Returns the prompt and the options. Everything that can be refused without a model is refused before one is
+    loaded."""
     prompt, options = read_prompt(args), read_options(args)
     Options.of(**options)
     check(args.n >= 1, "n", args.n, "at least 1")
@@ -46,7 +47,7 @@ def read_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
 
 
 def shared_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
-    """The same where several ranks share the model: rank 0 reads the prompt for all, and writes all files."""
+    """Returns the same where several ranks share the model. Rank 0 reads the prompt for all, and writes all files."""
     from tokenswift_py.parallel.ranks import join
 
     ranks = join()
@@ -58,7 +59,7 @@ def shared_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
 
 
 def shared_journal(folder: Path) -> Journal:
-    """The journal of a run that several ranks go on with: rank 0 opens it."""
+    """Returns the journal of a run that several ranks go on with. Rank 0 opens it."""
     from tokenswift_py.parallel.ranks import join
 
     return shared(join(), lambda: Journal.open(folder))
@@ -90,7 +91,7 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
 
 
 def read_template(value: str) -> str:
-    """A chat template from a file, or as it is typed: that has braces."""
+    """Reads a chat template from a file, or from the command line itself: that has braces."""
     path = Path(value)
     if "{" in value and not path.is_file():
         return value
@@ -126,7 +127,7 @@ def read_bytes(file: BinaryIO, field: str) -> str:
 
 
 def read_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `Options` that the flags stand for."""
+    """Returns the keyword arguments of `Options` that the flags stand for."""
     options = {name: getattr(args, name) for name in SINGLE}
     options["stop"] = [typed(args, item) for item in args.stop]
     options["stop_tokens"] = [token_or_text(typed(args, item)) for item in args.stop_tokens]
@@ -162,19 +163,19 @@ def read_chapters(value: str | None) -> list[str]:
 
 
 def read_language(name: str, value: str | None) -> str | None:
-    """A schema or a grammar, or the file that holds it: what looks like neither must be a file's name."""
+    """Reads a schema or a grammar, or the file that holds it. A word that looks like neither must be a file's name."""
     if value is None or ("{" in value if name == "json_schema" else "\n" in value or "start:" in value):
         return value
     return read_text(Path(value), name).removeprefix(BOM)
 
 
 def token_or_text(item: str) -> int | str:
-    """A number is a token's id."""
+    """Returns a number as a token's id, and any other word unchanged."""
     return int(item) if item.isdecimal() and len(item) < 20 else item
 
 
 def typed(args: argparse.Namespace, text: str) -> str:
-    """A text of the command line, its escapes told apart with -e."""
+    """Returns a text of the command line, with its escapes replaced under -e."""
     return unescaped(text) if args.escape else text
 
 
@@ -196,13 +197,14 @@ def read_bias(item: str) -> tuple[int, float]:
 
 
 def check_trace(path: str | None) -> None:
-    """Refuse a trace that rank 0, which writes it, could not begin."""
+    """Refuses a trace that rank 0, which writes it, could not begin."""
     if path is not None and not follows():
         check_new("trace", path)
 
 
 def check_out(folder: Path | None) -> None:
-    """Refuse an output folder that holds anything or cannot be written. None is left: much else may be refused yet."""
+    """Refuses an output folder that holds anything or cannot be written. None is left behind, because much else may be
+    refused yet."""
     if folder is None:
         return
     with files("out", folder, "a writable folder is"):
@@ -220,8 +222,8 @@ def check_out(folder: Path | None) -> None:
 
 
 def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `from_pretrained`: those recorded, but for what was given. Another engine goes without what is
-    the recorded one's own."""
+    """Returns the arguments of `from_pretrained`: the recorded ones, replaced by those that were given. Another engine
+    goes without the settings that are the recorded one's own."""
     given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
     recorded = dict(record.header["origin"])

@@ -1,4 +1,5 @@
-"""The command line: long-form text on standard output, progress and the report's summary on standard error."""
+"""The command line. It writes long-form text to standard output, and progress and the report's summary to standard
+error."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C.
+    """Runs the command line. Returns the exit code: 0, 2 for wrong input, 130 after Ctrl-C.
 
     Of several processes that torchrun started only rank 0 prints, writes files and hears Ctrl-C.
     """
@@ -69,7 +70,7 @@ def run(given: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has gone; what else is buffered has nowhere to go.
+        # Whoever read our output has gone, so the rest of the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:  # a disk that is full

@@ -1,4 +1,4 @@
-"""`tokenswift quality`: how recorded texts read, window by window, beside texts that people wrote."""
+"""`tokenswift quality` measures how recorded texts read, window by window, beside texts that people wrote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.runs.journal import Record
 
-HUMAN_WINDOWS = 10  # of each human text
+HUMAN_WINDOWS = 10  # tokens of each human text
 FIRST_WORDS = 70  # characters of a window that --per-window shows
 
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Text:
-    """A text to be read. tokens: of `tokenizer`, which is the writer's; a human text's is the judge's own."""
+    """A text to be read. tokens: tokens of `tokenizer`, which is the writer's; a human text's is the judge's own."""
 
     name: str
     tokens: list[int]
@@ -62,7 +62,7 @@ class Text:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input."""
+    """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "quality runs in one process")
     check(bool(args.folders or args.text or args.human), "DIR", None, "a run's folder, --text FILE or --human")
@@ -88,7 +88,7 @@ def read_text(path: Path) -> str:
 
 
 class Judges:
-    """Who reads: the model that was asked for, else the one that wrote. One is loaded at a time."""
+    """The models that read: the one that was asked for, else the one that wrote. One is loaded at a time."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -96,7 +96,8 @@ class Judges:
         self._loaded: TokenSwift | None = None
 
     def of(self, record: Record | None) -> TokenSwift:
-        """record: of a run; None is a text that no run wrote, which whoever was the last one reads, too."""
+        """Returns the judge of a text. record: record of its run; None is a text that no run wrote, which the last
+        judge reads, too."""
         from tokenswift_py.api import TokenSwift  # here, because torch and transformers take seconds to import
 
         asked = self._origin(record)
@@ -116,7 +117,7 @@ class Judges:
 def texts(
     args: argparse.Namespace, records: Sequence[Record], plain: dict[str, str]
 ) -> Iterator[tuple[Text, TokenSwift]]:
-    """Every text with who reads it."""
+    """Yields every text with its judge."""
     from tokenswift_py.text import token_ids
 
     judges = Judges(args)
@@ -134,7 +135,7 @@ def texts(
 
 
 def writer(record: Record, args: argparse.Namespace) -> Any:
-    """The tokenizer of the model that wrote, without its weights."""
+    """Returns the tokenizer of the model that wrote, without its weights."""
     from tokenswift_py.checkpoints.loading import open_checkpoint
 
     asked = origin_of(record, args)
@@ -152,8 +153,8 @@ def human(name: str, judge: TokenSwift, window: int | None) -> Text:
 
 
 def check_writer(record: Record, checkpoint: Any, weights: bool) -> None:
-    """Raise UserError where the recorded token ids are not this checkpoint's, or, with `weights`, where another model
-    would read them than the one that wrote them: that is what --judge is for."""
+    """Raises UserError where the recorded token ids are not this checkpoint's. With `weights` it also does where
+    another model would read them than the one that wrote them, because that is the purpose of --judge."""
     from tokenswift_py.runs import contract
 
     now = {**record.header, "tokenizer": contract.tokenizer_fingerprint(checkpoint)}
@@ -163,7 +164,8 @@ def check_writer(record: Record, checkpoint: Any, weights: bool) -> None:
 
 
 def judged(text: Text, judge: TokenSwift, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of a text: `window_perplexity` as the report has it, what needs no model, and `per_window`."""
+    """Returns the figures of a text: the report's `window_perplexity`, the measures that need no model, and
+    `per_window`."""
     from tokenswift_py import quality
     from tokenswift_py.runs.report import rounded
     from tokenswift_py.text import token_ids
@@ -194,7 +196,7 @@ def judged(text: Text, judge: TokenSwift, args: argparse.Namespace) -> dict[str,
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
-    """Put the figures where the run itself would have: into its report."""
+    """Puts the figures into the run's report, where the run itself would have put them."""
     from tokenswift_py.runs.folder import save_report
 
     path = folder / "report.json"
@@ -218,7 +220,7 @@ def tell(found: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """A line a text, and who read them."""
+    """Returns a line for each text, and the names of its judge."""
     heads = ["text", "windows", "perplexity", "bits/byte", "distinct-4", "compression", "loops", "judge"]
     lines = [heads]
     for one in found:
@@ -232,7 +234,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def worst_first(one: dict[str, Any]) -> str:
-    """The windows of a text by their bits per byte."""
+    """Returns the windows of a text by their bits per byte."""
     ranked = sorted(one["per_window"], key=lambda w: w["bits_per_byte"] or math.inf, reverse=True)
     lines = [["window", "perplexity", "bits/byte", "distinct-4", "begins"]]
     for window in ranked:
@@ -247,5 +249,5 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def short(value: float | None) -> str:
-    """Three digits, as far as a table of such figures says anything."""
+    """Returns a number with three digits. A table of such figures says no more."""
     return "-" if value is None else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""`tokenswift serve`: a model behind OpenAI's API."""
+"""`tokenswift serve` puts a model behind OpenAI's API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import Options, described_options, world_size
 from tokenswift_py.serving.limits import Limits
 
-KEY = "TOKENSWIFT_API_KEY"  # of the environment
+KEY = "TOKENSWIFT_API_KEY"  # a variable of the environment
 POSITIONS = ("positions", "positions_window", "positions_block")
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input."""
+    """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "serve runs in one process")
     limits = Limits(
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         except ImportError as error:
             raise UserError(f"serve: it needs {package}: pip install 'tokenswift-py[server]' ({error})") from error
 
-    # Here, because torch, transformers and FastAPI take seconds to import.
+    # Imported here, because torch, transformers and FastAPI take seconds.
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.serving.engine import Engine
     from tokenswift_py.serving.http.gate import LOOPBACK
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def checked_key(args: argparse.Namespace) -> str | None:
-    """The key that clients must send. Only this machine's own programs may go without one."""
+    """Returns the key that clients must send. Only this machine's own programs may go without one."""
     key = os.environ.get(KEY) if args.api_key is None else args.api_key
     fine = key is None or (key != "" and key.isascii() and key.isprintable() and " " not in key)
     check(fine, "api_key", "***", "printable ASCII without spaces, not empty")

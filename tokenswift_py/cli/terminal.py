@@ -1,4 +1,4 @@
-"""What a person sees while a text is written: the text itself, a bar, lines of the log; and Ctrl-C."""
+"""The terminal while a text is written: the text itself, a bar, lines of the log, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 def open_standard_streams() -> None:
-    """What was closed leads nowhere: else the next file to be opened, the journal, would be standard output.
+    """Opens standard streams that are closed, so that they lead nowhere. Otherwise the next file to be opened, the
+    journal, would be standard output.
 
-    And characters that standard output's encoding lacks are no reason to stop; text.txt has them.
+    Characters that standard output's encoding lacks are no reason to stop, because text.txt has them.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -37,9 +38,10 @@ def open_standard_streams() -> None:
 
 
 class CtrlC:
-    """From `hold` on, Ctrl-C is a question that the loop asks between two pieces: in the middle of one, the engine has
-    counted tokens that the text has not. Before that (a long prompt is being read), and the second time, it interrupts
-    at once, as it does anywhere else.
+    """Turns Ctrl-C into a question that the loop asks between two pieces, from `hold` on. In the middle of a piece, the
+    engine has counted tokens that the text has not.
+
+    Before that (a long prompt is being read), and the second time, it interrupts at once, like anywhere else.
     """
 
     def __init__(self) -> None:
@@ -64,7 +66,7 @@ class CtrlC:
 
 
 class LogLines(logging.Handler):
-    """The log on standard error, by way of what else writes to the terminal."""
+    """The log on standard error. It goes through whatever else writes to the terminal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +105,8 @@ class BottomLine:
 
 
 class Output:
-    """Where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard error."""
+    """The places where the text goes while it is written: standard output, text.txt, and a bar on a terminal's standard
+    error."""
 
     def __init__(self, args: argparse.Namespace, stream: Stream, folder: Path | None, lines: LogLines):
         self.written = self._saved = len(stream.text)  # of a resumed text only what is new is shown
@@ -130,7 +133,7 @@ class Output:
             self._bottom.close()
         self._bar.close()
         if self._file:
-            with suppress(*([OSError] if kind else [])):  # what went wrong first is told
+            with suppress(*([OSError] if kind else [])):  # the first error is told
                 self._file.close()
 
     def write(self, text: str, tokens: int, per_pass: float | None) -> None:
@@ -149,13 +152,13 @@ class Output:
             self._bottom.draw(self._bar)
 
     def log(self, line: str) -> None:
-        """A line of the log, on a line of its own; a bar on standard error is drawn again below it."""
+        """Writes a line of the log, on a line of its own. A bar on standard error is drawn again below it."""
         sys.stdout.flush()
         tqdm.write(f"\n{line}" if self._bottom and self._mid_line else line, file=sys.stderr)
         self._mid_line = False
 
     def save_rest(self, text: str) -> None:
-        """What an interruption kept from text.txt, or all of it where someone removed the file."""
+        """Writes the text that an interruption kept from text.txt, or all of it where someone removed the file."""
         if self._file:
             rest, self._saved = text[self._saved :], len(text)
             self._file.write(rest)

@@ -1,4 +1,4 @@
-"""`tokenswift train-heads`: the model writes, and heads learn to guess what it writes next."""
+"""`tokenswift train-heads` lets the model write, and trains heads to guess the tokens that it writes next."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tokenswift_py.version import __version__
 if TYPE_CHECKING:
     from tokenswift_py.sampling.reference import Sampler
 
-WRITING = 0.6  # of the time that --minutes allows
+WRITING = 0.6  # part of the time that --minutes allows
 HELD_OUT = 1_000_000  # number of the first held-out text, so that its noise is its own
 
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input."""
+    """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "train-heads runs in one process")
     check_arguments(args)
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     limit = 60 * args.minutes if args.minutes else math.inf
 
-    # Here, because torch and transformers take seconds to import.
+    # Imported here, because torch and transformers take seconds.
     import torch
 
     from tokenswift_py.api import TokenSwift
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """What needs no model. Raises UserError."""
+    """Checks the arguments that need no model. Raises UserError."""
     for name, least in (("heads", 1), ("tokens", 1), ("held_out", 1), ("length", 2)):
         check(getattr(args, name) >= least, name, getattr(args, name), f"at least {least}")
     check(args.heads <= 16, "heads", args.heads, "at most 16")
@@ -141,7 +141,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-    """Prompts to learn from and prompts held out for the figures, each with whether it is raw text.
+    """Returns prompts to learn from and prompts held out for the figures, each with whether it is raw text.
 
     Of the built-in list whole subjects are held out, of a file the last tenth of its lines.
     """
@@ -170,7 +170,7 @@ def encode(swift: Any, lines: list[tuple[str, bool]]) -> list[list[int]]:
 
 
 def endless(prompts: list[list[int]], seed: int) -> Iterator[list[int]]:
-    """All of them in a random order, again and again."""
+    """Yields all of them in a random order, again and again."""
     rng = np.random.default_rng(seed)
     while True:
         for i in rng.permutation(len(prompts)):

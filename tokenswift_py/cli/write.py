@@ -1,4 +1,4 @@
-"""`tokenswift` and `tokenswift resume`: load a model, write a text, compare, report."""
+"""`tokenswift` and `tokenswift resume` load a model, write a text, compare it and report."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ INTERRUPTED = 130
 
 
 def write(args: argparse.Namespace, lines: LogLines) -> int:
-    """Check, load, write, compare, report."""
+    """Checks the input, loads the model, writes, compares and reports."""
     prompt, options = read_input(args) if world_size() == 1 else shared_input(args)
     nowhere = args.kv_snapshot and args.out is None and world_size() == 1
     check(not nowhere, "kv_snapshot", True, "only with out or resume")
     check(args.extend == 0, "extend", args.extend, "only with resume")
 
-    # Here, because torch and transformers take seconds to import.
+    # Imported here, because torch and transformers take seconds.
     from tokenswift_py.api import TokenSwift
 
     swift = TokenSwift.from_pretrained(
@@ -51,7 +51,7 @@ def write(args: argparse.Namespace, lines: LogLines) -> int:
 
 
 def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> int:
-    """Go on with a recorded run. given: the flags that were given; the others are as recorded."""
+    """Goes on with a recorded run. given: the flags that were given; the others have their recorded values."""
     for name in ("prompt", "prompt_file", "messages", "n", "out", "baseline"):
         check(name not in given, name, given.get(name), "not with resume")
     check(args.extend >= 0, "extend", args.extend, "at least 0")
@@ -91,7 +91,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
 
 
 def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folder: Path | None, lines: LogLines) -> int:
-    """Write, compare, report. folder: what gets the files."""
+    """Writes, compares and reports. folder: folder that gets the files."""
     from tokenswift_py.runs.report import summary
 
     interrupted = False
@@ -143,7 +143,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
 
 
 def attempted(step: Callable[..., object], *arguments: object) -> list[Exception]:
-    """What the step has failed with, if it has: the steps behind it are no worse for that."""
+    """Returns the error that the step has failed with, if it has. The steps after it are no worse for that."""
     try:
         step(*arguments)
     except (OSError, JournalError) as error:

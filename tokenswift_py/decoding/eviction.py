@@ -23,8 +23,8 @@ STATISTICS_ROWS = 64  # rows of a prefill pass that reports statistics, which ta
 class Eviction:
     """Evicts whole pages, for all layers and heads, whenever the cache holds `budget` tokens.
 
-    Evictions are at fixed positions: the budget, and every `period` pages behind it. The policy decides which pages go,
-    from committed rows alone. Rows before such a position see the cache before the eviction, rows behind it the cache
+    Evictions are at fixed positions: the budget, and every `period` pages after it. The policy decides which pages go,
+    from committed rows alone. Rows before such a position see the cache before the eviction, rows after it the cache
     after it, and no pass spans one. So the text depends on the policy and the budget, but not on the drafter, the tree
     or the chunks of the prefill. A text that fits the budget loses nothing.
 

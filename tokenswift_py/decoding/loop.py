@@ -1,6 +1,7 @@
-"""The loop: draft, verify, accept, commit, learn. Plain decoding is the same loop over trees of one node.
+"""The decode loop. Plain decoding is the same loop over trees of one node.
 
-The loop is a coroutine (see `passes`): it yields the passes that it wants, and between rounds the steps of the text.
+`DecodeLoop.text` is the loop, and `DecodeLoop.round` is one turn of it: draft, verify, accept, commit, learn. Both are
+coroutines (see `passes`). They yield the passes that they want, and `text` also yields the steps of the text.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
 class DecodeLoop:
     """One sequence being written.
 
-    turns: token ids forced into the text, one list each time a chapter ends with an EOS (a follow-up question).
-    draft_tokens: draft so many in every tree; None lets the planner decide.
-    prefill_chunk: rows per prefill pass.
+    turns: token ids that are forced into the text, one list each time a chapter ends with an EOS.
+    draft_tokens: number of tokens to draft in every tree; None lets the planner decide.
+    prefill_chunk: rows of a prefill pass.
+    want_logprobs, top_logprobs: whether the chosen tokens' log-probabilities are wanted, and those of how many others.
     draft_model: the model with the draft's weights; None is the model itself.
-    trace: called with a record of every round: tree, what was accepted, milliseconds, estimates.
+    trace: function that is called with a record of every round: tree, what was accepted, milliseconds, estimates.
     eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
-    cache: one that holds rows of the prompt's first tokens already, written by the same model; at least one token of
-        the prompt must be missing. Of rows it holds the drafter sees nothing.
-    want_logprobs, top_logprobs: of the chosen tokens, and of how many others there.
-    prompt_logprobs: of the prompt's tokens, and of how many others there; None is none. They are in `known`, by
-        position, and so are, behind `catch_up`, those of a replayed text.
-    ranks: the processes that hold the model. Each runs this loop; rank 0's clock plans for all, its trees are the ones
+    cache: a cache that holds rows of the prompt's first tokens already, written by the same model, but not of all. The
+           drafter sees nothing of the rows it holds.
+    ranks: the processes that hold the model. Each runs this loop. Rank 0's clock plans for all, its trees are the ones
            that are verified, and all must choose the same tokens.
     timer: the time of whoever drives this loop; None is that of a loop alone.
+    prompt_logprobs: number of other tokens whose log-probabilities are wanted beside the prompt's own; None wants none.
+                     They are in `known`, by position, and so are those of a replayed text after `catch_up`.
     target_cost, probes: what others know of the model's passes; see `Planner`.
     """
 
@@ -70,13 +71,12 @@ class DecodeLoop:
         probes: Probes | None = None,
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
-        self.turns, self.ranks = list(turns), ranks
+        self.turns, self.ranks, self.prefill_chunk = list(turns), ranks, prefill_chunk
         most, planner = (64, Planner) if draft_tokens is None else (draft_tokens, FixedPlanner)
         self.planner = planner(most, model.row_shapes, target_cost, probes)
-        self.prefill_chunk = prefill_chunk
         self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
         self.known: dict[int, tuple[float, Likeliest]] = {}
-        # Positions whose log-probabilities the next passes tell, and of how many others there.
+        # The positions whose log-probabilities the next passes tell, and how many other tokens are wanted there.
         self.unknown: dict[int, int] = {}
         self.history = History()
         self.eviction = eviction
@@ -98,12 +98,12 @@ class DecodeLoop:
         self._told = History()  # up to the latest of those they were called for
 
     def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
-        """Writes the text alone, as `text` does."""
+        """Writes the text alone, like `text`."""
         return steps(self.text(prompt, after))
 
     def text(self, prompt: Sequence[int], after: Step | None = None) -> Generator[Pass | Step, Output | None, None]:
-        """Writes until something ends the text: yields passes, to be sent their outputs, and steps, whose tokens are
-        final when they are yielded. A step ends a round: between rounds nothing is provisional but the pending token.
+        """Writes until something ends the text. Yields passes, to be sent their outputs, and steps, whose tokens are
+        final. A step ends a round. Between rounds nothing is provisional but the pending token.
 
         after: the last step of a replay, after which the text goes on.
         """
@@ -129,11 +129,11 @@ class DecodeLoop:
                 self.cache.release()
 
     def replay(self, prompt: Sequence[int], tokens: Sequence[int]) -> Iterator[Step]:
-        """Bring history, stops and turns to where they stood when `tokens` had been written behind the prompt, without
-        a pass of the model; the steps that wrote them, one a chosen token. What is forced is told by the chapter rule.
+        """Brings history, stops and turns to where they stood when `tokens` had been written after the prompt, without
+        a pass. Yields the steps that wrote them, one for each chosen token. The chapter rule tells which were forced.
 
-        Raises ReplayError, the history grown up to there, for tokens behind the end of the text, and for forced ones
-        that are not the turn's.
+        Raises ReplayError for tokens after the end of the text, and for forced ones that are not the turn's. The
+        history has grown up to there.
         """
         forced, place = tuple(prompt), 0
         if tokens:
@@ -170,10 +170,10 @@ class DecodeLoop:
                 raise ReplayError(place, "a turn without a token behind it")
 
     def catch_up(self, progress: Callable[[int], None] | None = None) -> Passes[None]:
-        """After a replay: compute the KV of everything but the pending token, and show the drafter the text. Processors
-        that keep state are called for each token that was chosen, in order, with the logits that chose it.
+        """Computes the KV of everything but the pending token after a replay, and shows the drafter the text.
+        Processors that keep state are called for each token that was chosen, in order, with the logits that chose it.
 
-        progress: called with the number of rows of each pass.
+        progress: function that is called with the number of rows of each pass.
         """
         if len(self.history) - 1 > self.cache.length:
             with self.phase("prefill"):
@@ -181,8 +181,8 @@ class DecodeLoop:
                 yield from self.drafter.prefill(self.context, output)
 
     def recompute(self) -> Passes[None]:
-        """Computes the rows of all but the pending token again, after the cache has lost some. They are what they were:
-        nobody is told of them, or learns from them."""
+        """Computes the rows of all but the pending token again, after the cache has lost some. They have the bits that
+        they had, so nobody is told of them or learns from them."""
         while (missing := len(self.history) - 1 - self.cache.length) > 0:
             count = min(self.prefill_chunk, missing)
             yield Pass(self.model, self.chunk(count), [])
@@ -190,12 +190,12 @@ class DecodeLoop:
 
     @property
     def needs_all_rows(self) -> bool:
-        """Whether passes over the text's rows tell more than keys and values, so that none of them can be left out."""
+        """Returns whether passes over the text's rows tell more than keys and values, so that none can be left out."""
         return self.prompt_logprobs is not None or bool(self.unknown) or bool(self._untold)
 
     @property
     def rows_ahead(self) -> int:
-        """How many rows the next round may commit beside those of its tree: those of a turn."""
+        """Returns how many rows the next round may commit beside those of its tree: those of a turn."""
         return len(self.turns[0]) if self.turns else 0
 
     def unfinished(self, step: Step) -> bool:
@@ -203,16 +203,16 @@ class DecodeLoop:
 
     @property
     def goes_on(self) -> bool:
-        """Whether an EOS ends a chapter only: there is a turn left to force, and a token left to write after it."""
+        """Returns whether an EOS ends a chapter only: a turn is left to force, and a token to write after it."""
         return bool(self.turns) and self.stops.tokens_left > 0
 
     @property
     def context(self) -> Context:
-        """What the drafter may look at now, with the plan of a round that begins here."""
+        """Returns all that the drafter may look at now, with the plan of a round that begins here."""
         return replace(self._context, plan=self.planner.at(self.cache.length))
 
     def round(self) -> Passes[Step]:
-        """One tree: the accepted tokens and one more."""
+        """Drafts, verifies and commits one tree. Returns the accepted tokens and one more."""
         context = self.context
         with self.phase("draft"):
             budget = self.budget(context.plan)
@@ -239,7 +239,7 @@ class DecodeLoop:
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs, top_logprobs=taken.top_logprobs)
 
     def force(self, tokens: Sequence[int]) -> Passes[Step]:
-        """Put tokens into the text (the prompt, or a turn behind the pending token) and choose the next."""
+        """Puts tokens into the text (the prompt, or a turn after the pending token) and chooses the next."""
         with self.phase("prefill"):
             self.stats.forced_tokens += len(tokens) if len(self.history) else 0
             first = not len(self.history)
@@ -254,12 +254,12 @@ class DecodeLoop:
         return Step(taken.tokens, tuple(tokens), taken.ending, taken.logprobs, taken.top_logprobs)
 
     def ask_of_prompt(self) -> None:
-        """The history is the prompt: its log-probabilities are known behind the prefill, if they are wanted."""
+        """Notes that the prefill has to give the log-probabilities of the prompt, if they are wanted."""
         if self.prompt_logprobs is not None:
             self.unknown.update(dict.fromkeys(range(1, len(self.history)), self.prompt_logprobs))
 
     def begin_chapter(self, forced: int) -> None:
-        """The latest tokens of the history were forced: the model's own text begins behind them."""
+        """Begins a chapter after the latest tokens of the history, which were forced."""
         self.stops.begin_chapter()
         self.sampler.begin_chapter(len(self.history), forced)
 
@@ -271,11 +271,11 @@ class DecodeLoop:
         return taken
 
     def prefill(self, stop: int, progress: Callable[[int], None] | None = None) -> Passes[Output]:
-        """Commit what the cache lacks of the history up to position `stop`; the output of the last rows, logits of the
-        last."""
+        """Commits all rows of the history up to position `stop` that the cache lacks. Returns the output of the last
+        rows, with the logits of the last one."""
         progress = progress or (lambda rows: None)
         told = not self._untold and not self.unknown
-        chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # of these all logits
+        chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # all logits are needed
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
             yield from self.read(count, [], seen=False)
@@ -285,7 +285,7 @@ class DecodeLoop:
         return output
 
     def read(self, count: int, logit_rows: Sequence[int], seen: bool = True) -> Passes[Output]:
-        """Commit the next `count` rows; their output, with the logits of `logit_rows`."""
+        """Commits the next `count` rows. Returns their output, with the logits of `logit_rows`."""
         at = self.cache.length
         untold = [row for row in range(count) if at + row + 1 in self._untold] if self._untold else []
         unknown = [row for row in range(count) if at + row + 1 in self.unknown] if self.unknown else []
@@ -303,7 +303,7 @@ class DecodeLoop:
         return replace(output, logits=output.logits[[rows.index(row) for row in logit_rows]])
 
     def chunk(self, count: int) -> Segment:
-        """The next tokens of the history that the cache lacks."""
+        """Returns the next tokens of the history that the cache lacks."""
         return Segment(DraftTree.chain(self.history.tokens[self.cache.length :][:count]), self.cache, causal=True)
 
     def commit_chunk(self, count: int, output: Output) -> None:
@@ -316,7 +316,7 @@ class DecodeLoop:
             self.eviction.committed(self.cache, rows, output)
 
     def ask(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Pass:
-        """A pass of the target. seen: by the drafter, which may need more than logits of it."""
+        """Makes a pass of the target. seen: whether the drafter sees its output, and may need more than logits."""
         needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
         asked = Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs)
         return asked if isinstance(self.planner, FixedPlanner) else replace(asked, chances=segment.tree.chances)
@@ -332,7 +332,7 @@ class DecodeLoop:
 
     @property
     def room(self) -> int:
-        """Rows that can be committed before the context ends or pages are evicted."""
+        """Returns how many rows can be committed before the context ends or pages are evicted."""
         return self.cache.limit - self.cache.length
 
     def budget(self, plan: Plan) -> int:
@@ -341,10 +341,10 @@ class DecodeLoop:
         return max(1, min(plan.rows_at_most, left))
 
     def teach(self, plan: Plan, tree: DraftTree, taken: Acceptance, phase_ms: Mapping[str, float]) -> None:
-        """Tells the planner what a round brought and took; all ranks go by rank 0's clock, so that they plan alike."""
+        """Tells the planner what a round brought and took. All ranks go by rank 0's clock, so that they plan alike."""
         agreed = self.ranks.first_times([phase_ms[phase] for phase in PHASES])
         self.planner.observe(plan.context, len(tree), len(taken.tokens), dict(zip(PHASES, agreed, strict=True)))
 
 
-SEEN_ROWS = 32  # of a prompt or a turn: the last, of which a drafter sees the output
+SEEN_ROWS = 32  # the last rows of a prompt or a turn, whose output a drafter sees
 PENDING = DraftTree.chain([0])  # the walk of a single row, whose token does not matter

@@ -1,4 +1,4 @@
-"""What a round of the loop adds to the text, and what a replay refuses."""
+"""The step that a round of the loop adds to a text, and the error of a replay."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tokenswift_py.core import Likeliest
 
 @dataclass(frozen=True)
 class Step:
-    """What one round added to the text.
+    """The part of the text that one round added.
 
-    forced: tokens of a turn put into the text; they come before `tokens`.
-    tokens: tokens the model chose.
-    ending: why the text or, with turns left, the chapter ends after them.
+    forced: tokens of a turn that were put into the text; they come before `tokens`.
+    tokens: tokens that the model chose.
+    ending: reason why the text or, with turns left, the chapter ends after them.
     """
 
     tokens: tuple[int, ...]
@@ -24,7 +24,7 @@ class Step:
 
 
 class ReplayError(ValueError):
-    """Recorded tokens that no run of these parameters writes. position: of the first of them, behind the prompt."""
+    """Recorded tokens that no run of these parameters writes. position: place of the first of them after the prompt."""
 
     def __init__(self, position: int, reason: str):
         super().__init__(f"token {position}: {reason}")

@@ -96,10 +96,10 @@ class Stops:
         return found and not early
 
     def _readings(self) -> Iterator[tuple[list[int], list[int]]]:
-        """Yields pairs of tokens to decode behind and latest tokens: at a text's start also with the token before it.
+        """Yields pairs: the tokens before, and the latest tokens, which are decoded after them. The first may be none.
 
         The latest tokens may begin within a character. Its rest makes a byte-fallback vocabulary decode the whole
-        characters behind it as bad bytes, so up to three tokens are left out. A character has four bytes at most.
+        characters after it as bad bytes, so up to three tokens are left out. A character has four bytes at most.
         """
         recent = list(self._recent)
         for first in range(min(BYTES, len(recent))):
@@ -139,7 +139,7 @@ class ChapterText(TextJoiner):
         return super().push(tokens) + self._passed_over()
 
     def _passed_over(self) -> str:
-        """Releases the held text up to the start of the last whole stop string in it, and what is certain behind."""
+        """Releases the held text up to the start of the last whole stop string in it, and what is certain after."""
         begins = [self._held.rfind(stop) for stop in self._stops if stop in self._held]
         if not begins:
             return ""

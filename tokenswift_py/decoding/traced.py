@@ -13,7 +13,7 @@ from tokenswift_py.planning.planner import Plan
 def traced(
     stats: GenerationStats, position: int, tree: DraftTree, taken: Acceptance, plan: Plan, drafter: Drafter
 ) -> dict[str, Any]:
-    """Returns the line. position: of the pending token, the root. path: the accepted nodes, root included."""
+    """Returns the line. position: position of the pending token, the root. path: the accepted nodes, root included."""
     return {
         "step": stats.num_spec_steps,
         "position": position,

@@ -20,10 +20,12 @@ def walk(
     want_logprobs: bool = False,
     top_logprobs: int = 0,
 ) -> Acceptance:
-    """Choose tokens down the tree and append them to `history`, whose last token is the tree's root.
+    """Chooses tokens down the tree and appends them to `history`, whose last token is the tree's root.
 
-    logits: [len(tree), vocab_size]. ending: why the text ends after the latest token, or None; it is asked after
-    every token, and nothing past an ending is chosen. top_logprobs: of how many other tokens they are wanted.
+    logits: [len(tree), vocab_size].
+    ending: function that returns why the text ends after the latest token, or None. It is asked after every token, and
+            nothing past an ending is chosen.
+    top_logprobs: number of other tokens whose log-probabilities are wanted beside each chosen one.
     """
     path, tokens, logprobs = [0], [], []
     likely: list[Likeliest] = []

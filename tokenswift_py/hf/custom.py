@@ -1,4 +1,4 @@
-"""`generate` for transformers: as `custom_generate` of `model.generate`, or called with a model itself."""
+"""`generate` for transformers: to be given to `model.generate` as `custom_generate`, or called with a model itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tokenswift_py.runs.stream import Stream
 logger = logging.getLogger("tokenswift")
 
 ASSISTANT = "assistant_model"
-# What `generate` hands to a model's forward and what changes no token here: the cache is ours.
+# Arguments of a model's forward that change no token here, because the cache is ours.
 UNUSED = ("use_cache", "logits_to_keep", "cache_position")
 DROPPED = ("streamer", ASSISTANT, "synced_gpus")
 STRINGS = "stop_strings"
@@ -45,16 +45,17 @@ def generate(
     tokenswift: Mapping[str, Any] | None = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Write what `model.generate` writes, by speculation.
+    """Writes the text that `model.generate` writes, by speculation.
 
-    In `model.generate(inputs, custom_generate=generate, ...)` transformers calls it, everything prepared. Called as
-    `generate(model, inputs, ...)` it takes what `model.generate` takes, and has transformers prepare it.
+    In `model.generate(inputs, custom_generate=generate, ...)` transformers calls it, everything prepared. Called by
+    `generate(model, inputs, ...)` it takes the arguments of `model.generate`, and has transformers prepare them.
 
-    tokenswift: how it is done: engine (torch over the model's own tensors, which is the default, or native), dtype,
-                kv_dtype, attention, threads and deterministic as in `TokenSwift.from_pretrained`; and of `Options`
-                those of drafting, of positions, the lossy mode and penalties of ours, `seed` and `tokenizer`.
-    Returns what `model.generate` returns, with an attribute `tokenswift`: a report for each sequence. Raises UserError
-    in one line for what is not done here.
+    tokenswift: settings: engine (torch over the model's own tensors, which is the default, or native), dtype, kv_dtype,
+                attention, threads and deterministic of `TokenSwift.from_pretrained`; and of `Options` those of
+                drafting, of positions, the lossy mode and penalties of ours, `seed` and `tokenizer`.
+
+    Returns the result of `model.generate`, with an attribute `tokenswift`: a report for each sequence. Raises UserError
+    in one line for whatever is not done here.
     """
     if not hasattr(generation_config, "_eos_token_tensor"):  # nothing is prepared
         given = {
@@ -71,7 +72,8 @@ def generate(
 
 
 def through_transformers(model: Any, tokenswift: Mapping[str, Any] | None, **given: Any) -> Any:
-    """Have `model.generate` prepare the inputs and call `generate` again, with what it would not hand over."""
+    """Has `model.generate` prepare the inputs and call `generate` again, with the arguments that it would not hand
+    over."""
     given = {name: value for name, value in given.items() if value is not None}
     tokenizer = given.pop("tokenizer", None)
     strings = given.get(STRINGS)
@@ -88,8 +90,8 @@ def through_transformers(model: Any, tokenswift: Mapping[str, Any] | None, **giv
 
 
 def not_handed_over(name: str) -> Any:
-    """An argument of the `model.generate` that called us: up to 5.23 transformers hands none of DROPPED to a function
-    of another's, and to leave them out without a word would be wrong."""
+    """Returns an argument of the `model.generate` that called us. Up to 5.23 transformers hands none of DROPPED to a
+    function of another's, and to leave them out without a word would be wrong."""
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code is not code:
@@ -98,7 +100,7 @@ def not_handed_over(name: str) -> Any:
 
 
 class NoTokenizer:
-    """Token ids are all there is: no token is special, none has a text."""
+    """Stands for a tokenizer where there are only token ids: no token is special, none has a text."""
 
     chat_template = None
     eos_token_id = None
@@ -109,7 +111,7 @@ class NoTokenizer:
         return self
 
     def id_to_token(self, token: int) -> None:
-        """None: it has no text."""
+        """Returns None, because no id has a text."""
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         return ""
@@ -123,7 +125,10 @@ class NoTokenizer:
 
 
 class InMemory(LoadedModel):
-    """A model of transformers, ready to write. eos: the tokens that end a text, and no others. assistant: drafts."""
+    """A model of transformers, ready to write.
+
+    eos: the tokens that end a text, and no others. assistant: the model that drafts.
+    """
 
     def __init__(
         self, checkpoint: HeldCheckpoint, eos: tuple[int, ...], tokenizer: Any, executor: Executor, assistant: Any
@@ -196,7 +201,7 @@ class Call:
         return options
 
     def follow(self, stream: Stream) -> Result:
-        """The text, each token shown to the streamer when it is written. transformers has shown it the prompt."""
+        """Writes the text and shows each token to the streamer. transformers has shown it the prompt."""
         for piece in stream:
             for token in piece.tokens if self.streamer is not None else ():
                 self.streamer.put(torch.tensor([token]))
@@ -205,7 +210,7 @@ class Call:
         return stream.result()
 
     def returned(self, results: Sequence[Result]) -> Any:
-        """[rows, longest] ids behind their prompts, padded on the right; or the output that has them."""
+        """Returns [rows, longest] ids after their prompts, padded on the right, or the output that has them."""
         longest = max(len(result.tokens) for result in results)
         pad = self.config._pad_token_tensor
         ragged = any(len(result.tokens) < longest for result in results)
@@ -221,7 +226,8 @@ class Call:
 
 
 def ends(criteria: Sequence[Any], length: int) -> tuple[tuple[int, ...], int, Any]:
-    """Tokens that end a text, how many it may have, and the criteria that are left to be asked."""
+    """Returns the tokens that end a text, the number of tokens it may have, and the criteria that are left to be
+    asked."""
     lengths = [criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria]
     eos = [
         int(token)
@@ -235,8 +241,8 @@ def ends(criteria: Sequence[Any], length: int) -> tuple[tuple[int, ...], int, An
 
 
 def paddings(input_ids: torch.Tensor, model_kwargs: Mapping[str, Any]) -> list[int]:
-    """How many ids in front of each prompt are padding. Raises UserError for inputs that are more than ids padded on
-    the left."""
+    """Returns how many ids in front of each prompt are padding. Raises UserError for inputs that are more than ids
+    padded on the left."""
     given = {name: value for name, value in model_kwargs.items() if name not in UNUSED and value is not None}
     mask = given.pop("attention_mask", None)
     mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)

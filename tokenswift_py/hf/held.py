@@ -1,4 +1,5 @@
-"""A model that transformers has loaded, as the executors want it: its config and its own tensors, not copies."""
+"""A model that transformers has loaded, in the form that the executors read: its config and its own tensors, not
+copies."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, WEIGHTS, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
+from tokenswift_py.models.devices import DTYPES, KV_DTYPES, WEIGHT_FORMATS
 from tokenswift_py.models.executors import ENGINES, Executor, choose_engine, load
-from tokenswift_py.models.families.base import Place
+from tokenswift_py.models.families.base import StoredSlice
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,7 +27,7 @@ KNOWN = ("transformers.", "torch.nn.")
 
 class HeldTensors(Tensors):
     """Tensors of a model in memory, under the names of its checkpoint. `to` gives the tensors themselves where type and
-    device are theirs; one that is asked for by its name is on the CPU, copied only from a GPU."""
+    device are theirs. A tensor that is asked for by its name is on the CPU, copied only from a GPU."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = tensors
@@ -50,7 +52,8 @@ class HeldCheckpoint(Checkpoint):
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
-        """The model's own. Raises ValueError where a part is asked for: one process holds the model."""
+        """Returns the model's own tensors. Raises ValueError where a part is asked for, because one process holds the
+        model."""
         if part is not None:
             raise ValueError("a model in memory is not shared out to several processes")
         return HeldTensors(self.held)
@@ -70,8 +73,8 @@ class HeldCheckpoint(Checkpoint):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a model is run, as in `TokenSwift.from_pretrained`, but for the defaults: engine torch over the model's own
-    tensors, in the type that they have. engine native packs a copy of its own, on a CPU."""
+    """The engine of a model and its settings, those of `TokenSwift.from_pretrained`, but for the defaults: engine torch
+    over the model's own tensors, in the type that they have. engine native packs a copy of its own, on a CPU."""
 
     engine: str = "torch"
     dtype: str | None = None
@@ -82,16 +85,16 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
-        known = [name for name in WEIGHTS if name != "gguf"]
+        known = [name for name in WEIGHT_FORMATS if name != "gguf"]
         check(self.dtype in (None, *known), "dtype", self.dtype, f"one of {', '.join(known)}")
         check(self.kv_dtype in (None, *KV_DTYPES), "kv_dtype", self.kv_dtype, f"one of {', '.join(KV_DTYPES)}")
 
 
 @dataclass
 class Held:
-    """What is kept of a model from call to call: executors of the weights as they were then.
+    """The parts that are kept of a model from call to call: executors of the weights as they were then.
 
-    state: what changes whenever a tensor is written to or replaced.
+    state: changes whenever a tensor is written to or replaced.
     """
 
     state: tuple[Any, ...]
@@ -103,14 +106,14 @@ _held: WeakKeyDictionary[torch.nn.Module, Held] = WeakKeyDictionary()
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Forget what was kept of a model. Needed where its weights were changed in a way that PyTorch does not count, as
-    through `.data`, and engine native has a copy of them."""
+    """Forgets all that was kept of a model. It is needed where its weights were changed in a way that PyTorch does not
+    count, for example through `.data`, and engine native has a copy of them."""
     _held.pop(model, None)
 
 
 def held(model: Any) -> Held:
-    """The model's tensors, and what was made of them as long as they are the same. Raises UserError for a model that
-    the executors would not compute as transformers does."""
+    """Returns the model's tensors, and all that was made of them as long as they are the same. Raises UserError for a
+    model that the executors would not compute like transformers."""
     check_plain(model)
     spec = ModelSpec.from_config(model.config)
     tensors = tensors_of(model, spec)
@@ -124,8 +127,8 @@ def held(model: Any) -> Held:
 
 
 def executor_of(kept: Held, settings: EngineSettings) -> Executor:
-    """Made at its first use. Raises UserError for settings that this model cannot have, and where a copy of the weights
-    does not fit."""
+    """Returns the executor, which is made at its first use. Raises UserError for settings that this model cannot have,
+    and where a copy of the weights does not fit."""
     if settings not in kept.executors:
         checkpoint = kept.checkpoint
         own = next((name for name, dtype in DTYPES.items() if dtype == checkpoint.dtype), None)
@@ -147,8 +150,9 @@ def executor_of(kept: Held, settings: EngineSettings) -> Executor:
 
 
 def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The model's tensors under the names of its checkpoint: views where transformers keeps several as one. Raises
-    UserError for one that is missing, misshapen or elsewhere than the others, and for one that no executor reads."""
+    """Returns the model's tensors under the names of its checkpoint: views where transformers keeps several as one.
+    Raises UserError for one that is missing, misshapen or elsewhere than the others, and for one that no executor
+    reads."""
     state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
     stored, shapes = family_named(spec.family).stored, spec.shapes()
     found = {name: part_of(state, name, stored(name, shape, spec)[-1], shape[0]) for name, shape in shapes.items()}
@@ -165,26 +169,26 @@ def tensors_of(model: Any, spec: ModelSpec) -> dict[str, torch.Tensor]:
     return found
 
 
-def part_of(state: Mapping[str, torch.Tensor], name: str, place: Place, rows: int) -> torch.Tensor:
-    """A tensor of a checkpoint in a model's state: transformers keeps some as parts of others."""
-    whole = state.get(place.name)
+def part_of(state: Mapping[str, torch.Tensor], name: str, stored: StoredSlice, rows: int) -> torch.Tensor:
+    """Returns a tensor of a checkpoint from a model's state. transformers keeps some as parts of others."""
+    whole = state.get(stored.name)
     shape = None if whole is None else tuple(whole.shape)
     check(whole is not None, f"model: tensor {name}", None, "the model must hold it (adapters must be merged first)")
-    check(shape == place.shape, f"model: tensor {place.name}", shape, f"it must be {place.shape}")
+    check(shape == stored.shape, f"model: tensor {stored.name}", shape, f"it must be {stored.shape}")
     assert whole is not None
-    return (whole if place.index is None else whole[place.index])[place.first : place.first + rows]
+    return (whole if stored.index is None else whole[stored.index])[stored.first : stored.first + rows]
 
 
 def version_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What changes with every change of the tensor that PyTorch counts. (It counts none for tensors that were made in
-    inference mode.)"""
+    """Returns a value that changes with every change of the tensor that PyTorch counts. (It counts none for tensors
+    that were made in inference mode.)"""
     count = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), count, tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 def check_plain(model: Any) -> None:
-    """Raise UserError for a model of whose modules some do what its config does not tell: another library's, hooks of
-    the user's, a replaced `forward`, dropout."""
+    """Raises UserError for a model some of whose modules do more than its config tells: another library's, hooks of the
+    user's, a replaced `forward`, dropout."""
     for name, module in model.named_modules():
         kind, at = type(module), f"model: module {name or 'model'}"
         mine = f"{kind.__module__}.".startswith(KNOWN)

@@ -1,9 +1,9 @@
-"""What transformers' `generate` was asked for, in the sampler's own words: or left as transformers' own processors,
-which then run as they are. Nothing is dropped without a word.
+"""Turns the settings of transformers' `generate` into the sampler's own, or leaves them to transformers' own
+processors. Nothing is dropped without a word.
 
-`generate` makes a list of processors of its config and hands it over. A run of them at its head and one at its tail are
-what the sampler has itself, in the same order, and become its parameters, which are faster and guessed with; whatever
-stands between them is called once for every token, as transformers calls it.
+`generate` makes a list of processors of its config and hands it over. The sampler has its own for a run of them at the
+list's head and for one at its tail, in the same order. These become its parameters, which are faster and guessed with.
+Those between are called once for every token, by transformers' own rule.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ OF_A_BATCH = frozenset(
     for name in ("EncoderRepetitionPenalty", "EncoderNoRepeatNGram", "PrefixConstrained",
                  "UnbatchedClassifierFreeGuidance", "SynthIDTextWatermark")
 )  # fmt: skip
-# At the tail, in transformers' order and the sampler's: class, its attribute, option. An option that is not there, as
-# of a value that the sampler does not take, leaves the class to transformers.
+# The processors at the tail, in transformers' order and the sampler's: class, its attribute, option. Where the option
+# is not there, or the sampler does not take its value, the class is left to transformers.
 WARPERS = (
     ("TemperatureLogitsWarper", "temperature", "temperature"),
     ("TopKLogitsWarper", "top_k", "top_k"),
@@ -56,7 +56,7 @@ WARPERS = (
 OPTIONS = frozenset(f.name for f in fields(Options))
 ENGINE = frozenset(f.name for f in fields(EngineSettings))
 # Options that a caller may set beside what `generate` itself is told.
-FREE = frozenset(
+OWN_OPTIONS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "penalty", "penalty_window", "dry_multiplier",
         "dry_base", "dry_length", "dry_breakers", "seed", "on_loop",
@@ -67,16 +67,20 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class Asked:
-    """options: of `Options`. processors: what is left to transformers' own, in their order."""
+    """The result of reading the settings.
+
+    options: fields of `Options`. processors: processors that are left to transformers' own, in their order.
+    """
 
     options: dict[str, Any]
     processors: tuple[Any, ...]
 
 
 def own_settings(settings: Mapping[str, Any] | None) -> tuple[EngineSettings, dict[str, Any]]:
-    """The argument `tokenswift` as engine settings and options, `tokenizer` among these. Raises UserError."""
+    """Returns the argument `tokenswift` split in engine settings and options, `tokenizer` among these. Raises
+    UserError."""
     given = dict(settings or {})
-    known = ENGINE | FREE | {"tokenizer"}
+    known = ENGINE | OWN_OPTIONS | {"tokenizer"}
     for name in given:
         instead = "give assistant_model" if name == "draft_model" else f"known here are {', '.join(sorted(known))}"
         check(name in known, "tokenswift", name, f"{instead}; what generate has a parameter for is told to generate")
@@ -85,7 +89,7 @@ def own_settings(settings: Mapping[str, Any] | None) -> tuple[EngineSettings, di
 
 
 def check_config(config: Any) -> None:
-    """Raise UserError for a field of the config that asks for what is not done here."""
+    """Raises UserError for a field of the config that asks for something that is not done here."""
     defaults = config._get_default_generation_params()
     for name, value in config.to_dict().items():
         if name not in MADE and name not in UNREAD and not name.startswith("_"):
@@ -97,9 +101,9 @@ def check_config(config: Any) -> None:
 
 
 def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence[int], rows: int) -> Asked:
-    """What a prepared list of processors comes to.
+    """Reads a prepared list of processors.
 
-    length: of the prompts, padding included. eos: tokens that end a text. rows: texts to write.
+    length: length of the prompts, padding included. eos: tokens that end a text. rows: texts to write.
     """
     left = list(processors)
     for processor in left:
@@ -121,8 +125,8 @@ def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence
 
 
 def at_head(processor: Any, length: int, eos: Sequence[int], before: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options that do what this processor does, as the first that is left; None leaves it. before: options of those
-    in front of it."""
+    """Returns the options that do what this processor does, the first that is left; None leaves it. before: options of
+    the processors in front of it."""
     kind = class_name(processor)
     if kind == "RepetitionPenaltyLogitsProcessor" and "repetition_penalty" not in before:
         return repetition(processor)
@@ -139,7 +143,8 @@ def at_head(processor: Any, length: int, eos: Sequence[int], before: Mapping[str
 
 
 def repetition(processor: Any) -> dict[str, Any] | None:
-    """A repetition penalty over prompt and text, which is ours, too: padding is no part of either here."""
+    """Returns the option of a repetition penalty over prompt and text, which is ours, too. Padding is no part of either
+    here."""
     penalty = float(processor.penalty)
     if isinstance(processor.prompt_ignore_length, int) or not fits("repetition_penalty", penalty):
         return None
@@ -147,8 +152,8 @@ def repetition(processor: Any) -> dict[str, Any] | None:
 
 
 def at_tail(processor: Any, place: int) -> tuple[int, str, Any] | None:
-    """Place in WARPERS, option and value of the last processor, if the sampler has it and `place` is of one behind it;
-    None leaves it."""
+    """Returns place in WARPERS, option and value of the last processor, if the sampler has it and `place` is of a later
+    one. None leaves it."""
     for number, (kind, attribute, option) in enumerate(WARPERS[:place]):
         if class_name(processor) == kind and option in OPTIONS:
             value = getattr(processor, attribute)
@@ -160,7 +165,7 @@ def at_tail(processor: Any, place: int) -> tuple[int, str, Any] | None:
 
 
 def fits(option: str, value: Any) -> bool:
-    """Whether the sampler takes the value."""
+    """Returns whether the sampler takes the value."""
     try:
         SamplingParams(**{option: value})
     except UserError:
@@ -169,14 +174,14 @@ def fits(option: str, value: Any) -> bool:
 
 
 def class_name(processor: Any) -> str:
-    """Of one of transformers' own classes; one derived from it may do anything."""
+    """Returns the name of one of transformers' own classes. A class derived from it may do anything."""
     kind = type(processor)
     return kind.__name__ if kind.__module__ == TRANSFORMERS else ""
 
 
 class AsInTransformers:
-    """A processor called as `generate` calls it: with ids of the whole row, padding included, and fp32 scores, both on
-    the device of the inputs.
+    """A processor, called in the way of `generate`: with ids of the whole row, padding included, and fp32 scores, both
+    on the device of the inputs.
 
     padding: [n] ids in front of the prompt.
     """
@@ -197,7 +202,7 @@ class AsInTransformers:
 
 
 class Criteria:
-    """transformers' stopping criteria, asked after each token as `generate` asks them: of the ids so far, padding
+    """transformers' stopping criteria, asked after each token in the way of `generate`: about the ids so far, padding
     included, without scores.
 
     prompt: [n] ids, padding included, `padding` of them. room: for so many more.

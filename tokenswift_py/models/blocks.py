@@ -12,9 +12,11 @@ BLOCK = 32  # weights that share a scale, and activations that are rounded toget
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How a type of blocks is laid out; what its numbers mean is in kernels/cpu/math/formats.h.
+    """The layout of a type of blocks. The meaning of its numbers is in kernels/cpu/math/formats.h.
 
-    weights: of a block. stored, packed: its bytes in a GGUF file and in the engine. halves: where its fp16 numbers are.
+    weights: number of weights of a block.
+    stored, packed: bytes of a block in a GGUF file and in the engine.
+    halves: offsets of its fp16 numbers.
     """
 
     weights: int
@@ -51,12 +53,12 @@ class Blocks:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[output features, input features] of the matrix."""
+        """Returns [output features, input features] of the matrix."""
         form = FORMATS[self.kind]
         return self.data.shape[0], self.data.shape[1] // form.stored * form.weights
 
     def finite(self) -> bool:
-        """Whether all scales and minima are numbers."""
+        """Returns whether all scales and minima are numbers."""
         blocks = self.data.reshape(-1, FORMATS[self.kind].stored)
         return all(
             bool(np.isfinite(blocks[:, at : at + 2].copy().view(np.float16)).all()) for at in FORMATS[self.kind].halves

@@ -184,7 +184,7 @@ def first_row(rows: Rows) -> Rows:
 
 
 def cut(output: Output, rows: int, pages: int) -> Output:
-    """Returns a copy without padding rows, and without the mass behind the last page."""
+    """Returns a copy without padding rows, and without the mass after the last page."""
     mass, queries, residual = output.page_mass, output.queries, output.residual
     return Output(
         output.hidden[:rows].clone(),

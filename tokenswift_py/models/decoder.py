@@ -1,7 +1,7 @@
 """One decoder for all families in torch, on any device.
 
-torch's matrix products round differently with the number of rows, so this executor's identity between plain and
-speculative decoding is *measured*, not bitwise, unless `ops` and attention keep law 1.
+torch's matrix products round differently with the number of rows. So the identity between plain and speculative
+decoding is *measured* with this executor, not bitwise, unless `ops` and attention keep law 1.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from tokenswift_py.models.spec import ModelSpec
 
 
 def reads_int8(attention: AttentionBackend, ops: Ops) -> bool:
-    """Whether keys and values can be int8: attention reads them with their scales, ops write them so."""
+    """Returns whether keys and values can be int8: attention reads them with their scales, and the ops write them
+    so."""
     return ops.pads and getattr(attention, "reads_int8", False)
 
 
 def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
-    """Raise UserError for attention that cannot meet far keys from other positions than the rows' own, if it should."""
+    """Raises UserError for attention that cannot meet far keys from other positions than the rows' own, where these
+    tables need it."""
     able = rope.shifts is None or getattr(attention, "moves_queries", False)
     allowed = f"attention {attention.name} cannot; attention triton and sdpa and engine native can, and positions"
     check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
 
 
 def lacking(spec: ModelSpec) -> str:
-    """What a model's layers have that Triton's kernels do not compute, in words; empty where they compute it all."""
+    """Returns in words the parts of a model's layers that Triton's kernels do not compute, empty where they compute
+    all."""
     needs = {
         "norms by 1 + weight": spec.norm_offset != 0,
         "mixtures of experts": spec.experts is not None,
@@ -50,7 +53,7 @@ def lacking(spec: ModelSpec) -> str:
 
 
 def check_kernels(spec: ModelSpec, ops: Ops) -> None:
-    """Raise UserError for a family whose layers these operations do not compute."""
+    """Raises UserError for a family whose layers these operations do not compute."""
     lacks = lacking(spec) if ops.pads else ""
     check(not lacks, "attention", "triton", f"its kernels have no {lacks} ({spec.family}); sdpa computes them")
 
@@ -58,8 +61,8 @@ def check_kernels(spec: ModelSpec, ops: Ops) -> None:
 class TorchDecoder:
     """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations.
 
-    draft:    rows are for drafts only and can never be committed.
-    kv_dtype: of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
+    draft:    whether rows are for drafts only and can never be committed.
+    kv_dtype: type of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
               attention that reads it, and the ops that go with it.
     """
 
@@ -110,7 +113,7 @@ class TorchDecoder:
         return KVCache(self.new_pool(pages_for(self.context)), self.context)
 
     def new_pool(self, pages: int) -> TorchPagePool:
-        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
+        """Makes room for the pages of one or several sequences, which must share a pool to share a pass."""
         spec = self.spec
         return TorchPagePool(
             spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype, self.device, self.ops.move_rows
@@ -137,7 +140,7 @@ class TorchDecoder:
             return output if logit_rows is None else replace(output, logits=self._project(output.hidden[wanted]))
 
     def steps_over(self, pool: TorchPagePool) -> Steps:
-        """The passes of fixed shapes over a pool. They keep neither the pool nor this decoder alive."""
+        """Returns the passes of fixed shapes over a pool. They keep neither the pool nor this decoder alive."""
         if pool not in self._steps:
             self._steps[pool] = Steps(proxy(self), proxy(pool), self.recorder)
         return self._steps[pool]
@@ -151,9 +154,11 @@ class TorchDecoder:
         mass_pages: int | None,
         want_queries: bool,
     ) -> Output:
-        """A pass as the device sees it: what it launches depends on shapes alone, not on what lies in memory.
+        """Computes a pass. Its launches depend on shapes alone, not on the contents of memory.
 
-        plan: the attention's. places: [3, R] int64 tokens, positions, slots. mass_pages: how many to report; or None.
+        plan: the attention's plan.
+        places: [3, R] int64 tokens, positions, slots.
+        mass_pages: number of pages whose attention mass is reported; None reports none.
         """
         spec = self.spec
         tokens, positions, slots = places.unbind()
@@ -194,7 +199,8 @@ class TorchDecoder:
         return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
 
     def _angles(self, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """cos and sin [R, head_dim / 2] of each kind of layer; one that rotates nothing turns by no angle."""
+        """Returns cos and sin [R, head_dim / 2] of each kind of layer. A kind that rotates nothing turns by no
+        angle."""
         angles: dict[str | None, tuple[torch.Tensor, torch.Tensor]] = {
             name: (cos[positions], sin[positions]) for name, (cos, sin) in self._tables.items()
         }
@@ -219,7 +225,7 @@ class TorchDecoder:
         return self._linear(hidden, "model.embed_tokens" if self.spec.tied else "lm_head")
 
     def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        """What brings heads, or the feed-forward's columns, back to the residual stream."""
+        """Brings heads, or the feed-forward's columns, back to the residual stream."""
         return self._linear(x, name)
 
     def _feed_forward(self, x: torch.Tensor, at: str, layer: LayerSpec) -> torch.Tensor:
@@ -266,8 +272,11 @@ class TorchDecoder:
 
 
 def choose_experts(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, chosen] the experts of each row, the likeliest first and of equal ones the lowest number, and their shares,
-    in fp32 or better. scores: [R, count] of the router."""
+    """Returns [R, chosen] the experts of each row and their shares, in fp32 or better. The likeliest come first, and of
+    equal ones the lowest number.
+
+    scores: [R, count] of the router.
+    """
     wide = scores if scores.dtype == torch.float64 else scores.float()
     shares, chosen = wide.softmax(-1).sort(stable=True, dim=-1, descending=True)
     shares, chosen = shares[:, : experts.chosen], chosen[:, : experts.chosen]

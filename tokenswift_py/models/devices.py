@@ -1,4 +1,4 @@
-"""Finds the device that a name stands for."""
+"""Devices and types of numbers, under the names that users give them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ import torch
 
 from tokenswift_py.errors import check
 from tokenswift_py.parallel.ranks import ALONE, Ranks
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KV_DTYPES = {**DTYPES, "int8": torch.int8}
+WEIGHT_FORMATS = (*DTYPES, "int8", "gguf")  # int8 and gguf are blocks of integers with scales
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name that --dtype and --kv-dtype use."""
+    return next(name for name, known in KV_DTYPES.items() if known == dtype)
+
+
+def check_dtype(field: str, dtype: torch.dtype) -> None:
+    """Raises UserError for a type that has no name here."""
+    check(dtype in KV_DTYPES.values(), field, dtype, ", ".join(map(str, KV_DTYPES.values())))
 
 
 def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:

@@ -1,23 +1,24 @@
-"""Two executors, one contract: torch on any device, the native C++ engine on CPUs. Each holds a model's weights once
-and makes a `Model` for the RoPE tables of a run."""
+"""Two executors with one contract: torch on any device, and the native C++ engine on CPUs."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.checkpoints.checkpoint import DTYPES, KV_DTYPES, Checkpoint
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_kernels, check_moves_queries, lacking, reads_int8
+from tokenswift_py.models.devices import DTYPES, KV_DTYPES
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables
@@ -33,15 +34,19 @@ logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
 DETERMINISTIC = ("auto", "on", "off")
-# What attention `auto` is on a GPU, the first that is installed: what keeps law 1 before what is measured.
+# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
 class Executor(Protocol):
-    """name, dtype (as --dtype names it), kv_dtype, device, threads: what the report says. multiplied_nbytes: of the
-    weights that every token is multiplied with (this rank's). sampler: how rows of its logits become tokens. ranks: the
-    processes that hold the model."""
+    """Holds a model's weights once, and makes a `Model` for the RoPE tables of a run.
+
+    name, dtype, kv_dtype, device, threads: entries of the report. dtype is a name of --dtype.
+    multiplied_nbytes: bytes of the weights that every token is multiplied with (this rank's).
+    sampler: class that chooses tokens from rows of its logits.
+    ranks: the processes that hold the model.
+    """
 
     name: str
     dtype: str
@@ -59,33 +64,34 @@ class Executor(Protocol):
     def sampler(self) -> type[Sampler]: ...
 
     def padded_head(self, head_dim: int) -> int:
-        """What a head of this size takes in the KV cache."""
+        """Returns the size that a head of this size takes in the KV cache."""
 
     def check_rope(self, rope: RopeTables) -> None:
-        """Raise UserError for tables whose far keys this executor cannot meet."""
+        """Raises UserError for tables whose far keys this executor cannot meet."""
 
     def model(self, rope: RopeTables) -> Model:
-        """The model for a run of these RoPE tables; weights are shared."""
+        """Makes the model for a run of these RoPE tables. Weights are shared."""
 
     def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        """The same model for draft passes over the same cache, whose rows can never be committed.
+        """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
-        weights: bf16 are the target's own, whatever their type; int8 those in blocks of 8 bits, of 4 where they are no
-                 finer, packed at first use; auto is int8 where the engine has it.
-        kv:      own are the cache's keys and values as they are; int8 copies of the full pages that drafts see; auto is
+        weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
+                 bits where the target's are no finer. auto is int8 where the engine has it.
+        kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
-        Raises UserError for others, and for weights that this executor has not or memory has no room for.
+
+        Raises UserError for others, for weights that this executor has not, and where memory has no room for them.
         """
 
     def reads_copies(self, kv: str) -> bool:
-        """Whether a draft model made with this `kv` reads int8 copies of pages."""
+        """Returns whether a draft model made with this `kv` reads int8 copies of pages."""
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        """An executor of another model that drafts for this one, on the same device, threads and kernels, with the same
-        type of KV cache.
+        """Loads another model that drafts for this one, on the same device, threads and kernels, with the same type of
+        KV cache.
 
-        weights: bf16 are of the type that the target's were asked for in (bf16 where those are in blocks); int8 and
-                 auto, and what is raised, as in `draft_model`.
+        weights: bf16 is the type that the target's weights were asked for in (bf16 where those are in blocks). int8 and
+                 auto are those of `draft_model`, and so is what is raised.
         """
 
 
@@ -115,7 +121,7 @@ class TorchExecutor:
         allowed += " or int8" if int8 else "; attention triton and engine native have int8 as well"
         check(kv_dtype == dtype or (int8 and kv_dtype == "int8"), "kv_dtype", kv_dtype, allowed)
         self._kernels = (kv_dtype, device, backend, deterministic)
-        self._sampler = TritonSampler if backend == "triton" else Sampler
+        self._sampler = OWN_KERNELS[backend].sampler if backend in OWN_KERNELS else Sampler
         self._shard: Shard | None = None
         if ranks.world > 1:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
@@ -248,29 +254,34 @@ def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device)
 
 
 def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str:
-    """What attention `auto` means: on a GPU the first of GPU_ATTENTION that is installed and computes this model, else
-    PyTorch's own."""
+    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and computes this
+    model, else PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
-            if backend == "triton" and spec is not None and lacking(spec):
-                continue
-            if importlib.util.find_spec(package) is not None:
+            own = OWN_KERNELS.get(backend)
+            computed = own is None or spec is None or not own.lacks(spec)
+            if computed and importlib.util.find_spec(package) is not None:
                 return backend
     return "sdpa"
 
 
 def check_attention(attention: str, device: torch.device) -> None:
-    """Raise UserError for a backend without kernels for the device. Triton tells by itself: it has an interpreter."""
-    needs_gpu = attention in ("flash", "xformers")
+    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
+    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
     check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
 
 
 def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
-    """Triton's kernels with Triton's attention, else torch's. `auto` is on where that attention keeps law 1."""
-    if attention != "triton":
-        allowed = f"only with attention triton; {attention} rounds by the number of rows"
-        check(deterministic != "on", "deterministic", deterministic, allowed)
-        return TorchOps()
+    """Makes the operations that go with an attention backend: its own, else torch's."""
+    if attention in OWN_KERNELS:
+        return OWN_KERNELS[attention].ops(device, deterministic)
+    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
+    check(deterministic != "on", "deterministic", deterministic, allowed)
+    return TorchOps()
+
+
+def triton_ops(device: torch.device, deterministic: str) -> Ops:
+    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
     from tokenswift_py.kernels.triton.ops import TritonOps
     from tokenswift_py.kernels.triton.runtime import check_device
 
@@ -278,12 +289,26 @@ def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
     return TritonOps(deterministic != "off")
 
 
-def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
-    """native or torch. `auto` is native on a CPU, unless an attention backend of torch's was asked for or several
-    processes share the model.
+@dataclass(frozen=True)
+class OwnKernels:
+    """The kernels that a backend's folder has beside attention.
 
-    Raises UserError where native was asked for and cannot be.
+    ops:     makes a layer's operations for a device and the option `deterministic`.
+    lacks:   says in words what of a model they do not compute; empty if they compute all of it.
+    sampler: chooses tokens where the logits lie.
     """
+
+    ops: Callable[[torch.device, str], Ops]
+    lacks: Callable[[ModelSpec], str]
+    sampler: type[Sampler]
+
+
+OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # by the attention that they go with
+
+
+def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
+    """Returns native or torch. Raises UserError where native was asked for and cannot be. `auto` is native on a CPU,
+    unless an attention backend of torch's was asked for or several processes share the model."""
     check(engine in ENGINES, "engine", engine, f"one of {', '.join(ENGINES)}")
     if engine == "native":
         check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
@@ -313,7 +338,7 @@ def load(
     deterministic: str = "auto",
     ranks: Ranks = ALONE,
 ) -> Executor:
-    """Read the weights into the chosen executor. `engine` is native or torch."""
+    """Reads the weights into the chosen executor. `engine` is native or torch."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")

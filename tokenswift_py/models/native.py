@@ -1,4 +1,5 @@
-"""The decoder on the C++ CPU engine (`kernels/cpu`): the forward contract of `core.Model`, one native call a pass.
+"""The decoder on the C++ CPU engine (`kernels/cpu`). It keeps the forward contract of `core.Model`, with one native
+call a pass.
 
 A row's bits depend on its own ancestors only (law 1): not on the rows beside it, chunks, batches, or threads.
 """
@@ -21,15 +22,13 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
+from tokenswift_py.models.devices import DTYPES, check_dtype, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.version import __version__
 
-DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-WEIGHTS = {**DTYPES, torch.int8: "q8"}
-KV_DTYPES = {**DTYPES, torch.int8: "int8"}
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 FP32 = ("router", "shared_gate")  # whatever the type of the other matrices
@@ -39,7 +38,7 @@ PARTS = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "final_
 
 
 def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
-    """What the engine calls a weight or bias, and its layer; -1 for those of no layer."""
+    """Returns the engine's name of a weight or bias, and its layer, -1 for those of no layer."""
     stem, kind = name.rsplit(".", 1)
     layer = -1
     if stem.startswith("model.layers."):
@@ -56,8 +55,8 @@ def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
 
 
 class NativePool(BoundedPages):
-    """Pages in native memory: keys and values packed for dot products. Memory grows by slabs as pages are first
-    held, and nothing is ever copied to grow. Statistics are computed by the threads of `weights`."""
+    """Pages in native memory, with keys and values packed for dot products. Memory grows by slabs as pages are first
+    held, and nothing is ever copied to grow. The threads of `weights` compute the statistics."""
 
     def __init__(self, weights: NativeWeights, pages: int, dtype: torch.dtype):
         from tokenswift_py.kernels.cpu import _native
@@ -65,7 +64,8 @@ class NativePool(BoundedPages):
         spec = weights.spec
         super().__init__((spec.layers, spec.kv_heads, pages, spec.head_dim), torch.device("cpu"))
         self.layers, self.kv_heads, self.dtype = spec.layers, spec.kv_heads, dtype
-        self.native = _native.Pool(spec.layers, spec.kv_heads, round_up(spec.head_dim, VECTOR), KV_DTYPES[dtype], pages)
+        width = round_up(spec.head_dim, VECTOR)
+        self.native = _native.Pool(spec.layers, spec.kv_heads, width, dtype_name(dtype), pages)
         self.page_bytes: int = self.native.page_bytes
         self._engine = weights.native
 
@@ -90,7 +90,7 @@ class NativePool(BoundedPages):
             block[:] = part
 
     def _blocks(self, page: int) -> list[Bytes]:
-        """The memory of a page, a block for each layer and KV head."""
+        """Returns the memory of a page, with a block for each layer and KV head."""
         return [self.native.block(layer, head, page) for layer in range(self.layers) for head in range(self.kv_heads)]
 
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
@@ -108,13 +108,13 @@ class NativePool(BoundedPages):
 class NativeWeights:
     """Weights packed from Hugging Face's names, and the team of threads that multiplies with them.
 
-    weights: read once, tensor by tensor, and not kept. Norms and biases are tensors and stay fp32; a matrix is a
-             tensor, or with dtype int8 also `Blocks`, which are packed as they are.
-    dtype:   of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
-    threads: None is what the affinity mask and the cgroup's quota allow.
-    team:    of other weights, to be shared: passes take turns, and no two teams wait for each other's cores.
-    fewest_bits: with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 % (root
-             mean square), as those do that came from a 4-bit file.
+    weights: read once, tensor by tensor, and not kept. Norms and biases are tensors and stay fp32. A matrix is a
+             tensor, or with dtype int8 also `Blocks`, which are packed without a change.
+    dtype:   type of the packed matrices: bfloat16, float32, or int8, which is blocks of 32 with an fp16 scale.
+    threads: number of threads; None is what the affinity mask and the cgroup's quota allow.
+    team:    team of other weights, to be shared. Passes take turns, and no two teams wait for each other's cores.
+    fewest_bits: whether, with dtype int8, a matrix of values becomes blocks of 4 bits where these lose no more than 1 %
+                 (root mean square).
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class NativeWeights:
 
         self.spec = spec
         self.dtype = dtype
-        check(self.dtype in WEIGHTS, "dtype", self.dtype, "torch.bfloat16, torch.float32 or torch.int8")
+        check_dtype("dtype", self.dtype)
         check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         self.team = team or _native.Team(threads or available_threads())
@@ -152,7 +152,7 @@ class NativeWeights:
             post_norms=spec.post_norms,
             gelu=spec.activation == "gelu",
             embedding_scale=float(torch.tensor(spec.embedding_scale).to(embedding)),
-            dtype=WEIGHTS[self.dtype],
+            dtype="q8" if self.dtype == torch.int8 else dtype_name(self.dtype),
             team=self.team,
         )
         for name, shape in spec.shapes().items():
@@ -167,17 +167,18 @@ class NativeWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed matrices."""
+        """Returns the bytes of the packed matrices."""
         return int(self.native.weight_bytes)
 
     @property
     def multiplied_nbytes(self) -> int:
-        """Bytes of those that every token is multiplied with: of an untied embedding only rows are read."""
+        """Returns the bytes of the matrices that every token is multiplied with. Of an untied embedding only rows are
+        read."""
         return int(self.native.multiplied_bytes)
 
     @property
     def label(self) -> str:
-        """The numerics of a multiplication: bf16, fp32, or which kinds of blocks there are."""
+        """Returns the numerics of a multiplication: bf16, fp32, or the kinds of blocks."""
         return "+".join(sorted(self._kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
 
     def _pack(self, name: str, tensor: torch.Tensor | Blocks) -> None:
@@ -205,16 +206,16 @@ class NativeWeights:
 class NativeDecoder:
     """Packed weights and the RoPE tables of one context.
 
-    kv_dtype: of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a scale
-              (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
+    kv_dtype: type of keys and values; None is that of the weights, or bfloat16 beside weights in blocks. int8 keeps a
+              scale (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
               multiples of it, ties to even.
-    draft:    rows are for drafts only and can never be committed.
-    int8_pages: drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8, and round what
-              meets them to bytes as well, queries to signed and weights to unsigned ones. They are made when a draft
-              first sees the page, and take 66 % of the bytes of the largest view.
+    draft:    whether rows are for drafts only and can never be committed.
+    int8_pages: whether drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8. What
+                meets them is rounded to bytes as well, queries to signed and weights to unsigned ones. Copies are made
+                when a draft first sees the page, and take 66 % of the bytes of the largest view.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight or a bf16 or int8 key or value is rounded to bf16; on the others it stays fp32. What meets a weight in blocks
+    weight or a bf16 or int8 key or value is rounded to bf16. On the others it stays fp32. What meets a weight in blocks
     is rounded to int8 in blocks. `Output.hidden` is the final norm's fp32.
     """
 
@@ -234,21 +235,21 @@ class NativeDecoder:
         self.context = rope.context
         self.clock: Clock = HostClock()
         self.draft, self.int8_pages = draft, draft and int8_pages
-        self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES else torch.bfloat16)
-        check(self.kv_dtype in KV_DTYPES, "kv_dtype", self.kv_dtype, "torch.bfloat16, torch.float32 or torch.int8")
+        self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES.values() else torch.bfloat16)
+        check_dtype("kv_dtype", self.kv_dtype)
         self._cos, self._sin = (table.float().contiguous().numpy() for table in (rope.cos, rope.sin))
         local = rope.local
         self._local = None if local is None else tuple(t.float().contiguous().numpy() for t in (local.cos, local.sin))
         shifts, self._turns = rope.shifts, query_turns(rope, self.spec)
         self._shifts = None if shifts is None else (shifts.block, native_ints(shifts.shifts), shifts.trained)
-        kinds = f"{weights.label}/kv-{KV_DTYPES[self.kv_dtype]}"
+        kinds = f"{weights.label}/kv-{dtype_name(self.kv_dtype)}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:
         return KVCache(self.new_pool(pages_for(self.context)), self.context)
 
     def new_pool(self, pages: int) -> NativePool:
-        """Room for the pages of one or several sequences, which must share a pool to share a pass."""
+        """Makes room for the pages of one or several sequences, which must share a pool to share a pass."""
         return NativePool(self.weights, pages, self.kv_dtype)
 
     def forward(
@@ -313,7 +314,7 @@ def native_ints(array: IntArray) -> IntArray:
 
 
 def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | None, IntArray]]:
-    """The segments as the native engine takes them: positions, full pages, view, tail."""
+    """Returns the segments in the native engine's form: positions, full pages, view, tail."""
     return [
         (
             native_ints(segment.positions),
@@ -326,7 +327,8 @@ def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | No
 
 
 def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says so."""
+    """Returns the number of cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says
+    so."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1].lstrip("/")

@@ -18,7 +18,7 @@ Shifts = npt.NDArray[np.int32]
 EXTENSIONS = ("self-extend", "log-extend")  # schemes that move queries
 SCHEMES = ("auto", "trained", *STRETCHES, *EXTENSIONS)
 # Whole pages, and never more than a split of the CPU engine's attention. Larger blocks cost little: SmolLM2-135M read
-# documentation behind 7 K at 1.37 nats a token with blocks of 64, and at 1.43 with 1 024 (Self-Extend, G = 16).
+# documentation after 7 K at 1.37 nats a token with blocks of 64, and at 1.43 with 1 024 (Self-Extend, G = 16).
 BLOCKS = (64, 128, 256, 512, 1024)
 
 

@@ -25,12 +25,12 @@ class Rows:
 
     @property
     def places(self) -> npt.NDArray[np.int64]:
-        """Tokens, positions and slots, [3, R] int64, which torch needs for indices."""
+        """Returns tokens, positions and slots, [3, R] int64, which torch needs for indices."""
         return np.stack([self.tokens, self.positions, self.slots]).astype(np.int64)
 
     @property
     def pages(self) -> int:
-        """The number of absolute pages up to that of the last row."""
+        """Returns the number of absolute pages up to that of the last row."""
         return int(self.positions.max()) // PAGE_SIZE + 1
 
 
@@ -76,7 +76,7 @@ def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
 
 
 def place(segments: Sequence[Segment], target_weights: bool, placed: list[IntArray], positions: list[IntArray]) -> None:
-    """Append each segment's rows to its cache; their slots and positions join the lists."""
+    """Appends each segment's rows to its cache. Their slots and positions join the lists."""
     for segment in segments:
         cache = segment.cache
         if any(not 0 <= row < cache.tail_length for row in segment.tail):

@@ -1,4 +1,4 @@
-"""What a decoder of the supported families is made of, read from its Hugging Face config."""
+"""The shapes of a decoder of the supported families, read from its Hugging Face config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = tuple(registry.names(FOLDER))
 
 
 def family_named(name: str) -> Family:
-    """Raises UserError for one that has no file in the folder."""
+    """Returns the family of this name. Raises UserError for one that has no file in the folder."""
     check(name in FAMILIES, "model family", name, f"supported are {', '.join(FAMILIES)}")
     family: Family = registry.module(FOLDER, "model family", name).FAMILY
     return family
@@ -33,12 +33,13 @@ def layers_of(config: Any) -> tuple[LayerSpec, ...]:
 class ModelSpec:
     """Shapes and switches of one model.
 
-    layer_specs:     what each layer has of its own.
-    norm_offset:     a norm multiplies by its weight and this.
-    post_norms:      what attention and feed-forward give is normed before it is added to the residual stream.
-    embedding_scale: of a token's row, rounded to the weights' type.
-    query_scale:     of queries, beyond the head_dim ** -0.5 that every attention has; only beside qk_norm.
-    activation:      of the gate: silu, or gelu by the tanh.
+    layer_specs:     properties that single layers have of their own.
+    norm_offset:     number that is added to a norm's weight before it multiplies.
+    post_norms:      whether the results of attention and feed-forward are normed before they are added to the residual
+                     stream.
+    embedding_scale: factor on a token's row of the embedding, rounded to the weights' type.
+    query_scale:     factor on queries, beyond the head_dim ** -0.5 that every attention has; only beside qk_norm.
+    activation:      activation of the gate: silu, or gelu by the tanh.
     """
 
     family: str
@@ -65,7 +66,7 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
-        """From a transformers config. Raises UserError for a family or feature that is not supported."""
+        """Reads a transformers config. Raises UserError for a family or feature that is not supported."""
         name = str(getattr(config, "model_type", None))
         family = family_named(name)
         act = family.act(config)
@@ -98,22 +99,23 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """[layers] the sliding window of each layer in tokens; None is full attention."""
+        """Returns [layers] the sliding window of each layer in tokens; None is full attention."""
         return tuple(layer.window for layer in self.layer_specs)
 
     def moved(self, shifts: BlockShifts | None) -> tuple[bool, ...]:
-        """[layers] whether queries are moved for far keys: not where windows hide them, nor where nothing rotates."""
+        """Returns [layers] whether queries are moved for far keys. They are not where windows hide such keys, nor where
+        nothing rotates."""
         return tuple(
             shifts is not None and layer.rope == GLOBAL and shifts.serves(layer.window) for layer in self.layer_specs
         )
 
     @property
     def mlp_norm(self) -> str:
-        """The norm before the feed-forward."""
+        """Returns the name of the norm before the feed-forward."""
         return "pre_feedforward_layernorm" if self.post_norms else "post_attention_layernorm"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the model, under Hugging Face's names."""
+        """Returns the name and shape of every tensor of the model, under Hugging Face's names."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
@@ -142,7 +144,7 @@ class ModelSpec:
         return shapes
 
     def _feed_forward(self, layer: LayerSpec, ffn: int, hidden: int) -> dict[str, tuple[int, int, bool]]:
-        """Rows, columns and bias of the matrices of a layer's feed-forward."""
+        """Returns rows, columns and bias of the matrices of a layer's feed-forward."""
 
         def gated(at: str, width: int, bias: bool) -> dict[str, tuple[int, int, bool]]:
             wide, narrow = (width, hidden, bias), (hidden, width, bias)
@@ -159,8 +161,8 @@ class ModelSpec:
         return found
 
     def folded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A norm's weight as rows are multiplied by it, in fp32 or better where that is not the weight itself; any
-        other tensor as it is."""
+        """Returns a norm's weight with its offset and scale applied, in fp32 or better where it has any. Any other
+        tensor is returned unchanged."""
         own = (self.norm_offset, self.query_scale) == (0.0, 1.0) or not name.endswith("norm.weight")
         if own:
             return tensor
@@ -173,8 +175,8 @@ class ModelSpec:
 
     @property
     def multiplied(self) -> int:
-        """Parameters that every token is multiplied with; of an untied embedding only rows are read, of experts only
-        those that are chosen."""
+        """Returns the number of parameters that every token is multiplied with. Of an untied embedding only rows are
+        read, of experts only those that are chosen."""
         idle = 0 if self.tied else self.vocab_size * self.hidden_size
         if self.experts is not None:
             mixtures = sum(layer.experts for layer in self.layer_specs)
@@ -183,6 +185,6 @@ class ModelSpec:
         return self.parameters - idle
 
     def kv_bytes(self, tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values of `tokens` tokens, all layers; of int8 with the scale beside each."""
+        """Returns the bytes of keys and values of `tokens` tokens in all layers, and of the scales beside int8."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return 2 * self.layers * self.kv_heads * (self.head_dim * dtype.itemsize + scale) * tokens

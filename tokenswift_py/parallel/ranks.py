@@ -62,7 +62,7 @@ class Ranks:
         return values
 
     def first_times(self, ms: Sequence[float]) -> list[float]:
-        """Rank 0's milliseconds; the others measured as many."""
+        """Returns rank 0's milliseconds. The others measured as many."""
         times: list[float] = self.first(np.array(ms, np.float64)).tolist()
         return times
 

@@ -33,7 +33,7 @@ class PassCost:
 
     @property
     def measured(self) -> bool:
-        """Whether any pass was measured."""
+        """Returns whether any pass was measured."""
         return self._count > 0
 
     def observe(self, rows: int, context: int, ms: float) -> None:

@@ -1,10 +1,10 @@
-"""How much is worth drafting now: measured cost of a pass, learned chances of a guess, and one rule to join them.
+"""Decides how much is worth drafting now, by the measured cost of a pass, learned chances of a guess, and one rule.
 
 Rounds of drafting and verifying follow one another, so a text is written at E[tokens of a round] / E[time of a round].
-The policy that maximises such a ratio maximises E[tokens] - rate * E[time], `rate` being the best ratio itself (renewal
-reward; Dinkelbach 1967). So each node of a tree stands alone: with chance p of being emitted, and for c more
-milliseconds of drafting and verifying, it saves p / rate - c milliseconds, and pays exactly if that is more than 0.
-Plain decoding is what remains when no node pays.
+The policy that maximises such a ratio maximises E[tokens] - rate * E[time], where `rate` is the best ratio itself
+(renewal reward; Dinkelbach 1967). So each node of a tree stands alone. With chance p of being emitted, and for c more
+milliseconds of drafting and verifying, it saves p / rate - c milliseconds. It pays exactly if that is more than 0.
+Plain decoding remains when no node pays.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Planner:
         """Takes in one round.
 
         context:  tokens in the target's cache when it began.
-        rows:     of its verify pass.
-        tokens:   that it brought.
-        phase_ms: milliseconds of its phases. A verify pass of NaN milliseconds (see `PassCost.observe`) counts as what
-                  it should have taken.
+        rows:     rows of its verify pass.
+        tokens:   tokens that it wrote.
+        phase_ms: milliseconds of its phases. A verify pass of NaN milliseconds (see `PassCost.observe`) counts with the
+                  time that it should have taken.
         """
         draft, verify, *others = (phase_ms[phase] for phase in PHASES)
         self.target.observe(rows, context, verify)
@@ -61,9 +61,9 @@ class Planner:
 
 
 class Plan:
-    """Says what is worth drafting in one round, at one length of the target's cache.
+    """Decides what is worth drafting in one round, at one length of the target's cache.
 
-    It looks at what its planner knows now: what a drafter expects counts from the moment it says so.
+    It looks at what its planner knows now. So a drafter's expectation counts from the moment it is told.
     """
 
     def __init__(self, planner: Planner, context: int) -> None:
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def rate(self) -> float:
-        """Tokens per millisecond that the text is being written at, and no less than plain decoding would give."""
+        """The tokens per millisecond at which the text is being written, no less than plain decoding would give."""
         return self._rounds.rate(self.target_ms(1))
 
     def expect_rate(self, rate: float) -> None:
@@ -112,8 +112,8 @@ class Plan:
         return cost(rows, keys) if cost.measured else self.target_ms(rows)
 
     def gain_ms(self, chance: float, rows: int) -> float:
-        """Returns the milliseconds that a node saves which is emitted with this chance, and only makes the verify pass,
-        `rows` so far, one row longer; without bound where nothing is known to cost any.
+        """Returns the milliseconds that a node saves which is emitted with this chance, and makes only the verify pass,
+        `rows` so far, one row longer. It is without bound where nothing is known to cost any.
 
         Where a pass is padded, the first row of the next shape shares its cost with all that have room in it, none of
         which is likelier if the likeliest come first. Whether there are so many is seen in the end: see `rows_paid`.

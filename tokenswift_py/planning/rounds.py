@@ -1,4 +1,4 @@
-"""What rounds of drafting and verifying took and brought of late."""
+"""Statistics of the time that recent rounds of drafting and verifying took, and of the tokens that they gave."""
 
 from __future__ import annotations
 

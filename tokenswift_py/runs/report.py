@@ -17,11 +17,11 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from tokenswift_py.checkpoints.checkpoint import dtype_name
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.statistics import GenerationStats, distinct_n, find_loop
 from tokenswift_py.errors import UserError, check_new, new_file
 from tokenswift_py.loaded import LoadedModel
+from tokenswift_py.models.devices import dtype_name
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.result import Result
 from tokenswift_py.version import __version__

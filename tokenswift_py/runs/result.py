@@ -28,7 +28,7 @@ class Result:
     """A finished text.
 
     text:     the text that the model wrote, with an empty line between chapters.
-    tokens:   every token behind the prompt, forced ones included.
+    tokens:   every token after the prompt, forced ones included.
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
     logprobs: log-probabilities of the chosen tokens, when asked for; top_logprobs: and of the likeliest tokens in the
               place of each.

@@ -63,7 +63,7 @@ def load(
 ) -> None:
     """Fills an empty cache with the rows before position `stop`, as far as there are whole shards of these tokens.
 
-    A shard that is damaged, or of other tokens or numerics, is removed with all behind it, with a line to the log.
+    A shard that is damaged, or of other tokens or numerics, is removed with all after it, with a line to the log.
     Raises ValueError for a cache that is not empty.
     """
     if cache.length:

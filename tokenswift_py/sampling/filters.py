@@ -1,4 +1,4 @@
-"""Filters: which tokens may be chosen, told from scores divided by the temperature (-inf excludes a token).
+"""Filters: which tokens may be chosen, by scores divided by the temperature (-inf excludes a token).
 
 Sums are of integers, or by halving (`halving_sum`), so that every implementation has the same bits.
 """
@@ -18,13 +18,13 @@ DEEPEST = 700.0  # below the best: the exponential of less is taken for 0
 
 
 def masses(depths: Doubles) -> npt.NDArray[np.int64]:
-    """[n] probabilities of scores so far below the best, relative to it."""
+    """Returns [n] probabilities of scores so far below the best, relative to it."""
     return np.floor(noise.exp(-depths) * 2.0**MASS_BITS).astype(np.int64)
 
 
 def halving_sum(values: Doubles) -> float:
-    """The sum of [n] doubles: the second half is added to the first, element by element, until one is left. Halves are
-    of the next power of two, missing elements 0."""
+    """Returns the sum of [n] doubles. The second half is added to the first, element by element, until one is left.
+    Halves are of the next power of two, and missing elements are 0."""
     count = 1 << max(0, len(values) - 1).bit_length()
     row = np.zeros(count)
     row[: len(values)] = values
@@ -35,10 +35,11 @@ def halving_sum(values: Doubles) -> float:
 
 
 def nucleus_floor(scores: Doubles, top_p: float) -> float:
-    """The score of the last token of the nucleus: of the smallest set of best tokens with at least top_p of the mass.
+    """Returns the score of the last token of the nucleus, the smallest set of best tokens with at least top_p of the
+    mass.
 
-    scores: [n] > the best + NEGLIGIBLE. The row is never sorted as a whole: a growing head of it is, until that
-    holds the mass.
+    scores: [n] > the best + NEGLIGIBLE. The row is never sorted as a whole. A growing head of it is, until that holds
+            the mass.
     """
     mass = masses(scores.max() - scores)
     wanted = top_p * float(mass.sum())
@@ -54,9 +55,9 @@ def nucleus_floor(scores: Doubles, top_p: float) -> float:
 
 
 def sigma_floor(scores: Doubles, sigmas: float) -> float:
-    """The best score less so many standard deviations (of the population) of all scores that are not -inf.
+    """Returns the best score less so many standard deviations (of the population) of all scores that are not -inf.
 
-    Source: top-n-sigma (arXiv 2411.07641), as in llama.cpp. It is the same before and after the temperature.
+    Source: top-n-sigma (arXiv 2411.07641), like llama.cpp's. It is the same before and after the temperature.
     """
     top = float(scores.max())
     depths = top - scores[scores > -np.inf]
@@ -69,11 +70,11 @@ def sigma_floor(scores: Doubles, sigmas: float) -> float:
 
 
 def typical_excess(scores: Doubles, mass: float) -> Doubles:
-    """[n] how far beyond the edge of the typical set a token's surprise is: at most 0 inside.
+    """Returns [n] how far beyond the edge of the typical set a token's surprise is, at most 0 inside.
 
     The typical set has the tokens whose surprise is nearest to its mean, the entropy, until they have this much mass;
-    of equal distance all. Source: locally typical sampling (arXiv 2202.00666), as Hugging Face implements it. Depths
-    below the best stand for surprises: they differ by the same number everywhere.
+    of equal distance all. Source: locally typical sampling (arXiv 2202.00666), like Hugging Face's implementation.
+    Depths below the best stand for surprises: they differ by the same number everywhere.
     """
     depths = scores.max() - scores
     near = np.flatnonzero(depths <= DEEPEST)
@@ -89,10 +90,10 @@ def typical_excess(scores: Doubles, mass: float) -> Doubles:
 
 
 def xtc_ceiling(scores: Doubles, threshold: float) -> float:
-    """The score above which XTC leaves tokens out: that of the least probable of those that have at least this
-    probability among all; inf where fewer than two have.
+    """Returns the score above which XTC leaves tokens out. It is that of the least probable of those that have at least
+    this probability among all, and inf where fewer than two have.
 
-    Source: exclude top choices (text-generation-webui#6335), as in llama.cpp.
+    Source: exclude top choices (text-generation-webui#6335), like llama.cpp's.
     """
     depths = scores.max() - scores
     near = np.flatnonzero(depths <= DEEPEST)

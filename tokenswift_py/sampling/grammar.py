@@ -1,8 +1,8 @@
 """Grammars: which tokens may come next, by llguidance (https://github.com/guidance-ai/llguidance).
 
-What may follow is a function of the chapter's own tokens so far, so it is one for every node of a tree (law 5). One
-matcher serves the walk and every drafter: it follows the history that it is asked about, and goes back where guesses
-were forgotten.
+The tokens that may follow are a function of the chapter's own tokens so far, so each node of a tree has its own (law
+5). One matcher serves the walk and every drafter. It follows the history that it is asked about, and goes back where
+guesses were forgotten.
 """
 
 from __future__ import annotations
@@ -22,17 +22,21 @@ from tokenswift_py.errors import NumericsError, UserError, check, check_text, ne
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# How JSON is written where its schema does not say otherwise (`x-guidance`): as Python's json.dumps writes it, on one
-# line. Room for any whitespace would leave no token forced, and let a model write blanks for ever.
+# JSON is written on one line like Python's json.dumps, where its schema does not say otherwise (`x-guidance`). Room for
+# any whitespace would leave no token forced, and let a model write blanks for ever.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Vocabulary:
-    """A tokenizer as llguidance has it, made in a second, for all grammars of a model. Raises UserError without
-    llguidance, for a tokenizer that it cannot read, and for a model that nothing could end a text of.
+    """A tokenizer in llguidance's form, made in a second, for all grammars of a model.
 
-    vocab_size: of the model. eos: its end-of-sequence tokens, one of which ends what a grammar describes.
-    version:    of llguidance, on which masks depend. ends: a bit a token: whether it is an EOS.
+    vocab_size: size of the model's vocabulary.
+    eos:        its end-of-sequence tokens, one of which ends a text of a grammar.
+    version:    version of llguidance, on which masks depend.
+    ends:       a bit for each token: whether it is an EOS.
+
+    Raises UserError without llguidance, for a tokenizer that it cannot read, and for a model that has no token to end a
+    text.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos: Sequence[int]):
@@ -51,9 +55,10 @@ class Vocabulary:
 
 
 class Grammar:
-    """What a text must be. Raises UserError for what is no grammar, and for one that no token of the vocabulary begins.
+    """The language that a text must belong to. Raises UserError for a text that is no grammar, and for a grammar that
+    no token of the vocabulary begins.
 
-    kind: json_schema, grammar (Lark, in llguidance's dialect) or regex. text: of it.
+    kind: json_schema, grammar (Lark, in llguidance's dialect) or regex. text: the grammar itself.
     """
 
     def __init__(self, kind: str, text: str, vocabulary: Vocabulary):
@@ -76,14 +81,14 @@ class Grammar:
         check(begins, kind, text, "this model's tokenizer has no token that begins such a text")
 
     def matcher(self) -> Any:
-        """A new one, at the beginning."""
+        """Makes a new matcher, at the beginning."""
         from llguidance import LLMatcher
 
         return LLMatcher(self.vocabulary.tokenizer, self._compiled, log_level=0)
 
 
 class Follower:
-    """A grammar's matcher beside a history. Every method is about the token behind the history's last; each chapter
+    """A grammar's matcher beside a history. Every method is about the token after the history's last. Each chapter
     begins anew."""
 
     def __init__(self, grammar: Grammar):
@@ -97,18 +102,18 @@ class Follower:
         self._cuts = 0
 
     def begin_chapter(self, position: int) -> None:
-        """A chapter's own text begins at absolute `position`, behind those of the chapters before it."""
+        """Begins a chapter, whose own text begins at absolute `position`, after those of the chapters before it."""
         self._chapters.append(position)
 
     def holds(self, history: History) -> bool:
-        """Whether the chapter's tokens begin a text of the grammar, or are one with its EOS."""
+        """Returns whether the chapter's tokens begin a text of the grammar, or are one with its EOS."""
         self._follow(history)
         behind, eos = self._seen.tokens[self._taken :].tolist(), self.grammar.vocabulary.eos
         return not behind or (len(behind) == 1 and behind[0] in eos and bool(self._matcher.is_accepting()))
 
     def mask(self, history: History) -> npt.NDArray[np.uint32]:
-        """A bit a token, the lowest first: whether it may be next. None may behind a text's end, nor behind tokens that
-        the grammar has no place for."""
+        """Returns a bit for each token, the lowest first: whether it may be next. None may after a text's end, nor
+        after tokens that the grammar has no place for."""
         self._follow(history)
         if self._taken < len(self._seen):
             return np.zeros_like(self.grammar.vocabulary.ends)
@@ -122,19 +127,19 @@ class Follower:
         return bits if self._matcher.is_accepting() else bits & ~ends
 
     def outside(self, history: History) -> npt.NDArray[np.bool_]:
-        """[vocab_size] whether a token may not be next."""
+        """Returns [vocab_size] whether a token may not be next."""
         bits = self.mask(history).view(np.uint8)
         return ~np.unpackbits(bits, bitorder="little", count=self.grammar.vocabulary.size).view(np.bool_)
 
     def forced(self, history: History) -> int | None:
-        """The only token that may be next, if there is but one."""
+        """Returns the only token that may be next, if there is but one."""
         mask = self.mask(history)
         words = np.flatnonzero(mask)
         word = int(mask[words[0]]) if len(words) == 1 else 0
         return 32 * int(words[0]) + word.bit_length() - 1 if word and not word & (word - 1) else None
 
     def _follow(self, history: History) -> None:
-        """Bring the matcher behind the history's last token."""
+        """Brings the matcher to the place after the history's last token."""
         chapter = bisect_right(self._chapters, len(history))
         start = self._chapters[chapter - 1] if chapter else 0
         if start != self._start:
@@ -168,15 +173,15 @@ class Follower:
 
 
 def common(one: npt.NDArray[np.int32], other: npt.NDArray[np.int32]) -> int:
-    """How many tokens both begin with."""
+    """Returns how many tokens both begin with."""
     shorter = min(len(one), len(other))
     unequal = one[:shorter] != other[:shorter]
     return int(unequal.argmax()) if unequal.any() else shorter
 
 
 def schema_text(schema: Any) -> str:
-    """A JSON schema, given as JSON or as what that stands for, as JSON on one line; the order of keys stays, for texts
-    follow it. Raises UserError."""
+    """Returns a JSON schema, given as JSON or as the value of it, as JSON on one line. The order of keys stays, because
+    texts follow it. Raises UserError."""
     with one_line("json_schema: it is no JSON"):
         value = json.loads(schema) if isinstance(schema, str) else json.loads(json.dumps(schema))
         check(isinstance(value, dict), "json_schema", schema, "a JSON schema, which is an object")
@@ -185,7 +190,8 @@ def schema_text(schema: Any) -> str:
 
 @dataclass(frozen=True)
 class Language:
-    """A grammar: a text, which llguidance reads where there is a tokenizer, or None. json: JSON, or what it means."""
+    """The kind of a grammar: a text, which llguidance reads where there is a tokenizer, or None. json: whether it is
+    JSON, or the value of it."""
 
     json: bool = False
 

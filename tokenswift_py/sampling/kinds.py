@@ -19,7 +19,7 @@ def is_whole(value: object) -> bool:
 
 
 def is_finite(value: object) -> bool:
-    """A number that a double can hold."""
+    """Returns whether a value is a number that a double can hold."""
     try:
         return isinstance(value, (int, float)) and math.isfinite(value)
     except OverflowError:
@@ -28,7 +28,7 @@ def is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number in a range, or None where `optional`. unit: behind the least, for the message."""
+    """A whole number in a range, or None where `optional`. unit: the word after the least number in the message."""
 
     least: int | None = None
     most: int | None = None
@@ -47,7 +47,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Real:
-    """A finite number in a range. above: the least itself is not allowed. off: the value that changes nothing."""
+    """A finite number in a range.
+
+    above: whether the least itself is not allowed. off: the value that changes nothing.
+    """
 
     least: float
     most: float
@@ -75,7 +78,7 @@ class Switch:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some names. package: the folder of implementations that has them, beside those named here."""
+    """One of some names. package: folder of implementations, whose names are allowed beside those given here."""
 
     names: tuple[str, ...] = ()
     package: str = ""
@@ -191,7 +194,7 @@ class Arguments:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON gives it back as it is."""
+    """Returns whether JSON gives a value back unchanged."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
     if isinstance(value, list):
@@ -202,6 +205,6 @@ def is_plain(value: Any) -> bool:
 
 
 def power(number: int) -> str:
-    """A number as messages have it: one below a large power of two by the power."""
+    """Returns a number in the form that messages have: one just below a large power of two by that power."""
     bits = number.bit_length()
     return f"2^{bits} - 1" if bits >= 32 and number == 2**bits - 1 else str(number)

@@ -1,5 +1,5 @@
-"""The sampler of the verify walk in C++: the rules of `sampling.Sampler`, token for token, without a pass over the
-vocabulary in Python."""
+"""The sampler of the verify walk in C++. It keeps the rules of `sampling.Sampler`, token for token, without a pass over
+the vocabulary in Python."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tokenswift_py.sampling.reference import Sampler
 
 
 class NativeSampler(Sampler):
-    """For fp32 logits on the CPU; others, Hugging Face's processors, and top-n-sigma, typical-p and XTC, whose sums are
-    of the reference's own, go the way of the reference."""
+    """A sampler for fp32 logits on the CPU. Other logits, Hugging Face's processors, and top-n-sigma, typical-p and
+    XTC, whose sums are the reference's own, take the way of the reference."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -24,13 +24,14 @@ class NativeSampler(Sampler):
         self._native: Any = self._built()
 
     def _depends_on(self, position: int) -> tuple[int, int]:
-        """What the sampler in C++ is made anew for: where the text may end, and how many chapters have begun."""
+        """Returns the values for which the sampler in C++ is made anew: where the text may end, and how many chapters
+        have begun."""
         counts = self.params.frequency_penalty or self.params.presence_penalty
         first_end = self.may_end_from(position) if self.chapter_tokens else self.first_end
         return first_end, len(self._forced) if counts else 0
 
     def _built(self) -> Any:
-        """The sampler in C++. It keeps no state from row to row."""
+        """Returns the sampler in C++. It keeps no state from row to row."""
         from tokenswift_py.kernels.cpu import _native
 
         params, (first_end, chapters) = self.params, self._state

@@ -32,7 +32,7 @@ for _k in range(1, 14):
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> npt.NDArray[np.uint64]:
-    """[..., 4] 32-bit words (held in uint64) for four broadcastable 32-bit counter words and a 64-bit key."""
+    """Returns [..., 4] 32-bit words (held in uint64) for four broadcastable 32-bit counter words and a 64-bit key."""
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, np.uint64) for word in counter))
     k0, k1 = key & 0xFFFFFFFF, key >> 32
     for _ in range(10):
@@ -48,8 +48,8 @@ def philox(counter: tuple[Any, Any, Any, Any], key: int) -> npt.NDArray[np.uint6
 
 
 def log(x: Any) -> Doubles:
-    """Natural logarithm of positive normal doubles: x = 2^e m, m in [sqrt 1/2, sqrt 2), s = (m - 1) / (m + 1),
-    e ln 2 + 2 s (1 + s^2/3 + ... + s^20/21)."""
+    """Computes the natural logarithm of positive normal doubles: x = 2^e m, m in [sqrt 1/2, sqrt 2), s = (m - 1) / (m +
+    1), e ln 2 + 2 s (1 + s^2/3 + ... + s^20/21)."""
     m, e = np.frexp(np.asarray(x, np.float64))
     small = m < SQRT_HALF
     m, e = np.where(small, m + m, m), e - small
@@ -62,7 +62,8 @@ def log(x: Any) -> Doubles:
 
 
 def exp(x: Any) -> Doubles:
-    """Exponential of doubles in [-700, 700]: n = rint(x / ln 2), r = x - n ln 2, 2^n (1 + r + ... + r^13 / 13!)."""
+    """Computes the exponential of doubles in [-700, 700]: n = rint(x / ln 2), r = x - n ln 2, 2^n (1 + r + ... + r^13 /
+    13!)."""
     x = np.asarray(x, np.float64)
     n = np.rint(x / LN2)
     r = x - n * LN2
@@ -73,7 +74,7 @@ def exp(x: Any) -> Doubles:
 
 
 def gumbel(seed: int, position: int, tokens: npt.NDArray[Any], stream: int = 0, domain: int = TOKEN_DOMAIN) -> Doubles:
-    """[n] Gumbel noise of token ids `tokens` ([n]) at an absolute position."""
+    """Returns [n] Gumbel noise of token ids `tokens` ([n]) at an absolute position."""
     tokens = np.asarray(tokens, np.int64)
     blocks, at = np.unique(tokens // 4, return_inverse=True)
     words = philox((position, blocks, stream, domain), seed)
@@ -83,7 +84,7 @@ def gumbel(seed: int, position: int, tokens: npt.NDArray[Any], stream: int = 0, 
 
 
 def coin(seed: int, position: int, stream: int, domain: int) -> float:
-    """One u for a position: of the first word of its first block."""
+    """Returns one u for a position, that of the first word of its first block."""
     return (float(philox((position, 0, stream, domain), seed)[0]) + 0.5) * 2.0**-32
 
 

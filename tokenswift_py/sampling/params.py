@@ -14,13 +14,13 @@ CHECKPOINTS = "the checkpoint's"
 
 @dataclass(frozen=True)
 class Parameter:
-    """What is said of a sampling parameter.
+    """All that is said of a sampling parameter.
 
-    kind:    the values that it takes. help: what it does.
-    unset:   what an option of None stands for; empty where the option has the parameter's own default.
-    asked:   the kind of the option where that is another: texts, of which a tokenizer makes ids.
+    kind:    the values that it takes. help: its effect.
+    unset:   meaning of an option of None; empty where the option has the parameter's own default.
+    asked:   kind of the option where that is another: texts, of which a tokenizer makes ids.
     asked_default: the option's own default, where it has one.
-    group:   of the help; python has no flag.
+    group:   heading of the help; python has no flag.
     """
 
     kind: Any
@@ -32,7 +32,7 @@ class Parameter:
 
 
 def parameter(default: Any, kind: Any, help: str, unset: str = "", **more: Any) -> Any:
-    """A field of `SamplingParams` with its description."""
+    """Makes a field of `SamplingParams` with its description."""
     described = {"parameter": Parameter(kind, help, unset, **more)}
     made = {"default_factory": default} if callable(default) else {"default": default}
     return field(**made, metadata=described)
@@ -40,11 +40,12 @@ def parameter(default: Any, kind: Any, help: str, unset: str = "", **more: Any) 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a row of logits becomes a token. Checked when made; a wrong value is a `UserError`.
+    """The parameters by which a row of logits becomes a token. They are checked when made; a wrong value is a
+    `UserError`.
 
     A temperature below GREEDY_BELOW becomes 0. Source of `penalty`: TokenSwift section 3.4; of `typical_p`: arXiv
-    2202.00666; of `top_n_sigma`: arXiv 2411.07641; of DRY and XTC: text-generation-webui#5677 and #6335, as in
-    llama.cpp. sampling/reference.py says in which order they act.
+    2202.00666; of `top_n_sigma`: arXiv 2411.07641; of DRY and XTC: text-generation-webui#5677 and #6335, like
+    llama.cpp's. sampling/reference.py says in which order they act.
     """
 
     temperature: float = parameter(0.0, Real(0, 100), "0 is greedy", f"{CHECKPOINTS}, else 0")
@@ -107,7 +108,7 @@ class SamplingParams:
             object.__setattr__(self, "temperature", 0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the report records them."""
+        """Returns plain values for the report."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             **values,
@@ -119,10 +120,10 @@ class SamplingParams:
 
     @property
     def shaped(self) -> bool:
-        """Whether more than a floor decides which tokens stay: typical_p or XTC, at a temperature."""
+        """Returns whether more than a floor decides which tokens stay: typical_p or XTC, at a temperature."""
         return self.temperature > 0 and (self.typical_p < 1 or self.xtc_probability > 0)
 
 
 def described_parameters() -> dict[str, Parameter]:
-    """Every parameter by its name, in the order of the fields."""
+    """Returns every parameter by its name, in the order of the fields."""
     return {f.name: f.metadata["parameter"] for f in fields(SamplingParams)}

@@ -1,5 +1,8 @@
-"""Penalties on what was written already. Each is a function of the token sequence up to the row it changes, so a
-tree node is judged by the committed history plus its own ancestors (law 5)."""
+"""Penalties on text that was written already.
+
+Each is a function of the token sequence up to the row it changes. So a tree node is judged by the committed history
+plus its own ancestors (law 5).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ DRY_LONGEST = 64  # longer matches count as this long; by then the penalty exclu
 
 
 def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta: float, window: int) -> None:
-    """Divide positive scores of the last `window` tokens by theta and multiply negative ones, in place.
+    """Divides positive scores of the last `window` tokens by theta and multiplies negative ones, in place.
 
-    scores: [vocab_size]. Source: TokenSwift (arXiv 2502.18890) section 3.4, with the sign rule of CTRL as Hugging
-    Face implements it: dividing a negative score would raise it.
+    scores: [vocab_size]. Source: TokenSwift (arXiv 2502.18890) section 3.4, with the sign rule of CTRL from Hugging
+            Face's implementation. Dividing a negative score would raise it.
     """
     recent = np.unique(tokens[-window:])
     values = scores[recent]
@@ -25,9 +28,10 @@ def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta:
 
 
 def count_penalty(scores: npt.NDArray[np.float64], written: IntArray, frequency: float, presence: float) -> None:
-    """Subtract frequency * count and then presence from the scores of the tokens in `written`, in place.
+    """Subtracts frequency * count and then presence from the scores of the tokens in `written`, in place.
 
-    Source: OpenAI's API reference, as in vLLM: of the tokens that the model wrote, not of the prompt.
+    Source: OpenAI's API reference, with vLLM's reading of it: only tokens that the model wrote count, not those of the
+            prompt.
     """
     tokens, counts = np.unique(written, return_counts=True)
     if frequency:
@@ -37,7 +41,8 @@ def count_penalty(scores: npt.NDArray[np.float64], written: IntArray, frequency:
 
 
 def repeated_ngrams(tokens: IntArray, size: int) -> IntArray:
-    """Tokens behind which a sequence of `size` tokens would stand in the text a second time, some of them twice."""
+    """Returns the tokens after which a sequence of `size` tokens would stand in the text a second time, some of them
+    twice."""
     before = size - 1
     if len(tokens) < size:
         return np.zeros(0, np.int32)
@@ -48,7 +53,7 @@ def repeated_ngrams(tokens: IntArray, size: int) -> IntArray:
 
 
 def finished_words(tokens: IntArray, words: Sequence[Sequence[int]]) -> list[int]:
-    """The last tokens of those words whose others are what the text ends with."""
+    """Returns the last token of each word whose other tokens are the end of the text."""
     return [word[-1] for word in words if len(word) - 1 <= len(tokens) and ends_with(tokens, word[:-1])]
 
 
@@ -57,10 +62,11 @@ def ends_with(tokens: IntArray, end: Sequence[int]) -> bool:
 
 
 def dry_matches(tokens: IntArray, shortest: int, breakers: IntArray) -> tuple[IntArray, IntArray]:
-    """Tokens that would continue an earlier occurrence of the text's end, and the longest match before each.
+    """Returns the tokens that would continue an earlier occurrence of the text's end, and the longest match before
+    each.
 
     A match ends where the text ends, is at least `shortest` and counts at most DRY_LONGEST tokens, and crosses no
-    breaker; a breaker itself is never returned. Both results [n], the tokens ascending.
+    breaker. A breaker itself is never returned. Both results are [n], with the tokens ascending.
     """
     nothing = np.zeros(0, np.int32)
     n = len(tokens)
@@ -90,7 +96,7 @@ def dry_matches(tokens: IntArray, shortest: int, breakers: IntArray) -> tuple[In
 
 
 def dry_powers(multiplier: float, base: float) -> npt.NDArray[np.float64]:
-    """[DRY_LONGEST + 1] multiplier * base^k, multiplied one by one so that C++ gets the same bits."""
+    """Returns [DRY_LONGEST + 1] multiplier * base^k, multiplied one by one so that C++ gets the same bits."""
     powers = np.empty(DRY_LONGEST + 1)
     powers[0] = multiplier
     for k in range(1, len(powers)):
@@ -105,9 +111,9 @@ def dry_penalty(
     powers: npt.NDArray[np.float64],
     breakers: IntArray,
 ) -> None:
-    """Subtract multiplier * base^(matched - shortest) from tokens that would go on repeating, in place.
+    """Subtracts multiplier * base^(matched - shortest) from tokens that would go on repeating, in place.
 
-    Source: DRY ("don't repeat yourself"), text-generation-webui#5677, as in llama.cpp, over the whole text.
+    Source: DRY ("don't repeat yourself"), text-generation-webui#5677, like llama.cpp's, over the whole text.
     """
     following, matched = dry_matches(tokens, shortest, breakers)
     scores[following] -= powers[matched - shortest]

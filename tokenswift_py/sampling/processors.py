@@ -1,9 +1,9 @@
-"""Hugging Face `LogitsProcessor`s: who may call them, and what they may give back.
+"""Hugging Face `LogitsProcessor`s: who may call them, and which scores they may give back.
 
-A processor may keep state, as a counter or a grammar does. So the walk calls each once for every token that it chooses,
-in the order of the text, as transformers' `generate` does, and nobody else calls it. One that is a function of its
-arguments alone is called *pure*: drafters guess with it too. It says so by an attribute `pure = True`; of transformers'
-own classes it is known.
+A processor may keep state, like a counter or a grammar. So the walk calls each once for every token that it chooses, in
+the order of the text, like transformers' `generate`, and nobody else calls it. A processor that is a function of its
+arguments alone is called *pure*, and drafters guess with it too. It says so by an attribute `pure = True`. For
+transformers' own classes this is known.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ PURE = frozenset(
 
 
 def is_pure(processor: Any) -> bool:
-    """Whether it may be called for guesses too, in any order: it is a function of its arguments alone."""
+    """Returns whether a processor may be called for guesses too, in any order, because it is a function of its
+    arguments alone."""
     kind = type(processor)  # a class derived from one of transformers' may do anything
     return (kind.__module__ == TRANSFORMERS and kind.__name__ in PURE) or getattr(processor, "pure", False) is True
 
 
 def name_of(processor: Any) -> str:
-    """A function by its own name, an object by that of its class."""
+    """Returns the name of a function, or that of an object's class."""
     return str(getattr(processor, "__name__", type(processor).__name__))
 
 
 def check_processors(processors: Any) -> None:
-    """Raise UserError for what is not a list of callable objects."""
+    """Raises UserError for a value that is not a list of callable objects."""
     allowed = "a list of LogitsProcessors, or of other functions of (token ids, scores)"
     if not isinstance(processors, list | tuple):
         raise UserError(f"logits_processors: a {name_of(processors)} is not allowed; {allowed}")
@@ -61,10 +62,10 @@ def check_processors(processors: Any) -> None:
 
 
 def apply_processors(processors: Sequence[Any], tokens: IntArray, scores: Doubles) -> Doubles:
-    """[vocab_size] scores after each processor in turn, of the token behind `tokens`.
+    """Returns [vocab_size] scores of the token after `tokens`, changed by each processor in turn.
 
-    Raises NumericsError with the name of one that gives anything but as many scores, of which -inf excludes a token
-    and NaN and +inf are none, or that excludes every token.
+    Raises NumericsError with the name of a processor that gives anything but as many scores, of which -inf excludes a
+    token and NaN and +inf are none, or that excludes every token.
     """
     import torch  # here, because options check processors before torch, which takes seconds, is needed
 

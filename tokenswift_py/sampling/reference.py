@@ -56,10 +56,11 @@ class Sampler:
     """Chooses tokens by one set of parameters.
 
     eos, first_end: the ids in `eos` are not written before absolute position `first_end` (min_new_tokens).
-    chapter_tokens: nor before a chapter has so many.
-    processors:     Hugging Face `LogitsProcessor`s, called with ([1, n] token ids, [1, vocab_size] scores) after the
-                    penalties and before the temperature: once for each token of the text, in its order (processors.py).
-    grammar:        what the text must be; set before the first choice. It follows the history, so drafters share it.
+    chapter_tokens: number of tokens that a chapter must have before these ids are written.
+    processors:     Hugging Face `LogitsProcessor`s. They are called with ([1, n] token ids, [1, vocab_size] scores)
+                    after the penalties and before the temperature, once for each token of the text, in its order
+                    (processors.py).
+    grammar:        the grammar of the text; set before the first choice. It follows the history, so drafters share it.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Sampler:
         self.chapter_tokens = chapter_tokens
         self._chapters: list[int] = []
         self.grammar: Follower | None = None
-        self._forced: list[tuple[int, int]] = []  # [start, stop) of what was put into the text, the prompt first
+        self._forced: list[tuple[int, int]] = []  # [start, stop) of forced tokens, the prompt first
         self.processors = tuple(processors)
         self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
@@ -97,12 +98,12 @@ class Sampler:
 
     @property
     def stateful(self) -> bool:
-        """Whether a processor may depend on what it was called with before."""
+        """Returns whether a processor may depend on earlier calls of it."""
         return not all(is_pure(processor) for processor in self.processors)
 
     def guessing(self) -> Sampler:
-        """What drafters guess with: this sampler, but for the processors that may only be called for the text's own
-        tokens. Chapters that begin here begin there."""
+        """Returns the sampler that drafters guess with: this one, but for the processors that may only be called for
+        the text's own tokens. Chapters that begin here begin there."""
         if not self.stateful:
             return self
         guesser = copy.copy(self)
@@ -110,39 +111,40 @@ class Sampler:
         return guesser
 
     def begin_chapter(self, position: int, forced: int = 0) -> None:
-        """A chapter's own text begins at absolute `position`, behind those of the chapters before it. The `forced`
-        tokens before it were put there: the prompt, or a turn."""
+        """Begins a chapter, whose own text begins at absolute `position`, after those of the chapters before it. The
+        `forced` tokens before it were put there: the prompt, or a turn."""
         self._chapters.append(position)
         if self.grammar is not None:
             self.grammar.begin_chapter(position)
         self._forced.append((position - forced, position))
 
     def written(self, tokens: IntArray) -> IntArray:
-        """Those of the text's tokens that the model chose."""
+        """Returns the tokens of the text that the model chose."""
         starts = [0, *(stop for _, stop in self._forced)]
         stops = [*(start for start, _ in self._forced), len(tokens)]
         parts = [tokens[start:stop] for start, stop in zip(starts, stops, strict=True) if start < stop]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int32), *parts])
 
     def may_end_from(self, position: int) -> int:
-        """The position from which on the chapter that `position` lies in may end."""
+        """Returns the position from which on the chapter that `position` lies in may end."""
         chapter = bisect_right(self._chapters, position)
         begun = self._chapters[chapter - 1] + self.chapter_tokens if chapter else 0
         return max(self.first_end, begun)
 
     def forced(self, history: History) -> int | None:
-        """The only token that the grammar allows at position len(history), if there is but one: it will be chosen,
-        unless nothing can be."""
+        """Returns the only token that the grammar allows at position len(history), if there is but one. It will be
+        chosen, unless nothing can be."""
         return None if self.grammar is None else self.grammar.forced(history)
 
     def choose(self, logits: torch.Tensor, history: History) -> int:
-        """The token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
+        """Chooses the token at position len(history). logits: [vocab_size]. Raises NumericsError with the position."""
         return self.rank(logits, history, 1)[0]
 
     def chooser(self, tree: DraftTree, logits: torch.Tensor, history: History) -> Callable[[int], int]:
-        """What chooses the token behind a node of the tree, once the history holds the tokens on the way there.
+        """Returns a function that chooses the token after a node of the tree, once the history holds the tokens on the
+        way there.
 
-        logits: [len(tree), vocab_size]. history: its last token is the tree's root. Raises as `choose` does.
+        logits: [len(tree), vocab_size]. history: its last token is the tree's root. Raises the errors of `choose`.
         """
         return lambda node: self.choose(logits[node], history)
 
@@ -151,11 +153,11 @@ class Sampler:
         return [token for token, _ in self.ranked(logits, history, count)]
 
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
-        """As `rank`, each token with its perturbed score (greedy: with its processed logit)."""
+        """Returns the tokens of `rank`, each with its perturbed score (greedy: with its processed logit)."""
         return self.ranked_scores(self.process(logits, history), len(history), count)
 
     def ranked_scores(self, scores: Doubles, position: int, count: int) -> list[tuple[int, float]]:
-        """As `ranked`, of processed logits: [vocab_size]."""
+        """Returns the same for processed logits: [vocab_size]."""
         if self.params.temperature == 0:
             return best(scores, np.arange(len(scores)), min(count, int((scores > -np.inf).sum()) if count > 1 else 1))
         scores = self.divided(scores)
@@ -164,7 +166,7 @@ class Sampler:
         return best(perturbed, tokens, count)
 
     def process(self, logits: torch.Tensor, history: History) -> Doubles:
-        """[vocab_size] logits after penalties, bias, bans and processors, in double."""
+        """Returns [vocab_size] logits after penalties, bias, bans and processors, in double."""
         params = self.params
         scores = logits.detach().to("cpu", torch.float64, copy=True).numpy()
         if not -np.inf < scores.max() <= LARGEST:
@@ -193,13 +195,13 @@ class Sampler:
         return apply_processors(self.processors, history.tokens, scores)
 
     def divided(self, scores: Doubles) -> Doubles:
-        """Scores / T. A processor's lowest number of all, divided, is -inf."""
+        """Returns scores / T. A processor's lowest number of all, divided, is -inf."""
         with np.errstate(over="ignore"):
             return np.asarray(scores / self.params.temperature)
 
     def floor(self, scores: Doubles) -> float:
-        """The least score that survives top-n-sigma, top-k, top-p and min-p. scores: [vocab_size], divided by the
-        temperature."""
+        """Returns the least score that survives top-n-sigma, top-k, top-p and min-p. scores: [vocab_size], divided by
+        the temperature."""
         params, top = self.params, scores.max()
         floor = sigma_floor(scores, params.top_n_sigma) if params.top_n_sigma > 0 else -np.inf
         if 0 < params.top_k < len(scores):
@@ -210,8 +212,8 @@ class Sampler:
         return float(max(floor, top + self._log_min_p))
 
     def excess(self, scores: Doubles, floor: float, position: int) -> Doubles:
-        """[vocab_size] how far a score is outside of what survives every filter: at most 0 where it does. floor: of
-        those that set one."""
+        """Returns [vocab_size] how far a score is outside of the range that survives every filter, at most 0 inside.
+        floor: the floor of the filters that set one."""
         params, outside, live = self.params, np.full(len(scores), np.inf), scores > -np.inf
         outside[live] = floor - scores[live]
         kept = np.flatnonzero(outside <= 0)
@@ -225,7 +227,7 @@ class Sampler:
         return np.asarray(outside)
 
     def judge(self, logits: torch.Tensor, history: History, token: int) -> tuple[int, float, float]:
-        """The choice, and how far `token` is behind it (see `behind`). Processors are called once."""
+        """Returns the choice, and how far `token` is from it (see `behind`). Processors are called once."""
         if not self.processors:
             choice = self.choose(logits, history)
             return (choice, 0.0, 0.0) if choice == token else (choice, *self.behind(logits, history, token))
@@ -233,10 +235,10 @@ class Sampler:
         return self.ranked_scores(scores, len(history), 1)[0][0], *self.trailing(scores, len(history), token)
 
     def behind(self, logits: torch.Tensor, history: History, token: int) -> tuple[float, float]:
-        """How far `token` is from being the choice: its margin and its slack, both 0 for the choice itself.
+        """Returns how far `token` is from being the choice: its margin and its slack, both 0 for the choice itself.
 
         margin: the choice's perturbed score minus the token's (greedy: processed logits).
-        slack:  the least error of scores, divided by the temperature, that makes the token the choice: it lifts the
+        slack:  the least error of scores, divided by the temperature, that makes the token the choice. It lifts the
                 token over the floor of top-k, top-p and min-p, and every other token of a better perturbed score below
                 either that floor or the token. The floor itself is taken as it is, and so are the edges of typical-p
                 and XTC, beyond which no other token is taken.
@@ -244,7 +246,7 @@ class Sampler:
         return self.trailing(self.process(logits, history), len(history), token)
 
     def trailing(self, scores: Doubles, position: int, token: int) -> tuple[float, float]:
-        """As `behind`, of processed logits: [vocab_size]."""
+        """Returns the same for processed logits: [vocab_size]."""
         perturbed, floor = scores, -np.inf
         if self.params.temperature > 0:
             scores = self.divided(scores)
@@ -262,10 +264,10 @@ class Sampler:
         return float(lead.max()), float(max(slack, short))
 
     def candidates(self, scores: Doubles, count: int = 1, position: int = 0) -> npt.NDArray[np.int64]:
-        """Tokens that survive the filters, ascending.
+        """Returns the tokens that survive the filters, ascending.
 
-        scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count`
-        are left out. Tokens of equal score stay or go together, so no order of summation matters.
+        scores: [vocab_size], divided by the temperature. Tokens that the noise cannot lift among the first `count` are
+                left out. Tokens of equal score stay or go together, so no order of summation matters.
         """
         floor = self.floor(scores)
         if self.params.shaped:
@@ -277,7 +279,7 @@ class Sampler:
 
 
 def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[tuple[int, float]]:
-    """The `count` tokens of highest score, with it; of equals the lowest id. tokens: [n] ascending."""
+    """Returns the `count` tokens of highest score, with it; of equals the lowest id. tokens: [n] ascending."""
     if count == 1:
         place = scores.argmax()
         return [(int(tokens[place]), float(scores[place]))]
@@ -290,11 +292,12 @@ def best(scores: Doubles, tokens: npt.NDArray[np.int64], count: int) -> list[tup
 
 
 def log_probability(logits: torch.Tensor, token: int) -> float:
-    """Natural log of the model's own probability of a token, before penalties and temperature. logits: [vocab]."""
+    """Returns the natural log of the model's own probability of a token, before penalties and temperature. logits:
+    [vocab]."""
     return float(torch.log_softmax(logits.double(), -1)[token])
 
 
 def likeliest(logits: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """The `count` tokens of highest probability with its natural log, of equals the lowest id first."""
+    """Returns the `count` tokens of highest probability with its natural log, of equals the lowest id first."""
     values = torch.log_softmax(logits.double(), -1).cpu().numpy()
     return tuple(best(values, np.arange(len(values)), min(count, len(values)))) if count else ()

@@ -1,4 +1,4 @@
-"""What texts in company share: the models of one context, and the pool that all their pages come from."""
+"""The parts that texts in company share: the models of one context, and the pool that all their pages come from."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 
 class Busy(RuntimeError):
-    """As many texts wait already as may."""
+    """The error of a text that would be one too many to wait."""
 
 
 class Engine:

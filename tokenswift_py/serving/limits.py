@@ -1,4 +1,4 @@
-"""What one request may ask of the server, and what is asked for where it does not say."""
+"""The limits of a request to the server, and the values of what it does not say."""
 
 from __future__ import annotations
 

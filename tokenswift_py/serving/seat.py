@@ -33,7 +33,7 @@ class Work(Protocol):
         """The text so far, the prompt and the pending token included."""
 
     def needs_all_rows(self) -> bool:
-        """Whether it has to compute every row itself, so that no known page can serve it."""
+        """Returns whether it has to compute every row itself, so that no known page can serve it."""
 
     def rows_ahead(self) -> int:
         """How many rows the next round commits at most, beside those of a tree."""

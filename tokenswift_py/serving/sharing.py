@@ -1,4 +1,4 @@
-"""What passes cost that several texts share: what each of them pays, and how many rows they have together."""
+"""Shares the milliseconds of a pass among the texts that travelled in it, and says how many rows each may have."""
 
 from __future__ import annotations
 

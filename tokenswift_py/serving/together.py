@@ -46,7 +46,7 @@ def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
 
 
 def own_mass(mass: torch.Tensor | None, own: slice, asked: Pass) -> torch.Tensor | None:
-    """[layers, rows, kv_heads, pages] of one segment's rows, with as many pages as they would have alone."""
+    """Returns [layers, rows, kv_heads, pages] of one segment's rows, with as many pages as they would have alone."""
     if mass is None:
         return None
     segment = asked.segment

@@ -1,5 +1,7 @@
-"""What a family of models says of itself: how its config, its safetensors files and its GGUF files differ from a
-llama's. One file a family; its name is the `model_type` of config.json, and it ends in `FAMILY`."""
+"""The ways in which a family of models differs from a llama: its config, its safetensors files and its GGUF files.
+
+Each family is one file. Its name is the `model_type` of config.json, and it ends in `FAMILY`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,11 @@ GLOBAL, LOCAL = "global", "local"
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer has of its own.
+    """Properties that one layer has of its own.
 
     window:  sliding window in tokens; None is full attention.
-    rope:    which of a run's tables rotate its queries and keys: GLOBAL, or LOCAL where the family has two bases; None
-             rotates nothing (NoPE).
+    rope:    name of the run's tables that rotate its queries and keys: GLOBAL, or LOCAL where the family has two bases;
+             None rotates nothing (NoPE).
     experts: whether its feed-forward is a mixture of experts.
     """
 
@@ -31,10 +33,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixtures of a model. Of `count` feed-forwards a row takes the `chosen` whose probabilities are the largest.
+    """The mixtures of a model. A row takes the `chosen` of `count` feed-forwards whose probabilities are the largest.
 
     width:      columns of an expert's feed-forward.
-    normalised: the shares of the chosen ones sum to 1; else they are their probabilities among all.
+    normalised: whether the shares of the chosen ones sum to 1; else they are their probabilities among all.
     shared:     columns of the feed-forward that every row takes besides, under a gate of its own; 0 is none.
     """
 
@@ -49,9 +51,9 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file holds a tensor: in the tensor `name` of this shape, from row `first` on; of a stack of matrices in
-    number `index`."""
+class StoredSlice:
+    """The part of a stored tensor that is one tensor of the model: in the tensor `name` of this shape, from row `first`
+    on, and in a stack of matrices in number `index`."""
 
     name: str
     shape: tuple[int, ...]
@@ -66,8 +68,8 @@ class Family:
     architecture: GGUF's name of it; empty where there is none of its own.
     class_name:   transformers' class, which a GGUF file's config names.
     keys:         metadata of a GGUF file that this family reads, beyond those that all read.
-    paired:       GGUF files hold the two halves of a head of q and k row by row.
-    frequencies:  GGUF files may hold a factor for each frequency of RoPE (`rope_freqs`).
+    paired:       whether GGUF files hold the two halves of a head of q and k row by row.
+    frequencies:  whether GGUF files may hold a factor for each frequency of RoPE (`rope_freqs`).
     lengths:      whether factors for short and long texts are read without a `rope.scaling.type` that says so.
     """
 
@@ -81,7 +83,7 @@ class Family:
     lengths = False
 
     def fields(self, config: Any) -> dict[str, Any]:
-        """Fields of ModelSpec that this family sets otherwise."""
+        """Returns the fields of ModelSpec that this family sets otherwise."""
         return {}
 
     def act(self, config: Any) -> Any:
@@ -90,36 +92,36 @@ class Family:
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(window) for window in windows_by_type(config))
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        """Where safetensors files may hold a tensor, the likeliest first. The last one is where transformers' model
-        holds it in memory. config: the ModelSpec."""
-        return (Place(name, shape),)
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
+        """Returns where safetensors files may hold a tensor, the likeliest first. The last one is where transformers'
+        model holds it in memory. config: the ModelSpec."""
+        return (StoredSlice(name, shape),)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
-        """The same of a GGUF file, under Hugging Face's names. config: the ModelSpec."""
-        return Place(name, shape)
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
+        """Returns where a GGUF file holds a tensor, under Hugging Face's names. config: the ModelSpec."""
+        return StoredSlice(name, shape)
 
     def gguf_fits(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether a file of this architecture is of this family."""
+        """Returns whether a file of this architecture is of this family."""
         return True
 
     def gguf_config(self, said: Any, config: dict[str, Any]) -> dict[str, Any]:
-        """Fields of config.json that this family adds or sets otherwise. said: the checked metadata."""
+        """Returns the fields of config.json that this family adds or sets otherwise. said: the checked metadata."""
         return {}
 
 
 class Mixture(Family):
-    """A family whose experts transformers holds in stacks, gate above up, and files hold one by one."""
+    """A family whose experts are stacks in transformers, gate above up, and single matrices in files."""
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        return Place(name, shape), stacked_halves(name, shape, config)
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
+        return StoredSlice(name, shape), stacked_halves(name, shape, config)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
         return stacked(name, shape, config)
 
 
 def window_of(config: Any) -> int | None:
-    """The width of the config's sliding windows; None where it has none."""
+    """Returns the width of the config's sliding windows, None where it has none."""
     width: int | None = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
         return None
@@ -128,12 +130,12 @@ def window_of(config: Any) -> int | None:
 
 
 def windows_everywhere(config: Any) -> tuple[int | None, ...]:
-    """One sliding window for all layers, or none."""
+    """Returns one sliding window for all layers, or none."""
     return (window_of(config),) * int(config.num_hidden_layers)
 
 
 def windows_by_type(config: Any) -> tuple[int | None, ...]:
-    """A sliding window in the layers that `layer_types` names, or without it in all."""
+    """Returns a sliding window for the layers that `layer_types` names, or for all if it is missing."""
     width, kinds = window_of(config), getattr(config, "layer_types", None)
     if kinds is None:
         return windows_everywhere(config)
@@ -146,7 +148,7 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 
 def count_of(config: Any, name: str) -> int:
-    """A size of the config. Raises UserError for what is no whole number from 1 on."""
+    """Returns a size of the config. Raises UserError unless it is a whole number from 1 on."""
     size = getattr(config, name, None)
     check(is_whole(size) and size is not None and size >= 1, f"config.json: {name}", size, "a whole number, at least 1")
     return int(size or 0)
@@ -156,27 +158,28 @@ EXPERT = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
 
 
 def mixture_layers(config: Any) -> tuple[bool, ...]:
-    """Which layers of Qwen's mixtures have experts."""
+    """Returns which layers of Qwen's mixtures have experts."""
     step, plain = count_of(config, "decoder_sparse_step"), config.mlp_only_layers or ()
     return tuple(layer not in plain and (layer + 1) % step == 0 for layer in range(config.num_hidden_layers))
 
 
-def stacked(name: str, shape: tuple[int, ...], config: Any) -> Place:
-    """An expert's matrix in a stack of those of all experts, as GGUF files have them. config: the ModelSpec."""
+def stacked(name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
+    """Returns where an expert's matrix lies in a stack of those of all experts, as GGUF files have them. config: the
+    ModelSpec."""
     found = EXPERT.fullmatch(name)
     if found is None:
-        return Place(name, shape)
+        return StoredSlice(name, shape)
     at, expert, part = found.groups()
-    return Place(f"{at}{part}_proj.weight", (config.experts.count, *shape), index=int(expert))
+    return StoredSlice(f"{at}{part}_proj.weight", (config.experts.count, *shape), index=int(expert))
 
 
-def stacked_halves(name: str, shape: tuple[int, ...], config: Any) -> Place:
-    """The same where gate and up are halves of one matrix, as transformers has them in memory."""
+def stacked_halves(name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
+    """Returns the same where gate and up are halves of one matrix, as transformers has them in memory."""
     found = EXPERT.fullmatch(name)
     if found is None:
-        return Place(name, shape)
+        return StoredSlice(name, shape)
     (at, expert, part), width = found.groups(), config.experts.width
     if part == "down":
-        return Place(f"{at}down_proj", (config.experts.count, *shape), index=int(expert))
+        return StoredSlice(f"{at}down_proj", (config.experts.count, *shape), index=int(expert))
     whole = (config.experts.count, 2 * width, config.hidden_size)
-    return Place(f"{at}gate_up_proj", whole, width if part == "up" else 0, int(expert))
+    return StoredSlice(f"{at}gate_up_proj", whole, width if part == "up" else 0, int(expert))

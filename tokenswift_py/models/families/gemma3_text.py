@@ -1,5 +1,8 @@
-"""Gemma 3, the text models: norms by 1 + weight before and behind attention and feed-forward and over heads of q and k,
-GeGLU, a scaled embedding, and five layers with a sliding window and a RoPE base of their own to one without."""
+"""Gemma 3, the text models.
+
+They have norms by 1 + weight before and after attention and feed-forward and over heads of q and k, GeGLU, and a scaled
+embedding. Of six layers five have a sliding window and a RoPE base of their own.
+"""
 
 from __future__ import annotations
 

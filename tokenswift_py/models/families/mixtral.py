@@ -9,7 +9,7 @@ from tokenswift_py.models.families.base import (
     Experts,
     Family,
     LayerSpec,
-    Place,
+    StoredSlice,
     count_of,
     stacked,
     stacked_halves,
@@ -31,15 +31,15 @@ class Mixtral(Family):
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(window, experts=True) for window in windows_everywhere(config))
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
         if ".mlp." not in name:
-            return (Place(name, shape),)
+            return (StoredSlice(name, shape),)
         theirs = name.replace(".mlp.", ".block_sparse_moe.")
         for ours, wanted in NAMES.items():
             theirs = theirs.replace(ours, wanted)
-        return Place(theirs, shape), Place(name, shape), stacked_halves(name, shape, config)
+        return StoredSlice(theirs, shape), StoredSlice(name, shape), stacked_halves(name, shape, config)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
         return stacked(name, shape, config)
 
     def gguf_fits(self, metadata: Mapping[str, Any]) -> bool:

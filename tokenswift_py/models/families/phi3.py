@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenswift_py.models.families.base import Family, LayerSpec, Place, windows_everywhere
+from tokenswift_py.models.families.base import Family, LayerSpec, StoredSlice, windows_everywhere
 
 
 class Phi3(Family):
@@ -19,10 +19,10 @@ class Phi3(Family):
     def layers(self, config: Any) -> tuple[LayerSpec, ...]:
         return tuple(LayerSpec(window) for window in windows_everywhere(config))
 
-    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[Place]:
-        return (self.gguf_place(name, shape, config),)
+    def stored(self, name: str, shape: tuple[int, ...], config: Any) -> Sequence[StoredSlice]:
+        return (self.gguf_slice(name, shape, config),)
 
-    def gguf_place(self, name: str, shape: tuple[int, ...], config: Any) -> Place:
+    def gguf_slice(self, name: str, shape: tuple[int, ...], config: Any) -> StoredSlice:
         q, kv, ffn = config.heads * config.head_dim, config.kv_heads * config.head_dim, config.intermediate_size
         for fused, parts in (
             ("qkv_proj", {"q_proj": q, "k_proj": kv, "v_proj": kv}),
@@ -31,9 +31,9 @@ class Phi3(Family):
             first = 0
             for part, rows in parts.items():
                 if f".{part}." in name:
-                    return Place(name.replace(part, fused), (sum(parts.values()), config.hidden_size), first)
+                    return StoredSlice(name.replace(part, fused), (sum(parts.values()), config.hidden_size), first)
                 first += rows
-        return Place(name, shape)
+        return StoredSlice(name, shape)
 
     def gguf_config(self, said: Any, config: dict[str, Any]) -> dict[str, Any]:
         original = said.size("rope.scaling.original_context_length", config["max_position_embeddings"])

@@ -39,10 +39,7 @@ def proof(result: Result) -> dict[str, Any]:
 
 
 class Answer:
-    """What is common to chat completions and completions.
-
-    prefix: of ids. whole, chunk: the kinds of object. echoed: for each prompt what is told before the text.
-    """
+    """The parts that chat completions and completions have in common."""
 
     prefix, whole, chunk = "", "", ""
 
@@ -72,7 +69,7 @@ class Answer:
                 **proof(ends[0].result)}  # fmt: skip
 
     def before(self, index: int) -> str:
-        """What is told before a text: its prompt, where that is wanted."""
+        """Returns the part of an answer that comes before a text: its prompt, where that is wanted."""
         return self.echoed[self.asked.choices[index][0]] if self.echoed else ""
 
     async def chunks(self, texts: Texts, include_usage: bool) -> AsyncIterator[str]:

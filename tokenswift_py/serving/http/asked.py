@@ -128,7 +128,7 @@ class Server:
         return sum(len(turn_tokens(loaded.tokenizer, turn, eos, options.chat)) for turn in options.chapters)
 
     def tokenized(self, prompt: str | None, messages: Sequence[Message] | None, special: bool | None) -> list[int]:
-        """What /tokenize is asked for."""
+        """Returns the tokens of a request to /tokenize."""
         check((prompt is None) != (messages is None), "prompt", prompt, "either prompt or messages")
         if messages is not None:
             return prompt_tokens(self.loaded.tokenizer, [message.plain() for message in messages], Options().chat)

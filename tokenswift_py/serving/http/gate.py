@@ -1,4 +1,4 @@
-"""What stands before the application: who may ask, by which name of the server, and how much may be sent."""
+"""The gate before the application: who may ask, by which name of the server, and how much may be sent."""
 
 from __future__ import annotations
 

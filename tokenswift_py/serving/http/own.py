@@ -40,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # by the name of an option's kind
 
 
 def shape(kind: Any) -> dict[str, Any]:
-    """What the OpenAPI document says of an option's values; whether one is right is for `Options` to say."""
+    """Returns what the OpenAPI document says of an option's values. `Options` says whether a value is right."""
     said = SHAPES.get(type(kind).__name__, {})
     said = {"type": "integer"} if getattr(kind, "whole", False) else said
     ranges = {"minimum": getattr(kind, "least", None), "maximum": getattr(kind, "most", None)}

@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's requests, and vLLM's of /tokenize and /detokenize."""
+"""The requests of clients: OpenAI's, and vLLM's to /tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Message(BaseModel):
         return self
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Returns the message in the form that chat templates take."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 

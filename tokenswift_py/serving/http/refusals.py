@@ -92,7 +92,7 @@ TAG = re.compile(r"str|int|float|bool|\w+\[.*")  # in the place of an error: whi
 
 
 def of_validation(error: RequestValidationError) -> Refusal:
-    """What is wrong deepest in the body, which is where a client meant to be right, with its place."""
+    """Returns the error deepest in the body, which is where a client meant to be right, with its place."""
     found = max(error.errors(), key=lambda one: len(one["loc"]))
     place = [str(part) for part in found["loc"] if part != "body" and not TAG.fullmatch(str(part))]
     param = ".".join(place) or None

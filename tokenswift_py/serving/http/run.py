@@ -56,7 +56,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def configuration(service: Service, drain: float) -> uvicorn.Config:
-    """Of a server whose errors and warnings go to the log of this process."""
+    """Returns the configuration of a server whose errors and warnings go to the log of this process."""
     return uvicorn.Config(
         service.app, log_config=None, access_log=False, server_header=False, lifespan="off", ws="none",
         timeout_keep_alive=30, timeout_graceful_shutdown=int(drain + GRACE),

@@ -29,15 +29,15 @@ class TokenTexts:
         self._special = special_ids(tokenizer)
 
     def offsets(self, before: Sequence[int], told: int) -> Offsets:
-        """Of a text that goes on from these tokens, behind so many characters."""
+        """Returns the offsets of a text that goes on from these tokens, after so many characters."""
         return Offsets(self._whole, before, told)
 
     def text(self, token: int) -> str:
-        """What it decodes to alone; a token of half a character has U+FFFD."""
+        """Returns the text of a token alone. A token of half a character has U+FFFD."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
     def told(self, pieces: Sequence[Piece]) -> list[Told]:
-        """Of each token that has a text, the log-probability. An end-of-sequence token has none."""
+        """Returns the log-probability of each token that has a text. An end-of-sequence token has none."""
         found = []
         for piece in pieces:
             likeliest = piece.top_logprobs or [()] * len(piece.tokens)
@@ -52,15 +52,17 @@ class TokenTexts:
         return {"token": text, "bytes": None if BAD in text else list(text.encode()), "logprob": logprob}
 
     def content(self, told: Sequence[Told]) -> list[dict[str, Any]]:
-        """As chat completions and responses list them."""
+        """Returns them in the form of chat completions and responses."""
         return [
             {**self.entry(one.token, one.logprob), "top_logprobs": [self.entry(*likely) for likely in one.likeliest]}
             for one in told
         ]
 
     def columns(self, told: Sequence[Told], offsets: Sequence[int], likeliest: bool) -> dict[str, Any]:
-        """As completions have them. offsets: of the characters at which they begin; likeliest: whether these were asked
-        for."""
+        """Returns them in the form of completions.
+
+        offsets: offsets of the characters at which they begin. likeliest: whether the likeliest tokens were asked for.
+        """
         top = [self._by_text(one.likeliest) for one in told]
         return {
             "tokens": [self.text(one.token) for one in told],
@@ -70,7 +72,7 @@ class TokenTexts:
         }
 
     def _by_text(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
-        """Of tokens that read alike, as halves of characters do, the best."""
+        """Returns the best of the tokens that read alike, like halves of characters."""
         return {self.text(token): logprob for token, logprob in reversed(likeliest)}
 
 

@@ -1,4 +1,4 @@
-"""How fast a text is coming, and when it will be there."""
+"""The pace at which a text is coming, and the time when it will be there."""
 
 from __future__ import annotations
 
