@@ -170,6 +170,32 @@ def test_the_pages_of_a_text_that_waits_are_given_back_last() -> None:
         assert [len(known.find(mark)) for mark in marks] == left
 
 
+@pytest.mark.parametrize("texts", [4, 24])
+def test_a_step_looks_at_each_text_a_few_times_however_many_there_are(
+    tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch, texts: int
+) -> None:
+    clock, looks = Ticks(), [0]
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(texts * (ROUND_PAGES + 4)), clock, most_running=texts)
+    for number in range(texts):
+        scheduler.add(Work(tiny_decoder, scheduler.pool, 0, 60, number % 3, clock, seed=number))
+    for _ in range(10):
+        scheduler.step()
+
+    def counting(look: Any) -> Any:
+        def counted(self: Scheduler, seat: Seat) -> Any:
+            looks[0] += 1
+            return look(self, seat)
+
+        return counted
+
+    for name in ("_urgency", "_needs"):
+        monkeypatch.setattr(Scheduler, name, counting(getattr(Scheduler, name)))
+    for _ in range(10):
+        scheduler.step()
+    assert scheduler.running == texts and looks[0] <= 10 * 6 * texts
+    scheduler.close()
+
+
 def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -> None:
     clock = Ticks()
     scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock, most_running=2)

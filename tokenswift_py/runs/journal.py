@@ -263,9 +263,17 @@ class Journal:
 
     def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
         """Appends one step of the text: forced tokens, then those the model chose. Raises JournalError."""
-        self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
-        if len(self._pending) >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS:
+        self.add(tokens, forced)
+        if self.due(len(self._pending)):
             self.sync()
+
+    def add(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
+        """Appends one step, which the next sync puts on the disk."""
+        self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
+
+    def due(self, tokens: int) -> bool:
+        """Returns whether so many tokens that are not on the disk have to be put there now."""
+        return tokens >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS
 
     def extend(self, count: int) -> None:
         """Records that `count` tokens more were asked for. Raises JournalError."""

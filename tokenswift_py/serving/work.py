@@ -61,6 +61,8 @@ class StreamWork(LoopWork):
     ):
         super().__init__(stream.loop, stream.run.prompt, time, priority)
         self.stream, self.tell, self.end = stream, tell, end
+        self.began = False
 
     def passes(self) -> Generator[Pass | Piece, Output | None, None]:
+        self.began = True
         return self.stream.passes()
