@@ -277,6 +277,7 @@ class DecodeLoop:
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
             yield from self.read(count, [], seen=False)
+            self.drafter.read_ahead(self.history.tokens[: self.cache.length])
             progress(count)
         output = yield from self.read(missing, [missing - 1])
         progress(missing)
