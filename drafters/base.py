@@ -12,7 +12,7 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
-from tokenswift_py.core import Acceptance, DraftTree, Model, Output, TreeBuilder
+from tokenswift_py.core import Acceptance, DraftTree, IntArray, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import Passes, Timer, without_passes
 from tokenswift_py.kvcache.base import Committed, FloatArray
@@ -85,6 +85,13 @@ class Drafter:
 
         output: output of the last rows that were committed before the pending token, up to `decoding.loop.SEEN_ROWS` of
                 them.
+        """
+
+    def read_ahead(self, tokens: IntArray) -> None:
+        """Takes in the beginning of a text while its rows are being computed, so that `prefill` has less left to do,
+        for which other texts would wait.
+
+        tokens: all of them up to the last row that was committed.
         """
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:

@@ -11,7 +11,7 @@ from bisect import bisect
 from collections.abc import Callable
 from functools import partial
 
-from tokenswift_py.core import Acceptance, DraftTree, Output
+from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Candidates, Context, Draft, Drafter
@@ -121,10 +121,13 @@ class NGram(Drafter):
         if self._draft is not None:
             self._draft.learn(taken)
 
+    def read_ahead(self, tokens: IntArray) -> None:
+        for token in tokens[self.automaton.size :].tolist():
+            self.automaton.extend(token)
+
     def read(self, history: History) -> Match:
         """Takes in the new part of the text, and returns where its end occurred before."""
-        for token in history.tokens[self.automaton.size :].tolist():
-            self.automaton.extend(token)
+        self.read_ahead(history.tokens)
         state = max(0, self.automaton.link[self.automaton.last])
         return state, self.automaton.longest[state]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.core import Acceptance, DraftTree, Output, Segment
+from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output, Segment
 from tokenswift_py.decoding.passes import Pass, Passes, without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources, width_of
 from tokenswift_py.drafters.chain import Chain
@@ -86,6 +86,10 @@ class Partial(Drafter):
             self.reuse.read(context.history)
         self._see(output, -1)
         self.views.prefill(context, output)
+
+    def read_ahead(self, tokens: IntArray) -> None:
+        if self.reuse is not None:
+            self.reuse.read_ahead(tokens)
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         match = (0, 0) if self.reuse is None else self.reuse.read(context.history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ class PagePool(Protocol):
     layers: int
     kv_heads: int
     page_bytes: int
+    idle: int  # pages that are only kept
+    on_idle: Callable[[int], None]  # gets each page that becomes one of them
 
     @property
     def pages(self) -> int:
@@ -43,6 +46,12 @@ class PagePool(Protocol):
 
     def release(self, page: int) -> None:
         """Counts one holder of `page` fewer. Without holders the page is free again."""
+
+    def keep(self, page: int) -> None:
+        """Counts the page's keeper as one more holder. The page is idle while it has no other."""
+
+    def give_up(self, page: int) -> None:
+        """Counts the page's keeper no more."""
 
     def move(self, source: IntArray, target: IntArray) -> None:
         """Copies rows between slots, with the result of reading all of them before writing any."""

@@ -20,11 +20,18 @@ def pages_for(context: int) -> int:
 
 
 class Holders:
-    """Counts how many caches hold each page. Low pages are given first, so that a lone sequence stays contiguous."""
+    """Counts how many caches hold each page. Low pages are given first, so that a lone sequence stays contiguous.
+
+    idle:    how many pages have no holder but a keeper, who holds them for later sequences.
+    on_idle: function that gets each page that becomes one of them.
+    """
 
     def __init__(self, pages: int):
         self._free = list(range(pages - 1, -1, -1))
         self._holders = np.zeros(pages, np.int32)
+        self._kept: set[int] = set()
+        self.idle = 0
+        self.on_idle: Callable[[int], None] = lambda page: None
 
     def allocate(self) -> int:
         if not self._free:
@@ -36,6 +43,7 @@ class Holders:
     def share(self, page: int) -> None:
         if self._holders[page] < 1:
             raise ValueError(f"page {page} is free and cannot be shared")
+        self.idle -= page in self._kept and self._holders[page] == 1
         self._holders[page] += 1
 
     def release(self, page: int) -> None:
@@ -44,6 +52,20 @@ class Holders:
         self._holders[page] -= 1
         if not self._holders[page]:
             self._free.append(page)
+        elif self._holders[page] == 1 and page in self._kept:
+            self.idle += 1
+            self.on_idle(page)
+
+    def keep(self, page: int) -> None:
+        if page in self._kept:
+            raise ValueError(f"page {page} is kept already")
+        self.share(page)
+        self._kept.add(page)
+
+    def give_up(self, page: int) -> None:
+        self._kept.remove(page)
+        self.idle -= self._holders[page] == 1
+        self.release(page)
 
     @property
     def pages(self) -> int:

@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from served import long_folder as long_folder
+from served import long_swift as long_swift
+from served import tiny_swift as tiny_swift
 from tokenswift_py import registry
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import Ops

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from served import surroundings, text_of
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.errors import NumericsError
@@ -23,9 +24,7 @@ from tokenswift_py.serving.bulk.batch import Batch
 from tokenswift_py.serving.bulk.lines import Answers, Line, lines_in
 from tokenswift_py.serving.bulk.requests import SHAPES, Requests
 from tokenswift_py.serving.engine import Engine
-from toys import save_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 512
 URLS = tuple(SHAPES)
 CHAT, COMPLETION, RESPONSE = URLS
@@ -33,20 +32,8 @@ SAID = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bulk") / "tiny"
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swift(folder: Path) -> TokenSwift:
-    return TokenSwift.from_pretrained(str(folder), dtype="fp32", threads=1)
-
-
-@pytest.fixture(scope="module")
-def requests(swift: TokenSwift) -> Iterator[Requests]:
-    engine = Engine(swift, CONTEXT, most_running=4, most_waiting=20)
+def requests(tiny_swift: TokenSwift) -> Iterator[Requests]:
+    engine = Engine(tiny_swift, CONTEXT, most_running=4, most_waiting=20)
     yield Requests(engine, "tiny")
     engine.close()
 
@@ -77,22 +64,14 @@ def answered(requests: Requests, tmp_path: Path, *said: Any) -> dict[str, Any]:
     return by_name
 
 
-def text_of(answer: dict[str, Any]) -> str:
-    body = answer["response"]["body"]
-    if body["object"] == "response":
-        return str(body["output"][0]["content"][0]["text"])
-    choice = body["choices"][0]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
-
-
-def test_each_text_is_what_generate_writes(requests: Requests, swift: TokenSwift, tmp_path: Path) -> None:
+def test_each_text_is_what_generate_writes(requests: Requests, tiny_swift: TokenSwift, tmp_path: Path) -> None:
     said = [request(f"{url} {i}", url, seed=i, temperature=1.0) for i in range(4) for url in URLS]
     for i, one in enumerate(said):
         one["body"]["max_output_tokens" if one["url"] == RESPONSE else "max_tokens"] = 10 + 7 * i
     found = answered(requests, tmp_path, *said)
     for i, one in enumerate(said):
         answer, raw = found[one["custom_id"]], one["url"] == COMPLETION
-        wanted = swift.generate(
+        wanted = tiny_swift.generate(
             "the cat", max_new_tokens=10 + 7 * i, seed=i // 3, temperature=1.0, context=CONTEXT, raw=raw
         )
         assert text_of(answer) == wanted.text != ""
@@ -101,17 +80,19 @@ def test_each_text_is_what_generate_writes(requests: Requests, swift: TokenSwift
     assert len({answer["id"] for answer in found.values()}) == len(said)
 
 
-def test_a_request_of_several_texts_is_one_line(requests: Requests, swift: TokenSwift, tmp_path: Path) -> None:
+def test_a_request_of_several_texts_is_one_line(requests: Requests, tiny_swift: TokenSwift, tmp_path: Path) -> None:
     found = answered(requests, tmp_path, request("a", COMPLETION, prompt=["the", "cat"], n=2, seed=3, max_tokens=9))
     choices = found["a"]["response"]["body"]["choices"]
     alone = [
-        swift.generate(prompt, seed=3, stream=sample, max_new_tokens=9, context=CONTEXT, raw=True).text
+        tiny_swift.generate(prompt, seed=3, stream=sample, max_new_tokens=9, context=CONTEXT, raw=True).text
         for prompt in ("the", "cat") for sample in (0, 1)
     ]  # fmt: skip
     assert [choice["text"] for choice in choices] == alone
 
 
-def test_requests_without_a_seed_have_that_of_the_batch(swift: TokenSwift, requests: Requests, tmp_path: Path) -> None:
+def test_requests_without_a_seed_have_that_of_the_batch(
+    tiny_swift: TokenSwift, requests: Requests, tmp_path: Path
+) -> None:
     seeded = Requests(requests.engine, "tiny", seed=11)
     found = answered(seeded, tmp_path, request("own", seed=5, max_tokens=5), request("none", max_tokens=5))
     assert [found[name]["response"]["body"]["seed"] for name in ("own", "none")] == [5, 11]
@@ -270,23 +251,25 @@ def test_an_engine_that_fails_always_answers_nothing(
 # The command
 
 
-def command(folder: Path, source: Path, out: Path, running: int = 3, context: int = CONTEXT) -> list[str]:
+def command(tiny_folder: Path, source: Path, out: Path, running: int = 3, context: int = CONTEXT) -> list[str]:
     settings = ["--dtype", "fp32", "--threads", "1", "--context", f"{context}", "--running", f"{running}"]
-    return ["batch", str(source), str(out), "--model", str(folder), *settings]
+    return ["batch", str(source), str(out), "--model", str(tiny_folder), *settings]
 
 
-def test_what_cannot_be_is_told_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_told_in_one_line(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     twice = put(tmp_path / "twice.jsonl", request("a"), b"", request("b"), request("a"))
     right, out = put(tmp_path / "right.jsonl", request("a", max_tokens=3)), tmp_path / "out.jsonl"
     for arguments, says in (
-        (command(folder, twice, out), "custom_id: 'a' is not allowed; lines 1 and 4 both have it"),
-        (command(folder, tmp_path / "none", out), "input: "),
-        (command(folder, tmp_path, out), "input: "),
-        (command(folder, right, right), "output: "),
-        (command(folder, right, tmp_path), "output: "),
-        (command(folder, right, tmp_path / "no" / "out"), "output: "),
-        (command(folder, right, out, running=0), "running: "),
-        ([*command(folder, right, out), "--seed", "-1"], "seed: -1"),
+        (command(tiny_folder, twice, out), "custom_id: 'a' is not allowed; lines 1 and 4 both have it"),
+        (command(tiny_folder, tmp_path / "none", out), "input: "),
+        (command(tiny_folder, tmp_path, out), "input: "),
+        (command(tiny_folder, right, right), "output: "),
+        (command(tiny_folder, right, tmp_path), "output: "),
+        (command(tiny_folder, right, tmp_path / "no" / "out"), "output: "),
+        (command(tiny_folder, right, out, running=0), "running: "),
+        ([*command(tiny_folder, right, out), "--seed", "-1"], "seed: -1"),
         (["batch", str(right)], "the following arguments are required"),
     ):
         assert main(arguments) == 2
@@ -296,28 +279,27 @@ def test_what_cannot_be_is_told_in_one_line(folder: Path, tmp_path: Path, capsys
 
 
 def test_answers_of_another_model_are_not_gone_on_with(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = put(tmp_path / "in.jsonl", request("a", max_tokens=3)), tmp_path / "out.jsonl"
-    assert main([*command(folder, source, out), "--seed", "4"]) == 0
+    assert main([*command(tiny_folder, source, out), "--seed", "4"]) == 0
     assert "1 requests answered, 0 of them with an error; 3 tokens" in capsys.readouterr().err
     before = out.read_bytes()
     put(source, request("a", max_tokens=3), request("b", max_tokens=3))
-    assert main(command(folder, source, out, context=256)) == 2
+    assert main(command(tiny_folder, source, out, context=256)) == 2
     assert "tokenswift: context: 256 is not allowed; the answers in" in capsys.readouterr().err
-    assert main([*command(folder, source, out), "--served-name", "other"]) == 2
+    assert main([*command(tiny_folder, source, out), "--served-name", "other"]) == 2
     assert "tokenswift: model: 'other'" in capsys.readouterr().err
     assert out.read_bytes() == before
-    assert main(command(folder, source, out)) == 0
+    assert main(command(tiny_folder, source, out)) == 0
     assert [answer["custom_id"] for answer in read(out)] == ["a", "b"]
 
 
 def started(arguments: list[str], out: Path, more: int) -> subprocess.Popen[str]:
     """Starts the command, and waits until it has written so many answers more."""
     before = len(read(out)) if out.exists() else 0
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
     run = [sys.executable, "-c", "import sys; from tokenswift_py.cli.main import main; sys.exit(main())", *arguments]
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=env)
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=surroundings())
     deadline = time.monotonic() + 120
     while not out.exists() or len(read(out)) < before + more:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -326,28 +308,30 @@ def started(arguments: list[str], out: Path, more: int) -> subprocess.Popen[str]
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_kill_lose_nothing_and_double_nothing(folder: Path, swift: TokenSwift, tmp_path: Path) -> None:
+def test_ctrl_c_and_kill_lose_nothing_and_double_nothing(
+    tiny_folder: Path, tiny_swift: TokenSwift, tmp_path: Path
+) -> None:
     said = [
         request(f"{i}", COMPLETION, seed=i, max_tokens=120 + 11 * (i % 7), temperature=1.0, ignore_eos=True)
         for i in range(40)
     ]
     source, out = put(tmp_path / "in.jsonl", *said), tmp_path / "out.jsonl"
-    process = started(command(folder, source, out), out, 1)
+    process = started(command(tiny_folder, source, out), out, 1)
     process.send_signal(signal.SIGINT)
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     first = len(read(out))
     left = 40 - first
     assert f"stopped with {left} requests left: the same command goes on from there" in told and left > 0
-    process = started(command(folder, source, out), out, 1)
+    process = started(command(tiny_folder, source, out), out, 1)
     process.kill()
     process.communicate()
     killed = len(read(out))
     assert first < killed < 40
-    assert main(command(folder, source, out)) == 0
+    assert main(command(tiny_folder, source, out)) == 0
     answers = read(out)
     assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(40)), "nothing lost, nothing twice"
     for answer in answers:
         i = int(answer["custom_id"])
         settings = {"seed": i, "max_new_tokens": 120 + 11 * (i % 7), "temperature": 1.0, "ignore_eos": True}
-        assert text_of(answer) == swift.generate("the cat", raw=True, context=CONTEXT, **settings).text
+        assert text_of(answer) == tiny_swift.generate("the cat", raw=True, context=CONTEXT, **settings).text

@@ -19,7 +19,7 @@ from small_models import SMALLER, saved
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output, SamplingParams
 from tokenswift_py.decoding.passes import Passes
-from tokenswift_py.drafters.base import Context, create
+from tokenswift_py.drafters.base import Context, Drafter, create
 from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.drafters.draft_model import SPREAD
 from tokenswift_py.kvcache.base import PAGE_SIZE
@@ -105,7 +105,7 @@ def test_errors_of_a_draft_weigh_more_at_a_low_temperature(target: Model) -> Non
     assert expected[0] == expected[2] > expected[1] + 0.05
 
 
-class Sometimes:
+class Sometimes(Drafter):
     """A drafter that is asked for a draft in two rounds of five only, as a planner may find right."""
 
     name = "sometimes"
@@ -136,7 +136,7 @@ def test_the_draft_catches_up_with_forced_tokens_and_undrafted_rounds(target: Mo
         assert stats.num_accepted_draft_tokens > 30
 
 
-class FromScratch:
+class FromScratch(Drafter):
     """Proposes what a draft model proposes, and holds it against one that has just read the whole text."""
 
     name = "from scratch"

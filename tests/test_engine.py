@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import threading
@@ -13,9 +15,12 @@ from typing import Any
 import pytest
 
 from tokenswift_py import TokenSwift, UserError
-from tokenswift_py.runs import snapshot
+from tokenswift_py.runs import journal, snapshot
 from tokenswift_py.runs.audit import audit
+from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.runs.result import Piece
+from tokenswift_py.runs.stream import Stream
+from tokenswift_py.serving import engine as engines
 from tokenswift_py.serving.engine import Busy, Engine
 
 CONTEXT = 300
@@ -118,6 +123,18 @@ def test_a_cancelled_text_keeps_what_it_has_and_its_pages_come_back(swift: Token
     assert engine.figures()["kv_usage"] == 0.0
 
 
+def test_a_prompt_that_was_never_read_is_not_counted(swift: TokenSwift) -> None:
+    engine = Engine(swift, CONTEXT, most_running=1)
+    first, second = engine.submit("the cat", **settings(1, 250)), engine.submit("a dog", **settings(2))
+    next(iter(first))
+    second.cancel()
+    assert second.result(60).tokens == [] and engine.figures()["prompt_tokens"] == len(first.prompt)
+    first.cancel()
+    first.result(60)
+    assert engine.figures()["prompt_tokens"] == len(first.prompt)
+    engine.close()
+
+
 def test_a_journal_written_in_company_is_proven_and_resumed(swift: TokenSwift, engine: Engine, tmp_path: Path) -> None:
     others = [engine.submit(prompt, **settings(7, 200)) for prompt in PROMPTS[1:3]]
     text = engine.submit("the cat", out=tmp_path / "run", **settings(3, 200))
@@ -135,6 +152,133 @@ def test_a_journal_written_in_company_is_proven_and_resumed(swift: TokenSwift, e
         other.cancel()
     with pytest.raises(UserError):
         engine.resume(tmp_path / "nothing")
+
+
+class Held:
+    """Something that lets nobody through who comes for the marked text, until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
+@pytest.fixture
+def slow_to_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """Streams with seed 99 take long to make."""
+    held = Held()
+
+    def stream(loaded: Any, run: Any, *rest: Any) -> Stream:
+        if run.sampling.seed == 99:
+            held.wait()
+        return Stream(loaded, run, *rest)
+
+    monkeypatch.setattr(engines, "Stream", stream)
+    yield held
+    held.opened.set()
+
+
+def test_a_text_that_takes_long_to_begin_holds_nobody_up(
+    swift: TokenSwift, engine: Engine, slow_to_build: Held
+) -> None:
+    writing = engine.submit("the cat", **settings(1, 250))
+    slow: list[Any] = []
+    thread = threading.Thread(target=lambda: slow.append(engine.submit("the cat", **settings(99))), daemon=True)
+    thread.start()
+    assert slow_to_build.reached.wait(60)
+    asked = threading.Thread(target=lambda: slow.append(engine.submit("a dog", **settings(2)).result(60)), daemon=True)
+    asked.start()
+    asked.join(20)
+    assert not asked.is_alive() and slow[0].ending == "length", "another is taken and written meanwhile"
+    assert writing.result(60).ending == "length" and engine.figures()["finished"] == {"length": 2}
+    slow_to_build.opened.set()
+    thread.join(60)
+    assert slow[1].result(60).tokens == swift.generate("the cat", context=CONTEXT, **settings(99)).tokens
+
+
+def test_a_text_that_is_being_made_has_its_place_in_line(swift: TokenSwift, slow_to_build: Held) -> None:
+    engine = Engine(swift, CONTEXT, most_running=1, most_waiting=0)
+    engine.submit("the cat", **settings(1, 5)).result(60)  # the first of its kind, whose models others wait for
+    texts: list[Any] = []
+    thread = threading.Thread(target=lambda: texts.append(engine.submit("the cat", **settings(99))), daemon=True)
+    thread.start()
+    assert slow_to_build.reached.wait(60)
+    with pytest.raises(Busy, match="1 texts"):
+        engine.submit("the cat", **settings(2))
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    while not engine._closing:
+        time.sleep(0.01)
+    with pytest.raises(Busy, match="closing"):
+        engine.submit("the cat", **settings(2))
+    slow_to_build.opened.set()
+    thread.join(60)
+    closing.join(60)
+    assert not closing.is_alive() and texts[0].result(1).ending in ("interrupted", "length")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Held]:
+    """A disk that takes the beginning of a journal, and nothing more until it is opened."""
+    held, fsync, begun = Held(), os.fsync, set[tuple[int, int]]()
+
+    def slow(file: int) -> None:
+        about = os.fstat(file)
+        which = about.st_dev, about.st_ino
+        if which in begun:
+            held.wait()
+        begun.add(which)
+        fsync(file)
+
+    monkeypatch.setattr(journal.os, "fsync", slow)
+    monkeypatch.setattr(journal, "SYNC_TOKENS", 8)
+    yield held
+    held.opened.set()
+
+
+def test_a_slow_disk_stops_no_text_and_an_end_is_told_when_it_is_durable(
+    swift: TokenSwift, engine: Engine, tmp_path: Path, disk: Held
+) -> None:
+    recorded = engine.submit("the cat", out=tmp_path / "run", **settings(3, 100))
+    assert disk.reached.wait(60)
+    heard: list[int] = []
+    recorded.listen(lambda piece: heard.extend(piece.tokens if piece else [-1]))
+    other = engine.submit("a dog", out=None, **settings(4, 100)).result(30)
+    assert other.ending == "length"
+    deadline = time.monotonic() + 30
+    while len(heard) < 100 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(heard) == 100 and not recorded.done, "it is written on, and not over before it is on the disk"
+    disk.opened.set()
+    whole = recorded.result(60).tokens
+    assert journal.read(tmp_path / "run").tokens == whole == heard[:100] and heard[100:] == [-1]
+    assert whole == swift.generate("the cat", context=CONTEXT, **settings(3, 100)).tokens
+
+
+@pytest.mark.parametrize("tokens", [8, 10**6])
+def test_a_disk_that_fails_ends_the_text_it_belongs_to(
+    swift: TokenSwift, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """While it is written, or with its last tokens."""
+    monkeypatch.setattr(journal, "SYNC_TOKENS", tokens)
+    monkeypatch.setattr(journal, "SYNC_SECONDS", 1e9)
+    put = journal.Journal._put
+
+    def full(self: Any, frame: bytes) -> None:
+        if self.record.path.parent.name == "bad" and not frame.startswith(journal.MAGIC):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, frame)
+
+    monkeypatch.setattr(journal.Journal, "_put", full)
+    text, other = (engine.submit("the cat", out=tmp_path / name, **settings(5, 60)) for name in ("bad", "good"))
+    assert other.result(60).ending == "length"
+    with pytest.raises(JournalError, match="No space left"):
+        text.result(60)
+    monkeypatch.setattr(journal.Journal, "_put", put)
+    assert engine.resume(tmp_path / "bad").result(60).tokens == other.result().tokens
+    assert journal.read(tmp_path / "good").tokens == other.result().tokens
 
 
 def test_closing_drains_or_interrupts(swift: TokenSwift) -> None:

@@ -26,7 +26,6 @@ from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.pace import CURVE_POINTS, Pace
 from tokenswift_py.serving.jobs.page import contents
-from toys import save_tiny
 
 CONTEXT = 8192
 ENDLESS = {"ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}  # ends by length alone
@@ -39,21 +38,9 @@ def brake(monkeypatch: pytest.MonkeyPatch) -> None:
     braked(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("jobs") / "tiny"
-    save_tiny(folder, max_position_embeddings=CONTEXT)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swift(model: Path) -> TokenSwift:
-    return TokenSwift.from_pretrained(str(model), dtype="fp32", threads=1)
-
-
 @pytest.fixture
-def engine(swift: TokenSwift) -> Iterator[Engine]:
-    made = Engine(swift, CONTEXT, most_running=2)
+def engine(long_swift: TokenSwift) -> Iterator[Engine]:
+    made = Engine(long_swift, CONTEXT, most_running=2)
     yield made
     made.close()
 
@@ -77,9 +64,9 @@ def begun(job: Job, tokens: int = 50) -> Job:
     return job
 
 
-def alone(swift: TokenSwift, job: Job, prompt: Any = "the cat", **settings: Any) -> Any:
+def alone(long_swift: TokenSwift, job: Job, prompt: Any = "the cat", **settings: Any) -> Any:
     """The undisturbed run of the same request."""
-    return swift.generate(prompt, context=CONTEXT, seed=job.kept.settings["seed"], **settings)
+    return long_swift.generate(prompt, context=CONTEXT, seed=job.kept.settings["seed"], **settings)
 
 
 # Texts
@@ -87,10 +74,10 @@ def alone(swift: TokenSwift, job: Job, prompt: Any = "the cat", **settings: Any)
 
 @pytest.mark.parametrize("settings", [{**ENDLESS, "max_new_tokens": 150}, {**CHAPTERS, "max_new_tokens": 120}])
 def test_a_job_ends_with_the_bytes_of_an_undisturbed_run(
-    jobs: Jobs, swift: TokenSwift, settings: dict[str, Any]
+    jobs: Jobs, long_swift: TokenSwift, settings: dict[str, Any]
 ) -> None:
     job = over(jobs.create("the cat", **settings))
-    wanted = alone(swift, job, **settings)
+    wanted = alone(long_swift, job, **settings)
     assert (job.folder / "text.txt").read_bytes() == wanted.text.encode() != b""
     assert np.load(job.folder / "tokens.npy").tolist() == wanted.tokens
     report = json.loads((job.folder / "report.json").read_text(encoding="utf-8"))
@@ -102,7 +89,7 @@ def test_a_job_ends_with_the_bytes_of_an_undisturbed_run(
     assert status["files"] == ["text.txt", "tokens.npy", "report.json", "journal.bin"]
 
 
-def test_a_closed_server_goes_on_when_it_starts(engine: Engine, swift: TokenSwift, tmp_path: Path) -> None:
+def test_a_closed_server_goes_on_when_it_starts(engine: Engine, long_swift: TokenSwift, tmp_path: Path) -> None:
     """One in the engine, and one that waits."""
     first = Jobs(engine, tmp_path / "data", most_running=1)
     texts = [first.create("the cat", **{**ENDLESS, "max_new_tokens": 500}) for _ in range(2)]
@@ -113,23 +100,23 @@ def test_a_closed_server_goes_on_when_it_starts(engine: Engine, swift: TokenSwif
     second = Jobs(engine, tmp_path / "data")
     for job in texts:
         again = over(second.get(job.id))
-        assert again.written() == alone(swift, job, **{**ENDLESS, "max_new_tokens": 500}).text
+        assert again.written() == alone(long_swift, job, **{**ENDLESS, "max_new_tokens": 500}).text
     assert second.get(texts[0].id).kept.settings == texts[0].kept.settings
     second.close()
 
 
 @pytest.fixture(scope="module")
-def nursery(model: Path) -> Iterator[Nursery]:
-    made = Nursery(model, CONTEXT, running=4)
+def nursery(long_folder: Path) -> Iterator[Nursery]:
+    made = Nursery(long_folder, CONTEXT, running=4)
     yield made
     made.close()
 
 
-def killed(nursery: Nursery, swift: TokenSwift, data: Path, texts: int, kills: int, tokens: int) -> None:
+def killed(nursery: Nursery, long_swift: TokenSwift, data: Path, texts: int, kills: int, tokens: int) -> None:
     """Jobs whose server is killed at random moments. Each ends in the bytes of an undisturbed run, and no synced token
     is lost or written twice: the journal is a record, which the audit of another test proves."""
     settings = {**ENDLESS, "max_new_tokens": tokens}
-    engine = Engine(swift, CONTEXT, most_running=1)
+    engine = Engine(long_swift, CONTEXT, most_running=1)
     planned = Jobs(engine, data, most_running=1)
     prompts = [f"the cat and {'the dog ' * number}" for number in range(texts)]
     found = [planned.create(prompt, **settings) for prompt in prompts]
@@ -143,22 +130,22 @@ def killed(nursery: Nursery, swift: TokenSwift, data: Path, texts: int, kills: i
     assert nursery.end() == 0
     for job, prompt in zip(found, prompts, strict=True):
         kept = Job.read(job.folder)
-        wanted = alone(swift, job, prompt, **settings)
+        wanted = alone(long_swift, job, prompt, **settings)
         assert kept.state == "finished"
         assert kept.written() == wanted.text
         assert np.load(job.folder / "tokens.npy").tolist() == wanted.tokens
 
 
-def test_a_killed_server_goes_on_to_the_same_bytes(nursery: Nursery, swift: TokenSwift, tmp_path: Path) -> None:
-    killed(nursery, swift, tmp_path / "data", texts=2, kills=2, tokens=400)
+def test_a_killed_server_goes_on_to_the_same_bytes(nursery: Nursery, long_swift: TokenSwift, tmp_path: Path) -> None:
+    killed(nursery, long_swift, tmp_path / "data", texts=2, kills=2, tokens=400)
 
 
 @pytest.mark.soak
-def test_twenty_kills_of_eight_jobs(nursery: Nursery, swift: TokenSwift, tmp_path: Path) -> None:
-    killed(nursery, swift, tmp_path / "data", texts=8, kills=20, tokens=6000)
+def test_twenty_kills_of_eight_jobs(nursery: Nursery, long_swift: TokenSwift, tmp_path: Path) -> None:
+    killed(nursery, long_swift, tmp_path / "data", texts=8, kills=20, tokens=6000)
 
 
-def test_a_job_whose_journal_never_began_begins(engine: Engine, swift: TokenSwift, tmp_path: Path) -> None:
+def test_a_job_whose_journal_never_began_begins(engine: Engine, long_swift: TokenSwift, tmp_path: Path) -> None:
     """As after a power cut: without a journal, and with one whose header is torn."""
     engine_of_nobody = Jobs(engine, tmp_path / "data", most_running=1)
     settings = {**ENDLESS, "max_new_tokens": 40}
@@ -168,14 +155,14 @@ def test_a_job_whose_journal_never_began_begins(engine: Engine, swift: TokenSwif
     (waiting[1].folder / "journal.bin").write_bytes(b"tokenswift journal\n\xf5TSj\x01")
     second = Jobs(engine, tmp_path / "data")
     for job in waiting:
-        assert over(second.get(job.id)).written() == alone(swift, job, **settings).text
+        assert over(second.get(job.id)).written() == alone(long_swift, job, **settings).text
     second.close()
 
 
 # What can be done with jobs
 
 
-def test_a_cancelled_job_resumes_to_the_same_bytes(jobs: Jobs, swift: TokenSwift) -> None:
+def test_a_cancelled_job_resumes_to_the_same_bytes(jobs: Jobs, long_swift: TokenSwift) -> None:
     settings = {**ENDLESS, "max_new_tokens": 600}
     job = begun(jobs.create("the cat", **settings))
     over(jobs.cancel(job.id), "cancelled")
@@ -184,7 +171,7 @@ def test_a_cancelled_job_resumes_to_the_same_bytes(jobs: Jobs, swift: TokenSwift
     file = (job.folder / "text.txt").read_bytes().decode()
     assert file.startswith(part) and set(file[len(part) :]) <= {"\ufffd"}  # of a character some bytes are still to come
     over(jobs.resume(job.id))
-    wanted = alone(swift, job, **settings).text
+    wanted = alone(long_swift, job, **settings).text
     assert job.written() == wanted
     assert wanted.startswith(part)
     with pytest.raises(WrongState, match="finished"):
@@ -261,7 +248,7 @@ def test_the_status_of_a_text_that_comes(jobs: Jobs) -> None:
 
 
 def test_a_full_disk_interrupts_and_resuming_goes_on(
-    jobs: Jobs, swift: TokenSwift, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, long_swift: TokenSwift, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**ENDLESS, "max_new_tokens": 600}
     put, full = Journal._put, threading.Event()
@@ -279,7 +266,7 @@ def test_a_full_disk_interrupts_and_resuming_goes_on(
     assert "No space left" in str(job.kept.error)
     full.clear()
     jobs.resume(job.id)
-    assert over(job).written() == alone(swift, job, **settings).text
+    assert over(job).written() == alone(long_swift, job, **settings).text
 
 
 # Limits
@@ -363,8 +350,8 @@ def test_a_curve_stays_small_and_keeps_its_mean() -> None:
 
 
 @pytest.fixture
-def server(swift: TokenSwift, tmp_path: Path) -> Iterator[Running]:
-    engine = Engine(swift, CONTEXT, most_running=2)
+def server(long_swift: TokenSwift, tmp_path: Path) -> Iterator[Running]:
+    engine = Engine(long_swift, CONTEXT, most_running=2)
     with running(engine, key="right", jobs=Jobs(engine, tmp_path / "data")) as found:
         yield found
 
@@ -389,13 +376,13 @@ def events(client: httpx.Client, name: str, **asked: Any) -> Iterator[tuple[str,
                 fields = {}
 
 
-def test_a_job_over_http(client: httpx.Client, swift: TokenSwift) -> None:
+def test_a_job_over_http(client: httpx.Client, long_swift: TokenSwift) -> None:
     body = {"prompt": "the cat", "max_tokens": 300, "ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}
     made = client.post("/v1/jobs", json=body)
     assert made.status_code == 201
     job = made.json()
     heard = list(events(client, job["id"]))
-    wanted = swift.generate("the cat", context=CONTEXT, seed=job["seed"], **{**ENDLESS, "max_new_tokens": 300})
+    wanted = long_swift.generate("the cat", context=CONTEXT, seed=job["seed"], **{**ENDLESS, "max_new_tokens": 300})
     assert "".join(data["text"] for kind, _, data in heard if kind == "text") == wanted.text
     assert [kind for kind, _, _ in heard][-1] == "end"
     assert heard[-1][2]["state"] == "finished"
@@ -477,27 +464,27 @@ def test_jobs_need_the_key_and_the_page_does_not(server: Running) -> None:
         assert page.content == contents()[0]
 
 
-def test_a_stopped_server_goes_on_with_its_jobs(swift: TokenSwift, tmp_path: Path) -> None:
+def test_a_stopped_server_goes_on_with_its_jobs(long_swift: TokenSwift, tmp_path: Path) -> None:
     """Stopping does not wait for jobs, and ends their streams."""
     body = {"prompt": "the cat", "max_tokens": 700, "ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}
-    engine = Engine(swift, CONTEXT)
+    engine = Engine(long_swift, CONTEXT)
     with running(engine, drain=30.0, jobs=Jobs(engine, tmp_path / "data")) as first:
         with httpx.Client(base_url=first.url, timeout=60) as client:
             job = client.post("/v1/jobs", json=body).json()
             until(lambda: client.get(f"/v1/jobs/{job['id']}").json()["tokens"] > 50)
         began = time.monotonic()
     assert time.monotonic() - began < 15
-    engine = Engine(swift, CONTEXT)
+    engine = Engine(long_swift, CONTEXT)
     with running(engine, jobs=Jobs(engine, tmp_path / "data")) as second, httpx.Client(base_url=second.url) as client:
         text = "".join(data["text"] for kind, _, data in events(client, job["id"], timeout=60) if kind == "text")
     settings = {**ENDLESS, "max_new_tokens": 700}
-    assert text == swift.generate("the cat", context=CONTEXT, seed=job["seed"], **settings).text
+    assert text == long_swift.generate("the cat", context=CONTEXT, seed=job["seed"], **settings).text
 
 
 def test_a_job_survives_in_its_folder_for_the_command_line(
-    jobs: Jobs, model: Path, capsys: pytest.CaptureFixture[str]
+    jobs: Jobs, long_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A job's folder is a run's folder: `tokenswift audit` reads it."""
     job = over(jobs.create("the cat", **{**ENDLESS, "max_new_tokens": 60}))
-    assert main(["audit", str(job.folder), "--model", str(model)]) == 0
+    assert main(["audit", str(job.folder), "--model", str(long_folder)]) == 0
     assert "PROVEN" in capsys.readouterr().out

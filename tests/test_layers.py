@@ -39,6 +39,7 @@ OPTIONAL = {
     "xformers": "kernels/xformers.py",
     "matplotlib": None,
     "llama_cpp": None,
+    "anyio": "tokenswift_py/serving/",
     "fastapi": "tokenswift_py/serving/",
     "prometheus_client": "tokenswift_py/serving/",
     "pydantic": "tokenswift_py/serving/",

@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scripted import write
 from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.loop import SEEN_ROWS
 from tokenswift_py.decoding.passes import compute
+from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.ngram import TALLIED, NGram, SuffixAutomaton
 from tokenswift_py.errors import UserError
 from tokenswift_py.planning.planner import FixedPlanner
@@ -179,3 +182,24 @@ def test_a_forced_turn_is_read_too() -> None:
     compute(drafter.prefill(context, NO_OUTPUT))
     history.extend([10, 11, 12, 13, 20, 10, 11])
     assert compute(drafter.propose(context, 3)).tokens.tolist() == [11, 12, 13]
+
+
+@pytest.mark.parametrize("name", ["ngram", "cascade"])
+def test_a_long_prompt_is_read_beside_its_passes(tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Other texts would wait for a drafter that reads all of it at its end."""
+    prompt, drafter = [token % 50 for token in range(300)], create(name)
+    extend, read = SuffixAutomaton.extend, [0]
+
+    def counted(automaton: SuffixAutomaton, token: int) -> None:
+        read[-1] += 1
+        extend(automaton, token)
+
+    def compute_pass(*given: Any, **wanted: Any) -> Any:
+        read.append(0)
+        return forward(*given, **wanted)
+
+    forward = tiny_decoder.forward
+    monkeypatch.setattr(SuffixAutomaton, "extend", counted)
+    monkeypatch.setattr(tiny_decoder, "forward", compute_pass)
+    write(tiny_decoder, prompt, 5, drafter=drafter, prefill_chunk=24)
+    assert 300 <= sum(read) <= 305 and max(read) <= SEEN_ROWS + 1

@@ -17,11 +17,10 @@ import numpy as np
 import psutil
 import pytest
 
+from served import surroundings, text_of
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.serving.bulk import ray_data
-from toys import save_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 512
 SETTINGS: dict[str, Any] = {"dtype": "fp32", "threads": 1, "context": CONTEXT}
 URL = "/v1/completions"
@@ -32,30 +31,18 @@ def body(i: int) -> dict[str, Any]:
     return {"prompt": "the cat", "seed": i, "max_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
 
 
-def alone(swift: TokenSwift, i: int) -> str:
+def alone(tiny_swift: TokenSwift, i: int) -> str:
     said = body(i)
-    return swift.generate(
+    return tiny_swift.generate(
         said["prompt"], seed=i, max_new_tokens=said["max_tokens"], temperature=1.0, ignore_eos=True, raw=True,
         context=CONTEXT,
     ).text  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many") / "tiny"
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swift(folder: Path) -> TokenSwift:
-    return TokenSwift.from_pretrained(str(folder), dtype="fp32", threads=1)
-
-
-@pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     ray = pytest.importorskip("ray", reason="pip install 'tokenswift-py[ray]'")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
+    os.environ |= surroundings()
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
     yield ray
     ray.shutdown()
@@ -82,17 +69,13 @@ def test_ray_that_is_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) ->
         ray_data.requests_in("in.jsonl")
 
 
-def test_an_actor_answers_without_ray(folder: Path, swift: TokenSwift) -> None:
-    writer = ray_data.Writer(str(folder), running=2, **SETTINGS)
+def test_an_actor_answers_without_ray(tiny_folder: Path, tiny_swift: TokenSwift) -> None:
+    writer = ray_data.Writer(str(tiny_folder), running=2, **SETTINGS)
     batch = {"custom_id": ["a", "b"], "url": [URL, "/v1/none"], "body": [body(3), {}]}
     found = writer.answer(batch)
     assert sorted(zip(found["custom_id"], found["status"], strict=True)) == [("a", 200), ("b", 0)]
-    assert text_of(found["answer"][found["custom_id"].index("a")]) == alone(swift, 3)
+    assert text_of(json.loads(found["answer"][found["custom_id"].index("a")])) == alone(tiny_swift, 3)
     writer.requests.engine.close()
-
-
-def text_of(answer: str) -> str:
-    return str(json.loads(answer)["response"]["body"]["choices"][0]["text"])
 
 
 def workers() -> dict[int, psutil.Process]:
@@ -107,7 +90,7 @@ def workers() -> dict[int, psutil.Process]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_an_actor_is_killed(ray: Any, folder: Path, swift: TokenSwift, tmp_path: Path, kind: str) -> None:
+def test_an_actor_is_killed(ray: Any, tiny_folder: Path, tiny_swift: TokenSwift, tmp_path: Path, kind: str) -> None:
     count, path = 60, tmp_path / f"in.{kind}"
     said = [{"custom_id": f"{i}", "method": "POST", "url": URL, "body": body(i)} for i in range(count)]
     if kind == "jsonl":
@@ -118,7 +101,7 @@ def test_an_actor_is_killed(ray: Any, folder: Path, swift: TokenSwift, tmp_path:
 
         parquet.write_table(pyarrow.Table.from_pylist(said), path)
     dataset = ray_data.requests_in(str(path)).repartition(12).map_batches(
-        ray_data.Writer, batch_size=5, concurrency=2, num_cpus=1, fn_constructor_args=[str(folder)],
+        ray_data.Writer, batch_size=5, concurrency=2, num_cpus=1, fn_constructor_args=[str(tiny_folder)],
         fn_constructor_kwargs={**SETTINGS, "running": 2},
     )  # fmt: skip
     rows: list[Any] = []
@@ -133,11 +116,11 @@ def test_an_actor_is_killed(ray: Any, folder: Path, swift: TokenSwift, tmp_path:
     assert len(first) == 2 and len(later) == 1, "one of two actors was killed in its work, and another took its place"
     assert sorted(int(row["custom_id"]) for row in rows) == list(range(count)), "nothing lost, nothing twice"
     for row in rows:
-        assert row["status"] == 200 and text_of(row["answer"]) == alone(swift, int(row["custom_id"]))
+        assert row["status"] == 200 and text_of(json.loads(row["answer"])) == alone(tiny_swift, int(row["custom_id"]))
 
 
 @pytest.mark.soak
-def test_replicas_follow_the_queue(ray: Any, folder: Path, swift: TokenSwift) -> None:
+def test_replicas_follow_the_queue(ray: Any, tiny_folder: Path, tiny_swift: TokenSwift) -> None:
     serve = pytest.importorskip("ray.serve")
     openai = pytest.importorskip("openai")
     from tokenswift_py.serving.bulk.ray_serve import application
@@ -146,7 +129,7 @@ def test_replicas_follow_the_queue(ray: Any, folder: Path, swift: TokenSwift) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    app = application(str(folder), running=1, replicas=(1, 2), autoscaling=scaling, **SETTINGS)
+    app = application(str(tiny_folder), running=1, replicas=(1, 2), autoscaling=scaling, **SETTINGS)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         serve.run(app, name="tiny")
@@ -166,10 +149,10 @@ def test_replicas_follow_the_queue(ray: Any, folder: Path, swift: TokenSwift) ->
             while running() < 2:
                 assert time.monotonic() < deadline
                 texts = list(threads.map(ask, range(8)))
-                assert texts == [alone(swift, i) for i in range(8)]
+                assert texts == [alone(tiny_swift, i) for i in range(8)]
                 asked += 8
         chunks = client.completions.create(model="tiny", prompt="the cat", max_tokens=20, seed=1, stream=True)
-        wanted = swift.generate("the cat", raw=True, seed=1, max_new_tokens=20, context=CONTEXT).text
+        wanted = tiny_swift.generate("the cat", raw=True, seed=1, max_new_tokens=20, context=CONTEXT).text
         assert "".join(chunk.choices[0].text for chunk in chunks) == wanted
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.completions.create(model="tiny", prompt="the cat", temperature=-1)

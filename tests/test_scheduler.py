@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,10 @@ from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.pages import Holders
 from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.serving import prefixes
+from tokenswift_py.serving.prefixes import Prefixes
 from tokenswift_py.serving.scheduler import ROUND_PAGES, Scheduler, Seat
 from tokenswift_py.serving.sharing import GroupCost, OwnTime, Width
 from tokenswift_py.serving.work import LoopWork
@@ -118,6 +123,79 @@ def test_each_text_is_what_it_is_alone_on_the_native_engine(native_decoder: Any)
     for seed, pages in ((11, 300), (12, ROUND_PAGES + 6), (13, 2 * ROUND_PAGES + 6)):
         preempted += run(native_decoder, seed, pages)[0].preemptions
     assert preempted
+
+
+def test_a_text_that_waits_is_hashed_once_and_its_pages_count_when_it_has_them(
+    tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[bytes] = []
+
+    def sha256(data: bytes) -> Any:
+        hashed.append(data)
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(prefixes, "hashlib", SimpleNamespace(sha256=sha256))
+    clock = Ticks()
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(ROUND_PAGES + 8), clock)
+    first = Work(tiny_decoder, scheduler.pool, 2, 60, 0.0, clock, seed=0)  # 140 tokens and 60
+    second = Work(tiny_decoder, scheduler.pool, 4, 10, 0.0, clock, seed=0)  # begins with the same two pages
+    for work in (first, second):
+        scheduler.add(work)
+    steps = 0
+    while not first.ended:
+        scheduler.step()
+        steps += 1
+        assert scheduler.prefixes.hits == 0, "nothing was taken"
+    while scheduler.step():
+        pass
+    assert scheduler.prefixes.hits == 128 and steps > 30
+    assert len(hashed) == (140 + 60 - 1) // 64 + (131 + 10 - 1) // 64
+    assert second.written == alone(tiny_decoder, second)[:10]
+
+
+def test_the_pages_of_a_text_that_waits_are_given_back_last() -> None:
+    """Three texts of two pages are known; the oldest is the one that waits."""
+    pool = Holders(20)
+    known = Prefixes(pool)  # type: ignore[arg-type]
+    texts = [np.full(130, number, np.int32) for number in range(3)]
+    marks = [prefixes.Prefix() for _ in texts]
+    for tokens, mark in zip(texts, marks, strict=True):
+        cache = KVCache(pool, 256)  # type: ignore[arg-type]
+        cache.append(np.arange(128, dtype=np.int32), True)
+        cache.commit(range(128))
+        known.keep(cache, tokens, mark)
+        cache.release()
+    known.wanted = marks[0]
+    assert [len(known.find(mark)) for mark in marks] == [2, 2, 2]
+    for count, left in ((1, [2, 1, 2]), (2, [2, 0, 1]), (2, [1, 0, 0]), (9, [0, 0, 0])):
+        known.make_room(count)
+        assert [len(known.find(mark)) for mark in marks] == left
+
+
+@pytest.mark.parametrize("texts", [4, 24])
+def test_a_step_looks_at_each_text_a_few_times_however_many_there_are(
+    tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch, texts: int
+) -> None:
+    clock, looks = Ticks(), [0]
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(texts * (ROUND_PAGES + 4)), clock, most_running=texts)
+    for number in range(texts):
+        scheduler.add(Work(tiny_decoder, scheduler.pool, 0, 60, number % 3, clock, seed=number))
+    for _ in range(10):
+        scheduler.step()
+
+    def counting(look: Any) -> Any:
+        def counted(self: Scheduler, seat: Seat) -> Any:
+            looks[0] += 1
+            return look(self, seat)
+
+        return counted
+
+    for name in ("_urgency", "_needs"):
+        monkeypatch.setattr(Scheduler, name, counting(getattr(Scheduler, name)))
+    for _ in range(10):
+        scheduler.step()
+    assert scheduler.running == texts and looks[0] <= 10 * 6 * texts
+    scheduler.close()
 
 
 def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -> None:

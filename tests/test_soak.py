@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from served import surroundings
+
 KIB = 1024
 
 SAMPLER = """
@@ -47,9 +47,12 @@ print(json.dumps([samples, 0]))
 
 def sampled(code: str, *arguments: str) -> tuple[np.ndarray, float]:
     """[n, 3]: where a sample was taken, resident bytes, Python objects; and what the code says beside them."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)])}
     done = subprocess.run(
-        [sys.executable, "-c", SAMPLER + code, *arguments], capture_output=True, text=True, check=True, env=env
+        [sys.executable, "-c", SAMPLER + code, *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=surroundings(),
     )
     samples, other = json.loads(done.stdout)
     return np.array(samples, np.float64), other

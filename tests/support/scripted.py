@@ -8,11 +8,11 @@ import numpy as np
 
 from tokenswift_py.core import Acceptance, DraftTree, Output, TreeBuilder
 from tokenswift_py.decoding.passes import without_passes
-from tokenswift_py.drafters.base import Context
+from tokenswift_py.drafters.base import Context, Drafter
 from toys import write as write
 
 
-class Scripted:
+class Scripted(Drafter):
     """Drafts random trees in which the right path is planted at random.
 
     truth: every token of the text by plain decoding, prompt included.

@@ -39,8 +39,12 @@ class History:
         self._length += 1
 
     def extend(self, tokens: Iterable[int]) -> None:
-        for token in tokens:
-            self.append(token)
+        added = np.fromiter(tokens, np.int32)
+        length = self._length + len(added)
+        if length > len(self._buffer):
+            self._buffer = np.resize(self._buffer, max(length, 2 * len(self._buffer)))
+        self._buffer[self._length : length] = added
+        self._length = length
 
     @contextmanager
     def guesses(self) -> Iterator[None]:

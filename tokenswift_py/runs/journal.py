@@ -26,6 +26,7 @@ import google_crc32c
 import numpy as np
 
 from tokenswift_py.errors import UserError, check, files, one_line
+from tokenswift_py.runs.folder import sync_folder
 
 if TYPE_CHECKING:
     from tokenswift_py.parallel.ranks import Ranks
@@ -263,9 +264,17 @@ class Journal:
 
     def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
         """Appends one step of the text: forced tokens, then those the model chose. Raises JournalError."""
-        self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
-        if len(self._pending) >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS:
+        self.add(tokens, forced)
+        if self.due(len(self._pending)):
             self.sync()
+
+    def add(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
+        """Appends one step, which the next sync puts on the disk."""
+        self._pending += [*((token, True) for token in forced), *((token, False) for token in tokens)]
+
+    def due(self, tokens: int) -> bool:
+        """Returns whether so many tokens that are not on the disk have to be put there now."""
+        return tokens >= SYNC_TOKENS or self._clock() - self._synced >= SYNC_SECONDS
 
     def extend(self, count: int) -> None:
         """Records that `count` tokens more were asked for. Raises JournalError."""
@@ -339,12 +348,3 @@ def lock(file: BinaryIO, path: Path) -> None:
     except UserError:
         file.close()
         raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Puts the folder's own entries on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

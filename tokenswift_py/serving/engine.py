@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from tokenswift_py.runs.journal import Journal
 from tokenswift_py.runs.plan import Run, prepare, recorded_run
 from tokenswift_py.runs.stream import Stream
 from tokenswift_py.serving.company import Company
+from tokenswift_py.serving.journals import Behind, Writer
 from tokenswift_py.serving.scheduler import Scheduler
 from tokenswift_py.serving.sharing import OwnTime
 from tokenswift_py.serving.texts import Text
@@ -76,15 +77,19 @@ class Engine:
         self._orders: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
         self._live: dict[int, StreamWork] = {}
+        self._building = 0  # texts that are taken, and not in line yet
+        self._kinds: set[tuple[str, str, str]] = set()  # of drafts, for which models were made
+        self._first_of_kind = threading.Lock()
         self._finished: Counter[str] = Counter()
         self._past = GenerationStats()
-        self._prompt_tokens = 0
+        self._prompt_tokens = 0  # of texts that began, and are over
         self._closing = False
         self._due = 0.0  # when figures are shown again
         self._shown: dict[str, Any] = {"running": 0, "kv_usage": 0.0, "preemptions": 0, "prefix_hits": 0}
         # A thread that computes while the process ends would end it with a crash.
         self._at_exit = partial(close_at_exit, ref(self))
         atexit.register(self._at_exit)
+        self._journals = Writer()
         self._thread = threading.Thread(target=self._work, name="tokenswift-engine", daemon=True)
         self._thread.start()
 
@@ -93,7 +98,12 @@ class Engine:
 
         priority: higher is served first. out: a new or empty folder for a journal.
         """
-        return self._take(self.plan(prompt, **settings), priority, lambda stream: self._record(stream, out))
+
+        def record(stream: Stream) -> None:
+            if out is not None:
+                self._record(stream, Journal.create(Path(out), stream.header()))
+
+        return self._take(self.plan(prompt, **settings), priority, record)
 
     def plan(self, prompt: Prompt, **settings: Any) -> Run:
         """Makes the run of a text that `submit` would take, and takes nothing. Raises UserError."""
@@ -116,7 +126,7 @@ class Engine:
                 contract.check_same(journal.record.header, stream.header())
                 with one_line(f"journal: {journal.record.path} does not hold a text of its own parameters"):
                     stream.replay(journal.record.tokens)
-                stream.record(journal, kv_snapshot=False)
+                self._record(stream, journal)
 
             return self._take(run, priority, replay)
         except BaseException:
@@ -138,28 +148,45 @@ class Engine:
         allowed = f"what the KV pool of {self.loaded.pool.pages} pages holds"
         check(self._scheduler.fits(needed), "max_new_tokens", run.options.max_new_tokens, allowed)
 
-    def _record(self, stream: Stream, out: str | Path | None) -> None:
-        if out is not None:
-            stream.record(Journal.create(Path(out), stream.header()), kv_snapshot=False)
+    def _record(self, stream: Stream, journal: Journal) -> None:
+        stream.record(self._journals.behind(journal), kv_snapshot=False)
 
     def _take(self, run: Run, priority: float, begin: Callable[[Stream], None]) -> Text:
         self._check_room(run)
         with self._changed:
-            if self._closing:
-                raise Busy("the engine is closing")
-            if len(self._live) >= self.most_running + self.most_waiting:
-                raise Busy(f"{len(self._live)} texts are in work or wait; {self.most_waiting} may wait")
+            self._check_open()
+            taken = len(self._live) + self._building
+            if taken >= self.most_running + self.most_waiting:
+                raise Busy(f"{taken} texts are in work or wait; {self.most_waiting} may wait")
+            self._building += 1  # the rest, which takes time, holds nobody up; `close` waits for it
+        try:
             own = OwnTime(time.perf_counter)
-            stream = Stream(self.loaded, run, self.loaded.new_cache(), own)
+            stream = self._stream(run, own)
             begin(stream)
             text = Text(next(self._numbers), stream)
             work = StreamWork(stream, own, priority, text.tell, lambda error: self._end(work, text, error))
-            self._live[text.number] = work
-            self._prompt_tokens += len(run.prompt)
             text.cancel = lambda: self._order(lambda: self._cancel(text))
-            self._orders.append(lambda: self._seat(text, work))
-            self._changed.notify()
+            with self._changed:
+                self._live[text.number] = work
+                self._orders.append(lambda: self._seat(text, work))
+        finally:
+            with self._changed:
+                self._building -= 1
+                self._changed.notify_all()
         return text
+
+    def _stream(self, run: Run, own: OwnTime) -> Stream:
+        """Makes what writes a run. The first of its kind makes models that others share: two at once would make two."""
+        kind = run.options.chosen_drafter, run.options.draft_weights, run.options.draft_kv
+        alone: AbstractContextManager[Any] = nullcontext() if kind in self._kinds else self._first_of_kind
+        with alone:
+            stream = Stream(self.loaded, run, self.loaded.new_cache(), own)
+            self._kinds.add(kind)
+        return stream
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise Busy("the engine is closing")
 
     def between(self, work: Callable[[], T]) -> T:
         """Has the engine's thread do this between two of its passes, and waits for it. Raises what it raises, and Busy
@@ -173,8 +200,7 @@ class Engine:
                 done.set_exception(error)
 
         with self._changed:
-            if self._closing:
-                raise Busy("the engine is closing")
+            self._check_open()
             self._orders.append(order)
             self._changed.notify()
         return done.result()
@@ -183,12 +209,13 @@ class Engine:
         """Counts since the beginning, and how many texts there are now."""
         with self._changed:
             live, past, finished = list(self._live.values()), self._past, dict(self._finished)
+            prompt_tokens = self._prompt_tokens + sum(len(work.prompt) for work in live if work.began)
         stats = [past, *(work.stream.stats for work in live)]
         shown = self._shown
         return {
             **shown,
             "waiting": max(0, len(live) - shown["running"]),
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "generated_tokens": sum(each.new_tokens for each in stats),
             "drafts": sum(each.num_spec_steps for each in stats),
             "draft_tokens": sum(each.num_draft_tokens for each in stats),
@@ -200,12 +227,14 @@ class Engine:
         """Takes no more texts, waits so many seconds for those there are, and ends the rest as interrupted."""
         with self._changed:
             self._closing = True
+            self._changed.wait_for(lambda: not self._building)
         deadline = time.monotonic() + drain_s
         while self._live and time.monotonic() < deadline:
             time.sleep(0.02)
         self._order(self._scheduler.close)
         self._order(self._stop)
         self._thread.join()
+        self._journals.close()
         atexit.unregister(self._at_exit)
 
     # In the engine's thread
@@ -256,10 +285,22 @@ class Engine:
             self._scheduler.cancel(text.seat)
 
     def _end(self, work: StreamWork, text: Text, error: BaseException | None) -> None:
+        """The text's last piece was told; its end is told when its journal is closed."""
+        stream = work.stream
         with suppress(Exception):
-            work.stream.close()
+            stream.close()
+        if isinstance(stream.journal, Behind):
+            stream.journal.when_closed(lambda failure: self._over(work, text, error, failure))
+        else:
+            self._over(work, text, error, None)
+
+    def _over(self, work: StreamWork, text: Text, error: BaseException | None, failure: Exception | None) -> None:
+        """failure: of the journal. A text that somebody ended has ended so, all the same."""
+        if work.stream.ending != "interrupted":
+            error = error or failure
         with self._changed:
             self._live.pop(text.number, None)
+            self._prompt_tokens += len(work.prompt) if work.began else 0
             self._finished[work.stream.ending if error is None else "error"] += 1
             mine = work.stream.stats
             self._past = replace(

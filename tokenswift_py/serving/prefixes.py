@@ -4,11 +4,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import takewhile
 
 from tokenswift_py.core import IntArray
 from tokenswift_py.kvcache.base import PAGE_SIZE, PagePool
 from tokenswift_py.kvcache.cache import KVCache
+
+
+@dataclass
+class Prefix:
+    """The full pages of one text, by what they are known for.
+
+    digests: a hash of all tokens up to the end of each page. told: how many of the pages were told to `Prefixes.keep`.
+    """
+
+    digests: list[bytes] = field(default_factory=list)
+    told: int = 0
+
+    def cover(self, tokens: IntArray) -> None:
+        """Hashes the full pages of these tokens, the text's first ones, that were not hashed before."""
+        last = self.digests[-1] if self.digests else b""
+        for start in range(len(self.digests) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
+            last = hashlib.sha256(last + tokens[start : start + PAGE_SIZE].tobytes()).digest()
+            self.digests.append(last)
 
 
 @dataclass
@@ -17,72 +37,93 @@ class KnownPage:
 
     page: int
     depth: int
+    digest: bytes
     used: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int, bytes]:
+        """Ascending: the page that is given back first."""
+        return self.used, -self.depth, self.digest
 
 
 class Prefixes:
     """Holds the committed full pages of texts, so that they stay while memory is not needed for others.
 
     A page is known by a hash of all tokens up to its end: under one numerics contract these determine its keys and
-    values (law 1), whoever computed them. All caches must lie in `pool` and belong to one model.
+    values (law 1), whoever computed them. All caches must lie in `pool`, which has no other keeper, and belong to one
+    model.
     """
 
     def __init__(self, pool: PagePool):
         self.pool = pool
         self.hits = 0  # tokens that were not computed again
+        self.wanted: Prefix | None = None  # of a text that will soon begin: its pages are given back last
         self._known: dict[bytes, KnownPage] = {}
+        self._by_page: dict[int, KnownPage] = {}
         self._time = 0
+        # Ranks of idle pages. One is out of date where its page is gone, was used since, or is held again.
+        self._line: list[tuple[int, int, bytes]] = []
+        pool.on_idle = lambda page: self._stand_in_line(self._by_page[page])
 
-    def attach(self, cache: KVCache, tokens: IntArray) -> None:
-        """Lets an empty cache begin with the pages that are known of these tokens; the last token is left out, since
-        the row before the pending token has to be computed."""
-        self._time += 1
-        found = []
-        for digest in self._digests(tokens[: len(tokens) - 1]):
-            known = self._known.get(digest)
-            if known is None:
-                break
-            known.used = self._time
-            found.append(known.page)
-        cache.attach(found)
-        self.hits += len(found) * PAGE_SIZE
+    def find(self, prefix: Prefix) -> list[int]:
+        """Returns the pages that are known of a text, up to the first that is not."""
+        return [known.page for known in takewhile(bool, map(self._known.get, prefix.digests)) if known]
 
-    def keep(self, cache: KVCache, tokens: IntArray, digests: list[bytes]) -> None:
-        """Makes the full pages of a cache known.
+    def attach(self, cache: KVCache, pages: Sequence[int], prefix: Prefix) -> None:
+        """Lets an empty cache begin with the pages that `find` returned. The row before the pending token has to be
+        computed, so the prefix covers no token behind that."""
+        cache.attach(pages)
+        self._touch(prefix.digests[: len(pages)])
 
-        digests: of the pages that were told before; those of the others are appended.
-        """
-        if cache.full_pages <= len(digests):
+    def keep(self, cache: KVCache, tokens: IntArray, prefix: Prefix) -> None:
+        """Makes the full pages of a cache known."""
+        if cache.full_pages <= prefix.told:
             return
-        self._time += 1
-        for depth, digest in enumerate(self._digests(tokens[: cache.full_pages * PAGE_SIZE], digests), len(digests)):
-            digests.append(digest)
-            page = int(cache.pages[depth])
+        prefix.cover(tokens[: cache.full_pages * PAGE_SIZE])
+        for depth in range(prefix.told, cache.full_pages):
+            page, digest = int(cache.pages[depth]), prefix.digests[depth]
             if page >= 0 and digest not in self._known:
-                self.pool.share(page)
-                self._known[digest] = KnownPage(page, depth)
-        for digest in digests:
-            if digest in self._known:
-                self._known[digest].used = self._time
+                self.pool.keep(page)
+                self._known[digest] = self._by_page[page] = KnownPage(page, depth, digest)
+        prefix.told = cache.full_pages
+        self._touch(prefix.digests[: cache.full_pages])
 
     @property
     def idle(self) -> int:
         """How many pages are held for nobody but later texts."""
-        return sum(self.pool.holders(known.page) == 1 for known in self._known.values())
+        return self.pool.idle
 
     def make_room(self, pages: int) -> None:
         """Gives back so many idle pages, or all there are: the longest unused first, of a text its last pages first."""
-        idle = [(known.used, -known.depth, digest) for digest, known in self._known.items()
-                if self.pool.holders(known.page) == 1]  # fmt: skip
-        for _, _, digest in sorted(idle)[:pages]:
-            self.pool.release(self._known.pop(digest).page)
+        self._time += 1
+        while pages > 0 and self._line:
+            rank = heappop(self._line)
+            known = self._known.get(rank[-1])
+            if known is None or known.rank != rank or self.pool.holders(known.page) > 1:
+                continue
+            if known.used < self._time and self._is_wanted(known):
+                known.used = self._time
+                self._stand_in_line(known)
+                continue
+            del self._known[known.digest], self._by_page[known.page]
+            self.pool.give_up(known.page)
+            pages -= 1
 
-    @staticmethod
-    def _digests(tokens: IntArray, known: Sequence[bytes] = ()) -> list[bytes]:
-        """One for each full page of the tokens but the first `len(known)`, whose digests these are."""
-        found: list[bytes] = []
-        last = known[-1] if known else b""
-        for start in range(len(known) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
-            last = hashlib.sha256(last + tokens[start : start + PAGE_SIZE].tobytes()).digest()
-            found.append(last)
-        return found
+    def _is_wanted(self, known: KnownPage) -> bool:
+        wanted = self.wanted.digests if self.wanted else ()
+        return known.depth < len(wanted) and wanted[known.depth] == known.digest
+
+    def _touch(self, digests: Sequence[bytes]) -> None:
+        """These pages are of use now."""
+        self._time += 1
+        for digest in digests:
+            if (known := self._known.get(digest)) is not None:
+                known.used = self._time
+                if self.pool.holders(known.page) == 1:
+                    self._stand_in_line(known)
+
+    def _stand_in_line(self, known: KnownPage) -> None:
+        heappush(self._line, known.rank)
+        if len(self._line) > 2 * len(self._known) + 64:  # most of it is out of date
+            self._line = [each.rank for each in self._known.values() if self.pool.holders(each.page) == 1]
+            heapify(self._line)

@@ -81,9 +81,11 @@ class Scheduler:
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
-        for seat in sorted((seat for seat in self.seats if seat.running), key=self._urgency):
-            if seat.running and seat.asked is None:
-                self._begin_round(seat)
+        promised = sum(self._needs(seat) for seat in self.seats if seat.asked is not None)
+        for seat in self._at_rest():
+            if seat.running:
+                self._begin_round(seat, promised)
+                promised += self._needs(seat) if seat.asked is not None else 0
         group = self._choose()
         if group:
             self._compute(group)
@@ -108,57 +110,76 @@ class Scheduler:
         return -(seat.work.priority + seat.credit + waited), seat.number
 
     def _seat_waiting(self) -> None:
-        for seat in sorted((seat for seat in self.seats if not seat.running), key=self._urgency):
+        self.prefixes.wanted = None
+        waiting = [seat for seat in self.seats if not seat.running]
+        while waiting:
+            seat = min(waiting, key=self._urgency)
+            waiting.remove(seat)
             victims = [other for other in self._at_rest() if self._gives_way(other, seat)]
             if self.running >= self.most_running:
                 if not victims:
                     return
                 self._preempt(victims.pop())
-            cache, tokens = seat.work.cache, seat.work.tokens()
-            if not cache.length and not seat.work.needs_all_rows():
-                self.prefixes.attach(cache, tokens)
-            needed = pages_of(len(tokens)) - pages_of(cache.length) + ROUND_PAGES
-            if self._make_room(needed, victims, beside=True):
+            if self._find_place(seat, victims):
                 seat.credit += (self.clock() - seat.since) / AGEING
                 seat.running = True
                 continue
-            cache.release()
             if self.running:
+                self.prefixes.wanted = seat.prefix
                 return
             self._leave(seat, self._too_small())
+
+    def _find_place(self, seat: Seat, victims: list[Seat]) -> bool:
+        """Makes room for a text that waits, and gives it the pages that are known of it. Returns whether it could."""
+        cache, tokens, known = seat.work.cache, seat.work.tokens(), list[int]()
+        if not cache.length and not seat.work.needs_all_rows():
+            seat.prefix.cover(tokens[: len(tokens) - 1])
+            known = self.prefixes.find(seat.prefix)
+        own = pages_of(len(tokens)) - pages_of(cache.length) - len(known) + ROUND_PAGES
+        needed = own + sum(self._needs(other) for other in self.seats if other.running)
+        idle = sum(self.pool.holders(page) == 1 for page in known)
+        if self._can_have(needed + idle, victims, beside=True):
+            if known:
+                self.prefixes.attach(cache, known, seat.prefix)
+            if self._make_room(needed, victims, beside=True):
+                self.prefixes.hits += len(known) * PAGE_SIZE
+                return True
+        cache.release()
+        return False
 
     def _gives_way(self, other: Seat, seat: Seat) -> bool:
         """Whether a text in work makes room for one that waits: of a lower priority, and not for having waited long."""
         return other.work.priority < seat.work.priority and self._urgency(other) > self._urgency(seat)
+
+    def _less_urgent(self, others: Sequence[Seat], seat: Seat) -> list[Seat]:
+        own = self._urgency(seat)
+        return [other for other in others if self._urgency(other) > own]
 
     def _at_rest(self) -> list[Seat]:
         """Those in work that stand between rounds, the most urgent first."""
         resting = [seat for seat in self.seats if seat.running and seat.asked is None]
         return sorted(resting, key=self._urgency)
 
-    def _make_room(self, pages: int, victims: Sequence[Seat], beside: bool = False) -> bool:
-        """Whether so many pages are free, or could be made so: idle ones are given back first, then those of the
-        victims, the last first.
-
-        beside: in addition to what a round of each text in work may take, not only of those whose round is under way.
-        """
-
-        def missing() -> int:
-            promised = sum(self._needs(seat) for seat in self.seats if seat.running and (seat.asked or beside))
-            return pages + promised - self.pool.free
-
-        victims = list(victims)
+    def _can_have(self, pages: int, victims: Sequence[Seat], beside: bool) -> bool:
+        """Whether so many pages could be made free. beside: they include what a round of each victim may take."""
+        if pages <= self.pool.free + self.prefixes.idle:
+            return True
         held = sum(victim.work.cache.nbytes for victim in victims) // self.pool.page_bytes
-        held += sum(map(self._needs, victims)) if beside else 0
-        if missing() > self.prefixes.idle + held:
+        promised = sum(map(self._needs, victims)) if beside else 0
+        return pages <= self.pool.free + self.prefixes.idle + held + promised
+
+    def _make_room(self, pages: int, victims: list[Seat], beside: bool = False) -> bool:
+        """Makes so many pages free: idle ones are given back first, then those of the victims, the last first. Returns
+        whether it could. beside: as for `_can_have`."""
+        if not self._can_have(pages, victims, beside):
             return False  # nobody is preempted in vain
-        while (short := missing()) > 0:
-            self.prefixes.make_room(short)
-            if missing() <= 0:
-                break
-            if not victims:
-                return False
-            self._preempt(victims.pop())
+        while pages > self.pool.free:
+            self.prefixes.make_room(pages - self.pool.free)
+            if pages > self.pool.free:
+                if not victims:
+                    return False
+                pages -= self._needs(victims[-1]) if beside else 0
+                self._preempt(victims.pop())
         return True
 
     def _too_small(self) -> MemoryError:
@@ -172,21 +193,21 @@ class Scheduler:
 
     def _preempt(self, seat: Seat) -> None:
         """Takes a text's pages; those that are known stay until they are needed."""
-        self.prefixes.keep(seat.work.cache, seat.work.tokens(), seat.digests)
+        self.prefixes.keep(seat.work.cache, seat.work.tokens(), seat.prefix)
         seat.work.cache.release()
-        seat.running, seat.since, seat.digests = False, self.clock(), []
+        seat.running, seat.since, seat.prefix.told = False, self.clock(), 0
         self.preemptions += 1
 
     # Rounds
 
-    def _begin_round(self, seat: Seat) -> None:
-        """Lets a text go on until it asks for a pass, if its round has room."""
-        others = [other for other in self.seats if other.running and other is not seat]
-        less_urgent = [other for other in others if self._urgency(other) > self._urgency(seat)]
-        if not self._make_room(self._needs(seat), [other for other in self._at_rest() if other in less_urgent]):
+    def _begin_round(self, seat: Seat, promised: int) -> None:
+        """Lets a text go on until it asks for a pass, if its round has room beside the pages that are promised."""
+        needed = self._needs(seat) + promised
+        if needed > self.pool.free and not self._make_room(needed, self._less_urgent(self._at_rest(), seat)):
+            others = [other for other in self.seats if other.running and other is not seat]
             if not others:
                 self._leave(seat, self._too_small())
-            elif not any(other.running for other in less_urgent):
+            elif not self._less_urgent(others, seat):
                 self._preempt(seat)
             return  # else the round waits until those that are less urgent end theirs
         if seat.text is None:
@@ -214,7 +235,7 @@ class Scheduler:
         if isinstance(asked, Pass):
             seat.asked, seat.coroutine = asked, coroutine
             return
-        self.prefixes.keep(work.cache, work.tokens(), seat.digests)
+        self.prefixes.keep(work.cache, work.tokens(), seat.prefix)
         work.tell(asked)
         if not work.cache.nbytes:  # these were its last words
             self._resume(seat, coroutine, None)
@@ -248,15 +269,13 @@ class Scheduler:
             groups[id(seat.asked.model), id(seat.asked.segment.cache.pool)].append(seat)
         drafts = [group for (model, _), group in groups.items() if model != id(self.target)]
         group = (drafts or list(groups.values()))[0]
-        chosen: list[Seat] = []
-        rows = 0
-        for seat in sorted(group, key=is_prefill):
-            assert seat.asked is not None
-            size = len(seat.asked.segment.tree)
+        chosen = [seat for seat in group if not is_prefill(seat)]
+        rows = sum(map(rows_of, chosen))
+        for number, seat in enumerate(filter(is_prefill, group)):
             # The most urgent prompt gets on beside any verification, however many rows that has.
-            if not is_prefill(seat) or not any(map(is_prefill, chosen)) or rows + size <= self.most_rows:
+            if number == 0 or rows + rows_of(seat) <= self.most_rows:
                 chosen.append(seat)
-                rows += size
+                rows += rows_of(seat)
         return chosen
 
     def _compute(self, group: list[Seat]) -> None:
@@ -300,6 +319,11 @@ class Scheduler:
 
 def is_prefill(seat: Seat) -> bool:
     return seat.asked is not None and seat.asked.segment.causal
+
+
+def rows_of(seat: Seat) -> int:
+    """Of the pass that it asks for."""
+    return len(seat.asked.segment.tree) if seat.asked is not None else 0
 
 
 def pages_of(tokens: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from tokenswift_py.core import IntArray, Output
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.serving.prefixes import Prefix
 from tokenswift_py.serving.sharing import OwnTime
 
 
@@ -54,7 +55,7 @@ class Seat:
     running:   whether it is in work; otherwise it holds no page.
     since:     when it began to wait, in seconds.
     credit:    what it has become more urgent by while it waited.
-    digests:   of its full pages that the prefixes know.
+    prefix:    its full pages, as the prefixes know them.
     """
 
     def __init__(self, work: Work, number: int, now: float):
@@ -63,4 +64,4 @@ class Seat:
         self.running = self.cancelled = False
         self.asked: Pass | None = None
         self.coroutine: Generator[Any, Any, None] | None = None
-        self.digests: list[bytes] = []
+        self.prefix = Prefix()

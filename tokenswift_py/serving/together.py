@@ -18,13 +18,13 @@ def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
         return [passes[0].compute()]
     sizes = [len(asked.segment.tree) for asked in passes]
     starts = [0, *itertools.accumulate(sizes)]
-    wanted: list[list[int]] = [
-        [start + row for row in (range(size) if asked.logit_rows is None else asked.logit_rows)]
-        for asked, start, size in zip(passes, starts, sizes, strict=False)
+    wanted: list[Sequence[int]] = [
+        range(size) if asked.logit_rows is None else asked.logit_rows for asked, size in zip(passes, sizes, strict=True)
     ]
+    every = all(asked.logit_rows is None for asked in passes)
     whole = model.forward(
         [asked.segment for asked in passes],
-        None if all(asked.logit_rows is None for asked in passes) else list(itertools.chain(*wanted)),
+        None if every else [start + row for start, rows in zip(starts, wanted, strict=False) for row in rows],
         want_mass=any(asked.want_mass for asked in passes),
         want_queries=any(asked.want_queries for asked in passes),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ class LoopWork:
     def __init__(self, loop: DecodeLoop, prompt: Sequence[int], time: OwnTime, priority: float = 0.0):
         self.loop, self.prompt, self.time, self.priority = loop, prompt, time, priority
 
+    @cached_property
+    def _first(self) -> IntArray:
+        """The text before it begins."""
+        return np.array(self.prompt, np.int32)
+
     @property
     def cache(self) -> KVCache:
         return self.loop.cache
@@ -33,7 +39,7 @@ class LoopWork:
         return self.loop.recompute()
 
     def tokens(self) -> IntArray:
-        return self.loop.history.tokens if len(self.loop.history) else np.array(self.prompt, np.int32)
+        return self.loop.history.tokens if len(self.loop.history) else self._first
 
     def needs_all_rows(self) -> bool:
         return self.loop.needs_all_rows
@@ -55,6 +61,8 @@ class StreamWork(LoopWork):
     ):
         super().__init__(stream.loop, stream.run.prompt, time, priority)
         self.stream, self.tell, self.end = stream, tell, end
+        self.began = False
 
     def passes(self) -> Generator[Pass | Piece, Output | None, None]:
+        self.began = True
         return self.stream.passes()

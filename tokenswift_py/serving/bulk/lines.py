@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tokenswift_py.errors import UserError, check, files, shown
-from tokenswift_py.runs.journal import sync_folder
+from tokenswift_py.runs.folder import sync_folder
 
 MOST_LINE = 64 * 2**20  # bytes of a request: far more than any context holds
 METHOD = "POST"

@@ -16,6 +16,7 @@ from typing import Any
 
 from tokenswift_py.errors import UserError, check, files, one_line
 from tokenswift_py.runs import journal
+from tokenswift_py.runs.folder import sync_folder
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.serving.engine import Busy
@@ -106,7 +107,7 @@ class Job:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self.folder / NAME)
-        journal.sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def count_recorded(self) -> None:
         """Counts the tokens of the journal, of a job that is not in the engine."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from tokenswift_py.errors import UserError, check, files
 from tokenswift_py.runs import journal
-from tokenswift_py.runs.folder import save_report, save_text, save_tokens
+from tokenswift_py.runs.folder import save_report, save_text, save_tokens, sync_folder
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.serving.engine import Busy, Engine
 from tokenswift_py.serving.jobs.job import GONE, ID, OPEN, Job, Kept, kept_jobs, titled, told
@@ -100,7 +100,7 @@ class Jobs:
             folder.mkdir(mode=0o700)
             job = Job(folder, kept)
             job.save()
-            journal.sync_folder(self.folder)
+            sync_folder(self.folder)
             self._jobs[job.id] = job
         self._todo.put(self._nothing)
         return job

@@ -1,0 +1,107 @@
+"""Journals of many texts, written by one thread of their own: a slow disk holds up no text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from tokenswift_py.runs.journal import Journal
+
+
+class Writer:
+    """The thread. A journal stands in its line once at most, so the line is no longer than there are texts."""
+
+    def __init__(self) -> None:
+        self._line: SimpleQueue[Behind | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="tokenswift-journals", daemon=True)
+        self._thread.start()
+
+    def behind(self, journal: Journal) -> Behind:
+        """Takes over the writing of a journal."""
+        return Behind(journal, self._line.put)
+
+    def close(self) -> None:
+        """Writes what was asked for until now, and ends."""
+        self._line.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (journal := self._line.get()) is not None:
+            journal.write()
+
+
+class Behind(Journal):
+    """A journal whose steps are written in their order, behind the text, by the thread that `ask` hands it to.
+
+    What a kill can lose is what the disk has not taken yet. A write that failed is told at the next step, or else to
+    `when_closed`.
+    """
+
+    def __init__(self, journal: Journal, ask: Callable[[Behind], None]):
+        self.record = journal.record
+        self._journal, self._ask = journal, ask
+        self._lock = threading.Lock()
+        self._steps: list[tuple[Sequence[int], Sequence[int]]] = []
+        self._count = 0  # of their tokens
+        self._asked = self._closing = self._closed = False
+        self._error: Exception | None = None
+        self._tell: Callable[[Exception | None], None] = lambda error: None
+
+    def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
+        """Takes one step of the text. Raises what an earlier write failed with, a JournalError."""
+        with self._lock:
+            if self._error is not None:
+                raise self._error
+            self._steps.append((tokens, forced))
+            self._count += len(tokens) + len(forced)
+            due = self._journal.due(self._count)
+        if due:
+            self.sync()
+
+    def extend(self, count: int) -> None:
+        raise NotImplementedError("a text in company is as long as was asked for at its beginning")
+
+    def sync(self) -> None:
+        """Asks for the steps so far to be put on the disk."""
+        with self._lock:
+            if self._asked:
+                return
+            self._asked = True
+        self._ask(self)
+
+    def close(self) -> None:
+        """Asks for the steps so far to be put on the disk, and for the file to be closed then."""
+        with self._lock:
+            self._closing = True
+        self.sync()
+
+    def when_closed(self, tell: Callable[[Exception | None], None]) -> None:
+        """Calls `tell` once, with what has failed if anything has: when the file is closed, from the thread that closes
+        it, or at once."""
+        with self._lock:
+            closed, self._tell = self._closed, tell
+        if closed:
+            tell(self._error)
+
+    def write(self) -> None:
+        """Puts the steps so far on the disk, and closes the file where that was asked for."""
+        with self._lock:
+            steps, self._steps, self._count = self._steps, [], 0
+            self._asked, closing = False, self._closing
+        error = None
+        try:
+            for tokens, forced in steps:
+                self._journal.add(tokens, forced)
+            if closing:
+                self._journal.close()
+            else:
+                self._journal.sync()
+        except Exception as failure:
+            error = failure
+        with self._lock:
+            self._error = self._error or error
+            first = closing and not self._closed
+            self._closed |= closing
+        if first:
+            self._tell(self._error)
