@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/half.h"
+
 namespace tokenswift {
 namespace {
 
@@ -108,7 +110,7 @@ struct Isa {
     return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
   static void store_bytes(uint8_t* p, Vec a) {
-    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));
+    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(rounding_bias)));
     const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
     const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));

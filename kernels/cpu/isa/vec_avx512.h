@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/half.h"
+
 namespace tokenswift {
-namespace {  // internal linkage: no variant's inline functions may be merged with another's by the linker
+namespace {
 
 struct Isa {
   static constexpr int lanes = 16;
@@ -125,7 +127,7 @@ struct Isa {
 #endif
   // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.
   static void store_bytes(uint8_t* p, Vec a) {
-    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(12582912.0f)));  // 1.5 * 2^23
+    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(rounding_bias)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
   }
   // 16 int8 values; the even and the odd ones of 32.

@@ -42,9 +42,8 @@ struct Isa {
   }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
-  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; holds for |a| < 2^22, and where it does not, scale()
-  // gives zero.
-  static Vec nearest(Vec a) { return (a + 12582912.0f) - 12582912.0f; }
+  // Rounds for |a| < 2^22. Below that exp2 does not need it: scale() gives zero there for any n.
+  static Vec nearest(Vec a) { return (a + rounding_bias) - rounding_bias; }
   // a * 2^n for whole n up to 127; zero from 2^-127 down.
   static Vec scale(Vec a, Vec n) {
     const Ints power = (__builtin_convertvector(max(splat(-127.0f), n), Ints) + 127) << 23;
@@ -120,7 +119,7 @@ struct Isa {
   static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
   static Wholes add_shorts(Wholes a, Shorts b) { return a + b; }
   static void store_bytes(uint8_t* p, Vec a) {
-    const Vec pushed = a + 12582912.0f;
+    const Vec pushed = a + rounding_bias;
     const Words bits = from<Words>(&pushed);
     for (int i = 0; i < lanes; ++i) p[i] = uint8_t(bits[i]);
   }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 namespace tokenswift {
+namespace {  // a copy for each translation unit: see isa/vec.h
 
 inline float to_float(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -21,4 +22,5 @@ inline uint16_t to_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+}  // namespace
 }  // namespace tokenswift

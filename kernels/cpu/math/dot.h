@@ -6,7 +6,10 @@
 //   Columns  one vector's worth of weights, loaded once and used for every row of a tile
 #pragma once
 
+#include <cstdint>
 #include <cstring>
+
+#include "isa/vec.h"
 
 namespace tokenswift {
 namespace {

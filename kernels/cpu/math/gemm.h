@@ -1,8 +1,8 @@
 // Rows of activations times one packed panel of weights, each output element summed in one fixed order over k.
 #pragma once
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 
 namespace tokenswift {
 namespace {

@@ -6,8 +6,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "math/bf16.h"
 #include "isa/kernels.h"
+#include "math/bf16.h"
+#include "math/half.h"
 
 namespace tokenswift {
 namespace {
@@ -24,13 +25,10 @@ inline Quantum quantum(float top) {
   return {scale < FLT_MIN ? 0.0f : scale, INFINITY};
 }
 
-// out[i] = the quant of x[i] by divisor[i]; n a multiple of 16. Adding 1.5 * 2^23 pushes the fraction out of the
-// mantissa.
+// out[i] = the quant of x[i] by divisor[i]; n a multiple of 16.
 inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) {
   for (int i = 0; i < n; ++i) {
-    const float ratio = to_float(x[i]) / divisor[i] + 12582912.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &ratio, sizeof bits);
+    const uint32_t bits = float_bits(to_float(x[i]) / divisor[i] + rounding_bias);
     out[i] = divisor[i] == INFINITY ? int8_t(0) : int8_t(bits);
   }
 }

@@ -4,10 +4,11 @@
 // leaves its state as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, every weight exactly 0.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 #include "math/rowwise.h"
 
 namespace tokenswift {

@@ -30,10 +30,7 @@ struct alignas(64) ActivationBlock {
 };
 constexpr int activation_bytes = sizeof(ActivationBlock) / block_size;
 
-namespace {  // a copy for each translation unit: see vec_avx512.h
-
-// To the nearest whole number, ties to even, for |x| < 2^22; some other one beyond.
-inline int32_t nearest_whole(float x) { return int32_t(float_bits(x + 12582912.0f) - float_bits(12582912.0f)); }
+namespace {  // a copy for each translation unit: see isa/vec.h
 
 // The largest magnitude; NaN if there is one.
 inline float largest(const float* x) {

@@ -3,8 +3,8 @@
 
 #include <cmath>
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 
 namespace tokenswift {
 namespace {
