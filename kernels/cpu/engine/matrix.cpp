@@ -4,9 +4,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
+#include "engine/require.h"
 #include "engine/stored_blocks.h"
 #include "math/bf16.h"
 #include "math/quant.h"
@@ -80,13 +79,10 @@ Matrix::Matrix(Element element, int panel, int rows, int columns)
 void Matrix::pack(Team& team, const MatrixSource& source) {
   const bool same = source.element == element_;
   const bool rounded = (element_ == Element::q8 || element_ == Element::q4) && !in_blocks(source.element);
-  if (!same && !rounded) throw std::invalid_argument("values of a type that this matrix cannot hold");
-  if (source.rows != rows_ || source.columns != columns_ ||
-      (in_blocks(source.element) && columns_ % columns_of_step(element_))) {
-    throw std::invalid_argument("[" + std::to_string(source.rows) + ", " + std::to_string(source.columns) +
-                                "] values for a matrix of [" + std::to_string(rows_) + ", " + std::to_string(columns_) +
-                                "]");
-  }
+  require(same || rounded, "values of a type that this matrix cannot hold");
+  const bool whole = !in_blocks(source.element) || columns_ % columns_of_step(element_) == 0;
+  require(source.rows == rows_ && source.columns == columns_ && whole, "[", source.rows, ", ", source.columns,
+          "] values for a matrix of [", rows_, ", ", columns_, "]");
   team.run((rows_ + piece_rows - 1) / piece_rows, [&](int piece, int) {
     for (int row = piece * piece_rows; row < std::min(rows_, (piece + 1) * piece_rows); ++row) {
       const char* values = static_cast<const char*>(source.data) + row * source.row_bytes();

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <stdexcept>
 
+#include "engine/require.h"
 #include "math/noise.h"
 
 namespace tokenswift {
@@ -65,27 +65,24 @@ double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(sco
 Sampler::Sampler(const SamplerParams& params, int vocab)
     : params_(params), vocab_(vocab), place_(vocab), stamp_(vocab), block_top_((vocab + block - 1) / block) {
   for (const auto* tokens : {&params.dry_breakers, &params.ban, &params.eos, &params.bias_tokens}) {
-    for (const int32_t token : *tokens) {
-      if (token < 0 || token >= vocab)
-        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
-    }
+    for (const int32_t token : *tokens) require_in_vocabulary(token);
   }
   for (const auto& word : params.ban_words) {
-    if (word.empty()) throw std::invalid_argument("a word has tokens");
-    for (const int32_t token : word) {
-      if (token < 0 || token >= vocab)
-        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
-    }
+    require(!word.empty(), "a word has tokens");
+    for (const int32_t token : word) require_in_vocabulary(token);
   }
-  if (params.forced.size() % 2) throw std::invalid_argument("a span has a start and a stop");
+  require(params.forced.size() % 2 == 0, "a span has a start and a stop");
+  require(params.bias.size() == params.bias_tokens.size(), "as many biases as tokens");
+  require(params.dry_powers.empty() || (int(params.dry_powers.size()) > longest_match && params.dry_length >= 1),
+          "DRY needs its powers and a length");
   if (params.penalty != 1 || params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
       params.presence_penalty != 0)
     counts_.assign(vocab, 0);
-  if (params.bias.size() != params.bias_tokens.size()) throw std::invalid_argument("as many biases as tokens");
-  if (!params.dry_powers.empty() && (int(params.dry_powers.size()) <= longest_match || params.dry_length < 1)) {
-    throw std::invalid_argument("DRY needs its powers and a length");
-  }
   std::sort(params_.dry_breakers.begin(), params_.dry_breakers.end());
+}
+
+void Sampler::require_in_vocabulary(int32_t token) const {
+  require(token >= 0 && token < vocab_, "token ", token, " is not in the vocabulary");
 }
 
 bool Sampler::breaks(int32_t token) const {
@@ -119,8 +116,7 @@ Sampler::Restore::~Restore() {
 
 // The score of a token that differs from its logit; the logit itself goes out of the way of the scan.
 double& Sampler::modified(float* logits, int32_t token) {
-  if (token < 0 || token >= vocab_)
-    throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
+  require_in_vocabulary(token);
   if (stamp_[token] != call_) {
     stamp_[token] = call_;
     place_[token] = uint32_t(changes_.size());

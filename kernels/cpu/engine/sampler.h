@@ -59,6 +59,7 @@ class Sampler {
   double deepest(double best, double divisor) const;
   void filter(int count);
   double nucleus_floor(double floor, double top);
+  void require_in_vocabulary(int32_t token) const;
   bool breaks(int32_t token) const;
 
   SamplerParams params_;
