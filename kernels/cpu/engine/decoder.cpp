@@ -12,7 +12,7 @@ namespace {
 
 size_t padded(int n) { return round_up(n, row_multiple); }
 
-constexpr int largest_size = 1 << 24;  // rows or columns of a matrix, so that no count of bytes or panels overflows
+constexpr int largest_size = 1 << 24;  // rows or columns of a matrix; no count of bytes or panels overflows up to it
 constexpr int most_experts = 1 << 16;
 
 const Shape& checked(const Shape& shape) {
@@ -94,7 +94,7 @@ Decoder::FeedForward Decoder::feed_forward_of(int ffn) const {
   return {linear(ffn, shape_.hidden), linear(ffn, shape_.hidden), linear(shape_.hidden, ffn)};
 }
 
-// idle: experts that a row does not take count, too.
+// Counts the bytes of the layers' matrices and the head. idle: whether experts that a row does not take count, too.
 size_t Decoder::matrix_bytes(bool idle) const {
   const auto of = [](const FeedForward& part) {
     return part.gate.weight.bytes() + part.up.weight.bytes() + part.down.weight.bytes();
@@ -128,7 +128,7 @@ Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
   return expert_linear(part, layer);
 }
 
-// A matrix of a layer's feed-forward: gate, shared.gate, experts.N.gate, router.
+// Finds a matrix of a layer's feed-forward, such as gate, shared.gate, experts.N.gate or router.
 Decoder::Linear& Decoder::expert_linear(const std::string& part, Layer& layer) {
   const size_t dot = part.rfind('.');
   const std::string owner = dot == std::string::npos ? "" : part.substr(0, dot);
@@ -273,7 +273,7 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   finish(pass);
 }
 
-// products [rows][panel] of operand rows x with one panel, bias added.
+// Computes the products [rows][panel] of operand rows x with one panel, and adds the bias.
 void Decoder::multiply(const Linear& linear, int panel, const char* x, int rows, float* products) const {
   const int width = kernels_.panel;
   const Matrix& weight = linear.weight;
@@ -301,7 +301,7 @@ void Decoder::embed(const Pass& pass) {
   });
 }
 
-// The residual stream normalised, as operands of the next multiplication.
+// Normalises the residual stream, and rounds it to operands of the next multiplication.
 void Decoder::normalise(const float* weight, int rows) {
   team_->run(rows, rows * hidden_stride_, [&](int row, int) {
     float* normed = buffers_.normed.data() + row * hidden_stride_;
@@ -310,7 +310,7 @@ void Decoder::normalise(const float* weight, int rows) {
   });
 }
 
-// What `added` holds goes to the residual stream, normed where the layer has a norm for it.
+// Adds the rows of `added` to the residual stream, normed first where the layer has a norm for them.
 void Decoder::add_normalised(const std::vector<float>& weight, int rows) {
   team_->run(rows, rows * hidden_stride_, [&](int row, int) {
     float* x = buffers_.x.data() + row * hidden_stride_;
@@ -355,7 +355,8 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   const float* k = q + q_width();
   const float* v = k + kv_width();
   const bool moved = moves(layer, pass);
-  alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {}, head_v[longest_head] = {};  // zero behind
+  alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {},
+                    head_v[longest_head] = {};  // zeros after the values
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     normalise_head(head_q, layer.q_norm);
@@ -402,7 +403,7 @@ void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }
 
-// The operands times `linear`, added to the residual stream.
+// Adds the operands times `linear` to the residual stream.
 void Decoder::add_projected(const Linear& linear, int rows) {
   const int width = kernels_.panel;
   share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
@@ -414,7 +415,7 @@ void Decoder::add_projected(const Linear& linear, int rows) {
   });
 }
 
-// The operands times `linear`, kept in `added`.
+// Writes the operands times `linear` into `added`.
 void Decoder::project_into_added(const Linear& linear, int rows) {
   const int width = kernels_.panel;
   share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
@@ -426,7 +427,8 @@ void Decoder::project_into_added(const Linear& linear, int rows) {
   });
 }
 
-// A panel of a gated feed-forward. x: operand rows. products: room for those of two panels. out: of the first row.
+// Computes one panel of a gated feed-forward. x: operand rows. products: room for the products of two panels. out:
+// activations of the first row.
 void Decoder::gate_panel(const FeedForward& part, int panel, const char* x, int rows, float* products,
                          float* out) const {
   const int width = kernels_.panel;
@@ -439,7 +441,7 @@ void Decoder::gate_panel(const FeedForward& part, int panel, const char* x, int 
   }
 }
 
-// A gated feed-forward, as operands of its down projection.
+// Computes a gated feed-forward up to the operands of its down projection.
 void Decoder::feed_forward(const FeedForward& part, int rows) {
   share(rows, part.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
     gate_panel(part, panel, operands(first), count, products, buffers_.activated.data() + first * ffn_stride_);
@@ -465,7 +467,7 @@ void Decoder::project(const float* hidden, int rows, float* logits) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
   buffers_.operands.reserve(size_t(rows) * operand_stride_ * arithmetic_.operand_bytes);
-  std::vector<float> row(hidden_stride_, 0.0f);  // zero behind
+  std::vector<float> row(hidden_stride_, 0.0f);  // zeros after the values
   for (int i = 0; i < rows; ++i) {
     std::copy_n(hidden + size_t(i) * shape_.hidden, shape_.hidden, row.begin());
     round(row.data(), shape_.hidden, i);
@@ -473,7 +475,7 @@ void Decoder::project(const float* hidden, int rows, float* logits) {
   project_rounded(rows, logits);
 }
 
-// The operands times the head.
+// Computes the operands times the head.
 void Decoder::project_rounded(int rows, float* logits) {
   const int width = kernels_.panel;
   share(rows, head_.weight.panels(), [&](int panel, int first, int count, float* products) {

@@ -13,7 +13,7 @@
 namespace tokenswift {
 namespace {
 
-// A step of one row is four bytes in either type of values: two bf16 or one fp32.
+// The bytes of one row's step in either type of values: two bf16 or one fp32.
 constexpr size_t cell_bytes = 4;
 
 size_t bytes_of_step(Element e, int panel) {
@@ -22,7 +22,7 @@ size_t bytes_of_step(Element e, int panel) {
 
 int columns_of_step(Element e) { return in_blocks(e) ? format_of(e).weights : step_of(e); }
 
-// The 32 values from column `first` on, zero behind the last; and what lies behind nobody reads.
+// Reads the 32 values from column `first` on. Writes zeros for those after the row's last column.
 void read_block(const MatrixSource& source, const char* row, int first, float* w) {
   const int count = std::min(block_size, source.columns - first);
   std::fill(w + count, w + block_size, 0.0f);
@@ -36,7 +36,7 @@ void read_block(const MatrixSource& source, const char* row, int first, float* w
 }
 
 constexpr int piece_rows = 64;
-constexpr double four_bits_error = 0.01;  // relative, root mean square; rounding normal values to 8 bits costs 0.006
+constexpr double four_bits_error = 0.01;  // relative, root mean square; 8 bits cost normally distributed values 0.006
 
 }  // namespace
 
