@@ -1,4 +1,4 @@
-// The Python boundary. Arrays come as numpy arrays, so that neither torch's headers nor its version matter here.
+// The boundary to Python. Arrays come as numpy arrays, so that neither torch's headers nor its version matter here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -29,7 +29,7 @@ using Ints = Array<const int32_t, 1>;
 using Table = Array<const float, 2>;
 // (positions of a block, shifts [blocks], trained distances)
 using ShiftArrays = std::tuple<int, Ints, int>;
-using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with a RoPE base of their own
+using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with their own RoPE base
 
 // (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
 using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
@@ -90,8 +90,8 @@ std::optional<nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>> page_copy(nb::handle
   return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(copy, {Pool::block_bytes(PageType::int8, pool.head_dim())}, self);
 }
 
-// layers: (window, which RoPE tables, whether it is a mixture) of each. experts: (count, chosen, columns, whether
-// shares sum to 1, columns of the shared one) or None.
+// A layer is (window, which RoPE tables, whether it is a mixture). Experts are (count, chosen, columns, whether shares
+// sum to 1, columns of the shared one) or None.
 using LayerArgument = std::tuple<int, int, bool>;
 using ExpertsArgument = std::optional<std::tuple<int, int, int, bool, int>>;
 

@@ -1,4 +1,4 @@
-// The table of this translation unit's ISA.
+// The table of functions of this translation unit's ISA.
 #pragma once
 
 #include "isa/kernels.h"

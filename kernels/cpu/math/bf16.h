@@ -1,4 +1,4 @@
-// Single bf16 values, for what is written one at a time.
+// Single bf16 values, for code that reads or writes them one at a time.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ inline float to_float(uint16_t x) {
   return value;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest bf16, ties to even. NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

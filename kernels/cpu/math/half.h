@@ -34,7 +34,7 @@ inline float half_to_float(uint16_t half) {
   return float_of_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest fp16, ties to even. NaN stays NaN.
 inline uint16_t float_to_half(float x) {
   const uint32_t sign = float_bits(x) >> 16 & 0x8000, magnitude = float_bits(x) & 0x7fffffff;
   if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
