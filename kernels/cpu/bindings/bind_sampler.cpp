@@ -70,7 +70,7 @@ std::vector<std::pair<int32_t, double>> rank(Sampler& sampler, const Logits& log
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
-  nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling.py does.")
+  nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling/reference.py does.")
       .def("__init__", &init_sampler, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a.none(),
            "repetition_penalty"_a, "penalty"_a, "penalty_window"_a, "frequency_penalty"_a, "presence_penalty"_a,
            "forced"_a, "dry_length"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "ngram"_a, "ban_words"_a, "eos"_a,
