@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from conftest import tiny_model, weights_of
-from native_rows import CONTEXT, _native, config_of, extend, native_of
+from native_rows import CONTEXT, _native, config_of, native_of
 from native_rows import isa as isa
+from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.models.blocks import FORMATS
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
@@ -206,15 +208,16 @@ def test_rounding_into_other_room_is_refused(columns: int, shape: tuple[int, int
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_scores_that_are_no_numbers_choose_experts_that_there_are(isa: str, family: str) -> None:
-    """And spoil no other row."""
+    """And spoil no other text of the pass."""
     config = config_of(family=family)
     weights = weights_of(tiny_model(config, torch.float32))
-    spec = ModelSpec.from_config(config)
-    ids = np.array([3, 60, 5, 7, 60, 9], np.int32)
-    sound = native_of(config, torch.float32)
-    expected = extend(sound, sound.new_cache(), ids[:1])
     weights["model.embed_tokens.weight"][60] = torch.nan
-    broken = NativeDecoder(NativeWeights(spec, weights, torch.float32, 2), rope_tables(config, CONTEXT))
-    logits = extend(broken, broken.new_cache(), ids)
-    assert torch.equal(logits[:1], expected)
-    assert logits[1:].isnan().all()
+    broken = NativeDecoder(
+        NativeWeights(ModelSpec.from_config(config), weights, torch.float32, 2), rope_tables(config, CONTEXT)
+    )
+    pool = broken.new_pool(2)
+    chains = [DraftTree.chain(ids) for ids in ([60, 5], [3, 7, 9])]
+    together = broken.forward([Segment(chain, KVCache(pool, CONTEXT)) for chain in chains]).logits
+    sound = native_of(config, torch.float32)
+    assert together[:2].isnan().all()
+    assert torch.equal(together[2:], sound.forward([Segment(chains[1], sound.new_cache())]).logits)
