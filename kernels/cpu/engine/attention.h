@@ -57,7 +57,7 @@ class Attention {
 
   struct SegmentState {
     bool own;       // whether its splits are a view's own
-    bool whole;     // whether a query has one softmax state, or one for each split that holds pages
+    bool whole;     // whether a query has one softmax state instead of one for each split that holds pages
     size_t states;  // where the states begin, [parts][kv_heads][rows][group]
     std::vector<std::vector<int>> splits;  // [kv_heads] splits that hold pages, ascending
 
