@@ -21,7 +21,7 @@ help:
 	@echo "make serve    the default model behind OpenAI's API (make serve ARGS='--port 9000 --model DIR')"
 	@echo "make test     run all tests (make test ARGS='-k layers' for some)"
 	@echo "make soak     the tests that take minutes: kills at random moments"
-	@echo "make check    ruff, clang-format and mypy"
+	@echo "make check    ruff, clang-format, headers of the C++ engine that stand alone, and mypy"
 	@echo "make bench    a short benchmark"
 	@echo "make gpu      on a machine with a GPU: whether it is right there, and how fast (ARGS=--tiny exercises it without)"
 	@echo "make report   results/report.html, one page of all that the experiments have left in results/"
@@ -60,6 +60,8 @@ check: install
 	$(BIN)/ruff check --output-format concise .
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find kernels/cpu -name '*.cpp' -o -name '*.h')
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S kernels/cpu -B build/headers -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/headers --target headers --parallel >/dev/null
 	rm -rf build/check
 	$(PIP) install --quiet --no-deps --no-build-isolation -C wheel.cmake=false --target build/check .
 	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \

@@ -249,6 +249,44 @@ def test_no_import_goes_in_a_circle():
     assert circles(arrows) == []
 
 
+CPP = {
+    "math": {"isa", "math"},
+    "isa": {"isa", "math"},
+    "engine": {"isa", "math", "engine"},
+    "bindings": {"isa", "math", "engine", "bindings"},
+}
+
+
+def included(path: Path) -> set[str]:
+    """What a C++ file includes of the engine, itself or by what it includes."""
+    found, left = set(), [path]
+    while left:
+        for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text(encoding="utf-8"), re.MULTILINE):
+            if name not in found:
+                found.add(name)
+                left.append(ROOT / "kernels/cpu" / name)
+    return found
+
+
+def test_cpp_includes_only_what_its_folder_may():
+    paths = [path for folder in CPP for path in (ROOT / "kernels/cpu" / folder).iterdir()]
+    assert len(paths) > 40
+    for path in paths:
+        names = re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert {name.partition("/")[0] for name in names} <= CPP[path.parent.name], path
+
+
+def test_cpp_headers_with_vectors_say_whose():
+    """`make check` compiles each header alone, in every variant that CMakeLists.txt lists it for."""
+    cpu = ROOT / "kernels/cpu"
+    listed = re.search(r"set\(vector_headers ([^)]+)\)", (cpu / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert listed
+    headers = {path.relative_to(cpu).as_posix(): path for path in cpu.rglob("*.h") if not path.name.startswith("vec_")}
+    by_vectors = {name for name, path in headers.items() if "isa/vec.h" in included(path)} | {"isa/vec.h"}
+    assert set(listed.group(1).split()) == by_vectors
+    assert {name for name, path in headers.items() if "Isa::" in path.read_text(encoding="utf-8")} <= by_vectors
+
+
 @pytest.mark.parametrize("folder", MAPPED)
 def test_root_folders_are_no_packages(folder):
     """With an __init__.py, the folder would hide an installed package of its name, such as Hugging Face's kernels."""

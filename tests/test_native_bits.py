@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from block_products import VOCAB, decoder_with
 from conftest import tiny_config
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, BlockShifts
+from tokenswift_py.models.blocks import FORMATS, Blocks
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec
@@ -50,14 +52,57 @@ MOVED_BITS = {
 }
 
 
-def logits_of(dtype: torch.dtype, shifts: BlockShifts | None = None) -> torch.Tensor:
+# By family: layers without RoPE, norms after layers, mixtures without and with an expert that every row takes.
+FAMILY_BITS: dict[str, dict[tuple[str, str], str]] = {
+    "smollm3": {
+        ("avx2", "fp32"): "9a2604a6019cef4c",
+        ("avx2", "int8"): "f61e7fcc1c3da870",
+        ("generic", "fp32"): "7b3f955cb84c40e9",
+        ("generic", "int8"): "6a39e79b85c261a5",
+    },
+    "gemma3_text": {
+        ("avx2", "fp32"): "15560b6d6933cacc",
+        ("avx2", "int8"): "6f45bf6e99402bdb",
+        ("generic", "fp32"): "ca79b23d4ba7ddb4",
+        ("generic", "int8"): "0bdf77cc8138e55d",
+    },
+    "mixtral": {
+        ("avx2", "fp32"): "a7129674765bc902",
+        ("avx2", "int8"): "e9c9d330b825c2c1",
+        ("generic", "fp32"): "ee5a3e0ca67ac3e0",
+        ("generic", "int8"): "39e3c606cbf0e0a4",
+    },
+    "qwen2_moe": {
+        ("avx2", "fp32"): "e354a146c8694392",
+        ("avx2", "int8"): "87b003deefa89524",
+        ("generic", "fp32"): "f1d9d322d7501481",
+        ("generic", "int8"): "bca8eceade2bf737",
+    },
+}
+
+# Of products with weights in blocks: where products and sums are fused, and on "generic".
+PRODUCT_BITS = {
+    "q8": ("4faa9e7fddbc5d23", "721b7e26351b154d"),
+    "q4": ("ef9081332880f10f", "509ec5127e077f84"),
+    "q4_0": ("7c37ea015687f31d", "36964904540037bc"),
+    "q5_0": ("bc24a62ada92d022", "6733569e6fe42378"),
+    "q5_1": ("9d4657857053e1a0", "d3402f56e012a27c"),
+    "q4_k": ("247129c3d0d826a6", "833db8d166a47b79"),
+    "q5_k": ("2d96f003b0e5a150", "529bdf2937bd91aa"),
+    "q6_k": ("bc1ed82defeda282", "47bf07a6bc4dcc9f"),
+    "iq4_nl": ("747d546c6406d0c7", "bb47d9933974be2e"),
+    "iq4_xs": ("378616e84a9af2b9", "3b32f7d829c22395"),
+}
+
+
+def logits_of(dtype: torch.dtype, shifts: BlockShifts | None = None, family: str = "qwen3") -> torch.Tensor:
     """A prefill that crosses page borders, and a tree behind it."""
-    spec = ModelSpec.from_config(tiny_config(family="qwen3"))
+    spec = ModelSpec.from_config(tiny_config(family=family))
     weights = {
         name: numbers(*shape, start=1_000_000 * part) for part, (name, shape) in enumerate(spec.shapes().items())
     }
-    angles = [2 * numbers(CONTEXT, spec.head_dim // 2, start=start) for start in (7, 11)]
-    tables = RopeTables(*angles, label="bits", shifts=shifts)
+    angles = [2 * numbers(CONTEXT, spec.head_dim // 2, start=start) for start in (7, 11, 13, 17)]
+    tables = RopeTables(*angles[:2], label="bits", shifts=shifts, local=RopeTables(*angles[2:], label="local"))
     decoder = NativeDecoder(NativeWeights(spec, weights, dtype, threads=2), tables)
     cache = decoder.new_cache()
     prompt = DraftTree.chain(np.arange(200, dtype=np.int32) * 17 % spec.vocab_size)
@@ -84,6 +129,41 @@ def test_a_variant_has_its_bits_where_queries_are_moved(isa: str, dtype: str, mo
     if (isa, dtype) not in MOVED_BITS:
         pytest.skip(f"the bits of {isa} are not recorded yet: {bits}")
     assert bits == MOVED_BITS[isa, dtype]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+@pytest.mark.parametrize("family", FAMILY_BITS)
+@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+def test_a_variant_has_its_bits_in_other_families(
+    isa: str, family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENSWIFT_ISA", isa)
+    bits = hashed(logits_of({**DTYPES, "int8": torch.int8}[dtype], family=family))
+    if (isa, dtype) not in FAMILY_BITS[family]:
+        pytest.skip(f"the bits of {isa} are not recorded yet: {bits}")
+    assert bits == FAMILY_BITS[family][isa, dtype]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+def test_products_with_blocks_have_one_set_of_bits(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant that fuses products with sums computes the same."""
+    monkeypatch.setenv("TOKENSWIFT_ISA", isa)
+    fused, separate = PRODUCT_BITS[kind]
+    product = decoder_with(blocks_of(kind)).project(numbers(9, 512, start=5))
+    assert hashed(product) == (separate if isa == "generic" else fused)
+
+
+def blocks_of(kind: str) -> Blocks:
+    """Bytes of a Weyl sequence, with scales and minima of both signs."""
+    form = FORMATS[kind]
+    shape = VOCAB, 512 // form.weights, form.stored
+    words = (np.arange(np.prod(shape), dtype=np.uint64) * 2654435761) % 2**32
+    raw = (words >> 24).astype(np.uint8).reshape(shape)
+    for number, at in enumerate(form.halves):
+        halves = numbers(*shape[:2], 1, start=100 * number).numpy().astype(np.float16)
+        raw[..., at : at + 2] = halves.view(np.uint8)
+    return Blocks(kind, raw.reshape(VOCAB, -1))
 
 
 def hashed(logits: torch.Tensor) -> str:

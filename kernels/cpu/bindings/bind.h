@@ -1,4 +1,4 @@
-// Parts of the module, each bound where its types are known.
+// The parts of the module. Each is bound in a file of its own.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -5,9 +5,8 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
-#include <stdexcept>
-
 #include "bindings/bind.h"
+#include "engine/require.h"
 #include "engine/sampler.h"
 
 namespace nb = nanobind;
@@ -26,7 +25,7 @@ void init_sampler(Sampler* self, int vocab, double temperature, int top_k, doubl
                   std::vector<double> dry_powers, Tokens dry_breakers, Tokens ban, int ngram,
                   std::vector<Tokens> ban_words, Tokens eos, int64_t first_end, Tokens bias_tokens,
                   std::vector<double> bias, uint64_t seed, uint32_t stream, double highest, double lowest) {
-  if (vocab < 1) throw std::invalid_argument("vocab must be positive");
+  require(vocab >= 1, "vocab must be positive");
   SamplerParams params;
   params.temperature = temperature;
   params.top_k = top_k;
@@ -58,9 +57,9 @@ void init_sampler(Sampler* self, int vocab, double temperature, int top_k, doubl
 
 std::vector<std::pair<int32_t, double>> rank(Sampler& sampler, const Logits& logits, const History& history,
                                              int count) {
-  if (logits.shape(0) != size_t(sampler.vocab())) throw std::invalid_argument("logits are [vocab]");
-  if (history.shape(0) > size_t(INT32_MAX)) throw std::invalid_argument("the history is too long");
-  if (count < 1) throw std::invalid_argument("count must be at least 1");
+  require(logits.shape(0) == size_t(sampler.vocab()), "logits are [vocab]");
+  require(history.shape(0) <= size_t(INT32_MAX), "the history is too long");
+  require(count >= 1, "count must be at least 1");
   std::vector<std::pair<int32_t, double>> ranked;
   for (const auto& [token, score] : sampler.rank(logits.data(), history.data(), int(history.shape(0)), count)) {
     ranked.emplace_back(token, score);
@@ -71,7 +70,7 @@ std::vector<std::pair<int32_t, double>> rank(Sampler& sampler, const Logits& log
 }  // namespace
 
 void bind_sampler(nb::module_& m) {
-  nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling.py does.")
+  nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling/reference.py does.")
       .def("__init__", &init_sampler, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a.none(),
            "repetition_penalty"_a, "penalty"_a, "penalty_window"_a, "frequency_penalty"_a, "presence_penalty"_a,
            "forced"_a, "dry_length"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "ngram"_a, "ban_words"_a, "eos"_a,

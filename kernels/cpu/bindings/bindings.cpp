@@ -1,4 +1,4 @@
-// The Python boundary. Arrays come as numpy arrays, so that neither torch's headers nor its version matter here.
+// The boundary to Python. Arrays come as numpy arrays, so that neither torch's headers nor its version matter here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -14,6 +14,7 @@
 
 #include "bindings/bind.h"
 #include "engine/decoder.h"
+#include "engine/require.h"
 #include "math/quant.h"
 
 namespace nb = nanobind;
@@ -28,7 +29,7 @@ using Ints = Array<const int32_t, 1>;
 using Table = Array<const float, 2>;
 // (positions of a block, shifts [blocks], trained distances)
 using ShiftArrays = std::tuple<int, Ints, int>;
-using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with a RoPE base of their own
+using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with their own RoPE base
 
 // (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
 using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
@@ -46,10 +47,6 @@ PageType page_type(const std::string& dtype) {
   throw std::invalid_argument("dtype '" + dtype + "' is not allowed; bf16, fp32 and int8 are");
 }
 
-void require(bool condition, const char* what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
 template <class A>
 int size(const A& array, size_t axis = 0) {
   require(array.shape(axis) <= size_t(INT32_MAX), "an array is too long");
@@ -61,9 +58,13 @@ const Kernels& kernels_of_environment() {
   return choose_kernels(wanted ? wanted : "");
 }
 
+constexpr int most_blocks = 1 << 24;  // (layer, head) pairs of a page, so that no count of bytes overflows
+
 void init_pool(Pool* self, int layers, int kv_heads, int head_dim, const std::string& dtype, int pages) {
   require(layers > 0 && kv_heads > 0 && pages > 0 && pages <= INT32_MAX / page_size, "a pool's sizes must be positive");
-  require(head_dim > 0 && head_dim % vector_multiple == 0, "head_dim must be a multiple of 16");
+  require(kv_heads <= most_blocks / layers, "a page of ", layers, " layers and ", kv_heads, " heads is too large");
+  require(head_dim > 0 && head_dim % vector_multiple == 0 && head_dim <= longest_head,
+          "head_dim must be a multiple of 16 up to 512, not ", head_dim);
   new (self) Pool(layers, kv_heads, head_dim, page_type(dtype), pages);
 }
 
@@ -89,8 +90,8 @@ std::optional<nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>> page_copy(nb::handle
   return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(copy, {Pool::block_bytes(PageType::int8, pool.head_dim())}, self);
 }
 
-// layers: (window, which RoPE tables, whether it is a mixture) of each. experts: (count, chosen, columns, whether
-// shares sum to 1, columns of the shared one) or None.
+// A layer is (window, which RoPE tables, whether it is a mixture). Experts are (count, chosen, columns, whether shares
+// sum to 1, columns of the shared one) or None.
 using LayerArgument = std::tuple<int, int, bool>;
 using ExpertsArgument = std::optional<std::tuple<int, int, int, bool, int>>;
 

@@ -8,7 +8,7 @@ namespace tokenswift {
 namespace {
 
 constexpr int split_pages = 16;     // part of the numerics contract
-constexpr int own_split_pages = 8;  // of a view's own: few enough that threads end together
+constexpr int own_split_pages = 8;  // pages of a view's own split: few enough that all threads end together
 constexpr int pieces_a_thread = 6;  // enough that one more or less at the end does not matter
 constexpr int block_queries = 48;   // queries whose states stay in the first-level cache beside a page
 
@@ -65,7 +65,7 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
   }
 }
 
-// Those in which a layer's view has a page, and those of the tail.
+// Finds the splits in which a layer's view has a page, and those of the tail.
 void Attention::find_splits(int segment, int layer) {
   const SegmentPlan& plan = segments_[segment];
   if (!plan.in.view || segment_states_[segment].own) return;
@@ -81,8 +81,8 @@ void Attention::find_splits(int segment, int layer) {
   }
 }
 
-// With blocks of rows enough for all threads, each walks all its splits and merges as it goes; else the splits are
-// shared out too: each a piece, or, where a view leaves them almost empty, several.
+// Where there are blocks of rows enough for all threads, a piece walks all splits of its rows and merges as it goes.
+// Else the splits are shared out too. Then a piece is one split, or several where a view leaves them almost empty.
 void Attention::add_pieces(int segment) {
   const SegmentInput& in = segments_[segment].in;
   const int block = rows_a_block(group_), heads = pool_->kv_heads();
@@ -137,7 +137,7 @@ void Attention::run_piece(const AttentionLayer& layer, int index, Scratch& scrat
     const char* behind = nullptr;
     if (i + 1 < piece.splits.end) {
       behind = first_block(layer, piece, splits[i + 1]);
-    } else if (size_t(index) + 1 < pieces_.size()) {  // this thread's next, as a rule
+    } else if (size_t(index) + 1 < pieces_.size()) {  // usually the one that this thread takes next
       const Piece& next = pieces_[index + 1];
       behind = first_block(layer, next, segment_states_[next.segment].splits[next.head][next.splits.begin]);
     }
@@ -153,7 +153,7 @@ void Attention::run_piece(const AttentionLayer& layer, int index, Scratch& scrat
   }
 }
 
-// behind: what is visited after this split's full pages, or null.
+// behind: the block that is visited after this split's full pages, or null.
 void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int split, const char* behind, float* states,
                           Scratch& scratch) {
   const int queries = (piece.rows.end - piece.rows.begin) * group_;
@@ -165,7 +165,7 @@ void Attention::run_split(const AttentionLayer& layer, const Piece& piece, int s
   }
   visit_full_pages(layer, piece, split, behind, states, scratch);
   const SegmentState& kept = segment_states_[piece.segment];
-  if (kept.own && split != kept.splits[piece.head].back()) return;  // the last has the tail
+  if (kept.own && split != kept.splits[piece.head].back()) return;  // the last split has the tail
   const int begin = kept.own ? segment.in.full : std::max(split * split_pages, segment.in.full);
   const int end = kept.own ? segment.last_page + 1 : std::min((split + 1) * split_pages, segment.last_page + 1);
   for (int page = begin; page < end; ++page) visit_tail(layer, piece, page, states, scratch);
@@ -176,13 +176,13 @@ int Attention::first_visible(const SegmentInput& in, RowRun rows, int window) co
   return std::max(0, *std::min_element(in.positions + rows.begin, in.positions + rows.end) - window + 1);
 }
 
-// The pages that a segment's view has in a layer under a head; null when it has all.
+// Returns the pages that a segment's view has in a layer under a head, or null when it has all.
 const int32_t* Attention::view_of(int segment, int layer, int head) const {
   const SegmentInput& in = segments_[segment].in;
   return in.view ? in.view + (size_t(layer) * pool_->kv_heads() + head) * in.view_pages : nullptr;
 }
 
-// Which full pages of a split the rows see: places in the view, or without one the pages themselves.
+// Returns which full pages of a split the rows see, as places in the view, or as pages where there is no view.
 RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, int split) const {
   const SegmentInput& in = segments_[piece.segment].in;
   const int visible = first_visible(in, piece.rows, layer.window) / page_size;
@@ -197,7 +197,7 @@ RowRun Attention::full_pages(const AttentionLayer& layer, const Piece& piece, in
   return {int(std::lower_bound(view, last, begin) - view), int(std::lower_bound(view, last, end) - view)};
 }
 
-// page: absolute.
+// Returns the block of a full page. page: absolute.
 const char* Attention::full_block(const AttentionLayer& layer, const Piece& piece, int page) const {
   const SegmentInput& in = segments_[piece.segment].in;
   if (copies_) return copies_->block(layer.layer, piece.head, in.pages[page]);
@@ -223,7 +223,7 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
     const int page = absolute(i);
     const char* here = block(i);
     const char* next = i + 1 < pages.end ? block(i + 1) : behind ? behind : here;
-    // What lies before a window must not be NaN; of a copy it may, for weights that are no number count nothing there.
+    // Lanes before a window must not hold NaN. In a copy they may, because there a weight that is NaN counts as zero.
     if (!copies_ && visible > page * page_size) {
       Slots slots;
       std::iota(slots.begin(), slots.end(), in.pages[page] * page_size);
@@ -233,7 +233,8 @@ void Attention::visit_full_pages(const AttentionLayer& layer, const Piece& piece
   }
 }
 
-// The tokens of these slots as one page. Lanes before `visible` are seen by no row and may hold anything, NaN included.
+// Puts the tokens of these slots into one page. No row sees the lanes before `visible`, and their slots may hold
+// anything, NaN included.
 const char* Attention::gather(const AttentionLayer& layer, const Piece& piece, Slots slots, int visible,
                               Scratch& scratch) const {
   if (visible > 0) std::fill_n(slots.begin(), visible, -1);
@@ -257,8 +258,8 @@ void Attention::visit_tail(const AttentionLayer& layer, const Piece& piece, int 
   }
 }
 
-// Whether some row does not see all of the page; then which lanes each query sees. A page before the tail is seen whole
-// but for a window.
+// Returns whether some row sees only a part of the page, and then writes which lanes each query sees. A page before the
+// tail is seen whole unless there is a window.
 bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int window, Scratch& scratch) const {
   if (page < in.full && !window) return false;
   bool partial = false;
@@ -273,8 +274,8 @@ bool Attention::set_lanes(const SegmentInput& in, RowRun rows, int page, int win
   return partial;
 }
 
-// The piece's queries as they meet the keys of a page: those that stand at their rows' own positions where no row is
-// moved for it.
+// Returns the piece's queries as they meet the keys of a page. Where no row is moved for this page, they are the
+// queries at the rows' own positions.
 const char* Attention::queries_for(const AttentionLayer& layer, const Piece& piece, int page, bool copied,
                                    Scratch& scratch) const {
   const SegmentInput& in = segments_[piece.segment].in;
@@ -297,7 +298,7 @@ void Attention::move_queries(const AttentionLayer& layer, const Piece& piece, in
   const SegmentInput& in = segments_[piece.segment].in;
   const RoundOperands round = copied ? kernels_.copies.round : kernels_.of(pool_->type()).round;
   const size_t bytes = query_bytes(copied);
-  alignas(64) float turned[longest_head] = {};  // zero behind
+  alignas(64) float turned[longest_head] = {};  // zeros after the values
   for (int row = piece.rows.begin; row < piece.rows.end; ++row) {
     const int position = in.positions[row];
     const size_t angles = size_t(position - rope_.shifts.of(position, block)) * (values_ / 2);
@@ -336,7 +337,7 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
   copied ? kernels_.copies.visit(visit) : kernels.visit(visit);
 }
 
-// Merges a row's states under one KV head, and turns them into its output and mass.
+// Merges a row's states under one KV head, and makes its output and mass from them.
 void Attention::finish(const AttentionLayer& layer, int segment, int row, int head) {
   const size_t pass_row = segments_[segment].in.start + row;
   const size_t stride = state_floats(head_dim_);

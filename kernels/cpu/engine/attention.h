@@ -1,4 +1,4 @@
-// Attention of all rows of a pass over the paged cache.
+// The attention of all rows of a pass over the paged cache.
 #pragma once
 
 #include <vector>
@@ -11,54 +11,55 @@
 
 namespace tokenswift {
 
-// What one layer gives and takes. Queries are ordered [kv_heads][rows][group], group = heads / kv_heads.
+// One layer's arguments. Queries are ordered [kv_heads][rows][group], where group = heads / kv_heads.
 struct AttentionLayer {
   int layer;
-  int window;          // a row at p sees (p - window, p]; 0 is everything
-  const char* q;       // operands of the pool's page type, [queries][padded head_dim]
-  const char* copy_q;  // of its copies', where they are read
-  const float* plain;  // before RoPE, [queries][padded head_dim]; null where all keys are met from the rows' positions
-  float* out;          // [rows][out_stride], query head h at h * head_dim
+  int window;          // a row at p sees (p - window, p]; with 0 it sees everything before it
+  const char* q;       // queries as operands of the pool's page type, [queries][padded head_dim]
+  const char* copy_q;  // queries as operands of copies, where copies are read
+  const float* plain;  // queries before RoPE, [queries][padded head_dim]; null where no query is moved for far keys
+  float* out;          // [rows][out_stride], where query head h begins at h * head_dim
   size_t out_stride;
   float* mass;  // [rows][kv_heads][pages]; null when not wanted
 };
 
-// A row's keys are visited page by page in ascending order, in splits of 16 pages that begin at absolute multiples of
-// 16, and the splits' softmax states are merged in order. So what a row gets depends on its own keys alone: not on
-// the rows beside it, on threads, or on whether splits ran side by side or one after the other. A split of which a view
-// holds no page is passed over: merging what has seen nothing changes nothing. A view of copies, which only drafts
-// have, has splits of its own: 8 of its pages each, and the tail.
+// A row's keys are visited page by page in ascending order. A split is 16 pages and begins at an absolute multiple
+// of 16. Every split has a softmax state, and the states are merged in order. So a row's result depends on its own keys
+// alone. It does not depend on the rows beside it, on threads, or on whether splits ran side by side or one after the
+// other. A split of which a view holds no page is passed over, because merging a state that has seen nothing changes no
+// bit. A view of copies, which only drafts have, has splits of its own: 8 of its pages each, and the tail.
 //
-// Where queries are moved (BlockShifts), those of a piece are rotated anew when its walk comes to a page of another
-// block: once for a row, head and block but under a view of copies, whose splits may part a block. A row's queries
-// depend on its own position and the block alone.
+// Where queries are moved (BlockShifts), a piece rotates its queries anew when its walk comes to a page of another
+// block. It does so once for each row, head and block, except under a view of copies, whose splits may part a block. A
+// row's queries depend on its own position and the block alone.
 class Attention {
  public:
-  // head_dim: values of a head; the pool has them padded to vector_multiple.
+  // head_dim: values of a head. The pool pads them to vector_multiple.
   Attention(const Kernels& kernels, int heads, int head_dim)
       : kernels_(kernels), heads_(heads), values_(head_dim), head_dim_(round_up(head_dim, vector_multiple)) {}
 
-  // Once a pass. copies: read instead of full pages; null for the pages themselves. mass_pages: pages of the mass that
-  // is wanted, a multiple of vector_multiple; 0 for none. Pool, copies and tables must outlive the pass.
+  // Prepares a pass. copies: read instead of full pages, or null to read the pages themselves. mass_pages: pages of the
+  // mass that is wanted, a multiple of vector_multiple, or 0 where none is. Pool, copies and tables must outlive the
+  // pass.
   void prepare(std::vector<SegmentPlan> segments, const Pool& pool, const PageCopies* copies, const RopeTables& rope,
                int rows, int mass_pages, int threads);
 
-  // Once a layer.
+  // Computes one layer of the pass.
   void run(Team& team, const AttentionLayer& layer);
 
  private:
   // Consecutive rows of one segment that walk the same pages, under one KV head.
   struct Piece {
     int segment, head;
-    RowRun rows;    // in the segment
-    RowRun splits;  // of those that hold pages
+    RowRun rows;    // counted in the segment
+    RowRun splits;  // counted among the splits that hold pages
   };
 
   struct SegmentState {
-    bool own;                              // its splits are a view's
-    bool whole;                            // one softmax state for each query; else one for each split that holds pages
-    size_t states;                         // where they begin, [parts][kv_heads][rows][group]
-    std::vector<std::vector<int>> splits;  // [kv_heads] those that hold pages, ascending
+    bool own;       // whether its splits are a view's own
+    bool whole;     // whether a query has one softmax state instead of one for each split that holds pages
+    size_t states;  // where the states begin, [parts][kv_heads][rows][group]
+    std::vector<std::vector<int>> splits;  // [kv_heads] splits that hold pages, ascending
 
     int parts(int head) const { return whole ? 1 : int(splits[head].size()); }
   };
@@ -66,11 +67,11 @@ class Attention {
   struct Scratch {
     Buffer<char> page;     // a gathered page
     Buffer<char> widened;  // an int8 page as bf16
-    Buffer<float> states;  // the current split's, where one is kept for all
+    Buffer<float> states;  // states of the current split, where one is kept for all splits
     std::vector<int> first, last;
     Buffer<char> moved;  // operands of a piece's queries as they meet the keys of `block`
     int block = -1;
-    bool copied = false;  // whether they are operands of copies
+    bool copied = false;  // whether `moved` holds operands of copies
   };
 
   void find_splits(int segment, int layer);

@@ -1,40 +1,54 @@
 #include "engine/decoder.h"
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <stdexcept>
+
+#include "engine/require.h"
 
 namespace tokenswift {
 namespace {
 
-void require(bool condition, const std::string& what) {
-  if (!condition) throw std::invalid_argument(what);
-}
-
-std::string among(const char* name, long value, long limit) {
-  return std::string(name) + " " + std::to_string(value) + " of " + std::to_string(limit);
-}
-
 size_t padded(int n) { return round_up(n, row_multiple); }
+
+constexpr int largest_size = 1 << 24;  // rows or columns of a matrix; no count of bytes or panels overflows up to it
+constexpr int most_experts = 1 << 16;
+
+const Shape& checked(const Shape& shape) {
+  for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
+    require(n > 0 && n <= largest_size, "a model's sizes are between 1 and ", largest_size, ", not ", n);
+  }
+  require(shape.heads % shape.kv_heads == 0, "heads must be a multiple of kv_heads");
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= longest_head, "head_dim ", shape.head_dim,
+          ": only even numbers up to 512 are allowed");
+  require(shape.heads <= largest_size / shape.head_dim, "heads of ", shape.head_dim, " values: ", shape.heads);
+  for (const std::vector<int>* each : {&shape.windows, &shape.ropes, &shape.mixtures}) {
+    require(int(each->size()) == shape.layers, "as many windows, ropes and mixtures as layers");
+  }
+  for (const int window : shape.windows) require(window >= 0, "a window must not be negative");
+  for (const int rope : shape.ropes) require(rope >= -1 && rope <= 1, "ropes are -1, 0 or 1");
+  require(shape.experts >= 0 && shape.experts <= most_experts, "experts: ", shape.experts);
+  for (const int n : {shape.expert_ffn, shape.shared_ffn}) {
+    require(n >= 0 && n <= largest_size, "columns of an expert: ", n);
+  }
+  if (shape.experts > 0 || std::count(shape.mixtures.begin(), shape.mixtures.end(), 0) < shape.layers) {
+    require(shape.chosen > 0 && shape.chosen <= shape.experts, "a row takes ", shape.chosen, " of ", shape.experts,
+            " experts");
+    require(shape.expert_ffn > 0, "experts without columns");
+  }
+  return shape;
+}
 
 }  // namespace
 
 Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team)
-    : shape_(shape),
+    : shape_(checked(shape)),
       weights_(weights),
       kernels_(kernels),
       arithmetic_(kernels.of(weights)),
       attention_(kernels, shape.heads, shape.head_dim),
       team_(std::move(team)) {
-  for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
-    require(n > 0, "a model's sizes must be positive");
-  }
-  require(shape.heads % shape.kv_heads == 0, "heads must be a multiple of kv_heads");
-  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= longest_head,
-          "head_dim " + std::to_string(shape.head_dim) + ": only even numbers up to 512 are allowed");
-  for (const std::vector<int>* each : {&shape.windows, &shape.ropes, &shape.mixtures}) {
-    require(int(each->size()) == shape.layers, "as many windows, ropes and mixtures as layers");
-  }
   hidden_stride_ = padded(shape.hidden);
   qkv_stride_ = padded(q_width() + 2 * kv_width());
   ffn_stride_ = padded(std::max({shape.ffn, shape.expert_ffn, shape.shared_ffn}));
@@ -51,8 +65,6 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
     layer.v = linear(kv_width(), shape.hidden);
     layer.o = linear(shape.hidden, q_width());
     if (shape.mixtures[i]) {
-      require(shape.chosen > 0 && shape.chosen <= shape.experts && shape.expert_ffn > 0,
-              "a row takes one expert at least, and no more than there are");
       layer.experts.resize(shape.experts);
       for (FeedForward& expert : layer.experts) expert = feed_forward_of(shape.expert_ffn);
       layer.router.weight = Matrix(Element::f32, kernels.panel, shape.experts, shape.hidden);
@@ -74,9 +86,7 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
       layer.k_norm.assign(padded_head(), 0.0f);
     }
     layer.window = shape.windows[i];
-    require(layer.window >= 0, "a window must not be negative");
     layer.rope = shape.ropes[i];
-    require(layer.rope >= -1 && layer.rope <= 1, "ropes are -1, 0 or 1");
   }
 }
 
@@ -84,7 +94,7 @@ Decoder::FeedForward Decoder::feed_forward_of(int ffn) const {
   return {linear(ffn, shape_.hidden), linear(ffn, shape_.hidden), linear(shape_.hidden, ffn)};
 }
 
-// idle: experts that a row does not take count, too.
+// Counts the bytes of the layers' matrices and the head. idle: whether experts that a row does not take count, too.
 size_t Decoder::matrix_bytes(bool idle) const {
   const auto of = [](const FeedForward& part) {
     return part.gate.weight.bytes() + part.up.weight.bytes() + part.down.weight.bytes();
@@ -103,7 +113,7 @@ size_t Decoder::matrix_bytes(bool idle) const {
 }
 
 Decoder::Layer& Decoder::layer_at(int layer) {
-  require(layer >= 0 && layer < shape_.layers, among("layer", layer, shape_.layers));
+  require(layer >= 0 && layer < shape_.layers, "layer ", layer, " of ", shape_.layers);
   return layers_[layer];
 }
 
@@ -118,7 +128,7 @@ Decoder::Linear& Decoder::linear_at(const std::string& part, int index) {
   return expert_linear(part, layer);
 }
 
-// A matrix of a layer's feed-forward: gate, shared.gate, experts.N.gate, router.
+// Finds a matrix of a layer's feed-forward, such as gate, shared.gate, experts.N.gate or router.
 Decoder::Linear& Decoder::expert_linear(const std::string& part, Layer& layer) {
   const size_t dot = part.rfind('.');
   const std::string owner = dot == std::string::npos ? "" : part.substr(0, dot);
@@ -133,7 +143,7 @@ Decoder::Linear& Decoder::expert_linear(const std::string& part, Layer& layer) {
   if (of && name == "gate") found = &of->gate;
   if (of && name == "up") found = &of->up;
   if (of && name == "down") found = &of->down;
-  require(found && found->weight, "unknown part '" + part + "'");
+  require(found && found->weight, "unknown part '", part, "'");
   return *found;
 }
 
@@ -157,7 +167,7 @@ Element Decoder::set_matrix(const std::string& part, int layer, const MatrixSour
 void Decoder::set_vector(const std::string& part, int layer, const float* data, int rows) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const auto copy = [&](std::vector<float>& whole, int expected) {
-    require(rows == expected, part + " has " + std::to_string(expected) + " values, not " + std::to_string(rows));
+    require(rows == expected, part, " has ", expected, " values, not ", rows);
     std::copy_n(data, rows, whole.begin());
   };
   if (part == "final_norm") return copy(final_norm_, shape_.hidden);
@@ -168,9 +178,10 @@ void Decoder::set_vector(const std::string& part, int layer, const float* data, 
   if (part == "q_norm" && shape_.qk_norm) return copy(layer_at(layer).q_norm, shape_.head_dim);
   if (part == "k_norm" && shape_.qk_norm) return copy(layer_at(layer).k_norm, shape_.head_dim);
   const size_t stem = part.rfind("_bias");
-  require(stem != std::string::npos && stem + 5 == part.size() && part != "embed_bias" && part != "head_bias",
-          "unknown vector '" + part + "'");
-  Linear& linear = linear_at(part.substr(0, stem), layer);
+  const std::string matrix = part.substr(0, stem);
+  const bool biased = matrix != "embed" && matrix != "head" && matrix != "router" && matrix != "shared_gate";
+  require(stem != std::string::npos && stem + 5 == part.size() && biased, "unknown vector '", part, "'");
+  Linear& linear = linear_at(matrix, layer);
   linear.bias.assign(size_t(linear.weight.panels()) * kernels_.panel, 0.0f);
   copy(linear.bias, linear.weight.rows());
 }
@@ -179,18 +190,19 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
   require(pool.layers() == shape_.layers && pool.kv_heads() == shape_.kv_heads && pool.head_dim() == padded_head(),
           "the pool's pages are not of this model's shape");
   require(pass.rows > 0, "a pass without rows");
+  require(!shape_.experts || pass.rows <= INT_MAX / shape_.chosen, "too many rows: ", pass.rows);
   check_shifts(pass.rope.shifts, pass.context);
   require(pass.local.cos || std::count(shape_.ropes.begin(), shape_.ropes.end(), 1) == 0,
           "this model needs local RoPE tables");
   for (int row = 0; row < pass.rows; ++row) {
-    require(pass.tokens[row] >= 0 && pass.tokens[row] < shape_.vocab, among("token", pass.tokens[row], shape_.vocab));
-    require(pass.positions[row] >= 0 && pass.positions[row] < pass.context,
-            among("position", pass.positions[row], pass.context));
-    require(pool.usable_slot(pass.slots[row]), "slot " + std::to_string(pass.slots[row]) + " is not in use");
+    require(pass.tokens[row] >= 0 && pass.tokens[row] < shape_.vocab, "token ", pass.tokens[row], " of ", shape_.vocab);
+    require(pass.positions[row] >= 0 && pass.positions[row] < pass.context, "position ", pass.positions[row], " of ",
+            pass.context);
+    require(pool.usable_slot(pass.slots[row]), "slot ", pass.slots[row], " is not in use");
   }
   for (int i = 0; i < pass.logit_count; ++i) {
     const int row = pass.logit_rows[i];
-    require(row >= 0 && row < pass.rows, among("logit row", row, pass.rows));
+    require(row >= 0 && row < pass.rows, "logit row ", row, " of ", pass.rows);
   }
   int row = 0;
   for (const SegmentInput& segment : pass.segments) {
@@ -261,7 +273,7 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   finish(pass);
 }
 
-// products [rows][panel] of operand rows x with one panel, bias added.
+// Computes the products [rows][panel] of operand rows x with one panel, and adds the bias.
 void Decoder::multiply(const Linear& linear, int panel, const char* x, int rows, float* products) const {
   const int width = kernels_.panel;
   const Matrix& weight = linear.weight;
@@ -289,7 +301,7 @@ void Decoder::embed(const Pass& pass) {
   });
 }
 
-// The residual stream normalised, as operands of the next multiplication.
+// Normalises the residual stream, and rounds it to operands of the next multiplication.
 void Decoder::normalise(const float* weight, int rows) {
   team_->run(rows, rows * hidden_stride_, [&](int row, int) {
     float* normed = buffers_.normed.data() + row * hidden_stride_;
@@ -298,7 +310,7 @@ void Decoder::normalise(const float* weight, int rows) {
   });
 }
 
-// What `added` holds goes to the residual stream, normed where the layer has a norm for it.
+// Adds the rows of `added` to the residual stream, normed first where the layer has a norm for them.
 void Decoder::add_normalised(const std::vector<float>& weight, int rows) {
   team_->run(rows, rows * hidden_stride_, [&](int row, int) {
     float* x = buffers_.x.data() + row * hidden_stride_;
@@ -343,7 +355,8 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   const float* k = q + q_width();
   const float* v = k + kv_width();
   const bool moved = moves(layer, pass);
-  alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {}, head_v[longest_head] = {};  // zero behind
+  alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {},
+                    head_v[longest_head] = {};  // zeros after the values
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     normalise_head(head_q, layer.q_norm);
@@ -390,7 +403,7 @@ void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }
 
-// The operands times `linear`, added to the residual stream.
+// Adds the operands times `linear` to the residual stream.
 void Decoder::add_projected(const Linear& linear, int rows) {
   const int width = kernels_.panel;
   share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
@@ -402,7 +415,7 @@ void Decoder::add_projected(const Linear& linear, int rows) {
   });
 }
 
-// The operands times `linear`, kept in `added`.
+// Writes the operands times `linear` into `added`.
 void Decoder::project_into_added(const Linear& linear, int rows) {
   const int width = kernels_.panel;
   share(rows, linear.weight.panels(), [&](int panel, int first, int count, float* products) {
@@ -414,7 +427,8 @@ void Decoder::project_into_added(const Linear& linear, int rows) {
   });
 }
 
-// A panel of a gated feed-forward. x: operand rows. products: room for those of two panels. out: of the first row.
+// Computes one panel of a gated feed-forward. x: operand rows. products: room for the products of two panels. out:
+// activations of the first row.
 void Decoder::gate_panel(const FeedForward& part, int panel, const char* x, int rows, float* products,
                          float* out) const {
   const int width = kernels_.panel;
@@ -427,7 +441,7 @@ void Decoder::gate_panel(const FeedForward& part, int panel, const char* x, int 
   }
 }
 
-// A gated feed-forward, as operands of its down projection.
+// Computes a gated feed-forward up to the operands of its down projection.
 void Decoder::feed_forward(const FeedForward& part, int rows) {
   share(rows, part.gate.weight.panels(), [&](int panel, int first, int count, float* products) {
     gate_panel(part, panel, operands(first), count, products, buffers_.activated.data() + first * ffn_stride_);
@@ -453,7 +467,7 @@ void Decoder::project(const float* hidden, int rows, float* logits) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
   buffers_.operands.reserve(size_t(rows) * operand_stride_ * arithmetic_.operand_bytes);
-  std::vector<float> row(hidden_stride_, 0.0f);  // zero behind
+  std::vector<float> row(hidden_stride_, 0.0f);  // zeros after the values
   for (int i = 0; i < rows; ++i) {
     std::copy_n(hidden + size_t(i) * shape_.hidden, shape_.hidden, row.begin());
     round(row.data(), shape_.hidden, i);
@@ -461,7 +475,7 @@ void Decoder::project(const float* hidden, int rows, float* logits) {
   project_rounded(rows, logits);
 }
 
-// The operands times the head.
+// Computes the operands times the head.
 void Decoder::project_rounded(int rows, float* logits) {
   const int width = kernels_.panel;
   share(rows, head_.weight.panels(), [&](int panel, int first, int count, float* products) {

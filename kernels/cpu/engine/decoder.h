@@ -1,4 +1,4 @@
-// The whole decoder pass of every family.
+// The whole pass of a decoder, for every family.
 #pragma once
 
 #include <algorithm>
@@ -16,81 +16,88 @@
 
 namespace tokenswift {
 
-constexpr int row_multiple = 32;  // whole panels of every ISA, whole vectors of every kernel
-constexpr int row_block = 96;     // rows of one piece of a multiplication: whole tiles of every ISA
+constexpr int row_multiple = 32;  // values of whole panels on every ISA, and of whole vectors in every kernel
+constexpr int row_block = 96;     // rows of one piece of a multiplication; whole tiles on every ISA
 constexpr int widest_panel = 32;
 
 struct Shape {
   int vocab = 0, hidden = 0, ffn = 0, layers = 0, heads = 0, kv_heads = 0, head_dim = 0;
   float norm_eps = 0;
   bool tied = false, qk_norm = false;
-  std::vector<int> windows;   // [layers], 0 is full attention
-  std::vector<int> ropes;     // [layers] which tables rotate: 0 the pass's, 1 its local ones, -1 none
+  std::vector<int> windows;   // [layers], 0 where a layer has full attention
+  std::vector<int> ropes;     // [layers] tables that rotate: 0 for the pass's, 1 for its local ones, -1 for none
   std::vector<int> mixtures;  // [layers], 1 where the feed-forward is a mixture of experts
-  bool post_norms = false;    // what attention and feed-forward give is normed before it is added
-  bool gelu = false;          // of the gate, by its approximation with tanh; else silu
+  bool post_norms = false;    // whether outputs of attention and feed-forward are normed before they are added
+  bool gelu = false;          // whether the gate's activation is gelu, approximated with tanh; else it is silu
   float embedding_scale = 1;
-  // Of a mixture: how many there are, how many a row takes, their columns and those of one that every row takes (0:
-  // none); and whether the shares of the chosen ones sum to 1.
+  // A mixture's experts: how many there are, how many a row takes, their columns, and the columns of the shared one
+  // that every row takes (0 where there is none). normalised_shares: whether the shares of a row's experts sum to 1.
   int experts = 0, chosen = 0, expert_ffn = 0, shared_ffn = 0;
   bool normalised_shares = false;
 };
 
-// One pass. All arrays are the caller's.
+// The arguments of one pass. The caller owns all arrays.
 struct Pass {
   int rows = 0;
   const int32_t* tokens = nullptr;     // [rows]
   const int32_t* positions = nullptr;  // [rows]
-  const int32_t* slots = nullptr;      // [rows] where keys and values go
+  const int32_t* slots = nullptr;      // [rows] slots that keys and values are written to
   std::vector<SegmentInput> segments;  // consecutive, covering all rows
-  bool int8_pages = false;             // read full pages as int8 where the pool holds bf16
+  bool int8_pages = false;             // whether full pages are read as int8 copies where the pool holds bf16
   const int32_t* logit_rows = nullptr;
   int logit_count = 0;
-  int context = 0;            // positions end before it
-  RopeTables rope;            // of as many positions
-  RopeTables local;           // of layers with a base of their own, as many; without shifts
-  float* hidden = nullptr;    // [rows][hidden], after the final norm
-  float* residual = nullptr;  // [rows][hidden], before it
+  int context = 0;            // positions are less than it
+  RopeTables rope;            // tables of `context` positions
+  RopeTables local;           // tables of layers with a base of their own, of `context` positions, without shifts
+  float* hidden = nullptr;    // [rows][hidden] after the final norm
+  float* residual = nullptr;  // [rows][hidden] before the final norm
   float* logits = nullptr;    // [logit_count][vocab]
-  float* mass = nullptr;      // [layers][rows][kv_heads][mass_pages], zeros; null when not wanted
+  float* mass = nullptr;      // [layers][rows][kv_heads][mass_pages], zeros at first; null when not wanted
   int mass_pages = 0;
-  float* queries = nullptr;  // [rows][layers][heads][head_dim] as attention takes them; null: not wanted
+  float* queries = nullptr;  // [rows][layers][heads][head_dim] as attention takes them; null when not wanted
 };
 
-// Residual stream, norms, scores and sums are fp32. What a bf16 weight or a bf16 key or value is multiplied with is
-// rounded to bf16 on the ISA that has bf16 dot products, and stays fp32 on the others.
+// A decoder with its packed weights. The residual stream, norms, scores and sums are fp32. The other factor of a bf16
+// weight, key or value is rounded to bf16 on the ISA that has bf16 dot products, and stays fp32 on the others.
 class Decoder {
  public:
-  // weights: q8 for those in blocks, each matrix in those that it was set to. Throws std::invalid_argument for shapes
-  // that the kernels cannot run.
+  // weights: bf16, f32, or q8 for weights in blocks, where each matrix has the blocks that it was set to. Throws
+  // std::invalid_argument for shapes that the kernels cannot run.
   Decoder(const Shape& shape, Element weights, const Kernels& kernels, std::shared_ptr<Team> team);
   Decoder(const Decoder&) = delete;
 
   const Kernels& kernels() const { return kernels_; }
   const Shape& shape() const { return shape_; }
-  // Of the packed matrices: all, and those that every token is multiplied with.
+  // The bytes of all packed matrices, and of those that every token is multiplied with.
   size_t weight_bytes() const { return matrix_bytes(true) + embed_.weight.bytes(); }
   size_t multiplied_bytes() const { return matrix_bytes(false); }
 
-  // part: embed, head, q, k, v, o, gate, up, down; values in the decoder's element type, or what q8 can be made from.
-  // Of a mixture experts.N.gate and so on, shared.gate and so on; and router, shared_gate, whose values are fp32. part:
-  // input_norm, post_norm (before the feed-forward), final_norm, q_norm, k_norm, attention_norm, ffn_norm (behind
-  // attention and feed-forward), q_bias, k_bias, v_bias, o_bias, gate_bias, up_bias, down_bias; data: [rows] fp32.
-  // Throw std::invalid_argument for unknown parts and wrong shapes. fewest: in blocks of 4 bits where those suffice.
-  // Returns what the matrix is now made of.
+  // Sets a matrix. part: embed, head, q, k, v, o, gate, up, down. A mixture has experts.N.gate, up and down,
+  // shared.gate, up and down, router, and shared_gate. source: values of the decoder's element type, or values or
+  // blocks for a decoder of q8. The router and shared_gate take fp32 alone. fewest: whether values are packed in blocks
+  // of 4 bits where those suffice. Returns the element type that the matrix has now. Throws std::invalid_argument for
+  // unknown parts, wrong shapes and wrong types.
   Element set_matrix(const std::string& part, int layer, const MatrixSource& source, bool fewest = false);
+
+  // Sets a norm or a bias. part: input_norm, post_norm (before the feed-forward), final_norm, q_norm, k_norm,
+  // attention_norm and ffn_norm (after attention and feed-forward), or NAME_bias of every matrix but embed, head,
+  // router and shared_gate. data: [rows]. Throws std::invalid_argument for unknown parts and wrong sizes.
   void set_vector(const std::string& part, int layer, const float* data, int rows);
 
-  // Throws std::invalid_argument before anything is computed or written. Calls from several threads take turns.
+  // Computes a pass. Throws std::invalid_argument before anything is computed or written. Calls from several threads
+  // take turns.
   void forward(const Pass& pass, Pool& pool);
 
-  // logits [rows][vocab] of hidden [rows][hidden] as a pass returns them: a row's have the bits they had there.
+  // Computes the logits [rows][vocab] of rows of `hidden` as a pass returns them. A row's logits have the bits that
+  // they had in that pass.
   void project(const float* hidden, int rows, float* logits);
-  // Statistics of `count` pages in use, on the decoder's threads.
-  // key_bounds: low, high are [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
-  // key_scores: out is [layers][kv_heads][count], the largest product of a key with the query of its layer and head;
-  // queries: [layers][kv_heads][pool.head_dim()].
+
+  // Finds the least and greatest keys of `count` pages in use, on the decoder's threads. low, high:
+  // [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
   void key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high);
+
+  // Finds for each of `count` pages in use the largest product of a key with the query of its layer and head. queries:
+  // [layers][kv_heads][pool.head_dim()]. out: [layers][kv_heads][count].
   void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
 
  private:
@@ -105,33 +112,33 @@ class Decoder {
 
   struct Layer {
     Linear q, k, v, o;
-    FeedForward dense;                 // a mixture has none
-    std::vector<FeedForward> experts;  // empty but of a mixture
-    FeedForward shared;
-    Linear router, shared_gate;  // fp32
+    FeedForward dense;                 // empty in a mixture
+    std::vector<FeedForward> experts;  // empty in a dense layer
+    FeedForward shared;                // empty where there is no shared expert
+    Linear router, shared_gate;        // fp32
     std::vector<float> input_norm, post_norm, q_norm, k_norm, attention_norm, ffn_norm;
     int window = 0, rope = 0;
   };
 
-  // Activations of one pass, rows padded to whole panels.
+  // The activations of one pass. Rows are padded to whole panels.
   struct Buffers {
     Buffer<float> x, normed, qkv, attended, activated;
-    Buffer<float> added;          // to x, where that is not at once
-    Buffer<char> operands;        // of the weights' element type, for the next multiplication
-    Buffer<char> queries;         // of the pool's
-    Buffer<float> plain_queries;  // before RoPE, where they are moved for far keys
-    Buffer<char> copy_queries;    // of its copies'
+    Buffer<float> added;          // rows to be added to x, where they are not added at once
+    Buffer<char> operands;        // operands of the weights' element type, for the next multiplication
+    Buffer<char> queries;         // operands of the pool's page type
+    Buffer<float> plain_queries;  // queries before RoPE, where they are moved for far keys
+    Buffer<char> copy_queries;    // operands of the pool's copies
   };
 
-  // A row's way through a mixture: it lies at `places` among the rows of its experts, by expert and then by row.
+  // The rows' ways through a mixture. Each (row, expert) pair has a place. Places are ordered by expert, then by row.
   struct Routes {
-    std::vector<int> experts, places;  // [rows][chosen], a row's experts ascending
+    std::vector<int> experts, places;  // [rows][chosen], with a row's experts ascending
     std::vector<float> shares;         // [rows][chosen]
-    std::vector<int> sources;          // [rows * chosen] the row at each place
+    std::vector<int> sources;          // [rows * chosen] row at each place
     struct Run {
       int expert, first, rows;
     };
-    std::vector<Run> runs;  // of places, of one expert each, at most row_block long
+    std::vector<Run> runs;  // runs of places of one expert, at most row_block long
     Buffer<float> scores;   // [rows][score_stride]
     Buffer<float> activated, out;
     Buffer<char> operands;
@@ -190,7 +197,7 @@ class Decoder {
   Element weights_;
   const Kernels& kernels_;
   const ElementKernels& arithmetic_;
-  Linear embed_, head_;  // a tied head serves as the embedding too
+  Linear embed_, head_;  // embed_ is empty where the head is tied, and serves as the embedding too
   std::vector<float> final_norm_;
   std::vector<Layer> layers_;
   size_t hidden_stride_, qkv_stride_, ffn_stride_, operand_stride_, score_stride_;  // elements from row to row
@@ -200,7 +207,7 @@ class Decoder {
   std::shared_ptr<Team> team_;
 };
 
-// work(panel, first row, rows, room for the products of two panels), for every panel and block of rows.
+// Calls work(panel, first row, rows, room for the products of two panels) for every panel and block of rows.
 template <class Work>
 void Decoder::share(int rows, int panels, const Work& work) {
   team_->run(panels * ((rows + row_block - 1) / row_block), [&](int piece, int) {

@@ -1,8 +1,9 @@
 // Mixtures of experts: which feed-forwards a row takes, and their sum.
 //
-// A row's scores are products in fp32 with its normed values, unrounded. It takes the experts of the largest
-// probabilities, of equal ones the lowest number. Each expert computes the rows that chose it, and a row's result is
-// the sum over its experts in ascending order of their numbers: nothing of it depends on the rows beside it.
+// A row's scores are products in fp32 with its normed values, which are not rounded. A row takes the experts of the
+// largest probabilities, and among equal ones those of the lowest numbers. Each expert computes the rows that chose it.
+// A row's result is the sum over its experts in ascending order of their numbers. So it does not depend on the rows
+// beside it.
 #include <algorithm>
 #include <cstring>
 
@@ -49,7 +50,7 @@ void Decoder::route(const Layer& layer, int rows) {
   });
 }
 
-// Leaves of the probabilities those of experts that were not chosen.
+// Chooses a row's experts and their shares. Overwrites the probabilities of the chosen ones.
 void Decoder::choose(int row, float* probabilities) {
   int* experts = routes_.experts.data() + size_t(row) * shape_.chosen;
   float* shares = routes_.shares.data() + size_t(row) * shape_.chosen;
@@ -58,7 +59,7 @@ void Decoder::choose(int row, float* probabilities) {
     const int expert = int(std::max_element(probabilities, probabilities + shape_.experts) - probabilities);
     const float share = probabilities[expert];
     total += share;
-    probabilities[expert] = -1;  // no probability is
+    probabilities[expert] = -1;  // less than any probability
     int at = i;
     for (; at > 0 && experts[at - 1] > expert; --at) {
       experts[at] = experts[at - 1];
@@ -71,7 +72,7 @@ void Decoder::choose(int row, float* probabilities) {
   for (int i = 0; i < shape_.chosen; ++i) shares[i] /= total;
 }
 
-// Rows side by side by expert, each expert's in the order of the pass.
+// Gives each (row, expert) pair its place: by expert, and among the rows of one expert in the order of the pass.
 void Decoder::group_rows(int rows) {
   const int count = rows * shape_.chosen;
   std::vector<int> next(shape_.experts + 1, 0);
@@ -125,7 +126,8 @@ void Decoder::run_experts(const Layer& layer) {
        });
 }
 
-// The feed-forward that every row takes, times the sigmoid of its own gate; a sigmoid is a softmax beside 0.
+// Adds the feed-forward that every row takes, times the sigmoid of its gate. The sigmoid of x is computed as the first
+// value of softmax(x, 0).
 void Decoder::add_shared(const Layer& layer, int rows) {
   const int width = kernels_.panel;
   const Matrix& gate = layer.shared_gate.weight;

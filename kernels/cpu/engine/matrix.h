@@ -7,16 +7,16 @@
 
 namespace tokenswift {
 
-// A matrix as it comes in, row after row: values, or blocks as GGUF has them.
+// A matrix as it comes in, row after row. It has values, or blocks as GGUF stores them.
 struct MatrixSource {
   Element element;
   const void* data;
-  int rows, columns;  // rows of blocks are whole blocks
+  int rows, columns;  // in blocks, a row is whole blocks
 
   size_t row_bytes() const;
 };
 
-// rows are output features, columns input features (Hugging Face's [out, in]). Padding is zero.
+// A packed matrix. Rows are output features and columns input features (Hugging Face's [out, in]). Padding is zero.
 class Matrix {
  public:
   Matrix() = default;
@@ -31,11 +31,11 @@ class Matrix {
   const char* panel_data(int panel) const { return data_.data() + panel * panel_bytes(); }
   explicit operator bool() const { return bool(data_); }
 
-  // Takes over all rows. Values of another type become this matrix's own if that is in blocks; throws
-  // std::invalid_argument for other sizes and types.
+  // Packs all rows. A matrix of q8 or q4 rounds values to its blocks. Throws std::invalid_argument for other sizes and
+  // types.
   void pack(Team& team, const MatrixSource& source);
 
-  // Row `row` as fp32, what an embedding look-up reads. out: [columns], and room up to a whole block
+  // Reads a row as fp32, for an embedding look-up. out: [columns], with room up to a whole block.
   void unpack_row(int row, float* out) const;
 
  private:
@@ -47,11 +47,11 @@ class Matrix {
 
   Element element_ = Element::bf16;
   int panel_ = 1, rows_ = 0, columns_ = 0, steps_ = 0;
-  size_t step_bytes_ = 0;  // of a panel
+  size_t step_bytes_ = 0;  // bytes of one step of a panel
   Mapping data_;
 };
 
-// Whether 4 bits hold these values almost as well as 8: where they came from blocks of 4 bits, as a rule.
+// Returns whether 4 bits hold these values almost as well as 8. They do where the values came from blocks of 4 bits.
 bool four_bits_suffice(Team& team, const MatrixSource& source);
 
 }  // namespace tokenswift

@@ -1,15 +1,11 @@
 #include "engine/plan.h"
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
+
+#include "engine/require.h"
 
 namespace tokenswift {
 namespace {
-
-void require(bool condition, const char* what, long value) {
-  if (!condition) throw std::invalid_argument(std::string(what) + ": " + std::to_string(value));
-}
 
 const int32_t* tail_of(const SegmentInput& in, int row) {
   return in.tail + size_t(in.tail_rows == 1 ? 0 : row) * in.tail_width;
@@ -20,31 +16,31 @@ void check_view(const SegmentInput& in, const Pool& pool) {
   for (int list = 0; list < lists; ++list) {
     const int32_t* pages = in.view + size_t(list) * in.view_pages;
     for (int i = 0; i < in.view_pages; ++i) {
-      require(pages[i] >= 0 && pages[i] < in.full, "a view names a page that is not full", pages[i]);
-      require(in.pages[pages[i]] >= 0, "a view names a page that was evicted", pages[i]);
-      require(i == 0 || pages[i] > pages[i - 1], "a view's pages must be ascending", pages[i]);
+      require(pages[i] >= 0 && pages[i] < in.full, "a view names a page that is not full: ", pages[i]);
+      require(in.pages[pages[i]] >= 0, "a view names a page that was evicted: ", pages[i]);
+      require(i == 0 || pages[i] > pages[i - 1], "a view's pages must be ascending: ", pages[i]);
     }
   }
 }
 
 void check(const SegmentInput& in, const Pool& pool, int context) {
-  require(in.rows > 0, "a segment without rows", in.rows);
-  require(in.tail_rows == 1 || in.tail_rows == in.rows, "tail rows", in.tail_rows);
+  require(in.rows > 0, "a segment without rows: ", in.rows);
+  require(in.tail_rows == 1 || in.tail_rows == in.rows, "tail rows: ", in.tail_rows);
   for (int i = 0; i < in.full; ++i) {
     const bool evicted = in.view && in.pages[i] == -1;
-    require(evicted || pool.usable(in.pages[i]), "a page that is not in use", in.pages[i]);
+    require(evicted || pool.usable(in.pages[i]), "a page that is not in use: ", in.pages[i]);
   }
   const int boundary = in.full * page_size;
   for (int row = 0; row < in.rows; ++row) {
     const int position = in.positions[row];
-    require(position >= boundary && position < context, "a position outside the tail and the context", position);
+    require(position >= boundary && position < context, "a position outside the tail and the context: ", position);
     const int count = position - boundary + 1;
-    require(count <= in.tail_width, "a row without slots for its positions", position);
+    require(count <= in.tail_width, "a row without slots for its positions: ", position);
     const int32_t* slots = tail_of(in, row);
     // With one list for all rows, the longest row's check covers the others.
     const bool covered = in.tail_rows == 1 && row + 1 < in.rows && in.positions[row + 1] > position;
     if (covered) continue;
-    for (int i = 0; i < count; ++i) require(pool.usable_slot(slots[i]), "a slot that is not in use", slots[i]);
+    for (int i = 0; i < count; ++i) require(pool.usable_slot(slots[i]), "a slot that is not in use: ", slots[i]);
   }
   if (in.view) check_view(in, pool);
 }
@@ -101,11 +97,11 @@ std::vector<TailGroup> group_rows(const SegmentInput& in, int page) {
 
 void check_shifts(const BlockShifts& all, int context) {
   if (!all.shifts) return;
-  require(all.pages > 0 && all.pages <= 1 << 20, "pages of a block of shifts", all.pages);
+  require(all.pages > 0 && all.pages <= 1 << 20, "pages of a block of shifts: ", all.pages);
   const long block = long(all.pages) * page_size;
-  require(all.count > (context - 1) / block, "shifts of too few blocks", all.count);
+  require(all.count > (context - 1) / block, "shifts of too few blocks: ", all.count);
   for (int i = 0; i < all.count; ++i)
-    require(all.shifts[i] >= 0 && all.shifts[i] <= i * block, "a shift", all.shifts[i]);
+    require(all.shifts[i] >= 0 && all.shifts[i] <= i * block, "a shift: ", all.shifts[i]);
 }
 
 SegmentPlan plan_segment(const SegmentInput& in, const Pool& pool, int context) {

@@ -63,7 +63,7 @@ struct TailGroup {
 struct SegmentPlan {
   SegmentInput in;
   int last_page;                             // absolute
-  std::vector<std::vector<TailGroup>> tail;  // by page, from the first behind the full ones on
+  std::vector<std::vector<TailGroup>> tail;  // by page, from the first page after the full ones on
 };
 
 // Makes the plan of a segment. Every index is checked here, once for each pass. Throws std::invalid_argument for any

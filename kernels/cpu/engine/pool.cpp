@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
+#include "engine/require.h"
 #include "math/bf16.h"
+#include "math/half.h"
 #include "math/narrow.h"
 #include "engine/page_copies.h"
 
@@ -51,9 +51,8 @@ struct Rounding<int8_t> {
     }
     by_ = quantum(top);
   }
-  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
   int8_t operator()(float x) const {
-    return by_.divisor == INFINITY ? int8_t(0) : int8_t(int(x / by_.divisor + 12582912.0f - 12582912.0f));
+    return by_.divisor == INFINITY ? int8_t(0) : int8_t(int(x / by_.divisor + rounding_bias - rounding_bias));
   }
   static float widen(int8_t x) { return x; }
 
@@ -174,9 +173,7 @@ char* Pool::copy_of(int layer, int head, int page) const {
 }
 
 void Pool::reserve(int page) {
-  if (page < 0 || page >= pages_) {
-    throw std::out_of_range("page " + std::to_string(page) + " of " + std::to_string(pages_));
-  }
+  require(page >= 0 && page < pages_, "page ", page, " of ", pages_);
   Mapping& slab = slabs_[page / slab_pages_];
   if (!slab) slab = Mapping(slab_pages_ * page_bytes());
   if (copies_) copies_->forget(page);
@@ -191,8 +188,7 @@ void Pool::write(int layer, int head, int slot, const float* k, const float* v) 
 void Pool::move(const int32_t* source, const int32_t* target, int count) {
   for (int i = 0; i < count; ++i) {
     for (const int slot : {source[i], target[i]}) {
-      if (usable_slot(slot)) continue;
-      throw std::out_of_range("slot " + std::to_string(slot) + " lies in no page that is in use");
+      require(usable_slot(slot), "slot ", slot, " lies in no page that is in use");
     }
   }
   const int staged = (count + page_size - 1) / page_size;

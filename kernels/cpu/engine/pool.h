@@ -36,7 +36,7 @@ class Pool {
   // Returns the copy of a block, of block_bytes(int8), or null where there is none.
   char* copy_of(int layer, int head, int page) const;
 
-  // Makes a page usable, and with it its slab. Nothing is copied. Throws std::bad_alloc and std::out_of_range.
+  // Makes a page usable, and with it its slab. Nothing is copied. Throws std::bad_alloc and std::invalid_argument.
   void reserve(int page);
   bool usable(int page) const { return page >= 0 && page < pages_ && bool(slabs_[page / slab_pages_]); }
   bool usable_slot(int slot) const { return slot >= 0 && usable(slot / page_size); }
@@ -49,7 +49,8 @@ class Pool {
   // Writes k and v, [head_dim] each, rounded to the pool's type.
   void write(int layer, int head, int slot, const float* k, const float* v);
 
-  // Copies all layers and heads of slots, with the result of reading all before writing any. Throws std::out_of_range.
+  // Copies all layers and heads of slots, with the result of reading all before writing any. Throws
+  // std::invalid_argument.
   void move(const int32_t* source, const int32_t* target, int count);
 
   // Puts the tokens of 64 slots side by side into the block `out`, of block_bytes(). Where a slot is -1 the value is

@@ -4,15 +4,15 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <stdexcept>
 
+#include "engine/require.h"
 #include "math/noise.h"
 
 namespace tokenswift {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
-constexpr double negligible = -28.0;  // e^-28 < 2^-40: such a token has no mass
+constexpr double negligible = -28.0;  // a token so far below the best has no mass, for e^-28 < 2^-40
 constexpr double hopeless_slack = 1e-6;
 constexpr int longest_match = 64;
 constexpr int block = 64;  // logits that are looked at together
@@ -23,7 +23,8 @@ double nth_largest(std::vector<double>& values, size_t n) {
   return values[n - 1];
 }
 
-// The mass of the last token of the nucleus. Only a head of the tokens is sorted, and grows until it holds the mass.
+// Returns the mass of the last token of the nucleus. Sorts only the largest tokens, and ever more of them until they
+// hold the wanted mass.
 int64_t nucleus_edge(std::vector<int64_t>& mass, double wanted) {
   int64_t sum = 0;
   size_t done = 0;
@@ -37,7 +38,8 @@ int64_t nucleus_edge(std::vector<int64_t>& mass, double wanted) {
   }
 }
 
-// The largest of `count` logits; `bad` if one is not a number. In lanes, because one chain would wait for itself.
+// Returns the largest of `count` logits, and sets `bad` if one is NaN. Compares in lanes, because each step of a single
+// chain would wait for the one before.
 float largest(const float* logits, int count, bool& bad) {
   constexpr int lanes = 16;
   float top[lanes];
@@ -57,7 +59,7 @@ float largest(const float* logits, int count, bool& bad) {
   return *std::max_element(top, top + lanes);
 }
 
-// By far more than rounding.
+// Returns a score that is lower by far more than rounding errors.
 double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(score); }
 
 }  // namespace
@@ -65,27 +67,24 @@ double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(sco
 Sampler::Sampler(const SamplerParams& params, int vocab)
     : params_(params), vocab_(vocab), place_(vocab), stamp_(vocab), block_top_((vocab + block - 1) / block) {
   for (const auto* tokens : {&params.dry_breakers, &params.ban, &params.eos, &params.bias_tokens}) {
-    for (const int32_t token : *tokens) {
-      if (token < 0 || token >= vocab)
-        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
-    }
+    for (const int32_t token : *tokens) require_in_vocabulary(token);
   }
   for (const auto& word : params.ban_words) {
-    if (word.empty()) throw std::invalid_argument("a word has tokens");
-    for (const int32_t token : word) {
-      if (token < 0 || token >= vocab)
-        throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
-    }
+    require(!word.empty(), "a word has tokens");
+    for (const int32_t token : word) require_in_vocabulary(token);
   }
-  if (params.forced.size() % 2) throw std::invalid_argument("a span has a start and a stop");
+  require(params.forced.size() % 2 == 0, "a span has a start and a stop");
+  require(params.bias.size() == params.bias_tokens.size(), "as many biases as tokens");
+  require(params.dry_powers.empty() || (int(params.dry_powers.size()) > longest_match && params.dry_length >= 1),
+          "DRY needs its powers and a length");
   if (params.penalty != 1 || params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
       params.presence_penalty != 0)
     counts_.assign(vocab, 0);
-  if (params.bias.size() != params.bias_tokens.size()) throw std::invalid_argument("as many biases as tokens");
-  if (!params.dry_powers.empty() && (int(params.dry_powers.size()) <= longest_match || params.dry_length < 1)) {
-    throw std::invalid_argument("DRY needs its powers and a length");
-  }
   std::sort(params_.dry_breakers.begin(), params_.dry_breakers.end());
+}
+
+void Sampler::require_in_vocabulary(int32_t token) const {
+  require(token >= 0 && token < vocab_, "token ", token, " is not in the vocabulary");
 }
 
 bool Sampler::breaks(int32_t token) const {
@@ -117,10 +116,10 @@ Sampler::Restore::~Restore() {
   for (size_t i = 0; i < sampler.changes_.size(); ++i) logits[sampler.changes_[i].token] = sampler.originals_[i];
 }
 
-// The score of a token that differs from its logit; the logit itself goes out of the way of the scan.
+// Returns the score of a token that may differ from its logit. The logit is overwritten, so that the scan of the logits
+// passes over it.
 double& Sampler::modified(float* logits, int32_t token) {
-  if (token < 0 || token >= vocab_)
-    throw std::invalid_argument("token " + std::to_string(token) + " is not in the vocabulary");
+  require_in_vocabulary(token);
   if (stamp_[token] != call_) {
     stamp_[token] = call_;
     place_[token] = uint32_t(changes_.size());
@@ -153,10 +152,10 @@ void Sampler::modify(float* logits, const int32_t* history, int length) {
 }
 
 void Sampler::penalise_context(float* logits, const int32_t* history, int length, int window, double theta) {
-  forget_counts();  // of a call that threw
+  forget_counts();  // a call that threw may have left some
   for (int i = std::max(0, length - window); i < length; ++i) {
     double& score = modified(logits, history[i]);
-    if (counts_[history[i]]) continue;  // once a token, however often it stands there
+    if (counts_[history[i]]) continue;  // a token is penalised once, however often it stands there
     counts_[history[i]] = 1;
     counted_.push_back(history[i]);
     score = score > 0 ? score / theta : score * theta;
@@ -164,12 +163,12 @@ void Sampler::penalise_context(float* logits, const int32_t* history, int length
   forget_counts();
 }
 
-// Of the tokens that the model wrote: what stands between the forced spans.
+// Penalises the tokens that the model wrote, which are those between the forced spans, by their counts.
 void Sampler::penalise_counts(float* logits, const int32_t* history, int length) {
-  forget_counts();  // of a call that threw
+  forget_counts();  // a call that threw may have left some
   const auto count = [&](int64_t start, int64_t stop) {
     for (int64_t i = std::max<int64_t>(start, 0); i < std::min<int64_t>(stop, length); ++i) {
-      modified(logits, history[i]);  // throws before anything is counted of a token that is none
+      modified(logits, history[i]);  // throws for a wrong id before it is counted
       if (counts_[history[i]]++ == 0) counted_.push_back(history[i]);
     }
   };
@@ -192,7 +191,7 @@ void Sampler::forget_counts() {
   counted_.clear();
 }
 
-// Behind what the text ends with, a token that stood there before would repeat a sequence of `ngram` tokens.
+// Bans each token that would repeat a sequence of `ngram` tokens: one that followed the text's last tokens before.
 void Sampler::ban_ngrams(float* logits, const int32_t* history, int length) {
   const int before = params_.ngram - 1;
   if (length <= before) return;
@@ -211,7 +210,8 @@ void Sampler::ban_words(float* logits, const int32_t* history, int length) {
   }
 }
 
-// Every earlier place at which the text's last tokens stand: its successor is penalised by the longest match.
+// Penalises the token that followed an earlier occurrence of the text's last tokens, by the length of its longest
+// match.
 void Sampler::penalise_repeats(float* logits, const int32_t* history, int length) {
   const int shortest = params_.dry_length;
   int limit = std::min(length, longest_match);
@@ -237,7 +237,8 @@ void Sampler::penalise_repeats(float* logits, const int32_t* history, int length
   }
 }
 
-// Scores of every token that may survive: cheaply, from the fp32 logits, then in double.
+// Collects the scores of all tokens that may survive. Looks at the fp32 logits first, which is cheap, and computes in
+// double for those alone.
 void Sampler::collect(const float* logits, int count) {
   bool bad = false;
   double best = -infinity;
@@ -266,7 +267,8 @@ void Sampler::collect(const float* logits, int count) {
   }
 }
 
-// A score that at least `count` tokens have: the count-th largest of the blocks' largest and the changed ones.
+// Returns a score that at least `count` tokens reach: the count-th largest among the blocks' largest scores and the
+// changed ones.
 double Sampler::reached(int count) {
   scratch_.clear();
   for (const float top : block_top_) scratch_.push_back(double(top));
@@ -274,15 +276,15 @@ double Sampler::reached(int count) {
   return size_t(count) > scratch_.size() ? -infinity : nth_largest(scratch_, count);
 }
 
-// What scores below this, before the temperature, can neither be chosen nor count in a nucleus.
+// Returns a score, before the temperature, below which a token can neither be chosen nor count in a nucleus.
 double Sampler::deepest(double best, double divisor) const {
   double depth = params_.temperature > 0 ? params_.highest - params_.lowest : 0.0;
   if (params_.top_p < 1) depth = std::max(depth, -negligible);
   return slightly_below(best - depth * divisor);
 }
 
-// Top-k, then top-p, then min-p, and what the noise cannot lift among the first `count`. Equal scores stay or go
-// together.
+// Applies top-k, then top-p, then min-p, and drops tokens that the noise cannot lift among the first `count`. Tokens of
+// equal scores stay or go together.
 void Sampler::filter(int count) {
   double top = -infinity;
   for (const Scored& s : scored_) top = std::max(top, s.score);
@@ -307,7 +309,8 @@ void Sampler::filter(int count) {
   scored_.erase(std::remove_if(scored_.begin(), scored_.end(), gone), scored_.end());
 }
 
-// Probabilities relative to the best are summed as integers, so that no order of summation matters.
+// Returns the least score of the nucleus. Probabilities relative to the best are summed as integers, so that the order
+// of summation does not matter.
 double Sampler::nucleus_floor(double floor, double top) {
   const double lowest = std::max(floor, top + negligible);
   scratch_.clear();

@@ -1,4 +1,4 @@
-// A row of logits becomes a token, equal to tokenswift_py/sampling.py token for token.
+// The sampler, which makes a token of a row of logits, the same one as tokenswift_py/sampling/reference.py.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@ struct SamplerParams {
   double frequency_penalty = 0, presence_penalty = 0;
   bool has_min_p = false;
   int top_k = 0, penalty_window = 0, dry_length = 0, ngram = 0;
-  std::vector<int64_t> forced;  // start and stop of each span of the text that the model did not write, ascending
+  std::vector<int64_t> forced;  // start and stop of each span that the model did not write, ascending
   std::vector<std::vector<int32_t>> ban_words;
-  std::vector<double> dry_powers;  // multiplier * base^k; empty is off
+  std::vector<double> dry_powers;  // multiplier * base^k; empty where DRY is off
   std::vector<int32_t> dry_breakers, ban, eos, bias_tokens;
   std::vector<double> bias;
   uint64_t seed = 0;
   uint32_t stream = 0;
-  int64_t first_end = 0;           // eos are not written before this position
+  int64_t first_end = 0;           // eos tokens are excluded before this position
   double highest = 0, lowest = 0;  // bounds of the noise
 };
 
@@ -34,12 +34,13 @@ class Sampler {
 
   int vocab() const { return vocab_; }
 
-  // Up to `count` tokens for position `length` and their perturbed scores, the best first; empty where no finite logit
-  // is left. `logits` [vocab] are changed and restored. history: [length], every id in the vocabulary.
+  // Returns up to `count` tokens for position `length` and their perturbed scores, the best first. The result is empty
+  // where no finite logit is left. logits: [vocab], changed meanwhile and restored. history: [length]. Throws
+  // std::invalid_argument for ids outside the vocabulary that a penalty meets.
   std::vector<Scored> rank(float* logits, const int32_t* history, int length, int count);
 
  private:
-  // Puts the logits back, whatever happens.
+  // Restores the logits when it goes out of scope, be it by an exception.
   struct Restore {
     Sampler& sampler;
     float* logits;
@@ -59,16 +60,18 @@ class Sampler {
   double deepest(double best, double divisor) const;
   void filter(int count);
   double nucleus_floor(double floor, double top);
+  void require_in_vocabulary(int32_t token) const;
   bool breaks(int32_t token) const;
 
   SamplerParams params_;
   int vocab_;
-  // Scores that differ from the logits, sparse: place_ says where a token's is, by the call that put it there.
+  // The scores that differ from the logits, kept sparse. place_ says where a token's score is, and stamp_ the call that
+  // put it there.
   std::vector<Scored> changes_;
   std::vector<float> originals_;
   std::vector<uint32_t> place_, stamp_;
   uint32_t call_ = 0;
-  std::vector<int64_t> counts_;  // of tokens, all 0 between calls; empty where nothing is counted
+  std::vector<int64_t> counts_;  // [vocab], all 0 between calls; empty where nothing is counted
   std::vector<int32_t> counted_;
   std::vector<float> block_top_;
   std::vector<Scored> scored_;

@@ -1,4 +1,4 @@
-// Statistics of the keys of pages, for the policies.
+// Statistics of the keys of pages, which the policies ask for.
 #include <algorithm>
 
 #include "engine/decoder.h"

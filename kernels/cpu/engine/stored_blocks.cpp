@@ -15,7 +15,7 @@ uint16_t read_half(const uint8_t* at) {
   return half;
 }
 
-// The low four bits of 2 * count quants, where byte i has k = i and k = count + i.
+// Reads the low four bits of 2 * count quants. Byte i has those of k = i and k = count + i.
 void read_nibbles(const uint8_t* bytes, int count, uint8_t* quants) {
   for (int i = 0; i < count; ++i) {
     quants[i] = bytes[i] & 15;
@@ -23,13 +23,14 @@ void read_nibbles(const uint8_t* bytes, int count, uint8_t* quants) {
   }
 }
 
-// Q5_0 and Q5_1: bit k of a word is the fifth of quant k.
+// Adds the fifth bits of Q5_0 and Q5_1: bit k of a word belongs to quant k.
 void add_fifth_bits(const uint8_t* word, uint8_t* quants) {
   for (int k = 0; k < block_size; ++k) quants[k] |= (word[k / 8] >> k % 8 & 1) << 4;
 }
 
-// Q4_K and Q5_K: d, dmin, then eight s and t of 6 bits in 12 bytes. Bytes 0-3 and 4-7 have the first four of each and
-// in their upper bits the upper two of the last four, whose lower four bits are in bytes 8-11.
+// Reads d, dmin and the eight s and t of Q4_K and Q5_K. These have 6 bits each and take 12 bytes. Bytes 0-3 hold the
+// first four s in their lower six bits, and bytes 4-7 the first four t. The two bits above these are the upper two of
+// the last four s and t. Bytes 8-11 hold the lower four bits of the last four.
 void read_scales_and_minima(const uint8_t* stored, PlainBlock* out) {
   const uint8_t *of_s = stored + 4, *of_t = stored + 8, *last = stored + 12;
   out->halves[0] = read_half(stored);
@@ -49,7 +50,8 @@ void read_q5_k(const uint8_t* stored, PlainBlock* out) {
   for (int k = 0; k < largest_block; ++k) out->quants[k] |= (high[k % 32] >> k / 32 & 1) << 4;
 }
 
-// Two halves of 128: 64 bytes of low bits each, and 32 whose pairs of bits are those of k, 32 + k, 64 + k, 96 + k.
+// Reads Q6_K, whose quants lie in two halves of 128. A half has 64 bytes of low bits, and 32 bytes of high ones. Byte k
+// of the latter has the pairs of bits of k, 32 + k, 64 + k and 96 + k.
 void read_q6_k(const uint8_t* stored, PlainBlock* out) {
   const uint8_t *low = stored, *high = stored + 128;
   for (int half = 0; half < 2; ++half) {
@@ -61,7 +63,8 @@ void read_q6_k(const uint8_t* stored, PlainBlock* out) {
   out->halves[0] = read_half(stored + 208);
 }
 
-// d, the upper two bits of eight s in a word, their lower four in 4 bytes; 32 is taken off each.
+// Reads IQ4_XS: d, a word of the upper two bits of eight s, four bytes of their lower four bits, and quants. An s is
+// stored with 32 added.
 void read_iq4_xs(const uint8_t* stored, PlainBlock* out) {
   const int upper = read_half(stored + 2);
   out->halves[0] = read_half(stored);

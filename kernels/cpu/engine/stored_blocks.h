@@ -5,23 +5,23 @@
 
 namespace tokenswift {
 
-constexpr int largest_block = 256;  // weights
+constexpr int largest_block = 256;  // weights of the largest block
 
-// One block's numbers, whatever their layout was.
+// The numbers of one block, whatever its layout was.
 struct PlainBlock {
-  uint16_t halves[2];                            // d, and m or -dmin, as fp16
-  int8_t scales[largest_block / block_size][2];  // s, or s and t, or both s, of each 32 weights
+  uint16_t halves[2];                            // d, then m or -dmin, as fp16
+  int8_t scales[largest_block / block_size][2];  // for each 32 weights s, or s and t, or both s
   uint8_t quants[largest_block];
 };
 
-// stored: format_of(element).stored_bytes
+// Reads a block as GGUF stores it. stored: format_of(element).stored_bytes bytes.
 void read_stored(Element element, const char* stored, PlainBlock* out);
 
-// One column of a panel's block. at: the panel's block; columns: of the panel
+// Write and read one column of a block of a panel. at: where the panel's block begins. columns: how many the panel has.
 void write_packed(Element element, const PlainBlock& block, char* at, int columns, int column);
 void read_packed(Element element, const char* at, int columns, int column, PlainBlock* out);
 
-// The values, in fp32 as the gguf package computes them. out: [format_of(element).weights]
+// Computes the weights in fp32, with the bits that the gguf package gives them. out: [format_of(element).weights].
 void widen_block(Element element, const PlainBlock& block, float* out);
 
 }  // namespace tokenswift

@@ -1,5 +1,5 @@
-#include "isa/vec_avx512.h"
-// The vectors come first: the other headers are written in their terms.
+#define TOKENSWIFT_VECTORS "isa/vec_avx512.h"
+
 #include "isa/table.h"
 #include "isa/variants.h"
 

@@ -18,7 +18,7 @@ struct Variant {
 };
 
 #ifdef TOKENSWIFT_X86
-// Not every compiler's __builtin_cpu_supports knows it.
+// Asks the processor itself, because not every compiler's __builtin_cpu_supports knows F16C.
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);

@@ -1,5 +1,5 @@
-#include "isa/vec_generic.h"
-// The vectors come first: the other headers are written in their terms.
+#define TOKENSWIFT_VECTORS "isa/vec_generic.h"
+
 #include "isa/table.h"
 #include "isa/variants.h"
 

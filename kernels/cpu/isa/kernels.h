@@ -1,4 +1,4 @@
-// What an ISA variant offers: a table of functions, chosen once at run time. Everything outside the table is plain
+// The table of functions that an ISA variant offers. One is chosen at run time. Everything outside the table is plain
 // C++ that runs anywhere and computes no floating-point sum.
 #pragma once
 
@@ -9,52 +9,55 @@
 namespace tokenswift {
 
 constexpr int page_size = 64;         // tokens
-constexpr int vector_multiple = 16;   // rows and heads are padded with zeros to a multiple of this many floats
+constexpr int vector_multiple = 16;   // floats; rows and heads are padded with zeros to a multiple of it
 constexpr int longest_head = 512;     // values
-constexpr float no_maximum = -1e30f;  // running maximum before any key; finite, so that differences stay defined
+constexpr float no_maximum = -1e30f;  // the running maximum before any key; finite, so that differences are defined
 
-// Of weights; all from q8 on are in blocks (formats.h).
+// The type of a weight matrix. From q8 on, weights lie in blocks (formats.h).
 enum class Element { bf16, f32, q8, q4, q4_0, q5_0, q5_1, q4_k, q5_k, q6_k, iq4_nl, iq4_xs };
 constexpr int element_count = int(Element::iq4_xs) + 1;
 constexpr bool in_blocks(Element e) { return e >= Element::q8; }
 
-enum class PageType { bf16, f32, int8 };  // of cached keys and values
+enum class PageType { bf16, f32, int8 };  // the type of cached keys and values
 
 constexpr size_t bytes_of(Element e) { return e == Element::bf16 ? 2 : 4; }
-constexpr int step_of(Element e) { return e == Element::bf16 ? 2 : 1; }  // how many k lie side by side when packed
+constexpr int step_of(Element e) {
+  return e == Element::bf16 ? 2 : 1;
+}  // values of k that lie side by side when packed
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Running softmax of one query: weighted values, 16 partial sums of the weights, the maximum (base 2) they refer to.
-//   [head_dim] values, [16] sums, [1] maximum, padding to a cache line
+// The running softmax of one query: weighted values, 16 partial sums of the weights, and the maximum (base 2) that they
+// refer to. It lies in memory as [head_dim] values, [16] sums, [1] maximum, and padding to a cache line.
 constexpr int sums_width = 16;
 constexpr int state_floats(int head_dim) { return head_dim + sums_width + 16; }
 constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
 
-// Some queries meet one page of keys and values.
+// The arguments of a visit, in which some queries meet one page of keys and values.
 struct PageVisit {
-  const char* block;  // as Pool lays it out, or a copy
-  const char* next;   // the one visited next, for prefetching; this one where there is none
+  const char* block;  // a block as Pool lays it out, or a copy
+  const char* next;   // the block visited next, for prefetching; this one where there is none
   char* copy;         // scratch for the keys and values of an int8 page as bf16
-  int head_dim;       // multiple of 16
-  float scale;        // of the scores, log2(e) included
+  int head_dim;       // a multiple of 16
+  float scale;        // multiplies the scores; log2(e) is included
   int queries;
-  const void* q;     // operands of each query, as the kernels' `round` leaves them
+  const void* q;     // operands of each query, as the kernels' `round` makes them
   float* state;      // [queries][state_floats(head_dim)]
-  const int* first;  // [queries] visible lanes are first .. last - 1; null when all are
+  const int* first;  // [queries] lanes first .. last - 1 are visible; null when all are
   const int* last;
-  float* mass;  // sum of exp2(score - maximum) of each query over this page; null when not wanted
+  float* mass;  // for each query the sum of exp2(score - maximum) over this page; null when not wanted
   float* mass_maximum;
   size_t mass_stride;  // floats from one query to the next
 };
 
-// Activations or queries as the other factor's type wants them: n floats (a multiple of vector_multiple) rounded.
+// Rounds n floats of activations or queries, a multiple of vector_multiple, to the operands that the type of the other
+// factor is multiplied with.
 using RoundOperands = void (*)(const float* x, int n, void* out);
 
 // The arithmetic of one element type of weights.
 struct ElementKernels {
-  int operand_bytes;  // of one value
+  int operand_bytes;  // bytes of one value
   RoundOperands round;
-  // out[rows][panel columns] = x[rows][steps * step] times one packed panel; strides in elements.
+  // out[rows][panel columns] = x[rows][steps * step] times one packed panel. Strides are in elements.
   void (*multiply)(const void* panel, int steps, const void* x, size_t x_stride, int rows, float* out,
                    size_t out_stride);
 };
@@ -64,16 +67,17 @@ struct PageKernels {
   int operand_bytes;
   RoundOperands round;
   void (*visit)(const PageVisit&);
-  // The largest product of the first query with a key of the page; reads block, next, head_dim and q.
+  // Returns the largest product of the first query with a key of the page. Reads block, next, head_dim and q.
   float (*best_score)(const PageVisit&);
 };
 
-// The arithmetic of the copies of pages that drafts read (page_copies.h): whole numbers, four products an instruction.
+// The arithmetic of the copies of pages that drafts read (page_copies.h). They hold whole numbers, so that an
+// instruction computes four products a lane.
 struct CopyKernels {
-  int query_multiple, operand_bytes;  // values that a query is padded to a multiple of, bytes of each
+  int query_multiple, operand_bytes;  // a query is padded to a multiple of so many values, each of so many bytes
   RoundOperands round;
   void (*visit)(const PageVisit&);
-  // A block of bf16 (see Pool) as a copy.
+  // Makes the copy of a block of bf16 (see Pool).
   void (*copy)(const char* block, int head_dim, char* out);
 
   size_t query_bytes(int head_dim) const { return size_t(round_up(head_dim, query_multiple)) * operand_bytes; }
@@ -85,21 +89,22 @@ struct Kernels {
   ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
   CopyKernels copies;
-  // out = x / rms(x) * weight; n counts values, buffers are padded with zeros to vector_multiple.
+  // out = x / rms(x) * weight. n counts values. Buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
-  // out = silu(gate) * up; n a multiple of vector_multiple.
+  // out = silu(gate) * up. n is a multiple of vector_multiple.
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
-  // out = gelu(gate) * up, the gelu by its approximation with tanh.
+  // out = gelu(gate) * up, where gelu is its approximation with tanh. n is a multiple of vector_multiple.
   void (*geglu)(const float* gate, const float* up, int n, float* out);
-  // out = the softmax of n values; out has room up to vector_multiple.
+  // out = the softmax of n values. out has room up to a multiple of vector_multiple.
   void (*softmax)(const float* x, int n, float* out);
-  // RoPE: the halves of x [2 * half] against each other, as in Hugging Face's checkpoints; out may be x.
+  // Rotates the halves of x [2 * half] against each other, which is RoPE as in Hugging Face's checkpoints. out may be
+  // x.
   void (*rotate)(const float* x, const float* cos, const float* sin, int half, float* out);
-  // Softmax state `part` merged into `state`.
+  // Merges the softmax state `part` into `state`.
   void (*merge)(float* state, const float* part, int head_dim);
-  // out = values / sum of weights.
+  // out = the state's values / the sum of its weights.
   void (*normalise)(const float* state, int head_dim, float* out);
-  // out[i] += share of page i in the softmax of `state`.
+  // out[i] += the share of page i in the softmax of `state`.
   void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                    float* out);
 
@@ -109,11 +114,11 @@ struct Kernels {
   }
 };
 
-// The best variant of this machine, or the one named by `wanted`; empty is the best.
-// Throws std::invalid_argument for an unknown name or one that this machine cannot run.
+// Returns the variant named by `wanted`, or this machine's best one where that is empty. Throws std::invalid_argument
+// for an unknown name, or one that this machine cannot run.
 const Kernels& choose_kernels(const std::string& wanted);
 
-// Names of the variants that this machine can run, best first.
+// Returns the names of the variants that this machine can run, the best first.
 std::string runnable_kernels();
 
 }  // namespace tokenswift

@@ -1,9 +1,9 @@
-// The table of this translation unit's ISA.
+// The table of functions of this translation unit's ISA.
 #pragma once
 
+#include "isa/kernels.h"
 #include "math/blocks.h"
 #include "math/gemm.h"
-#include "isa/kernels.h"
 #include "math/narrow.h"
 #include "math/page.h"
 #include "math/page_bytes.h"

@@ -10,7 +10,7 @@ const Kernels& kernels_avx512();
 const Kernels& kernels_avx2();
 const Kernels& kernels_generic();
 
-// Two names, for where the compiler's target fuses products with sums (aarch64) the bits are others.
+// There are two names, because the bits are different where the compiler's target fuses products with sums (aarch64).
 #ifdef __FP_FAST_FMAF
 constexpr const char* generic_name = "generic-fma";
 #else

@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/half.h"
+
 namespace tokenswift {
 namespace {
 
 struct Isa {
   static constexpr int lanes = 8;
-  static constexpr int gemm_rows = 4, gemm_vectors = 2;  // 8 accumulators and 4 widened columns of the 16 registers
+  static constexpr int gemm_rows = 4, gemm_vectors = 2;  // 8 accumulators and 4 widened columns take 12 of 16 registers
   static constexpr int block_rows = 4;
   static constexpr int page_rows = 4, page_vectors = 2;
 
@@ -31,13 +33,13 @@ struct Isa {
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static Vec nearest(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a * 2^n for whole n up to 127; zero from 2^-127 down.
+  // Returns a * 2^n for whole n up to 127, and zero for n of -127 and less.
   static Vec scale(Vec a, Vec n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(max(splat(-127.0f), n)), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 
-  // Whether some lane of a is greater than b's; never for NaN.
+  // Returns whether some lane of a is greater than b's. A lane with NaN is not.
   static bool any_greater(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 
   static float sum(Vec a) {
@@ -108,12 +110,12 @@ struct Isa {
     return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
   static void store_bytes(uint8_t* p, Vec a) {
-    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(12582912.0f)));
+    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(rounding_bias)));
     const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
     const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
   }
-  // 8 int8 values; the even and the odd ones of 16.
+  // Return 8 int8 values, and the even and the odd ones of 16.
   static Vec widen(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
@@ -122,7 +124,7 @@ struct Isa {
   }
   static Vec widen_odd(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs(p), 8)); }
 
-  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  // Inlined early, because GCC else takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }

@@ -1,4 +1,4 @@
-// Vectors of 16 floats: AVX-512 F/BW/VL/DQ. Included by one translation unit per ISA variant.
+// Vectors of 16 floats: AVX-512 F/BW/VL/DQ, with VNNI where the compiler's target has it.
 #pragma once
 
 #include <immintrin.h>
@@ -7,13 +7,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/half.h"
+
 namespace tokenswift {
-namespace {  // internal linkage: no variant's inline functions may be merged with another's by the linker
+namespace {
 
 struct Isa {
   static constexpr int lanes = 16;
-  static constexpr int gemm_rows = 12, gemm_vectors = 2;  // 24 accumulators of the 32 registers
-  static constexpr int block_rows = 6;                    // as many sums of whole numbers beside them
+  static constexpr int gemm_rows = 12, gemm_vectors = 2;  // 24 accumulators take 24 of 32 registers
+  static constexpr int block_rows = 6;                    // registers hold as many sums of whole numbers beside
   static constexpr int page_rows = 6, page_vectors = 4;
 
   using Vec = __m512;
@@ -28,17 +30,17 @@ struct Isa {
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  // The second operand where one of them is NaN.
+  // Return the second operand where one of them is NaN.
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static Vec nearest(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  // a * 2^n for whole n; zero where that is too small for a float.
+  // Returns a * 2^n for whole n, and zero where that is too small for a float.
   static Vec scale(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }
 
-  // Whether some lane of a is greater than b's; never for NaN.
+  // Returns whether some lane of a is greater than b's. A lane with NaN is not.
   static bool any_greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
-  // Sums and maxima of all lanes, in one fixed tree.
+  // Compute the sum and the maximum of all lanes in one fixed tree.
   static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
   static Vec max_across(Vec a) {
     a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, _MM_SHUFFLE(1, 0, 3, 2)));
@@ -47,7 +49,7 @@ struct Isa {
     return _mm512_max_ps(a, _mm512_permute_ps(a, _MM_SHUFFLE(2, 3, 0, 1)));
   }
 
-  // a where first <= index < last, `other` elsewhere; lane j has index start + j.
+  // Returns a where first <= index < last, and `other` elsewhere. Lane j has index start + j.
   static Vec keep(Vec a, Vec other, int start, int first, int last) {
     const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(start),
                                            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
@@ -56,20 +58,20 @@ struct Isa {
     return _mm512_mask_blend_ps(in, other, a);
   }
 
-  // The even and the odd elements of 32 bf16 values, widened exactly.
+  // Return the even and the odd elements of 32 bf16 values, widened exactly.
   static Vec widen_even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   static Vec widen_odd(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int(0xffff0000u))));
   }
 
-  // Dot products of bytes: four of every column, each with one of four that all columns share.
+  // Dot products of bytes. The four bytes of every column are multiplied with four bytes that all columns share.
   using Wholes = __m512i;
   using Bytes = __m512i;
   static Wholes wholes(int32_t x) { return _mm512_set1_epi32(x); }
   static Vec to_floats(Wholes a) { return _mm512_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  // Every byte's bits, moved to the left by so many places and masked. The mask keeps no bit of a neighbour.
+  // Moves the bits of every byte to the left and masks them. The mask keeps no bit of a neighbouring byte.
   template <int left, int mask>
   static Bytes bits(Bytes a) {
     const Bytes moved =
@@ -77,7 +79,7 @@ struct Isa {
     return _mm512_and_si512(moved, _mm512_set1_epi8(mask));
   }
   static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-  // The bytes at these places, 0 .. 15, of a table.
+  // Returns the bytes of a table at these places, 0 .. 15.
   static Bytes look_up(const uint8_t* sixteen, Bytes a) {
     const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a);
@@ -93,14 +95,14 @@ struct Isa {
   static Unsigned unsigned_bytes(Bytes a) { return a; }
   static Signed signed_bytes(Bytes a) { return a; }
   static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm512_dpbusd_epi32(a, w, x); }
-  // Sums of so many dot products with w of so few bits as 16 bits may hold, where these are faster.
+  // Sums of dot products in 16 bits, where these are faster. short_dots: how many fit, with weights of `bits` bits.
   using Shorts = Wholes;
   static constexpr int short_dots(int) { return 8; }
   static Shorts shorts() { return _mm512_setzero_si512(); }
   static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, w, x); }
   static Wholes add_shorts(Wholes a, Shorts b) { return _mm512_add_epi32(a, b); }
 #else
-  // By 16-bit products, for those of 8 bits saturate.
+  // Even and odd bytes as 16-bit values, because instructions on bytes saturate.
   struct Unsigned {
     __m512i even, odd;
   };
@@ -123,12 +125,12 @@ struct Isa {
     return _mm512_add_epi32(a, _mm512_madd_epi16(b, _mm512_set1_epi16(1)));
   }
 #endif
-  // The nearest whole numbers, ties to even, as bytes; some other ones where they are too large for that, or NaN.
+  // Stores the nearest whole numbers, ties to even, as bytes. Stores some other bytes for numbers too large, or NaN.
   static void store_bytes(uint8_t* p, Vec a) {
-    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(12582912.0f)));  // 1.5 * 2^23
+    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(rounding_bias)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
   }
-  // 16 int8 values; the even and the odd ones of 32.
+  // Return 16 int8 values, and the even and the odd ones of 32.
   static Vec widen(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
@@ -137,7 +139,7 @@ struct Isa {
   }
   static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
 
-  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  // Inlined early, because GCC else takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }

@@ -1,4 +1,4 @@
-// Vectors of 4 floats in GCC's and Clang's portable vector types: SSE2, NEON, whatever the target has.
+// Vectors of 4 floats, of GCC's and Clang's portable vector types. They become SSE2, NEON, or whatever the target has.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,8 @@ struct Isa {
   static Vec sub(Vec a, Vec b) { return a - b; }
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec div(Vec a, Vec b) { return a / b; }
-  // Fused where the hardware fuses; two roundings elsewhere, for a library call per lane costs 50 times as much.
+  // Fused where the hardware fuses. Elsewhere there are two roundings, because a library call for each lane costs 50
+  // times as much.
   static Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
     Vec r;
@@ -42,16 +43,15 @@ struct Isa {
   }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
-  // Adding 1.5 * 2^23 pushes the fraction out of the mantissa; holds for |a| < 2^22, and where it does not, scale()
-  // gives zero.
-  static Vec nearest(Vec a) { return (a + 12582912.0f) - 12582912.0f; }
-  // a * 2^n for whole n up to 127; zero from 2^-127 down.
+  // Rounds for |a| < 2^22. Below that exp2 does not need it: scale() gives zero there for any n.
+  static Vec nearest(Vec a) { return (a + rounding_bias) - rounding_bias; }
+  // Returns a * 2^n for whole n up to 127, and zero for n of -127 and less.
   static Vec scale(Vec a, Vec n) {
     const Ints power = (__builtin_convertvector(max(splat(-127.0f), n), Ints) + 127) << 23;
     return a * from<Vec>(&power);
   }
 
-  // Whether some lane of a is greater than b's; never for NaN.
+  // Returns whether some lane of a is greater than b's. A lane with NaN is not.
   static bool any_greater(Vec a, Vec b) {
     const Ints greater = a > b;
     return (greater[0] | greater[1] | greater[2] | greater[3]) != 0;
@@ -77,7 +77,7 @@ struct Isa {
     return from<Vec>(&wide);
   }
 
-  // Dot products of bytes. Whole numbers this small are exact as floats, which are multiplied faster than integers.
+  // Dot products of bytes. Whole numbers so small are exact as floats, and floats are multiplied faster than integers.
   using Wholes = Vec;
   using Bytes = Words;
   struct Unsigned {
@@ -120,16 +120,16 @@ struct Isa {
   static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
   static Wholes add_shorts(Wholes a, Shorts b) { return a + b; }
   static void store_bytes(uint8_t* p, Vec a) {
-    const Vec pushed = a + 12582912.0f;
+    const Vec pushed = a + rounding_bias;
     const Words bits = from<Words>(&pushed);
     for (int i = 0; i < lanes; ++i) p[i] = uint8_t(bits[i]);
   }
-  // 4 int8 values; the even and the odd ones of 8.
+  // Return 4 int8 values, and the even and the odd ones of 8.
   static Vec widen(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
   static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
   static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
 
-  // Inlined early, or GCC takes the function for one without effect and drops the calls.
+  // Inlined early, because GCC else takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }
 
  private:

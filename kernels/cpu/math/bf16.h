@@ -1,10 +1,11 @@
-// Single bf16 values, for what is written one at a time.
+// Single bf16 values, for code that reads or writes them one at a time.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 namespace tokenswift {
+namespace {  // a copy for each translation unit: see isa/vec.h
 
 inline float to_float(uint16_t x) {
   const uint32_t bits = uint32_t(x) << 16;
@@ -13,7 +14,7 @@ inline float to_float(uint16_t x) {
   return value;
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest bf16, ties to even. NaN stays NaN.
 inline uint16_t to_bf16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -21,4 +22,5 @@ inline uint16_t to_bf16(float x) {
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+}  // namespace
 }  // namespace tokenswift

@@ -1,4 +1,4 @@
-// Rows of activations times one packed panel of block-quantised weights (formats.h, quant.h).
+// The products of rows of activations with one packed panel of block-quantised weights (formats.h, quant.h).
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int gemm_columns = Isa::gemm_vectors * Isa::lanes;
 
-// Sums of products of bytes: `groups` of them in one Sum, which begins where the others ended, or joins them.
+// How products of bytes are summed, for weights of more than 6 bits or of a codebook. A Sum takes `groups` of four
+// products each. It goes on from the sum of the groups before.
 struct ByteDot {
   using Unsigned = Isa::Unsigned;
   using Signed = Isa::Signed;
@@ -26,7 +27,8 @@ struct ByteDot {
   static Isa::Wholes end(Isa::Wholes, Sum sum) { return sum; }
 };
 
-// The same for weights of up to 6 bits.
+// How products of bytes are summed for weights of up to 6 bits. A Sum begins at zero, in 16 bits where these are
+// faster, and is added to the sum of the groups before.
 struct ShortDot {
   using Unsigned = Isa::Bytes;
   using Signed = Isa::Bytes;
@@ -39,12 +41,12 @@ struct ShortDot {
   static Isa::Wholes end(Isa::Wholes before, Sum sum) { return Isa::add_shorts(before, sum); }
 };
 
-// A block of 32 weights in a panel, at its s.
+// A block of 32 weights of each column of a panel. It begins at its s.
 template <Element element>
 struct PackedBlock {
   static constexpr BlockFormat format = format_of(element);
   static constexpr int bytes = gemm_columns * (format.scale_bytes() + 4 * format.bits);
-  static constexpr int parts = format.scales == 2 ? 2 : 1;  // that are summed alone
+  static constexpr int parts = format.scales == 2 ? 2 : 1;  // that are summed one by one
   using Dot = std::conditional_t < format.bits<8 && !format.codebook, ShortDot, ByteDot>;
 
   const uint8_t* at;
@@ -54,7 +56,7 @@ struct PackedBlock {
     return Isa::load_bytes(at + first * gemm_columns + j * Isa::lanes * 4);
   }
 
-  // Quants k = 4 g .. 4 g + 3 of one vector of columns.
+  // Returns the quants k = 4 g .. 4 g + 3 of one vector of columns.
   template <int g>
   Isa::Bytes quants(int j) const {
     if constexpr (format.bits == 8) {
@@ -68,13 +70,13 @@ struct PackedBlock {
     }
   }
 
-  // The s of a part, or with index = scales t, as floats.
+  // Returns the s of a part as floats, or t where index = scales.
   Vec whole(int index, int j) const {
     return Isa::widen(reinterpret_cast<const int8_t*>(at) + index * gemm_columns + j * Isa::lanes);
   }
 };
 
-// f(i) for i = first .. first + count - 1, known when compiled.
+// Calls f(i) for i = first .. first + count - 1, where i is a constant of the compiler.
 template <int first, int count, class F, int... i>
 inline __attribute__((always_inline)) void each_of(F f, std::integer_sequence<int, i...>) {
   (f(std::integral_constant<int, first + i>{}), ...);
@@ -84,7 +86,7 @@ inline __attribute__((always_inline)) void each_of(F f) {
   each_of<first, count>(f, std::make_integer_sequence<int, count>{});
 }
 
-// sums[i][j] += the quants of part `part` times those of row i, which are `x_stride` blocks apart.
+// sums[i][j] += the quants of part `part` times those of row i. Rows are `x_stride` blocks apart.
 template <class Block, int part, int M, int V>
 inline __attribute__((always_inline)) void sum_part(Isa::Wholes (&sums)[M][V], const Block& block,
                                                     const ActivationBlock* x, size_t x_stride) {
@@ -108,7 +110,7 @@ inline __attribute__((always_inline)) void sum_part(Isa::Wholes (&sums)[M][V], c
   });
 }
 
-// acc[i][j] of a part of a block: see quant.h.
+// Adds the products of one part of a block to acc[i][j], by the formula of quant.h.
 template <class Block, int part, int M, int V>
 inline __attribute__((always_inline)) void add_part(Vec (&acc)[M][V], const Block& block, const uint16_t* halves,
                                                     const ActivationBlock* x, size_t x_stride) {

@@ -1,19 +1,22 @@
-// How an element type is multiplied and summed on one ISA. Each policy fixes one order: for an output element,
+// How an element type is multiplied and summed on one ISA. Each policy fixes one order. An output element is
 // acc = acc + w[k] x[k] for k = 0, 1, 2, ... in one chain, whatever else is computed beside it.
 //
-//   Weight   what lies in memory, packed as [steps][columns][step]
-//   Operand  what the other factor (activations, queries, probabilities) is rounded to
-//   Columns  one vector's worth of weights, loaded once and used for every row of a tile
+//   Weight   type of the weights in memory, packed as [steps][columns][step]
+//   Operand  type that the other factor (activations, queries, probabilities) is rounded to
+//   Columns  one vector of weights, loaded once and used for every row of a tile
 #pragma once
 
+#include <cstdint>
 #include <cstring>
+
+#include "isa/vec.h"
 
 namespace tokenswift {
 namespace {
 
 using Vec = Isa::Vec;
 
-constexpr int line_bytes = 64;  // of the cache
+constexpr int line_bytes = 64;  // bytes of a line of the cache
 
 struct F32Dot {
   using Weight = float;
@@ -27,7 +30,7 @@ struct F32Dot {
   static void round(Vec x, Operand* out) { Isa::store(out, x); }
 };
 
-// bf16 weights widened exactly; operands stay fp32.
+// The weights are bf16 and widened exactly. Operands stay fp32.
 struct WidenedBf16Dot {
   using Weight = uint16_t;
   using Operand = float;
@@ -36,7 +39,7 @@ struct WidenedBf16Dot {
   };
   static constexpr int step = 2;
 
-  // w: bf16, or int8, which is widened exactly too.
+  // w: bf16 or int8. Both are widened exactly.
   template <class T>
   static Columns columns(const T* w) {
     return {Isa::widen_even(w), Isa::widen_odd(w)};
@@ -50,7 +53,7 @@ struct WidenedBf16Dot {
 };
 
 #ifdef __AVX512BF16__
-// Two products a lane and instruction; operands are rounded to bf16, to nearest even.
+// An instruction computes two products a lane. Operands are rounded to the nearest bf16, ties to even.
 struct NativeBf16Dot {
   using Weight = uint16_t;
   using Operand = uint16_t;
@@ -65,7 +68,7 @@ struct NativeBf16Dot {
     std::memcpy(&pair, x, sizeof pair);
     return _mm512_dpbf16_ps(acc, w, (__m512bh)_mm512_set1_epi32(pair));
   }
-  // n is a multiple of 16.
+  // n: a multiple of 16.
   static void round(const float* x, int n, Operand* out) {
     for (int i = 0; i < n; i += Isa::lanes) {
       round(Isa::load(x + i), out + i);
@@ -80,7 +83,7 @@ using Bf16Dot = NativeBf16Dot;
 using Bf16Dot = WidenedBf16Dot;
 #endif
 
-// f(i, j) for every register of a tile, unrolled so that the tile stays in registers.
+// Calls f(i, j) for every register of a tile. The loops are unrolled, so that the tile stays in registers.
 template <int M, int V, class F>
 inline __attribute__((always_inline)) void each(F f) {
 #pragma GCC unroll 12
@@ -89,9 +92,9 @@ inline __attribute__((always_inline)) void each(F f) {
     for (int j = 0; j < V; ++j) f(i, j);
 }
 
-// acc[i][j] += the product of row i of x and vector j of the columns, over all steps in order.
-// `ahead` is prefetched, `lines` cache lines a step. Rows are addressed from every third one, which leaves x86 three
-// rows a register (base, base + s, base + 2 s).
+// acc[i][j] += the product of row i of x and vector j of the columns, over all steps in order. Each step prefetches
+// `lines` cache lines from `ahead` on. Every third row has an address in a register, and x86 reaches three rows with it
+// (base, base + s, base + 2 s).
 template <class Dot, int M, int V, int lines, class W>
 inline __attribute__((always_inline)) void accumulate(Vec (&acc)[M][V], const W* w, size_t w_stride,
                                                       const typename Dot::Operand* x, size_t x_stride, int steps,

@@ -1,4 +1,4 @@
-// The blocks that weights lie in along k: types of GGUF, under their names there except for q8 (Q8_0) and q4 (Q4_1).
+// The blocks that weights lie in along k. They are types of GGUF and have its names, but for q8 (Q8_0) and q4 (Q4_1).
 //
 //   type    weights of a block   w[k]                                        bits a weight: stored, packed
 //   q8      32                   d (q - 128)                                 8.5
@@ -12,7 +12,7 @@
 //   iq4_nl  32                   d (codebook[q] - 128)                       4.5
 //   iq4_xs  256                  (d s) (codebook[q] - 128), s for each 32    4.25, 4.3125
 //
-// d, m and dmin are fp16; s and t are whole numbers of at most 8 bits, so that d s and dmin t are exact in fp32.
+// d, m and dmin are fp16. s and t are whole numbers of at most 8 bits, so that d s and dmin t are exact in fp32.
 #pragma once
 
 #include <cstddef>
@@ -22,26 +22,26 @@
 
 namespace tokenswift {
 
-constexpr int block_size = 32;  // weights that share a scale of activations, and a scale of their own
+constexpr int block_size = 32;  // weights that meet one block of activations, and share a scale in most formats
 
 struct BlockFormat {
   const char* name;
-  int weights;       // of a block as it is stored; a multiple of 32
-  int stored_bytes;  // of such a block
-  int bits;          // of a quant
+  int weights;       // weights of a stored block, a multiple of 32
+  int stored_bytes;  // bytes of a stored block
+  int bits;          // bits of a quant
   int zero;          // the quant that stands for 0
-  bool minimum;      // whether there is m, or dmin and t
-  int scales;        // how many s 32 weights have
+  bool minimum;      // whether there are m, or dmin and t
+  int scales;        // number of s that 32 weights have
   bool codebook;     // whether quants are looked up in iq4_codebook
 
   constexpr int blocks() const { return weights / block_size; }
   constexpr int halves() const { return minimum ? 2 : 1; }
   constexpr int scale_bytes() const { return scales > 0 ? scales + (minimum ? 1 : 0) : 0; }  // of 32 weights
-  // Packed, for a column: halves; then, for each 32 weights, s and t as bytes and the quants in words of four bytes.
+  // Bytes of a packed column: its halves, then for each 32 weights s and t as bytes and quants in words of four bytes.
   constexpr int packed_bytes() const { return 2 * halves() + blocks() * (scale_bytes() + 4 * bits); }
 };
 
-// Of an element in blocks.
+// Returns the format of an element in blocks.
 constexpr BlockFormat format_of(Element e) {
   switch (e) {
     case Element::q4:
@@ -67,11 +67,13 @@ constexpr BlockFormat format_of(Element e) {
   }
 }
 
-// A panel of packed blocks is d [columns], with a minimum then m [columns] or -dmin [columns]; then for each 32 weights
-// s [scales][columns], with a minimum t [columns], and the quants in words of four k, [bits][columns][4]:
+// A block of a packed panel is d [columns] and, in formats with a minimum, m [columns] or -dmin [columns]. For each 32
+// weights there follow s [scales][columns], in formats with a minimum t [columns], and the quants in words of four k,
+// [bits][columns][4]:
 //   8 bits      word g has k = 4 g .. 4 g + 3
-//   4, 5, 6     word g < 4 has k = 4 g .. in the low halves of its bytes and 16 + 4 g .. in the high ones; the words
-//               behind have the bits above these four, those of k = 4 g .. at the places that follow
+//   4, 5, 6     word g < 4 has the low four bits of k = 4 g .. 4 g + 3 in the lower halves of its bytes, and those of
+//               k = 16 + 4 g .. 19 + 4 g in the upper halves. The words after these four have the upper bits: those of
+//               k = 4 g .. 4 g + 3 are in word high_word(bits, g), from bit high_shift(bits, g) of each byte on.
 constexpr int high_word(int bits, int g) { return 4 + g * (bits - 4) / 8; }
 constexpr int high_shift(int bits, int g) { return g * (bits - 4) % 8; }
 

@@ -1,14 +1,15 @@
-// Rows of activations times one packed panel of weights, each output element summed in one fixed order over k.
+// The products of rows of activations with one packed panel of weights. Each output element is summed over k in one
+// fixed order.
 #pragma once
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 
 namespace tokenswift {
 namespace {
 
-// One row is bound by memory; its weights are asked for this far ahead, across the page borders at which the
-// hardware prefetcher stops.
+// How far ahead weights are prefetched. A pass of one row waits for memory, and the hardware prefetcher stops at the
+// borders of memory pages.
 constexpr uintptr_t prefetch_bytes = 4096;
 
 template <class Dot, int M>
@@ -23,7 +24,7 @@ void multiply_tile(const typename Dot::Weight* panel, int steps, const typename 
   each<M, V>([&](int i, int j) { Isa::store(out + i * out_stride + j * Isa::lanes, acc[i][j]); });
 }
 
-// What multiply() needs of a format: here one whose values are multiplied as they lie.
+// A format of weights for multiply(). Its values are multiplied as they lie in memory.
 template <class Dot>
 struct Values {
   using Operand = typename Dot::Operand;

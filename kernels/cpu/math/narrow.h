@@ -1,19 +1,21 @@
-// A page of bf16 as a copy of bytes (page_bytes.h). Magnitudes of bf16 are compared as bits, which have their order,
-// infinities and NaN above all.
+// How a page of bf16 becomes a copy of bytes (page_bytes.h). Magnitudes of bf16 are compared as bits. These have the
+// same order, with infinity and NaN above all numbers.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 #include <cstring>
 
-#include "math/bf16.h"
 #include "isa/kernels.h"
+#include "math/bf16.h"
+#include "math/half.h"
 
 namespace tokenswift {
 namespace {
 
-// How one token's key or value becomes int8, the largest magnitude 127. `divisor` is infinite where every quant is 0:
-// of values too small for a scale, and where one is infinite or NaN, and with it the scale.
+// How one token's key or value becomes int8. The largest magnitude becomes 127. `divisor` is infinite where every quant
+// is 0. This is so where the values are too small for a scale, and where one of them is infinite or NaN. In the latter
+// case the scale is not finite either.
 struct Quantum {
   float scale, divisor;
 };
@@ -24,19 +26,15 @@ inline Quantum quantum(float top) {
   return {scale < FLT_MIN ? 0.0f : scale, INFINITY};
 }
 
-// out[i] = the quant of x[i] by divisor[i]; n a multiple of 16. Adding 1.5 * 2^23 pushes the fraction out of the
-// mantissa.
+// out[i] = the quant of x[i] by divisor[i]. n: a multiple of 16.
 inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) {
   for (int i = 0; i < n; ++i) {
-    const float ratio = to_float(x[i]) / divisor[i] + 12582912.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &ratio, sizeof bits);
+    const uint32_t bits = float_bits(to_float(x[i]) / divisor[i] + rounding_bias);
     out[i] = divisor[i] == INFINITY ? int8_t(0) : int8_t(bits);
   }
 }
 
-// Two pairs become four: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, the highest bit of each turned over where
-// `turn` has it. a, b: [n][2].
+// Joins pairs to fours: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, exclusive or `turn`. a, b: [n][2].
 inline void join_pairs(const int8_t* a, const int8_t* b, int n, uint32_t turn, char* out) {
   for (int i = 0; i < n; ++i) {
     uint16_t pairs[2];
@@ -47,7 +45,7 @@ inline void join_pairs(const int8_t* a, const int8_t* b, int n, uint32_t turn, c
   }
 }
 
-// A pair of tokens' values, [head_dim][2], as quants; writes their scales.
+// Makes quants of the values of two tokens, [head_dim][2], and writes the tokens' scales.
 inline void narrow_values(const uint16_t* both, int head_dim, int8_t* quants, float* scales) {
   constexpr int part = 32;
   uint16_t largest[part] = {};
@@ -68,9 +66,9 @@ inline void narrow_values(const uint16_t* both, int head_dim, int8_t* quants, fl
   for (int i = 0; i < 2 * head_dim; i += part) narrow(both + i, divisor, part, quants + i);
 }
 
-// block: keys [head_dim / 2][64][2], values [32][head_dim][2].
+// Makes the copy of a block. block: keys [head_dim / 2][64][2], then values [32][head_dim][2].
 inline void copy_page(const char* block, int head_dim, char* out) {
-  constexpr int width = 2 * page_size;  // of two dimensions of all keys
+  constexpr int width = 2 * page_size;  // two dimensions of all keys
   const auto* keys = reinterpret_cast<const uint16_t*>(block);
   const uint16_t* values = keys + page_size * head_dim;
   auto* scales = reinterpret_cast<float*>(out + 2 * page_size * head_dim);
@@ -92,7 +90,7 @@ inline void copy_page(const char* block, int head_dim, char* out) {
   for (int d = 0; d < head_dim / 2; d += 2, out += 2 * width) {
     narrow(keys + d * width, divisor, width, first);
     narrow(keys + (d + 1) * width, divisor, width, second);
-    join_pairs(first, second, page_size, 0x80808080u, out);  // 128 more
+    join_pairs(first, second, page_size, 0x80808080u, out);  // adds 128 to each
   }
   for (int token = 0; token < page_size; token += 4, out += 4 * head_dim, values += 4 * head_dim) {
     narrow_values(values, head_dim, first, scales + page_size + token);

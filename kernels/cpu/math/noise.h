@@ -1,5 +1,5 @@
-// Noise that belongs to a position: the specification of tokenswift_py/noise.py, bit for bit. All products and sums
-// are rounded one by one (the build forbids contraction).
+// Noise that belongs to a position. It follows the specification of tokenswift_py/sampling/noise.py bit for bit. All
+// products and sums are rounded one by one, because the build forbids contraction.
 #pragma once
 
 #include <array>
@@ -23,7 +23,8 @@ inline std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
 constexpr double ln2 = 0.6931471805599453;
 constexpr double sqrt_half = 0.7071067811865476;
 
-// Of positive normal doubles: x = 2^e m, s = (m - 1) / (m + 1), e ln 2 + 2 s (1 + s^2/3 + ... + s^20/21).
+// Returns ln x of a positive normal double as e ln 2 + 2 s (1 + s^2/3 + ... + s^20/21), where x = 2^e m and
+// s = (m - 1) / (m + 1).
 inline double log_polynomial(double x) {
   int e;
   double m = std::frexp(x, &e);
@@ -37,7 +38,8 @@ inline double log_polynomial(double x) {
   return e * ln2 + (s + s) * series;
 }
 
-// Of doubles in [-700, 700]: n = rint(x / ln 2), r = x - n ln 2, 2^n (1 + r + ... + r^13 / 13!).
+// Returns e^x of a double in [-700, 700] as 2^n (1 + r + ... + r^13 / 13!), where n = rint(x / ln 2) and
+// r = x - n ln 2.
 inline double exp_polynomial(double x) {
   static const std::array<double, 14> reciprocals = [] {
     std::array<double, 14> values{1.0};

@@ -1,21 +1,23 @@
 // Some queries meet one page: scores, online softmax, weighted values.
 //
-// What is computed for a query does not depend on the queries beside it, and a page none of whose lanes it sees
-// leaves its state as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, every weight exactly 0.
+// A query's result does not depend on the queries beside it. A page none of whose lanes a query sees leaves its state
+// as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, and every weight is exactly 0.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 #include "math/rowwise.h"
 
 namespace tokenswift {
 namespace {
 
-// S is what lies in memory (see Pool): what Dot multiplies with, or int8 quants, which become just that on the way.
-// Their scales multiply the scores, and the weights before they meet the values. `copied` reads a widened copy instead:
-// the same bits, cheaper where many queries share it.
+// A page whose elements are of type S in memory (see Pool): the type that Dot multiplies with, or int8 quants, which
+// are widened to it when they are read. The quants' scales multiply the scores, and multiply the weights before these
+// meet the values. `copied` reads a widened copy instead. It has the same bits, and is cheaper where many queries share
+// it.
 template <class D, class S = typename D::Weight, bool copied = false>
 struct PageOf {
   using Dot = D;
@@ -41,19 +43,20 @@ struct PageOf {
     for (int j = 0; j < page_size / Isa::lanes; ++j) Dot::round(s[j], out + j * Isa::lanes);
   }
 
-  // Whether widening costs enough to be done once for all tiles: where two products a lane leave it little company.
+  // Whether quants are widened once for all tiles. It pays where an instruction computes two products a lane, for then
+  // there is little other work to hide the widening.
   static constexpr bool worth_copying = scaled && !copied && sizeof(Operand) == 2;
   static constexpr int bytes_a_step = Dot::step * sizeof(S);
 };
 
 constexpr int score_vectors = page_size / Isa::lanes;  // vectors that hold a score for every lane of a page
-constexpr float hidden_score = -3e38f;                 // stays below no_maximum when scaled, and finite
+constexpr float hidden_score = -3e38f;                 // stays finite and below no_maximum when scaled
 
 inline __attribute__((always_inline)) void multiply(Vec (&s)[score_vectors], const float* scales) {
   for (int j = 0; j < score_vectors; ++j) s[j] = Isa::mul(s[j], Isa::load(scales + j * Isa::lanes));
 }
 
-// A query's scores become its weights; updates its maximum and sums, writes the weights rounded, and returns the
+// Turns a query's scores into its weights. Updates its maximum and sums, writes the weights rounded, and returns the
 // factor by which everything accumulated so far has to be scaled.
 template <class Page>
 inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors],
@@ -70,7 +73,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[j]);
   const Vec scale = Isa::splat(visit.scale);
   Vec now = Isa::splat(*maximum), rescale = Isa::splat(1.0f);
-  if (Isa::any_greater(Isa::mul(top, scale), now)) {  // seldom behind a split's first pages
+  if (Isa::any_greater(Isa::mul(top, scale), now)) {  // seldom after a split's first pages
     const Vec old = now;
     now = Isa::max(old, Isa::mul(Isa::max_across(top), scale));
     rescale = exp2(Isa::sub(old, now));
@@ -78,7 +81,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   }
   const Vec offset = Isa::sub(Isa::zero(), now);
   for (int j = 0; j < score_vectors; ++j) s[j] = exp2<Page::precision>(Isa::fma(s[j], scale, offset));
-  // Sum i of the 16 holds the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
+  // Sum i of the 16 has the weights of lanes i, i + 16, i + 32 and i + 48 of every page.
   constexpr int parts = sums_width / Isa::lanes;
   Vec page_sum = Isa::zero();
   for (int part = 0; part < parts; ++part) {
@@ -96,13 +99,13 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   return rescale;
 }
 
-// The next page is asked for while this one is computed with. A visit of one tile asks for all of it; one of several
-// spreads it over them, a part each: else it would wait for memory in the first tile and leave memory idle in the
-// others. parts: 1, or up to a line a step.
+// The number of lines of the next page that are prefetched in a step, while this page is computed with. A visit of one
+// tile asks for the whole page. A visit of several tiles asks for a part in each, or else it would wait for memory in
+// the first tile and leave memory idle in the others. parts: 1, or more as long as a step still asks for a line.
 template <class Page, int V, int parts>
 constexpr int lines_ahead = V * Isa::lanes * Page::bytes_a_step / line_bytes / parts;
 
-// Where the part of the next page's keys (`half` 0) or values (1) begins that a query's tile asks for.
+// Returns where the part of the next page's keys (`half` 0) or values (1) begins that a query's tile asks for.
 template <class Page, int parts>
 uintptr_t part_ahead(const PageVisit& visit, int half, int query) {
   const size_t bytes = Page::half_bytes(visit);
@@ -126,7 +129,7 @@ inline __attribute__((always_inline)) void score(const PageVisit& visit, int que
   }
 }
 
-// V vectors of the values' columns from `column` on.
+// Adds the weighted values to the states, in V vectors of columns from `column` on.
 template <class Page, int M, int V, int parts>
 inline __attribute__((always_inline)) void add_values(const PageVisit& visit, int query, int column,
                                                       const typename Page::Operand* weights, const Vec (&rescale)[M],

@@ -1,11 +1,12 @@
-// Some queries meet a page of bytes, which only drafts read: what is rounded here may be wrong, but does not depend on
-// the queries beside it either.
+// Some queries meet a page of bytes. Only drafts read such pages, so that rounding here may be coarse. But a query's
+// result does not depend on the queries beside it here either.
 //
 //   keys    [head_dim / 4][64][4]    unsigned bytes: quant + 128
-//   values  [16][head_dim][4]        of four tokens each, signed
+//   values  [16][head_dim][4]        signed bytes of four tokens
 //   scales  [64] of keys, [64] of values, fp32
 //
-// Queries are rounded as activations are (quant.h), weights to unsigned bytes, one scale a query and page.
+// Queries are rounded as activations are (quant.h). Weights are rounded to unsigned bytes, with one scale for each
+// query and page.
 #pragma once
 
 #include "math/page.h"
@@ -22,7 +23,7 @@ struct BytePage {
   static constexpr bool scaled = true;
   static constexpr Precision precision = Precision::short_;
   static constexpr int zero = 128;  // the byte of a key that stands for 0
-  static constexpr int rows = 3;    // of a tile: two sums of each beside the bytes
+  static constexpr int rows = 3;    // rows of a tile: registers hold two sums of each beside the bytes
 
   static size_t half_bytes(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
   static const uint8_t* keys(const PageVisit& visit) { return reinterpret_cast<const uint8_t*>(visit.block); }
@@ -34,7 +35,7 @@ struct BytePage {
 
   static int query_blocks(const PageVisit& visit) { return (visit.head_dim + block_size - 1) / block_size; }
 
-  // Weights that are no number, by a value's scale that is none, count nothing.
+  // Rounds a query's weights. A weight that is NaN, because a value's scale is, counts as zero.
   static void round(Vec (&s)[page_size / Isa::lanes], Weights& out) {
     Vec top = Isa::zero();
     for (Vec& weights : s) {
@@ -50,7 +51,7 @@ struct BytePage {
   }
 };
 
-// The products of four bytes of keys with a query's, and of values with weights: an unsigned byte with a signed one.
+// The products of bytes of keys with a query, and of values with weights. Each has an unsigned and a signed factor.
 struct KeyProducts {
   static Isa::Unsigned columns(Isa::Bytes bytes) { return Isa::unsigned_bytes(bytes); }
   static Isa::Signed factors(const int8_t* four) { return Isa::signed_bytes(Isa::repeat(four)); }
@@ -66,10 +67,10 @@ struct ValueProducts {
   }
 };
 
-// sums[i][j] += the products of four bytes of vector j of the columns with the four factors of row i, for `steps`
-// fours. The first tile asks for the next page: in each step for half of what it reads, whole lines of it, and for the
-// rest between scores and values. Asked for at once it would be more than a core can wait for, and memory would rest
-// while weights are computed.
+// sums[i][j] += the products of the bytes of vector j of the columns with the factors of row i, four in each of `steps`
+// steps. The first tile prefetches the next page. Each step asks for half as many bytes as it reads, in whole lines,
+// and the rest is asked for between scores and values. A core cannot wait for all lines at once, and memory would be
+// idle while weights are computed.
 constexpr int lines_a_step(int vectors) { return vectors * Isa::lanes * 4 / line_bytes / 2; }
 
 template <class Products, bool first, int M, int V, class FactorsOf>
@@ -119,7 +120,7 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
   }
 }
 
-// V vectors of the values' columns from `column` on.
+// Adds the weighted values to the states, in V vectors of columns from `column` on.
 template <int M, int V, bool first>
 inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visit, int query, int column,
                                                            const BytePage::Weights (&weights)[M],
@@ -138,7 +139,7 @@ inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visi
   });
 }
 
-// Lines of a page that no step asks for.
+// Returns how many lines of a page no step asks for.
 inline int lines_between(int head_dim) {
   constexpr int V = Isa::page_vectors, width = V * Isa::lanes;
   const int keys = head_dim / 4 * (score_vectors / V) * lines_a_step(V);

@@ -1,14 +1,15 @@
-// Activations that meet weights in blocks (formats.h), and weights rounded to blocks.
+// How activations are rounded that meet weights in blocks (formats.h), and how weights are rounded to blocks.
 //
-// Activations are rounded in blocks of 32 too: x[k] = scale * quant[k]. A block's sum over k is one of whole numbers
-// and exact, so only the order of the blocks is left to fix: ascending, with fused multiply-adds in fp32,
+// Activations are rounded in blocks of 32 too: x[k] = scale * quant[k]. The sum over a block's k is a sum of whole
+// numbers, which is exact. So only the order of the blocks has to be fixed. It is ascending, with fused multiply-adds
+// in fp32:
 //
 //   without a minimum   acc = fma((d * s) * scale, sum((q - zero) * quant), acc)
 //   with m              acc = fma(m, scale * sum(quant), fma(d * scale, sum(q * quant), acc))
 //   with dmin and t     acc = fma(-dmin * t, scale * sum(quant), fma((d * s) * scale, sum(q * quant), acc))
 //
-// where s is 1 in formats without it. Where each 16 weights have their own s, they are summed alone: first those of
-// k = 0 .. 15, then the others. So every ISA that fuses has the same bits.
+// Here s is 1 in formats that have none. Where each 16 weights have an s, the formula is applied to k = 0 .. 15 first,
+// then to the others. So every ISA that fuses multiply-adds has the same bits.
 #pragma once
 
 #include <cstddef>
@@ -20,22 +21,19 @@
 
 namespace tokenswift {
 
-// 32 activations. Two bytes a value, so that rows of them are laid out as those of bf16.
+// A block of 32 activations. It takes two bytes a value, so that its rows are as long as rows of bf16.
 struct alignas(64) ActivationBlock {
   float scale;        // max |x| / 127
   float scaled_sum;   // scale * sum
-  int32_t sum;        // of the quants
-  int32_t first_sum;  // of the first 16
+  int32_t sum;        // sum of the quants
+  int32_t first_sum;  // sum of the first 16 quants
   int8_t quants[block_size];
 };
 constexpr int activation_bytes = sizeof(ActivationBlock) / block_size;
 
-namespace {  // a copy for each translation unit: see vec_avx512.h
+namespace {  // a copy for each translation unit: see isa/vec.h
 
-// To the nearest whole number, ties to even, for |x| < 2^22; some other one beyond.
-inline int32_t nearest_whole(float x) { return int32_t(float_bits(x + 12582912.0f) - float_bits(12582912.0f)); }
-
-// The largest magnitude; NaN if there is one.
+// Returns the largest magnitude of 32 values, or NaN if one of them is NaN.
 inline float largest(const float* x) {
   uint32_t top = 0;
   for (int i = 0; i < block_size; ++i) {
@@ -45,7 +43,8 @@ inline float largest(const float* x) {
   return float_of_bits(top);
 }
 
-// x: [n], zero behind. What is not finite makes the scale so, and with it every product.
+// Rounds n activations to blocks. The last block is filled with zeros. Where a value is not finite, the scale is not
+// finite either, nor is any product with it.
 inline void quantise_row(const float* x, int n, ActivationBlock* out) {
   for (; n > 0; n -= block_size, x += block_size, ++out) {
     float block[block_size] = {};
@@ -62,7 +61,8 @@ inline void quantise_row(const float* x, int n, ActivationBlock* out) {
   }
 }
 
-// 32 weights as a row's q8 block: the scale is rounded first, so that the quants make up for what it lost.
+// Rounds 32 weights to a stored q8 block. The scale is rounded before the quants are computed, so that these correct
+// its rounding error.
 inline void quantise_weights(const float* w, char* out) {
   const uint16_t half = float_to_half(largest(w) / 127.0f);
   const float d = half_to_float(half), inverse = d > 0 ? 1.0f / d : 0.0f;
@@ -74,8 +74,8 @@ inline void quantise_weights(const float* w, char* out) {
   }
 }
 
-// 32 weights as a row's q4 block: from the least to the greatest in 15 steps, which finds the quants again of weights
-// that came from such blocks.
+// Rounds 32 weights to a stored q4 block, in 15 steps from the least to the greatest. This finds the same quants again
+// for weights that came from such a block.
 inline void quantise_to_four_bits(const float* w, char* out) {
   float least = w[0], greatest = w[0];
   for (int i = 1; i < block_size; ++i) {
@@ -93,7 +93,7 @@ inline void quantise_to_four_bits(const float* w, char* out) {
   for (int i = 0; i < block_size / 2; ++i) out[4 + i] = char(quants[i] | quants[i + block_size / 2] << 4);
 }
 
-// What such a block stands for.
+// Computes the weights of a q4 block.
 inline void widen_four_bits(const char* block, float* w) {
   uint16_t halves[2];
   std::memcpy(halves, block, sizeof halves);

@@ -1,16 +1,17 @@
-// Everything that is computed row by row: exponentials, norms, activations, merging of softmax states.
+// The functions that are computed row by row: exponentials, norms, activations, merging of softmax states.
 #pragma once
 
 #include <cmath>
 
-#include "math/dot.h"
 #include "isa/kernels.h"
+#include "math/dot.h"
 
 namespace tokenswift {
 namespace {
 
-// 2^t for finite t <= 127, exactly 1 at 0 and exactly 0 far below -127. Polynomials: minimax for 2^f over f in
-// [-1/2, 1/2] with constant term 1; the short one is for what is rounded to bf16's 8 bits afterwards.
+// Returns 2^t for finite t <= 127. It is exactly 1 at 0 and exactly 0 far below -127. The polynomials are minimax for
+// 2^f over f in [-1/2, 1/2] with constant term 1. The short one is for results that are rounded to bf16's 8 bits
+// afterwards.
 enum class Precision { full, short_ };  // relative error 1e-7, 1e-4
 
 template <Precision precision = Precision::full>
@@ -51,9 +52,9 @@ inline void swiglu(const float* gate, const float* up, int n, float* out) {
   }
 }
 
-// x (1 + tanh u) / 2 is x / (1 + exp(-2 u)); u = sqrt(2 / pi) (x + 0.044715 x^3).
+// Computes gelu(x) = x (1 + tanh u) / 2 as x / (1 + exp(-2 u)), where u = sqrt(2 / pi) (x + 0.044715 x^3).
 inline void geglu(const float* gate, const float* up, int n, float* out) {
-  const Vec linear = Isa::splat(-2.3022082f), cubic = Isa::splat(-0.10294324f);  // of -2 u log2(e)
+  const Vec linear = Isa::splat(-2.3022082f), cubic = Isa::splat(-0.10294324f);  // coefficients of -2 u log2(e)
   const Vec one = Isa::splat(1.0f), top = Isa::splat(127.0f), bottom = Isa::splat(-200.0f);
   for (int i = 0; i < n; i += Isa::lanes) {
     const Vec x = Isa::load(gate + i);
@@ -78,7 +79,7 @@ inline void softmax(const float* x, int n, float* out) {
   for (int i = 0; i < padded; i += Isa::lanes) Isa::store(out + i, Isa::div(Isa::load(out + i), total));
 }
 
-// Products and sums stay apart, so that every ISA gives the same bits.
+// Rotates without fused multiply-adds, so that every ISA gives the same bits.
 inline void rotate(const float* x, const float* cos, const float* sin, int half, float* out) {
   int i = 0;
   for (; i + Isa::lanes <= half; i += Isa::lanes) {
@@ -94,7 +95,7 @@ inline void rotate(const float* x, const float* cos, const float* sin, int half,
   }
 }
 
-// Merging with a state that has seen nothing leaves the other one's bits as they are.
+// Merges `part` into `state`. Where one of them has seen nothing, the other's bits stay as they are.
 inline void merge(float* state, const float* part, int head_dim) {
   const int at = state_maximum(head_dim);
   const Vec old = Isa::splat(state[at]), other = Isa::splat(part[at]);
@@ -117,7 +118,7 @@ inline void normalise(const float* state, int head_dim, float* out) {
   for (int i = 0; i < head_dim; i += Isa::lanes) Isa::store(out + i, Isa::div(Isa::load(state + i), total));
 }
 
-// The buffers are padded to whole vectors.
+// Adds each page's share of the softmax to `out`. The buffers are padded to whole vectors.
 inline void add_mass(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                      float* out) {
   const Vec top = Isa::splat(state[state_maximum(head_dim)]);
