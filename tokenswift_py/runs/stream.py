@@ -85,14 +85,14 @@ class Stream:
             self.after = step
         self.recorded, self._cold = len(tokens), bool(tokens)
 
-    def catch_up(self, progress: Callable[[int], None] | None = None) -> None:
+    def catch_up(self, progress: Callable[[int], object] = int) -> None:
         """Computes the KV of a replayed text now rather than with the first piece.
 
         progress: function that gets the number of rows of each pass.
         """
         if self._cold and self.ending == "interrupted":
             self._cold = False
-            self._restore(progress or (lambda rows: None))
+            self._restore(progress)
             compute(self.loop.catch_up(progress))
 
     def record(self, journal: Journal, kv_snapshot: bool) -> None:
