@@ -20,12 +20,14 @@ from servers import Running, braked, running, until
 from tokenswift_py import TokenSwift
 from tokenswift_py.cli.main import main
 from tokenswift_py.errors import UserError
+from tokenswift_py.quality import window_perplexity
 from tokenswift_py.runs.journal import Journal
 from tokenswift_py.serving.engine import Busy, Engine
 from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.pace import CURVE_POINTS, Pace
 from tokenswift_py.serving.jobs.page import contents
+from tokenswift_py.text import special_ids
 
 CONTEXT = 8192
 ENDLESS = {"ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}  # ends by length alone
@@ -53,7 +55,7 @@ def jobs(engine: Engine, tmp_path: Path) -> Iterator[Jobs]:
 
 
 def over(job: Job, state: str = "finished") -> Job:
-    until(lambda: job.over and job.auditing is None)
+    until(lambda: job.over and not job.examined)
     assert (job.state, job.kept.error) == (state, None)
     return job
 
@@ -168,8 +170,7 @@ def test_a_cancelled_job_resumes_to_the_same_bytes(jobs: Jobs, long_swift: Token
     over(jobs.cancel(job.id), "cancelled")
     part = job.written()
     assert 0 < job.pace.tokens < 600
-    file = (job.folder / "text.txt").read_bytes().decode()
-    assert file.startswith(part) and set(file[len(part) :]) <= {"\ufffd"}  # of a character some bytes are still to come
+    assert (job.folder / "text.txt").read_bytes() == part.encode()
     over(jobs.resume(job.id))
     wanted = alone(long_swift, job, **settings).text
     assert job.written() == wanted
@@ -224,10 +225,41 @@ def test_an_audit_finds_a_changed_text(jobs: Jobs) -> None:
     assert job.kept.audit["ar_seconds"] > 0
 
 
-def test_what_is_being_written_is_not_audited(jobs: Jobs) -> None:
+def test_what_is_being_written_is_neither_audited_nor_read(jobs: Jobs) -> None:
     job = begun(jobs.create("the cat", **LONG))
-    with pytest.raises(WrongState, match="running"):
-        jobs.audit(job.id)
+    for what in (jobs.audit, jobs.read):
+        with pytest.raises(WrongState, match="running"):
+            what(job.id)
+
+
+def test_the_windows_of_a_job_are_read_beside_another(
+    jobs: Jobs, long_swift: TokenSwift, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of `tokenswift_py.quality` over the same tokens, and are kept."""
+    monkeypatch.setattr("tokenswift_py.quality.WINDOW", 100)
+    job = over(jobs.create("the cat", **{**ENDLESS, "max_new_tokens": 270}))
+    beside = begun(jobs.create("the dog", **LONG))
+    over(jobs.read(job.id))
+    assert not beside.over
+    found = job.status()["quality"]
+    chosen = np.load(job.folder / "tokens.npy").tolist()
+    wanted = window_perplexity(long_swift, chosen)
+    assert {name: found[name] for name in wanted.summary()} == wanted.summary()
+    assert [window["perplexity"] for window in found["per_window"]] == [
+        pytest.approx(reading.perplexity, rel=1e-4) for reading in wanted.readings
+    ]
+    text = [place for place, token in enumerate(chosen) if token not in special_ids(long_swift.tokenizer)]
+    places = [(window["start"], window["stop"]) for window in found["per_window"]]
+    assert places == [(text[start], text[start + 99] + 1) for start in range(0, len(text) - 99, 100)]
+    assert len(places) == 2
+    assert Job.read(job.folder).kept.quality == found
+
+
+def test_a_text_too_short_to_be_read_has_no_windows(jobs: Jobs) -> None:
+    job = over(jobs.create("the cat", **{**ENDLESS, "max_new_tokens": 2}))
+    over(jobs.read(job.id))
+    assert job.kept.quality is not None
+    assert (job.kept.quality["windows"], job.kept.quality["per_window"]) == (0, [])
 
 
 def test_the_status_of_a_text_that_comes(jobs: Jobs) -> None:
@@ -405,6 +437,8 @@ def test_a_job_over_http(client: httpx.Client, long_swift: TokenSwift) -> None:
     assert client.get(f"/v1/jobs/{job['id']}/files/report.json").json()["seed"] == job["seed"]
     assert client.post(f"/v1/jobs/{job['id']}/audit", json={"sample": 1}).status_code == 202
     assert list(events(client, job["id"]))[-1][2]["audit"]["conclusion"].startswith("PROVEN")
+    assert client.post(f"/v1/jobs/{job['id']}/quality").status_code == 202
+    assert list(events(client, job["id"]))[-1][2]["quality"]["windows"] == 1
     assert client.delete(f"/v1/jobs/{job['id']}").json()["deleted"] is True
     assert client.get(f"/v1/jobs/{job['id']}").status_code == 404
 

@@ -48,7 +48,7 @@ def jobs(server: Running) -> Iterator[Jobs]:
     yield server.service.jobs
     for job in server.service.jobs.list():
         server.service.jobs.cancel(job.id)
-        until(lambda job=job: job.over and job.auditing is None)
+        until(lambda job=job: job.over and not job.examined)
         server.service.jobs.delete(job.id)
 
 
@@ -169,6 +169,78 @@ def test_loops_are_marked_along_the_text(page: Any, jobs: Jobs) -> None:
     assert marks == pytest.approx([25, 100 * 10 / 300], abs=0.01)
 
 
+def reading(figures: list[float | None]) -> dict[str, Any]:
+    """What a job keeps of a reading: windows of 100 tokens with these perplexities, the last of which loops."""
+    windows = [
+        {"start": 100 * at, "stop": 100 * (at + 1), "perplexity": figure, "bits_per_byte": 1.25, "distinct_4": 0.875,
+         "looping": at == len(figures) - 1}
+        for at, figure in enumerate(figures)
+    ]  # fmt: skip
+    return {"median": 20.0, "worst": 81.0, "bits_per_byte_median": 1.25, "windows": len(windows), "window": 100,
+            "per_window": windows, "at": 1.0}  # fmt: skip
+
+
+@pytest.mark.browser
+def test_windows_are_read_and_marked_along_the_text(page: Any, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The button has the text read; the figures stand in words, and the worst window leads to its place."""
+    monkeypatch.setattr("tokenswift_py.quality.WINDOW", 200)
+    job = jobs.create("the cat", title="Read", **{**LONG, "max_new_tokens": 550})
+    until(lambda: job.over, 120)
+    open_job(page, "Read")
+    page.click("[data-do=quality]")
+    page.wait_for_selector("#reads:has-text('the median of 2 windows of 200 tokens')")
+    assert job.kept.quality is not None
+    first, second = job.kept.quality["per_window"]
+    worst = max((first, second), key=lambda window: window["perplexity"])
+    place = f"tokens {worst['start']:,} to {worst['stop']:,}"
+    assert f"The worst is {place}: {worst['perplexity']:.1f}." in page.inner_text("#reads")
+    marks = page.eval_on_selector_all("#windows div", "marks => marks.map(mark => parseFloat(mark.style.top))")
+    assert marks == pytest.approx([100 * window["start"] / job.pace.tokens for window in (first, second)], abs=0.01)
+    page.click("#worst")
+    assert place in page.inner_text("#window").lower()
+
+
+# The line of text at the top of its pane.
+TOP_LINE = """() => {
+    const pane = document.getElementById("text").getBoundingClientRect();
+    const { startContainer, startOffset } = document.caretRangeFromPoint(pane.left + 5, pane.top + 10);
+    const text = startContainer.data;
+    return text.slice(text.lastIndexOf("\\n", startOffset - 1) + 1).split("\\n")[0];
+}"""
+
+
+@pytest.mark.browser
+def test_marks_of_windows_say_their_figures(page: Any, jobs: Jobs) -> None:
+    job = jobs.create("the cat", title="Marks", **{**LONG, "max_new_tokens": 600})
+    until(lambda: job.over, 60)
+    job.kept.quality = reading([20.0, 8.0, 14.2, 28.2, 81.0, None])
+    (job.folder / "text.txt").write_text("".join(f"{line}: the cat sat on the mat\n" for line in range(2400)))
+    open_job(page, "Marks")
+    page.wait_for_selector("#windows:visible")
+    steps = page.eval_on_selector_all("#windows div", "marks => marks.map(mark => mark.className)")
+    assert steps == ["read-2", "read-0", "read-1", "read-3", "read-4", "read-4"]
+    colours = "marks => marks.map(mark => getComputedStyle(mark, '::after').backgroundColor)"
+    assert len(set(page.eval_on_selector_all("#windows div", colours))) == 5
+    assert "The worst is tokens 500 to 600: beyond measure." in page.inner_text("#reads")
+    words = "Tokens 100 to 200: perplexity 8.00, 1.25 bits a byte, 88 % of its groups of four tokens differ"
+    assert page.get_attribute("#windows div:nth-child(2)", "aria-label") == words
+    assert page.get_attribute("#windows div:nth-child(2)", "title") == words
+    assert page.get_attribute("#windows div:nth-child(6)", "title").endswith(", it loops")
+
+    page.focus("#text")
+    page.keyboard.press("Tab")
+    for key, at in (("ArrowDown", 2), ("End", 6), ("ArrowUp", 5), ("ArrowDown", 6), ("Home", 1), ("ArrowDown", 2)):
+        page.keyboard.press(key)
+        assert page.evaluate(f"document.activeElement.matches('#windows div:nth-child({at})')")
+    assert page.inner_text("#window") == words
+    assert page.eval_on_selector_all("#windows [aria-selected=true]", "marks => marks.length") == 1
+    page.keyboard.press("End")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(200)
+    line = int(page.evaluate(TOP_LINE).split(":")[0])
+    assert line == pytest.approx(2000, abs=80)  # five sixths of the text
+
+
 MARKUP = "<img src=x onerror='document.title = \"taken\"'><b>bold</b>\n&amp; " * 400
 
 
@@ -253,12 +325,14 @@ def test_every_width_and_scheme(browser: Any, server: Running, jobs: Jobs, schem
     """Nothing is wider than the screen, every control has a name and shows its focus, and all text can be read."""
     job = jobs.create("the cat", title="A" * 60, **{**LONG, "max_new_tokens": 100})
     until(lambda: job.over)
+    job.kept.quality = reading([20.0, 8.0, 81.0])
     for page in opened(browser, server, viewport={"width": width, "height": 700}, color_scheme=scheme):
         page.click("summary")
         for view in ("#write", "#job"):
             if view == "#job":
                 open_job(page, "AAA")
                 page.wait_for_selector("#state:has-text('Finished')")
+                page.click("#worst")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(NAMELESS) == []
             assert page.evaluate(CONTRAST) == []

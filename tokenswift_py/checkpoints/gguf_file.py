@@ -11,7 +11,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +109,19 @@ def gguf_in(folder: Path) -> Path | None:
     """
     if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
         return None
-    found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.glob("*.gguf") if path.is_file()):
-        named = PART.fullmatch(path.name)
-        found.setdefault(f"{named['stem']}-of-{named['count']}" if named else path.name, path)
-    names = ", ".join(path.name for path in found.values())
-    check(len(found) <= 1, "model", str(folder), f"it has several models; name one of {names}")
-    return next(iter(found.values()), None)
+    models = gguf_models(path.name for path in folder.glob("*.gguf") if path.is_file())
+    names = ", ".join(parts[0] for parts in models)
+    check(len(models) <= 1, "model", str(folder), f"it has several models; name one of {names}")
+    return folder / models[0][0] if models else None
+
+
+def gguf_models(names: Iterable[str]) -> list[list[str]]:
+    """Groups names of GGUF files by the model that they hold: a file alone, or the parts of a split one in order."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        part = PART.fullmatch(name)
+        found.setdefault(f"{part['stem']}-of-{part['count']}" if part else name, []).append(name)
+    return list(found.values())
 
 
 def read_header(path: Path) -> Header:

@@ -31,13 +31,13 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
     """
     from transformers import AutoConfig
 
-    there = locate(model)
+    there = locate(model) or from_hub(model, revision)
     file = None
-    if there is not None and there.is_file():
+    if there.is_file():
         with one_line(f"model: {there.name} is not a readable GGUF file"):
             file = open_gguf(there)
     check(file is not None or dtype != "gguf", "dtype", dtype, NO_BLOCKS)
-    folder = describe_gguf(file) if file else there or from_hub(model, revision)
+    folder = describe_gguf(file) if file else there
     check((folder / "config.json").is_file(), "model", model, "a folder needs config.json and *.safetensors")
     with one_line(f"model: {model}: config.json is not a readable config of {', '.join(FAMILIES)}"):
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -113,7 +113,8 @@ def model_flags(model: Any) -> None:
 
     model: the parser, or a group of its flags.
     """
-    model.add_argument("--model", default="smollm2-135m", help="smollm2-135m, a folder, a .gguf file or a hub id")
+    told = "smollm2-135m, a folder, a .gguf file or a hub id (owner/name, owner/name:Q4_K_M)"
+    model.add_argument("--model", default="smollm2-135m", help=told)
     model.add_argument("--revision", help="of a hub id")
     model.add_argument(
         "--dtype", default="bf16", help="of the weights: bf16, fp32, int8 or gguf (the blocks of a .gguf file)"

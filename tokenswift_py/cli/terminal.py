@@ -166,10 +166,13 @@ class Output:
             if not Path(self._file.name).exists():
                 Path(self._file.name).write_bytes(text.encode())
 
-    def end(self, text: str) -> None:
-        """What an interruption kept from standard output, and the end of the last line."""
+    def end(self, text: str, goes_on: bool) -> None:
+        """Writes what an interruption kept from standard output, and ends the last line.
+
+        goes_on: whether a resumed run may write the rest, which then follows in a file or a pipe byte for byte.
+        """
         sys.stdout.write(text[self.written :])
-        if sys.stdout.isatty() or not text.endswith("\n"):
+        if sys.stdout.isatty() or not (goes_on or text.endswith("\n")):
             sys.stdout.write("\n")
         sys.stdout.flush()
 

@@ -119,7 +119,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
             failures += attempted(save_logprobs, folder, stream.run.prompt, result)
         if failures:
             raise failures[0]
-        output.end(result.text)
+        output.end(result.text, goes_on=folder is not None and result.ending == "interrupted")
         interrupted |= result.ending == "interrupted"  # on other ranks, by rank 0
     try:
         if args.baseline and not interrupted:

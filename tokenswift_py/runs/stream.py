@@ -154,8 +154,11 @@ class Stream:
         self.close()
 
     def result(self) -> Result:
-        """Returns the text so far. Its `ending` is "interrupted" unless something ended it."""
-        text = self.text + (self._joiner.finish() if self._joiner else "")
+        """Returns the text so far. Its `ending` is "interrupted" unless something ended it.
+
+        The text of an interrupted run is what is certain: what a resumed run writes stands behind it, byte for byte.
+        """
+        text = self.text + self._rest()
         tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)
         fields = {"logprobs": None, **self.logprobs()}
         result = Result(text, tokens, forced, ending=self.ending, stats=stats, report={}, **fields)
@@ -225,7 +228,7 @@ class Stream:
         return Piece(step.tokens, forced, text, step.logprobs, step.top_logprobs)
 
     def finish(self) -> str:
-        """Closes the journal and the trace; the last characters of the text, which waited for more bytes."""
+        """Closes the journal and the trace. Returns the last characters of the text, which waited for more tokens."""
         try:
             if self.journal is not None:
                 self.journal.close()
@@ -234,10 +237,18 @@ class Stream:
                 self._trace.close()
         if self._joiner is None:
             return ""
-        rest = self._joiner.finish()
+        rest = self._rest()
         self._joiner = None
         self._text.append(rest)
         return rest
+
+    def _rest(self) -> str:
+        """Returns the end of an ended text that was held back.
+
+        Of an interrupted text that is nothing: the bytes of a character that is not whole would be told as U+FFFD, and
+        the beginning of a stop string as text, but a resumed run writes the character, or ends before the stop string.
+        """
+        return self._joiner.finish() if self._joiner and self.ending != "interrupted" else ""
 
     def _new_joiner(self) -> ChapterText | None:
         before = [*self.run.prompt, *self.tokens] if self.loaded.goes_on(self.run.options) else ()

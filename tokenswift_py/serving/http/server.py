@@ -29,6 +29,9 @@ from tokenswift_py.serving.http.tokens import TokenTexts
 from tokenswift_py.serving.jobs.jobs import Jobs
 from tokenswift_py.serving.jobs.routes import job_routes
 from tokenswift_py.serving.limits import Limits
+from tokenswift_py.serving.shapes import jobs as job_shapes
+from tokenswift_py.serving.shapes import texts as shapes
+from tokenswift_py.serving.shapes.document import described, install
 from tokenswift_py.version import __version__
 
 LEFT = 499  # the status of an answer that nobody waits for, as nginx logs it
@@ -86,6 +89,7 @@ class Service:
         self._routes()
         if jobs is not None:
             self.app.include_router(job_routes(jobs, self.limits))
+        install(self.app, *shapes.ALL, *(job_shapes.ALL if jobs is not None else ()))
 
     async def begin(self, model: str | None, body: Any, make: Callable[[Any], Asked]) -> tuple[Asked, Texts]:
         """Check a request and hand its texts to the engine."""
@@ -118,11 +122,11 @@ class Service:
 
     def _routes(self) -> None:
         app, errors = self.app, {**DESCRIBED, "default": {"model": ErrorBody}}
-        proven = ("system_fingerprint", "guarantee", "numerics", "context", "seed", "usage")
-        texts_of = described("id", "object", "created", "model", "choices", *proven, stream=True)
-        response_of = described("id", "object", "created_at", "model", "output", "status", *proven, stream=True)
+        chat_of = described(shapes.ChatCompletion, shapes.ChatCompletionChunk)
+        text_of = described(shapes.Completion, shapes.CompletionChunk)
+        response_of = described(shapes.WholeResponse, shapes.ResponseEvent)
 
-        @app.post("/v1/chat/completions", responses={**errors, 200: texts_of}, response_class=Json)
+        @app.post("/v1/chat/completions", responses={**errors, 200: chat_of}, response_class=Json)
         async def chat(body: protocol.ChatRequest, request: Request) -> Response:
             """An answer to a conversation, whole or as a stream."""
             asked, texts = await self.begin(body.model, body, self.server.chat)
@@ -131,7 +135,7 @@ class Service:
                 return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
-        @app.post("/v1/completions", responses={**errors, 200: texts_of}, response_class=Json)
+        @app.post("/v1/completions", responses={**errors, 200: text_of}, response_class=Json)
         async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
             """What goes on from a text, whole or as a stream: no chat template."""
             asked, texts = await self.begin(body.model, body, self.server.completion)
@@ -150,32 +154,32 @@ class Service:
                 return Events(answer.events(texts), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
-        @app.get("/v1/models", responses={200: described("object", "data")}, response_class=Json)
+        @app.get("/v1/models", responses={**errors, 200: described(shapes.ModelList)}, response_class=Json)
         async def models() -> Response:
             """The model that this server has."""
             return Json({"object": "list", "data": [self.model()]})
 
-        @app.get("/v1/models/{model:path}", responses={404: errors[404]}, response_class=Json)
+        @app.get("/v1/models/{model:path}", responses={**errors, 200: described(shapes.ModelCard)}, response_class=Json)
         async def model(model: str) -> Response:
             self.check_model(model)
             return Json(self.model())
 
-        tokenized = described("tokens", "count", "max_model_len")
-
-        @app.post("/tokenize", responses={**errors, 200: tokenized}, response_class=Json)
+        @app.post("/tokenize", responses={**errors, 200: described(shapes.Tokenized)}, response_class=Json)
         async def tokenize(body: protocol.TokenizeRequest) -> Response:
             """Token ids of a text, or of messages as the chat template has them."""
             self.check_model(body.model)
             found = await run_in_threadpool(self.server.tokenized, body.prompt, body.messages, body.add_special_tokens)
             return Json({"tokens": found, "count": len(found), "max_model_len": self.engine.context})
 
-        @app.post("/detokenize", responses={**errors, 200: described("prompt")}, response_class=Json)
+        @app.post("/detokenize", responses={**errors, 200: described(shapes.Detokenized)}, response_class=Json)
         async def detokenize(body: protocol.DetokenizeRequest) -> Response:
             """The text of token ids, special ones included."""
             self.check_model(body.model)
             return Json({"prompt": await run_in_threadpool(self.server.detokenized, body.tokens)})
 
-        @app.get("/health", responses={503: errors[503]}, response_class=Json)
+        well, stopping = described(shapes.Health), described(shapes.Health, told="the server is stopping")
+
+        @app.get("/health", responses={200: well, 503: stopping}, response_class=Json)
         async def health() -> Response:
             """200 while new texts are taken. It needs no key."""
             return Json({"status": "stopping" if self.draining else "ok"}, 503 if self.draining else 200)
@@ -184,14 +188,6 @@ class Service:
         async def metrics() -> Response:
             """For Prometheus, under vLLM's names."""
             return Response(self.metrics.text(), media_type=PROMETHEUS)
-
-
-def described(*names: str, stream: bool = False) -> dict[str, Any]:
-    """An answer for the OpenAPI document. names: of its fields. stream: it may also come as server-sent events."""
-    answer = {"schema": {"type": "object", "required": list(names), "properties": {name: {} for name in names}}}
-    event = {"type": "object", "required": ["data"], "properties": {"event": {}, "data": {"type": "string"}}}
-    events = {"text/event-stream": {"schema": event}} if stream else {}
-    return {"description": "the answer", "content": {"application/json": answer, **events}}
 
 
 def wants_usage(body: Any) -> bool:

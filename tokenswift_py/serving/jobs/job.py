@@ -41,10 +41,9 @@ class Kept:
     asked:    the request in its own words, to be shown.
     state:    open, which a server that starts goes on with; finished, cancelled or failed.
     tokens:   tokens the model chose, at the end.
-    characters: of the text that is certain. Where it was interrupted in the middle of a character, its file has a mark
-              of that behind them, which is no part of the text that goes on.
+    characters: of the text.
     curve, figures: see `Pace`. loops: see `report.json`.
-    audit:    the findings of the latest audit.
+    audit:    the findings of the latest audit. quality: how the text's windows read, see `reading.read_windows`.
     """
 
     created: float
@@ -63,6 +62,7 @@ class Kept:
     loops: list[dict[str, int]] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     version: int = VERSION
 
 
@@ -71,7 +71,7 @@ class Job:
 
     state:  one of STATES. wanted: tokens that the text may have at most.
     text:   what writes it, while it is in the engine. cancelled: whether it shall end.
-    auditing: the share of the text that an audit has checked, None where none runs.
+    auditing: the share of the text that an audit has checked, None where none runs. reading: the same of a reading.
     """
 
     def __init__(self, folder: Path, kept: Kept):
@@ -80,6 +80,7 @@ class Job:
         self.text: Text | None = None
         self.cancelled = False
         self.auditing: float | None = None
+        self.reading: float | None = None
         self.pace = Pace(kept.tokens)
         self.pace.curve = list(kept.curve)
         self._written: str | None = None  # the text so far, while it is in the engine
@@ -138,6 +139,11 @@ class Job:
         """Whether nothing more comes unless somebody resumes it."""
         return self.state not in ("waiting", "running")
 
+    @property
+    def examined(self) -> bool:
+        """Whether an audit or a reading runs, or waits for its turn."""
+        return self.auditing is not None or self.reading is not None
+
     # The text
 
     def follow(self, text: Text) -> None:
@@ -169,10 +175,9 @@ class Job:
                     self._written, self._parts = self._written + "".join(self._parts), []
                 return self._written
         try:
-            text = (self.folder / "text.txt").read_bytes().decode()
+            return (self.folder / "text.txt").read_bytes().decode()
         except FileNotFoundError:
             return ""
-        return text[: self.kept.characters] if self.kept.ending == "interrupted" else text
 
     @property
     def characters(self) -> int:
@@ -197,8 +202,8 @@ class Job:
         """What is told of a job."""
         kept, text = self.kept, self.text
         loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
-        more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "files": self.files()}
-        return {**self.brief(), **more}
+        more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "quality": kept.quality}
+        return {**self.brief(), **more, "files": self.files()}
 
     def brief(self) -> dict[str, Any]:
         """The same in a list of many."""
@@ -211,6 +216,7 @@ class Job:
             "priority": kept.priority, "state": self.state, "ending": kept.ending if self.over else None,
             "error": kept.error, "tokens": tokens, "characters": self.characters, "max_tokens": self.wanted,
             "percent": round(100 * tokens / self.wanted, 2), **figures, "auditing": self.auditing,
+            "reading": self.reading,
         }  # fmt: skip
 
     def files(self) -> list[str]:

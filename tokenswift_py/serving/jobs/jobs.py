@@ -10,19 +10,17 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from tokenswift_py.errors import UserError, check, files
-from tokenswift_py.runs import journal
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens, sync_folder
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.serving.engine import Busy, Engine
+from tokenswift_py.serving.jobs.examiner import Examiner
 from tokenswift_py.serving.jobs.job import GONE, ID, OPEN, Job, Kept, kept_jobs, titled, told
-from tokenswift_py.serving.jobs.proof import audited
 from tokenswift_py.serving.texts import Text
 from tokenswift_py.text import Prompt
 
@@ -66,7 +64,7 @@ class Jobs:
         self._jobs = {job.id: job for job in kept_jobs(self.folder)}
         self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._closing = False
-        self._auditor = ThreadPoolExecutor(1, "tokenswift-audit")
+        self._examiner = Examiner(engine, self._lock)
         self._thread = threading.Thread(target=self._work, name="tokenswift-jobs", daemon=True)
         self._thread.start()
 
@@ -136,10 +134,7 @@ class Jobs:
         with self._lock:
             if job.state not in ("cancelled", "interrupted", "failed"):
                 raise WrongState(f"the job is {job.state}; what is cancelled, interrupted or failed can go on")
-            if job.auditing is not None:
-                raise WrongState("the job is being audited")
-            if self._closing:
-                raise Busy("the server is stopping")
+            self._check_free(job)
             job.kept.state, job.kept.error, job.kept.ended = OPEN, None, None
             job.save()
             job.state = "waiting"
@@ -153,26 +148,37 @@ class Jobs:
         Raises WrongState for a job whose text is being written, or that is being audited.
         """
         check(0 <= sample <= 1000, "sample", sample, "0 to 1000")
+        return self._examine(name, lambda job: self._examiner.audit(job, sample))
+
+    def read(self, name: str) -> Job:
+        """Begins to read a job's text, window by window (`tokenswift_py.quality`); the figures will be in its status.
+        Raises WrongState as `audit`."""
+        return self._examine(name, self._examiner.read)
+
+    def _examine(self, name: str, begin: Callable[[Job], None]) -> Job:
         job = self.get(name)
         with self._lock:
             if not job.over or not job.began:
-                raise WrongState(f"the job is {job.state}; a text that is over, and has begun, can be audited")
-            if job.auditing is not None:
-                raise WrongState("the job is being audited")
-            if self._closing:
-                raise Busy("the server is stopping")
-            job.auditing = 0.0
-        self._auditor.submit(self._audit, job, sample)
+                raise WrongState(f"the job is {job.state}; a text that is over, and has begun, can be audited and read")
+            self._check_free(job)
+            begin(job)
         return job
+
+    def _check_free(self, job: Job) -> None:
+        """Raises WrongState for a job that is examined, Busy while the server stops."""
+        if job.examined:
+            raise WrongState(f"the job is being {'audited' if job.reading is None else 'read'}")
+        if self._closing:
+            raise Busy("the server is stopping")
 
     def delete(self, name: str) -> None:
         """Removes a job and its files. Raises WrongState for one whose text is being written."""
         job = self.get(name)
         with self._lock:
-            if job.state == "running" or job.auditing is not None:
-                raise WrongState(
-                    f"the job is {'running: cancel it first' if job.auditing is None else 'being audited'}"
-                )
+            if job.state == "running":
+                raise WrongState("the job is running: cancel it first")
+            if job.examined:
+                raise WrongState("the job is being audited or read")
             job.leave("cancelled")
             del self._jobs[job.id]
             gone = job.folder.with_name(f"{GONE}{job.id}")
@@ -192,7 +198,7 @@ class Jobs:
                 elif job.text is not None:
                     job.text.cancel()
         self._todo.put(None)
-        self._auditor.shutdown(cancel_futures=True)
+        self._examiner.close()
         self._thread.join()
         self._lock_file.close()
 
@@ -284,7 +290,7 @@ class Jobs:
             error = error or failure
         kept.ended, kept.ending = round(time.time(), 3), result.ending
         kept.tokens = job.pace.tokens = len(result.chosen)
-        kept.characters = len(job.written() if result.ending == "interrupted" else result.text)
+        kept.characters = len(result.text)
         kept.curve, kept.loops = list(job.pace.curve), result.report["loops"]
         kept.figures = job.pace.summary(result.stats)
         if isinstance(error, (JournalError, OSError)):  # a full disk: it goes on when there is room
@@ -310,31 +316,3 @@ class Jobs:
             except OSError as failure:
                 logger.error("job %s: its state could not be kept: %s", job.id, failure)
             job.leave(state)
-
-    # In the auditor's thread
-
-    def _audit(self, job: Job, sample: int) -> None:
-        done, rows = 0, 1
-
-        def progress(count: int) -> None:
-            nonlocal done
-            done += count
-            if self._closing:
-                raise Busy("the server is stopping")
-            job.auditing = min(1.0, done / rows)
-            job.tell()
-
-        try:
-            rows = len(journal.read(job.folder).header["prompt"]) + job.pace.tokens
-            found = audited(self.engine, job.folder, sample, progress)
-        except Exception as error:  # it says nothing of the text
-            found = {"passed": None, "conclusion": f"the audit broke off and says nothing: {told(error)}"}
-        with self._lock:
-            if not self._closing:
-                job.kept.audit = {**found, "at": round(time.time(), 3)}
-                try:
-                    job.save()
-                except OSError as failure:
-                    logger.error("job %s: the audit could not be kept: %s", job.id, failure)
-            job.auditing = None
-        job.tell()

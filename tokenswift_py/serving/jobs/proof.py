@@ -9,6 +9,7 @@ from typing import Any
 from tokenswift_py.core import Model, Output
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.models.rope import RopeTables
+from tokenswift_py.runs import journal
 from tokenswift_py.runs.audit import audit, conclusion, strict
 from tokenswift_py.serving.engine import Engine
 
@@ -47,16 +48,31 @@ class BetweenExecutor:
         return self.made[-1]
 
 
-def audited(engine: Engine, folder: Path, sample: int, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Audits a run's folder; the findings as JSON has them. Raises what `audit` raises, and Busy while the engine
-    closes.
+def between_passes(engine: Engine) -> tuple[LoadedModel, BetweenExecutor]:
+    """Returns the model as a text alone has it, whose passes come between those of the engine's, and its executor."""
+    alone = engine.loaded.alone
+    executor = BetweenExecutor(alone.executor, engine)
+    return LoadedModel(alone.checkpoint, alone.tokenizer, executor, alone.origin), executor
 
+
+def audited(engine: Engine, folder: Path, sample: int, progress: Callable[[float], None]) -> dict[str, Any]:
+    """Audits a run's folder. Returns the findings as JSON has them. Raises what `audit` raises, and Busy while the
+    engine closes.
+
+    progress: function that gets the share of the text that is checked.
     `ar_seconds` is None where texts were written meanwhile: single steps that wait for others say nothing of plain
     decoding.
     """
-    alone = engine.loaded.alone
-    executor = BetweenExecutor(alone.executor, engine)
-    found = audit(LoadedModel(alone.checkpoint, alone.tokenizer, executor, alone.origin), folder, sample, progress)
+    loaded, executor = between_passes(engine)
+    record = journal.read(folder)
+    done, rows = 0, max(1, len(record.header["prompt"]) + len(record.tokens))
+
+    def checked(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done / rows)
+
+    found = audit(loaded, folder, sample, checked)
     if any(model.beside for model in executor.made):
         found.ar_seconds = None
     told: dict[str, Any] = strict({**found.to_dict(), "folder": folder.name, "conclusion": conclusion(found)})

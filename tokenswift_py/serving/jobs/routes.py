@@ -25,11 +25,14 @@ from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.page import page
 from tokenswift_py.serving.limits import Limits
+from tokenswift_py.serving.shapes import jobs as shapes
+from tokenswift_py.serving.shapes.document import described, stream_of
 from tokenswift_py.text import Prompt
 
 STATUS_SECONDS = 1.0  # between two statuses in a stream of events
 GATHER_SECONDS = 0.05  # in which pieces are gathered into one event
 TYPES = {"text.txt": "text/plain; charset=utf-8", "report.json": "application/json"}
+OTHER = "application/octet-stream"
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 Offset = Annotated[int, Query(ge=0, lt=2**53, description="characters of the text to leave out")]
@@ -72,6 +75,10 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
         409: {"model": ErrorBody, "description": "not in the state that the job is in"},
         "default": {"model": ErrorBody},
     }
+    job_of = described(shapes.JobWhole)
+    events_of = {"description": "the text as it comes", "content": stream_of(shapes.JobEvent)}
+    kinds = {kind.split(";")[0] for kind in (*TYPES.values(), OTHER)}
+    file_of = {"description": "the file", "content": {kind: {} for kind in sorted(kinds)}}
 
     def found(name: str) -> Job:
         try:
@@ -94,7 +101,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
     async def home() -> Response:
         return page()
 
-    @router.post("/v1/jobs", status_code=201, responses=errors, response_class=Response)
+    @router.post("/v1/jobs", status_code=201, responses={**errors, 201: job_of}, response_class=Response)
     async def create(body: JobRequest) -> Response:
         """Take a text. It is on the disk when this answers, and is written whatever happens to the server."""
 
@@ -106,18 +113,18 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
         return answer(await done("", make), 201)
 
-    @router.get("/v1/jobs", responses=errors, response_class=Response)
+    @router.get("/v1/jobs", responses={**errors, 200: described(shapes.JobList)}, response_class=Response)
     async def every() -> Response:
         """All jobs, the newest first, without what only one of them tells: curve, loops, audit, files."""
         told = await run_in_threadpool(lambda: [job.brief() for job in jobs.list()])
         return answer({"object": "list", "data": told})
 
-    @router.get("/v1/jobs/{job}", responses=errors, response_class=Response)
+    @router.get("/v1/jobs/{job}", responses={**errors, 200: job_of}, response_class=Response)
     async def one(job: str) -> Response:
         """The state of a job, and what was asked for."""
         return answer(await run_in_threadpool(whole, found(job)))
 
-    @router.get("/v1/jobs/{job}/text", responses=errors, response_class=Response)
+    @router.get("/v1/jobs/{job}/text", responses={**errors, 200: described(shapes.JobText)}, response_class=Response)
     async def text(job: str, offset: Offset = 0) -> Response:
         """The text so far, from a character on."""
         it = found(job)
@@ -126,7 +133,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
         state = it.state
         return answer({"id": it.id, "offset": offset, "text": rest, "next_offset": offset + len(rest), "state": state})
 
-    @router.get("/v1/jobs/{job}/events", responses=errors, response_class=EventSourceResponse)
+    @router.get("/v1/jobs/{job}/events", responses={**errors, 200: events_of}, response_class=EventSourceResponse)
     async def events(
         job: str, offset: Offset = 0, last_event_id: Annotated[str | None, Header(max_length=20)] = None
     ) -> Response:
@@ -139,30 +146,36 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             offset = int(last_event_id)
         return EventSourceResponse(told(it, offset), sep="\n", headers=SAFE, send_timeout=60.0)
 
-    @router.post("/v1/jobs/{job}/cancel", responses=errors, response_class=Response)
+    @router.post("/v1/jobs/{job}/cancel", responses={**errors, 200: job_of}, response_class=Response)
     async def cancel(job: str) -> Response:
         """End a text. What is written stays, and it can be resumed."""
         return answer(whole(await done(job, jobs.cancel, job)))
 
-    @router.post("/v1/jobs/{job}/resume", responses=errors, response_class=Response)
+    @router.post("/v1/jobs/{job}/resume", responses={**errors, 200: job_of}, response_class=Response)
     async def resume(job: str) -> Response:
         """Go on with a text that was cancelled, interrupted or failed."""
         return answer(whole(await done(job, jobs.resume, job)))
 
-    @router.post("/v1/jobs/{job}/audit", status_code=202, responses=errors, response_class=Response)
+    @router.post("/v1/jobs/{job}/audit", status_code=202, responses={**errors, 202: job_of}, response_class=Response)
     async def audit(job: str, body: AuditRequest | None = None) -> Response:
         """Begin to prove that plain decoding writes this text. The job's status will have the findings."""
         return answer(whole(await done(job, jobs.audit, job, body.sample if body else 0)), 202)
 
-    @router.get("/v1/jobs/{job}/files/{name}", responses=errors, response_class=FileResponse)
+    @router.post("/v1/jobs/{job}/quality", status_code=202, responses={**errors, 202: job_of}, response_class=Response)
+    async def quality(job: str) -> Response:
+        """Begin to read this text, window by window, as somebody who knows nothing before each. The job's status will
+        have the perplexity of every window."""
+        return answer(whole(await done(job, jobs.read, job)), 202)
+
+    @router.get("/v1/jobs/{job}/files/{name}", responses={**errors, 200: file_of}, response_class=FileResponse)
     async def file(job: str, name: Literal["text.txt", "tokens.npy", "report.json", "journal.bin"]) -> Response:
         """A file of a job's folder, as the command line writes it."""
         path = found(job).folder / name
         if not path.is_file():
             raise Refusal(404, f"{name}: the job has no such file yet", "name", "no_such_file")
-        return FileResponse(path, media_type=TYPES.get(name, "application/octet-stream"), filename=name, headers=SAFE)
+        return FileResponse(path, media_type=TYPES.get(name, OTHER), filename=name, headers=SAFE)
 
-    @router.delete("/v1/jobs/{job}", responses=errors, response_class=Response)
+    @router.delete("/v1/jobs/{job}", responses={**errors, 200: described(shapes.JobDeleted)}, response_class=Response)
     async def delete(job: str) -> Response:
         """Remove a job and its files. One that is being written must be cancelled first."""
         await done(job, jobs.delete, job)
@@ -192,7 +205,7 @@ async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
     """The events of a job from a character on. A client may know more of the text than a server that was killed: it
     then hears nothing until the text, which comes to the same bytes, is longer."""
     changed, loop = asyncio.Event(), asyncio.get_running_loop()
-    due, audited = 0.0, None
+    due, examined = 0.0, None
 
     def tell() -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
@@ -201,7 +214,7 @@ async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
     with job.watching(tell):
         while True:
             changed.clear()
-            over = job.over and job.auditing is None
+            over = job.over and not job.examined
             written = await run_in_threadpool(job.written)
             if len(written) > offset:
                 part, offset = written[offset:], len(written)
@@ -210,8 +223,8 @@ async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
                 yield {"event": "end", "data": dumped(job.status())}
                 return
             now = time.monotonic()
-            if now >= due or audited != job.auditing:
-                due, audited = now + STATUS_SECONDS, job.auditing
+            if now >= due or examined != (job.auditing, job.reading):
+                due, examined = now + STATUS_SECONDS, (job.auditing, job.reading)
                 yield {"event": "status", "data": dumped(job.status())}
             alarm = loop.call_later(STATUS_SECONDS, changed.set)  # wait_for can miss that a client left (before 3.12)
             try:
