@@ -169,7 +169,7 @@ class DecodeLoop:
             if place == len(tokens):
                 raise ReplayError(place, "a turn without a token behind it")
 
-    def catch_up(self, progress: Callable[[int], object] = int) -> Passes[None]:
+    def catch_up(self, progress: Callable[[int], Any] = int) -> Passes[None]:
         """Computes the KV of everything but the pending token after a replay, and shows the drafter the text.
         Processors that keep state are called for each token that was chosen, in order, with the logits that chose it.
 
@@ -270,7 +270,7 @@ class DecodeLoop:
         self.ranks.agree(f"the tokens from position {at} on", (taken.tokens, taken.path, taken.ending))
         return taken
 
-    def prefill(self, stop: int, progress: Callable[[int], object] = int) -> Passes[Output]:
+    def prefill(self, stop: int, progress: Callable[[int], Any] = int) -> Passes[Output]:
         """Commits all rows of the history up to position `stop` that the cache lacks. Returns the output of the last
         rows, with the logits of the last one."""
         told = not self._untold and not self.unknown

@@ -85,7 +85,7 @@ class Stream:
             self.after = step
         self.recorded, self._cold = len(tokens), bool(tokens)
 
-    def catch_up(self, progress: Callable[[int], object] = int) -> None:
+    def catch_up(self, progress: Callable[[int], Any] = int) -> None:
         """Computes the KV of a replayed text now rather than with the first piece.
 
         progress: function that gets the number of rows of each pass.
@@ -112,7 +112,7 @@ class Stream:
         folder, tokens = self.journal.record.path.parent, self.loop.history.tokens
         snapshot.save(folder, self.loop.cache, tokens, self.numerics, self.loop.ranks)
 
-    def _restore(self, progress: Callable[[int], object]) -> None:
+    def _restore(self, progress: Callable[[int], Any]) -> None:
         """Loads a snapshot's rows before the pending token, except one at least, which is left to be computed."""
         loop, stop = self.loop, len(self.loop.history) - 2
         if self.journal is not None and loop.eviction is None and not loop.sampler.stateful and not loop.unknown:
