@@ -220,7 +220,6 @@ class NativeDecoder:
     """
 
     guarantee = "bitwise"
-    row_shapes: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -234,6 +233,9 @@ class NativeDecoder:
         self.weights = weights
         self.context = rope.context
         self.clock: Clock = HostClock()
+        # A small tile of rows costs about as much begun as full; in a large one every row costs its own arithmetic.
+        tile = weights.native.tile
+        self.row_shapes: tuple[int, ...] = (1, 2, *range(tile, 65, tile)) if tile <= 4 else ()
         self.draft, self.int8_pages = draft, draft and int8_pages
         self.kv_dtype = kv_dtype or (weights.dtype if weights.dtype in DTYPES.values() else torch.bfloat16)
         check_dtype("kv_dtype", self.kv_dtype)

@@ -350,6 +350,7 @@ NB_MODULE(_native, m) {
       .def("key_scores", &key_scores, "pool"_a, "pages"_a.noconvert(), "queries"_a.noconvert(), "out"_a.noconvert(),
            "The largest product of a query with a key of each page.")
       .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
+      .def_prop_ro("tile", [](const Decoder& decoder) { return decoder.kernels().tile; })
       .def_prop_ro("weight_bytes", &Decoder::weight_bytes)
       .def_prop_ro("multiplied_bytes", &Decoder::multiplied_bytes);
 }

@@ -86,6 +86,7 @@ struct CopyKernels {
 struct Kernels {
   const char* name;
   int panel;  // output columns of a packed panel
+  int tile;   // rows that a product makes in one go over a panel
   ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
   CopyKernels copies;

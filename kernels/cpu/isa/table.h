@@ -27,6 +27,7 @@ Kernels make_kernels(const char* name) {
   constexpr int panel = Isa::gemm_vectors * Isa::lanes;
   return {name,
           panel,
+          Isa::gemm_rows,
           {element_kernels<Values<Bf16Dot>>(), element_kernels<Values<F32Dot>>(),
            element_kernels<Blocks<Element::q8>>(), element_kernels<Blocks<Element::q4>>(),
            element_kernels<Blocks<Element::q4_0>>(), element_kernels<Blocks<Element::q5_0>>(),
