@@ -5,7 +5,7 @@ They are tiny random checkpoints of every family, and a table of transitions who
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.step import Step
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Drafter
 from tokenswift_py.drafters.none import NoDraft
+from tokenswift_py.extending.transformers_model import hugging_face as hugging_face
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.clock import Clock, HostClock
@@ -95,27 +95,6 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
         whole = state[place.name].detach()
         found[name] = (whole if place.index is None else whole[place.index])[place.first : place.first + shape[0]]
     return found
-
-
-def in_hugging_faces_form(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The other way round: as transformers' model holds them in memory."""
-    family, state = family_named(spec.family), {}
-    for name, tensor in tensors.items():
-        place = family.stored(name, tuple(tensor.shape), spec)[-1]
-        whole = state.setdefault(place.name, tensor.new_empty(place.shape))
-        rows = slice(place.first, place.first + len(tensor))
-        (whole if place.index is None else whole[place.index])[rows] = tensor
-    return state
-
-
-def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Makes transformers' own model of a checkpoint, with the weights that we read, also those of a GGUF file."""
-    state = in_hugging_faces_form(checkpoint.spec, dict(checkpoint.tensors(dtype=dtype)))
-    if checkpoint.spec.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = AutoModelForCausalLM.from_config(checkpoint.config, dtype=dtype).eval()
-    model.load_state_dict(state)
-    return model
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

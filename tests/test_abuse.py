@@ -124,11 +124,14 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
     assert codes.count(0) > 20 and codes.count(2) > 50
 
 
-@pytest.mark.parametrize("command", ["resume", "audit", "train-heads"])
+@pytest.mark.parametrize("command", ["resume", "audit", "train-heads", "extend-context"])
 def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -> None:
-    from tokenswift_py.cli import audit, train_heads
+    from tokenswift_py.cli import audit, extend_context, train_heads
 
-    roots = {"resume": lambda: parser(resumes=True), "audit": audit.parser, "train-heads": train_heads.parser}
+    roots = {
+        "resume": lambda: parser(resumes=True), "audit": audit.parser, "train-heads": train_heads.parser,
+        "extend-context": extend_context.parser,
+    }  # fmt: skip
     rng = random.Random(command)
     for _ in range(100):
         folder = {"audit": ["run"], "resume": ["run"]}.get(command, ["--model", "model", "--minutes", "nan"])

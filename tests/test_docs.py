@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tokenswift_py import TokenSwift
+from tokenswift_py.cli import extend_context
 from tokenswift_py.cli.flags import reference
 from toys import save_tiny
 
@@ -67,6 +68,11 @@ def test_every_field_of_the_report_is_documented(tiny: TokenSwift) -> None:
 def test_the_page_of_options_is_that_of_the_options() -> None:
     """python -m tokenswift_py.cli.flags > docs/options.md"""
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == reference()
+
+
+def test_the_flags_of_extend_context_are_on_its_page() -> None:
+    """python -m tokenswift_py.cli.extend_context"""
+    assert extend_context.reference() in (ROOT / "docs" / "extend-context.md").read_text(encoding="utf-8")
 
 
 def code_under(page: str, heading: str) -> str:

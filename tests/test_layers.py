@@ -47,6 +47,7 @@ OPTIONAL = {
     "starlette": "tokenswift_py/serving/",
     "uvicorn": "tokenswift_py/serving/",
     "llguidance": None,
+    "peft": None,
     "ray": None,
 }
 THIRD_PARTY = {

@@ -36,8 +36,9 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         "For example: tokenswift --prompt 'Write a story about a lighthouse.' --max-new-tokens 2000 --out runs/story",
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
         "what plain decoding writes. `tokenswift quality --help`: how a recorded text reads, window by window. "
-        "`tokenswift train-heads --help`: train draft heads on text that the model writes. `tokenswift serve --help`: "
-        "OpenAI's API. `tokenswift batch --help`: files of requests.",
+        "`tokenswift train-heads --help`: train draft heads on text that the model writes. "
+        "`tokenswift extend-context --help`: train a model for a longer context. `tokenswift serve --help`: OpenAI's "
+        "API. `tokenswift batch --help`: files of requests.",
     )
     root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")

@@ -1,0 +1,115 @@
+"""`tokenswift extend-context`: a model learns to read longer texts than it was trained for."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenswift_py.cli.arguments import Parser, named_path, number, whole
+from tokenswift_py.errors import check, shown
+from tokenswift_py.extending.settings import Flag, Lengths, Settings, described_settings, settings_of
+from tokenswift_py.options import world_size
+from tokenswift_py.sampling.kinds import Real, Switch, Texts, Whole
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag is made of `Settings`. One that is not given is None, so that a resumed run knows what is asked."""
+    root = Parser(
+        prog="tokenswift extend-context",
+        description="Train a model for a longer context: stretched positions, LoRA on attention, embeddings and norms. "
+        "DIR gets the merged model, which `tokenswift --model DIR` runs, and in DIR/training a journal of the loss.",
+    )
+    for name, described in described_settings().items():
+        flag, told = f"--{name.replace('_', '-')}", f"{described.help} (default: {default_of(name, described)})"
+        if isinstance(described.kind, Switch):
+            root.add_argument(flag, action="store_true", default=None, help=described.help)
+        elif isinstance(described.kind, Texts):
+            root.add_argument(flag, nargs="+", metavar="FILE", help=told)
+        else:
+            root.add_argument(flag, type=typed(described), help=told)
+    place = root.add_mutually_exclusive_group()
+    place.add_argument("--out", type=named_path, metavar="DIR", help="a new or empty folder")
+    place.add_argument("--resume", type=named_path, metavar="DIR", help="go on with the run in this folder")
+    root.add_argument("--quiet", action="store_true", help="no bar, no figures")
+    return root
+
+
+def typed(described: Flag) -> Callable[[str], Any]:
+    """Returns what makes a value of the word on the command line."""
+    if isinstance(described.kind, Lengths):
+        return lengths
+    if isinstance(described.kind, Whole):
+        return whole
+    return number if isinstance(described.kind, Real) else str
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        allowed = f"{shown(text)} is not allowed; whole numbers with commas between them"
+        raise argparse.ArgumentTypeError(allowed) from error
+
+
+def default_of(name: str, described: Flag) -> str:
+    return described.unset or str(getattr(Settings, name))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; raises UserError for wrong input."""
+    args = parser().parse_args(arguments)
+    check(world_size() == 1, "WORLD_SIZE", world_size(), "extend-context runs in one process")
+    given = {name: getattr(args, name) for name in described_settings() if getattr(args, name) is not None}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    settings = Settings(**given)
+    check(args.out is not None or args.resume is not None, "out", args.out, "a folder, behind --out or --resume")
+
+    # Here, because torch and transformers take seconds to import.
+    from tokenswift_py.extending.adapters import check_peft
+
+    check_peft()
+    from tokenswift_py.extending.extend import begin, go_on
+    from tokenswift_py.extending.state import TrainingFolder
+
+    if args.resume is not None:
+        for name in given:
+            check(described_settings()[name].again, name, given[name], "not with --resume, which keeps the run's own")
+        kept = TrainingFolder.open(args.resume)[1]["settings"]
+        folder = go_on(settings_of({**kept, **given}), args.resume, args.quiet)
+    else:
+        folder = begin(settings, args.out, shlex.join(["tokenswift", "extend-context", *arguments]), args.quiet)
+    if not args.quiet:
+        print(table(folder.path.parent, folder.lines()))
+    return 0
+
+
+def table(out: Path, lines: Sequence[dict[str, Any]]) -> str:
+    """Returns what the journal says: the loss at both ends, and how held-out texts were read before and after."""
+    steps = [line for line in lines if "loss" in line]
+    told = [str(out)]
+    if steps:
+        told.append(f"{len(steps)} steps; loss {steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last")
+    read = [line for line in lines if "held_out" in line]
+    if read:
+        told.append("nats a token in each quarter of held-out texts, full attention")
+    for line in (read[:1] + read[-1:]) if len(read) > 1 else read:
+        for source, quarters in line["held_out"].items():
+            figures = "  ".join(f"{nats:.3f}" for nats in quarters)
+            told.append(f"  {source:8} behind {line['step']:5} steps   {figures}")
+    return "\n".join(told)
+
+
+def reference() -> str:
+    """Returns the table of flags for docs/extend-context.md: `python -m tokenswift_py.cli.extend_context`."""
+    lines = ["| flag | default | what it does |", "|---|---|---|"]
+    for name, described in described_settings().items():
+        default = "off" if isinstance(described.kind, Switch) else default_of(name, described)
+        lines.append(f"| `--{name.replace('_', '-')}` | {default} | {described.help} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

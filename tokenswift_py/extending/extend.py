@@ -1,0 +1,158 @@
+"""A whole training run: read, train, keep, merge. `tokenswift extend-context` calls it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tokenswift_py.checkpoints.cache import sha256
+from tokenswift_py.checkpoints.checkpoint import DTYPES, Checkpoint
+from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.errors import check
+from tokenswift_py.extending.adapters import learner, merged, trained_parameters
+from tokenswift_py.extending.merging import write_model
+from tokenswift_py.extending.schedule import draw, plan, stages
+from tokenswift_py.extending.settings import Settings
+from tokenswift_py.extending.state import TrainingFolder
+from tokenswift_py.extending.tables import original_length, stretched_config
+from tokenswift_py.extending.texts import Source, digest, read_sources, texts_of
+from tokenswift_py.extending.training import ROWS, optimiser_of, rate_at, read, take_step
+from tokenswift_py.memory import check_memory
+from tokenswift_py.models.devices import find_device
+from tokenswift_py.version import __version__
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its first step. about: what its folder keeps; trained: the model's own length."""
+
+    checkpoint: Checkpoint
+    config: Any
+    sources: list[Source]
+    trained: int
+    device: torch.device
+    dtype: torch.dtype
+    about: dict[str, Any]
+
+
+def prepare(settings: Settings, command: str) -> Prepared:
+    """Finds the model and reads the texts. Raises UserError for what cannot be trained."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = find_device(settings.device)
+    wanted = ("bf16" if device.type == "cuda" else "fp32") if settings.dtype == "auto" else settings.dtype
+    checkpoint = open_checkpoint(settings.model, settings.revision)
+    config = stretched_config(checkpoint.config, settings.context, settings.positions)
+    trained = original_length(checkpoint.config)
+    longest = stages(settings, trained)[-1]
+    check(longest == settings.context, "lengths", longest, f"the last is the context ({settings.context})")
+    check_memory(training_bytes(checkpoint, settings, DTYPES[wanted]), device, f"training {checkpoint.name}")
+    sources = read_sources(settings.texts, checkpoint.tokenizer(), settings.context, settings.held_out)
+    most = max(int(source.learned.max()) for source in sources)
+    check(most < checkpoint.spec.vocab_size, "texts", most, f"token ids are 0 to {checkpoint.spec.vocab_size - 1}")
+    about = {
+        "version": __version__,
+        "command": command,
+        "settings": settings.plain(),
+        "trained": trained,
+        "texts": digest(sources),
+        "tokens": {source.name: len(source.learned) for source in sources},
+        "weights": {path.name: sha256(path) for path in checkpoint.weight_files},
+    }
+    return Prepared(checkpoint, config, sources, trained, device, DTYPES[wanted], about)
+
+
+def training_bytes(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> int:
+    """Returns the bytes that training takes at least.
+
+    They are the weights, embeddings with their gradients and AdamW's two moments in fp32, the residual stream of the
+    longest text at every layer, and the logits of some rows with their gradients. LoRA's own are few.
+    """
+    spec = checkpoint.spec
+    embedding = 0 if settings.only_lora else spec.vocab_size * spec.hidden_size
+    skips = settings.window is not None and not (settings.full_steps or settings.held_out)
+    rows = settings.window if skips and settings.window else settings.context
+    streams = rows * spec.hidden_size * (spec.layers + 8)  # and what one layer makes of it
+    return spec.parameters * dtype.itemsize + 4 * (4 * embedding + streams + 3 * ROWS * spec.vocab_size)
+
+
+def begin(settings: Settings, out: Path, command: str, quiet: bool = False) -> TrainingFolder:
+    """Trains a model and writes it to a new folder. Raises UserError for wrong input."""
+    began, prepared = time.monotonic(), prepare(settings, command)
+    folder = TrainingFolder.create(out, prepared.about)
+    run(settings, prepared, folder, began, quiet)
+    return folder
+
+
+def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
+    """Goes on with a run from its latest state; what it leaves is what it would have left without a break.
+
+    settings: those that its folder keeps, other than those of `Flag.again`. Raises UserError where model or texts are
+    not what they were.
+    """
+    began = time.monotonic()
+    folder, about = TrainingFolder.open(out)
+    prepared = prepare(settings, about["command"])
+    for name in ("trained", "texts", "weights"):
+        check(about.get(name) == prepared.about[name], f"resume: {name}", prepared.about[name], "as the run began")
+    run(settings, prepared, folder, began, quiet)
+    return folder
+
+
+def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool) -> None:
+    """Makes the steps that are left, or those that the minutes allow, and merges."""
+    deadline = began + 60 * (settings.minutes or math.inf)
+    adapted = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype)
+    parameters = trained_parameters(adapted)
+    adapted.to(prepared.device)
+    model, optimiser = adapted.get_base_model(), optimiser_of(list(parameters.values()))
+    done = folder.load(parameters, optimiser)
+    folder.cut(done)
+    if done == 0:
+        tell_held_out(model, prepared, folder, 0)
+    bar = tqdm(range(done, settings.steps), unit="step", desc="training", disable=quiet)
+    for number in bar:
+        if time.monotonic() > deadline:
+            break
+        step, start = plan(settings, prepared.trained, number), time.monotonic()
+        samples, rate = draw(settings, prepared.sources, step, number), rate_at(settings, number)
+        loss = take_step(model, optimiser, samples, step.group, rate, prepared.device, prepared.dtype)
+        done = number + 1
+        seconds = round(time.monotonic() - start, 2)
+        told = {"texts": step.texts, "rows": step.rows, "reach": step.reach, "group": step.group}
+        folder.log({"step": done, "loss": loss, "rate": rate, **told, "seconds": seconds})
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        if done % settings.save_every == 0 and done < settings.steps:
+            folder.save(done, parameters, optimiser)
+    bar.close()
+    folder.save(done, parameters, optimiser)
+    tell_held_out(model, prepared, folder, done)
+    write_model(merged(adapted), prepared.checkpoint, folder.path.parent, settings.save_dtype)
+
+
+def tell_held_out(model: Any, prepared: Prepared, folder: TrainingFolder, step: int) -> None:
+    """Reads the held-out texts, and adds to the journal what each quarter of them costs, in nats a token.
+
+    A run that was killed at its end has told it already.
+    """
+    if any("held_out" in line and line["step"] == step for line in folder.lines()):
+        return
+    found = {}
+    for source in prepared.sources:
+        context = prepared.config.max_position_embeddings
+        texts = [read(model, text, prepared.device, prepared.dtype) for text in texts_of(source.held_out, context)]
+        if texts:
+            found[source.name] = mean(texts)
+    if found:
+        folder.log({"step": step, "held_out": found})
+
+
+def mean(columns: Sequence[Sequence[float]]) -> list[float]:
+    return [round(sum(column) / len(columns), 5) for column in zip(*columns, strict=True)]

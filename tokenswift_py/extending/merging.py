@@ -1,0 +1,40 @@
+"""The folder of a merged model, which our engines and transformers load: config, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenswift_py.checkpoints.checkpoint import DTYPES, Checkpoint
+from tokenswift_py.checkpoints.finding import HUB_FILES
+from tokenswift_py.checkpoints.gguf_folder import SUMS
+from tokenswift_py.checkpoints.stored_tensors import INDEX
+
+OWN = ("config.json", INDEX, SUMS)  # written anew, or of the files that the model was read from
+
+
+def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+    """Writes transformers' model with the tokenizer and the generation defaults of the checkpoint that it came from."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # ours is enough
+    try:
+        with torch.no_grad():
+            model.to(DTYPES[dtype]).save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    for pattern in (pattern for pattern in HUB_FILES if pattern != "*.safetensors"):
+        for path in checkpoint.folder.glob(pattern):
+            if path.name not in OWN:
+                shutil.copyfile(path, folder / path.name)
+    told = folder / "tokenizer_config.json"
+    if told.exists():
+        config = json.loads(told.read_text(encoding="utf-8"))
+        config["model_max_length"] = max(model.config.max_position_embeddings, config.get("model_max_length") or 0)
+        told.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""What a training run leaves in its folder, and goes on from: settings, a journal of the loss, and the latest state."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tokenswift_py.errors import check, files, one_line
+
+SETTINGS, JOURNAL, STATE = "settings.json", "journal.jsonl", "state.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """The folder `training` inside of the one that gets the merged model."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, out: Path, about: Mapping[str, Any]) -> TrainingFolder:
+        """Makes it in a new or empty folder. about: settings, and what a resumed run must find unchanged."""
+        with files("out", out, "a folder that can be written"):
+            free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+            check(free, "out", str(out), "a new or empty folder")
+            made = cls(out / "training")
+            made.path.mkdir(parents=True)
+            (made.path / SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        return made
+
+    @classmethod
+    def open(cls, out: Path) -> tuple[TrainingFolder, dict[str, Any]]:
+        """Opens the folder of a run that was begun; returns it with what `create` was given."""
+        found = cls(out / "training")
+        with one_line(f"resume: {out} has no readable training/{SETTINGS}"):
+            about = json.loads((found.path / SETTINGS).read_text(encoding="utf-8"))
+            whole = isinstance(about, dict) and {"settings", "command"} <= about.keys()
+            check(whole and isinstance(about["settings"], dict), "resume", str(out), "the folder of a training run")
+        return found, about
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Adds a line to the journal."""
+        with (self.path / JOURNAL).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Returns the journal's whole lines; the last one may have been cut off."""
+        path = self.path / JOURNAL
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def cut(self, step: int) -> None:
+        """Drops the journal's lines about later steps, which will be made again."""
+        kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+        replace(self.path / JOURNAL, lambda scratch: scratch.write_text("".join(kept), encoding="utf-8"))
+
+    def save(self, step: int, parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+        """Writes the state behind `step` steps, in the place of the one before as a whole or not at all."""
+        tensors = {name: parameter.detach() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            for moment, value in optimiser.state.get(parameter, {}).items():
+                tensors[f"{moment}:{name}"] = value
+        kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        replace(self.path / STATE, lambda scratch: save_file(kept, scratch, {"step": str(step)}))
+
+    def load(self, parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+        """Reads the latest state into parameters and optimiser; returns its step, 0 where none was saved.
+
+        Raises UserError for a state of other parameters.
+        """
+        path = self.path / STATE
+        if not path.exists():
+            return 0
+        with one_line(f"resume: {path.name} is not a readable state"), safe_open(path, "pt") as tensors:
+            step = int(tensors.metadata()["step"])
+            names = set(tensors.keys())
+            expected = {f"{moment}:{name}" for name in parameters for moment in MOMENTS} if step else set()
+            fits = names == expected | parameters.keys()
+            check(fits, "resume", path.name, "a state of the very parameters that learn")
+            for name, parameter in parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(tensors.get_tensor(name))
+                if step:
+                    state = {moment: tensors.get_tensor(f"{moment}:{name}") for moment in MOMENTS}
+                    on_device = {m: t if m == "step" else t.to(parameter.device) for m, t in state.items()}
+                    optimiser.state[parameter] = on_device
+        return step
+
+
+def replace(path: Path, write: Any) -> None:
+    """Writes a file beside its place, makes sure that it is on the disk, and moves it there."""
+    scratch = path.with_name(f".{path.name}.new")
+    write(scratch)
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)
