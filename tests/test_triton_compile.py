@@ -69,6 +69,27 @@ def value(bits: str) -> float:
     return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 
+def test_two_blocks_of_attention_share_a_multiprocessor() -> None:
+    """At heads of 128, on Ampere and on Hopper: one computes while the other waits for memory. Nothing spills."""
+    arguments = ["--kernels", "attend", "--dtypes", "bfloat16", "--head-dims", "128"]
+    done = run("--targets", "sm_80,sm_90", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *lines = (line.split() for line in done.stdout.splitlines()[:3])
+    for line in lines:
+        numbers = dict(zip(header, line, strict=True))
+        assert int(numbers["blocks"]) >= 2 and numbers["spills"] == "0", line
+
+
+def test_how_many_blocks_a_multiprocessor_holds() -> None:
+    """By the limits of NVIDIA's occupancy calculator, compute capability 9.0: 64 K registers, 228 KB, 64 warps."""
+    made = {"target": "sm_90", "name": "", "dtype": "", "head_dim": 128, "spills": 0, "fused": 0, "seconds": 1.0}
+    for registers, shared, warps, blocks in (
+        (255, 0, 4, 2), (168, 0, 4, 3), (128, 0, 8, 2), (129, 0, 8, 1), (32, 114_688, 4, 2), (32, 115_712, 4, 2),
+        (32, 115_713, 4, 1), (32, 0, 4, 16), (24, 0, 1, 32),
+    ):  # fmt: skip
+        assert Compiled(**made, registers=registers, shared=shared, warps=warps).blocks == blocks
+
+
 def test_attention_compiles_for_amd() -> None:
     done = run("--targets", "gfx942", "--kernels", "attend", "--dtypes", "bfloat16", "--head-dims", "64")
     assert done.returncode == 0, done.stdout + done.stderr
