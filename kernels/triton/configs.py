@@ -35,10 +35,10 @@ class Tiles:
 
 # Attention of 16-bit queries by the largest head size. int8 is of pages, whose widening takes registers of its own.
 ATTENTION = {
-    "sm_80": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
+    "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_90": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
     "sm_100": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
-    "sm_120": {64: Config(64, 4, 2), 128: Config(64, 4, 1), 256: Config(16, 4, 1)},
+    "sm_120": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
 }
 INT8 = {128: Config(32, 4, 1), 256: Config(16, 4, 1)}

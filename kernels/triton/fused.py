@@ -295,8 +295,8 @@ def variants(target: str) -> Iterator[Variant]:
             half = triton.next_power_of_2(head_dim // 2)
             for int8, norm in product((False, True), repeat=2):
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
-                rows = dict.fromkeys(("q", "k", "v", "rotated", "q_norm", "k_norm"), data)
-                kinds = {**rows, **pool, "slots": "*i64", "eps": "fp32"}
+                whole = dict.fromkeys(("q", "k", "v", "rotated", "q_norm", "k_norm"), data)
+                kinds = {**whole, **pool, "slots": "*i64", "eps": "fp32"}
                 constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": norm}
                 name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
                 yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)

@@ -8,8 +8,8 @@ their tails; and no item has to wait for another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,37 +129,28 @@ class Tiles:
     @classmethod
     def of(cls, positions: IntArray, rows: range, start: int, group: int, packed: int) -> Tiles:
         """Makes tiles of up to `packed` packed rows. positions: those of the rows, which begin at `start`."""
-        first = np.arange(0, len(rows) * group, packed)
-        stop = np.minimum(first + packed, len(rows) * group)
+        first: IntArray = np.arange(0, len(rows) * group, packed, dtype=np.int32)
+        stop: IntArray = np.minimum(first + packed, len(rows) * group).astype(np.int32)
         begin, last = first // group, (stop - 1) // group
         near = np.maximum(positions // PAGE_SIZE + 1 - NEAR, 0)
-        # A tile may begin and end inside a row.
-        ends = [slice(b, e + 1) for b, e in zip(begin, last, strict=True)]
-        least, most, own, above = (
-            np.array([fold(values[part]) for part in ends])
-            for fold, values in (
-                (np.min, near),
-                (np.max, near),
-                (np.max, positions // PAGE_SIZE),
-                (np.max, positions + 1),
-            )
-        )
+        # A tile may begin and end inside a row, which reduceat knows by pairs: every second result is a tile's.
+        pairs = np.stack([begin, last + 1], 1).ravel()
+
+        def fold(by: np.ufunc, values: IntArray) -> IntArray:
+            folded: IntArray = by.reduceat(np.append(values, values[-1]), pairs)[::2]
+            return folded
+
+        above, least, most = fold(np.maximum, positions + 1), fold(np.minimum, near), fold(np.maximum, near)
+        own = (above - 1) // PAGE_SIZE
         return cls((start + rows.start) * group + first, stop - first, rows.start + last, above, least, most, own)
 
-    def items(
-        self,
-        used: np.ndarray,
-        state: int,
-        listed: Sequence[int],
-        gathered: Sequence[IntArray | int],
-        page: int,
-        pages: int = 1,
-    ) -> IntArray:
-        """Returns the items of the tiles that are used. listed: fields 3 to 7. gathered: fields 8 to 11."""
-        made = np.zeros((len(self.first), FIELDS), np.int32)
-        for at, values in enumerate((self.first, self.count, state, *listed, *gathered, page, pages)):
-            made[:, at] = values
-        return made[used]
+    def items(self, used: np.ndarray, *fields: Any) -> IntArray:
+        """Returns the items of some tiles. used: [..., tiles]. fields: those from 2 on, broadcast against it."""
+        made: IntArray = np.zeros((*used.shape, FIELDS), np.int32)
+        for at, values in enumerate((self.first, self.count, *fields)):
+            made[..., at] = values
+        kept: IntArray = made[used]
+        return kept
 
 
 NOT_LISTED, NOT_GATHERED = (0, 0, -1, 0, 0), (0, 0, 0, 0)
@@ -198,11 +189,10 @@ class Places:
             self.tails = (lists.add(segment.tail) + np.arange(n) * segment.tail.shape[1]).astype(np.int32)
         self.tails -= segment.boundary
 
-    def bounded(self, limits: IntArray) -> list[tuple[int, ...]]:
-        """Returns fields 3 to 7 for the committed pages between each two of the limits."""
-        at = self.lists.add(find_all(self.chosen, limits))
+    def bounded(self, limits: IntArray) -> tuple[int, int, int, int, int]:
+        """Returns fields 3 to 7 for the committed pages between the first two limits. Field 5 and n is of the nth."""
         apart = len(limits) if self.apart else 0
-        return [(self.numbers, self.apart, at + i, apart, self.pages) for i in range(len(limits) - 1)]
+        return self.numbers, self.apart, self.lists.add(find_all(self.chosen, limits)), apart, self.pages
 
 
 class TableBuilder:
@@ -257,23 +247,25 @@ class TableBuilder:
             Tiles.of(positions, rows, segment.rows.start, self.group, packed)
             for packed in (self.tile, together * self.group)
         )
-        tails, items = at.tails[apart.last], []
+        tails = at.tails[apart.last]
         first = int(np.searchsorted(edges, first_page, "right")) - 1
-        after = max(first, int(np.searchsorted(edges, far)))
-        listed = at.bounded(np.clip(edges, first_page, max(first_page, min(full, far))))
-        for split in range(first, after):
-            begin, end = max(first_page, int(edges[split])), min(int(edges[split + 1]), far)
-            some, gathered = tiles, NOT_GATHERED
-            if end > full:
-                some, gathered = apart, (tails, apart.above, max(full, begin), np.minimum(end, apart.near))
-            place, used = (NEAR + split, listed[split], gathered, int(edges[split])), some.near > begin
-            items.append(some.items(used, *place, end - begin))
+        split = np.arange(first, max(first, int(np.searchsorted(edges, far))))[:, None]
+        begin, end = np.maximum(edges[split], first_page), np.minimum(edges[split + 1], far)
+        numbers, apart_by, bounds, *rest = at.bounded(np.clip(edges, first_page, max(first_page, min(full, far))))
+        listed, whole = (numbers, apart_by, bounds + split, *rest), end <= full
+        place = (NEAR + split, *listed)
+        gathered = (tails, apart.above, np.maximum(begin, full), np.minimum(end, apart.near))
+        items = [
+            tiles.items((tiles.near > begin) & whole, *place, *NOT_GATHERED, edges[split], end - begin),
+            apart.items((apart.near > begin) & ~whole, *place, *gathered, edges[split], end - begin),
+        ]
         for page in range(max(first_page, int(near.min())), int(own.max()) + 1):
-            some, lists, gathered = apart, NOT_LISTED, (tails, apart.above, page, page + 1)
+            fields: tuple[Any, ...]
             if page < full:
-                some, gathered = tiles, NOT_GATHERED
-                (lists,) = at.bounded(np.array([page, page + 1]))
-            items.append(some.items((some.least_near <= page) & (some.own >= page), -1, lists, gathered, page))
+                some, fields = tiles, (*at.bounded(np.array([page, page + 1])), *NOT_GATHERED)
+            else:
+                some, fields = apart, (*NOT_LISTED, tails, apart.above, page, page + 1)
+            items.append(some.items((some.least_near <= page) & (some.own >= page), -1, *fields, page, 1))
         behind = np.where(near > first_page, np.searchsorted(edges, near), first)
         shown = np.minimum(NEAR, own + 1 - np.maximum(near, first_page))
         self.positions.append(positions)
