@@ -37,7 +37,7 @@ class Tiles:
 ATTENTION = {
     "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_90": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
-    "sm_100": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
+    "sm_100": {64: Config(64, 4, 3), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_120": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
 }
