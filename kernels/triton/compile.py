@@ -94,11 +94,11 @@ class Compiled:
         head = "" if self.head_dim is None else self.head_dim
         blocks = "" if self.blocks is None else self.blocks
         numbers = f"{self.registers:9} {self.shared:8} {blocks:>6} {self.spills:7} {self.seconds:7.1f}"
-        return f"{self.target:8} {self.name:16} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
+        return f"{self.target:8} {self.name:20} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
 
 
 HEADER = (
-    f"{'target':8} {'kernel':16} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'blocks':>6} {'spills':>7} "
+    f"{'target':8} {'kernel':20} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'blocks':>6} {'spills':>7} "
     f"{'s':>7}"
 )
 
