@@ -23,7 +23,8 @@ from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.triton import attention
-from tokenswift_py.kernels.triton.attention import Config, TritonAttention
+from tokenswift_py.kernels.triton.attention import TritonAttention
+from tokenswift_py.kernels.triton.configs import SWEPT, Config
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.runtime import launch_options
 from tokenswift_py.kernels.triton.sampling import perturbed
@@ -204,7 +205,7 @@ def attention_variants(stage: Stage) -> Iterator[Row]:
     """Times one row in one layer by warps and stages, beside PyTorch's own, as a share of a plain read's bandwidth."""
     heads, kv_heads, head_dim = stage.pick((32, 8, 128), (2, 1, 16))
     default = attention.config(stage.dtype, head_dim)
-    others = stage.pick([(warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 5)], [(8, 1)])
+    others = stage.pick(SWEPT, (Config(default.tile, 8, 1),))
     for length in stage.pick((4096, 32_768, 100_000), (130,)):
         pages = -(-length // PAGE_SIZE)
         keys, values = (
@@ -220,9 +221,9 @@ def attention_variants(stage: Stage) -> Iterator[Row]:
         theirs = partial(F.scaled_dot_product_attention, q[:, :, None], *flat, enable_gqa=True)
         expected, us = theirs()[0, :, 0].float(), 1e3 * stage.ms(theirs)
         yield {"attention": "sdpa", "context": length, "us": us, "share": ideal_us / us}
-        for warps, stages in dict.fromkeys([(default.warps, default.stages), *others]):
-            name = f"triton, {warps} warps, {stages} stages"
-            with mock.patch.object(attention, "config", return_value=Config(default.tile, warps, stages)):
+        for chosen in dict.fromkeys([default, *others]):
+            name = f"triton, tile {chosen.tile}, {chosen.warps} warps, {chosen.stages} stages"
+            with mock.patch.object(attention, "config", return_value=chosen):
                 plan = TritonAttention().prepare([segment], stage.device)
                 run = partial(TritonAttention().attend, plan, 0, q, keys, values)
                 try:
@@ -232,5 +233,5 @@ def attention_variants(stage: Stage) -> Iterator[Row]:
                     yield {"attention": name, "context": length, "note": str(told)}
                     continue
             yield {"attention": name, "context": length, "us": us, "share": ideal_us / us,
-                   "default": (warps, stages) == (default.warps, default.stages), "ok": error < 0.03,
+                   "default": chosen == default, "ok": error < 0.03,
                    "error": error}  # fmt: skip

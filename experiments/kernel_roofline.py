@@ -74,7 +74,7 @@ DEVICES = {
 class Work:
     """The work of one launch, or of the launches of the kernels named.
 
-    Attention has three: one for whole pages, one for the tail, and one to merge.
+    Attention has two: one for the splits, and one to merge them.
     read, written: bytes. minimum: bytes that every kernel for this work must read or write.
     """
 
@@ -97,7 +97,7 @@ def attention_work(
     """Returns the attention work of a chain of `rows` after `context` committed tokens.
 
     Keys and values are read once for each tile of packed rows. The partial states of every split are written once and
-    read once, those of the split at the boundary twice.
+    read once.
 
     int8: keys and values are int8, each with its scale.
     mass: every page's maximum is set. It and the page's sum are written and read for each row and head, and the page's
@@ -106,24 +106,24 @@ def attention_work(
           no shorter than a split.
     """
     # These are imported here because they need triton.
-    from tokenswift_py.kernels.triton.attention import config, padded
-    from tokenswift_py.kernels.triton.tables import splits
+    from tokenswift_py.kernels.triton.configs import config
+    from tokenswift_py.kernels.triton.items import NEAR, splits
+    from tokenswift_py.kernels.triton.runtime import padded
 
     group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim, int8=int8).tile
     tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE
     token = token_bytes(shape, int8)
     prefix_tiles, tail_tiles = -(-rows * group // tile), -(-rows // max(1, tile // group))
     state = shape.heads * rows * (padded(shape.head_dim) + 2) * FP32
-    count = len(splits(-(-tokens // PAGE_SIZE))) - 1
+    pages = -(-tokens // PAGE_SIZE)
+    count = min(NEAR, pages) + (len(splits(pages - NEAR)) - 1 if pages > NEAR else 0)
     activations = rows * shape.heads * shape.head_dim * ITEM
-    boundary = state if full else 0
     keys = token * (prefix_tiles * full + tail_tiles * (tokens - full))
     flops = 4 * rows * shape.heads * shape.head_dim * tokens
     minimum = token * tokens + 2 * activations
-    read = keys + (count + bool(full)) * activations + count * state + boundary  # q in every split
-    written = count * state + boundary + activations
+    read, written = keys + count * (activations + state), count * state + activations  # q in every split
     if far:
-        read += (count + bool(full)) * (activations + 2 * activations // ITEM * FP32)
+        read += count * (activations + 2 * activations // ITEM * FP32)
     name = f"attend{'+int8' if int8 else ''}{'+far' if far else ''}, merge"
     if mass:
         page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
@@ -140,25 +140,28 @@ def token_bytes(shape: Shape, int8: bool) -> int:
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     """Yields the work of a layer except attention, and that of the LM head and the choice."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for name, depth, columns in (
-        ("matmul q", shape.hidden, q),
-        ("matmul k, v", shape.hidden, 2 * kv),
-        ("matmul o", q, shape.hidden),
-        ("matmul gate, up", shape.hidden, 2 * shape.intermediate),
-        ("matmul down", shape.intermediate, shape.hidden),
-        ("matmul head", shape.hidden, shape.vocab),
+    for name, depth, columns, outputs in (
+        ("qkv", shape.hidden, q + 2 * kv, q + 2 * kv),
+        ("matmul o", q, shape.hidden, shape.hidden),
+        ("gated", shape.hidden, 2 * shape.intermediate, shape.intermediate),
+        ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
+        ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
-        read, written = (columns * depth + rows * depth) * ITEM, rows * columns * ITEM
+        read, written = (columns * depth + rows * depth) * ITEM, rows * outputs * ITEM
         yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
     yield Work("norm", rows, None, 2 * row + shape.hidden * ITEM, row, 2 * row, 4 * rows * shape.hidden)
     yield Work("add_norm", rows, None, 4 * row + shape.hidden * ITEM, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
     angles = rows * shape.head_dim * FP32
-    for int8 in (False, True):
+    read = (q + 2 * kv + rows) * shape.hidden * ITEM + angles
+    yield Work("qkv_rope", rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
+    for norm, int8 in product((False, True), repeat=2):
         stored = rows * (q * ITEM + token_bytes(shape, int8))
-        name, flops = ("rope_write+int8", 3 * heads + 8 * rows * kv) if int8 else ("rope_write", 3 * heads)
-        yield Work(name, rows, None, moved + angles, stored, moved + stored, flops)
+        flops = (3 + 4 * norm) * heads + (8 * rows * kv if int8 else 0)
+        name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
+        read = moved + angles + ((q + kv) * rows * ITEM if norm else 0)  # a head is read for its sum first
+        yield Work(name, rows, None, read, stored, moved + stored, flops)
     kept = rows * token_bytes(shape, False)
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
     inner = rows * shape.intermediate * ITEM

@@ -181,11 +181,11 @@ class AttentionSegment:
 
 @dataclass(frozen=True)
 class Room:
-    """The size of a pass of fixed shape. Its rows are of one sequence and are no prefill.
+    """The size of a pass of fixed shape. Its rows are of any sequences and are no prefill.
 
     rows:        rows at most.
-    pages:       pages up to that of the last row, at most.
-    viewed:      pages of a view for each layer and KV head. None is no view.
+    pages:       pages up to that of a sequence's last row, at most.
+    viewed:      pages of a view for each layer and KV head, at most. None is no view.
     layers:      layers of the model.
     block_pages: pages of a block for which queries are moved. None moves none.
     """
@@ -205,11 +205,11 @@ class Room:
 class FixedPlan(Protocol):
     """A plan for passes of one shape. Its memory stays in place, and its launches are always the same.
 
-    Rows that the segment does not have attend to nothing and get zeros.
+    Rows that no segment has attend to nothing and get zeros.
     """
 
-    def fill(self, segment: AttentionSegment) -> None:
-        """Prepares the next pass. The segment must fit the room, the length of its tail included."""
+    def fill(self, segments: Sequence[AttentionSegment]) -> None:
+        """Prepares the next pass. The segments, row behind row, must fit the room, lengths of tails included."""
 
 
 class AttentionBackend(Protocol):

@@ -16,9 +16,10 @@ from scenes import LAYERS, Scene, fill, ladder, prefilled, random_tree, random_v
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import Naive, visible
-from tokenswift_py.kernels.triton import attention, fused, matmul, sampling, tables
+from tokenswift_py.kernels.triton import fused, items, tables
 from tokenswift_py.kernels.triton.attention import LOG2_E
-from tokenswift_py.kernels.triton.tables import splits
+from tokenswift_py.kernels.triton.compile import MODULES, variants_of
+from tokenswift_py.kernels.triton.items import EVERYTHING, FIELDS, Heads, TableBuilder, splits
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
@@ -145,19 +146,23 @@ def test_the_longest_splits_begin_first() -> None:
     segment = AttentionSegment(
         slice(0, 1), np.array([99_999], np.int32), np.arange(1562, dtype=np.int32), None, np.arange(32)[None], False
     )
-    builder = tables.TableBuilder(tables.Heads(1, 4, tables.EVERYTHING, 64, 1), 1 << 40)
+    builder = TableBuilder(Heads(1, 4, EVERYTHING, 64, 1), 1 << 40)
     builder.add(segment)
-    (launch,) = builder.launches
-    edges = splits(1563)
-    pages = [min(1562, int(edges[item[3] + 1])) - int(edges[item[3]]) for item in builder.items[: launch.tail]]
-    assert sum(pages) == 1562 and pages[1:] == sorted(pages[1:], reverse=True)
+    builder.joined()
+    ((items,),) = builder.items
+    edges = splits(1561)
+    far = items[items[:, 2] >= 0]
+    pages = [int(edges[split - 1] - edges[split - 2]) for split in far[:, 2]]
+    assert len(far) == len(edges) - 1 and 1561 <= sum(pages) < 1561 + 16
+    assert pages == sorted(pages, reverse=True) and max(pages) == 16
+    assert (items[len(far) :, FIELDS - 1] == 1).all() and len(items) == len(far) + 2, "its page and the one before it"
 
 
 @pytest.fixture
 def fine_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Splits of two pages and of one, so that short texts have many."""
-    monkeypatch.setattr(tables, "SPLIT_LEVELS", ((1, 2),))
-    monkeypatch.setattr(tables, "LAST_LEVEL", 1)
+    monkeypatch.setattr(items, "SPLIT_LEVELS", ((1, 2),))
+    monkeypatch.setattr(items, "LAST_LEVEL", 1)
 
 
 def attend(scene: Scene, window: int | None = None, view: PageView | None = None) -> torch.Tensor:
@@ -189,8 +194,8 @@ def test_a_chunks_rows_have_the_bits_of_plain_decoding(monkeypatch: pytest.Monke
     together = attend(scene)
     for index in (0, 6, 7, 8, 12, 19):
         assert torch.equal(attend(as_if_committed(scene, segment, index))[0], together[index])
-    monkeypatch.setattr(tables, "WORKSPACE_BYTES", 4 * 2 * 4 * 2 * 3 * 16)
-    heads = tables.Heads(2, 3, tables.EVERYTHING, 16, 4 * 2 * 3 * 16)
+    monkeypatch.setattr(tables, "WORKSPACE_BYTES", 4 * 3 * 4 * 2 * 3 * 16)
+    heads = Heads(2, 3, EVERYTHING, 16, 4 * 2 * 3 * 16)
     table = TRITON.prepare(scene.segments, DEVICE).table(heads)
     assert len(table.launches) == 5
     assert torch.equal(attend(scene), together)
@@ -310,8 +315,7 @@ def test_the_roofline_has_every_kernel() -> None:
     shape = script["SHAPES"]["qwen2.5-7b"]
     works = script["analytical"](shape, [100], [3])
     said = [name for work in works for name in work.kernel.split(", ")]
-    modules = (attention, fused, matmul, sampling)
-    for name in {variant.name for module in modules for variant in module.variants(False)}:
+    for name in {variant.name for module in MODULES for variant in variants_of(module, "sm_90")}:
         kernel = name.removesuffix("+bias").split(" x")[0]
         assert any(other == kernel or other.startswith(f"{kernel} ") for other in said), name
     assert all(work.read + work.written >= work.minimum > 0 for work in works)

@@ -36,7 +36,7 @@ def test_one_variant_of_each_kernel_compiles_for_hopper() -> None:
     lines = done.stdout.splitlines()
     names = {variant.name for module in MODULES for variant in variants_of(module, "sm_90")}
     assert len(lines) == len(names) + 2
-    assert {name for name in names if any(line[9:25].strip() == name for line in lines)} == names
+    assert {name for name in names if any(line[9:29].strip() == name for line in lines)} == names
     assert lines[-1] == f"{len(names)} compiled, 0 that would not do"
 
 
@@ -67,6 +67,27 @@ def test_the_constants_of_the_noise_are_doubles_to_the_last_bit() -> None:
 def value(bits: str) -> float:
     """Of the sixteen digits by which PTX names a double."""
     return float(struct.unpack(">d", bytes.fromhex(bits))[0])
+
+
+def test_two_blocks_of_attention_share_a_multiprocessor() -> None:
+    """At heads of 128, on Ampere and on Hopper: one computes while the other waits for memory. Nothing spills."""
+    arguments = ["--kernels", "attend", "--dtypes", "bfloat16", "--head-dims", "128"]
+    done = run("--targets", "sm_80,sm_90", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *lines = (line.split() for line in done.stdout.splitlines()[:3])
+    for line in lines:
+        numbers = dict(zip(header, line, strict=True))
+        assert int(numbers["blocks"]) >= 2 and numbers["spills"] == "0", line
+
+
+def test_how_many_blocks_a_multiprocessor_holds() -> None:
+    """By the limits of NVIDIA's occupancy calculator, compute capability 9.0: 64 K registers, 228 KB, 64 warps."""
+    made = {"target": "sm_90", "name": "", "dtype": "", "head_dim": 128, "spills": 0, "fused": 0, "seconds": 1.0}
+    for registers, shared, warps, blocks in (
+        (255, 0, 4, 2), (168, 0, 4, 3), (128, 0, 8, 2), (129, 0, 8, 1), (32, 114_688, 4, 2), (32, 115_712, 4, 2),
+        (32, 115_713, 4, 1), (32, 0, 4, 16), (24, 0, 1, 32),
+    ):  # fmt: skip
+        assert Compiled(**made, registers=registers, shared=shared, warps=warps).blocks == blocks
 
 
 def test_attention_compiles_for_amd() -> None:

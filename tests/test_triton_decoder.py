@@ -24,8 +24,8 @@ from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.kernels.base import architecture
-from tokenswift_py.kernels.triton.attention import Config
-from tokenswift_py.kernels.triton.matmul import Tiles, linear
+from tokenswift_py.kernels.triton.configs import Config, Tiles
+from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.executors import choose_attention, choose_ops
@@ -224,10 +224,10 @@ def test_the_contract_names_the_gpu_and_how_kernels_are_compiled(monkeypatch: py
     changes: list[tuple[str, Any]] = [
         ("matmul.tiles", lambda *args: Tiles(64, 32, 32, 4, 4)),
         ("matmul.tiles", lambda *args: Tiles(64, 32, 64, 8, 4)),
-        ("attention.config", lambda *args, **kwargs: Config(64, 4, 3)),
+        ("attention.config", lambda *args, **kwargs: Config(64, 4, 5)),
         ("fused.BLOCK", 512),
-        ("tables.LAST_LEVEL", 16),
-        ("tables.SPLIT_LEVELS", ((8, 4),)),
+        ("items.LAST_LEVEL", 32),
+        ("items.SPLIT_LEVELS", ((8, 4),)),
     ]
     for name, value in changes:
         with monkeypatch.context() as patch:

@@ -87,6 +87,29 @@ def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool, 
         assert sum(step is not None and step.replayed.recorded is not None for step in steps) == graphs
 
 
+def test_a_captured_pass_of_several_texts_has_the_bits_of_each_alone() -> None:
+    """Law 9 in a replay, whatever the mixture: the same graph serves three texts and then two others."""
+    model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
+    decoder = decoder_of(model, attention="triton", ops=TritonOps(True))
+    pool, rng = decoder.new_pool(60), np.random.default_rng(0)
+    caches = []
+    for length in (5, 64, 190, 300):
+        caches.append(KVCache(pool, decoder.context))
+        decoder.forward([Segment(DraftTree.chain(np.arange(length, dtype=np.int32) % 61), caches[-1], causal=True)])
+        caches[-1].commit(range(length))
+    for chosen in ((0, 1, 2), (3, 1)):
+        segments = [Segment(random_tree(rng, 5), caches[i]) for i in chosen]
+        whole, start = decoder.forward(segments), 0
+        for segment in segments:
+            segment.cache.drop_tail()
+            alone, stop = decoder.forward([segment]), start + len(segment.tree)
+            segment.cache.drop_tail()
+            assert torch.equal(alone.hidden, whole.hidden[start:stop])
+            assert torch.equal(alone.logits, whole.logits[start:stop])
+            start = stop
+    assert all(step is None or step.replayed.recorded for step in decoder.steps_over(pool).steps.values())
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_another_gpu_than_the_current_one() -> None:
     """Kernels, graphs, the sampler and commits run where their tensors are."""

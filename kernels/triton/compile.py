@@ -33,7 +33,10 @@ from triton.compiler import ASTSource
 # Bytes of shared memory that a block may use. For NVIDIA they are from the CUDA C++ Programming Guide, compute
 # capabilities; for AMD they are the LDS of CDNA 3.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
-MODULES = ("attention", "fused", "matmul", "sampling")
+# Shared memory of a multiprocessor, of which every block takes 1024 bytes more than its own (the same guide).
+SHARED_OF_SM = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "sm_120": 102_400}
+REGISTERS_OF_SM, THREADS_OF_SM, WARP = 65_536, {"sm_120": 1536}, 32
+MODULES = ("attention", "fused", "matmul", "merge", "projections", "sampling")
 # Kernels that are right but slow where they spill. fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
 
@@ -50,6 +53,7 @@ class Compiled:
     spills:    bytes of registers that a thread spills.
     fused:     fused multiply-adds in the PTX.
     doubles:   every fp64 constant in the PTX, as the 16 hexadecimal digits of its bits.
+    warps:     warps of a block.
     """
 
     target: str
@@ -62,6 +66,21 @@ class Compiled:
     fused: int
     seconds: float
     doubles: tuple[str, ...] = ()
+    warps: int = 4
+
+    @property
+    def blocks(self) -> int | None:
+        """Returns how many blocks a multiprocessor holds at a time. None for AMD, whose rules are others."""
+        if self.target not in SHARED_OF_SM:
+            return None
+        registers = -(-self.registers // 8) * 8 * WARP * self.warps  # a warp's come in units of 256
+        threads = THREADS_OF_SM.get(self.target, 2048)
+        by = (
+            REGISTERS_OF_SM // registers,
+            SHARED_OF_SM[self.target] // (self.shared + 1024),
+            threads // WARP // self.warps,
+        )
+        return min(*by, 32)
 
     @property
     def faults(self) -> list[str]:
@@ -73,11 +92,15 @@ class Compiled:
 
     def __str__(self) -> str:
         head = "" if self.head_dim is None else self.head_dim
-        numbers = f"{self.registers:9} {self.shared:8} {self.spills:7} {self.seconds:7.1f}"
-        return f"{self.target:8} {self.name:16} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
+        blocks = "" if self.blocks is None else self.blocks
+        numbers = f"{self.registers:9} {self.shared:8} {blocks:>6} {self.spills:7} {self.seconds:7.1f}"
+        return f"{self.target:8} {self.name:20} {self.dtype:9} {head:>8} {numbers}  {'; '.join(self.faults)}"
 
 
-HEADER = f"{'target':8} {'kernel':16} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'spills':>7} {'s':>7}"
+HEADER = (
+    f"{'target':8} {'kernel':20} {'type':9} {'head_dim':>8} {'registers':>9} {'shared':>8} {'blocks':>6} {'spills':>7} "
+    f"{'s':>7}"
+)
 
 
 def compile_variant(target: str, module: str, index: int) -> Compiled:
@@ -103,9 +126,8 @@ def compile_variant(target: str, module: str, index: int) -> Compiled:
     # AMD's assembly divides by fused steps of its own. PTX has an instruction for it, so they are counted there only.
     fused = 0 if amd else len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f(?:32|64)\b", built.asm["ptx"]))
     dtype = str(variant.dtype).removeprefix("torch.")
-    return Compiled(
-        target, variant.name, dtype, variant.head_dim, registers, built.metadata.shared, spills, fused, seconds, doubles
-    )
+    needs = (registers, built.metadata.shared, spills, fused, seconds, doubles, variant.warps)
+    return Compiled(target, variant.name, dtype, variant.head_dim, *needs)
 
 
 def usage_nvidia(cubin: bytes) -> tuple[int, int]:
@@ -129,7 +151,7 @@ def usage_amd(assembly: str) -> tuple[int, int]:
 
 def variants_of(module: str, target: str) -> list[Variant]:
     """Returns the kernels of a module as they would be launched on a target."""
-    return list(importlib.import_module(f"tokenswift_py.kernels.triton.{module}").variants(target.startswith("gfx")))
+    return list(importlib.import_module(f"tokenswift_py.kernels.triton.{module}").variants(target))
 
 
 def selected(kernels: list[str], dtypes: list[str], head_dims: list[int], target: str) -> Iterator[tuple[str, int]]:

@@ -1,12 +1,13 @@
 """Kernels that do in one launch what torch does in several.
 
-They are norms with their residual, rotation with the write to the KV pages, SwiGLU, and the copy of accepted rows. Each
-element depends on its own row only.
+They are norms with their residual, rotation with the norm before it and the write to the KV pages, SwiGLU, and the copy
+of accepted rows. Each element depends on its own row only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 
@@ -123,6 +124,21 @@ def store_head(
     tl.store(target + HEAD_DIM // 2 + lane, second.to(target.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def head_scale(source: tl.tensor, eps: tl.tensor, HEAD_DIM: tl.constexpr, HALF: tl.constexpr) -> tl.tensor:
+    """Returns the factor by which RMSNorm multiplies a head, summed as `norm_kernel` sums a row."""
+    lane = tl.arange(0, 2 * HALF)
+    whole = tl.load(source + lane, mask=lane < HEAD_DIM, other=0.0).to(tl.float32)
+    return tl.rsqrt(tl.sum(whole * whole, 0) / HEAD_DIM + eps)
+
+
+@triton.jit
+def normed(x: tl.tensor, scale: tl.tensor, weight: tl.tensor, inside: tl.tensor, kind: tl.constexpr) -> tl.tensor:
+    """Returns x times the factor and the weight, rounded to x's type after each, in fp32."""
+    w = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+    return ((x * scale).to(kind).to(tl.float32) * w).to(kind).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["heads", "kv_heads", "pool_pages"])
 def rope_kernel(
     q: tl.tensor,  # [R, heads, HEAD_DIM]
@@ -136,6 +152,9 @@ def rope_kernel(
     values: tl.tensor,
     key_scales: tl.tensor,  # [kv_heads, pool_pages, PAGE] fp32 where keys are int8; else unused
     value_scales: tl.tensor,
+    q_norm: tl.tensor,  # [HEAD_DIM]; unused without NORM
+    k_norm: tl.tensor,
+    eps: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
     pool_pages: tl.tensor,
@@ -143,8 +162,12 @@ def rope_kernel(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     INT8: tl.constexpr,
+    NORM: tl.constexpr,
 ) -> None:
-    """Handles one head of one row: rotates a query head, or rotates a key and writes it to its page with its value."""
+    """Handles one head of one row: rotates a query head, or rotates a key and writes it to its page with its value.
+
+    NORM: whether queries and keys are normed first.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     lane = tl.arange(0, HALF)
@@ -158,6 +181,13 @@ def rope_kernel(
         source = k + (row * kv_heads + head - heads).to(tl.int64) * HEAD_DIM
     first = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + HEAD_DIM // 2 + lane, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        weight = q_norm
+        if head >= heads:
+            weight = k_norm
+        scale = head_scale(source, eps, HEAD_DIM, HALF)
+        first = normed(first, scale, weight + lane, inside, q.dtype.element_ty)
+        second = normed(second, scale, weight + HEAD_DIM // 2 + lane, inside, q.dtype.element_ty)
     turned = first * c - second * s
     other = second * c + first * s
     if head < heads:
@@ -184,20 +214,23 @@ def rope_write(
     keys: torch.Tensor,
     values: torch.Tensor,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
     """Returns q rotated, and writes k rotated and v to their slots of one layer's pages.
 
     q: [R, heads, head_dim]. k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32. slots: [R] int64; rows of
     slot -1 are not written. keys, values: [kv_heads, pages, PAGE_SIZE, head_dim]. scales: [kv_heads, pages, PAGE_SIZE]
-    fp32 each, for int8 pages.
+    fp32 each, for int8 pages. norms: [head_dim] each, the weights of RMSNorm by which q and k are normed first.
     """
     rows, heads, head_dim = q.shape
     kv_heads, pool_pages, page, _ = keys.shape
     rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
     rope_kernel[(rows, heads + kv_heads)](
         q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, slots, rotated, keys, values,
-        *(scales or (cos, cos)), heads, kv_heads, pool_pages, HEAD_DIM=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), PAGE=page, INT8=scales is not None, **launch_options(1, 1),
+        *(scales or (cos, cos)), *(norms or (q, q)), eps, heads, kv_heads, pool_pages, HEAD_DIM=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), PAGE=page, INT8=scales is not None, NORM=norms is not None,
+        **launch_options(1, 1),
     )  # fmt: skip
     return rotated
 
@@ -249,7 +282,7 @@ def move_warps(rows: int) -> int:
     return min(16, max(1, rows // 32))
 
 
-def variants(amd: bool) -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     for dtype in DTYPES:
         data = POINTERS[dtype]
         for add in (False, True):
@@ -260,11 +293,12 @@ def variants(amd: bool) -> Iterator[Variant]:
         yield Variant("swiglu", swiglu_kernel, dtype, None, kinds, {"BLOCK": BLOCK}, 4, 1)
         for head_dim in HEAD_DIMS:
             half = triton.next_power_of_2(head_dim // 2)
-            for int8 in (False, True):
+            for int8, norm in product((False, True), repeat=2):
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
-                kinds = {**dict.fromkeys(("q", "k", "v", "rotated"), data), **pool, "slots": "*i64"}
-                constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8}
-                name = "rope_write+int8" if int8 else "rope_write"
+                whole = dict.fromkeys(("q", "k", "v", "rotated", "q_norm", "k_norm"), data)
+                kinds = {**whole, **pool, "slots": "*i64", "eps": "fp32"}
+                constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": norm}
+                name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
                 yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
         for rows in (16, 64, 512):  # the commit of a small tree, a fork, and the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}

@@ -8,14 +8,13 @@ those of one block of weights one after the other, so that weights are read from
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 import triton
 import triton.language as tl
+from tokenswift_py.kernels.triton.configs import tiles
 from tokenswift_py.kernels.triton.runtime import (
-    AMD,
     DTYPES,
     INTERPRET,
     POINTERS,
@@ -26,22 +25,34 @@ from tokenswift_py.kernels.triton.runtime import (
 )
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """The tile sizes for a type. They are the same for every product, or law 1 would not hold."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
-def tiles(dtype: torch.dtype, amd: bool = AMD) -> Tiles:
-    """Returns the tile sizes for a type. They are narrow in columns, so that one token's products still fill a GPU."""
-    if dtype == torch.float32:
-        return Tiles(16, 32, 64, 4, 3)
-    return Tiles(64, 32, 64, 4, 2 if amd else 4)
+@triton.jit
+def product(
+    x: tl.tensor,  # [rows, depth]
+    weight: tl.tensor,  # [columns, depth]
+    row: tl.tensor,  # [BLOCK_M]
+    column: tl.tensor,  # [BLOCK_N] rows of the weight, in any order
+    kept: tl.tensor,  # [BLOCK_M] whether there is such a row of x
+    there: tl.tensor,  # [BLOCK_N] whether there is such a row of the weight
+    depth: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Returns a tile of x @ weight.T in fp32. Every kernel that multiplies by a weight does so by this sum."""
+    step = tl.arange(0, BLOCK_K)
+    left = x + row.to(tl.int64)[:, None] * depth + step[None, :]
+    right = weight + column.to(tl.int64)[None, :] * depth + step[:, None]
+    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    for start in range(0, depth, BLOCK_K):
+        inside = start + step < depth
+        a = tl.load(left + start, mask=kept[:, None] & inside[None, :], other=0.0)
+        b = tl.load(right + start, mask=there[None, :] & inside[:, None], other=0.0)
+        if PRECISION == "interpret":
+            acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "programs"])
@@ -61,25 +72,15 @@ def matmul_kernel(
     PRECISION: tl.constexpr,
 ) -> None:
     row_tiles = tl.cdiv(rows, BLOCK_M)
-    step = tl.arange(0, BLOCK_K)
     for tile in range(tl.program_id(0), row_tiles * tl.cdiv(columns, BLOCK_N), programs):
         row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-        left = x + row.to(tl.int64)[:, None] * depth + step[None, :]
-        right = weight + column.to(tl.int64)[None, :] * depth + step[:, None]
-        acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-        for start in range(0, depth, BLOCK_K):
-            inside = start + step < depth
-            a = tl.load(left + start, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
-            b = tl.load(right + start, mask=(column < columns)[None, :] & inside[:, None], other=0.0)
-            if PRECISION == "interpret":
-                acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
-            else:
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        kept, there = row < rows, column < columns
+        acc = product(x, weight, row, column, kept, there, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         if BIAS:
-            acc += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
         target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(target, acc.to(out.dtype.element_ty), mask=(row < rows)[:, None] & (column < columns)[None, :])
+        tl.store(target, acc.to(out.dtype.element_ty), mask=kept[:, None] & there[None, :])
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -108,13 +109,13 @@ def processors(device: torch.device) -> int:
     return 2 if INTERPRET else 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def variants(amd: bool) -> Iterator[Variant]:
+def variants(target: str) -> Iterator[Variant]:
     for dtype in DTYPES:
-        chosen = tiles(dtype, amd)
+        chosen = tiles(dtype, target)
         for bias in (False, True):
             constants = {
                 "BIAS": bias, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth,
-                "PRECISION": precision(amd),
+                "PRECISION": precision(target),
             }  # fmt: skip
             kinds = dict.fromkeys(("x", "weight", "bias", "out"), POINTERS[dtype])
             name = "matmul+bias" if bias else "matmul"

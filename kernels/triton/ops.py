@@ -10,9 +10,8 @@ import torch.nn.functional as F
 
 import triton
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kernels.triton import attention, fused, matmul, tables
+from tokenswift_py.kernels.triton import attention, configs, fused, items, matmul, merge, projections
 from tokenswift_py.kernels.triton.matmul import linear
-from tokenswift_py.kernels.triton.runtime import AMD
 
 
 def configurations() -> str:
@@ -20,13 +19,13 @@ def configurations() -> str:
 
     They cover tiles, warps, stages, precision and the splits of attention. Other choices give other bits.
     """
-    modules = (attention, fused, matmul)
+    modules = (attention, fused, matmul, merge, projections)
     chosen = [
         (v.name, str(v.dtype), v.head_dim, sorted(v.constants.items()), v.warps, v.stages)
         for module in modules
-        for v in module.variants(AMD)
+        for v in module.variants(configs.here())
     ]
-    splits = (PAGE_SIZE, tables.SPLIT_LEVELS, tables.LAST_LEVEL)
+    splits = (PAGE_SIZE, items.SPLIT_LEVELS, items.LAST_LEVEL, items.NEAR)
     return hashlib.sha256(repr((chosen, splits)).encode()).hexdigest()[:8]
 
 
@@ -55,11 +54,48 @@ class TritonOps:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return (x, fused.norm(x, weight, eps)) if y is None else fused.add_norm(x, y, weight, eps)
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return fused.swiglu(gate, up)
+    def gated(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
+        activation: str,
+    ) -> torch.Tensor:
+        if self.deterministic and activation == "silu":
+            return projections.gated(x, gate, up, biases)
+        opened, wide = (self.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
+        return fused.swiglu(opened, wide) if activation == "silu" else F.gelu(opened, approximate="tanh") * wide
 
-    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.gelu(gate, approximate="tanh") * up
+    def qkv(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = self._projected(x, own)
+        if own.norms is not None:
+            q, k = (fused.norm(part, norm, own.eps) for part, norm in zip((q, k), own.norms, strict=True))
+        return q, k, v
+
+    def _projected(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.deterministic:
+            return projections.qkv(x, own.weights, own.biases, own.head_dim)
+        biases = own.biases or (None, None, None)
+        q, k, v = (F.linear(x, w, b).unflatten(1, (-1, own.head_dim)) for w, b in zip(own.weights, biases, strict=True))
+        return q, k, v
+
+    def qkv_rope_write(
+        self,
+        pool: Any,
+        layer: int,
+        x: torch.Tensor,
+        own: Any,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Takes one launch where the products are this backend's, and no whole head is needed to go on."""
+        keys, values, scales = pool.keys[layer], pool.values[layer], pool.scales_of(layer)
+        if self.deterministic and own.norms is None and scales is None:
+            return projections.qkv_rope_write(x, own.weights, own.biases, cos, sin, slots, keys, values)
+        q, k, v = self._projected(x, own)
+        return fused.rope_write(q, k, v, cos, sin, slots, keys, values, scales, own.norms, own.eps)
 
     def rope_write(
         self,

@@ -50,7 +50,7 @@ class Variant:
         return self.kinds.get(name) or ("*i32" if name in TABLES else "*fp32" if name in FLOATS else "i32")
 
 
-TABLES = {"items", "positions", "numbers", "bounds", "pages", "tails", "ranges", "shifts"}
+TABLES = {"counts", "positions", "lists", "ranges", "shifts"}
 FLOATS = {"state", "state_max", "state_sum", "page_max", "page_sum", "lse", "cos", "sin", "key_scales", "value_scales"}
 
 
@@ -70,13 +70,13 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def precision(amd: bool) -> str:
+def precision(target: str) -> str:
     """Returns how fp32 is multiplied.
 
     NVIDIA's matrix units know no fp32 but TF32: three of their products have some 2^-22 of relative error. AMD's
     multiply fp32 itself.
     """
-    return "ieee" if amd else "tf32x3"
+    return "ieee" if target.startswith("gfx") else "tf32x3"
 
 
-PRECISION = "interpret" if INTERPRET else precision(AMD)
+PRECISION = "interpret" if INTERPRET else precision("gfx" if AMD else "sm")

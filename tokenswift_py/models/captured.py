@@ -1,10 +1,10 @@
 """Passes of fixed shapes, which a GPU can replay as CUDA graphs.
 
 A verification is a few hundred launches, and each costs the host more time than a short one costs the GPU. So a pass of
-a tree is padded to one of a few shapes. Everything that changes between passes of a shape (tokens, positions, slots,
-page tables, ancestors, the number of rows) is copied to memory that stays in place, and the launches that were recorded
-once run again as a whole. Padding rows attend to nothing, and their keys and values are not written. By law 1 they
-change no bit of the others.
+trees, of one text or of several, is padded to one of a few shapes. Everything that changes between passes of a shape
+(tokens, positions, slots, page tables, ancestors, how many rows and texts there are) is copied to memory that stays in
+place, and the launches that were recorded once run again as a whole. Padding rows attend to nothing, and their keys and
+values are not written. By laws 1 and 9 neither they nor the rows of other texts change a bit of a row.
 
 Shapes are recorded before they are needed: all of them when a tree first has branches, and those that a text had when
 it outgrows its room. The time of the pass that causes this says nothing about others, so the executor's clock is
@@ -173,12 +173,12 @@ class Step:
         padded[2] = -1  # padding rows are not written
         padded[:, : len(rows.tokens)] = rows.places
         upload(self.places, padded)
-        self.plan.fill(rows.segments[0])
+        self.plan.fill(rows.segments)
 
 
 def first_row(rows: Rows) -> Rows:
     """Returns the first row alone. Its key and value are not written."""
-    (segment,) = rows.segments
+    segment = rows.segments[0]
     alone = replace(segment, rows=slice(0, 1), positions=segment.positions[:1], tail=segment.tail[:1])
     return Rows(rows.tokens[:1], rows.positions[:1], np.full(1, -1, np.int32), (alone,))
 
@@ -204,18 +204,19 @@ class Steps:
         self.steps: dict[Shape, Step | None] = {}
 
     def find(self, rows: Rows, logits: bool, mass: bool, queries: bool) -> Step | None:
-        """Returns the step that can run a pass. None for several sequences, a prefill, or a large pass."""
-        (segment, *others), count = rows.segments, len(rows.tokens)
-        if others or segment.causal or count > ROWS[-1]:
+        """Returns the step that can run a pass. None for a prefill, or a large pass."""
+        count = len(rows.tokens)
+        if count > ROWS[-1] or any(segment.causal for segment in rows.segments):
             return None
+        viewed = [segment.view.shape[-1] for segment in rows.segments if segment.view is not None]
         room = Room(
             next(n for n in ROWS if n >= count),
             doubled(LEAST_PAGES, rows.pages),
-            None if segment.view is None else doubled(LEAST_VIEWED, segment.view.shape[-1]),
+            doubled(LEAST_VIEWED, max(viewed)) if viewed else None,
             self.decoder.spec.layers,
             None if self.decoder.shifts is None else self.decoder.shifts.block // PAGE_SIZE,
         )
-        if segment.tail.shape[1] > room.tail:
+        if any(segment.tail.shape[1] > room.tail for segment in rows.segments):
             return None
         shape = Shape(room, logits, mass, queries)
         if shape not in self.steps:

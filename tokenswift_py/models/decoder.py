@@ -22,7 +22,7 @@ from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL, Experts, LayerSpec
-from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.ops import HeadWeights, Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
@@ -97,6 +97,7 @@ class TorchDecoder:
         check_moves_queries(attention, rope)
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
+        self._heads = [self._head_weights(f"model.layers.{layer}.self_attn.") for layer in range(spec.layers)]
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
@@ -172,13 +173,16 @@ class TorchDecoder:
         for layer, kind in enumerate(spec.layer_specs):
             at = f"model.layers.{layer}."
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
-            q, k, v = self._qkv(normed, f"{at}self_attn.")
             options: dict[str, Any] = {}
+            own, turns = self._heads[layer], (*angles[kind.rope], slots)
             if self.shifts is not None and self._moved[layer]:
+                q, k, v = self.ops.qkv(normed, own)
                 options["far"] = FarQueries(
                     q.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
                 )
-            q = self.ops.rope_write(pool, layer, q, k, v, *angles[kind.rope], slots)
+                q = self.ops.rope_write(pool, layer, q, k, v, *turns)
+            else:
+                q = self.ops.qkv_rope_write(pool, layer, normed, own, *turns)
             if want_queries:
                 queries.append(q.float())
             if (scales := pool.scales_of(layer)) is not None:
@@ -234,8 +238,13 @@ class TorchDecoder:
         return self._join(self._gated(x, at), f"{at}.down_proj")
 
     def _gated(self, x: torch.Tensor, at: str) -> torch.Tensor:
-        gate, up = (self._linear(x, f"{at}.{name}_proj") for name in ("gate", "up"))
-        return self.ops.swiglu(gate, up) if self.spec.activation == "silu" else self.ops.geglu(gate, up)
+        (gate, up), biases = self._parts(f"{at}.gate_proj", f"{at}.up_proj")
+        return self.ops.gated(x, gate, up, biases, self.spec.activation)
+
+    def _parts(self, *names: str) -> tuple[Any, Any]:
+        """The weights of these names, and their biases, or None where they have none."""
+        biases = tuple(self.weights.get(f"{name}.bias") for name in names)
+        return tuple(self.weights[f"{name}.weight"] for name in names), biases if biases[0] is not None else None
 
     def _mixture(self, x: torch.Tensor, at: str) -> torch.Tensor:
         """A row is the sum of its experts in ascending order of their numbers, each times its share."""
@@ -254,12 +263,10 @@ class TorchDecoder:
             total = total + self._linear(x, f"{part}_gate").sigmoid() * y
         return total
 
-    def _qkv(self, x: torch.Tensor, at: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[R, heads, head_dim] and twice [R, kv_heads, head_dim], not rotated yet."""
-        q, k, v = (self._linear(x, f"{at}{name}_proj").unflatten(1, (-1, self.spec.head_dim)) for name in "qkv")
-        if self.spec.qk_norm:
-            q, k = self._norm(q, f"{at}q_norm"), self._norm(k, f"{at}k_norm")
-        return q, k, v
+    def _head_weights(self, at: str) -> HeadWeights:
+        weights, biases = self._parts(*(f"{at}{name}_proj" for name in "qkv"))
+        norms = self._parts(f"{at}q_norm", f"{at}k_norm")[0] if self.spec.qk_norm else None
+        return HeadWeights(weights, biases, norms, self.spec.norm_eps, self.spec.head_dim)
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
         return self.ops.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))

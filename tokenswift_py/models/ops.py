@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -9,6 +10,21 @@ import torch.nn.functional as F
 
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """The weights by which a layer's queries, keys and values are made.
+
+    weights: [out, in] each, of queries, keys and values. biases: [out] each, or None.
+    norms:   [head_dim] each, of the RMSNorm of queries and of keys. None is no such norm.
+    """
+
+    weights: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    norms: tuple[torch.Tensor, torch.Tensor] | None
+    eps: float
+    head_dim: int
 
 
 class Ops(Protocol):
@@ -35,11 +51,36 @@ class Ops(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns x + y (None is 0) and its RMSNorm. x, y: [R, hidden]."""
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """Computes silu(gate) * up."""
+    def gated(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
+        activation: str,
+    ) -> torch.Tensor:
+        """Computes act(x @ gate.T) * (x @ up.T), both products rounded first.
 
-    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """gelu(gate) * up, the gelu by its approximation with tanh."""
+        x: [R, in]. gate, up: [columns, in]. activation: silu, or gelu, which is the approximation with tanh.
+        """
+
+    def qkv(self, x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns queries [R, heads, head_dim], keys and values [R, kv_heads, head_dim], normed but not rotated.
+
+        x: [R, in].
+        """
+
+    def qkv_rope_write(
+        self,
+        pool: TorchPagePool,
+        layer: int,
+        x: torch.Tensor,
+        own: HeadWeights,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """Does the work of `qkv` and `rope_write`."""
 
     def rope_write(
         self,
@@ -59,6 +100,20 @@ class Ops(Protocol):
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """Does the work of the function of this name in kvcache/pages.py."""
+
+
+def linears(x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns queries, keys and values as torch's products give them, in heads."""
+    biases = own.biases or (None, None, None)
+    q, k, v = (
+        F.linear(x, weight, bias).unflatten(1, (-1, own.head_dim))
+        for weight, bias in zip(own.weights, biases, strict=True)
+    )
+    return q, k, v
+
+
+def activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
 class TorchOps:
@@ -83,11 +138,33 @@ class TorchOps:
         total = x if y is None else x + y
         return total, self.norm(total, weight, eps)
 
-    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.silu(gate) * up
+    def gated(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
+        activation: str,
+    ) -> torch.Tensor:
+        return activate(F.linear(x, gate, biases and biases[0]), activation) * F.linear(x, up, biases and biases[1])
 
-    def geglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return F.gelu(gate, approximate="tanh") * up
+    def qkv(self, x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = linears(x, own)
+        if own.norms is not None:
+            q, k = (self.norm(part, norm, own.eps) for part, norm in zip((q, k), own.norms, strict=True))
+        return q, k, v
+
+    def qkv_rope_write(
+        self,
+        pool: TorchPagePool,
+        layer: int,
+        x: torch.Tensor,
+        own: HeadWeights,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        return self.rope_write(pool, layer, *self.qkv(x, own), cos, sin, slots)
 
     def rope_write(
         self,

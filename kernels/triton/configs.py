@@ -1,0 +1,86 @@
+"""How kernels are compiled for each architecture: tiles, warps, stages. The one place to tune; `make gpu` sweeps it.
+
+A choice is a function of architecture, type and head size alone. It is the same for every pass, or law 1 would not
+hold; another choice gives other bits, so the numerics contract names it (`ops.configurations`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tokenswift_py.kernels.triton.runtime import AMD, INTERPRET
+
+
+@dataclass(frozen=True)
+class Config:
+    """The way attention is compiled. tile: packed rows that a program meets a page with."""
+
+    tile: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The way products are compiled. They are narrow in columns, so that one token's still fill a GPU."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# Attention of 16-bit queries by the largest head size. int8 is of pages, whose widening takes registers of its own.
+ATTENTION = {
+    "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
+    "sm_90": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
+    "sm_100": {64: Config(64, 4, 3), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
+    "sm_120": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
+    "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
+}
+INT8 = {128: Config(32, 4, 1), 256: Config(16, 4, 1)}
+# fp32 is for checks rather than for speed.
+FP32 = {64: Config(16, 4, 1), 128: Config(16, 8, 1), 256: Config(16, 8, 1)}
+FP32_AMD = {**FP32, 256: Config(16, 4, 1)}
+
+PRODUCTS = {
+    "sm_80": Tiles(64, 32, 64, 4, 4),
+    "sm_90": Tiles(64, 32, 64, 4, 4),
+    "sm_100": Tiles(64, 32, 64, 4, 3),
+    "sm_120": Tiles(64, 32, 64, 4, 4),
+    "gfx942": Tiles(64, 32, 64, 4, 2),
+}
+PRODUCTS_FP32 = Tiles(16, 32, 64, 4, 3)
+
+# What `make gpu` times beside the choice for 16-bit attention.
+SWEPT = tuple(Config(tile, warps, stages) for tile in (32, 64) for warps in (4, 8) for stages in (1, 2, 3, 4, 5))
+
+
+def here() -> str:
+    """Returns the architecture whose choices hold for the current device; in the interpreter it is sm_90."""
+    if AMD:
+        return "gfx942"
+    if INTERPRET or not torch.cuda.is_available():
+        return "sm_90"
+    major, _ = torch.cuda.get_device_capability()
+    return max((name for name in PRODUCTS if name[:3] == "sm_" and int(name[3:-1]) <= major),
+               key=lambda name: int(name[3:-1]), default="sm_80")  # fmt: skip
+
+
+def config(dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: str | None = None) -> Config:
+    """Returns how attention is compiled. int8: whether keys and values are int8."""
+    chosen = architecture or here()
+    table = ATTENTION[chosen]
+    if dtype == torch.float32:
+        table = FP32_AMD if chosen == "gfx942" else FP32
+    elif int8:
+        table = INT8
+    return table[min((size for size in table if size >= head_dim), default=max(table))]
+
+
+def tiles(dtype: torch.dtype, architecture: str | None = None) -> Tiles:
+    """Returns how every product with a weight of this type is compiled."""
+    return PRODUCTS_FP32 if dtype == torch.float32 else PRODUCTS[architecture or here()]
