@@ -90,8 +90,10 @@ class Decoder {
   // key_bounds: low, high are [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
   // key_scores: out is [layers][kv_heads][count], the largest product of a key with the query of its layer and head;
   // queries: [layers][kv_heads][pool.head_dim()].
+  // page_keys: out is [kv_heads][count][page_size][width], of one layer.
   void key_bounds(const Pool& pool, const int32_t* pages, int count, int width, float* low, float* high);
   void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
+  void page_keys(const Pool& pool, int layer, const int32_t* pages, int count, int width, float* out);
 
  private:
   struct Linear {
