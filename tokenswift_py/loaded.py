@@ -61,13 +61,13 @@ class LoadedModel:
         """Returns what is known of the cost of passes of this kind ("target" or "draft"): for a text alone nothing."""
         return PassCost(shapes)
 
-    def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
-        """Of a KV cache with room for so many, heads padded as the executor has them. bounds: and of each page's keys,
-        which some policies read. dtype: None is the executor's."""
+    def kv_bytes(self, tokens: int, of_keys: int = 0, dtype: torch.dtype | None = None) -> int:
+        """Of a KV cache with room for so many, heads padded as the executor has them. of_keys: what policies keep of a
+        page's keys, for each layer and KV head. dtype: None is the executor's."""
         spec, padded = self.checkpoint.spec, self.executor.padded_head
         pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
-        bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
-        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
+        of_policies = spec.layers * spec.kv_heads * of_keys * pages
+        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + of_policies
 
     def step_bytes(self, context: float) -> float:
         """What plain decoding must read for a token behind so many others, weights and KV (this rank's)."""
