@@ -81,6 +81,12 @@ class PagePool(Protocol):
         3.3). This reads all keys of the pages: half of what plain decoding reads of the KV cache for one token.
         """
 
+    def page_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
+        """Returns a layer's keys of some pages, [kv_heads, n, PAGE_SIZE, head_dim] fp32, to be read only.
+
+        pages: [n] pages of the pool, full and committed.
+        """
+
 
 @dataclass(frozen=True)
 class PageStats:
@@ -131,7 +137,9 @@ class EvictionPolicy(Protocol):
     first row all pages score 0, and `select` keeps the latest.
 
     needs: "mass" and "queries" name statistics that full-view passes must report to `observe`. "bounds" says that
-           `score` asks the pool for bounds of each page's keys, which take memory.
+           `score` asks the pool for bounds of each page's keys, which take memory. "index" says that the policy keeps
+           an index of each page's keys itself. Its class tells the size, for each layer and KV head, with
+           `index_bytes(head_dim)`.
     """
 
     name: str

@@ -247,17 +247,16 @@ class TorchPagePool(BoundedPages):
         query = grouped(queries, self.kv_heads).to(self.keys.device)[..., None]  # [layers, kv_heads, head_dim, 1]
         best = []
         for layer, q in enumerate(query):
-            products = self._wide_keys(layer, pages).flatten(1, 2) @ q  # [kv_heads, n * PAGE_SIZE, 1]
+            products = self.page_keys(layer, pages).flatten(1, 2) @ q  # [kv_heads, n * PAGE_SIZE, 1]
             best.append(products.view(self.kv_heads, len(pages), PAGE_SIZE).amax(2))
         return torch.stack(best)
 
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
         chosen = index(pages, self.keys.device)
         for layer in range(self.layers):
-            low[layer][:, chosen], high[layer][:, chosen] = self._wide_keys(layer, pages).aminmax(dim=2)
+            low[layer][:, chosen], high[layer][:, chosen] = self.page_keys(layer, pages).aminmax(dim=2)
 
-    def _wide_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
-        """Returns the keys of these pages as fp32, [kv_heads, n, PAGE_SIZE, head_dim]."""
+    def page_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
         chosen = index(pages, self.keys.device)
         keys = self.keys[layer][:, chosen].float()
         return keys * self.key_scales[layer][:, chosen, :, None] if self.scaled else keys

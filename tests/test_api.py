@@ -386,7 +386,8 @@ def test_the_memory_check_counts_a_pages_bounds(swift: TokenSwift) -> None:
     count = pages_for(100)
     pool = swift.executor.model(rope_tables(swift.checkpoint.config, 64)).new_pool(count)
     bounds = pool.key_bounds(np.array([pool.allocate() for _ in range(count)], np.int32))
-    assert swift.kv_bytes(100, bounds=True) == count * pool.page_bytes + sum(part.nbytes for part in bounds)
+    of_keys = plan.kept_of_keys(swift.checkpoint.spec.head_dim, "quest")
+    assert swift.kv_bytes(100, of_keys) == count * pool.page_bytes + sum(part.nbytes for part in bounds)
 
 
 def test_log_extend_is_picked_beyond_the_trained_length(swift: TokenSwift, caplog: pytest.LogCaptureFixture) -> None:

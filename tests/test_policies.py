@@ -10,6 +10,7 @@ import argparse
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.cluster.vq import kmeans2
 
 from conftest import tiny_config, tiny_model, weights_of
 from scripted import Scripted, write
@@ -30,13 +32,15 @@ from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Context, committed
 from tokenswift_py.drafters.base import create as create_drafter
 from tokenswift_py.errors import UserError
-from tokenswift_py.kvcache.base import PAGE_SIZE, RECENT_PAGES, Committed, FloatArray, PageStats, select
+from tokenswift_py.kvcache.base import PAGE_SIZE, RECENT_PAGES, Committed, FloatArray, PageStats, best, select
+from tokenswift_py.kvcache.policies.clusters import ROUNDS, k_means
 from tokenswift_py.kvcache.policies.mass import Mass
 from tokenswift_py.kvcache.policies.snapkv import SnapKV
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.runs.plan import kept_of_keys
 from tokenswift_py.sampling.reference import Sampler
 
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 16
@@ -54,6 +58,8 @@ class Text:
 
     It is its own pool, with pages in reverse order.
     """
+
+    layers = LAYERS
 
     def __init__(self, start: int, count: int, seed: int = 0, dtype: type = np.float32):
         rng = np.random.default_rng(seed)
@@ -98,6 +104,9 @@ class Text:
         keys = torch.from_numpy(self.keys[:, :, self.pages - 1 - pages])
         summed = queries.float().view(LAYERS, KV_HEADS, GROUP, HEAD_DIM).sum(2)
         return torch.einsum("lhptd,lhd->lhpt", keys, summed).amax(-1)
+
+    def page_keys(self, layer: int, pages: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.keys[layer][:, self.pages - 1 - pages])
 
 
 def learnt(policy: Any, text: Text, sizes: Sequence[int] = (5,)) -> FloatArray:
@@ -177,6 +186,119 @@ def test_importance_is_the_best_product_of_the_page_summed_over_the_group() -> N
     for layer, head, page in np.ndindex(scores.shape):
         products = text.keys[layer, head, page] @ query[layer, head].T  # [PAGE_SIZE, GROUP]
         assert scores[layer, head, page] == pytest.approx(products.sum(1).max(), rel=1e-5)
+
+
+def test_a_cluster_for_every_key_gives_the_attention_mass_itself() -> None:
+    """The dense softmax over all keys, summed by page and over the group. Centroids are rounded to bf16."""
+    text = Text(64, 300)
+    scores = learnt(create("clusters", clusters=PAGE_SIZE), text)
+    query = text.queries[-1].reshape(LAYERS, KV_HEADS, GROUP, HEAD_DIM)
+    for layer, head in np.ndindex(LAYERS, KV_HEADS):
+        keys = text.keys[layer, head, : scores.shape[-1]].reshape(-1, HEAD_DIM)
+        weights = np.exp(query[layer, head] @ keys.T / np.sqrt(HEAD_DIM))  # [GROUP, T]
+        mass = (weights / weights.sum(1, keepdims=True)).sum(0).reshape(-1, PAGE_SIZE).sum(1)
+        np.testing.assert_allclose(scores[layer, head], mass, rtol=0.02)
+    np.testing.assert_allclose(scores.sum(-1), GROUP, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clusters", [1, 4])
+def test_clusters_are_lloyds_and_estimate_by_centroid_and_size(clusters: int) -> None:
+    """SciPy's k-means of the keys of 16, 4 and one page from the same first keys, rounded to bf16 in every round."""
+    text = Text(0, 21 * PAGE_SIZE)
+    scores = learnt(create("clusters", clusters=clusters), text)
+    query = text.queries[-1].reshape(LAYERS, KV_HEADS, GROUP, HEAD_DIM)
+    weights = np.zeros((LAYERS, KV_HEADS, GROUP, 21))
+    for pages in (slice(0, 16), slice(16, 20), slice(20, 21)):
+        for layer, head in np.ndindex(LAYERS, KV_HEADS):
+            keys = as_bf16(text.keys[layer, head, pages]).reshape(-1, HEAD_DIM).numpy()
+            centroids = keys[:: PAGE_SIZE // clusters]
+            for _ in range(ROUNDS):
+                centroids, labels = kmeans2(keys, centroids, iter=1, minit="matrix")
+                centroids = as_bf16(centroids).numpy()
+            of_keys = np.exp(query[layer, head] @ centroids.T / np.sqrt(HEAD_DIM))[:, labels]
+            weights[layer, head, :, pages] = of_keys.reshape(GROUP, -1, PAGE_SIZE).sum(-1)
+    np.testing.assert_allclose(scores, (weights / weights.sum(-1, keepdims=True)).sum(2), rtol=1e-4)
+
+
+def as_bf16(keys: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(keys).to(torch.bfloat16).double()
+
+
+def test_no_cluster_depends_on_the_order_of_a_sum() -> None:
+    """Over threads and libraries orders differ. Here that of the dimensions does, and that of the keys behind the
+    first ones."""
+    text = Text(0, 8 * PAGE_SIZE)
+    keys = as_bf16(text.keys[0] * 10.0 ** np.random.default_rng(2).integers(-3, 2, HEAD_DIM)).flatten(1, 2)
+    centroids, nearest = k_means(keys, 32)
+    dimensions, rows = torch.randperm(HEAD_DIM), torch.arange(keys.shape[1]).view(32, 16)
+    rows[:, 1:] = rows[:, 1:].flip(1)
+    again, found = k_means(keys[:, rows.flatten()][..., dimensions], 32)
+    assert torch.equal(again, centroids[..., dimensions])
+    assert torch.equal(found, nearest[:, rows.flatten()])
+
+
+def test_the_index_makes_segments_of_full_pages_and_drops_evicted_ones() -> None:
+    text, policy, read = Text(0, 8 * PAGE_SIZE), create("clusters"), []
+
+    class Read:
+        layers = LAYERS
+
+        def page_keys(self, layer: int, pages: np.ndarray) -> torch.Tensor:
+            if layer == 0:
+                read.append([text.pages - 1 - page for page in pages.tolist()])
+            return text.page_keys(layer, pages)
+
+    def scores(stats: PageStats, *evicted: int) -> FloatArray:
+        assert stats.table is not None
+        table = stats.table.copy()
+        table[[*evicted]] = -1
+        found: FloatArray = policy.score(replace(stats, table=table, pool=Read()))
+        return found
+
+    for rows in text.passes([PAGE_SIZE]):
+        policy.observe(rows)
+        stats = text.stats(rows.start + rows.rows)
+        whole = scores(stats)
+    assert read == [[0], [1], [2], [0, 1, 2, 3], [4], [5], [6], [4, 5, 6, 7]]
+    assert np.array_equal(whole, learnt(create("clusters"), text)), "asked once or page by page"
+    heads, counts = LAYERS * KV_HEADS, 4 * 4
+    assert policy.nbytes == heads * 8 * (4 * 2 * HEAD_DIM + counts)
+    left = scores(stats, 1)
+    assert len(read) == 8 and policy.nbytes == heads * (8 * 4 * 2 * HEAD_DIM + 7 * counts)
+    assert (left[..., 1] == 0).all()
+    assert (np.delete(left, 1, -1) > np.delete(whole, 1, -1)).all(), "the others share what was its"
+    left = scores(stats, 1, 2, 4, 5, 6, 7)
+    assert read[8:] == [[0, 3]] and policy.nbytes == heads * 2 * (4 * 2 * HEAD_DIM + 2 * 4)
+    assert (left[..., [0, 3]] > 0).all()
+    np.testing.assert_allclose(left.sum(-1), GROUP, rtol=1e-5)
+
+
+def test_the_memory_check_knows_the_size_of_an_index() -> None:
+    text, policy = Text(0, 64 * PAGE_SIZE), create("clusters")
+    learnt(policy, text, [PAGE_SIZE])
+    assert policy.nbytes == LAYERS * KV_HEADS * 64 * type(policy).index_bytes(HEAD_DIM)
+    bounds = 2 * 4 * HEAD_DIM
+    assert kept_of_keys(HEAD_DIM, "mass", None) == 0
+    assert kept_of_keys(HEAD_DIM, "quest", "quest") == bounds
+    assert kept_of_keys(HEAD_DIM, "quest", "clusters") == bounds + type(policy).index_bytes(HEAD_DIM)
+
+
+def test_an_estimate_is_nearer_to_the_mass_than_a_bound_of_keys() -> None:
+    """Keys in bundles: the best of each dimension together are no key of the page."""
+    text = Text(0, 20 * PAGE_SIZE)
+    rng = np.random.default_rng(1)
+    bundles = rng.standard_normal((LAYERS, KV_HEADS, text.pages, 4, 1, HEAD_DIM)) * 2
+    noise = 0.2 * rng.standard_normal((LAYERS, KV_HEADS, text.pages, 4, PAGE_SIZE // 4, HEAD_DIM))
+    text.keys = (bundles + noise).reshape(text.keys.shape).astype(np.float32)
+    query = torch.from_numpy(text.queries[-1]).view(LAYERS, KV_HEADS, GROUP, HEAD_DIM)
+    keys = torch.from_numpy(text.keys).flatten(2, 3)
+    mass = (query @ keys.mT / HEAD_DIM**0.5).softmax(-1).sum(2).unflatten(2, (-1, PAGE_SIZE)).sum(-1)
+    kept = {}
+    for name in ("clusters", "quest"):
+        chosen = torch.from_numpy(best(learnt(create(name), text), 6)).long()
+        kept[name] = mass.gather(-1, chosen).sum(-1).mean()
+    most = mass.gather(-1, torch.from_numpy(best(mass.numpy(), 6)).long()).sum(-1).mean()
+    assert kept["quest"] < kept["clusters"] and kept["clusters"] > 0.98 * most
 
 
 @settings(max_examples=60)
@@ -298,6 +420,8 @@ def test_what_has_decayed_is_swept_away() -> None:
         (lambda: Mass(decay=0), "decay: 0 is not allowed"),
         (lambda: Mass(decay=1.01), "decay: 1.01 is not allowed"),
         (lambda: Mass(decay=float("nan")), "decay: nan is not allowed"),
+        (lambda: create("clusters", clusters=0), "clusters: 0 is not allowed"),
+        (lambda: create("clusters", clusters=65), "clusters: 65 is not allowed; between 1 and 64"),
         (lambda: SnapKV(window=0), "window: 0 is not allowed"),
         (lambda: SnapKV(pooling=2), "pooling: 2 is not allowed"),
         (lambda: SnapKV(pooling=-1), "pooling: -1 is not allowed"),

@@ -313,12 +313,14 @@ def test_a_backend_that_cannot_says_what_can() -> None:
         TorchDecoder(spec, weights_of(model_of("llama")), tables, with_function(None))
 
 
-@pytest.mark.parametrize("policy", ["quest", "importance"])
+@pytest.mark.parametrize("policy", ["quest", "importance", "clusters"])
 @pytest.mark.parametrize("name", ["llama", "llama, yarn", "qwen3, every other layer under a window as trained"])
 def test_policies_score_keys_with_the_query_that_meets_them(policy: str, name: str) -> None:
     """The last row's queries, rotated by definition for each key's distance, against the cache's own keys."""
     decoder = native_of(name, tables_of(name))
     spec, chosen = decoder.spec, registry.create("tokenswift_py.kvcache.policies", "POLICY", "draft_policy", policy)
+    if policy == "clusters":
+        chosen.clusters = PAGE_SIZE  # a cluster for every key, so that the mass is no estimate
     cache, _ = prefill(decoder, tokens(LENGTH - 1))
     output = decoder.forward([Segment(DraftTree.chain([7]), cache)], want_queries=True)
     cache.commit([0])
@@ -329,6 +331,9 @@ def test_policies_score_keys_with_the_query_that_meets_them(policy: str, name: s
     moved = moved_queries(name, output, keys.shape[2])  # [layers, kv_heads, group, T, head_dim]
     if policy == "importance":
         wanted = (moved.sum(2) * keys).sum(-1).view(shape).amax(-1)
+    elif policy == "clusters":
+        keys = keys.to(torch.bfloat16)  # as an index has them
+        wanted = ((moved * keys[:, :, None]).sum(-1) * spec.head_dim**-0.5).softmax(-1).sum(2).view(shape).sum(-1)
     else:
         low, high = keys.view(*shape, -1).aminmax(dim=3)
         first = moved.unflatten(3, (-1, PAGE_SIZE))[..., 0, :]  # a page is met from one position
@@ -456,7 +461,7 @@ def test_a_run_is_resumed_with_the_flags_that_it_was_begun_with(swift: TokenSwif
 
 def test_a_bounded_cache_and_a_snapshot_beyond_the_trained_length(swift: TokenSwift, tmp_path: Path) -> None:
     """In the lossy mode pages are evicted by scores of queries as they meet far keys: no drafter changes the text."""
-    for policy in ("quest", "importance"):
+    for policy in ("quest", "importance", "clusters"):
         lossy = {"kv_budget": 320, "kv_policy": policy, **RUN}
         plain = swift.generate(LONG, drafter="none", **lossy)
         assert plain.report["eviction"]["evictions"] > 0

@@ -176,6 +176,19 @@ def test_bounds_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [16, 12])
+def test_keys_of_pages_are_those_that_attention_reads(executor: Callable[[Any], Any], head_dim: int) -> None:
+    decoder = executor(tiny_config("qwen3", head_dim=head_dim))
+    cache = filled(decoder, 330)
+    pages = cache.pages[: cache.full_pages].copy()
+    for chosen in (pages, pages[[3, 0]], pages[:0]):
+        for layer in range(3):
+            found = cache.pool.page_keys(layer, chosen)
+            assert found.shape == (2, len(chosen), PAGE_SIZE, head_dim) and found.dtype == torch.float32
+            for i, page in enumerate(chosen):
+                assert torch.equal(found[:, i], keys_of(decoder, cache.pool, int(page))[layer])
+
+
+@pytest.mark.parametrize("head_dim", [16, 12])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 def test_scores_are_the_best_products_of_a_page(executor: Callable[[Any], Any], head_dim: int, kv_heads: int) -> None:
     decoder = executor(tiny_config("qwen3", head_dim=head_dim, num_key_value_heads=kv_heads))
@@ -224,6 +237,16 @@ def test_malformed_statistics_are_refused() -> None:
     for shapes in ((query[:2].copy(), out), (query[..., :8].copy(), out), (query, np.zeros((3, 2, 2), np.float32))):
         with pytest.raises(ValueError, match="are"):
             engine.key_scores(pool.native, pages, *shapes)
+    keys = np.zeros((2, 1, PAGE_SIZE, 16), np.float32)
+    engine.page_keys(pool.native, 2, pages, keys)
+    for layer in (-1, 3):
+        with pytest.raises(ValueError, match="no such layer"):
+            engine.page_keys(pool.native, layer, pages, keys)
+    for shape in ((2, 2, PAGE_SIZE, 16), (2, 1, 32, 16), (2, 1, PAGE_SIZE, 17), (3, 1, PAGE_SIZE, 16)):
+        with pytest.raises(ValueError, match="keys are"):
+            engine.page_keys(pool.native, 0, pages, np.zeros(shape, np.float32))
+    with pytest.raises(ValueError, match="not in use"):
+        engine.page_keys(pool.native, 0, np.array([1 << 29], i32), keys)
     total = decoder.new_pool(3)
     total.allocate()
     bounds = np.zeros((3, 2, 3, 8), np.float32)

@@ -67,16 +67,16 @@ class LoadedModel:
         """Returns what says when drafting may be tried: a text alone has its own."""
         return Probes()
 
-    def kv_bytes(self, tokens: int, bounds: bool = False, dtype: torch.dtype | None = None) -> int:
+    def kv_bytes(self, tokens: int, of_keys: int = 0, dtype: torch.dtype | None = None) -> int:
         """Returns the bytes of a KV cache with room for so many tokens, with heads padded like the executor's.
 
-        bounds: whether bounds of each page's keys are counted, which some policies read.
+        of_keys: bytes that policies keep of a page's keys, for each layer and KV head.
         dtype: type of the cache; None is the executor's.
         """
         spec, padded = self.checkpoint.spec, self.executor.padded_head
         pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
-        bytes_of_bounds = 2 * spec.layers * spec.kv_heads * spec.head_dim * torch.float32.itemsize * pages
-        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + (bytes_of_bounds if bounds else 0)
+        of_policies = spec.layers * spec.kv_heads * of_keys * pages
+        return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + of_policies
 
     def step_bytes(self, context: float) -> float:
         """Returns the bytes of weights and KV that plain decoding must read for a token after so many others (this

@@ -101,6 +101,11 @@ class NativePool(BoundedPages):
         self._engine.key_scores(self.native, native_ints(pages), query, scores)
         return torch.from_numpy(scores)
 
+    def page_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
+        keys = np.empty((self.kv_heads, len(pages), PAGE_SIZE, self._shape[-1]), np.float32)
+        self._engine.page_keys(self.native, layer, native_ints(pages), keys)
+        return torch.from_numpy(keys)
+
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
         self._engine.key_bounds(self.native, native_ints(pages), low.numpy(), high.numpy())
 

@@ -12,7 +12,7 @@ from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.runs import report
 from tokenswift_py.runs.assembly import eviction_of
-from tokenswift_py.runs.plan import reads_bounds
+from tokenswift_py.runs.plan import kept_of_keys
 from tokenswift_py.runs.stream import Result, Stream
 from tokenswift_py.sampling.processors import is_pure, name_of
 
@@ -31,7 +31,8 @@ def baseline(loaded: LoadedModel, stream: Stream) -> Result:
     cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
     if cache is None:
         kept = min(run.context, run.options.kv_budget or run.context)
-        size = loaded.kv_bytes(kept, reads_bounds(run.options.kv_policy)) // loaded.executor.ranks.world
+        of_keys = kept_of_keys(loaded.checkpoint.spec.head_dim, run.options.kv_policy)
+        size = loaded.kv_bytes(kept, of_keys) // loaded.executor.ranks.world
         with loaded.executor.ranks.same_fate():
             check_memory(size, loaded.executor.device, f"a second KV cache of {kept} tokens, for plain decoding,")
     options = replace(run.options, drafter="none", trace=None, logprobs=None, prompt_logprobs=None)

@@ -95,8 +95,8 @@ def prepare(
     tables = rope_bytes(checkpoint.config, context)
     what = f"a KV cache of {kept} tokens{' and that of the draft model' if draft else ''}"
     what += f" with RoPE tables of {context} positions"
-    bounds = reads_bounds(options.draft_policy) or reads_bounds(options.kv_policy)
-    own_bytes = loaded.kv_bytes(kept, bounds) // loaded.executor.ranks.world + tables
+    of_keys = kept_of_keys(checkpoint.spec.head_dim, options.draft_policy, options.kv_policy)
+    own_bytes = loaded.kv_bytes(kept, of_keys) // loaded.executor.ranks.world + tables
     if kind_of(options.chosen_drafter).sees_views and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
         draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
@@ -154,9 +154,12 @@ def resolved_positions(loaded: LoadedModel, settings: Mapping[str, Any], recorde
     return dict(zip(names, (found.scheme, found.window, found.block), strict=True))
 
 
-def reads_bounds(policy: str | None) -> bool:
-    """Returns whether a policy needs bounds of all pages' keys to be kept."""
-    return policy is not None and "bounds" in registry.module(POLICIES, "policy", policy).POLICY.needs
+def kept_of_keys(head_dim: int, *policies: str | None) -> int:
+    """Returns the bytes that policies keep of a page's keys for each layer and KV head: bounds, which they share, and
+    indexes, which are their own."""
+    kinds = [registry.module(POLICIES, "policy", name).POLICY for name in policies if name is not None]
+    bounds = 2 * head_dim * torch.float32.itemsize if any("bounds" in kind.needs for kind in kinds) else 0
+    return bounds + sum(int(kind.index_bytes(head_dim)) for kind in kinds if "index" in kind.needs)
 
 
 def check_snapshot(wanted: bool, options: Options) -> None:

@@ -294,6 +294,16 @@ void key_scores(Decoder& decoder, const Pool& pool, const Ints& pages, const Arr
   decoder.key_scores(pool, pages.data(), size(pages), queries.data(), out.data());
 }
 
+void page_keys(Decoder& decoder, const Pool& pool, int layer, const Ints& pages, const Array<float, 4>& out) {
+  require_in_use(pool, pages);
+  require(layer >= 0 && layer < pool.layers(), "no such layer");
+  require(size(out, 0) == pool.kv_heads() && size(out, 1) == size(pages) && size(out, 2) == page_size &&
+              size(out, 3) <= pool.head_dim(),
+          "keys are [kv_heads, pages, page size, head_dim]");
+  const nb::gil_scoped_release release;
+  decoder.page_keys(pool, layer, pages.data(), size(pages), size(out, 3), out.data());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -349,6 +359,8 @@ NB_MODULE(_native, m) {
            "Write the least and greatest keys of these pages at their numbers.")
       .def("key_scores", &key_scores, "pool"_a, "pages"_a.noconvert(), "queries"_a.noconvert(), "out"_a.noconvert(),
            "The largest product of a query with a key of each page.")
+      .def("page_keys", &page_keys, "pool"_a, "layer"_a, "pages"_a.noconvert(), "out"_a.noconvert(),
+           "Copy a layer's keys of these pages.")
       .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
       .def_prop_ro("tile", [](const Decoder& decoder) { return decoder.kernels().tile; })
       .def_prop_ro("weight_bytes", &Decoder::weight_bytes)

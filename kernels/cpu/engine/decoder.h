@@ -100,6 +100,9 @@ class Decoder {
   // [layers][kv_heads][pool.head_dim()]. out: [layers][kv_heads][count].
   void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
 
+  // Copies the keys of `count` pages in use, of one layer. out: [kv_heads][count][page_size][width].
+  void page_keys(const Pool& pool, int layer, const int32_t* pages, int count, int width, float* out);
+
  private:
   struct Linear {
     Matrix weight;

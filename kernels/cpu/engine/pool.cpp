@@ -96,6 +96,13 @@ class Lane {
     if constexpr (Rounding<T>::scaled) value_scale() = 0.0f;
   }
 
+  void widen_key(int count, float* out) const {
+    for (int d = 0; d < count; ++d) {
+      out[d] = Rounding<T>::widen(key(d));
+      if constexpr (Rounding<T>::scaled) out[d] *= key_scale();
+    }
+  }
+
   // Bounds all keys of the page whose first lane this is.
   void key_bounds(int count, float* low, float* high) const {
     constexpr int width = 16;
@@ -232,6 +239,13 @@ void Pool::gather(int layer, int head, const int32_t* slots, char* out) const {
 void Pool::key_bounds(int layer, int head, int page, int count, float* low, float* high) const {
   with_lanes(type_,
              [&](auto lane_of) { lane_of(block(layer, head, page), 0, head_dim_).key_bounds(count, low, high); });
+}
+
+void Pool::keys(int layer, int head, int page, int count, float* out) const {
+  with_lanes(type_, [&](auto lane_of) {
+    for (int i = 0; i < page_size; ++i)
+      lane_of(block(layer, head, page), i, head_dim_).widen_key(count, out + i * count);
+  });
 }
 
 }  // namespace tokenswift

@@ -60,6 +60,9 @@ class Pool {
   // Finds the least and the greatest of a page's keys in each of the first `count` dimensions.
   void key_bounds(int layer, int head, int page, int count, float* low, float* high) const;
 
+  // Widens a page's keys, the first `count` dimensions of each, into out [page_size][count].
+  void keys(int layer, int head, int page, int count, float* out) const;
+
  private:
   size_t values_at() const;  // place of the values in a block, in bytes
 

@@ -49,4 +49,11 @@ void Decoder::key_scores(const Pool& pool, const int32_t* pages, int count, cons
   });
 }
 
+void Decoder::page_keys(const Pool& pool, int layer, const int32_t* pages, int count, int width, float* out) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  team_->run(pool.kv_heads() * count, [&](int piece, int) {
+    pool.keys(layer, piece / count, pages[piece % count], width, out + size_t(piece) * page_size * width);
+  });
+}
+
 }  // namespace tokenswift
