@@ -233,12 +233,12 @@ def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
     """
     first = list(rows) == list(range(len(rows)))
     kept = slice(len(rows)) if first else list(rows)
-    mass, queries = (None if x is None else host_array(x) for x in (output.page_mass, output.queries))
+    mass, queries = output.page_mass, output.queries  # of which those rows alone are copied from a device
     return Committed(
         start,
         len(rows),
-        None if mass is None else mass[:, kept],
-        None if queries is None else queries[kept],
+        None if mass is None else host_array(mass[:, kept]),
+        None if queries is None else host_array(queries[kept]),
         output.turns,
     )
 

@@ -11,7 +11,6 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
@@ -33,6 +32,7 @@ from tokenswift_py.models.captured import Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.sampling.triton import TritonSampler
+from transfers import Transfers
 from triton_scenes import Reads, reads
 
 __all__ = ["reads"]  # the fixture
@@ -333,23 +333,13 @@ def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert replays and engine.stats.num_accepted_draft_tokens > 0
 
 
-class HostReads(TorchFunctionMode):
-    """Counts what makes the host wait for the device: numbers taken from tensors, and copies to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in READS
-        return func(*args, **(kwargs or {}))
-
-
-READS = {"item", "tolist", "cpu", "nonzero", "unique", "equal", "__bool__", "__int__", "__float__", "__index__"}
-
-
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=0.9, penalty=1.2, min_p=0.01, top_k=9)]
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.9, penalty=1.2, min_p=0.01, top_k=9),
+        SamplingParams(temperature=0.8, top_p=0.9, dry_multiplier=0.8, repetition_penalty=1.1, frequency_penalty=0.1),
+    ],
 )
 def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     """However many tokens are accepted: the chosen tokens of all nodes come over together."""
@@ -360,9 +350,9 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     loop = DecodeLoop(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
     compute(loop.force(prompt))
     for _ in range(2):
-        with HostReads() as reads:
+        with Transfers() as reads:
             step = compute(loop.round())
-        assert len(step.tokens) == 4 and reads.count == 1
+        assert len(step.tokens) == 4 and reads.reads == 1
 
 
 def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

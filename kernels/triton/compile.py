@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 # Bytes of shared memory that a block may use. For NVIDIA they are from the CUDA C++ Programming Guide, compute
 # capabilities; for AMD they are the LDS of CDNA 3.
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
-MODULES = ("attention", "fused", "matmul", "sampling")
+MODULES = ("attention", "fused", "matmul", "nucleus", "sampling", "scores")
 # Kernels that are right but slow where they spill. fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
 
