@@ -22,6 +22,7 @@ from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.passes import compute
 from tokenswift_py.decoding.stopping import Stops
+from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.kernels.base import AttentionSegment, Room
 from tokenswift_py.kernels.triton.ops import TritonOps
@@ -353,6 +354,31 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
         with Transfers() as reads:
             step = compute(loop.round())
         assert len(step.tokens) == 4 and reads.reads == 1
+
+
+def test_a_draft_reads_from_the_device_once_a_pass() -> None:
+    """Its runners-up and their scores come over, and no row of logits."""
+    sampler = TritonSampler(SamplingParams(temperature=0.8, top_p=0.9, seed=1), 61)
+    drafter = create("partial", policy="recent", view_tokens=64, width=2)
+    loop = DecodeLoop(new_decoder("llama"), drafter, sampler, Stops(40, ()), draft_tokens=4)
+    compute(loop.force([3, 14, 15, 9, 26]))
+    rows: list[int] = []
+
+    def counted(passes: Any) -> Any:
+        output: Any = None
+        while True:
+            try:
+                asked = passes.send(output)
+            except StopIteration as done:
+                return done.value
+            rows.append(len(asked.segment.tree))
+            output = asked.compute()
+
+    with Transfers() as reads:
+        counted(loop.round())
+    *drafted, verified = rows
+    assert len(drafted) >= 2 and reads.reads == len(rows)
+    assert reads.read_bytes == 8 * (5 * sum(drafted) + 3 * verified)
 
 
 def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
