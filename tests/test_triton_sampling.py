@@ -53,7 +53,7 @@ def test_the_best_of_a_row_are_the_references_with_their_scores(temperature: flo
     for seed, stream in ((0, 0), (2**64 - 1, 3)):
         sampler = Sampler(SamplingParams(temperature=temperature, seed=seed, stream=stream), vocab)
         key = noise_key(seed, stream, DEVICE) if temperature else None
-        for count in (1, 5, 64):
+        for count in (64,) if stream else (1, 5):
             found = best(scores, torch.tensor(lengths, dtype=torch.int32), key, count=count).cpu().numpy()
             for row, length in zip(range(3), lengths, strict=True):
                 wanted = sampler.ranked_scores(scores[row].cpu().numpy(), length, count)
@@ -191,7 +191,7 @@ def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
         return str(error)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(st.data(), RULES, st.sampled_from([4, 61, 257, 1100]))
 def test_every_node_of_a_tree_has_the_references_choice_and_ranking(
     data: Any, params: SamplingParams, vocab: int
