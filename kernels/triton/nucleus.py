@@ -9,6 +9,7 @@ second digit shows the next, and so on. Many programs read a row once a digit, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -174,6 +175,10 @@ def nucleus_floors(
 def variants(amd: bool) -> Iterator[Variant]:
     doubles = dict.fromkeys(("scores", "floors", "tops", "top_p", "least"), "*fp64")
     kinds = {**doubles, **dict.fromkeys(("masses", "histograms", "keys", "above"), "*i64")}
-    kernels = (("mass", mass_kernel, {}), ("digit", digit_kernel, {"DIGIT": 1}), ("edge", edge_kernel, {}))
+    kernels: tuple[tuple[str, Any, dict[str, int]], ...] = (
+        ("mass", mass_kernel, {}),
+        ("digit", digit_kernel, {"DIGIT": 1}),
+        ("edge", edge_kernel, {}),
+    )
     for name, kernel, constants in kernels:
         yield Variant(f"nucleus {name}", kernel, torch.float64, None, kinds, {**constants, "BLOCK": BLOCK}, 4, 1)

@@ -222,7 +222,8 @@ class TritonSampler(Sampler):
             if self.params.ban_words:
                 tokens = tokens + finished_words(ends[row][ends[row] >= 0][::-1], self.params.ban_words)
             found += [(row, token) for token in tokens]
-        return np.array(found, np.int32).reshape(-1, 2).T
+        pairs: IntArray = np.array(found, np.int32).reshape(-1, 2).T
+        return pairs
 
     def _masks(self, tree: DraftTree, history: History) -> tuple[Masks | None, dict[int, NumericsError]]:
         """Returns [rows, bytes] bits of the tokens that the grammar allows behind each node, None without a grammar;
