@@ -15,7 +15,7 @@ from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, IntArray, Model, Output, TreeBuilder
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import Passes, Timer, without_passes
-from tokenswift_py.kvcache.base import Committed, FloatArray
+from tokenswift_py.kvcache.base import Committed, EvictionPolicy, FloatArray, OnDevice
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.options import DRAFTERS, Options
 from tokenswift_py.planning.costs import PassCost
@@ -243,16 +243,29 @@ def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
     These are views of the output where the rows are its first ones (every chunk of a prefill, every chain); else
     copies.
     """
-    first = list(rows) == list(range(len(rows)))
-    kept = slice(len(rows)) if first else list(rows)
-    mass, queries = (None if x is None else host_array(x) for x in (output.page_mass, output.queries))
+    mass, queries = output.page_mass, output.queries  # of which those rows alone are copied from a device
     return Committed(
         start,
         len(rows),
-        None if mass is None else mass[:, kept],
-        None if queries is None else queries[kept],
+        None if mass is None else host_array(mass[:, kept(rows)]),
+        None if queries is None else host_array(queries[kept(rows)]),
         output.turns,
     )
+
+
+def kept(rows: Sequence[int]) -> slice | list[int]:
+    """Returns an index of these rows, which makes a view where they are the first ones."""
+    return slice(len(rows)) if list(rows) == list(range(len(rows))) else list(rows)
+
+
+def show(policy: EvictionPolicy, output: Output, rows: Sequence[int], start: int) -> None:
+    """Shows a policy those rows of a pass that were committed, at positions `start` and on. Statistics that lie on a
+    device stay there if the policy can read them there."""
+    mass = output.page_mass
+    if mass is not None and mass.device.type != "cpu" and isinstance(policy, OnDevice):
+        policy.observe_there(mass[:, kept(rows)])
+    else:
+        policy.observe(committed(output, rows, start))
 
 
 def host_array(x: torch.Tensor) -> FloatArray:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from tokenswift_py.core import Acceptance, DraftTree
 from tokenswift_py.drafters.base import Candidates, Context, Draft
@@ -18,6 +17,7 @@ from tokenswift_py.planning.odds import Odds
 from tokenswift_py.sampling.reference import NumericsError
 
 Doubles = npt.NDArray[np.float64]
+Ranked = list[tuple[int, float]]  # tokens, best first, with their perturbed scores
 
 
 def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
@@ -88,6 +88,11 @@ class Confidence:
         self.spread = error / (temperature or 1.0)
 
     @property
+    def ranks(self) -> int:
+        """How many tokens have to be ranked for a guess: the first tells by its lead how sure it is."""
+        return max(2, self.width)
+
+    @property
     def next(self) -> float:
         """The chance that the next guess, not made yet, is right."""
         leads = (self._family or self._own).leads
@@ -101,20 +106,20 @@ class Confidence:
         context: Context,
         candidates: Candidates,
         end: int,
-        logits: torch.Tensor,
+        ranked: Callable[[], Ranked],
         more: Callable[[int], Any] | None = None,
     ) -> int | None:
         """Makes the best token after node `end` its child, which joins the history, and the runners-up candidates
         beside it. Returns the child. It returns None for logits that nobody can choose from, because whether the text
         comes that far is for the target to say.
 
+        ranked: gives the best `ranks` tokens there, or raises, see `Sampler.ranker`.
         more: value that a candidate's token brings along, see `Candidates.push`.
         """
         try:
-            ranked = context.sampler.ranked(logits, context.history, max(2, self.width))
+            (token, score), *others = ranked()
         except NumericsError:
             return None
-        (token, score), *others = ranked
         lead = score - others[0][1] if others else FARTHEST
         node = candidates.draft.guess(end, token, self._odds(lead))
         assert node is not None
@@ -194,11 +199,11 @@ class Chain:
         self,
         confidence: Confidence,
         context: Context,
-        logits: torch.Tensor,
+        ranked: Callable[[], Ranked],
         more: Callable[[int], Any] | None = None,
     ) -> int | None:
         """Grows by the best token after its end, see `Confidence.guess`. Returns the token, if there is one."""
-        node = confidence.guess(context, self.candidates, self.end, logits, more)
+        node = confidence.guess(context, self.candidates, self.end, ranked, more)
         if node is None:
             return None
         self.nodes.append(node)

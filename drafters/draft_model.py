@@ -115,7 +115,10 @@ class DraftModel(Drafter):
         lap = context.timer.start(self.model)
         rows, kept = len(context.history) - self.cache.length - self.cache.tail_length, self._kept
         logits = yield from self._forward(context.history, rows)
-        token = self._chain.guess(self._confidence, context, logits)
+        ranks = self._confidence.ranks
+        token = self._chain.guess(
+            self._confidence, context, lambda: context.sampler.ranked(logits, context.history, ranks)
+        )
         lap.stop()
         self._cost.observe(rows, kept, lap.ms)  # rank 0 alone has this drafter, so there is nobody to agree with
         return token

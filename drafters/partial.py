@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from tokenswift_py import registry
 from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output, Segment
 from tokenswift_py.decoding.passes import Pass, Passes, without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources, width_of
-from tokenswift_py.drafters.chain import Chain
+from tokenswift_py.drafters.chain import Chain, Ranked
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.ngram import Match, NGram
 from tokenswift_py.drafters.views import Views
@@ -211,12 +212,12 @@ class Partial(Drafter):
         lap, first = context.timer.start(model), cache.tail_length
         output = yield Pass(model, Segment(tree, cache, self.views.pages(cache), chain.tail))
         chain.tail = (*chain.tail, *range(first, first + len(unread)))
-        taken = self._follow(context, chain, tree, output.logits, first, len(unread), longest)
+        taken = self._follow(context, chain, ahead.build(), output.logits[len(unread) :], first + len(unread), longest)
         if taken is None:
             self._row = None
             return False
-        ahead.learn(Acceptance(tuple(row - len(unread) for row in taken.path), taken.tokens))
-        self._see(output, taken.path[-1])
+        ahead.learn(taken)
+        self._see(output, len(unread) + taken.path[-1])
         self.views.timed(len(tree), lap, context.agreed)  # with the guesses, which cost as much every time
         return True
 
@@ -227,16 +228,16 @@ class Partial(Drafter):
         tree: DraftTree,
         logits: torch.Tensor,
         first: int,
-        start: int,
         longest: int,
     ) -> Acceptance | None:
-        """Walks the tree of a draft pass by the draft's own choices, each of which joins the chain. Returns the nodes
-        that it took, None where nothing could be chosen.
+        """Walks the tree of guesses of a draft pass by the draft's own choices, each of which joins the chain. Returns
+        the nodes that it took, None where nothing could be chosen.
 
-        logits: [rows, V] of the pass. first: the provisional row of the tree's root. start: the node to begin at.
+        logits: [len(tree), V] of the pass. first: the provisional row of the tree's root.
         """
-        rows, tokens = [start], []  # type: list[int], list[int]
-        while (token := self._guess(context, chain, logits[rows[-1]])) is not None:
+        rows, tokens = [0], []  # type: list[int], list[int]
+        ranker = context.sampler.ranker(tree, logits, context.history, self.views.now.ranks)
+        while (token := self._guess(context, chain, partial(ranker, rows[-1]))) is not None:
             chain.tail = (*chain.tail, first + rows[-1])
             tokens.append(token)
             child = tree.children[rows[-1]].get(token)
@@ -245,11 +246,11 @@ class Partial(Drafter):
             rows.append(child)
         return None
 
-    def _guess(self, context: Context, chain: OwnChain, logits: torch.Tensor) -> int | None:
+    def _guess(self, context: Context, chain: OwnChain, ranked: Callable[[], Ranked]) -> int | None:
         """Adds one more token to the chain, which `Confidence.guess` finds, and returns it."""
         reuse, match = self.reuse, chain.match
         more = None if reuse is None else lambda other: reuse.step(match, other)
-        token = chain.guess(self.views.now, context, logits, more)
+        token = chain.guess(self.views.now, context, ranked, more)
         if token is not None and reuse is not None:
             chain.match = reuse.step(match, token)
         return token

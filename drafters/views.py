@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tokenswift_py.core import Acceptance, Output
-from tokenswift_py.drafters.base import VIEWS, Context, committed
+from tokenswift_py.drafters.base import VIEWS, Context, show
 from tokenswift_py.drafters.chain import Chain, Confidence, Experience
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, select
 from tokenswift_py.kvcache.cache import KVCache
@@ -60,7 +60,7 @@ class Views:
         """Shows the policy rows that were committed without a draft. The pages are chosen anew for the next one."""
         self._chosen = None
         rows = len(output.hidden)
-        self.policy.observe(committed(output, range(rows), context.cache.length - rows))
+        show(self.policy, output, range(rows), context.cache.length - rows)
 
     def begin_round(self, context: Context) -> None:
         """Takes in how long the text is by now, and changes to the size of view that pays most.
@@ -137,7 +137,7 @@ class Views:
         output: output of the verify pass.
         """
         self._missed |= not self.now.learn(chain.draft, chain.nodes, taken)
-        self.policy.observe(committed(output, taken.path, self._length))
+        show(self.policy, output, taken.path, self._length)
 
     def explain(self) -> dict[str, Any]:
         """Returns what a line of the trace says of the view."""

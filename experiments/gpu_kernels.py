@@ -27,7 +27,7 @@ from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.configs import SWEPT, Config
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.runtime import launch_options
-from tokenswift_py.kernels.triton.sampling import perturbed
+from tokenswift_py.kernels.triton.sampling import gumbel
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.decoder import TorchDecoder
@@ -85,8 +85,7 @@ def tests(stage: Stage) -> Iterator[Row]:
 def gumbel_kernel(words: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     word = tl.load(words + at, mask=at < count, other=0).to(tl.uint64)
-    zero = tl.full([BLOCK], 0.0, tl.float64)
-    tl.store(out + at, perturbed(zero, zero - 1.0, zero + 1.0, word), mask=at < count)
+    tl.store(out + at, gumbel(word), mask=at < count)
 
 
 def noise_bits(stage: Stage) -> Iterator[Row]:
@@ -103,7 +102,11 @@ def noise_bits(stage: Stage) -> Iterator[Row]:
     vocab, rows = stage.pick(128_256, 300), stage.pick(16, 3)
     logits = 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0))
     placed, tree = logits.to(stage.device), DraftTree(range(rows), [-1] + [0] * (rows - 1))
-    for params in ({}, {"top_k": 50}, {"min_p": 0.05}, {"penalty": 1.2, "min_p": 0.05}, {"temperature": 0.0}):
+    sampled = (
+        {}, {"top_k": 50}, {"min_p": 0.05}, {"penalty": 1.2, "min_p": 0.05}, {"temperature": 0.0}, {"top_p": 0.9},
+        {"dry_multiplier": 0.8, "repetition_penalty": 1.1, "frequency_penalty": 0.2, "top_p": 0.95},
+    )  # fmt: skip
+    for params in sampled:
         made = SamplingParams(**{"temperature": 0.8, "seed": 3, **params})
         history = History()
         history.extend([0] * 40)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,17 @@ class EvictionPolicy(Protocol):
         """Returns a score for each page, [layers, kv_heads, pages]. Pages with higher scores are kept first."""
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A policy that scores where the statistics lie, so that of them only the chosen pages come to the host."""
+
+    def observe_there(self, mass: torch.Tensor) -> None:
+        """Learns from rows that were committed, as `observe` does. mass: that of `Committed`, on a device."""
+
+    def score_there(self, stats: PageStats) -> torch.Tensor | None:
+        """Returns what `score` returns, on the device; None where the policy has seen nothing there."""
+
+
 def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     """Chooses the pages of a view of `budget` tokens: [layers, kv_heads, n] absolute pages, ascending.
 
@@ -161,6 +172,12 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     """
     held = stats.held
     count = min(max(1, budget // PAGE_SIZE), len(held))
+    there = policy.score_there(stats) if isinstance(policy, OnDevice) else None
+    if there is not None:
+        if len(held) < stats.pages:
+            there = there[..., torch.from_numpy(held).to(there.device)]
+        places: IntArray = best_there(there, count).cpu().numpy()  # the only wait
+        return places if len(held) == stats.pages else held[places]
     scores = policy.score(stats)
     if len(held) == stats.pages:
         return best(scores, count)
@@ -183,6 +200,23 @@ def best(scores: FloatArray, count: int) -> IntArray:
     chosen |= equal & (np.cumsum(equal[..., ::-1], axis=-1, dtype=np.int32)[..., ::-1] <= wanted)
     indices: IntArray = (np.flatnonzero(chosen) % pages).reshape(*chosen.shape[:-1], count).astype(np.int32)
     return indices
+
+
+def best_there(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Does what `best` does, on the device of the scores, and without a wait for it."""
+    pages, recent = scores.shape[-1], recent_of(count)
+    if count == 0:
+        return scores.new_zeros((*scores.shape[:-1], 0), dtype=torch.int32)
+    worth = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)  # a copy, in which NaN comes last
+    worth[..., pages - recent :] = torch.inf
+    if count > recent:
+        worth[..., :1] = torch.inf
+    edge = worth.topk(count, sorted=False).values.amin(-1, keepdim=True)  # the lowest score that is chosen
+    chosen, equal = worth > edge, worth == edge
+    wanted = count - chosen.sum(-1, keepdim=True)
+    chosen |= equal & (equal.flip(-1).cumsum(-1).flip(-1) <= wanted)
+    places = torch.arange(pages, dtype=torch.int32, device=scores.device)
+    return torch.where(chosen, places, pages).topk(count, largest=False, sorted=True).values.int()
 
 
 def recent_of(count: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tokenswift_py.core import Acceptance
 from tokenswift_py.decoding.history import History
@@ -29,7 +28,7 @@ class Scores:
     def __init__(self) -> None:
         self.lead: float | None = 0.0
 
-    def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:
+    def ranked(self, count: int) -> list[tuple[int, float]]:
         return [(1, 10.0)] if self.lead is None else [(1, 10.0), (2, 10.0 - self.lead), (3, 9.5 - self.lead)][:count]
 
 
@@ -39,7 +38,7 @@ def guess(confidence: Confidence, lead: float | None, right: bool) -> float:
     sampler.lead = lead
     context: Any = SimpleNamespace(history=History([0]), sampler=sampler)
     draft = Draft(0, 4)
-    node = confidence.guess(context, Candidates(draft), 0, torch.empty(0))
+    node = confidence.guess(context, Candidates(draft), 0, lambda: sampler.ranked(confidence.ranks))
     assert node == 1
     chance = draft.chances[node]
     taken = Acceptance((0, 1), (1, 5)) if right else Acceptance((0,), (2,))

@@ -11,7 +11,6 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
@@ -39,6 +38,7 @@ from tokenswift_py.serving.scheduler import Scheduler
 from tokenswift_py.serving.sharing import OwnTime
 from tokenswift_py.serving.together import together
 from tokenswift_py.serving.work import LoopWork
+from transfers import Transfers
 from triton_scenes import Reads, reads
 
 __all__ = ["reads"]  # the fixture
@@ -447,23 +447,13 @@ def test_a_text_written_by_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert replays and engine.stats.num_accepted_draft_tokens > 0
 
 
-class HostReads(TorchFunctionMode):
-    """Counts what makes the host wait for the device: numbers taken from tensors, and copies to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in READS
-        return func(*args, **(kwargs or {}))
-
-
-READS = {"item", "tolist", "cpu", "nonzero", "unique", "equal", "__bool__", "__int__", "__float__", "__index__"}
-
-
 @pytest.mark.parametrize(
-    "params", [SamplingParams(), SamplingParams(temperature=0.9, penalty=1.2, min_p=0.01, top_k=9)]
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.9, penalty=1.2, min_p=0.01, top_k=9),
+        SamplingParams(temperature=0.8, top_p=0.9, dry_multiplier=0.8, repetition_penalty=1.1, frequency_penalty=0.1),
+    ],
 )
 def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     """However many tokens are accepted: the chosen tokens of all nodes come over together."""
@@ -474,9 +464,34 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
     loop = DecodeLoop(new_decoder("llama"), Scripted(prompt + text, 61, 1.0, 1), sampler, Stops(9, ()), draft_tokens=3)
     compute(loop.force(prompt))
     for _ in range(2):
-        with HostReads() as reads:
+        with Transfers() as reads:
             step = compute(loop.round())
-        assert len(step.tokens) == 4 and reads.count == 1
+        assert len(step.tokens) == 4 and reads.reads == 1
+
+
+def test_a_draft_reads_from_the_device_once_a_pass() -> None:
+    """Its runners-up and their scores come over, and no row of logits."""
+    sampler = TritonSampler(SamplingParams(temperature=0.8, top_p=0.9, seed=1), 61)
+    drafter = create("partial", policy="recent", view_tokens=64, width=2)
+    loop = DecodeLoop(new_decoder("llama"), drafter, sampler, Stops(40, ()), draft_tokens=4)
+    compute(loop.force([3, 14, 15, 9, 26]))
+    rows: list[int] = []
+
+    def counted(passes: Any) -> Any:
+        output: Any = None
+        while True:
+            try:
+                asked = passes.send(output)
+            except StopIteration as done:
+                return done.value
+            rows.append(len(asked.segment.tree))
+            output = asked.compute()
+
+    with Transfers() as reads:
+        counted(loop.round())
+    *drafted, verified = rows
+    assert len(drafted) >= 2 and reads.reads == len(rows)
+    assert reads.read_bytes == 8 * (5 * sum(drafted) + 3 * verified)
 
 
 def test_a_capture_that_fails_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

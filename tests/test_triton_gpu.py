@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import INTERPRETED
 from scenes import Scene, fill, random_tree
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
+from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
@@ -21,6 +24,7 @@ from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.captured import ROWS, Recorder
+from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 from triton_scenes import TRITON, as_if_committed
 
@@ -108,6 +112,38 @@ def test_a_captured_pass_of_several_texts_has_the_bits_of_each_alone() -> None:
             assert torch.equal(alone.logits, whole.logits[start:stop])
             start = stop
     assert all(step is None or step.replayed.recorded for step in decoder.steps_over(pool).steps.values())
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.8, top_p=0.9, top_k=200, seed=1),
+        SamplingParams(
+            temperature=0.8, top_p=0.95, dry_multiplier=0.8, repetition_penalty=1.1, frequency_penalty=0.2, seed=2,
+            no_repeat_ngram_size=6, ban_words=((5, 6),), min_p=0.001,
+        ),
+    ],
+)  # fmt: skip
+def test_a_large_vocabulary_has_the_references_choices_in_one_wait(params: SamplingParams) -> None:
+    vocab, rng = 128_256, np.random.default_rng(0)
+    text = History(np.tile(rng.integers(0, 900, 1000), 3)[:2900].tolist())
+    tree = DraftTree.chain([text[-1], *(text[i - 1000] for i in range(len(text), len(text) + 5))])
+    logits = 3 * torch.randn(len(tree), vocab, generator=torch.Generator().manual_seed(0))
+    reference, sampler = Sampler(params, vocab), TritonSampler(params, vocab)
+    placed = logits.to("cuda")
+    sampler.ranker(tree, placed, text, 4)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            ranker = sampler.ranker(tree, placed, text, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1
+    for node in range(len(tree)):
+        with text.guesses():
+            text.extend(tree.tokens[1 : 1 + node].tolist())
+            assert ranker(node) == reference.ranked(logits[node], text, 4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

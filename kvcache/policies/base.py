@@ -17,13 +17,16 @@ ROOM = 64  # pages that an array has room for at first
 
 
 class PerPage:
-    """An array [..., pages] of numbers, zero until they are written. Its length doubles, so growing it costs little."""
+    """An array [..., pages] of numbers, zero until they are written. Its length doubles, so growing it costs little.
 
-    def __init__(self, dtype: npt.DTypeLike = np.float64):
-        self._dtype = np.dtype(dtype)
-        self._array: Array | None = None
+    device: where it lies, as a tensor of fp64; None is an array of the host.
+    """
 
-    def window(self, *shape: int) -> Array:
+    def __init__(self, dtype: npt.DTypeLike = np.float64, device: torch.device | None = None):
+        self._dtype, self._device = np.dtype(dtype), device
+        self._array: Any = None
+
+    def window(self, *shape: int) -> Any:
         """Returns the numbers of the first `shape[-1]` pages, to be read or written in place.
 
         The other axes must be the same in every call.
@@ -31,7 +34,11 @@ class PerPage:
         held = self._array
         if held is None or held.shape[-1] < shape[-1]:
             before = 0 if held is None else held.shape[-1]
-            self._array = np.zeros((*shape[:-1], max(ROOM, shape[-1], 2 * before)), self._dtype)
+            room = (*shape[:-1], max(ROOM, shape[-1], 2 * before))
+            if self._device is None:
+                self._array = np.zeros(room, self._dtype)
+            else:
+                self._array = torch.zeros(room, dtype=torch.float64, device=self._device)
             if held is not None:
                 self._array[..., :before] = held
             held = self._array

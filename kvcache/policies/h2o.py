@@ -38,7 +38,8 @@ class H2O:
 
     def score(self, stats: PageStats) -> FloatArray:
         sums: FloatArray = self._sums.window(stats.layers, stats.kv_heads, stats.pages)
-        return sums / np.maximum(self._rows.window(stats.pages), 1)
+        rates: FloatArray = sums / np.maximum(self._rows.window(stats.pages), 1)
+        return rates
 
 
 POLICY = H2O

@@ -1,137 +1,252 @@
-"""The sampler of the verify walk on the GPU: the rules of `sampling.Sampler`, token for token, and three numbers to
-fetch instead of a row of logits."""
+"""The sampler on the GPU: the rules of `sampling.Sampler`, token for token.
+
+Of a row of logits the host gets the highest, and the best tokens with their scores.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from tokenswift_py.core import DraftTree, IntArray
+from tokenswift_py.core import DraftTree, IntArray, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import on_device
+from tokenswift_py.sampling.device_text import DeviceText, ends_of, paths_of, uploaded
+from tokenswift_py.sampling.penalties import DRY_LONGEST, finished_words
+from tokenswift_py.sampling.processors import LARGEST
 from tokenswift_py.sampling.reference import Doubles, NumericsError, Sampler
 
-Penalties = list[tuple[float, list[IntArray]]]  # theta, and for each row the tokens that it changes
+if TYPE_CHECKING:
+    from tokenswift_py.kernels.triton.scores import Rows, Rules
+
+Ranked = list[tuple[int, float]]
+Masks = npt.NDArray[np.uint8]
+MOST_RANKED = 64  # longer rankings are the reference's
+
+
+@dataclass
+class Placed:
+    """What lies on a device for all rounds. key: of the noise. top_p: [1] fp64. breakers: [n] int64, of DRY."""
+
+    params: SamplingParams
+    rules: Rules
+    key: torch.Tensor | None
+    top_p: torch.Tensor
+    breakers: torch.Tensor
+    text: DeviceText = field(repr=False)
 
 
 class TritonSampler(Sampler):
-    """For everything that is exact in double on any device. Filters with sums, whose exponential or order is the
-    reference's own (top-p, top-n-sigma, typical-p, XTC), what searches or counts in the text (DRY, n-grams, words,
-    frequency, presence) and Hugging Face's processors go the way of the reference."""
+    """All rows of a tree at once, which the host waits for once. Hugging Face's processors, and top-n-sigma, typical-p
+    and XTC, whose sums are of the reference's own, go the way of the reference."""
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self._placed: dict[torch.device, Placed] = {}
 
     @property
     def exact(self) -> bool:
+        """Whether the device knows all of the rules that are asked for."""
         params = self.params
-        filters = params.top_p >= 1 and params.top_n_sigma == 0 and not params.shaped
-        searches = params.dry_multiplier > 0 or params.no_repeat_ngram_size or params.ban_words
-        counts = params.frequency_penalty or params.presence_penalty
-        return filters and not searches and not counts and not self.processors
+        return not (params.shaped or self.processors or (params.top_n_sigma > 0 and params.temperature > 0))
 
-    def choose(self, logits: torch.Tensor, history: History) -> int:
-        return self.chooser(PENDING, logits[None], history)(0)
+    def ranked(self, logits: torch.Tensor, history: History, count: int) -> Ranked:
+        if not self.exact or count > MOST_RANKED:
+            return super().ranked(logits, history, count)
+        return self._ranker(PENDING, logits[None], history, count, False)(0)
+
+    def ranker(self, tree: DraftTree, logits: torch.Tensor, history: History, count: int) -> Callable[[int], Ranked]:
+        if not self.exact or count > MOST_RANKED:
+            return super().ranker(tree, logits, history, count)
+        return self._ranker(tree, logits, history, count, False)
 
     def chooser(self, tree: DraftTree, logits: torch.Tensor, history: History) -> Callable[[int], int]:
-        """All nodes' tokens at once: the walk waits for the device once, not for every token."""
         if not self.exact:
-            return lambda node: super(TritonSampler, self).choose(logits[node], history)
+            return super().chooser(tree, logits, history)
+        ranker = self._ranker(tree, logits, history, 1, True)
+        return lambda node: ranker(node)[0][0]
+
+    def _ranker(
+        self, tree: DraftTree, logits: torch.Tensor, history: History, count: int, settled: bool
+    ) -> Callable[[int], Ranked]:
+        """settled: the history is committed up to the tree's root."""
         positions = len(history) + tree.depth
-        outside = None if self.grammar is None else self._outside(tree, history, logits)
-        found = self._chosen(logits.detach(), positions, self._penalties(tree, history), outside)
-        return lambda node: checked(found[node], int(positions[node]))
+        masks, refused = self._masks(tree, history)
+        with torch.cuda.device_of(logits):  # where Triton launches
+            found = self._found(tree, logits.detach(), history, positions, masks, count, settled)
+            read: Doubles = found.cpu().numpy()  # the only wait
+        return lambda node: self._read(read[node], int(positions[node]), refused.get(node))
 
-    def _penalties(self, tree: DraftTree, history: History) -> Penalties:
-        """Each penalty that there is, and for each node the tokens, each once, that it looks at."""
-        params, whole = self.params, len(history) + len(tree)
-        wanted = ((params.repetition_penalty, whole), (params.penalty, params.penalty_window))
-        return [(theta, self._recent(tree, history, window)) for theta, window in wanted if theta != 1]
+    def _read(self, found: Doubles, position: int, refused: NumericsError | None) -> Ranked:
+        """Returns the ranking of a row, or raises NumericsError. found: [1 + 2 count], as the kernels leave it."""
+        count = len(found) // 2
+        highest, tokens, scores = found[0], found[1 : 1 + count], found[1 + count :]
+        if not -np.inf < highest <= LARGEST:
+            raise NumericsError(f"the model's logits for position {position} are not finite")
+        if refused is not None:
+            raise refused
+        if not scores[0] > -np.inf:
+            beside = " beside what the grammar excludes" if self.grammar is not None else ""
+            raise NumericsError(f"no token is left to choose from at position {position}{beside}")
+        left = int((scores > -np.inf).sum())
+        return list(zip(tokens[:left].astype(int).tolist(), scores[:left].tolist(), strict=True))
 
-    def _recent(self, tree: DraftTree, history: History, window: int) -> list[IntArray]:
-        committed = history.tokens[-window:]
-        if window >= len(history) + len(tree):  # no token leaves it on the way
-            committed = np.unique(committed)
-        paths = [tree.tokens[tree.path(node)[1:]] for node in range(len(tree))]
-        return [np.unique(np.concatenate([committed, path])[-window:]) for path in paths]
+    def _found(
+        self,
+        tree: DraftTree,
+        logits: torch.Tensor,
+        history: History,
+        positions: IntArray,
+        masks: Masks | None,
+        count: int,
+        settled: bool,
+    ) -> torch.Tensor:
+        """Returns [rows, 1 + 2 count] fp64 on the device: the highest logit, the best tokens, and their scores."""
+        from tokenswift_py.kernels.triton.sampling import best
+        from tokenswift_py.kernels.triton.scores import scores_of
 
-    def _outside(self, tree: DraftTree, history: History, logits: torch.Tensor) -> torch.Tensor:
-        """[len(tree), vocab] whether the grammar excludes a token behind a node, on the device of the logits."""
-        assert self.grammar is not None
-        masks = []
+        placed = self._on(logits.device)
+        logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+        rows, marks = self._texts(placed, tree, history, positions, masks, logits, settled)
+        scores, tops, highest = scores_of(logits, placed.rules, rows, marks)
+        floors = None if placed.key is None else self._floors(scores, tops.amax(1), placed)
+        return best(scores, rows.lengths, placed.key, floors, count, highest)
+
+    def _floors(self, scores: torch.Tensor, tops: torch.Tensor, placed: Placed) -> torch.Tensor | None:
+        """Returns [rows] what scores must reach by top-k, top-p and min-p."""
+        from tokenswift_py.kernels.triton.nucleus import nucleus_floors
+
+        params, floors = self.params, None
+        if 0 < params.top_k < scores.shape[1]:
+            floors = torch.topk(scores, params.top_k, sorted=False).values.amin(1)
+        if params.top_p < 1:
+            floors = nucleus_floors(scores, tops, placed.top_p, floors)
+        if params.min_p > 0:
+            least = tops + self._log_min_p
+            floors = least if floors is None else torch.maximum(floors, least)
+        return floors
+
+    def _on(self, device: torch.device) -> Placed:
+        """Returns what lies on the device for all rounds."""
+        placed = self._placed.get(device)
+        if placed is None or placed.params is not self.params:
+            placed = self._placed[device] = self._place(device)
+        return placed
+
+    def _place(self, device: torch.device) -> Placed:
+        from tokenswift_py.kernels.triton.sampling import noise_key
+        from tokenswift_py.kernels.triton.scores import Rules
+
+        def there(*values: float) -> torch.Tensor:
+            return on_device(np.array(values, np.float64), device)
+
+        params, bias = self.params, None
+        if len(self._bias_ids) or len(self._ban):
+            row = np.zeros(self.vocab_size)
+            row[self._bias_ids] = self._bias
+            row[self._ban] = -np.inf
+            bias = on_device(row, device)
+        greedy = params.temperature == 0
+        rules = Rules(
+            there(
+                params.temperature, params.repetition_penalty, params.penalty, params.frequency_penalty,
+                params.presence_penalty,
+            ),
+            window=min(params.penalty_window, 2**31 - 1),
+            seen=params.repetition_penalty != 1 or params.penalty != 1,
+            counted=bool(params.frequency_penalty or params.presence_penalty),
+            powers=on_device(self._powers, device),
+            shortest=params.dry_length,
+            bias=bias,
+            greedy=greedy,
+        )  # fmt: skip
+        key = None if greedy else noise_key(params.seed, params.stream, device)
+        breakers = on_device(self._breakers.astype(np.int64), device)
+        return Placed(params, rules, key, there(params.top_p), breakers, DeviceText(self.vocab_size, device))
+
+    def _texts(
+        self,
+        placed: Placed,
+        tree: DraftTree,
+        history: History,
+        positions: IntArray,
+        masks: Masks | None,
+        logits: torch.Tensor,
+        settled: bool,
+    ) -> tuple[Rows, torch.Tensor | None]:
+        """Returns the rows' texts on the device, and marks of repeats and of what is excluded; None where there are
+        none of them."""
+        from tokenswift_py.kernels.triton.scores import OUT, Rows, mark_repeats
+
+        params, text, base, before = self.params, placed.text, 0, history.tokens[:0]
+        dry, ngram = params.dry_multiplier > 0, min(params.no_repeat_ngram_size, len(history) + len(tree) + 1)
+        looked_at = dry or ngram or placed.rules.seen or placed.rules.counted
+        if looked_at:
+            base = text.follow(history.tokens, self._forced, settled)
+            before = history.tokens[base:]
+        words = max((len(word) for word in params.ban_words), default=0)
+        ends = ends_of(history.tokens, tree, max(DRY_LONGEST * dry, ngram, words))
+        unbroken = ends[:, : DRY_LONGEST * dry]
+        unbroken = np.where(np.isin(unbroken, self._breakers).cumsum(1) > 0, -2, unbroken)
+        out = self._excluded(ends, positions)
+        paths = paths_of(tree, before) if looked_at else np.zeros((len(tree), 0), np.int32)
+        lengths, paths_there, unbroken_there, ends_there, out_there = uploaded(
+            [positions, paths, unbroken.astype(np.int32), ends[:, : max(ngram - 1, 0)], out], logits.device
+        )
+        rows = Rows(text.tokens, text.last, text.written, base, lengths, paths_there)
+        if not (dry or ngram or out.size or masks is not None):
+            return rows, None
+        marks = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+        if dry:
+            mark_repeats(marks, rows, unbroken_there, params.dry_length, exclude=False)
+            marks.index_fill_(1, placed.breakers, 0)
+        if ngram:
+            mark_repeats(marks, rows, ends_there, ngram - 1, exclude=True)
+        if out.size:
+            marks.index_put_(tuple(out_there.long().unbind()), marks.new_full((), OUT.value))
+        if masks is not None:
+            marks.masked_fill_(outside(masks, logits), OUT.value)
+        return rows, marks
+
+    def _excluded(self, ends: IntArray, positions: IntArray) -> IntArray:
+        """Returns [2, n] rows and the tokens that they may not choose: the last ones of words, and ends of the text
+        before their time. ends: see `ends_of`."""
+        found = []
+        for row, position in enumerate(positions.tolist()):
+            tokens = self._eos.tolist() if position < self.may_end_from(position) else []
+            if self.params.ban_words:
+                tokens = tokens + finished_words(ends[row][ends[row] >= 0][::-1], self.params.ban_words)
+            found += [(row, token) for token in tokens]
+        pairs: IntArray = np.array(found, np.int32).reshape(-1, 2).T
+        return pairs
+
+    def _masks(self, tree: DraftTree, history: History) -> tuple[Masks | None, dict[int, NumericsError]]:
+        """Returns [rows, bytes] bits of the tokens that the grammar allows behind each node, None without a grammar;
+        and why some nodes cannot be followed to."""
+        if self.grammar is None:
+            return None, {}
+        masks: list[Masks] = []
+        refused: dict[int, NumericsError] = {}
         for node in range(len(tree)):
             with history.guesses():
                 history.extend(tree.tokens[tree.path(node)[1:]].tolist())
-                masks.append(self.grammar.mask(history).view(np.uint8))
-        bits = on_device(np.stack(masks), logits.device)[:, :, None] >> torch.arange(8, device=logits.device)
-        return (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
-
-    def _chosen(
-        self, logits: torch.Tensor, positions: IntArray, penalties: Penalties, outside: torch.Tensor | None
-    ) -> Doubles:
-        """[R, 3] highest logit, token, and the token's perturbed score, of rows [R, vocab]."""
-        from tokenswift_py.kernels.triton.sampling import choose
-
-        params, device = self.params, logits.device
-        with torch.cuda.device_of(logits):  # where Triton launches
-            allowed = logits if outside is None else logits.masked_fill(outside, -torch.inf)
-            scores = self._changed(allowed, positions, penalties)
-            at, floors = on_device(positions, device), self._floors(scores)
-            tokens, tops = choose(scores, at, params.temperature, params.seed, params.stream, floors)
-            rows = torch.stack([logits.amax(1).double(), tokens.double(), tops], 1)
-            found: Doubles = rows.cpu().numpy()  # one transfer
-        return found
-
-    def _changed(self, logits: torch.Tensor, positions: IntArray, penalties: Penalties) -> torch.Tensor:
-        """The logits after penalties, bias and bans: a copy in double, or themselves where there are none."""
-        early = np.flatnonzero([position < self.may_end_from(position) for position in positions.tolist()])
-        ends = len(early) and len(self._eos)
-        if not penalties and not len(self._bias_ids) and not len(self._ban) and not ends:
-            return logits
-        scores = logits.to(torch.float64, copy=True)
-
-        def there(values: np.ndarray) -> torch.Tensor:
-            return on_device(values, scores.device)
-
-        for theta, recent in penalties:
-            rows = np.repeat(np.arange(len(recent)), [len(tokens) for tokens in recent])
-            at = tuple(there(np.stack([rows, np.concatenate(recent)]).astype(np.int64)).unbind())
-            values = scores[at]
-            scores[at] = torch.where(values > 0, divided(values, theta), values * theta)
-        if len(self._bias_ids):
-            scores[:, there(self._bias_ids)] += there(self._bias)
-        if len(self._ban):
-            scores[:, there(self._ban)] = -torch.inf
-        if ends:
-            scores[there(early)[:, None], there(self._eos)] = -torch.inf
-        return scores
-
-    def _floors(self, scores: torch.Tensor) -> torch.Tensor:
-        """[R] what scores / T must reach by top-k and min-p."""
-        params = self.params
-        floors = torch.full((len(scores),), -torch.inf, dtype=torch.float64, device=scores.device)
-        if params.temperature == 0:
-            return floors
-        if 0 < params.top_k < scores.shape[1]:
-            last = torch.topk(scores, params.top_k).values[:, -1].double()
-            floors = torch.maximum(floors, divided(last, params.temperature))
-        if params.min_p > 0:
-            floors = torch.maximum(floors, divided(scores.amax(1).double(), params.temperature) + self._log_min_p)
-        return floors
+                try:
+                    masks.append(self.grammar.mask(history).view(np.uint8))
+                except NumericsError as error:
+                    refused[node] = error
+                    masks.append(np.zeros_like(self.grammar.grammar.vocabulary.ends).view(np.uint8))
+        return np.stack(masks), refused
 
 
-def checked(found: Doubles, position: int) -> int:
-    """The token of a row, or NumericsError."""
-    highest, token, score = found
-    if not np.isfinite(highest):
-        raise NumericsError(f"the model's logits for position {position} are not finite")
-    if not np.isfinite(score):
-        raise NumericsError(f"no token is left to choose from at position {position}")
-    return int(token)
+def outside(masks: Masks, logits: torch.Tensor) -> torch.Tensor:
+    """Returns [rows, vocab] whether a token is excluded, on the device of the logits. masks: bits of those allowed."""
+    bits = on_device(masks, logits.device)[:, :, None] >> torch.arange(8, device=logits.device)
+    return (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
 
 
 PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
-
-
-def divided(values: torch.Tensor, by: float) -> torch.Tensor:
-    """values / by, rounded once: on a GPU torch multiplies by the reciprocal of a plain number."""
-    return values / values.new_full((1,), by)

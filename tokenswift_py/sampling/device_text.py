@@ -1,0 +1,97 @@
+"""A text on the device, for rules that look at it: uploaded token by token as it grows, not round by round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tokenswift_py.core import DraftTree, IntArray
+from tokenswift_py.kernels.base import on_device
+
+LONGEST_PATH = 128  # tokens behind the committed text; if there are more they join it
+ALIGNED = 4  # int32 numbers of 16 bytes: a kernel of aligned pointers is a kernel of its own
+
+
+class DeviceText:
+    """The committed text, where each token came last in it and how often the model wrote it.
+
+    tokens: [room] int32. last: [vocab] int32, -1 for none. written: [vocab] int32. All on the device.
+    """
+
+    def __init__(self, vocab: int, device: torch.device):
+        self.tokens = torch.zeros(1024, dtype=torch.int32, device=device)
+        self.last = torch.full((vocab,), -1, dtype=torch.int32, device=device)
+        self.written = torch.zeros(vocab, dtype=torch.int32, device=device)
+        self._known = np.zeros(0, np.int32)
+        self._spans = 0  # of forced tokens, that were known when these were counted
+
+    def follow(self, tokens: IntArray, forced: Sequence[tuple[int, int]], settled: bool) -> int:
+        """Brings it to a text that has grown, or is another. Returns how many of its tokens are on the device.
+
+        tokens:  [n] int32. forced: spans [start, stop) of it that the model did not write.
+        settled: all of them are committed; else the latest may be guesses, which are left out if they are few.
+        """
+        known = len(self._known)
+        recounted = any(start < known for start, _ in forced[self._spans :]) or len(forced) < self._spans
+        if recounted or known > len(tokens) or not np.array_equal(self._known, tokens[:known]):
+            self.last.fill_(-1)
+            self.written.zero_()
+            known = 0
+        self._spans = len(forced)
+        kept = known if not settled and len(tokens) - known <= LONGEST_PATH else len(tokens)
+        kept = max(kept, *(min(stop, len(tokens)) for _, stop in forced[-1:]), known)
+        if kept > known:
+            self._grow(tokens[known:kept], known, forced)
+        if kept != len(self._known) or not known:
+            self._known = tokens[:kept].copy()
+        return kept
+
+    def _grow(self, tokens: IntArray, start: int, forced: Sequence[tuple[int, int]]) -> None:
+        stop = start + len(tokens)
+        if stop > len(self.tokens):
+            grown = self.tokens.new_zeros(2 * stop)
+            grown[:start] = self.tokens[:start]
+            self.tokens = grown
+        own = np.ones(len(tokens), np.int32)
+        for first, last in forced:
+            own[max(0, first - start) : max(0, last - start)] = 0
+        new, places, counts = uploaded([tokens, np.arange(start, stop, dtype=np.int32), own], self.tokens.device)
+        self.tokens[start:stop] = new
+        at = new.long()
+        self.last.scatter_reduce_(0, at, places, "amax")
+        self.written.index_add_(0, at, counts)
+
+
+def uploaded(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
+    """Returns int32 arrays as tensors on the device, which are parts of one upload."""
+    sizes = [array.size + -array.size % ALIGNED for array in arrays]
+    packed = np.zeros(sum(sizes), np.int32)
+    for array, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
+        packed[end - size : end - size + array.size] = array.ravel()
+    parts = on_device(packed, device).split(sizes)
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def paths_of(tree: DraftTree, before: IntArray) -> IntArray:
+    """Returns [nodes, P] the tokens of `before` and then those on the way from the tree's root, without it, to each
+    node; -1 behind its end."""
+    paths = np.full((len(tree), len(before) + int(tree.depth.max())), -1, np.int32)
+    paths[0, : len(before)] = before
+    for node in range(1, len(tree)):
+        paths[node] = paths[tree.parents[node]]
+        paths[node, len(before) + tree.depth[node] - 1] = tree.tokens[node]
+    return paths
+
+
+def ends_of(tokens: IntArray, tree: DraftTree, width: int) -> IntArray:
+    """Returns [nodes, width] the text behind each node of the tree from its end, the last token first; -2 where there
+    is none. tokens: the text up to the tree's root."""
+    ends = np.full((len(tree), width), -2, np.int32)
+    latest = tokens[max(0, len(tokens) - width) :][::-1]
+    ends[0, : len(latest)] = latest
+    for node in range(1, len(tree)):
+        ends[node, 1:] = ends[tree.parents[node], : width - 1]
+        ends[node, :1] = tree.tokens[node]
+    return ends
