@@ -30,7 +30,7 @@ import torch
 
 from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import UserError, need_extra
-from tokenswift_py.models.native import available_threads
+from tokenswift_py.models.devices import available_threads
 from tokenswift_py.runs.report import rounded
 
 SCHEMA = 1

@@ -35,7 +35,8 @@ from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.models.native import NativeDecoder, NativeWeights, available_threads
+from tokenswift_py.models.devices import available_threads
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
 

@@ -23,7 +23,7 @@ from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
 from tokenswift_py.checkpoints.stored_tensors import Part, Tensors
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.models.blocks import FORMATS, Blocks
-from tokenswift_py.models.native import available_threads
+from tokenswift_py.models.devices import available_threads
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 logger = logging.getLogger("tokenswift")

@@ -1,8 +1,9 @@
-"""Devices and types of numbers, under the names that users give them."""
+"""Devices, cores and types of numbers, under the names that users give them."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -38,3 +39,23 @@ def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
         why = (str(error).splitlines() or [""])[0][:200]  # some errors have a page of text
         check(False, "device", name, f"auto, cpu, cuda or another device that torch finds here ({why})")
     return device
+
+
+def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns the number of cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says
+    so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1].lstrip("/")
+    except OSError:
+        return cores
+    group = cgroups / own
+    for folder in [group, *group.parents]:
+        limit = folder / "cpu.max"
+        if limit.is_file():
+            quota, period = limit.read_text().split()
+            if quota != "max":
+                cores = min(cores, -(-int(quota) // int(period)))
+        if folder == cgroups:
+            break
+    return max(1, cores)

@@ -7,9 +7,7 @@ A row's bits depend on its own ancestors only (law 1): not on the rows beside it
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
-from tokenswift_py.models.devices import DTYPES, check_dtype, dtype_name
+from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
@@ -331,23 +329,3 @@ def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | No
         )
         for segment in rows.segments
     ]
-
-
-def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Returns the number of cores in the affinity mask, or fewer where a cgroup v2 quota (cpu.max) on the way up says
-    so."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rsplit("::", 1)[-1].lstrip("/")
-    except OSError:
-        return cores
-    group = cgroups / own
-    for folder in [group, *group.parents]:
-        limit = folder / "cpu.max"
-        if limit.is_file():
-            quota, period = limit.read_text().split()
-            if quota != "max":
-                cores = min(cores, -(-int(quota) // int(period)))
-        if folder == cgroups:
-            break
-    return max(1, cores)
