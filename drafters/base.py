@@ -29,7 +29,7 @@ class Context:
     """All that a drafter may look at in one round. The last token of `history` is pending: it is the root of the next
     tree, and the cache holds everything before it.
 
-    draft_model: the model with the draft's weights, over the same cache; none of its rows can be committed.
+    self_draft:  the model with the draft's weights, over the same cache; none of its rows can be committed.
     plan:        decides what is worth drafting in this round.
     agreed:      returns rank 0's milliseconds for those that this rank measured. All ranks that draft together have to
                  ask for it, each time that one of them learns what something took.
@@ -42,7 +42,7 @@ class Context:
     cache: KVCache
     model: Model
     sampler: Sampler
-    draft_model: Model
+    self_draft: Model
     plan: Plan = field(default_factory=lambda: FixedPlanner().at(0))
     timer: Timer = field(default_factory=Timer)
     agreed: Callable[[float], float] = float

@@ -101,7 +101,7 @@ class Heads(Drafter):
         self._guesses = {}
         depth = min(len(self.weights), budget - 1)
         x = row.float()[None]
-        same = self.same_ahead(x, depth, context.draft_model)
+        same = self.same_ahead(x, depth, context.self_draft)
         branches = [Branch(1.0, (), x)]
         for head in range(depth):
             branches.sort(key=by_chance)
@@ -167,7 +167,7 @@ class Heads(Drafter):
         # for milliseconds. One row takes microseconds.
         steps = [self.step(head, branch, context.history[-1]) for branch in branches]
         states = torch.cat([state for _, state in steps])
-        rows = self.weights.project(states, [head] * len(branches), context.draft_model)
+        rows = self.weights.project(states, [head] * len(branches), context.self_draft)
         ranked = [self.rank(row, branch.path, context) for row, branch in zip(rows, branches, strict=True)]
         return [(x, guesses) for (x, _), guesses in zip(steps, ranked, strict=True)]
 
@@ -214,7 +214,7 @@ class Heads(Drafter):
 
     def timed_ask(self, head: int, branch: Branch, context: Context) -> tuple[torch.Tensor, list[int]]:
         """Does what `ask` does for one branch, and learns what it costs."""
-        lap = context.timer.start(context.draft_model)
+        lap = context.timer.start(context.self_draft)
         [asked] = self.ask(head, [branch], context)
         lap.stop()
         self.cost.observe(1, 0, context.agreed(lap.ms))

@@ -208,7 +208,7 @@ class Partial(Drafter):
 
         unread: the tokens before the last one that have no row yet.
         """
-        model, cache, tree = context.draft_model, context.cache, ahead.build().below(unread)
+        model, cache, tree = context.self_draft, context.cache, ahead.build().below(unread)
         lap, first = context.timer.start(model), cache.tail_length
         output = yield Pass(model, Segment(tree, cache, self.views.pages(cache), chain.tail))
         chain.tail = (*chain.tail, *range(first, first + len(unread)))

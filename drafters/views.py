@@ -69,7 +69,7 @@ class Views:
         """
         self._text, self._length = held(context.cache), context.cache.length
         self._round += 1
-        self.cost.shapes = tuple(context.draft_model.row_shapes)
+        self.cost.shapes = tuple(context.self_draft.row_shapes)
         for size in self.sizes:
             size.set_text(self._text, context.sampler.params.temperature)
         if self._round % VIEW_ROUNDS == 0 or self._round <= VIEW_ROUNDS:

@@ -142,7 +142,7 @@ def written(
     lines: list[dict[str, Any]] = []
     sampler = TritonSampler(SamplingParams(temperature=0.8, min_p=0.05, seed=1), model.spec.vocab_size)
     loop = DecodeLoop(
-        model, drafter, sampler, Stops(10**6, ()), draft_tokens=draft_tokens, draft_model=drafting, trace=lines.append,
+        model, drafter, sampler, Stops(10**6, ()), draft_tokens=draft_tokens, self_draft=drafting, trace=lines.append,
         cache=base.fork(),
     )  # fmt: skip
     tokens: list[int] = []

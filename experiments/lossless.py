@@ -275,7 +275,7 @@ class Published(Heads):
         x, levels = row.float()[None], []  # type: torch.Tensor, list[list[int]]
         for head in range(DEPTH):
             x, state = self.weights.step(head, x, self.embedding[token][None].float())
-            levels.append(self.weights.project(state, [head], context.draft_model)[0].topk(WIDTH).indices.tolist())
+            levels.append(self.weights.project(state, [head], context.self_draft)[0].topk(WIDTH).indices.tolist())
             token = levels[-1][0]
         full = budget >= NODES
         self._tree = full_tree(pending, lambda path: levels[len(path) - 1]) if full else DraftTree.chain([pending])

@@ -74,7 +74,7 @@ def test_draft_passes_are_told_by_the_clock_of_the_model_that_drafts() -> None:
     write(target, [1, 2], 30, drafter=drafter, vocab=7)
     assert drafter._cost(1, 20) == pytest.approx(4.0, rel=0.05)
     partial = create("partial", policy="recent", view_tokens=64)
-    write(target, [1, 2], 30, drafter=partial, vocab=7, draft_model=draft, draft_tokens=3)
+    write(target, [1, 2], 30, drafter=partial, vocab=7, self_draft=draft, draft_tokens=3)
     assert partial.views.cost(1, 20) == pytest.approx(4.0, rel=0.05)
 
 

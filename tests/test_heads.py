@@ -107,7 +107,7 @@ def test_the_first_path_is_that_of_the_papers_formulas(
         context: Any = drafting(
             history=History(prompt),
             sampler=Sampler(SamplingParams(), V),
-            draft_model=model,
+            self_draft=model,
         )
         compute(drafter.prefill(context, output))
         tree = compute(drafter.propose(context, 9))
@@ -146,7 +146,7 @@ def proposal(acceptance: Any, budget: int, form: str = "tokenswift", params: Sam
     drafter = Heads(weights, torch.ones(V, E))
     logits = [float(-t) for t in range(V)]  # best tokens first: 0, 1, 2 ...
     sampler = Sampler(params or SamplingParams(), V)
-    context = drafting(history=History([7]), sampler=sampler, draft_model=Fixed(logits))
+    context = drafting(history=History([7]), sampler=sampler, self_draft=Fixed(logits))
     return drafter, drafter.tree(torch.ones(E), context, budget), context
 
 
@@ -192,7 +192,7 @@ def test_candidates_carry_the_noise_and_penalties_of_their_position() -> None:
         _, tree, context = proposal(acceptance, 9, form, params)
         history, expected = History([7]), []
         for _ in range(3):
-            expected.append(context.sampler.rank(context.draft_model.logits, history, 2))
+            expected.append(context.sampler.rank(context.self_draft.logits, history, 2))
             history.append(expected[-1][0])
         assert len(context.history) == 1
         assert list(tree.children[0]) == expected[0]
@@ -459,7 +459,7 @@ def test_converted_checkpoints_give_the_same_proposals(
     sampler, rows = Sampler(SamplingParams(temperature=1, seed=2), vocab), torch.randn(5, E)
     model: Any = SimpleNamespace(project=lambda x: x @ embedding.T)
     for row in rows:
-        context: Any = drafting(history=History([3, 4]), sampler=sampler, draft_model=model)
+        context: Any = drafting(history=History([3, 4]), sampler=sampler, self_draft=model)
         trees = [Heads(w, embedding).tree(row, context, 12) for w in (weights, found)]
         assert trees[0].tokens.tolist() == trees[1].tokens.tolist() and len(trees[0]) == 12
     (converted,) = (tmp_path / "cache" / "heads").glob("*.safetensors")

@@ -155,7 +155,7 @@ def draft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Drafted]:
         lines: list[dict[str, Any]] = []
         text, engine, _ = write(
             Paced(models_of(setup).target, 10.0), PROMPT, COUNT, PARAMS[params], drafter, draft_tokens=size,
-            draft_model=drafting, trace=lines.append,
+            self_draft=drafting, trace=lines.append,
         )  # fmt: skip
         assert text == plain(setup, params)
         assert engine.cache.pool.in_use == 0
@@ -223,5 +223,5 @@ def test_the_first_pass_under_a_size_of_view_is_no_measure_of_its_cost(monkeypat
     monkeypatch.setattr(PassCost, "observe", watched)
     models, drafting = models_of(SETUPS["torch"]), Starting(models_of(SETUPS["torch"]).drafting, 1.0)
     drafter = create("partial", view_tokens=192)
-    write(Paced(models.target, 10.0), PROMPT, COUNT, PARAMS["sampled"], drafter, draft_model=drafting)
+    write(Paced(models.target, 10.0), PROMPT, COUNT, PARAMS["sampled"], drafter, self_draft=drafting)
     assert drafting.passes > 20 and min(measured) < 2 and max(measured) < 20

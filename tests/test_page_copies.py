@@ -243,7 +243,7 @@ def test_only_a_draft_over_a_bf16_cache_reads_copies() -> None:
 )
 def test_who_reads_copies(tiny_folder: Path, kv_dtype: str, kv: str, copies: bool) -> None:
     swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", kv_dtype=kv_dtype, engine="native")
-    model: Any = swift.executor.draft_model(rope_tables(swift.checkpoint.config, 64), "auto", kv)
+    model: Any = swift.executor.self_draft(rope_tables(swift.checkpoint.config, 64), "auto", kv)
     assert model.int8_pages == copies
 
 
@@ -251,9 +251,9 @@ def test_copies_that_cannot_be_are_refused(tiny_folder: Path) -> None:
     swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", kv_dtype="fp32", engine="native")
     rope = rope_tables(swift.checkpoint.config, 64)
     with pytest.raises(UserError, match=r"draft_kv: 'int8' is not allowed; copies are made of a bf16 cache only"):
-        swift.executor.draft_model(rope, "auto", "int8")
+        swift.executor.self_draft(rope, "auto", "int8")
     with pytest.raises(UserError, match=r"draft_kv: 'fp8' is not allowed; one of auto, own, int8"):
-        swift.executor.draft_model(rope, "auto", "fp8")
+        swift.executor.self_draft(rope, "auto", "fp8")
     other = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", engine="torch")
     with pytest.raises(UserError, match=r"draft_kv: 'int8' is not allowed; with engine torch only own"):
-        other.executor.draft_model(rope, "auto", "int8")
+        other.executor.self_draft(rope, "auto", "int8")

@@ -235,9 +235,9 @@ def test_a_draft_models_rows_are_never_committed(tiny_folder: Path, engine: str,
     rope = tables(tiny_config())
     if (engine, weights) == ("torch", "int8"):
         with pytest.raises(UserError, match=r"draft_weights: 'int8' is not allowed; .* engine native"):
-            executor.draft_model(rope, weights)
+            executor.self_draft(rope, weights)
         return
-    target, draft = executor.model(rope), executor.draft_model(rope, weights, "own")
+    target, draft = executor.model(rope), executor.self_draft(rope, weights, "own")
     cache = target.new_cache()
     prompt = DraftTree.chain(range(70))
     target.forward([Segment(prompt, cache, causal=True)])
@@ -258,27 +258,27 @@ def test_a_draft_models_rows_are_never_committed(tiny_folder: Path, engine: str,
 
 def test_int8_drafts_share_the_team_and_are_packed_once(swift: TokenSwift) -> None:
     rope = tables(tiny_config())
-    first, second = (swift.executor.draft_model(rope, "int8") for _ in range(2))
+    first, second = (swift.executor.self_draft(rope, "int8") for _ in range(2))
     target = swift.executor.model(rope)
     assert isinstance(first, NativeDecoder) and isinstance(second, NativeDecoder) and isinstance(target, NativeDecoder)
     assert first.weights is second.weights
     assert first.weights.team is target.weights.team
-    assert swift.executor.draft_model(rope, "bf16").weights is target.weights  # type: ignore[attr-defined]
+    assert swift.executor.self_draft(rope, "bf16").weights is target.weights  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="draft_weights: 'fp4'"):
-        swift.executor.draft_model(rope, "fp4")
+        swift.executor.self_draft(rope, "fp4")
 
 
 def test_int8_drafts_that_cannot_fit_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swift = TokenSwift.from_pretrained(str(tiny_folder), engine="native")
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"memory: .* int8 weights for drafts"):
-        swift.executor.draft_model(tables(tiny_config()), "int8")
+        swift.executor.self_draft(tables(tiny_config()), "int8")
 
 
 def test_an_int8_target_drafts_with_its_own_weights(tiny_folder: Path) -> None:
     executor = TokenSwift.from_pretrained(str(tiny_folder), engine="native", dtype="int8").executor
     rope = tables(tiny_config())
-    assert executor.draft_model(rope, "int8").weights is executor.model(rope).weights  # type: ignore[attr-defined]
+    assert executor.self_draft(rope, "int8").weights is executor.model(rope).weights  # type: ignore[attr-defined]
 
 
 def test_two_decoders_of_one_team_take_turns(swift: TokenSwift) -> None:
@@ -286,7 +286,7 @@ def test_two_decoders_of_one_team_take_turns(swift: TokenSwift) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     rope = tables(tiny_config())
-    models = [swift.executor.model(rope), swift.executor.draft_model(rope, "int8")]
+    models = [swift.executor.model(rope), swift.executor.self_draft(rope, "int8")]
 
     def logits(model: Any) -> torch.Tensor:
         cache = model.new_cache()

@@ -36,7 +36,7 @@ class DecodeLoop:
     draft_tokens: number of tokens to draft in every tree; None lets the planner decide.
     prefill_chunk: rows of a prefill pass.
     want_logprobs, top_logprobs: whether the chosen tokens' log-probabilities are wanted, and those of how many others.
-    draft_model: the model with the draft's weights; None is the model itself.
+    self_draft: the model with the draft's weights; None is the model itself.
     trace: function that is called with a record of every round: tree, what was accepted, milliseconds, estimates.
     eviction: the lossy mode, in which the target's cache is bounded too; None keeps every row.
     cache: a cache that holds rows of the prompt's first tokens already, written by the same model, but not of all. The
@@ -59,7 +59,7 @@ class DecodeLoop:
         draft_tokens: int | None = None,
         prefill_chunk: int = 512,
         want_logprobs: bool = False,
-        draft_model: Model | None = None,
+        self_draft: Model | None = None,
         trace: Callable[[dict[str, Any]], None] | None = None,
         eviction: Eviction | None = None,
         cache: KVCache | None = None,
@@ -87,7 +87,7 @@ class DecodeLoop:
             self.cache,
             model,
             sampler.guessing(),
-            draft_model or model,
+            self_draft or model,
             timer=self.timer,
             agreed=lambda ms: ranks.first_times([ms])[0],
         )

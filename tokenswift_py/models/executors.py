@@ -72,7 +72,7 @@ class Executor(Protocol):
     def model(self, rope: RopeTables) -> Model:
         """Makes the model for a run of these RoPE tables. Weights are shared."""
 
-    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
         weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
@@ -84,14 +84,14 @@ class Executor(Protocol):
         """
 
     def reads_copies(self, kv: str) -> bool:
-        """Returns whether a draft model made with this `kv` reads int8 copies of pages."""
+        """Returns whether a self-draft made with this `kv` reads int8 copies of pages."""
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         """Loads another model that drafts for this one, on the same device, threads and kernels, with the same type of
         KV cache.
 
         weights: bf16 is the type that the target's weights were asked for in (bf16 where those are in blocks). int8 and
-                 auto are those of `draft_model`, and so is what is raised.
+                 auto are those of `self_draft`, and so is what is raised.
         """
 
 
@@ -150,7 +150,7 @@ class TorchExecutor:
     def model(self, rope: RopeTables) -> Model:
         return self._decoder(rope, draft=False)
 
-    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_torch_draft_weights(weights)
         check_draft_kv(kv)
         check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
@@ -207,7 +207,7 @@ class NativeExecutor:
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
 
-    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_draft_weights(weights)
         check_draft_kv(kv)
         copies = self.reads_copies(kv)

@@ -72,7 +72,7 @@ def decode_loop(
         want_logprobs=options.logprobs is not None,
         top_logprobs=options.logprobs or 0,
         prompt_logprobs=options.prompt_logprobs,
-        draft_model=loaded.executor.draft_model(run.rope, options.draft_weights, options.draft_kv)
+        self_draft=loaded.executor.self_draft(run.rope, options.draft_weights, options.draft_kv)
         if chosen.runs_target
         else None,
         trace=trace,

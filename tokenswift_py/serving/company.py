@@ -31,8 +31,8 @@ class SharedModels:
     def model(self, rope: RopeTables) -> Model:
         return self._once(("target", id(rope)), lambda: self._executor.model(rope))
 
-    def draft_model(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        return self._once(("draft", id(rope), weights, kv), lambda: self._executor.draft_model(rope, weights, kv))
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+        return self._once(("draft", id(rope), weights, kv), lambda: self._executor.self_draft(rope, weights, kv))
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Model:
         if key not in self._models:

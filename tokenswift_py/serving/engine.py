@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from weakref import ref
 
 from tokenswift_py.decoding.statistics import GenerationStats
+from tokenswift_py.drafters.base import kind_of
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.models.positions import Positions
@@ -67,7 +68,8 @@ class Engine:
     ):
         check(most_running >= 1, "most_running", most_running, "at least 1")
         check(most_waiting >= 0, "most_waiting", most_waiting, "at least 0")
-        check(drafter != "draft_model", "drafter", drafter, "a second model drafts for one text alone")
+        alone = drafter != "auto" and kind_of(drafter).has_second_model
+        check(not alone, "drafter", drafter, "a second model drafts for one text alone")
         self.loaded = Company(loaded, context, kv_tokens, most_running, positions)
         self.context = self.loaded.context
         self.drafter, self.most_running, self.most_waiting = drafter, most_running, most_waiting
