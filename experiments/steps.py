@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,32 @@ def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iter
     if context > 32768:
         yield []
         return
-    llama, low = open_llama(args, context + 64)
+    llama, low = open_llama(default_file(), context + 64, args.threads)
+    try:
+        step = llama_passes(llama, low, context)
+        yield [Contender(f"llama.cpp {low.__version__}", context, "1 rows", step, *cost(swift, context, 1))]
+    finally:
+        llama.close()
+
+
+def default_file() -> Path:
+    path = cache_folder() / DEFAULT_MEMBER
+    return path if path.is_file() else default_gguf(cache_folder())
+
+
+def open_llama(path: Path, context: int, threads: int, **settings: Any) -> tuple[Any, Any]:
+    """Returns llama.cpp's model of a file, and the module with its functions. settings: further ones of `Llama`."""
+    import llama_cpp
+
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, flash_attn=True,
+        verbose=False, rope_scaling_type=llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE, **settings,
+    )  # fmt: skip
+    return llama, llama_cpp
+
+
+def llama_passes(llama: Any, low: Any, context: int) -> Callable[[], Any]:
+    """Returns llama.cpp's pass of one token after `context` others, with which its cache is filled first."""
     batch = 512
     for first in range(0, context, batch):  # llama.cpp can fill its cache only by computing it
         llama.eval([5] * min(batch, context - first))
@@ -249,23 +274,18 @@ def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iter
         low.llama_memory_seq_rm(low.llama_get_memory(llama.ctx), 0, context, -1)
         llama.n_tokens = context
 
-    try:
-        yield [Contender(f"llama.cpp {low.__version__}", context, "1 rows", step, *cost(swift, context, 1))]
-    finally:
-        llama.close()
+    return step
 
 
-def open_llama(args: argparse.Namespace, context: int) -> tuple[Any, Any]:
-    import llama_cpp
+def llama_reading(llama: Any, low: Any, tokens: Sequence[int]) -> Callable[[], Any]:
+    """Returns llama.cpp's prefill of these tokens."""
 
-    path = cache_folder() / DEFAULT_MEMBER
-    if not path.is_file():
-        path = default_gguf(cache_folder())
-    llama = llama_cpp.Llama(
-        str(path), n_ctx=context, n_threads=args.threads, n_threads_batch=args.threads, n_batch=512, flash_attn=True,
-        verbose=False, rope_scaling_type=llama_cpp.LLAMA_ROPE_SCALING_TYPE_NONE,
-    )  # fmt: skip
-    return llama, llama_cpp
+    def run() -> None:
+        llama.reset()
+        low.llama_memory_clear(low.llama_get_memory(llama.ctx), True)
+        llama.eval(list(tokens))
+
+    return run
 
 
 def llama_build() -> str:
@@ -311,8 +331,27 @@ BUSY_STEPS = 6  # steps a turn, so that a turn is more than one burst of the sch
 
 def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Times the prefill, ours and llama.cpp's, in turns."""
-    tokens = np.random.default_rng(1).integers(0, 1000, args.prefill).astype(np.int32)
-    model = swift.executor.model(rope_tables(swift.checkpoint.config, args.prefill + 1))
+    tokens = some_tokens(args.prefill)
+    contenders = [Contender(swift.executor.name, 0, f"prefill {args.prefill}", reading(swift, tokens), 0.0, 0.0)]
+    if "llamacpp" in args.peers:
+        llama, low = open_llama(default_file(), args.prefill + 64, args.threads)
+        peer = llama_reading(llama, low, tokens)
+        contenders.append(Contender(f"llama.cpp {low.__version__}", 0, f"prefill {args.prefill}", peer, 0.0, 0.0))
+    interleave(contenders, min(3, args.rounds))
+    return [
+        {"engine": c.engine, "ms": round(c.median, 1), "tokens_per_s": round(1e3 * args.prefill / c.median)}
+        for c in contenders
+    ]  # fmt: skip
+
+
+def some_tokens(count: int) -> list[int]:
+    tokens: list[int] = np.random.default_rng(1).integers(0, 1000, count).tolist()
+    return tokens
+
+
+def reading(swift: TokenSwift, tokens: Sequence[int]) -> Callable[[], Any]:
+    """Returns our prefill of these tokens."""
+    model = swift.executor.model(rope_tables(swift.checkpoint.config, len(tokens) + 1))
     cache = model.new_cache()
 
     def run() -> None:
@@ -322,21 +361,7 @@ def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]
             model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], [len(chunk) - 1])
             cache.commit(range(len(chunk)))
 
-    contenders = [Contender(swift.executor.name, 0, f"prefill {args.prefill}", run, 0.0, 0.0)]
-    if "llamacpp" in args.peers:
-        llama, low = open_llama(args, args.prefill + 64)
-
-        def peer() -> None:
-            llama.reset()
-            low.llama_memory_clear(low.llama_get_memory(llama.ctx), True)
-            llama.eval(tokens.tolist())
-
-        contenders.append(Contender(f"llama.cpp {low.__version__}", 0, f"prefill {args.prefill}", peer, 0.0, 0.0))
-    interleave(contenders, min(3, args.rounds))
-    return [
-        {"engine": c.engine, "ms": round(c.median, 1), "tokens_per_s": round(1e3 * args.prefill / c.median)}
-        for c in contenders
-    ]  # fmt: skip
+    return run
 
 
 def flop_rate(size: int = 1536) -> float:
