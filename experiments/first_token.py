@@ -37,7 +37,8 @@ def first_token(swift: TokenSwift, args: argparse.Namespace, most_running: int, 
     common = {
         "raw": True, "ignore_eos": True, "on_loop": "ignore", "temperature": args.temperature, "min_p": args.min_p,
     }  # fmt: skip
-    engine = Engine(swift, CONTEXT, most_running=most_running, kv_tokens=CONTEXT * (LONG_TEXTS + 4))
+    room = 4 * CONTEXT * LONG_TEXTS  # so that nobody waits for memory
+    engine = Engine(swift, CONTEXT, most_running=most_running, kv_tokens=room)
     moments = random.Random(0)
     try:
         ask(engine, requests[0], priority, seed=0, **common)  # the first text makes models
