@@ -17,9 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import longrun
 import peers
 import positions
+import serving
 from ablations import GROUPS, Varied
 from diversity import VARIANTS, means, self_bleu
+from gguf_writer import gguf_config, write_gguf
 from peers import Paused, Task, Writer
+from slots import Slots
 from tokenswift_py.errors import UserError
 from tokenswift_py.options import Options
 from workloads import WORKLOADS, continuation, free_run
@@ -207,3 +210,53 @@ def test_pass_keys_are_hidden_and_asked_for(tiny_folder: Path, tmp_path: Path, m
     assert [row["scheme"] for row in rows] == ["log-extend", "yarn"]
     assert all(len(row["by_depth"]) == 9 and row["found"] == row["by_depth"].count("x") for row in rows)
     assert rows[0]["nats"] != rows[1]["nats"] and all(row["nats"] > 1 for row in rows)
+
+
+def test_a_speed_while_all_write_leaves_out_prompts_and_the_end() -> None:
+    marks = [(0.0, [0, 0]), (5.0, [1, 0]), (6.0, [3, 1]), (7.0, [6, 3]), (8.0, [10, 4]), (20.0, [10, 10])]
+    assert serving.while_full(marks, 10) == (10, 2.0)
+    assert serving.while_full([(0.0, [0, 0]), (1.0, [10, 0]), (2.0, [10, 10])], 10) == (0, 0.0)
+    together, one_by_one = serving.Speed(), serving.Speed()
+    together.add([marks], 10)
+    together.add([[(2 * time, counts) for time, counts in marks]], 10)
+    one_by_one.add([[(0.0, [0]), (1.0, [1]), (10.0, [10])], [(10.0, [0]), (11.0, [2]), (15.0, [10])]], 10)
+    row = together.row(20)
+    assert (row["tokens_per_s"], row["spread"]) == (1.0, 1.0)
+    assert (row["tokens_per_s_full"], row["spread_full"]) == (3.8, 1.0)  # of 5 and 2.5 the median, rounded
+    assert one_by_one.full == [17 / 13] and together.over(one_by_one) == (0.75, round(3.75 * 13 / 17, 3))
+
+
+def test_texts_together_and_requests_between_them_are_what_they_are_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", str(tiny_folder), "--dtype", "fp32", "--threads", "1", "--results", str(tmp_path)]
+    flags += ["--texts", "1,3", "--lengths", "400", "--new", "16", "--first-token", "--requests", "2"]
+    monkeypatch.setattr(sys, "argv", ["serving.py", *flags])
+    serving.main()
+    rows = json.loads((tmp_path / "serving.json").read_text())["rows"]
+    written, asked = rows[:8], rows[8:]
+    assert [row["way"] for row in written] == 2 * [name for name, *_ in serving.WAYS]
+    assert all(row["identical"] and row["tokens_per_s"] > 0 and row["spread"] >= 0 for row in written)
+    assert all(row["tokens_per_s_full"] > 0 for row in written if not row["way"].endswith("together"))
+    assert [(row["most_running"], row["priority"]) for row in asked] == [(8, 1), (8, 0), (16, 1), (16, 0)]
+    assert all(row["identical"] and 0 < row["first_token_p50_ms"] <= row["first_token_p99_ms"] for row in asked)
+    assert asked[0]["preemptions"] > 0 and asked[2]["preemptions"] == 0
+
+
+@pytest.mark.parametrize("unified", [True, False])
+def test_llama_cpp_writes_in_slots_what_it_writes_alone(unified: bool, tmp_path: Path) -> None:
+    library = pytest.importorskip("llama_cpp")
+    path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama"), {}, "F32")
+    tokens = [(7 * i * i + i) % 200 + 20 for i in range(300)]
+    slots = Slots(path, tokens, [300, 190, 250], 32, 8, threads=1, unified=unified)
+    try:
+        (marks, texts), (_, again) = slots.write(), slots.write()
+    finally:
+        slots.close()
+    assert texts == again and [counts for _, counts in marks] == [[n] * 3 for n in range(9)]
+    model = library.Llama(str(path), n_ctx=512, n_threads=1, verbose=False)
+    for text, cut in zip(texts, (300, 190, 250), strict=True):
+        model.reset()
+        steps = model.generate(tokens[:cut], temp=0.0)
+        assert text == [next(steps) for _ in text]
+    model.close()
