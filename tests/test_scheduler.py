@@ -301,6 +301,10 @@ def test_shares_add_up_and_charge_each_text_for_its_rows() -> None:
     assert one + three == pytest.approx(14.0)
     assert three - one == pytest.approx(2.0, abs=0.3)
     assert shares.split([asked(4)], 14.0) == [14.0]
+    known = shares(4, 400)
+    for _ in range(50):
+        assert sum(shares.split([asked(1), asked(3)], 9000.0, spoiled=True)) == pytest.approx(9000.0)
+    assert shares(4, 400) == known, "a pass that was compiled first tells nothing of those to come"
 
 
 def test_a_company_verifies_the_rows_that_fill_its_tiles() -> None:

@@ -299,11 +299,12 @@ class Scheduler:
                     self._compute([seat])
             return
         self.passes += 1
-        if model.clock.spoiled == spoiled and verifies:
+        lost = model.clock.spoiled != spoiled
+        if verifies and not lost:
             self._width.observe(1e3 * began, 1e3 * (began + seconds), 1e3 * seconds)
-        shares = self._costs[id(model)].split(passes, 1e3 * seconds)
+        shares = self._costs[id(model)].split(passes, 1e3 * seconds, lost)
         for seat, output, ms in zip(group, outputs, shares, strict=True):
-            seat.work.time.charge(ms / 1e3, model.clock.spoiled != spoiled)
+            seat.work.time.charge(ms / 1e3, lost)
             assert seat.coroutine is not None
             self._resume(seat, seat.coroutine, output)
 
