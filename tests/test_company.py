@@ -224,9 +224,7 @@ def test_sixteen_texts_of_every_kind(company: Company, alone: Alone, heads: str,
     in_company(company, alone, heads, **schedule)
 
 
-def test_trees_are_cut_anywhere(
-    company: Company, alone: Alone, heads: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trees_are_cut_anywhere(company: Company, alone: Alone, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every text drafts as much as it may, and any number of the guesses is verified, none and all among them."""
     rng, cuts = random.Random(0), list[int]()
 
@@ -246,7 +244,7 @@ def test_trees_are_cut_anywhere(
         monkeypatch.setattr(Plan, name, getattr(FixedPlan, name))
     monkeypatch.setattr(Plan, "rows_at_most", 9)
     write()
-    assert sum(map(bool, cuts)) > 100 and sum(cuts) > 1000
+    assert sum(map(bool, cuts)) > 50 and sum(cuts) > 150
 
 
 @pytest.mark.soak

@@ -9,7 +9,7 @@ import numpy as np
 from tokenswift_py.core import Model
 from tokenswift_py.decoding.passes import Pass, Timer
 from tokenswift_py.models.clock import Lap
-from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.costs import SHORTEST, PassCost
 
 
 class OwnTime(Timer):
@@ -151,7 +151,8 @@ class Width:
         plain = self.cost(rows, keys)
         if not plain:
             return len(guesses)
-        rate = max(count / (self.cost(texts + i, keys) + self.between) for i, count in enumerate(tokens))
+        # A fit to passes of prompts alone may say that a few rows cost nothing.
+        rate = max(count / max(self.cost(texts + i, keys) + self.between, SHORTEST) for i, count in enumerate(tokens))
         gains = [count / rate - self.cost(rows + i, keys) for i, count in enumerate(tokens)]
         return gains.index(max(gains))
 
