@@ -11,13 +11,20 @@ import pytest
 import torch
 
 from conftest import decoder_of, tiny_config, tiny_model
-from tokenswift_py.core import Output, Segment
+from tokenswift_py.core import Output, SamplingParams, Segment
+from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.statistics import GenerationStats
+from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.none import NoDraft
+from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.models.clock import Clock, CudaClock, HostClock, clock_of
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.planner import Planner
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.serving.scheduler import Scheduler
+from tokenswift_py.serving.sharing import OwnTime
+from tokenswift_py.serving.work import LoopWork
 from toys import MarkovModel, write
 
 
@@ -152,3 +159,40 @@ def test_every_executor_has_a_clock() -> None:
     lap = decoder.clock.start()
     lap.stop()
     assert np.isfinite(lap.ms)
+
+
+def test_texts_in_company_pay_for_what_the_device_took() -> None:
+    """Its time passes while the host waits for it: all share that, however soon a launch returns."""
+
+    class Waits:
+        def __init__(self) -> None:
+            self.began = model.clock.now
+
+        def stop(self) -> None: ...
+
+        @property
+        def ms(self) -> float:
+            host[0] = max(host[0], model.clock.now)
+            return model.clock.now - self.began
+
+    class Work(LoopWork):
+        def tell(self, step: Any) -> None: ...
+
+        def end(self, error: BaseException | None) -> None:
+            assert error is None
+
+    host, model = [0.0], Scripted()
+    model.clock.start = Waits  # type: ignore[method-assign]
+    clock = lambda: host[0] / 1e3  # noqa: E731
+    scheduler = Scheduler(model, model.new_cache().pool, clock)  # type: ignore[arg-type]
+    loops = []
+    for seed in range(3):
+        time, sampler = OwnTime(clock), Sampler(SamplingParams(temperature=1.0, seed=seed), 7)
+        cache = KVCache(scheduler.pool, model.context)
+        loops.append(DecodeLoop(model, create("none"), sampler, Stops(40), cache=cache, timer=time))
+        scheduler.add(Work(loops[-1], [1, 2], time))
+    while scheduler.step():
+        pass
+    assert scheduler._costs[id(model)](3, 90) == pytest.approx(23.0, rel=0.02)
+    for loop in loops:
+        assert loop.planner.target(1, 30) == pytest.approx(23.0 / 3, rel=0.02)

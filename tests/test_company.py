@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.drafters.head_files import write_heads
 from tokenswift_py.kvcache.pages import ROUND_PAGES
 from tokenswift_py.options import Options
+from tokenswift_py.planning.planner import FixedPlan, Plan
 from tokenswift_py.runs.plan import prepare
 from tokenswift_py.runs.result import Piece, Result
 from tokenswift_py.runs.stream import Stream
 from tokenswift_py.serving.company import Company
 from tokenswift_py.serving.scheduler import Scheduler
-from tokenswift_py.serving.sharing import OwnTime
+from tokenswift_py.serving.sharing import OwnTime, Width
 from tokenswift_py.serving.work import StreamWork
 
 CONTEXT = 320  # five pages
@@ -220,6 +222,29 @@ QUICK = settings(max_examples=8, derandomize=True, phases=(Phase.generate,), sup
 @given(**schedules)
 def test_sixteen_texts_of_every_kind(company: Company, alone: Alone, heads: str, **schedule: Any) -> None:
     in_company(company, alone, heads, **schedule)
+
+
+def test_trees_are_cut_anywhere(company: Company, alone: Alone, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text drafts as much as it may, and any number of the guesses is verified, none and all among them."""
+    rng, cuts = random.Random(0), list[int]()
+
+    def best(width: Width, guesses: Sequence[Any], *rest: Any) -> int:
+        kept = rng.choice((0, len(guesses), rng.randint(0, len(guesses))))
+        cuts.append(len(guesses) - kept)
+        return kept
+
+    @settings(QUICK, max_examples=4)
+    @given(**schedules)
+    def write(drawn: list[dict[str, Any]], **schedule: Any) -> None:
+        planned = [{name: value for name, value in each.items() if name != "draft_tokens"} for each in drawn]
+        in_company(company, alone, heads, planned, **schedule)
+
+    monkeypatch.setattr(Width, "_best", best)
+    for name in ("longest_chain", "gain_ms", "worth", "rows_paid"):
+        monkeypatch.setattr(Plan, name, getattr(FixedPlan, name))
+    monkeypatch.setattr(Plan, "rows_at_most", 9)
+    write()
+    assert sum(map(bool, cuts)) > 50 and sum(cuts) > 150
 
 
 @pytest.mark.soak

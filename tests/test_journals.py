@@ -112,3 +112,43 @@ def test_a_failure_is_told_to_its_own_text(
     assert isinstance(ends[0].wait(), JournalError) and ends[1].wait() is None
     assert (journal.read(tmp_path / "bad").tokens, journal.read(tmp_path / "good").tokens) == ([], [3, 4])
     Journal.open(tmp_path / "bad").close()
+
+
+def test_the_end_is_told_once_whenever_somebody_asks_for_it(tmp_path: Path) -> None:
+    """Who asks at the very moment at which the file is closed is told by one of the two threads, not by both."""
+
+    class Lock:
+        """Asks as soon as the journal says that it is closed, before its writer can go on."""
+
+        def __init__(self) -> None:
+            self._lock, self._asked = threading.Lock(), False
+
+        def __enter__(self) -> None:
+            self._lock.acquire()
+
+        def __exit__(self, *error: object) -> None:
+            self._lock.release()
+            if behind._closed and not self._asked:
+                self._asked = True
+                behind.when_closed(told.append)
+
+    told: list[Exception | None] = []
+    behind = Behind(Journal.create(tmp_path, HEADER), lambda journal: None)
+    behind._lock = Lock()  # type: ignore[assignment]
+    behind.close()
+    behind.write()
+    assert told == [None]
+
+
+def test_a_failure_of_who_is_told_of_an_end_stops_no_other_journal(writer: Writer, tmp_path: Path) -> None:
+    bad, good = (writer.behind(Journal.create(tmp_path / name, HEADER)) for name in ("bad", "good"))
+
+    def fail(error: Exception | None) -> None:
+        raise ValueError("a fault of whoever listens")
+
+    bad.when_closed(fail)
+    end = End(good)
+    bad.close()
+    good.append([1, 2])
+    good.close()
+    assert end.wait() is None and journal.read(tmp_path / "good").tokens == [1, 2]

@@ -94,6 +94,7 @@ class DecodeLoop:
         self.trace = trace
         self.stats = GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
+        self.over = False  # whether the latest step was the text's last
         self._untold: set[int] = set()  # positions of replayed choices that processors were not called for yet
         self._told = History()  # up to the latest of those they were called for
 
@@ -111,11 +112,13 @@ class DecodeLoop:
         try:
             if step is None:
                 step = yield from self.force(prompt)
+                self.over = not self.unfinished(step)
                 yield step
             elif step.ending is None:
                 yield from self.catch_up()
             while self.unfinished(step) and self.ranks.go_on():
                 step = yield from (self.round() if step.ending is None else self.force(self.turns.pop(0)))
+                self.over = not self.unfinished(step)
                 yield step
         except GeneratorExit:
             if step is None or self.unfinished(step):

@@ -168,13 +168,16 @@ class Engine:
             text = Text(next(self._numbers), stream)
             work = StreamWork(stream, own, priority, text.tell, lambda error: self._end(work, text, error))
             text.cancel = lambda: self._order(lambda: self._cancel(text))
-            with self._changed:
-                self._live[text.number] = work
-                self._orders.append(lambda: self._seat(text, work))
-        finally:
+        except BaseException:
             with self._changed:
                 self._building -= 1
                 self._changed.notify_all()
+            raise
+        with self._changed:  # at once: between the two it would take two places in line
+            self._building -= 1
+            self._live[text.number] = work
+            self._orders.append(lambda: self._seat(text, work))
+            self._changed.notify_all()
         return text
 
     def _stream(self, run: Run, own: OwnTime) -> Stream:

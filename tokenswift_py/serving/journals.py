@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from tokenswift_py.runs.journal import Journal
+
+logger = logging.getLogger("tokenswift")
 
 
 class Writer:
@@ -28,7 +31,10 @@ class Writer:
 
     def _work(self) -> None:
         while (journal := self._line.get()) is not None:
-            journal.write()
+            try:
+                journal.write()
+            except Exception:  # of who was told that it is closed: the other journals go on
+                logger.exception("the end of %s was not taken in", journal.record.path)
 
 
 class Behind(Journal):
@@ -101,7 +107,8 @@ class Behind(Journal):
             error = failure
         with self._lock:
             self._error = self._error or error
-            first = closing and not self._closed
+            # `when_closed` finds it open, and is told here, or closed, and tells by itself.
+            first, tell, error = closing and not self._closed, self._tell, self._error
             self._closed |= closing
         if first:
-            self._tell(self._error)
+            tell(error)

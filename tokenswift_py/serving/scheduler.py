@@ -237,7 +237,7 @@ class Scheduler:
             return
         self.prefixes.keep(work.cache, work.tokens(), seat.prefix)
         work.tell(asked)
-        if not work.cache.nbytes:  # these were its last words
+        if work.finished():  # it ends now: it waits for no room, and nobody for its pages
             self._resume(seat, coroutine, None)
 
     def _leave(self, seat: Seat, error: BaseException | None) -> None:
@@ -285,9 +285,12 @@ class Scheduler:
             passes = self._width.cut(passes)
         tails = [asked.segment.cache.tail_length for asked in passes]
         model, spoiled = passes[0].model, passes[0].model.clock.spoiled
+        lap = model.clock.start()
         try:
             began = self.clock()
             outputs = together(model, passes)
+            lap.stop()
+            _ = lap.ms  # waits for a device, whose time all pay for, and not the first text that looks at its logits
             seconds = self.clock() - began
         except Exception as error:
             for asked, rows in zip(passes, tails, strict=True):
@@ -299,11 +302,12 @@ class Scheduler:
                     self._compute([seat])
             return
         self.passes += 1
-        if model.clock.spoiled == spoiled and verifies:
+        lost = model.clock.spoiled != spoiled
+        if verifies and not lost:
             self._width.observe(1e3 * began, 1e3 * (began + seconds), 1e3 * seconds)
-        shares = self._costs[id(model)].split(passes, 1e3 * seconds)
+        shares = self._costs[id(model)].split(passes, 1e3 * seconds, lost)
         for seat, output, ms in zip(group, outputs, shares, strict=True):
-            seat.work.time.charge(ms / 1e3, model.clock.spoiled != spoiled)
+            seat.work.time.charge(ms / 1e3, lost)
             assert seat.coroutine is not None
             self._resume(seat, seat.coroutine, output)
 

@@ -36,6 +36,9 @@ class Work(Protocol):
     def needs_all_rows(self) -> bool:
         """Returns whether it has to compute every row itself, so that no known page can serve it."""
 
+    def finished(self) -> bool:
+        """Returns whether it asks for no pass any more."""
+
     def rows_ahead(self) -> int:
         """How many rows the next round commits at most, beside those of a tree."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenswift_py.core import Model
 from tokenswift_py.decoding.passes import Pass, Timer
 from tokenswift_py.models.clock import Lap
-from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.costs import SHORTEST, PassCost
 
 
 class OwnTime(Timer):
@@ -79,13 +79,17 @@ class GroupCost:
         """Returns the expected milliseconds of a pass; 0 before anything was measured."""
         return self._cost(rows, keys) * self._ratios.get(rows, 1.0)
 
-    def split(self, passes: Sequence[Pass], ms: float) -> list[float]:
+    def split(self, passes: Sequence[Pass], ms: float, spoiled: bool = False) -> list[float]:
         """Returns the shares of these passes of one forward, which add up to `ms`: each text pays what its rows add,
-        and all pay alike for the rest. So a row costs a planner what it costs the whole company."""
+        and all pay alike for the rest. So a row costs a planner what it costs the whole company.
+
+        spoiled: whether these milliseconds went to what no later pass does, and so tell nothing of its cost.
+        """
         rows = np.array([len(asked.segment.tree) for asked in passes])
         keys = np.array([asked.segment.cache.length for asked in passes])
         total = int(rows.sum()), int(keys.sum())
-        self.observe(*total, ms)
+        if not spoiled:
+            self.observe(*total, ms)
         if len(passes) == 1:
             return [ms]
         whole = self._cost(*total)
@@ -147,7 +151,8 @@ class Width:
         plain = self.cost(rows, keys)
         if not plain:
             return len(guesses)
-        rate = max(count / (self.cost(texts + i, keys) + self.between) for i, count in enumerate(tokens))
+        # A fit to passes of prompts alone may say that a few rows cost nothing.
+        rate = max(count / max(self.cost(texts + i, keys) + self.between, SHORTEST) for i, count in enumerate(tokens))
         gains = [count / rate - self.cost(rows + i, keys) for i, count in enumerate(tokens)]
         return gains.index(max(gains))
 

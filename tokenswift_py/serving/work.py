@@ -44,6 +44,9 @@ class LoopWork:
     def needs_all_rows(self) -> bool:
         return self.loop.needs_all_rows
 
+    def finished(self) -> bool:
+        return self.loop.over
+
     def rows_ahead(self) -> int:
         return self.loop.rows_ahead
 
