@@ -58,7 +58,7 @@ class Resources:
 
     checkpoint: Checkpoint
     second_model: Mapping[str, Any] = field(default_factory=dict)
-    draft_cost: PassCost = field(default_factory=PassCost)
+    draft_cost: PassCost | None = None
 
 
 class Drafter:

@@ -76,7 +76,7 @@ class Partial(Drafter):
         chosen: EvictionPolicy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
         self.needs = chosen.needs
         self.width, self.reuse, self.heads = width, reuse, heads
-        self.views = Views(chosen, view_tokens, width, refresh, cost or PassCost())
+        self.views = Views(chosen, view_tokens, width, refresh, cost)
         self._chain = Chain(0, 1)  # of the last proposal
         self._idle = 0  # rounds since the latest draft pass
         self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
@@ -124,7 +124,7 @@ class Partial(Drafter):
         plan, cache = context.plan, context.cache
         cache.drop_tail()
         self._idle += 1
-        if self._idle > IDLE_ROUNDS and self._idle % IDLE_STEP:
+        if self._idle > IDLE_ROUNDS and self._idle % IDLE_STEP and not plan.probing():
             self._force(context, chain)
             return  # a pass is unlikely to pay now, and to find that out takes the host a while
         longest = plan.longest_chain(chain.draft.budget, self.width)

@@ -42,12 +42,12 @@ class Views:
     keys:    keys that a row of this round attends to.
     """
 
-    def __init__(self, policy: EvictionPolicy, tokens: int | None, width: int, refresh: int, cost: PassCost):
+    def __init__(self, policy: EvictionPolicy, tokens: int | None, width: int, refresh: int, cost: PassCost | None):
         family = Experience()
         self.policy, self.refresh = policy, refresh
         self.sizes = [View(size, width, family) for size in ((tokens,) if tokens else VIEWS)]
         self.now = self.sizes[0]
-        self.cost = cost
+        self.cost, self._alone = cost or PassCost(), cost is None
         self.keys = 0
         self._text = self._length = 0  # tokens that the cache holds in full pages, and all, when the round began
         self._round = 0
@@ -69,7 +69,8 @@ class Views:
         """
         self._text, self._length = held(context.cache), context.cache.length
         self._round += 1
-        self.cost.shapes = tuple(context.self_draft.row_shapes)
+        if self._alone:
+            self.cost.shapes = tuple(context.self_draft.row_shapes)
         for size in self.sizes:
             size.set_text(self._text, context.sampler.params.temperature)
         if self._round % VIEW_ROUNDS == 0 or self._round <= VIEW_ROUNDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -58,10 +58,9 @@ class LoadedModel:
         """Makes the RoPE tables of a run over so many positions. Raises UserError like `rope_tables`."""
         return rope_tables(self.checkpoint.config, context, positions)
 
-    def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
-        """Returns the known cost of passes of this kind ("target" or "draft"). Nothing is known of it for a text
-        alone."""
-        return PassCost(shapes)
+    def pass_cost(self, kind: str) -> PassCost | None:
+        """Returns what is known of passes of this kind ("target" or "draft"): of a text alone nothing."""
+        return None
 
     def probes(self) -> Probes:
         """Returns what says when drafting may be tried: a text alone has its own."""

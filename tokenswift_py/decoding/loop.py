@@ -78,8 +78,7 @@ class DecodeLoop:
         self.known: dict[int, tuple[float, Likeliest]] = {}
         # The positions whose log-probabilities the next passes tell, and how many other tokens are wanted there.
         self.unknown: dict[int, int] = {}
-        self.history = History()
-        self.eviction = eviction
+        self.history, self.eviction, self.over = History(), eviction, False  # over: the latest step was the last
         self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
         self.timer = timer or Timer()
         self._context = Context(
@@ -91,10 +90,8 @@ class DecodeLoop:
             timer=self.timer,
             agreed=lambda ms: ranks.first_times([ms])[0],
         )
-        self.trace = trace
-        self.stats = GenerationStats()
+        self.trace, self.stats = trace, GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
-        self.over = False  # whether the latest step was the text's last
         self._untold: set[int] = set()  # positions of replayed choices that processors were not called for yet
         self._told = History()  # up to the latest of those they were called for
 

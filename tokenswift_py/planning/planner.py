@@ -156,6 +156,10 @@ class Plan:
         `Probes`."""
         return self._probes.may(ms, kind)
 
+    def probing(self, kind: str = "draft") -> bool:
+        """Returns whether a company tries in these rounds what does not look worth it: then no text may be idle."""
+        return self._probes.open(kind)
+
     def explain(self, rows: int) -> dict[str, float]:
         """Returns what a line of the trace says of the plan: tokens per second aimed at, and what passes should
         cost."""
@@ -184,6 +188,9 @@ class FixedPlan(Plan):
     def longest_chain(self, budget: int, width: int) -> int:
         """Leaves room in the tree for the runners-up of every guess."""
         return (budget - 1) // width
+
+    def probing(self, kind: str = "draft") -> bool:
+        return True
 
     def gain_ms(self, chance: float, rows: int) -> float:
         return math.inf

@@ -20,6 +20,10 @@ class Probes:
         self._spent_ms: dict[str, float] = {}
         self._left: dict[str, int] = {}  # probes of a burst that was begun
 
+    def open(self, kind: str) -> bool:
+        """Returns whether a burst was begun that has probes left."""
+        return self._left.get(kind, 0) > 0
+
     def may(self, ms: float, kind: str) -> bool:
         """Returns whether a probe of so many milliseconds may be made, and counts it if so.
 

@@ -80,7 +80,7 @@ def decode_loop(
         cache=cache,
         ranks=loaded.executor.ranks,
         timer=timer,
-        target_cost=loaded.pass_cost("target", model.row_shapes),
+        target_cost=loaded.pass_cost("target"),
         probes=loaded.probes(),
         prefill_chunk=chunk,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tokenswift_py.core import Model
@@ -85,14 +84,10 @@ class Company(LoadedModel):
         """The tables that all texts share, whatever one asks for: they are part of what the company is."""
         return self._rope
 
-    def pass_cost(self, kind: str, shapes: Sequence[int] = ()) -> PassCost:
-        """Returns what all texts have learned together: the next one need not find it out again.
-
-        shapes: do not count here, where rows of several texts fill a pass; see `sharing.Width`.
-        """
-        if kind not in self._costs:
-            self._costs[kind] = super().pass_cost(kind)
-        return self._costs[kind]
+    def pass_cost(self, kind: str) -> PassCost:
+        """Returns what all texts have learned together: the next one need not find it out again. It knows of no shapes,
+        for rows of several texts fill a pass; see `sharing.Width`."""
+        return self._costs.setdefault(kind, PassCost())
 
     def probes(self) -> Probes:
         """Returns the one for all texts, so that many do not try what few already know does not pay."""
