@@ -138,7 +138,7 @@ def token_bytes(shape: Shape, int8: bool) -> int:
 
 
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
-    """Yields the work of a layer except attention, and that of the LM head and the choice."""
+    """Yields the work of a layer except attention, and that of the LM head."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for name, depth, columns, outputs in (
         ("qkv", shape.hidden, q + 2 * kv, q + 2 * kv),
@@ -166,10 +166,27 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
     inner = rows * shape.intermediate * ITEM
     yield Work("swiglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
-    logits, best = rows * shape.vocab * FP32, rows * -(-shape.vocab // CHOICE_BLOCK) * (FP64 + FP32)
-    for name, flops in (("argmax", 1), ("gumbel argmax", 70)):
-        names, chosen = f"{name}, argmax merge", rows * (FP64 + FP32)
-        yield Work(names, rows, None, logits + best, best + chosen, logits, flops * rows * shape.vocab)
+
+
+def choice_works(shape: Shape, rows: int) -> Iterator[Work]:
+    """Yields the work of the sampler's kernels over the logits of `rows`, without that of text that is searched."""
+    logits, scores = rows * shape.vocab * FP32, rows * shape.vocab * FP64
+    told = rows * shape.vocab * (3 * FP32 + FP64)  # places and counts of the text, marks, biases
+    for name, more, flops in (("scores", 0, 2), ("greedy scores", 0, 1), ("changed scores", told, 12)):
+        yield Work(name, rows, None, logits + more, scores, logits + scores, flops * rows * shape.vocab)
+    best, chosen = rows * -(-shape.vocab // CHOICE_BLOCK) * (FP64 + FP32), rows * (FP64 + FP32)
+    for name, flops in (("best", 1), ("gumbel best", 70)):
+        yield Work(f"{name}, best merge", rows, None, scores + best, best + chosen, scores, flops * rows * shape.vocab)
+    yield Work("nucleus mass", rows, None, scores, scores, 2 * scores, 30 * rows * shape.vocab)
+    yield Work("nucleus digit", rows, None, scores, 0, scores, 3 * rows * shape.vocab)
+    yield Work("nucleus edge", rows, None, 2 * scores, 0, 2 * scores, 3 * rows * shape.vocab)
+
+
+def repeat_works(context: int, rows: int) -> Iterator[Work]:
+    """Yields the work of searching the text for what the end of each row's path repeats."""
+    text = context * FP32  # tokens of 4 bytes, which all rows but the first find in the cache
+    for name in ("repeats", "repeats out"):
+        yield Work(name, rows, context, rows * text, 0, text, 4 * rows * context)
 
 
 def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
@@ -179,7 +196,10 @@ def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list
         for context in contexts
         for rows in row_counts
     ]
-    return works + [work for rows in row_counts for work in dense_works(shape, rows)]
+    for rows in row_counts:
+        works += [*dense_works(shape, rows), *choice_works(shape, rows)]
+        works += [work for context in contexts for work in repeat_works(context, rows)]
+    return works
 
 
 def print_table(works: list[Work]) -> None:

@@ -252,7 +252,18 @@ def test_an_engine_that_fails_always_answers_nothing(
 
 
 def command(tiny_folder: Path, source: Path, out: Path, running: int = 3, context: int = CONTEXT) -> list[str]:
-    settings = ["--dtype", "fp32", "--threads", "1", "--context", f"{context}", "--running", f"{running}"]
+    settings = [
+        "--served-name",
+        "tiny",
+        "--dtype",
+        "fp32",
+        "--threads",
+        "1",
+        "--context",
+        f"{context}",
+        "--running",
+        f"{running}",
+    ]
     return ["batch", str(source), str(out), "--model", str(tiny_folder), *settings]
 
 
@@ -288,7 +299,7 @@ def test_answers_of_another_model_are_not_gone_on_with(
     put(source, request("a", max_tokens=3), request("b", max_tokens=3))
     assert main(command(tiny_folder, source, out, context=256)) == 2
     assert "tokenswift: context: 256 is not allowed; the answers in" in capsys.readouterr().err
-    assert main([*command(tiny_folder, source, out), "--served-name", "other"]) == 2
+    assert main(command(tiny_folder, source, out, name="other")) == 2
     assert "tokenswift: model: 'other'" in capsys.readouterr().err
     assert out.read_bytes() == before
     assert main(command(tiny_folder, source, out)) == 0

@@ -206,7 +206,7 @@ def refused(path: Path | str, **settings: Any) -> str:
 
 def test_a_checkpoint_that_is_no_gguf_is_refused(tiny_folder: Path) -> None:
     assert "dtype: 'gguf' is not allowed; only for a .gguf file" in refused(tiny_folder)
-    assert "dtype: 'gguf' is not allowed; only for a .gguf file" in refused("some-owner/some-model")
+    assert "model: some-owner/some-model is neither here nor to be had from the hub" in refused("some-owner/some-model")
     assert "existing .gguf file" in refused("missing.gguf")
 
 

@@ -252,6 +252,8 @@ class Jobs:
                 continue
             with self._lock:
                 job.follow(text)
+                for name in ("text.txt", "tokens.npy", "report.json"):  # of an earlier session; written at the end
+                    (job.folder / name).unlink(missing_ok=True)
                 if job.cancelled or self._closing:
                     text.cancel()
             text.listen(lambda piece, job=job, text=text: self._hear(job, text, piece))  # type: ignore[misc]
@@ -262,8 +264,6 @@ class Jobs:
         else:
             kept = job.kept
             text = self.engine.submit(kept.prompt, priority=kept.priority, out=job.folder, **kept.settings)
-        for name in ("text.txt", "tokens.npy", "report.json"):  # of an earlier session; written again at the end
-            (job.folder / name).unlink(missing_ok=True)
         return text
 
     def _hear(self, job: Job, text: Text, piece: Any) -> None:
