@@ -251,19 +251,11 @@ def test_an_engine_that_fails_always_answers_nothing(
 # The command
 
 
-def command(tiny_folder: Path, source: Path, out: Path, running: int = 3, context: int = CONTEXT) -> list[str]:
-    settings = [
-        "--served-name",
-        "tiny",
-        "--dtype",
-        "fp32",
-        "--threads",
-        "1",
-        "--context",
-        f"{context}",
-        "--running",
-        f"{running}",
-    ]
+def command(
+    tiny_folder: Path, source: Path, out: Path, running: int = 3, context: int = CONTEXT, name: str = "tiny"
+) -> list[str]:
+    settings = ["--dtype", "fp32", "--threads", "1", "--context", f"{context}", "--running", f"{running}"]
+    settings += ["--served-name", name]
     return ["batch", str(source), str(out), "--model", str(tiny_folder), *settings]
 
 
