@@ -89,7 +89,7 @@ class Confidence:
 
     @property
     def ranks(self) -> int:
-        """How many tokens have to be ranked for a guess: the first tells by its lead how sure it is."""
+        """The number of tokens that have to be ranked for a guess: the first tells by its lead how sure it is."""
         return max(2, self.width)
 
     @property

@@ -69,16 +69,16 @@ class Holders:
 
     @property
     def pages(self) -> int:
-        """How many pages there are."""
+        """The number of pages."""
         return len(self._holders)
 
     @property
     def free(self) -> int:
-        """How many pages nobody holds."""
+        """The number of pages that nobody holds."""
         return len(self._free)
 
     def holders(self, page: int) -> int:
-        """How many caches hold this page."""
+        """The number of caches that hold this page."""
         return int(self._holders[page])
 
     @property

@@ -157,7 +157,7 @@ NOT_LISTED, NOT_GATHERED = (0, 0, -1, 0, 0), (0, 0, 0, 0)
 
 
 class Lists:
-    """Lists of integers, laid one behind the other."""
+    """Lists of integers, laid one after the other."""
 
     def __init__(self) -> None:
         self.parts: list[IntArray] = []
@@ -211,7 +211,7 @@ class TableBuilder:
         self.launches: list[Launch] = []
 
     def add(self, segment: AttentionSegment) -> None:
-        """Adds a segment's rows. They are those behind the rows of the segment before it."""
+        """Adds a segment's rows. They are those after the rows of the segment before it."""
         far = max(0, int(segment.positions.max()) // PAGE_SIZE + 1 - NEAR)
         edges = splits(far, self.split_pages)
         states, begin, n = NEAR + (len(edges) - 1 if far else 0), 0, len(segment.positions)

@@ -29,7 +29,7 @@ class Rows:
     last:    [vocab] int32, a token's last position in it, -1 for none.
     written: [vocab] int32, how often the model wrote a token in it.
     lengths: [R] int32, tokens of each row's text, which is the position of the token to be chosen.
-    paths:   [R, P] int32, what a row's text has behind the committed one; -1 behind its end.
+    paths:   [R, P] int32, what a row's text has behind the committed one; -1 after its end.
     """
 
     tokens: torch.Tensor
@@ -170,7 +170,7 @@ def repeats_kernel(
 
 
 def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shortest: int, exclude: bool) -> None:
-    """Marks, in place, each token that came behind at least `shortest` tokens with which the row's text ends: by the
+    """Marks, in place, each token that came after at least `shortest` tokens with which the row's text ends: by the
     largest number of such tokens, or as excluded.
 
     marks:    [R, vocab] int32. suffixes: [R, width] int32, the row's text from its end, the last token first, as far as

@@ -59,7 +59,7 @@ class Metadata:
         check(kind == "model", "model: general.type", kind, f"{file.name} must be a model")
 
     def check_keys(self) -> None:
-        """Raise UserError for a key that nothing here reads, unless its value changes nothing."""
+        """Raises UserError for a key that nothing here reads, unless its value changes nothing."""
         for key, found in self.file.metadata.items():
             part = key.removeprefix(f"{self.architecture}.")
             if part != key and part not in (*READ, *self.family.keys):

@@ -131,7 +131,7 @@ class GgufBlocks(Mapping[str, "torch.Tensor | Blocks"]):
         self._index = index
 
     def tell_rounded(self) -> None:
-        """Say in one line of the log which of the file's types the engine has no products for."""
+        """Says in one line of the log which of the file's types the engine has no products for."""
         kinds = {tensor.kind for tensor in self._index.tensors.values()} - NATIVE.keys() - VALUES.keys()
         if kinds:
             logger.warning("%s: %s: rounded to blocks of 8 bits", self._index.file.name, ", ".join(sorted(kinds)))
@@ -169,7 +169,7 @@ def where(index: GgufIndex, name: str) -> str:
 
 
 def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
-    """Raise UserError unless it has this shape and a type that can be read."""
+    """Raises UserError unless it has this shape and a type that can be read."""
     name = f"model: tensor {tensor.name}"
     rows = f"; there are as many tokens in {TOKENS}" if tensor.name == "token_embd.weight" else ""
     check(tensor.shape == shape, name, tensor.shape, f"it must be {shape}{rows}")

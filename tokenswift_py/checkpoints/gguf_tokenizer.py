@@ -315,7 +315,7 @@ def tokenizer_json(
 
 
 def surrounded(vocabulary: Vocabulary, names: Iterable[str]) -> dict[str, Any]:
-    """Returns the post-processor that puts BOS before a text and EOS behind it, as far as they are in `names`."""
+    """Returns the post-processor that puts BOS before a text and EOS after it, as far as they are in `names`."""
     ids = {vocabulary.tokens[vocabulary.named[name]]: vocabulary.named[name] for name in names}
 
     def template(sequence: str, kind: int) -> list[dict[str, Any]]:

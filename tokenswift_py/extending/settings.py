@@ -105,7 +105,7 @@ class Settings:
 
     @property
     def chosen_attention(self) -> str:
-        """What auto stands for, else what was asked for."""
+        """The value that auto stands for, else what was asked for."""
         if self.attention != "auto":
             return self.attention
         return "full" if self.window else "s2"

@@ -63,7 +63,7 @@ class TrainingFolder:
         replace(self.path / JOURNAL, lambda scratch: scratch.write_text("".join(kept), encoding="utf-8"))
 
     def save(self, step: int, parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-        """Writes the state behind `step` steps, in the place of the one before as a whole or not at all."""
+        """Writes the state after `step` steps, in the place of the one before as a whole or not at all."""
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             for moment, value in optimiser.state.get(parameter, {}).items():

@@ -84,7 +84,7 @@ def is_test_text(read: Callable[[], str]) -> bool:
 
 
 def texts_of(tokens: Tokens, length: int) -> Iterator[Tokens]:
-    """Yields texts of `length` rows and the token behind the last, one behind the other."""
+    """Yields texts of `length` rows and the token after the last, one after the other."""
     for start in range(0, len(tokens) - length, length + 1):
         yield tokens[start : start + length + 1]
 

@@ -41,7 +41,7 @@ def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
 
 
 def losses(model: Any, sample: Sample, device: torch.device, group: int | None) -> torch.Tensor:
-    """Returns -ln p of the token behind each row, [rows] in nats. model: transformers'. group: of S2-Attn."""
+    """Returns -ln p of the token after each row, [rows] in nats. model: transformers'. group: of S2-Attn."""
     tokens, following, positions = (
         torch.from_numpy(part).to(device) for part in (sample.tokens, sample.following, sample.positions)
     )

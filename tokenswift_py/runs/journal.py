@@ -1,12 +1,12 @@
 """The record of a run: its parameters, then every token, in a file that outlives whatever ends the process.
 
 The file is MAGIC, then frames: MARKER, kind, length of the payload and CRC32C (little-endian 32-bit numbers), payload.
-The CRC is of kind, length and payload. Behind the header it goes on from the header's, so that no frame of another run
+The CRC is of kind, length and payload. After the header it goes on from the header's, so that no frame of another run
 is taken for one of this. HEADER is JSON. TOKENS has the number of tokens before it, the number it holds, their ids
 (int32) and a bit for each, set where the token was forced. EXTEND has the number of tokens more that were asked for.
 
 A frame is written at once and holds whole steps. So a kill or a power cut leaves whole frames and, at most, one torn
-frame behind them.
+frame after them.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Record:
     """The contents of a journal.
 
     header:   what the text is a function of (see contract.py).
-    tokens:   every token behind the prompt. forced: for each, whether it was forced.
+    tokens:   every token after the prompt. forced: for each, whether it was forced.
     extended: tokens asked for later, beyond the header's max_new_tokens.
-    size:     bytes of the file that are whole. torn: bytes behind them.
-    seed:     CRC that the frames behind the header go on from.
+    size:     bytes of the file that are whole. torn: bytes after them.
+    seed:     CRC that the frames after the header go on from.
     """
 
     path: Path
@@ -152,7 +152,7 @@ def whole_frame(data: bytes, start: int, seed: int) -> Frame | None:
 
 
 def whole_frame_behind(data: bytes, start: int, seed: int) -> bool:
-    """Returns whether a whole frame begins anywhere behind byte `start`. Then the bytes between are no torn end."""
+    """Returns whether a whole frame begins anywhere after byte `start`. Then the bytes between are no torn end."""
     while (start := data.find(MARKER, start + 1)) >= 0:
         if whole_frame(data, start, seed):
             return True
@@ -313,7 +313,7 @@ class Journal:
             ) from error
 
     def _put(self, frame: bytes) -> None:
-        """Writes behind the safe bytes, always at that place, so that the next write covers an interrupted one."""
+        """Writes after the safe bytes, always at that place, so that the next write covers an interrupted one."""
         file, at = self._file.fileno(), 0
         while at < len(frame):
             at += os.pwrite(file, frame[at:], self._size + at)

@@ -79,7 +79,7 @@ class Stream:
             yield Piece((), (), rest)
 
     def replay(self, tokens: Sequence[int]) -> None:
-        """Begin behind recorded tokens instead of behind the prompt. Raises ReplayError."""
+        """Begins after recorded tokens instead of after the prompt. Raises ReplayError."""
         for step in self.loop.replay(self.run.prompt, tokens):
             self.take(step)
             self.after = step
@@ -156,7 +156,7 @@ class Stream:
     def result(self) -> Result:
         """Returns the text so far. Its `ending` is "interrupted" unless something ended it.
 
-        The text of an interrupted run is what is certain: what a resumed run writes stands behind it, byte for byte.
+        The text of an interrupted run is what is certain: what a resumed run writes stands after it, byte for byte.
         """
         text = self.text + self._rest()
         tokens, forced, stats = list(self.tokens), list(self.forced), copy.deepcopy(self.stats)

@@ -10,7 +10,7 @@ import torch
 from tokenswift_py.core import DraftTree, IntArray
 from tokenswift_py.kernels.base import on_device
 
-LONGEST_PATH = 128  # tokens behind the committed text; if there are more they join it
+LONGEST_PATH = 128  # tokens after the committed text; if there are more they join it
 ALIGNED = 4  # int32 numbers of 16 bytes: a kernel of aligned pointers is a kernel of its own
 
 
@@ -76,7 +76,7 @@ def uploaded(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Ten
 
 def paths_of(tree: DraftTree, before: IntArray) -> IntArray:
     """Returns [nodes, P] the tokens of `before` and then those on the way from the tree's root, without it, to each
-    node; -1 behind its end."""
+    node; -1 after its end."""
     paths = np.full((len(tree), len(before) + int(tree.depth.max())), -1, np.int32)
     paths[0, : len(before)] = before
     for node in range(1, len(tree)):
@@ -86,7 +86,7 @@ def paths_of(tree: DraftTree, before: IntArray) -> IntArray:
 
 
 def ends_of(tokens: IntArray, tree: DraftTree, width: int) -> IntArray:
-    """Returns [nodes, width] the text behind each node of the tree from its end, the last token first; -2 where there
+    """Returns [nodes, width] the text up to each node of the tree from its end, the last token first; -2 where there
     is none. tokens: the text up to the tree's root."""
     ends = np.full((len(tree), width), -2, np.int32)
     latest = tokens[max(0, len(tokens) - width) :][::-1]

@@ -151,12 +151,12 @@ class Sampler:
     def ranker(
         self, tree: DraftTree, logits: torch.Tensor, history: History, count: int
     ) -> Callable[[int], list[tuple[int, float]]]:
-        """What ranks the tokens behind a node of the tree, as `ranked` does, once the history holds the tokens on the
-        way there. All nodes are computed at once where that is cheaper. Raises for a node that is asked for."""
+        """Returns what ranks the tokens after a node of the tree, as `ranked` does, once the history holds the tokens
+        on the way there. All nodes are computed at once where that is cheaper. Raises for a node that is asked for."""
         return lambda node: self.ranked(logits[node], history, count)
 
     def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
-        """Up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
+        """Returns up to `count` tokens, best perturbed score first; the first is what `choose` returns."""
         return [token for token, _ in self.ranked(logits, history, count)]
 
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> list[tuple[int, float]]:

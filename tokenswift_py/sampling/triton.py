@@ -51,7 +51,7 @@ class TritonSampler(Sampler):
 
     @property
     def exact(self) -> bool:
-        """Whether the device knows all of the rules that are asked for."""
+        """Says whether the device knows all of the rules that are asked for."""
         params = self.params
         return not (params.shaped or self.processors or (params.top_n_sigma > 0 and params.temperature > 0))
 
@@ -226,7 +226,7 @@ class TritonSampler(Sampler):
         return pairs
 
     def _masks(self, tree: DraftTree, history: History) -> tuple[Masks | None, dict[int, NumericsError]]:
-        """Returns [rows, bytes] bits of the tokens that the grammar allows behind each node, None without a grammar;
+        """Returns [rows, bytes] bits of the tokens that the grammar allows after each node, None without a grammar;
         and why some nodes cannot be followed to."""
         if self.grammar is None:
             return None, {}
