@@ -1,4 +1,4 @@
-"""The parts that texts in company share: the models of one context, and the pool that all their pages come from."""
+"""The parts that texts in company share: the models of one context, and the pool from which all their pages come."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenswift_py.planning.rounds import Probes
 
 
 class SharedModels:
-    """An executor that makes each model once, so that the passes of all texts are passes of the same one."""
+    """An executor that makes each model only once, so that the passes of all texts are passes of the same model."""
 
     def __init__(self, executor: Any):
         self._executor = executor
@@ -40,16 +40,16 @@ class SharedModels:
 
 
 class Company(LoadedModel):
-    """A loaded model for many texts over one context and one pool.
+    """A loaded model for many texts with one context and one pool.
 
-    context:   positions of each text; None is the trained length. It is the same for all, and so is the scheme of
-               `positions`, since the tables of some schemes depend on it.
-    kv_tokens: tokens that the pool holds at least; None is what half of the free memory holds, and no more than
-               `most_running` whole texts need.
+    context:   the positions of each text. None is the trained length. It is the same for all texts. So is the scheme of
+               `positions`, since the tables of some schemes depend on the context.
+    kv_tokens: the tokens that the pool holds at least. None takes as many as fit into half of the free memory, but not
+               more than `most_running` whole texts need.
     alone:     the model as it was loaded.
     """
 
-    prefill_chunk = 128  # so that a long prompt holds the others up for a moment only
+    prefill_chunk = 128  # so that a long prompt holds up the other texts for a moment only
 
     def __init__(
         self,
@@ -81,16 +81,18 @@ class Company(LoadedModel):
         self.pool = self.target.new_pool(pages)
 
     def rope(self, context: int, positions: Positions) -> RopeTables:
-        """The tables that all texts share, whatever one asks for: they are part of what the company is."""
+        """Returns the tables that all texts share. They do not depend on what a text asks for: they belong to the
+        company."""
         return self._rope
 
     def pass_cost(self, kind: str) -> PassCost:
-        """Returns what all texts have learned together: the next one need not find it out again. It knows of no shapes,
-        for rows of several texts fill a pass; see `sharing.Width`."""
+        """Returns what all texts have learned together, so that the next text need not learn it again. It knows no
+        shapes, because rows of several texts fill a pass; see `sharing.Width`."""
         return self._costs.setdefault(kind, PassCost())
 
     def probes(self) -> Probes:
-        """Returns the one for all texts, so that many do not try what few already know does not pay."""
+        """Returns the probes that all texts share. If few texts know that something does not pay, the others do not try
+        it."""
         return self._probes
 
     def new_cache(self) -> KVCache:

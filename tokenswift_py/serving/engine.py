@@ -1,4 +1,4 @@
-"""A thread that writes many texts at once, for programs that wait for them in threads or in an event loop."""
+"""A thread that writes many texts at once. Programs wait for the texts in threads or in an event loop."""
 
 from __future__ import annotations
 
@@ -41,18 +41,19 @@ T = TypeVar("T")
 
 
 class Busy(RuntimeError):
-    """The error of a text that would be one too many to wait."""
+    """The error of a text for which no place to wait is left."""
 
 
 class Engine:
     """Writes texts for one loaded model.
 
-    context:      positions that each text has; None is the trained length.
-    drafter:      what drafts, for all texts.
-    most_running: texts in work at a time; the others wait.
-    most_waiting: texts that may wait; one more is refused.
-    kv_tokens:    see `Company`.
-    Raises UserError for what cannot be.
+    Raises UserError for values that are not possible.
+
+    context:      the positions that each text has. None is the trained length.
+    drafter:      the drafter of all texts.
+    most_running: the number of texts that are in work at a time. The others wait.
+    most_waiting: the number of texts that may wait. One more is refused.
+    kv_tokens:    the size of the pool, see `Company`.
     """
 
     def __init__(
@@ -79,16 +80,16 @@ class Engine:
         self._orders: deque[Callable[[], None]] = deque()
         self._numbers = itertools.count(1)
         self._live: dict[int, StreamWork] = {}
-        self._building = 0  # texts that are taken, and not in line yet
-        self._kinds: set[tuple[str, str, str]] = set()  # of drafts, for which models were made
+        self._building = 0  # texts that are taken, but not in line yet
+        self._kinds: set[tuple[str, str, str]] = set()  # the kinds of drafts for which models were made
         self._first_of_kind = threading.Lock()
         self._finished: Counter[str] = Counter()
         self._past = GenerationStats()
-        self._prompt_tokens = 0  # of texts that began, and are over
+        self._prompt_tokens = 0  # the prompt tokens of texts that began and are over
         self._closing = False
-        self._due = 0.0  # when figures are shown again
+        self._due = 0.0  # the time when figures are shown again
         self._shown: dict[str, Any] = {"running": 0, "kv_usage": 0.0, "preemptions": 0, "prefix_hits": 0}
-        # A thread that computes while the process ends would end it with a crash.
+        # If this thread computed while the process ends, the process would crash.
         self._at_exit = partial(close_at_exit, ref(self))
         atexit.register(self._at_exit)
         self._journals = Writer()
@@ -96,9 +97,11 @@ class Engine:
         self._thread.start()
 
     def submit(self, prompt: Prompt, *, priority: float = 0.0, out: str | Path | None = None, **settings: Any) -> Text:
-        """Takes a text. Raises UserError for settings that cannot be (fields of `Options`), Busy when too many wait.
+        """Takes a text. Raises UserError for settings (fields of `Options`) that are not possible. Raises Busy if too
+        many texts wait.
 
-        priority: higher is served first. out: a new or empty folder for a journal.
+        priority: the urgency of the text. Texts of higher priority are served first.
+        out:      a new or empty folder for a journal.
         """
 
         def record(stream: Stream) -> None:
@@ -108,7 +111,7 @@ class Engine:
         return self._take(self.plan(prompt, **settings), priority, record)
 
     def plan(self, prompt: Prompt, **settings: Any) -> Run:
-        """Makes the run of a text that `submit` would take, and takes nothing. Raises UserError."""
+        """Makes the run of a text as `submit` does, but does not take the text. Raises UserError."""
         options = Options.of(**{"drafter": self.drafter, **settings, **self._fixed})
         for name in ("kv_budget", "trace", "draft_model"):
             check(getattr(options, name) is None, name, getattr(options, name), "not among many texts")
@@ -118,7 +121,7 @@ class Engine:
         return run
 
     def resume(self, folder: str | Path, *, priority: float = 0.0) -> Text:
-        """Goes on with a recorded run. Raises as `TokenSwift.resume`, and Busy."""
+        """Goes on with a recorded run. Raises the errors of `TokenSwift.resume`, and Busy."""
         journal = Journal.open(Path(folder))
         try:
             run = recorded_run(self.loaded, journal.record, in_pool=True)
@@ -160,7 +163,7 @@ class Engine:
             taken = len(self._live) + self._building
             if taken >= self.most_running + self.most_waiting:
                 raise Busy(f"{taken} texts are in work or wait; {self.most_waiting} may wait")
-            self._building += 1  # the rest, which takes time, holds nobody up; `close` waits for it
+            self._building += 1  # the rest takes time, but holds up nobody; `close` waits for it
         try:
             own = OwnTime(time.perf_counter)
             stream = self._stream(run, own)
@@ -173,7 +176,7 @@ class Engine:
                 self._building -= 1
                 self._changed.notify_all()
             raise
-        with self._changed:  # at once: between the two it would take two places in line
+        with self._changed:  # one step: otherwise the text would take two places in line for a moment
             self._building -= 1
             self._live[text.number] = work
             self._orders.append(lambda: self._seat(text, work))
@@ -181,7 +184,8 @@ class Engine:
         return text
 
     def _stream(self, run: Run, own: OwnTime) -> Stream:
-        """Makes what writes a run. The first of its kind makes models that others share: two at once would make two."""
+        """Makes the stream that writes a run. The first stream of a kind makes models that others share, so only one
+        may be made at a time."""
         kind = run.options.chosen_drafter, run.options.draft_weights, run.options.draft_kv
         alone: AbstractContextManager[Any] = nullcontext() if kind in self._kinds else self._first_of_kind
         with alone:
@@ -194,8 +198,8 @@ class Engine:
             raise Busy("the engine is closing")
 
     def between(self, work: Callable[[], T]) -> T:
-        """Has the engine's thread do this between two of its passes, and waits for it. Raises what it raises, and Busy
-        while the engine closes."""
+        """Lets the engine's thread do this work between two of its passes, and waits for it. Raises the error of the
+        work, and Busy while the engine closes."""
         done: Future[T] = Future()
 
         def order() -> None:
@@ -211,7 +215,7 @@ class Engine:
         return done.result()
 
     def figures(self) -> dict[str, Any]:
-        """Counts since the beginning, and how many texts there are now."""
+        """Returns the counts since the beginning, and how many texts there are now."""
         with self._changed:
             live, past, finished = list(self._live.values()), self._past, dict(self._finished)
             prompt_tokens = self._prompt_tokens + sum(len(work.prompt) for work in live if work.began)
@@ -229,7 +233,7 @@ class Engine:
         }
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Takes no more texts, waits so many seconds for those there are, and ends the rest as interrupted."""
+        """Takes no more texts, waits up to this many seconds for those there are, and ends the rest as interrupted."""
         with self._changed:
             self._closing = True
             self._changed.wait_for(lambda: not self._building)
@@ -242,7 +246,7 @@ class Engine:
         self._journals.close()
         atexit.unregister(self._at_exit)
 
-    # In the engine's thread
+    # These run in the engine's thread.
 
     def _work(self) -> None:
         self._going, busy = True, False
@@ -255,7 +259,7 @@ class Engine:
                 for order in orders:
                     order()
                 busy = self._going and self._scheduler.step()
-            except Exception as error:  # what concerns one text ended that text; this is a fault of the engine
+            except Exception as error:  # an error of one text has ended that text; this is a fault of the engine
                 logger.exception("the engine failed: all texts end")
                 self._scheduler.close(error)
                 busy = False
@@ -263,7 +267,7 @@ class Engine:
                 self._show()
 
     def _show(self) -> None:
-        """Makes the scheduler's figures known to other threads, which must not look into it while it works."""
+        """Shows the scheduler's figures to other threads. They must not look into the scheduler while it works."""
         pool, scheduler = self.loaded.pool, self._scheduler
         used = pool.pages - pool.free - scheduler.idle_pages
         self._shown = {
@@ -290,7 +294,7 @@ class Engine:
             self._scheduler.cancel(text.seat)
 
     def _end(self, work: StreamWork, text: Text, error: BaseException | None) -> None:
-        """The text's last piece was told; its end is told when its journal is closed."""
+        """Ends a text whose last piece was told. Its end is told when its journal is closed."""
         stream = work.stream
         with suppress(Exception):
             stream.close()
@@ -300,7 +304,10 @@ class Engine:
             self._over(work, text, error, None)
 
     def _over(self, work: StreamWork, text: Text, error: BaseException | None, failure: Exception | None) -> None:
-        """failure: of the journal. A text that somebody ended has ended so, all the same."""
+        """Tells the end of a text. A text that somebody ended has this end even if its journal failed.
+
+        failure: the error of the journal.
+        """
         if work.stream.ending != "interrupted":
             error = error or failure
         with self._changed:

@@ -1,4 +1,4 @@
-"""Journals of many texts, written by one thread of their own: a slow disk holds up no text."""
+"""Journals of many texts. One thread of their own writes them, so a slow disk holds up no text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ logger = logging.getLogger("tokenswift")
 
 
 class Writer:
-    """The thread. A journal stands in its line once at most, so the line is no longer than there are texts."""
+    """The thread that writes journals. A journal is in its line once at most, so the line is never longer than the
+    number of texts."""
 
     def __init__(self) -> None:
         self._line: SimpleQueue[Behind | None] = SimpleQueue()
@@ -33,15 +34,16 @@ class Writer:
         while (journal := self._line.get()) is not None:
             try:
                 journal.write()
-            except Exception:  # of who was told that it is closed: the other journals go on
+            except Exception:  # an error of a function that was told of the close; the other journals go on
                 logger.exception("the end of %s was not taken in", journal.record.path)
 
 
 class Behind(Journal):
-    """A journal whose steps are written in their order, behind the text, by the thread that `ask` hands it to.
+    """A journal whose steps are written later than the text. They are written in their order, by the thread to which
+    `ask` hands the journal.
 
-    What a kill can lose is what the disk has not taken yet. A write that failed is told at the next step, or else to
-    `when_closed`.
+    A kill can lose only what the disk has not taken yet. If a write failed, the next step tells it. If there is no next
+    step, `when_closed` tells it.
     """
 
     def __init__(self, journal: Journal, ask: Callable[[Behind], None]):
@@ -49,13 +51,13 @@ class Behind(Journal):
         self._journal, self._ask = journal, ask
         self._lock = threading.Lock()
         self._steps: list[tuple[Sequence[int], Sequence[int]]] = []
-        self._count = 0  # of their tokens
+        self._count = 0  # the number of their tokens
         self._asked = self._closing = self._closed = False
         self._error: Exception | None = None
         self._tell: Callable[[Exception | None], None] = lambda error: None
 
     def append(self, tokens: Sequence[int], forced: Sequence[int] = ()) -> None:
-        """Takes one step of the text. Raises what an earlier write failed with, a JournalError."""
+        """Takes one step of the text. If an earlier write failed, raises its error, a JournalError."""
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -69,7 +71,7 @@ class Behind(Journal):
         raise NotImplementedError("a text in company is as long as was asked for at its beginning")
 
     def sync(self) -> None:
-        """Asks for the steps so far to be put on the disk."""
+        """Asks the thread to put the steps so far on the disk."""
         with self._lock:
             if self._asked:
                 return
@@ -77,21 +79,21 @@ class Behind(Journal):
         self._ask(self)
 
     def close(self) -> None:
-        """Asks for the steps so far to be put on the disk, and for the file to be closed then."""
+        """Asks the thread to put the steps so far on the disk, and then to close the file."""
         with self._lock:
             self._closing = True
         self.sync()
 
     def when_closed(self, tell: Callable[[Exception | None], None]) -> None:
-        """Calls `tell` once, with what has failed if anything has: when the file is closed, from the thread that closes
-        it, or at once."""
+        """Calls `tell` once when the file is closed, with the error if anything has failed. The thread that closes the
+        file calls it. If the file is closed already, this calls it at once."""
         with self._lock:
             closed, self._tell = self._closed, tell
         if closed:
             tell(self._error)
 
     def write(self) -> None:
-        """Puts the steps so far on the disk, and closes the file where that was asked for."""
+        """Puts the steps so far on the disk. Closes the file if that was asked for."""
         with self._lock:
             steps, self._steps, self._count = self._steps, [], 0
             self._asked, closing = False, self._closing
@@ -107,7 +109,7 @@ class Behind(Journal):
             error = failure
         with self._lock:
             self._error = self._error or error
-            # `when_closed` finds it open, and is told here, or closed, and tells by itself.
+            # `when_closed` finds it open and is told here, or finds it closed and tells by itself.
             first, tell, error = closing and not self._closed, self._tell, self._error
             self._closed |= closing
         if first:

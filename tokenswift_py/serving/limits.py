@@ -1,4 +1,4 @@
-"""The limits of a request to the server, and the values of what it does not say."""
+"""The limits of a request to the server, and the values of fields that a request does not have."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 from tokenswift_py.errors import check
 
 MIB = 2**20
-STOP_LENGTH = 256  # characters
-ITEMS = {"stop": 16, "logit_bias": 1024}  # entries of a list or of a table; of any other:
+STOP_LENGTH = 256  # the most characters of a stop string
+ITEMS = {"stop": 16, "logit_bias": 1024}  # the most entries of a list or of a table; for any other list or table:
 MOST_ITEMS = 1024
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request. Each is a flag of `tokenswift serve`.
+    """The limits of one request. Each is a flag of `tokenswift serve`.
 
-    body_mib:       MiB of a request's body.
-    prompt_tokens:  of one prompt; None is what the context holds.
-    max_tokens:     that one text may have; None is what the context holds.
-    default_tokens: a text's most where the request does not say, and the context holds as many.
-    choices:        texts of one request: prompts times `n`.
-    timeout:        seconds from a request's arrival to the end of its texts, which are then cut; 0 is none.
-    stall:          seconds that a client may leave a stream unread, until it is taken for gone; 0 is for ever.
+    body_mib:       the MiB of a request's body.
+    prompt_tokens:  the tokens of one prompt. None is what the context holds.
+    max_tokens:     the tokens that one text may have. None is what the context holds.
+    default_tokens: the most tokens of a text if the request does not say it, and the context holds as many.
+    choices:        the texts of one request, which are prompts times `n`.
+    timeout:        the seconds from a request's arrival to the end of its texts, which are then cut. 0 is no limit.
+    stall:          the seconds for which a client may leave a stream unread, before it is taken for gone. 0 is no
+                    limit.
     """
 
     body_mib: int = 16
@@ -43,7 +44,7 @@ class Limits:
 
 
 def check_size(name: str, value: Any) -> None:
-    """Refuse lists, tables and stop strings that are larger than anyone needs: they are looked through at every
+    """Refuses lists, tables and stop strings that are larger than anyone needs. They are looked through at every
     token."""
     if isinstance(value, (list, tuple, dict)):
         most = ITEMS.get(name, MOST_ITEMS)

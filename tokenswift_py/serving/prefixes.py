@@ -1,4 +1,4 @@
-"""Full pages of earlier texts, found again by their tokens: a prompt that begins alike shares them."""
+"""Full pages of earlier texts, which are found again by their tokens. A prompt that begins alike shares them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from tokenswift_py.kvcache.cache import KVCache
 
 @dataclass
 class Prefix:
-    """The full pages of one text, by what they are known for.
+    """The full pages of one text, and the hashes by which they are known.
 
-    digests: a hash of all tokens up to the end of each page. told: how many of the pages were told to `Prefixes.keep`.
+    digests: the hash of all tokens up to the end of each page.
+    told:    the number of pages that were told to `Prefixes.keep`.
     """
 
     digests: list[bytes] = field(default_factory=list)
     told: int = 0
 
     def cover(self, tokens: IntArray) -> None:
-        """Hashes the full pages of these tokens, the text's first ones, that were not hashed before."""
+        """Hashes the full pages of these tokens that were not hashed before. The tokens are the first ones of the
+        text."""
         last = self.digests[-1] if self.digests else b""
         for start in range(len(self.digests) * PAGE_SIZE, len(tokens) - PAGE_SIZE + 1, PAGE_SIZE):
             last = hashlib.sha256(last + tokens[start : start + PAGE_SIZE].tobytes()).digest()
@@ -33,7 +35,12 @@ class Prefix:
 
 @dataclass
 class KnownPage:
-    """page: of the pool. depth: how many pages stand before it in its text. used: when it was last of use."""
+    """A page that is known.
+
+    page:  the page's number in the pool.
+    depth: the number of pages before it in its text.
+    used:  the time when it was last of use.
+    """
 
     page: int
     depth: int
@@ -42,36 +49,36 @@ class KnownPage:
 
     @property
     def rank(self) -> tuple[int, int, bytes]:
-        """Ascending: the page that is given back first."""
+        """Returns the rank of the page. The page of lowest rank is given back first."""
         return self.used, -self.depth, self.digest
 
 
 class Prefixes:
-    """Holds the committed full pages of texts, so that they stay while memory is not needed for others.
+    """Holds the committed full pages of texts, so that they stay while other texts do not need the memory.
 
-    A page is known by a hash of all tokens up to its end: under one numerics contract these determine its keys and
-    values (law 1), whoever computed them. All caches must lie in `pool`, which has no other keeper, and belong to one
-    model.
+    A page is known by a hash of all tokens up to its end. Under one numerics contract these tokens determine the page's
+    keys and values (law 1), whoever computed them. All caches must be in `pool`, which has no other keeper, and must
+    belong to one model.
     """
 
     def __init__(self, pool: PagePool):
         self.pool = pool
-        self.hits = 0  # tokens that were not computed again
-        self.wanted: Prefix | None = None  # of a text that will soon begin: its pages are given back last
+        self.hits = 0  # the number of tokens that were not computed again
+        self.wanted: Prefix | None = None  # the prefix of a text that will soon begin: its pages are given back last
         self._known: dict[bytes, KnownPage] = {}
         self._by_page: dict[int, KnownPage] = {}
         self._time = 0
-        # Ranks of idle pages. One is out of date where its page is gone, was used since, or is held again.
+        # The ranks of idle pages. A rank is out of date if its page is gone, was used since, or is held again.
         self._line: list[tuple[int, int, bytes]] = []
         pool.on_idle = lambda page: self._stand_in_line(self._by_page[page])
 
     def find(self, prefix: Prefix) -> list[int]:
-        """Returns the pages that are known of a text, up to the first that is not."""
+        """Returns the known pages of a text, up to the first that is not known."""
         return [known.page for known in takewhile(bool, map(self._known.get, prefix.digests)) if known]
 
     def attach(self, cache: KVCache, pages: Sequence[int], prefix: Prefix) -> None:
-        """Lets an empty cache begin with the pages that `find` returned. The row before the pending token has to be
-        computed, so the prefix covers no token behind that."""
+        """Lets an empty cache begin with the pages that `find` returned. The row of the last token has to be computed,
+        so the prefix does not cover this token."""
         cache.attach(pages)
         self._touch(prefix.digests[: len(pages)])
 
@@ -90,11 +97,12 @@ class Prefixes:
 
     @property
     def idle(self) -> int:
-        """How many pages are held for nobody but later texts."""
+        """Returns how many pages are held only for later texts."""
         return self.pool.idle
 
     def make_room(self, pages: int) -> None:
-        """Gives back so many idle pages, or all there are: the longest unused first, of a text its last pages first."""
+        """Gives back this many idle pages, or all there are. The longest unused ones go first. Of one text, the last
+        pages go first."""
         self._time += 1
         while pages > 0 and self._line:
             rank = heappop(self._line)
@@ -114,7 +122,7 @@ class Prefixes:
         return known.depth < len(wanted) and wanted[known.depth] == known.digest
 
     def _touch(self, digests: Sequence[bytes]) -> None:
-        """These pages are of use now."""
+        """Notes that these pages are of use now."""
         self._time += 1
         for digest in digests:
             if (known := self._known.get(digest)) is not None:

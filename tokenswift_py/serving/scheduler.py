@@ -1,9 +1,10 @@
-"""Many texts at once: which passes travel together, who may begin, and who has to make room.
+"""The scheduler of many texts at once. It decides which passes travel together, who may begin, and who has to make
+room.
 
-The scheduler has no thread and no clock of its own. Each text is a coroutine (see `decoding.passes`) that is run until
-it asks for a pass; passes of one model over one pool are then computed together. A row's result does not depend on its
-company (law 1), so each text is what it is alone (law 9). Everything that could change that is done between rounds:
-a text that is preempted loses its pages and nothing else, and they are computed again before its next round.
+It has no thread and no clock of its own. Each text is a coroutine (see `decoding.passes`) that runs until it asks for a
+pass. Passes of one model with one pool are then computed together. A row's result does not depend on its company (law
+1), so each text is the same as alone (law 9). Everything that could change that is done between rounds. A text that is
+preempted loses its pages and nothing else. They are computed again before its next round.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from tokenswift_py.serving.together import together
 class Scheduler:
     """Computes one pass at each `step`.
 
-    target:       the model that verifies; passes of any other are drafts.
-    pool:         holds the pages of all texts.
-    most_running: texts that are in work at a time; the others wait.
-    most_rows:    rows of a pass beside which no more prefill is taken along.
-    clock:        seconds.
+    target:       the model that verifies. Passes of any other model are drafts.
+    pool:         the pool that holds the pages of all texts.
+    most_running: the number of texts that are in work at a time. The others wait.
+    most_rows:    the number of rows up to which a pass takes along more prefill.
+    clock:        the function that returns the time in seconds.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class Scheduler:
         return len(self.seats) - self.running
 
     def fits(self, tokens: int) -> bool:
-        """Whether a text of so many tokens fits the pool at all, with what a round takes."""
+        """Returns whether a text of this many tokens fits the pool at all, together with the pages that a round
+        takes."""
         return pages_of(tokens) + ROUND_PAGES <= self.pool.pages
 
     def add(self, work: Work) -> Seat:
@@ -72,12 +74,12 @@ class Scheduler:
         return seat
 
     def cancel(self, seat: Seat) -> None:
-        """Ends a text before its next pass; what it has written stays."""
+        """Ends a text before its next pass. What it has written stays."""
         seat.cancelled = True
 
     def step(self) -> bool:
-        """Computes one pass for those that can share it. Returns whether texts are left: a step may compute none, where
-        all that are in work end a round without another pass."""
+        """Computes one pass for the texts that can share it. Returns whether texts are left. A step may compute no
+        pass, if all texts in work end a round without another pass."""
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
@@ -93,11 +95,11 @@ class Scheduler:
 
     @property
     def idle_pages(self) -> int:
-        """How many pages are held for nobody but later texts."""
+        """Returns how many pages are held only for later texts."""
         return self.prefixes.idle
 
     def close(self, error: Exception | None = None) -> None:
-        """Ends all texts, as if they were cancelled, or by an error."""
+        """Ends all texts as cancelled, or with an error."""
         for seat in list(self.seats):
             self._leave(seat, error)
         self.prefixes.make_room(self.pool.pages)
@@ -105,7 +107,8 @@ class Scheduler:
     # Who is in work
 
     def _urgency(self, seat: Seat) -> tuple[float, int]:
-        """Ascending: the most urgent first. Who waits becomes more urgent by 1 in AGEING seconds, and stays so."""
+        """Returns a key that sorts the most urgent first. A text that waits becomes more urgent by 1 in AGEING seconds,
+        and stays so."""
         waited = 0.0 if seat.running else (self.clock() - seat.since) / AGEING
         return -(seat.work.priority + seat.credit + waited), seat.number
 
@@ -130,7 +133,7 @@ class Scheduler:
             self._leave(seat, self._too_small())
 
     def _find_place(self, seat: Seat, victims: list[Seat]) -> bool:
-        """Makes room for a text that waits, and gives it the pages that are known of it. Returns whether it could."""
+        """Makes room for a text that waits, and gives it its known pages. Returns whether it could."""
         cache, tokens, known = seat.work.cache, seat.work.tokens(), list[int]()
         if not cache.length and not seat.work.needs_all_rows():
             seat.prefix.cover(tokens[: len(tokens) - 1])
@@ -148,7 +151,8 @@ class Scheduler:
         return False
 
     def _gives_way(self, other: Seat, seat: Seat) -> bool:
-        """Whether a text in work makes room for one that waits: of a lower priority, and not for having waited long."""
+        """Returns whether a text in work makes room for one that waits. It does if its priority is lower, and if it is
+        also less urgent after all the waiting."""
         return other.work.priority < seat.work.priority and self._urgency(other) > self._urgency(seat)
 
     def _less_urgent(self, others: Sequence[Seat], seat: Seat) -> list[Seat]:
@@ -156,12 +160,15 @@ class Scheduler:
         return [other for other in others if self._urgency(other) > own]
 
     def _at_rest(self) -> list[Seat]:
-        """Those in work that stand between rounds, the most urgent first."""
+        """Returns the texts in work that are between rounds, the most urgent first."""
         resting = [seat for seat in self.seats if seat.running and seat.asked is None]
         return sorted(resting, key=self._urgency)
 
     def _can_have(self, pages: int, victims: Sequence[Seat], beside: bool) -> bool:
-        """Whether so many pages could be made free. beside: they include what a round of each victim may take."""
+        """Returns whether this many pages could be made free.
+
+        beside: whether they include the pages that a round of each victim may take.
+        """
         if pages <= self.pool.free + self.prefixes.idle:
             return True
         held = sum(victim.work.cache.nbytes for victim in victims) // self.pool.page_bytes
@@ -169,8 +176,8 @@ class Scheduler:
         return pages <= self.pool.free + self.prefixes.idle + held + promised
 
     def _make_room(self, pages: int, victims: list[Seat], beside: bool = False) -> bool:
-        """Makes so many pages free: idle ones are given back first, then those of the victims, the last first. Returns
-        whether it could. beside: as for `_can_have`."""
+        """Makes this many pages free. Idle pages are given back first, then those of the victims, the last victim
+        first. Returns whether it could. `beside` is the same as for `_can_have`."""
         if not self._can_have(pages, victims, beside):
             return False  # nobody is preempted in vain
         while pages > self.pool.free:
@@ -186,13 +193,13 @@ class Scheduler:
         return MemoryError(f"a KV pool of {self.pool.pages} pages is too small for this text")
 
     def _needs(self, seat: Seat) -> int:
-        """Pages that its round may take, beside those it holds."""
+        """Returns how many pages its round may take, beside those it holds."""
         length = seat.work.cache.length
         rows = max(len(seat.work.tokens()) - length, 0) + (0 if seat.asked else seat.work.rows_ahead())
         return pages_of(length + rows) - pages_of(length) + ROUND_PAGES
 
     def _preempt(self, seat: Seat) -> None:
-        """Takes a text's pages; those that are known stay until they are needed."""
+        """Takes a text's pages. Those that are known stay until they are needed."""
         self.prefixes.keep(seat.work.cache, seat.work.tokens(), seat.prefix)
         seat.work.cache.release()
         seat.running, seat.since, seat.prefix.told = False, self.clock(), 0
@@ -209,7 +216,7 @@ class Scheduler:
                 self._leave(seat, self._too_small())
             elif not self._less_urgent(others, seat):
                 self._preempt(seat)
-            return  # else the round waits until those that are less urgent end theirs
+            return  # otherwise the round waits until less urgent texts end theirs
         if seat.text is None:
             seat.text = seat.work.passes()
         elif seat.work.cache.length < len(seat.work.tokens()) - 1:
@@ -237,11 +244,11 @@ class Scheduler:
             return
         self.prefixes.keep(work.cache, work.tokens(), seat.prefix)
         work.tell(asked)
-        if work.finished():  # it ends now: it waits for no room, and nobody for its pages
+        if work.finished():  # it ends now: it waits for no room, and nobody waits for its pages
             self._resume(seat, coroutine, None)
 
     def _leave(self, seat: Seat, error: BaseException | None) -> None:
-        """A text ends: its coroutine gives its pages back, if it does not have so yet."""
+        """Ends a text. Its coroutine gives its pages back, if it has not done so yet."""
         if seat not in self.seats:
             return
         self.seats.remove(seat)
@@ -258,8 +265,9 @@ class Scheduler:
     # Passes
 
     def _choose(self) -> list[Seat]:
-        """Those whose passes are computed next: all drafts of one model before any verification, so that these travel
-        together; beside a verification as many chunks of prompts as its rows leave room for, the most urgent first."""
+        """Returns the texts whose passes are computed next. All drafts of one model come before any verification, so
+        that verifications travel together. A verification takes along as many chunks of prompts as its rows leave room
+        for. The most urgent prompts go first."""
         asking = sorted((seat for seat in self.seats if seat.asked is not None), key=self._urgency)
         if not asking:
             return []
@@ -290,14 +298,15 @@ class Scheduler:
             began = self.clock()
             outputs = together(model, passes)
             lap.stop()
-            _ = lap.ms  # waits for a device, whose time all pay for, and not the first text that looks at its logits
+            # This waits for a device. All texts pay for this time, and not only the first one that looks at its logits.
+            _ = lap.ms
             seconds = self.clock() - began
         except Exception as error:
             for asked, rows in zip(passes, tails, strict=True):
                 asked.segment.cache.drop_tail(rows)
             if len(group) == 1:
                 self._fail(group[0], error)
-            else:  # one of them may be at fault, or all may be too many: alone their rows are the same
+            else:  # one pass may be at fault, or all may be too many; alone their rows are the same
                 for seat in group:
                     self._compute([seat])
             return
@@ -312,7 +321,7 @@ class Scheduler:
             self._resume(seat, seat.coroutine, output)
 
     def _fail(self, seat: Seat, error: Exception) -> None:
-        """A pass could not be computed: its text is told where it waits for it, and ends."""
+        """Tells a text that its pass could not be computed, where it waits for the pass. The text ends."""
         assert seat.coroutine is not None
         try:
             seat.coroutine.throw(error)
@@ -326,7 +335,7 @@ def is_prefill(seat: Seat) -> bool:
 
 
 def rows_of(seat: Seat) -> int:
-    """Of the pass that it asks for."""
+    """Returns the number of rows of the pass that it asks for."""
     return len(seat.asked.segment.tree) if seat.asked is not None else 0
 
 

@@ -15,7 +15,8 @@ from tokenswift_py.serving.sharing import OwnTime
 class Work(Protocol):
     """A text as the scheduler sees it.
 
-    cache: in the scheduler's pool. priority: higher is served first.
+    cache:    the text's cache in the scheduler's pool.
+    priority: the urgency of the text. Texts of higher priority are served first.
     """
 
     priority: float
@@ -25,13 +26,13 @@ class Work(Protocol):
     def cache(self) -> KVCache: ...
 
     def passes(self) -> Generator[Pass | Any, Output | None, None]:
-        """Writes the text: yields passes, and anything else at the end of each round."""
+        """Writes the text. Yields passes, and anything else at the end of each round."""
 
     def recompute(self) -> Generator[Pass, Output, None]:
         """Computes the rows of the text again, after its pages were taken."""
 
     def tokens(self) -> IntArray:
-        """The text so far, the prompt and the pending token included."""
+        """Returns the text so far, the prompt and the pending token included."""
 
     def needs_all_rows(self) -> bool:
         """Returns whether it has to compute every row itself, so that no known page can serve it."""
@@ -40,24 +41,24 @@ class Work(Protocol):
         """Returns whether it asks for no pass any more."""
 
     def rows_ahead(self) -> int:
-        """How many rows the next round commits at most, beside those of a tree."""
+        """Returns how many rows the next round commits at most, beside those of a tree."""
 
     def tell(self, what: Any) -> None:
         """Takes what the text has brought at the end of a round."""
 
     def end(self, error: BaseException | None) -> None:
-        """Nothing more comes: the text has ended, was cancelled (None) or failed."""
+        """Notes that nothing more comes. The text has ended, was cancelled (None) or failed."""
 
 
 class Seat:
     """A text's place in the scheduler.
 
-    text:      its coroutine; None before its first round.
-    asked:     the pass it waits for; None between rounds.
-    coroutine: the one that asked.
-    running:   whether it is in work; otherwise it holds no page.
-    since:     when it began to wait, in seconds.
-    credit:    what it has become more urgent by while it waited.
+    text:      the text's coroutine. It is None before the first round.
+    asked:     the pass that the text waits for. It is None between rounds.
+    coroutine: the coroutine that asked.
+    running:   whether the text is in work. Otherwise it holds no page.
+    since:     the time when it began to wait, in seconds.
+    credit:    the urgency that it has gained while it waited.
     prefix:    its full pages, as the prefixes know them.
     """
 

@@ -13,16 +13,16 @@ from tokenswift_py.planning.costs import SHORTEST, PassCost
 
 
 class OwnTime(Timer):
-    """The time of one text in company: what the host does for it, and its shares of the passes it was in.
+    """The time of one text in company: the host's work for it, and its shares of the passes it was in.
 
-    clock: seconds.
+    clock: the function that returns the time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._seconds = 0.0
         self._resumed: float | None = None
-        self.spoiled = 0  # how many passes took what no other will
+        self.spoiled = 0  # the number of passes whose time later passes will not take
 
     def now(self) -> float:
         return self._seconds + (0.0 if self._resumed is None else self._clock() - self._resumed)
@@ -31,11 +31,11 @@ class OwnTime(Timer):
         return OwnLap(self)
 
     def resume(self) -> None:
-        """From now on the host works for this text."""
+        """Counts the host's time for this text from now on."""
         self._resumed = self._clock()
 
     def suspend(self) -> None:
-        """From now on it works for others."""
+        """Stops counting the host's time for this text."""
         self._seconds, self._resumed = self.now(), None
 
     def charge(self, seconds: float, spoiled: bool) -> None:
@@ -45,7 +45,7 @@ class OwnTime(Timer):
 
 
 class OwnLap:
-    """A lap of a text's own time; not a number where a pass in between took what no other will."""
+    """A lap of a text's own time. It is not a number if a pass in between took time that later passes will not take."""
 
     def __init__(self, time: OwnTime):
         self._time, self._spoiled, self._began = time, time.spoiled, time.now()
@@ -57,10 +57,11 @@ class OwnLap:
 
 
 class GroupCost:
-    """What passes of one model cost that several texts share: a fit, and how far passes of each size are from it.
+    """The cost of passes of one model that several texts share. It is a fit, and for each size the distance of its
+    passes from the fit.
 
-    Products are made in tiles of rows, so that a row may cost nothing or as much as four: a fit alone, which rises
-    evenly, would fill the wrong ones.
+    Products are made in tiles of rows, so a row may cost nothing, or as much as four rows. A fit alone rises evenly,
+    and would fill the wrong tiles.
     """
 
     def __init__(self) -> None:
@@ -68,7 +69,10 @@ class GroupCost:
         self._ratios: dict[int, float] = {}  # rows -> measured over fitted milliseconds
 
     def observe(self, rows: int, keys: int, ms: float) -> None:
-        """Takes in one pass. keys: of all its texts together."""
+        """Takes in one pass.
+
+        keys: the number of keys of all its texts together.
+        """
         self._cost.observe(rows, keys, ms)
         fitted = self._cost(rows, keys)
         if fitted > 0:
@@ -76,14 +80,14 @@ class GroupCost:
             self._ratios[rows] = old + (min(ms / fitted, 2.0) - old) / RATIO_PASSES
 
     def __call__(self, rows: int, keys: int) -> float:
-        """Returns the expected milliseconds of a pass; 0 before anything was measured."""
+        """Returns the expected milliseconds of a pass. It is 0 before anything was measured."""
         return self._cost(rows, keys) * self._ratios.get(rows, 1.0)
 
     def split(self, passes: Sequence[Pass], ms: float, spoiled: bool = False) -> list[float]:
-        """Returns the shares of these passes of one forward, which add up to `ms`: each text pays what its rows add,
-        and all pay alike for the rest. So a row costs a planner what it costs the whole company.
+        """Returns the shares of these passes of one forward. They add up to `ms`. Each text pays for what its rows add,
+        and all pay the same part of the rest. So a row costs a planner what it costs the whole company.
 
-        spoiled: whether these milliseconds went to what no later pass does, and so tell nothing of its cost.
+        spoiled: whether these milliseconds went to work that no later pass does, and so tell nothing about its cost.
         """
         rows = np.array([len(asked.segment.tree) for asked in passes])
         keys = np.array([asked.segment.cache.length for asked in passes])
@@ -100,18 +104,19 @@ class GroupCost:
         return scaled
 
 
-RATIO_PASSES = 8  # of one size, after which one counts 1/e
+RATIO_PASSES = 8  # the passes of one size after which a pass counts 1/e
 
 
 class Width:
     """Leaves out guesses whose rows cost the company more time than they save.
 
-    Every text drafts as if it knew what a row costs, but which rows are cheap is seen when all trees are there: with
-    tiles of four rows, five texts have three for nothing, and eight have none. The width that is taken is the one at
-    which most tokens a millisecond are expected (see `planning.planner` for why that is the ratio to look at).
+    Every text drafts as if it knew the cost of a row. But only when all trees are there can one see which rows are
+    cheap. With tiles of four rows, five texts have three rows for nothing, and eight texts have none. The width that is
+    taken is the one for which most tokens a millisecond are expected (see `planning.planner` for why this ratio
+    counts).
 
-    cost:    of a pass of the target.
-    between: milliseconds from one such pass to the next, in which drafts are made and the host works.
+    cost:    the cost of a pass of the target.
+    between: the milliseconds from one such pass to the next, in which drafts are made and the host works.
     """
 
     def __init__(self, cost: GroupCost) -> None:
@@ -131,7 +136,7 @@ class Width:
             for chance in chances[1:]:
                 least = min(least, chance)
                 guesses.append((least, i, chance))
-        guesses.sort(key=lambda guess: -guess[0])  # stable: each text's in their order
+        guesses.sort(key=lambda guess: -guess[0])  # stable: the guesses of each text stay in their order
         rows = sum(len(asked.segment.tree) for asked in passes) - len(guesses)
         keys = sum(asked.segment.cache.length for asked in passes)
         taken = self._best(guesses, rows, len(cuttable), keys)
@@ -143,7 +148,8 @@ class Width:
     def _best(self, guesses: Sequence[tuple[float, int, float]], rows: int, texts: int, keys: int) -> int:
         """Returns how many guesses to verify, the first of those given.
 
-        rows: that are computed in any case, of which `texts` bring a token each; the others are of prompts.
+        rows: the rows that are computed in any case. `texts` of them are one token of each text, the others are of
+              prompts.
         """
         tokens = [float(texts)]
         for _, _, chance in guesses:
@@ -157,8 +163,11 @@ class Width:
         return gains.index(max(gains))
 
     def observe(self, began: float, ended: float, ms: float) -> None:
-        """Takes in one pass of the target. began, ended: milliseconds by some clock."""
+        """Takes in one pass of the target.
+
+        began, ended: the times of the pass, in milliseconds by some clock.
+        """
         waited = began - self._ended
-        if self._ended and waited < 4 * ms:  # else nobody had anything to write
+        if self._ended and waited < 4 * ms:  # otherwise nobody had anything to write
             self.between += (waited - self.between) / 32
         self._ended = ended

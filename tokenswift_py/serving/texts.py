@@ -1,4 +1,4 @@
-"""A text in the engine, as programs wait for it in threads or in an event loop."""
+"""A text in the engine. Programs wait for it in threads or in an event loop."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ logger = logging.getLogger("tokenswift")
 class Text:
     """A text in the engine. Its pieces come from the engine's thread as they are written.
 
-    stream: what writes it. Its counts may be looked at from any thread.
-    before: the text that a resumed run found in its journal; the pieces follow it.
+    stream: the stream that writes the text. Its counts may be read from any thread.
+    before: the text that a resumed run found in its journal. The pieces follow it.
     """
 
     def __init__(self, number: int, stream: Stream):
@@ -39,8 +39,8 @@ class Text:
         return self._over.is_set()
 
     def listen(self, tell: Callable[[Piece | None], None]) -> None:
-        """Calls `tell` with each piece, those so far first, and with None after the last: from the engine's thread,
-        which waits meanwhile, or from this one."""
+        """Calls `tell` with each piece, those so far first, and with None after the last. The calls come from the
+        engine's thread, which waits meanwhile, or from this one."""
         with self._lock:
             for piece in self._pieces:
                 tell(piece)
@@ -50,7 +50,7 @@ class Text:
                 self._listeners.append(tell)
 
     def __iter__(self) -> Iterator[Piece]:
-        """The pieces as they come. Raises what ended the text, if that was an error."""
+        """Yields the pieces as they come. If an error ended the text, raises it."""
         pieces: SimpleQueue[Piece | None] = SimpleQueue()
         self.listen(pieces.put)
         while (piece := pieces.get()) is not None:
@@ -59,8 +59,8 @@ class Text:
             raise self.error
 
     def result(self, timeout: float | None = None) -> Result:
-        """Waits for the end of the text, at most so many seconds. Raises TimeoutError, and what ended the text if that
-        was an error."""
+        """Waits for the end of the text, at most this many seconds. Raises TimeoutError. If an error ended the text,
+        raises it."""
         if not self._over.wait(timeout):
             raise TimeoutError(f"the text is not over after {timeout} s")
         if self.error is not None:
@@ -80,7 +80,7 @@ class Text:
             self._tell(None)
 
     def _tell(self, piece: Piece | None) -> None:
-        """Tells all who listen. One that raises is not told again, and ends no text."""
+        """Tells all who listen. A listener that raises is not told again, and ends no text."""
         for listener in list(self._listeners):
             try:
                 listener(piece)

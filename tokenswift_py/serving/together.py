@@ -13,7 +13,7 @@ from tokenswift_py.kvcache.base import PAGE_SIZE
 
 
 def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
-    """The outputs of passes of one model, computed in one forward pass."""
+    """Returns the outputs of passes of one model, computed in one forward pass."""
     if len(passes) == 1:
         return [passes[0].compute()]
     sizes = [len(asked.segment.tree) for asked in passes]

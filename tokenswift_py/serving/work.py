@@ -18,14 +18,14 @@ from tokenswift_py.serving.sharing import OwnTime
 
 
 class LoopWork:
-    """The text of a decode loop. Whoever takes what it brings adds `tell` and `end`."""
+    """The text of a decode loop. A subclass takes what the loop brings, and adds `tell` and `end`."""
 
     def __init__(self, loop: DecodeLoop, prompt: Sequence[int], time: OwnTime, priority: float = 0.0):
         self.loop, self.prompt, self.time, self.priority = loop, prompt, time, priority
 
     @cached_property
     def _first(self) -> IntArray:
-        """The text before it begins."""
+        """Returns the text before it begins."""
         return np.array(self.prompt, np.int32)
 
     @property

@@ -1,4 +1,4 @@
-"""A batch: many requests, written at once by one engine, and answered in the order in which they end."""
+"""A batch is many requests that one engine writes at once. They are answered in the order in which they end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from tokenswift_py.serving.bulk.requests import Answering, Requests
 from tokenswift_py.serving.engine import Busy
 from tokenswift_py.serving.http.refusals import Refusal, of_user_error
 
-AHEAD = 4  # texts that wait in the engine, so that none of its places stays empty
-LOOK_S = 0.2  # seconds between two looks at whether to stop
-MOST_READY = 64  # answers that are put on the disk together
+AHEAD = 4  # how many texts wait in the engine, so that none of its places stays empty
+LOOK_S = 0.2  # seconds after which the batch looks again whether it shall stop
+MOST_READY = 64  # the number of answers that are put on the disk together
 
 Progress = Callable[[int, int], None]
 
 
 class Sink(Protocol):
-    """Takes the answers. answered: keys of the requests that have one already."""
+    """Takes the answers.
+
+    answered: the keys of the requests that have an answer already.
+    """
 
     answered: set[bytes]
 
@@ -32,11 +35,12 @@ class Sink(Protocol):
 class Batch:
     """Writes the answers to requests.
 
-    A failure that is the engine's own, not the request's, is told of a request only once another has been answered
-    since: where all fail, the batch stops instead, and a later run tries these requests again.
+    Some failures are the fault of the engine and not of the request. Such a failure is written as an answer only after
+    another request has been answered. If all requests fail, the batch stops instead, and a later run tries them again.
 
-    room:     texts in work; no further request is read before there is room for it.
-    progress: called after each look with the numbers of requests that were answered, and of those with an error.
+    room:     the number of texts in work. No further request is read before there is room for it.
+    progress: a function that is called after each look. It gets the number of requests that were answered, and the
+              number of those that have an error.
     """
 
     def __init__(self, requests: Requests, sink: Sink, room: int, progress: Progress = lambda done, failed: None):
@@ -45,14 +49,14 @@ class Batch:
         self._over: SimpleQueue[Line] = SimpleQueue()
         self._open: dict[int, Answering] = {}  # by the number of the line
         self._texts = 0
-        self._waits: Line | None = None  # for room in the engine, which others may use too
+        self._waits: Line | None = None  # a request that waits for room in the engine, which others may use too
         self._ready: list[dict[str, Any]] = []
         self._held: list[tuple[Line, Exception]] = []
 
     def run(self, lines: Iterable[Line], stop: Callable[[], bool] = lambda: False) -> bool:
-        """Answers the lines that have no answer yet. Returns whether all have one: False is after a stop.
+        """Answers the lines that have no answer yet. Returns whether all have one; False means that it was stopped.
 
-        Raises OSError where answers cannot be written, and what the engine failed with where it fails for all.
+        Raises OSError if answers cannot be written. Raises the engine's error if the engine fails for all requests.
         """
         left = (line for line in lines if line.key not in self.sink.answered)
         try:
@@ -99,7 +103,7 @@ class Batch:
             self._texts += len(answering.texts)
 
     def _collect(self) -> None:
-        """Takes the answers that are there, and waits a little where there is none."""
+        """Takes the answers that are there. Waits a little if there is none."""
         deadline = time.monotonic() + LOOK_S
         while self._open and len(self._ready) < MOST_READY:
             try:
@@ -114,7 +118,7 @@ class Batch:
             except Exception as error:
                 self._fail(line, error)
                 continue
-            if body is not None:  # else it was interrupted, and has no answer
+            if body is not None:  # otherwise it was interrupted and has no answer
                 self._tell_held()
                 self._tell(answer_of(line, 200, body))
 
@@ -154,5 +158,5 @@ def failure(error: Exception) -> str:
 
 
 def refused(line: Line, refusal: Refusal) -> dict[str, Any]:
-    """Returns the answer to a request that could not be answered, with the error as the server's body has it."""
+    """Returns the answer to a request that could not be answered. The error is the same as in the server's answers."""
     return answer_of(line, refusal.status, refusal.body(), (refusal.code or "invalid_value", refusal.message))

@@ -1,4 +1,5 @@
-"""The two files of a batch in OpenAI's format: a request each line, and answers that survive a crash line by line."""
+"""The two files of a batch in OpenAI's format. Each line of the first is a request. Each line of the second is an
+answer, and the lines that are written survive a crash."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 from tokenswift_py.errors import UserError, check, files, shown
 from tokenswift_py.runs.folder import sync_folder
 
-MOST_LINE = 64 * 2**20  # bytes of a request: far more than any context holds
+MOST_LINE = 64 * 2**20  # the most bytes that a request may have: far more than any context holds
 METHOD = "POST"
 
 
@@ -23,9 +24,9 @@ METHOD = "POST"
 class Line:
     """A request of a batch.
 
-    number:    of its line, from 1 on.
-    custom_id: the caller's name for it; None where the line has none.
-    wrong:     why it is none, as (code, message).
+    number:    the number of its line, from 1 on.
+    custom_id: the caller's name for the request. It is None if the line has none.
+    wrong:     the reason why the line is not a request, as (code, message).
     """
 
     number: int
@@ -40,18 +41,22 @@ class Line:
 
 
 def key_of(custom_id: str | None, number: int | None) -> bytes:
-    """Returns 16 bytes that tell requests apart: a million of them fit into memory whatever their names are."""
+    """Returns 16 bytes that tell requests apart. A million of them fit into memory, however long the names are."""
     name = f"id {custom_id}" if custom_id is not None else f"line {number}"
     return blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def read_line(number: int, data: bytes | None, urls: Sequence[str]) -> Line:
-    """Reads a request. data: None is a line that is too long. urls: those that there are."""
+    """Reads a request.
+
+    data: the bytes of the line. None means that the line is too long.
+    urls: the endpoints that a request may name.
+    """
     if data is None:
         return Line(number, None, wrong=("line_too_long", f"line {number} has more than {MOST_LINE} bytes"))
     try:
         said = json.loads(data)
-    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8, and of endless numbers
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 and endless numbers end here, too
         return Line(number, None, wrong=("invalid_json", f"line {number} is no JSON: {' '.join(str(error).split())}"))
     if not isinstance(said, dict):
         return Line(number, None, wrong=("invalid_line", f"line {number} is no JSON object"))
@@ -71,7 +76,7 @@ def read_line(number: int, data: bytes | None, urls: Sequence[str]) -> Line:
 
 
 def lines_in(path: Path, urls: Sequence[str]) -> Iterator[Line]:
-    """Yields the requests of a file, each read when it is asked for. Empty lines are none."""
+    """Yields the requests of a file. Each is read only when it is asked for. Empty lines are skipped."""
     with files("input", path, "a readable file is"), path.open("rb") as file:
         for number, data in enumerate(pieces_of(file), 1):
             if data is None or data.strip():
@@ -79,7 +84,7 @@ def lines_in(path: Path, urls: Sequence[str]) -> Iterator[Line]:
 
 
 def pieces_of(file: BinaryIO) -> Iterator[bytes | None]:
-    """Yields each line, and None for one that is too long to be held."""
+    """Yields each line, and None for a line that is too long to be held."""
     while data := file.readline(MOST_LINE + 1):
         fits = len(data) <= MOST_LINE or data.endswith(b"\n")
         yield data if fits else None
@@ -88,7 +93,7 @@ def pieces_of(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def survey(path: Path, urls: Sequence[str]) -> set[bytes]:
-    """Returns the keys of all requests. Raises UserError where two have one custom_id."""
+    """Returns the keys of all requests. Raises UserError if two requests have the same custom_id."""
     check(path.is_file(), "input", str(path), "a file of requests, which is read twice")
     seen: set[bytes] = set()
     for line in lines_in(path, urls):
@@ -100,7 +105,10 @@ def survey(path: Path, urls: Sequence[str]) -> set[bytes]:
 
 
 def answer_of(line: Line, status: int | None, body: Any, wrong: tuple[str, str] | None = None) -> dict[str, Any]:
-    """Returns an answer as OpenAI's batches have it. status: None where there was no request to answer."""
+    """Returns an answer in the form that OpenAI's batches have.
+
+    status: the HTTP status. It is None if there was no request to answer.
+    """
     error: dict[str, Any] | None = {"code": wrong[0], "message": wrong[1]} if wrong else None
     if error and line.custom_id is None:
         error["line"] = line.number
@@ -114,10 +122,12 @@ def answer_of(line: Line, status: int | None, body: Any, wrong: tuple[str, str] 
 
 
 class Answers:
-    """The file of answers, which this process alone writes. What was torn at its end by a crash is cut off.
+    """The file of answers. Only this process writes it. If a crash left a torn line at its end, that line is cut off.
 
-    answered: keys of the requests that have an answer. origin: model, numerics and context of the last text in it.
-    Raises UserError for a file of anything else, and where another process writes it.
+    Raises UserError if the file holds anything else, or if another process writes it.
+
+    answered: the keys of the requests that have an answer.
+    origin:   the model, numerics and context of the last text in the file.
     """
 
     def __init__(self, path: Path):
@@ -144,7 +154,7 @@ class Answers:
             raise UserError(f"output: {shown(str(self.path))} is not allowed; another process writes it") from error
 
     def _read(self) -> int:
-        """Reads the answers. Returns how many bytes they have: of a last line that is torn, none."""
+        """Reads the answers. Returns how many bytes they have. A torn last line does not count."""
         size, bad = 0, 0
         with self.path.open("rb") as file:
             for number, data in enumerate(file, 1):
@@ -174,12 +184,12 @@ class Answers:
         return True
 
     def check_origin(self, *origin: Any) -> None:
-        """Raises UserError where the answers so far are those of another model, numerics or context."""
+        """Raises UserError if the answers so far come from another model, numerics or context."""
         for name, found, here in zip(("model", "numerics", "context"), self.origin or origin, origin, strict=True):
             check(found == here, name, here, f"the answers in {self.path} are of {shown(found)}")
 
     def write(self, answers: Sequence[dict[str, Any]]) -> None:
-        """Puts answers on the disk, whole lines or nothing of them. Raises OSError."""
+        """Puts answers on the disk: whole lines, or nothing of them. Raises OSError."""
         data, at = b"".join(encoded(answer) for answer in answers), 0
         try:
             while at < len(data):
@@ -195,7 +205,7 @@ class Answers:
 
 
 def encoded(answer: dict[str, Any]) -> bytes:
-    """Returns an answer as its line. Halves of surrogate pairs stay what they are: a custom_id may have them."""
+    """Returns an answer as its line. Halves of surrogate pairs are kept as they are, for a custom_id may have them."""
     for ascii_only in (False, True):
         text = json.dumps(answer, ensure_ascii=ascii_only, separators=(",", ":"))
         try:

@@ -1,4 +1,5 @@
-"""Requests over many machines with Ray Data: an engine in each actor, answers as `tokenswift batch` writes them."""
+"""Answers requests on many machines with Ray Data. Each actor has an engine. The answers are the same as those of
+`tokenswift batch`."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ from tokenswift_py.serving.bulk.requests import SHAPES, Requests
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.limits import Limits
 
-COLUMN = "request"  # the JSON of a line of a batch
-PARTS = ("custom_id", "url", "body")  # columns of a request that is not one text
-CALLS = 4  # batches that an actor works on at once, so that the last texts of one do not leave its engine empty
+COLUMN = "request"  # the column with the JSON of a line of a batch
+PARTS = ("custom_id", "url", "body")  # the columns of a request that is not one text
+# The number of batches that an actor works on at once, so that the last texts of one do not leave its engine empty.
+CALLS = 4
 
 
 def need_ray(package: str) -> None:
-    """Raises UserError with the line that installs Ray, unless it can be imported."""
+    """Raises UserError with the command that installs Ray, unless the package can be imported."""
     try:
         __import__(package)
     except ImportError as error:
@@ -30,10 +32,10 @@ def need_ray(package: str) -> None:
 
 
 def requests_in(paths: str | Sequence[str]) -> Any:
-    """Returns the Ray dataset of requests in .jsonl or .parquet files. Empty lines are none.
+    """Returns the Ray dataset of requests in .jsonl or .parquet files. Empty lines are skipped.
 
-    Parquet has a column `request`, the JSON of a line of a batch, or custom_id, url and body: JSON, or a struct in
-    which null is as if not said.
+    A Parquet file has a column `request` with the JSON of a line of a batch, or the columns custom_id, url and body.
+    The body is JSON or a struct. In a struct, null means that the field is not given.
     """
     need_ray("ray.data")
     import ray.data
@@ -58,16 +60,18 @@ class Kept:
 
 
 class Writer:
-    """The work of an actor in `dataset.map_batches(Writer, ...)`: loads a model once, and answers batches of requests.
+    """The work of an actor in `dataset.map_batches(Writer, ...)`. It loads a model once and answers batches of
+    requests.
 
-    Rows are those of `requests_in`. The rows that come back have `custom_id`, `status` (0 where there was no request to
-    answer) and `answer`, the line that `tokenswift batch` writes, in the order in which they end. When an actor dies,
-    Ray begins another and gives it the same rows: the same texts, where requests have a seed.
+    The rows are those of `requests_in`. The rows that come back have the columns `custom_id`, `status` and `answer`.
+    `status` is 0 if there was no request to answer. `answer` is the line that `tokenswift batch` writes. The rows come
+    in the order in which the texts end. If an actor dies, Ray begins another one and gives it the same rows. It writes
+    the same texts if the requests have a seed.
 
-    model:   as `TokenSwift.from_pretrained` takes it; arguments that are not named here go there, too.
-    name:    the model's in requests; None is the model's, without folders.
-    running: texts that are written at once.
-    seed:    of requests that have none; None draws one for each.
+    model:   the model, as `TokenSwift.from_pretrained` takes it. Arguments that are not named here go there, too.
+    name:    the model's name in requests. None takes the name from `model`, without folders.
+    running: the number of texts that are written at once.
+    seed:    the seed of requests that have none. None draws one for each.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Writer:
         self._calls = threading.BoundedSemaphore(CALLS)
 
     async def __call__(self, batch: Any) -> dict[str, list[Any]]:
-        """Ray Data calls it for several batches at once, since it is a coroutine."""
+        """Answers a batch. It is a coroutine, so Ray Data calls it for several batches at once."""
         return await asyncio.to_thread(self.answer, batch)
 
     def answer(self, batch: Any) -> dict[str, list[Any]]:
@@ -117,7 +121,8 @@ def rows_of(batch: Any) -> Iterator[bytes]:
 
 
 def plain(value: Any) -> Any:
-    """Returns a value of numpy or Arrow as JSON has it, without the nulls of structs that others have filled."""
+    """Returns a value of numpy or Arrow in a form that JSON takes. Leaves out null in structs: Arrow adds it for fields
+    that only other rows have."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items() if item is not None}

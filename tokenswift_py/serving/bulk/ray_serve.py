@@ -1,4 +1,5 @@
-"""The OpenAI server as a Ray Serve deployment: replicas over many machines, more of them while requests queue."""
+"""The OpenAI server as a Ray Serve deployment. Replicas run on many machines. More of them start while requests
+wait."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 from tokenswift_py.serving.bulk.ray_data import need_ray
 
-DRAIN_S = 600.0  # that the texts of a replica have when it is taken away
+DRAIN_S = 600.0  # seconds that a replica has to end its texts when it is taken away
 
 
 def application(
@@ -17,22 +18,26 @@ def application(
     limits: Mapping[str, Any] | None = None, replicas: tuple[int, int] = (1, 4),
     autoscaling: Mapping[str, Any] | None = None, actor: Mapping[str, Any] | None = None, **loading: Any,
 ) -> Any:  # fmt: skip
-    """Returns what `serve.run` deploys: the endpoints of `tokenswift serve`, an engine in each replica.
+    """Returns what `serve.run` deploys: the endpoints of `tokenswift serve`, with an engine in each replica.
 
-    model:       as `TokenSwift.from_pretrained` takes it; arguments that are not named here go there, too.
-    name:        the model's in requests; None is the model's, without folders.
-    running, waiting: texts of a replica that are written at once, and that may wait in it.
-    key:         what clients must send. hosts: names under which they may ask; None is this machine's own, or any with
-                 a key.
-    limits:      fields of `Limits`.
-    replicas:    the fewest and the most. There are as many as have `running` requests each, waiting ones included.
-    autoscaling: further fields of Ray's autoscaling_config. actor: of its ray_actor_options, such as num_gpus.
-    Raises UserError where Ray is not installed.
+    Raises UserError if Ray is not installed.
+
+    model:       the model, as `TokenSwift.from_pretrained` takes it. Arguments that are not named here go there, too.
+    name:        the model's name in requests. None takes the name from `model`, without folders.
+    running:     the number of texts that a replica writes at once.
+    waiting:     the number of texts that may wait in a replica.
+    key:         the key that clients must send.
+    hosts:       the names by which clients may call the server. None is this machine's own, or any name if there is a
+                 key.
+    limits:      the fields of `Limits`.
+    replicas:    the fewest and the most replicas. Ray aims at `running` requests for each, waiting ones included.
+    autoscaling: further fields of Ray's autoscaling_config.
+    actor:       fields of Ray's ray_actor_options, such as num_gpus.
     """
     need_ray("ray.serve")
     from ray import serve
 
-    def build() -> Any:  # in the replica
+    def build() -> Any:  # it runs in the replica
         from tokenswift_py.api import TokenSwift
         from tokenswift_py.serving.engine import Engine
         from tokenswift_py.serving.http.gate import LOOPBACK

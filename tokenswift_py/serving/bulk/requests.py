@@ -1,4 +1,4 @@
-"""Requests of OpenAI's API without HTTP: the server's own checks, settings and answers, for bulk files and Ray."""
+"""Requests of OpenAI's API without HTTP, for bulk files and Ray. Checks, settings and answers are the server's own."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ SHAPES: dict[str, Any] = {
 class Answering:
     """A request whose texts are being written.
 
-    answer: makes the body of the answer. over: called once, when the last text has ended, from the engine's thread.
+    answer: the object that makes the body of the answer.
+    over:   a function that the engine's thread calls once, when the last text has ended.
     """
 
     def __init__(self, texts: Sequence[Text], answer: Any, over: Callable[[], None]):
@@ -55,7 +56,7 @@ class Answering:
             text.cancel()
 
     def body(self) -> dict[str, Any] | None:
-        """Returns the answer, or None if a text was interrupted. Raises what ended a text, if that was an error."""
+        """Returns the answer, or None if a text was interrupted. If an error ended a text, raises it."""
         results = [text.result() for text in self.texts]
         if any(result.ending == "interrupted" for result in results):
             return None
@@ -64,10 +65,11 @@ class Answering:
 
 
 class Requests:
-    """Requests to one engine.
+    """The requests to one engine.
 
-    name: the model's, as requests and answers have it. limits: of one request. seed: of requests that have none; None
-    draws one for each.
+    name:   the model's name in requests and answers.
+    limits: the limits of one request.
+    seed:   the seed of requests that have none. None draws one for each.
     """
 
     def __init__(self, engine: Engine, name: str, limits: Limits | None = None, seed: int | None = None):
@@ -76,7 +78,10 @@ class Requests:
         self.tokens = TokenTexts(engine.loaded.tokenizer)
 
     def begin(self, url: str, body: Any, over: Callable[[], None]) -> Answering:
-        """Hands the texts of a request to the engine, all or none. Raises Refusal, and Busy. over: see `Answering`."""
+        """Hands the texts of a request to the engine: all or none. Raises Refusal and Busy.
+
+        over: a function, see `Answering`.
+        """
         request = validated(url, body)
         if request.model not in (None, self.name):
             said = f"model: {request.model!r} is not here; this is {self.name!r}"
@@ -102,7 +107,7 @@ class Requests:
         return Answering(texts, answer, over)
 
     def _meant(self, request: Any) -> tuple[Asked, Any]:
-        """Returns the settings that a request comes to, and what makes its answer."""
+        """Returns the settings of a request, and the object that makes its answer."""
         if isinstance(request, ChatRequest):
             asked = self.server.chat(request)
             return asked, ChatAnswer(self.name, asked, self.tokens)
@@ -115,7 +120,7 @@ class Requests:
 
 
 def validated(url: str, body: Any) -> Any:
-    """Returns a body as the request that it is. Raises Refusal."""
+    """Returns a body as the kind of request that it is. Raises Refusal."""
     from fastapi.exceptions import RequestValidationError
     from pydantic import ValidationError
 

@@ -1,4 +1,4 @@
-"""Chat completions and completions: what one request is answered with, whole or in chunks."""
+"""Chat completions and completions: the answers to one request, whole or in chunks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ DONE = "[DONE]"
 
 
 def usage(ends: Sequence[Ended], asked: Asked) -> dict[str, Any]:
-    """Tokens of all texts of a request. A prompt counts once for all of its texts; turns that were forced into a text
-    are input as well."""
+    """Returns the number of tokens of all texts of a request. A prompt counts once for all of its texts. Turns that
+    were forced into a text count as input, too."""
     read = sum(map(len, asked.prompts)) + sum(end.result.stats.forced_tokens for end in ends)
     written = sum(end.result.stats.new_tokens for end in ends)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def proof(result: Result) -> dict[str, Any]:
-    """What a client needs to write the text again and compare: `TokenSwift.generate` with the same prompt, parameters,
-    seed and context writes the same bytes under the same numerics, where the guarantee is bitwise."""
+    """Returns what a client needs to write the text again and compare. `TokenSwift.generate` with the same prompt,
+    parameters, seed and context writes the same bytes under the same numerics, if the guarantee is bitwise."""
     report = result.report
     return {
         "system_fingerprint": report["numerics"],
@@ -50,11 +50,17 @@ class Answer:
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def choice(self, index: int, text: str, logprobs: Any, end: Ended | None) -> dict[str, Any]:
-        """A text of a whole answer. logprobs: as this kind of answer has them."""
+        """Returns a text of a whole answer.
+
+        logprobs: the log-probabilities in the form of this kind of answer.
+        """
         raise NotImplementedError
 
     def delta(self, index: int, text: str | None, logprobs: Any, end: Ended | None) -> dict[str, Any]:
-        """A part of a text in a chunk; text: None is the chunk before the first."""
+        """Returns a part of a text for a chunk.
+
+        text: the characters of the part. None means the chunk before the first part.
+        """
         raise NotImplementedError
 
     def logprobs(self, index: int, pieces: Sequence[Piece]) -> Any:
@@ -69,11 +75,11 @@ class Answer:
                 **proof(ends[0].result)}  # fmt: skip
 
     def before(self, index: int) -> str:
-        """Returns the part of an answer that comes before a text: its prompt, where that is wanted."""
+        """Returns the part of an answer that comes before a text: its prompt, if that is wanted."""
         return self.echoed[self.asked.choices[index][0]] if self.echoed else ""
 
     async def chunks(self, texts: Texts, include_usage: bool) -> AsyncIterator[str]:
-        """The data of server-sent events. An error in the middle is told as one, and ends the stream."""
+        """Yields the data of server-sent events. An error in the middle is sent as an event and ends the stream."""
         ends: list[Ended] = []
         common = {**self.head, "object": self.chunk, "seed": self.asked.settings["seed"]}
         if include_usage:
@@ -96,12 +102,12 @@ class Answer:
         yield DONE
 
     def opening(self, index: int) -> Iterator[dict[str, Any]]:
-        """Chunks before the first token of a text."""
+        """Yields the chunks before the first token of a text."""
         if text := self.before(index):
             yield self.delta(index, text, None, None)
 
     def part(self, said: Said) -> dict[str, Any] | None:
-        """A piece that tells something."""
+        """Returns a chunk for a piece, if there is anything to tell."""
         text, logprobs = said.piece.text, None
         if self.wants_logprobs and said.piece.tokens:
             logprobs = self.logprobs(said.index, [said.piece])
@@ -148,10 +154,10 @@ class CompletionAnswer(Answer):
 
 
 def ended(end: Ended | None) -> dict[str, Any]:
-    """`ending` is our own word: eos, stop, loop, length, timeout or interrupted."""
+    """Returns the end of a text. `ending` is our own word: eos, stop, loop, length, timeout or interrupted."""
     return {"finish_reason": end.finish_reason, "ending": end.ending} if end else {"finish_reason": None}
 
 
 def dumped(value: Any) -> str:
-    """JSON that UTF-8 can hold: what a client sent may come back, with halves of surrogate pairs in it."""
+    """Returns JSON that UTF-8 can hold. Text from a client may come back with halves of surrogate pairs in it."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace").decode()

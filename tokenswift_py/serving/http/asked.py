@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked for: prompts as token ids, and the settings of `Options`."""
+"""Turns a request into what the engine is asked for: prompts as token ids, and the settings of `Options`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tokenswift_py.serving.http.refusals import Refusal
 from tokenswift_py.serving.limits import Limits, check_size
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
-SEED_BITS = 53  # of a seed that the server draws: JSON numbers of every language hold it
+SEED_BITS = 53  # the size of a seed that the server draws; JSON numbers of every language hold it
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request comes to.
+    """The meaning of a request for the engine.
 
-    prompts:  token ids of each.
-    settings: fields of `Options`, for all texts alike.
-    choices:  for each text the number of its prompt and its sample number (`Options.stream`).
-    names:    what the request calls fields of `Options`, where that is another name.
-    priority: the higher, the sooner they are served.
+    prompts:  the token ids of each prompt.
+    settings: the fields of `Options`, the same for all texts.
+    choices:  the number of the prompt and the sample number (`Options.stream`) of each text.
+    names:    the request's names for fields of `Options`, where they differ.
+    priority: the urgency of the texts. Texts of higher priority are served first.
     """
 
     prompts: Sequence[list[int]]
@@ -38,7 +38,7 @@ class Asked:
 
 
 class Server:
-    """What requests are held against: the model, the server's context and its limits."""
+    """Checks requests against the model, the server's context and its limits."""
 
     def __init__(self, loaded: LoadedModel, context: int, limits: Limits):
         self.loaded, self.context, self.limits = loaded, context, limits
@@ -69,8 +69,11 @@ class Server:
         return self.asked(request, settings, [("input", messages)], request.max_output_tokens, "max_output_tokens", 1)
 
     def settings(self, request: Request, form: Any, likeliest: int | None) -> dict[str, Any]:
-        """form: of the text. likeliest: tokens whose probability is told beside each token's own; None is not even
-        that."""
+        """Returns the settings of a request.
+
+        form:      the form that the text must have.
+        likeliest: the number of likeliest tokens that are told beside each token. None tells no probability at all.
+        """
         settings = own.given(request)
         for name, value in settings.items():
             check_size(name, value)
@@ -85,7 +88,12 @@ class Server:
         self, request: Request, settings: dict[str, Any], prompts: Sequence[tuple[str, Prompt]], most: int | None,
         most_name: str, n: int | None,
     ) -> Asked:  # fmt: skip
-        """prompts: each with the name of its field. most: tokens of each text; most_name: the field that says so."""
+        """Returns the meaning of a request for the engine.
+
+        prompts:   the prompts, each with the name of its field.
+        most:      the most tokens of each text.
+        most_name: the field that says so.
+        """
         texts, limits = len(prompts) * (n or 1), self.limits
         check(0 < texts <= limits.choices, "n", texts, f"1 to {limits.choices} texts in a request, prompts times n")
         names = {"max_new_tokens": most_name, "json_schema": "response_format", "prompt": prompts[0][0]}
@@ -111,7 +119,7 @@ class Server:
         return Asked(found, {**settings, "max_new_tokens": wanted}, samples, names, request.priority or 0.0)
 
     def tokens(self, field: str, prompt: Prompt, settings: dict[str, Any]) -> list[int]:
-        """Token ids of a prompt."""
+        """Returns the token ids of a prompt."""
         options = Options.of(**settings)
         found = prompt_tokens(self.loaded.tokenizer, prompt, options.chat)
         most = self.limits.prompt_tokens or len(found)
@@ -122,7 +130,7 @@ class Server:
         return found
 
     def turns(self, settings: dict[str, Any]) -> int:
-        """Tokens of all turns that are forced into each text."""
+        """Returns the number of tokens of all turns that are forced into each text."""
         options, loaded = Options.of(**settings), self.loaded
         eos = loaded.ends(options)
         return sum(len(turn_tokens(loaded.tokenizer, turn, eos, options.chat)) for turn in options.chapters)
@@ -138,7 +146,7 @@ class Server:
         return [int(token) for token in found]
 
     def detokenized(self, tokens: Sequence[int]) -> str:
-        """Their text, special tokens included. Raises UserError for ids that there are not."""
+        """Returns the text of tokens, special tokens included. Raises UserError for ids that do not exist."""
         vocab = self.loaded.checkpoint.spec.vocab_size
         for token in tokens:
             check(token < vocab, "tokens", token, f"token ids are 0 to {vocab - 1}")
@@ -146,6 +154,6 @@ class Server:
 
 
 def renamed(message: str, names: dict[str, str]) -> str:
-    """A message about a field of `Options`, by the name that the request has for it."""
+    """Returns a message about a field of `Options` with the name that the request has for the field."""
     field, colon, rest = message.partition(":")
     return f"{names.get(field, field)}{colon}{rest}"

@@ -1,4 +1,4 @@
-"""The gate before the application: who may ask, by which name of the server, and how much may be sent."""
+"""The gate before the application. It decides who may ask, by which name of the server, and how much may be sent."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenswift_py.serving.http.refusals import Refusal
 from tokenswift_py.serving.limits import MIB
 
-OPEN = ("/health", "/")  # paths that need no key: they tell nothing
+OPEN = ("/health", "/")  # paths that need no key, for they tell nothing
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-DROPPED = 64 * MIB  # at most
-BODY_SECONDS = 60.0  # for a request's body to arrive
+DROPPED = 64 * MIB  # the most bytes that are read and dropped
+BODY_SECONDS = 60.0  # seconds in which a request's body must arrive
 
 
 class Gate:
     """An ASGI application before another one.
 
-    key:   without which nothing but /health is answered; None asks for none.
-    hosts: names by which the server may be called, any if None. Without a key a browser's page from elsewhere could
-           reach a server on this machine by a name of its own that leads here (DNS rebinding).
-    body_mib: MiB that a request may send. The application sees it whole: it never waits for a slow sender.
+    key:      the key without which only /health is answered. None asks for no key.
+    hosts:    the names by which the server may be called. None allows any name. Without a key and with any name, a
+              browser's page from elsewhere could reach a server on this machine: its own name could lead here (DNS
+              rebinding).
+    body_mib: the MiB that a request may send. The application gets the body as a whole, so it never waits for a slow
+              sender.
     """
 
     def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] | None, body_mib: int):
@@ -60,7 +62,7 @@ class Gate:
             raise Refusal(403, f"host: this server is not called so; it is {' or '.join(sorted(self.hosts))}", "host")
 
     def check_key(self, headers: Headers) -> None:
-        """In constant time, whatever is sent."""
+        """Checks the key. The time that this takes does not depend on what was sent."""
         if self._key is None:
             return
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -70,8 +72,8 @@ class Gate:
             raise Refusal(401, told, code="invalid_api_key")
 
     async def body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """All of the body; None if the client left before its end. Of one that is too large some is read and dropped: a
-        client that is still sending when the connection is closed does not see the answer."""
+        """Returns all of the body, or None if the client left before its end. If the body is too large, some of it is
+        read and dropped: a client that still sends when the connection is closed does not see the answer."""
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or len(declared) > 18 or int(declared) > self._most + DROPPED:
             raise self.too_large()
@@ -104,7 +106,7 @@ class Gate:
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body, and then what comes behind it: that the client leaves."""
+    """Returns a `receive` that gives the body, and then what comes after it: that the client leaves."""
     given = False
 
     async def again() -> Message:

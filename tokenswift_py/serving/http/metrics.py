@@ -1,4 +1,4 @@
-"""/metrics, under vLLM's names: counts and gauges are the engine's, times are taken here."""
+"""The metrics at /metrics, under vLLM's names. Counts and gauges are the engine's. Times are taken here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-REASONS = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}  # of an ending; any other is abort
+# the reason for each ending; any other ending is abort
+REASONS = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}
 GAUGES = {
     "num_requests_running": ("running", "Texts that are being written."),
     "num_requests_waiting": ("waiting", "Texts that wait for their turn."),
@@ -30,7 +31,7 @@ WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
 
 
 class EngineFigures(Collector):
-    """The engine's figures, read at every scrape."""
+    """The engine's figures. They are read at every scrape."""
 
     def __init__(self, model: str, figures: Callable[[], Mapping[str, Any]]):
         self._model, self._figures = model, figures
@@ -56,7 +57,10 @@ class EngineFigures(Collector):
 
 
 class Metrics:
-    """The metrics of one server; `figures` are those of `Engine.figures`."""
+    """The metrics of one server.
+
+    figures: the function `Engine.figures`.
+    """
 
     def __init__(self, model: str, figures: Callable[[], Mapping[str, Any]]):
         self._registry = CollectorRegistry()
@@ -74,7 +78,7 @@ class Metrics:
         self._first.observe(seconds)
 
     def more_tokens(self, seconds: float, tokens: int) -> None:
-        """So many tokens came together, so many seconds after those before."""
+        """Counts tokens that came together, this many seconds after those before."""
         for _ in range(tokens):
             self._next.observe(seconds / tokens)
 
@@ -82,5 +86,5 @@ class Metrics:
         self._whole.observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """Returns the metrics in Prometheus' format."""
         return generate_latest(self._registry)

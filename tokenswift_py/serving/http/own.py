@@ -1,4 +1,5 @@
-"""Which of our own parameters a request may have, as further fields of its JSON; all are `Options`' own, by name."""
+"""The parameters of our own that a request may have, as further fields of its JSON. All are fields of `Options` and
+have the same names there."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from tokenswift_py.options import described_options
 
-# What a request may set. What is told in OpenAI's way (max_tokens, logprobs, response_format) is not among them.
+# The parameters that a request may set. Those that OpenAI has its own words for (max_tokens, logprobs, response_format)
+# are not among them.
 REQUESTS = frozenset(
     (
         "min_new_tokens", "min_chapter_tokens", "ignore_eos", "stop", "stop_tokens", "keep_stop", "on_loop", "chapters",
@@ -19,8 +21,8 @@ REQUESTS = frozenset(
         "xtc_probability",
     )
 )  # fmt: skip
-# What it may not: what the server itself decides, for all texts alike; what names a file there, or would run code (a
-# chat template is a program); and what a request says in OpenAI's words.
+# The parameters that a request may not set. The server decides some of them for all texts. Others name a file on the
+# server, or would run code (a chat template is a program). For the rest a request uses OpenAI's words.
 SERVERS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "drafter", "draft_policy", "draft_budget",
@@ -40,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {  # by the name of an option's kind
 
 
 def shape(kind: Any) -> dict[str, Any]:
-    """Returns what the OpenAPI document says of an option's values. `Options` says whether a value is right."""
+    """Returns what the OpenAPI document says about an option's values. `Options` says whether a value is right."""
     said = SHAPES.get(type(kind).__name__, {})
     said = {"type": "integer"} if getattr(kind, "whole", False) else said
     ranges = {"minimum": getattr(kind, "least", None), "maximum": getattr(kind, "most", None)}
@@ -50,13 +52,13 @@ def shape(kind: Any) -> dict[str, Any]:
 
 
 class Body(BaseModel):
-    """JSON of a request: nothing is dropped without a word, and nothing is taken for what it is not."""
+    """The JSON of a request. No field is dropped silently, and no value is read as another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def fields() -> dict[str, Any]:
-    """The fields that `REQUESTS` names, of those that `Options` has."""
+    """Returns the fields that `REQUESTS` names, with what `Options` says about them."""
     found: dict[str, Any] = {}
     for name, described in described_options().items():
         if name in REQUESTS:
@@ -71,7 +73,7 @@ OwnParameters: Any = create_model("OwnParameters", __base__=Body, **fields())
 
 
 def given(request: Any) -> dict[str, Any]:
-    """The options that a request sets, by their names; null is as if not said."""
+    """Returns the options that a request sets, by their names. null means that an option is not set."""
     said = {name: getattr(request, name, None) for name in REQUESTS}
     said["stop"] = [said["stop"]] if isinstance(said["stop"], str) else said["stop"]
     return {name: value for name, value in said.items() if value is not None}

@@ -1,4 +1,4 @@
-"""The requests of clients: OpenAI's, and vLLM's to /tokenize and /detokenize."""
+"""The requests of clients: those of OpenAI, and vLLM's requests to /tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def neutral(*values: Any) -> Any:
-    """A field of OpenAI's that must ask for nothing: null, or one of these values."""
+    """Returns a field of OpenAI's that must ask for nothing: it is null, or one of these values."""
     said = "only where it asks for nothing"
     return Field(default=None, description=said, json_schema_extra={"enum": [None, *values]})
 
 
 class Part(BaseModel):
-    """A part of a message. What answers have besides, clients may send back."""
+    """A part of a message. Clients may send back the further fields that answers have."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["text", "input_text", "output_text"]
@@ -28,7 +28,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a conversation. An answer may be sent back as it came; what is no text must be empty."""
+    """A message of a conversation. An answer may be sent back as it came. Fields that are not text must be empty."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
@@ -36,7 +36,7 @@ class Message(BaseModel):
 
     @model_validator(mode="after")
     def only_text(self) -> Message:
-        left = ("id", "type", "status", "name", "phase")  # which say nothing to the model
+        left = ("id", "type", "status", "name", "phase")  # these say nothing to the model
         for name, value in (self.model_extra or {}).items():
             if name not in left and value not in (None, [], {}, ""):
                 raise ValueError(f"{name}: messages are text here")
@@ -54,7 +54,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(Body):
-    """What the text must be. json_object is any JSON object."""
+    """The form that the text must have. json_object is any JSON object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -71,10 +71,10 @@ class StreamOptions(Body):
 
 
 class Request(OwnParameters):
-    """What all requests for texts may have.
+    """The fields that all requests for texts may have.
 
-    sample: number of the first text: `n` texts are samples `sample`, `sample` + 1, ... of one prompt and seed.
-    priority: the higher, the sooner the texts are served; others that wait catch up.
+    sample:   the number of the first text. `n` texts are samples `sample`, `sample` + 1, ... of one prompt and seed.
+    priority: the urgency of the texts. Texts of higher priority are served sooner. Others that wait catch up.
     """
 
     model: str | None = Field(default=None, description="this server's model, or nothing")
@@ -131,13 +131,13 @@ class CompletionRequest(Request):
     suffix: Any = neutral("")
 
     def prompts(self) -> list[str | list[int]]:
-        """Texts and lists of token ids."""
+        """Returns the prompts: texts and lists of token ids."""
         said: Any = self.prompt
         return [said] if isinstance(said, str) or (said and isinstance(said[0], int)) else list(said)
 
 
 class TextFormat(Body):
-    """`text.format` of a response: a schema stands beside its name there."""
+    """The field `text.format` of a response. There, a schema stands beside its name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
     type: Literal["text", "json_object", "json_schema"]
@@ -183,7 +183,7 @@ class ResponseRequest(Request):
 
 
 class TokenizeRequest(Body):
-    """A text, or messages as the chat template has them."""
+    """A text, or messages in the form that the chat template takes."""
 
     model: str | None = None
     prompt: str | None = None

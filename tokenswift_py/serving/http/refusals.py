@@ -1,5 +1,5 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}` with the status that they
-raise the right exception for."""
+"""Errors in the form that OpenAI's clients expect: `{"error": {"message", "type", "param", "code"}}`. The status makes
+the client raise the right exception."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ logger = logging.getLogger("tokenswift")
 WRONG = "invalid_request_error"
 TYPES = {400: WRONG, 401: WRONG, 403: WRONG, 404: WRONG, 405: WRONG, 408: WRONG, 413: WRONG, 429: "rate_limit_error",
          503: "service_unavailable_error"}  # fmt: skip
-RETRY_AFTER = 1  # seconds, of a queue that is full
+RETRY_AFTER = 1  # seconds after which a request may be sent again when the queue is full
 
 
 class Refusal(Exception):
-    """A request that is not answered. param: the field that is wrong; code: by which programs tell errors apart;
-    retry_after: seconds after which it may be tried again."""
+    """A request that is not answered.
+
+    param:       the field that is wrong.
+    code:        the word by which programs tell errors apart.
+    retry_after: the seconds after which the request may be sent again.
+    """
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None,
@@ -37,7 +41,7 @@ class Refusal(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, Any]:
-        """The error alone, which also a stream may have to tell."""
+        """Returns the error alone. A stream may have to send it, too."""
         kind = TYPES.get(self.status, WRONG if self.status < 500 else "server_error")
         message = self.message.encode(errors="replace").decode()  # a client may have sent half of a surrogate pair
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
@@ -79,7 +83,10 @@ DESCRIBED: dict[int | str, dict[str, Any]] = {
 
 
 def of_user_error(error: UserError, names: dict[str, str] | None = None) -> Refusal:
-    """names: what the request calls our parameters, where that is another name."""
+    """Returns the refusal for an error of the user.
+
+    names: the request's names for our parameters, where they differ.
+    """
     found = re.match(r"([a-z_]+)(?= ?[\w./-]*:)", str(error))
     field, message = found.group() if found else None, str(error)
     asked = (names or {}).get(field or "", field)
@@ -88,11 +95,12 @@ def of_user_error(error: UserError, names: dict[str, str] | None = None) -> Refu
     return Refusal(400, message, asked)
 
 
-TAG = re.compile(r"str|int|float|bool|\w+\[.*")  # in the place of an error: which of several shapes it was held against
+# a part of an error's place: the shape, one of several, that the value was checked against
+TAG = re.compile(r"str|int|float|bool|\w+\[.*")
 
 
 def of_validation(error: RequestValidationError) -> Refusal:
-    """Returns the error deepest in the body, which is where a client meant to be right, with its place."""
+    """Returns the error that is deepest in the body, with its place. The client most likely meant this shape."""
     found = max(error.errors(), key=lambda one: len(one["loc"]))
     place = [str(part) for part in found["loc"] if part != "body" and not TAG.fullmatch(str(part))]
     param = ".".join(place) or None
@@ -107,7 +115,8 @@ def of_validation(error: RequestValidationError) -> Refusal:
 
 
 def of_failure(error: BaseException) -> Refusal:
-    """What a text ended with that is not the client's fault; the server's log has all of it."""
+    """Returns the refusal for the error that ended a text. If it is not the client's fault, the server's log has all of
+    it."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, UserError):
@@ -117,7 +126,7 @@ def of_failure(error: BaseException) -> Refusal:
 
 
 def install(app: FastAPI) -> None:
-    """Every error that leaves the application gets OpenAI's shape."""
+    """Gives OpenAI's shape to every error that leaves the application."""
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, Refusal)

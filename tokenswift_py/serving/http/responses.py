@@ -1,4 +1,5 @@
-"""/v1/responses: the same texts in the shape of OpenAI's Responses API, whole or as its events. Nothing is stored."""
+"""The endpoint /v1/responses: the same texts in the shape of OpenAI's Responses API, whole or as its events. Nothing is
+stored."""
 
 from __future__ import annotations
 
@@ -66,7 +67,7 @@ class ResponseAnswer:
         return self.tokens.content(self.tokens.told(pieces)) if self.wants_logprobs else []
 
     async def events(self, texts: Texts) -> AsyncIterator[dict[str, str]]:
-        """Server-sent events, named and numbered."""
+        """Yields server-sent events. They have names and numbers."""
         number = -1
 
         def event(kind: str, **fields: Any) -> dict[str, str]:
@@ -94,7 +95,7 @@ class ResponseAnswer:
             yield event("response.failed", response={**self.body, "status": "failed", "error": told})
 
     def closing(self, end: Ended, event: Any, item: dict[str, Any]) -> list[dict[str, str]]:
-        """The events behind the last token."""
+        """Returns the events after the last token."""
         whole = self.complete([end])
         message = whole["output"][0]
         part = message["content"][0]

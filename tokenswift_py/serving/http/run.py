@@ -1,4 +1,5 @@
-"""Serving until a signal: no new texts from then on, a time for those that are being written, then the end."""
+"""Serves until a signal comes. From then on there are no new texts. The texts in work get some time, then the server
+ends."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ from tokenswift_py.serving.http.server import Service
 
 logger = logging.getLogger("tokenswift")
 
-GRACE = 10.0  # seconds for the last bytes to reach clients, behind those for the texts
-BACKLOG = 256  # connections that wait to be taken
+GRACE = 10.0  # seconds for the last bytes to reach clients, after the time for the texts
+BACKLOG = 256  # the number of connections that may wait to be taken
 
 
 class DrainingServer(uvicorn.Server):
-    """Stops at the first SIGTERM or SIGINT: texts have `drain` seconds, and end as interrupted. At the second one they
-    end at once."""
+    """A server that stops at the first SIGTERM or SIGINT. Texts then have `drain` seconds, and end as interrupted. At
+    the second signal they end at once."""
 
     def __init__(self, service: Service, config: uvicorn.Config, drain: float):
         super().__init__(config)
@@ -45,7 +46,10 @@ class DrainingServer(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens there. port: 0 is any that is free. Raises UserError."""
+    """Returns a socket that listens at this host and port. Raises UserError.
+
+    port: the number of the port. 0 takes any port that is free.
+    """
     with files("port", f"{host}:{port}", "an address of this machine that is free"):
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         made = socket.socket(family, kind, protocol)

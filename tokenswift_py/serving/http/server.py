@@ -1,4 +1,4 @@
-"""The application: OpenAI's endpoints, vLLM's of tokens and metrics, over one engine that writes all texts."""
+"""The application: OpenAI's endpoints, and vLLM's endpoints for tokens and metrics. One engine writes all texts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Json(JSONResponse):
 
 
 class Events(EventSourceResponse):
-    """Server-sent events of texts, which are given up when the client leaves, or leaves them unread for too long."""
+    """The server-sent events of texts. The texts are given up if the client leaves, or does not read for too long."""
 
     def __init__(self, events: Any, texts: Texts, stall: float):
         super().__init__(events, sep="\n", send_timeout=stall or None)
@@ -54,16 +54,18 @@ class Events(EventSourceResponse):
         try:
             with suppress(SendTimeoutError):
                 await super().__call__(scope, receive, send)
-        finally:  # also where not one event was asked for
+        finally:  # also when not a single event was asked for
             self._texts.cancel()
 
 
 class Service:
-    """An engine behind HTTP. `app` is the ASGI application.
+    """An engine that is reached over HTTP. `app` is the ASGI application.
 
-    name:  of the model, as requests and answers have it.
-    key, hosts: see `Gate`. cors: origins whose pages may ask; none is the default.
-    jobs:  long texts that outlive the server, and the page at `/` that shows them; None is neither.
+    name:  the model's name in requests and answers.
+    key:   the key that clients must send, see `Gate`.
+    hosts: the names of the server, see `Gate`.
+    cors:  the origins whose pages may ask. The default is none.
+    jobs:  the long texts that outlive the server. The page at `/` shows them. None leaves out both.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Service:
     ):  # fmt: skip
         self.engine, self.name, self.limits = engine, name, limits or Limits()
         self.jobs = jobs
-        self.draining = False  # no new texts
+        self.draining = False  # True from when no new texts are taken
         self.started = int(time.time())
         self.server = Server(engine.loaded, engine.context, self.limits)
         self.tokens = TokenTexts(engine.loaded.tokenizer)
@@ -92,7 +94,7 @@ class Service:
         install(self.app, *shapes.ALL, *(job_shapes.ALL if jobs is not None else ()))
 
     async def begin(self, model: str | None, body: Any, make: Callable[[Any], Asked]) -> tuple[Asked, Texts]:
-        """Check a request and hand its texts to the engine."""
+        """Checks a request and hands its texts to the engine."""
         began = time.monotonic()
         self.check_model(model)
         if self.draining:
@@ -106,7 +108,8 @@ class Service:
             raise Refusal(404, told, "model", "model_not_found")
 
     def close(self, drain: float) -> None:
-        """Stops the jobs, which go on when the server starts again, then the engine when its texts had this time."""
+        """Stops the jobs, which go on when the server starts again. Then gives the texts this time, and stops the
+        engine."""
         if self.jobs is not None:
             self.jobs.close()
         self.engine.close(drain)
@@ -116,7 +119,7 @@ class Service:
                 "max_model_len": self.engine.context}  # fmt: skip
 
     async def answer(self, answer: Any, texts: Texts, request: Request) -> Response:
-        """A whole answer."""
+        """Returns a whole answer."""
         ends = await finished(texts, request.receive)
         return Response(status_code=LEFT) if ends is None else Json(answer.complete(ends))
 
@@ -128,7 +131,7 @@ class Service:
 
         @app.post("/v1/chat/completions", responses={**errors, 200: chat_of}, response_class=Json)
         async def chat(body: protocol.ChatRequest, request: Request) -> Response:
-            """An answer to a conversation, whole or as a stream."""
+            """Answers a conversation, whole or as a stream."""
             asked, texts = await self.begin(body.model, body, self.server.chat)
             answer = ChatAnswer(self.name, asked, self.tokens)
             if body.stream:
@@ -137,7 +140,7 @@ class Service:
 
         @app.post("/v1/completions", responses={**errors, 200: text_of}, response_class=Json)
         async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
-            """What goes on from a text, whole or as a stream: no chat template."""
+            """Goes on with a text, whole or as a stream. No chat template is used."""
             asked, texts = await self.begin(body.model, body, self.server.completion)
             echoed = [self.server.detokenized(ids) for ids in asked.prompts] if body.echo else ()
             answer = CompletionAnswer(self.name, asked, self.tokens, echoed)
@@ -147,7 +150,7 @@ class Service:
 
         @app.post("/v1/responses", responses={**errors, 200: response_of}, response_class=Json)
         async def responses(body: protocol.ResponseRequest, request: Request) -> Response:
-            """The same in the shape of the Responses API; nothing is stored."""
+            """Answers in the shape of the Responses API. Nothing is stored."""
             asked, texts = await self.begin(body.model, body, self.server.response)
             answer = ResponseAnswer(self.name, body, asked, self.tokens)
             if body.stream:
@@ -156,7 +159,7 @@ class Service:
 
         @app.get("/v1/models", responses={**errors, 200: described(shapes.ModelList)}, response_class=Json)
         async def models() -> Response:
-            """The model that this server has."""
+            """Lists the model that this server has."""
             return Json({"object": "list", "data": [self.model()]})
 
         @app.get("/v1/models/{model:path}", responses={**errors, 200: described(shapes.ModelCard)}, response_class=Json)
@@ -166,14 +169,14 @@ class Service:
 
         @app.post("/tokenize", responses={**errors, 200: described(shapes.Tokenized)}, response_class=Json)
         async def tokenize(body: protocol.TokenizeRequest) -> Response:
-            """Token ids of a text, or of messages as the chat template has them."""
+            """Returns the token ids of a text, or of messages in the form that the chat template gives them."""
             self.check_model(body.model)
             found = await run_in_threadpool(self.server.tokenized, body.prompt, body.messages, body.add_special_tokens)
             return Json({"tokens": found, "count": len(found), "max_model_len": self.engine.context})
 
         @app.post("/detokenize", responses={**errors, 200: described(shapes.Detokenized)}, response_class=Json)
         async def detokenize(body: protocol.DetokenizeRequest) -> Response:
-            """The text of token ids, special ones included."""
+            """Returns the text of token ids, special tokens included."""
             self.check_model(body.model)
             return Json({"prompt": await run_in_threadpool(self.server.detokenized, body.tokens)})
 
@@ -181,12 +184,12 @@ class Service:
 
         @app.get("/health", responses={200: well, 503: stopping}, response_class=Json)
         async def health() -> Response:
-            """200 while new texts are taken. It needs no key."""
+            """Answers 200 while new texts are taken. It needs no key."""
             return Json({"status": "stopping" if self.draining else "ok"}, 503 if self.draining else 200)
 
         @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
         async def metrics() -> Response:
-            """For Prometheus, under vLLM's names."""
+            """Returns the metrics for Prometheus, under vLLM's names."""
             return Response(self.metrics.text(), media_type=PROMETHEUS)
 
 

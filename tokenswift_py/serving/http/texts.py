@@ -1,4 +1,4 @@
-"""The texts of one request: handed to the engine together, heard on the event loop, given up together."""
+"""The texts of one request. They are handed to the engine together, heard on the event loop, and given up together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tokenswift_py.serving.http.metrics import Metrics
 from tokenswift_py.serving.http.refusals import RETRY_AFTER, Refusal, of_failure, of_user_error
 from tokenswift_py.serving.texts import Text
 
-FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}  # of a text that was cut: length, too
+# a text that was cut ends with length, too
+FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Said:
 class Ended:
     """The end of text number `index`.
 
-    pieces: all of them. ending: as of a result, but "timeout" where the server's time was over.
+    pieces: all pieces of the text.
+    ending: the ending of the result, or "timeout" if the server's time was over.
     """
 
     index: int
@@ -51,8 +53,8 @@ class Ended:
 class Texts:
     """The texts that one request asked for.
 
-    Pieces are put into a queue by the engine's thread, which waits for nobody. How much waits there is bounded by what
-    the texts may have.
+    The engine's thread puts pieces into a queue, and waits for nobody. The queue cannot grow without end, since the
+    texts cannot.
     """
 
     def __init__(self, texts: Sequence[Text], timeout: float, metrics: Metrics, began: float):
@@ -65,16 +67,16 @@ class Texts:
         left = began + timeout - time.monotonic()
         self._alarm = self._loop.call_later(left, self._expire) if timeout else None
         self._pieces: list[list[Piece]] = [[] for _ in texts]
-        self._latest: dict[int, float] = {}  # when the last tokens of each came
+        self._latest: dict[int, float] = {}  # the time when the last tokens of each text came
         for index, text in enumerate(texts):
             text.listen(partial(self._hear, index))
 
     @classmethod
     async def submit(cls, engine: Engine, asked: Asked, timeout: float, metrics: Metrics, began: float) -> Texts:
-        """All texts or none. Raises Refusal."""
+        """Hands all texts to the engine, or none. Raises Refusal."""
         handed: list[Text] = []
 
-        def submit() -> None:  # which makes tables of positions, and the like
+        def submit() -> None:  # this makes tables of positions, and the like
             for prompt, sample in asked.choices:
                 settings = {**asked.settings, "stream": sample}
                 handed.append(engine.submit(asked.prompts[prompt], priority=asked.priority, **settings))
@@ -92,8 +94,8 @@ class Texts:
         return cls(handed, timeout, metrics, began)
 
     async def events(self) -> AsyncIterator[Said | Ended]:
-        """Pieces and ends, as they come. Raises Refusal where a text failed, or none had a turn in time. Leaving early
-        gives the texts up."""
+        """Yields pieces and ends as they come. Raises Refusal if a text failed, or if no text had a turn in time. If
+        the caller leaves early, the texts are given up."""
         open_texts = set(range(len(self.texts)))
         try:
             while open_texts:
@@ -109,7 +111,7 @@ class Texts:
             self.cancel()
 
     def cancel(self) -> None:
-        """Gives the texts up; what is over stays as it is."""
+        """Gives the texts up. Texts that are over stay as they are."""
         if self._alarm is not None:
             self._alarm.cancel()
         for text in self.texts:
@@ -146,7 +148,8 @@ class Texts:
 
 
 async def finished(texts: Texts, receive: Receive) -> list[Ended] | None:
-    """The ends of all texts, in the order of the texts; None if the client left, and the texts are given up."""
+    """Returns the ends of all texts, in the order of the texts. Returns None if the client left; then the texts are
+    given up."""
 
     async def collect() -> list[Ended]:
         ends = [event async for event in texts.events() if isinstance(event, Ended)]

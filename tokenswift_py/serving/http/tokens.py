@@ -1,4 +1,4 @@
-"""Tokens as OpenAI's answers tell them: their text, its bytes, their logarithms of probabilities."""
+"""Tokens in the form of OpenAI's answers: their text, its bytes, and their log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.text import BAD, TextJoiner, special_ids
 
-CHAPTER_GAP = "\n\n"  # between chapters, in the text
+CHAPTER_GAP = "\n\n"  # the gap between chapters in the text
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Told:
 
 
 class TokenTexts:
-    """How single tokens of a tokenizer read."""
+    """Reads single tokens of a tokenizer as text."""
 
     def __init__(self, tokenizer: Any):
         self._whole, self._tokenizer = tokenizer, tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
 
     def offsets(self, before: Sequence[int], told: int) -> Offsets:
-        """Returns the offsets of a text that goes on from these tokens, after so many characters."""
+        """Returns the offsets of a text that goes on from these tokens, after this many characters."""
         return Offsets(self._whole, before, told)
 
     def text(self, token: int) -> str:
@@ -47,21 +47,23 @@ class TokenTexts:
         return found
 
     def entry(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token as chat completions and responses have it; bytes are null where it is half of a character."""
+        """Returns a token in the form of chat completions and responses. The bytes are null if it is half of a
+        character."""
         text = self.text(token)
         return {"token": text, "bytes": None if BAD in text else list(text.encode()), "logprob": logprob}
 
     def content(self, told: Sequence[Told]) -> list[dict[str, Any]]:
-        """Returns them in the form of chat completions and responses."""
+        """Returns the tokens in the form of chat completions and responses."""
         return [
             {**self.entry(one.token, one.logprob), "top_logprobs": [self.entry(*likely) for likely in one.likeliest]}
             for one in told
         ]
 
     def columns(self, told: Sequence[Told], offsets: Sequence[int], likeliest: bool) -> dict[str, Any]:
-        """Returns them in the form of completions.
+        """Returns the tokens in the form of completions.
 
-        offsets: offsets of the characters at which they begin. likeliest: whether the likeliest tokens were asked for.
+        offsets:   the offsets of the characters at which the tokens begin.
+        likeliest: whether the likeliest tokens were asked for.
         """
         top = [self._by_text(one.likeliest) for one in told]
         return {
@@ -77,9 +79,11 @@ class TokenTexts:
 
 
 class Offsets:
-    """Characters of a text before each of its tokens; of the tokens of one character all stand before it.
+    """Counts the characters of a text before each of its tokens. All tokens of one character have the offset at which
+    the character begins.
 
-    before: tokens that the text goes on from. told: characters before its own.
+    before: the tokens that the text goes on from.
+    told:   the number of characters before the text.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int], told: int):
@@ -88,8 +92,8 @@ class Offsets:
         self._special = special_ids(tokenizer)
 
     def of(self, piece: Piece) -> list[int]:
-        """Those of the tokens of a piece that have a text. Pieces come in order."""
-        if piece.forced:  # a chapter is over: an empty line stands before the next
+        """Returns the offsets of the tokens of a piece that have a text. Pieces come in order."""
+        if piece.forced:  # a chapter is over: an empty line comes before the next one
             self._told += len(self._joiner.finish()) + len(CHAPTER_GAP)
             self._joiner = TextJoiner(self._tokenizer)
         found = []
@@ -97,7 +101,7 @@ class Offsets:
             if token not in self._special:
                 alone = str(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
                 told = self._joiner.push([token])
-                before = len(told) - len(alone) if told.endswith(alone) else 0  # what was held back until now
+                before = len(told) - len(alone) if told.endswith(alone) else 0  # the text that was held back until now
                 found.append(self._told + before)
                 self._told += len(told)
         return found

@@ -1,4 +1,4 @@
-"""The thread that examines the texts of jobs that are over: it proves them, and says how they read."""
+"""The thread that examines the texts of jobs that are over. It proves them, and says how well they read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Examination = Callable[[Job, Callable[[float], None]], dict[str, Any]]
 class Examiner:
     """Audits and reads jobs, one at a time, in the order in which they were asked for.
 
-    lock: of the jobs. Findings are put into a job, and into its file, while it is held.
+    lock: the lock of the jobs. It is held while findings are put into a job, and into its file.
     """
 
     def __init__(self, engine: Engine, lock: threading.RLock):
@@ -33,19 +33,19 @@ class Examiner:
         self._thread = ThreadPoolExecutor(1, "tokenswift-examiner")
 
     def audit(self, job: Job, sample: int) -> None:
-        """Begins an audit. `Job.auditing` is the share that is done, `Kept.audit` gets the findings."""
+        """Begins an audit. `Job.auditing` is the share that is done. `Kept.audit` gets the findings."""
         job.auditing = 0.0
         work: Examination = lambda job, progress: audited(self._engine, job.folder, sample, progress)  # noqa: E731
         self._thread.submit(self._examine, job, "auditing", "audit", work)
 
     def read(self, job: Job) -> None:
-        """Begins to read the windows. `Job.reading` is the share that is done, `Kept.quality` gets the figures."""
+        """Begins to read the windows. `Job.reading` is the share that is done. `Kept.quality` gets the figures."""
         job.reading = 0.0
         work: Examination = lambda job, progress: read_windows(self._engine, job.folder, progress)  # noqa: E731
         self._thread.submit(self._examine, job, "reading", "quality", work)
 
     def close(self) -> None:
-        """Breaks off what runs, and waits for that."""
+        """Stops the work that runs, and waits until it has stopped."""
         self._closing = True
         self._thread.shutdown(cancel_futures=True)
 

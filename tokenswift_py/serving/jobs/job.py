@@ -27,23 +27,27 @@ logger = logging.getLogger("tokenswift")
 
 NAME = "job.json"
 ID = re.compile(r"[0-9a-f]{24}")
-GONE = "deleted-"  # the beginning of a folder's name whose job was deleted
+GONE = "deleted-"  # the beginning of the name of a folder whose job was deleted
 VERSION = 1
-OPEN = "open"  # what a job's file says until it is finished, cancelled or failed
-STATES = ("waiting", "running", "finished", "failed", "cancelled", "interrupted")  # what its status says
+OPEN = "open"  # the word in a job's file until the job is finished, cancelled or failed
+STATES = ("waiting", "running", "finished", "failed", "cancelled", "interrupted")  # the words of a job's status
 
 
 @dataclass
 class Kept:
     """The contents of a job's file.
 
-    created, ended: seconds since 1970. prompt, settings: the arguments of `Engine.submit`, the seed filled in.
-    asked:    the request in its own words, to be shown.
-    state:    open, which a server that starts goes on with; finished, cancelled or failed.
-    tokens:   tokens the model chose, at the end.
-    characters: of the text.
-    curve, figures: see `Pace`. loops: see `report.json`.
-    audit:    the findings of the latest audit. quality: how the text's windows read, see `reading.read_windows`.
+    created, ended:   the times, in seconds since 1970.
+    prompt, settings: the arguments of `Engine.submit`, with the seed filled in.
+    asked:            the request in its own words, to be shown.
+    state:            the word open, finished, cancelled or failed. A server that starts goes on with jobs that are
+                      open.
+    tokens:           the number of tokens that the model chose, at the end.
+    characters:       the number of characters of the text.
+    curve, figures:   the speed of the text, see `Pace`.
+    loops:            the places that repeat, see `report.json`.
+    audit:            the findings of the latest audit.
+    quality:          the figures of the text's windows, see `reading.read_windows`.
     """
 
     created: float
@@ -67,11 +71,14 @@ class Kept:
 
 
 class Job:
-    """A text that is kept in a folder. `Jobs` decides what becomes of it.
+    """A text that is kept in a folder. `Jobs` decides what happens to it.
 
-    state:  one of STATES. wanted: tokens that the text may have at most.
-    text:   what writes it, while it is in the engine. cancelled: whether it shall end.
-    auditing: the share of the text that an audit has checked, None where none runs. reading: the same of a reading.
+    state:     the job's state, one of STATES.
+    wanted:    the number of tokens that the text may have at most.
+    text:      the text in the engine, while it is there.
+    cancelled: whether the text shall end.
+    auditing:  the share of the text that an audit has checked. It is None if no audit runs.
+    reading:   the share of the text that was read. It is None if no reading runs.
     """
 
     def __init__(self, folder: Path, kept: Kept):
@@ -90,7 +97,7 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """Raises UserError for a file that is none of a job."""
+        """Reads a job from its folder. Raises UserError if the file is not the file of a job."""
         path = folder / NAME
         with files("job", path, "a job's folder has one"), one_line(f"job: {path} is not whole"):
             kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
@@ -101,7 +108,8 @@ class Job:
         return job
 
     def save(self) -> None:
-        """Replaces the job's file as a whole, on the disk: neither a kill nor a power cut leaves half of one."""
+        """Replaces the job's file as a whole, on the disk. After a kill or a power cut there is never half of a
+        file."""
         fresh = self.folder / f"{NAME}.new"
         with fresh.open("w", encoding="utf-8") as file:
             file.write(json.dumps(asdict(self.kept), indent=1))  # ASCII: a title may hold half of a surrogate pair
@@ -111,15 +119,16 @@ class Job:
         sync_folder(self.folder)
 
     def count_recorded(self) -> None:
-        """Counts the tokens of the journal, of a job that is not in the engine."""
+        """Counts the tokens of the journal, for a job that is not in the engine."""
         try:
             self.pace.tokens = journal.read(self.folder).chosen
-        except UserError:  # there is none yet, or it is damaged, which resuming tells
+        except UserError:  # there is no journal yet, or it is damaged; then resuming says so
             self.pace.tokens = 0
 
     @property
     def began(self) -> bool:
-        """Whether there is a journal to go on with. One whose header a power cut left torn holds nothing, and goes."""
+        """Returns whether there is a journal to go on with. If a power cut left its header torn, it holds nothing and
+        is removed."""
         path = self.folder / journal.NAME
         if not path.exists():
             return False
@@ -136,18 +145,18 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more comes unless somebody resumes it."""
+        """Returns whether nothing more comes unless somebody resumes the job."""
         return self.state not in ("waiting", "running")
 
     @property
     def examined(self) -> bool:
-        """Whether an audit or a reading runs, or waits for its turn."""
+        """Returns whether an audit or a reading runs, or waits for its turn."""
         return self.auditing is not None or self.reading is not None
 
     # The text
 
     def follow(self, text: Text) -> None:
-        """The text is in the engine from now on."""
+        """Notes that the text is in the engine from now on."""
         self.pace = Pace(text.stream.stats.new_tokens)
         self.pace.curve = list(self.kept.curve)
         with self._lock:
@@ -162,13 +171,13 @@ class Job:
         self.tell()
 
     def leave(self, state: str) -> None:
-        """The text is no longer in the engine."""
+        """Notes that the text is no longer in the engine."""
         with self._lock:
             self.state, self.text, self._written, self._parts, self.cancelled = state, None, None, [], False
         self.tell()
 
     def written(self) -> str:
-        """The text that is certain so far."""
+        """Returns the text that is certain so far."""
         with self._lock:
             if self._written is not None:
                 if self._parts:
@@ -199,14 +208,14 @@ class Job:
             watcher()
 
     def status(self) -> dict[str, Any]:
-        """What is told of a job."""
+        """Returns what is told about a job."""
         kept, text = self.kept, self.text
         loops = [asdict(loop) for loop in list(text.stream.loop.stops.loops.loops)] if text else kept.loops
         more = {"loops": loops, "curve": list(self.pace.curve), "audit": kept.audit, "quality": kept.quality}
         return {**self.brief(), **more, "files": self.files()}
 
     def brief(self) -> dict[str, Any]:
-        """The same in a list of many."""
+        """Returns what a list of many jobs tells about one."""
         kept, text = self.kept, self.text
         live = text is not None and self.state == "running"
         tokens = self.pace.tokens
@@ -228,7 +237,7 @@ FILES = ("text.txt", "tokens.npy", "report.json", "journal.bin")
 
 
 def kept_jobs(folder: Path) -> Iterator[Job]:
-    """The jobs of a data folder. What is no job is left alone, but for what is left of deleted ones, which goes."""
+    """Yields the jobs of a data folder. Removes what is left of deleted jobs. Everything else is left alone."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(GONE):
             shutil.rmtree(path, ignore_errors=True)
@@ -240,7 +249,7 @@ def kept_jobs(folder: Path) -> Iterator[Job]:
 
 
 def titled(asked: Any) -> str:
-    """The beginning of what is asked for."""
+    """Returns the beginning of what is asked for."""
     said = asked.get("messages") or asked.get("prompt") if isinstance(asked, dict) else asked
     if isinstance(said, list) and said and isinstance(said[-1], dict):
         said = said[-1].get("content")
@@ -249,6 +258,7 @@ def titled(asked: Any) -> str:
 
 
 def told(error: BaseException) -> str:
-    """One line. What users can mend is in their words; of anything else the kind."""
+    """Returns one line about an error. If users can mend it, the line has its words. Otherwise it has the kind of the
+    error."""
     known = isinstance(error, (UserError, JournalError, Busy, OSError))
     return " ".join(str(error).split()) if known else f"{type(error).__name__}; the server's log has more"

@@ -1,4 +1,4 @@
-"""Long texts that outlive everything: each is written into a folder, and a server that starts goes on with them."""
+"""Long texts that outlive the server. Each is written into a folder, and a server that starts goes on with them."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
-SEED_BITS = 53  # of a seed that is drawn here: JSON numbers of every language hold it
-TITLE_LENGTH = 200  # characters
-REQUEST_BYTES = 4 * 2**20  # of what is asked for, as JSON, at most
-RETRY_SECONDS = 1.0  # between two attempts to hand a text to an engine that is full
+SEED_BITS = 53  # the size of a seed that is drawn here; JSON numbers of every language hold it
+TITLE_LENGTH = 200  # the most characters of a title
+REQUEST_BYTES = 4 * 2**20  # the most bytes that a request may have as JSON
+RETRY_SECONDS = 1.0  # seconds between two attempts to hand a text to an engine that is full
 
 
 class NoSuchJob(LookupError):
-    """There is no job of this id."""
+    """The error of an id that no job has."""
 
 
 class WrongState(RuntimeError):
-    """A job that cannot do this now."""
+    """The error of a job that cannot do this now."""
 
 
 class Jobs:
     """The jobs of a data folder, which belongs to one process at a time.
 
-    Jobs wait here, so that they never fill the engine's own line: at most `most_running` are in the engine, and one
-    more where it is more urgent than all of them. One thread hands them over and writes their files when they end.
+    Jobs wait here, so that they never fill the engine's own line. At most `most_running` are in the engine. One more is
+    there if it is more urgent than all of them. One thread hands them over and writes their files when they end.
 
-    folder:    it is made, and nobody else may read it.
-    most_jobs: jobs that are kept, finished ones included; one more is refused.
+    folder:    the data folder. It is made if needed, and nobody else may read it.
+    most_jobs: the number of jobs that are kept, finished ones included. One more is refused.
     """
 
     def __init__(self, engine: Engine, folder: str | Path, *, most_running: int | None = None, most_jobs: int = 1000):
@@ -68,15 +68,16 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="tokenswift-jobs", daemon=True)
         self._thread.start()
 
-    # What callers ask for
+    # Requests of callers
 
     def create(
         self, prompt: Prompt, *, priority: float = 0.0, title: str = "", asked: Any = None, **settings: Any
     ) -> Job:
         """Takes a text. It is on the disk when this returns.
 
-        asked: the request in its own words, to be shown; None is the prompt.
-        Raises UserError for what cannot be written, Busy where too many jobs are kept.
+        Raises UserError for a text that cannot be written, and Busy if too many jobs are kept.
+
+        asked: the request in its own words, to be shown. None shows the prompt.
         """
         check(len(title) <= TITLE_LENGTH, "title", title, f"at most {TITLE_LENGTH} characters")
         settings = {"seed": secrets.randbits(SEED_BITS), **settings}
@@ -104,12 +105,12 @@ class Jobs:
         return job
 
     def list(self) -> list[Job]:
-        """All jobs, the newest first."""
+        """Returns all jobs, the newest first."""
         with self._lock:
             return sorted(self._jobs.values(), key=lambda job: (-job.kept.created, job.id))
 
     def get(self, name: str) -> Job:
-        """Raises NoSuchJob. No name but an id ever becomes a path."""
+        """Returns a job. Raises NoSuchJob. Only an id can ever become a path."""
         with self._lock:
             job = self._jobs.get(name) if ID.fullmatch(name) else None
         if job is None:
@@ -117,7 +118,7 @@ class Jobs:
         return job
 
     def cancel(self, name: str) -> Job:
-        """Ends a job's text; what is written stays. A job that is over stays as it is."""
+        """Ends a job's text. What is written stays. A job that is over stays as it is."""
         job = self.get(name)
         with self._lock:
             if job.state == "waiting":
@@ -142,17 +143,18 @@ class Jobs:
         return job
 
     def audit(self, name: str, sample: int = 0) -> Job:
-        """Begins to prove a job's text; the findings will be in its status. One audit runs at a time.
+        """Begins to prove a job's text. The findings will be in its status. One audit runs at a time.
 
-        sample: windows that are decoded token by token, too.
         Raises WrongState for a job whose text is being written, or that is being audited.
+
+        sample: the number of windows that are also decoded token by token.
         """
         check(0 <= sample <= 1000, "sample", sample, "0 to 1000")
         return self._examine(name, lambda job: self._examiner.audit(job, sample))
 
     def read(self, name: str) -> Job:
-        """Begins to read a job's text, window by window (`tokenswift_py.quality`); the figures will be in its status.
-        Raises WrongState as `audit`."""
+        """Begins to read a job's text, window by window (`tokenswift_py.quality`). The figures will be in its status.
+        Raises WrongState as `audit` does."""
         return self._examine(name, self._examiner.read)
 
     def _examine(self, name: str, begin: Callable[[Job], None]) -> Job:
@@ -165,7 +167,7 @@ class Jobs:
         return job
 
     def _check_free(self, job: Job) -> None:
-        """Raises WrongState for a job that is examined, Busy while the server stops."""
+        """Raises WrongState for a job that is being examined, and Busy while the server stops."""
         if job.examined:
             raise WrongState(f"the job is being {'audited' if job.reading is None else 'read'}")
         if self._closing:
@@ -202,7 +204,7 @@ class Jobs:
         self._thread.join()
         self._lock_file.close()
 
-    # In the jobs' thread
+    # These run in the jobs' thread.
 
     def _work(self) -> None:
         stopping = False
@@ -217,11 +219,11 @@ class Jobs:
             try:
                 todo()
                 self._hand_over()
-            except Exception:  # whatever it is, the other jobs go on
+            except Exception:  # whatever the error is, the other jobs go on
                 logger.exception("a job failed")
 
     def _nothing(self) -> None:
-        """Is done where the line alone has changed."""
+        """Does nothing. It is the work when only the line has changed."""
 
     def _hand_over(self) -> None:
         """Hands the most urgent jobs to the engine, as many as it may have."""
@@ -252,7 +254,8 @@ class Jobs:
                 continue
             with self._lock:
                 job.follow(text)
-                for name in ("text.txt", "tokens.npy", "report.json"):  # of an earlier session; written at the end
+                # These files are of an earlier session. New ones are written at the end.
+                for name in ("text.txt", "tokens.npy", "report.json"):
                     (job.folder / name).unlink(missing_ok=True)
                 if job.cancelled or self._closing:
                     text.cancel()
@@ -267,14 +270,14 @@ class Jobs:
         return text
 
     def _hear(self, job: Job, text: Text, piece: Any) -> None:
-        """In the engine's thread."""
+        """Takes a piece, in the engine's thread."""
         if piece is None:
             self._todo.put(lambda: self._ended(job, text))
         else:
             job.hear(piece)
 
     def _ended(self, job: Job, text: Text) -> None:
-        """Writes the files as the command line does, then the job's own."""
+        """Writes the same files as the command line, then the job's own."""
         error, kept = text.error, job.kept
         try:
             result = text.stream.result()
@@ -293,7 +296,7 @@ class Jobs:
         kept.characters = len(result.text)
         kept.curve, kept.loops = list(job.pace.curve), result.report["loops"]
         kept.figures = job.pace.summary(result.stats)
-        if isinstance(error, (JournalError, OSError)):  # a full disk: it goes on when there is room
+        if isinstance(error, (JournalError, OSError)):  # a full disk: the job goes on when there is room
             self._settle(job, "interrupted", told(error))
         elif error is not None:
             logger.error("job %s failed: %s", job.id, error, exc_info=error)
@@ -306,7 +309,7 @@ class Jobs:
             self._settle(job, "interrupted")
 
     def _settle(self, job: Job, state: str, error: str | None = None) -> None:
-        """Puts on the disk what has become of a job, then tells it. What was interrupted stays open."""
+        """Puts the new state of a job on the disk, then tells it. A job that was interrupted stays open."""
         with self._lock:
             job.kept.state, job.kept.error = OPEN if state == "interrupted" else state, error
             if state != "interrupted":

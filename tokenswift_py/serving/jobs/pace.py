@@ -13,14 +13,18 @@ from tokenswift_py.decoding.statistics import GenerationStats
 from tokenswift_py.runs.report import rounded
 from tokenswift_py.runs.stream import Stream
 
-SAMPLE_SECONDS = 0.25  # between two looks at the counts
-WINDOW_SECONDS = 30.0  # which a speed is the mean of
-CURVE_POINTS = 120  # of the curve at most; then pairs of points become one
+SAMPLE_SECONDS = 0.25  # seconds between two looks at the counts
+WINDOW_SECONDS = 30.0  # the seconds over which a speed is the mean
+CURVE_POINTS = 120  # the most points of the curve; after that, pairs of points become one
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Counts at one moment. own_ms, own_tokens: milliseconds of the text's own rounds, and the tokens they brought."""
+    """The counts at one moment.
+
+    own_ms:     the milliseconds of the text's own rounds.
+    own_tokens: the tokens that these rounds brought.
+    """
 
     seconds: float
     tokens: int
@@ -29,12 +33,12 @@ class Sample:
 
 
 class Pace:
-    """The speed of a text, from the pieces it brings.
+    """The speed of a text, from the pieces that it brings.
 
-    tokens:    tokens the model chose, those of earlier sessions included.
-    curve:     tokens a pass along the text: [tokens by then, mean of the passes since the point before].
-    plain_ms:  milliseconds that a step of plain decoding would take now, by the planner's fit to measured passes; None
-               before any was measured.
+    tokens:   the tokens that the model chose, those of earlier sessions included.
+    curve:    the tokens a pass along the text, as [tokens by then, mean of the passes since the point before].
+    plain_ms: the milliseconds that a step of plain decoding would take now, by the planner's fit to measured passes. It
+              is None before any pass was measured.
     """
 
     def __init__(self, tokens: int = 0, clock: Callable[[], float] = time.monotonic):
@@ -48,7 +52,7 @@ class Pace:
         self._first: Sample | None = None
 
     def hear(self, gained: int, stream: Stream) -> None:
-        """Counts a round that brought so many tokens. Call it from the engine's thread, between rounds."""
+        """Counts a round that brought this many tokens. Call it from the engine's thread, between rounds."""
         with self._lock:
             self.tokens += gained
             self._passes += 1
@@ -67,10 +71,13 @@ class Pace:
                 self.plain_ms = planner.target(1, stream.loop.cache.length)
 
     def figures(self, wanted: int) -> dict[str, Any]:
-        """The fields of a status: how the text comes now. wanted: tokens that it may have at most.
+        """Returns the fields of a status that say how the text comes now.
 
-        speedup is an estimate from the text's own rounds, which leave out the time of others: milliseconds of a step of
-        plain decoding over milliseconds a token. plain_tokens_per_s is what that makes of the speed.
+        speedup is an estimate from the text's own rounds, which leave out the time of others. It is the milliseconds of
+        a step of plain decoding divided by the milliseconds a token. plain_tokens_per_s is the speed divided by
+        speedup.
+
+        wanted: the number of tokens that the text may have at most.
         """
         with self._lock:
             rate = self._rate()
@@ -86,7 +93,7 @@ class Pace:
             }
 
     def summary(self, stats: GenerationStats) -> dict[str, Any]:
-        """The same at the end, of the whole session. The time left is None."""
+        """Returns the same fields at the end, for the whole session. The time left is None."""
         with self._lock:
             rate = None
             if self._first and (seconds := self._clock() - self._first.seconds) > 0:
@@ -96,7 +103,10 @@ class Pace:
             return {**self._compared(rate, stats.ms_per_token), "tokens_per_pass": mean, "eta_s": None}
 
     def _compared(self, rate: float | None, own_ms: float | None) -> dict[str, Any]:
-        """own_ms: milliseconds a token of the text's own rounds."""
+        """Returns the fields that compare the text with plain decoding.
+
+        own_ms: the milliseconds a token in the text's own rounds.
+        """
         speedup = self.plain_ms / own_ms if own_ms and self.plain_ms else None
         return {
             "tokens_per_s": rounded(rate),
@@ -105,7 +115,7 @@ class Pace:
         }
 
     def _rate(self) -> float | None:
-        """Tokens a second until now, so that a text that stands still becomes slower."""
+        """Returns the tokens a second until now. So the speed falls while no text comes."""
         if len(self._samples) < 2:
             return None
         seconds = self._clock() - self._samples[0].seconds

@@ -1,4 +1,4 @@
-"""The page at `/`: one file, which may load nothing from anywhere."""
+"""The page at `/`. It is one file, and may load nothing from anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from starlette.responses import Response
 
 @cache
 def contents() -> tuple[bytes, str]:
-    """The page, and the Content-Security-Policy that allows its own script and style, and requests to this server."""
+    """Returns the page and its Content-Security-Policy. That allows its own script and style, and requests to this
+    server."""
     html = files("tokenswift_py.serving.jobs").joinpath("page.html").read_text(encoding="utf-8")
     script, style = (hashed(html, tag) for tag in ("script", "style"))
     policy = (
@@ -24,7 +25,7 @@ def contents() -> tuple[bytes, str]:
 
 
 def hashed(html: str, tag: str) -> str:
-    """The hashes of all elements of this kind."""
+    """Returns the hashes of all elements of this kind."""
     inside = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside]
     return " ".join(f"'sha256-{digest}'" for digest in digests)

@@ -1,4 +1,4 @@
-"""An audit beside the texts that are being written."""
+"""An audit that runs beside the texts that are being written."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tokenswift_py.serving.engine import Engine
 class Between:
     """A model whose passes the engine's thread computes, each between two of its own.
 
-    So an audit and the texts in work never meet in an executor, whichever it is, and take turns pass by pass. Weights
-    are shared; the pages are the audit's own.
+    So an audit and the texts in work never meet in an executor, whichever it is. They take turns pass by pass. They
+    share the weights, but the audit has its own pages.
     """
 
     def __init__(self, model: Model, engine: Engine):
@@ -49,19 +49,19 @@ class BetweenExecutor:
 
 
 def between_passes(engine: Engine) -> tuple[LoadedModel, BetweenExecutor]:
-    """Returns the model as a text alone has it, whose passes come between those of the engine's, and its executor."""
+    """Returns the model of a text alone, and its executor. Its passes come between the passes of the engine."""
     alone = engine.loaded.alone
     executor = BetweenExecutor(alone.executor, engine)
     return LoadedModel(alone.checkpoint, alone.tokenizer, executor, alone.origin), executor
 
 
 def audited(engine: Engine, folder: Path, sample: int, progress: Callable[[float], None]) -> dict[str, Any]:
-    """Audits a run's folder. Returns the findings as JSON has them. Raises what `audit` raises, and Busy while the
-    engine closes.
+    """Audits a run's folder. Returns the findings as JSON has them.
 
-    progress: function that gets the share of the text that is checked.
-    `ar_seconds` is None where texts were written meanwhile: single steps that wait for others say nothing of plain
-    decoding.
+    Raises the errors of `audit`, and Busy while the engine closes. `ar_seconds` is None if texts were written
+    meanwhile: single steps that wait for others say nothing about plain decoding.
+
+    progress: a function that gets the share of the text that is checked.
     """
     loaded, executor = between_passes(engine)
     record = journal.read(folder)

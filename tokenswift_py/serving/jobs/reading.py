@@ -1,4 +1,4 @@
-"""How a job's text reads, window by window, beside the texts that are being written."""
+"""Reads a job's text window by window, beside the texts that are being written, and says how well it reads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from tokenswift_py.text import special_ids
 def read_windows(engine: Engine, folder: Path, progress: Callable[[float], None]) -> dict[str, Any]:
     """Lets the engine's model read the windows of a recorded text, each on its own.
 
+    Returns the report's `window_perplexity`, and the place and the figures of each window. start and stop are numbers
+    of tokens that the model chose, as in `loops` of a report. Some windows contain markup, which is not read.
+
     Raises Busy while the engine closes.
 
-    progress: function that gets the share of the windows that is read.
-    Returns the report's `window_perplexity`, and for each window where it is and its figures. start, stop: numbers of
-    tokens that the model chose, as in `loops` of a report. Markup stands in some windows and is not read.
+    progress: a function that gets the share of the windows that is read.
     """
     loaded, _ = between_passes(engine)
     chosen = journal.read(folder).chosen_tokens

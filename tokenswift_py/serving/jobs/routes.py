@@ -29,8 +29,8 @@ from tokenswift_py.serving.shapes import jobs as shapes
 from tokenswift_py.serving.shapes.document import described, stream_of
 from tokenswift_py.text import Prompt
 
-STATUS_SECONDS = 1.0  # between two statuses in a stream of events
-GATHER_SECONDS = 0.05  # in which pieces are gathered into one event
+STATUS_SECONDS = 1.0  # seconds between two statuses in a stream of events
+GATHER_SECONDS = 0.05  # seconds in which pieces are gathered into one event
 TYPES = {"text.txt": "text/plain; charset=utf-8", "report.json": "application/json"}
 OTHER = "application/octet-stream"
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
@@ -39,10 +39,10 @@ Offset = Annotated[int, Query(ge=0, lt=2**53, description="characters of the tex
 
 
 class JobRequest(OwnParameters):
-    """A long text to be written. Either prompt or messages.
+    """A long text to be written. A request has either prompt or messages.
 
-    raw: the prompt is the beginning of the text, without a chat template.
-    priority: the higher, the sooner it is served.
+    raw:      whether the prompt is the beginning of the text, without a chat template.
+    priority: the urgency of the text. Texts of higher priority are served sooner.
     """
 
     prompt: str | list[TokenId] | None = None
@@ -57,16 +57,19 @@ class JobRequest(OwnParameters):
 
 
 class AuditRequest(BaseModel):
-    """sample: windows of the text that are decoded token by token, too."""
+    """The settings of an audit.
+
+    sample: the number of windows of the text that are also decoded token by token.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     sample: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
 def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
-    """The routes of `jobs`, for an application that tells `UserError` and `Refusal` as `refusals.install` does.
+    """Returns the routes of `jobs`, for an application that tells `UserError` and `Refusal` as `refusals.install` does.
 
-    limits: of one text; the same as for texts that are answered at once.
+    limits: the limits of one text. They are the same as for texts that are answered at once.
     """
     router = APIRouter()
     server = Server(jobs.engine.loaded, jobs.engine.context, limits or Limits())
@@ -87,7 +90,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             raise no_job(name) from None
 
     async def done(name: str, what: Any, *arguments: Any) -> Any:
-        """Does what is asked for outside of the event loop, and turns what goes wrong into refusals."""
+        """Does what is asked for outside of the event loop, and turns errors into refusals."""
         try:
             return await run_in_threadpool(what, *arguments)
         except NoSuchJob:
@@ -103,7 +106,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
     @router.post("/v1/jobs", status_code=201, responses={**errors, 201: job_of}, response_class=Response)
     async def create(body: JobRequest) -> Response:
-        """Take a text. It is on the disk when this answers, and is written whatever happens to the server."""
+        """Takes a text. It is on the disk when this answers, and is written whatever happens to the server."""
 
         def make() -> dict[str, Any]:
             prompt, settings, priority = plain(server, body)
@@ -115,18 +118,19 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
     @router.get("/v1/jobs", responses={**errors, 200: described(shapes.JobList)}, response_class=Response)
     async def every() -> Response:
-        """All jobs, the newest first, without what only one of them tells: curve, loops, audit, files."""
+        """Lists all jobs, the newest first. Leaves out the fields that only one job tells: curve, loops, audit,
+        files."""
         told = await run_in_threadpool(lambda: [job.brief() for job in jobs.list()])
         return answer({"object": "list", "data": told})
 
     @router.get("/v1/jobs/{job}", responses={**errors, 200: job_of}, response_class=Response)
     async def one(job: str) -> Response:
-        """The state of a job, and what was asked for."""
+        """Returns the state of a job, and what was asked for."""
         return answer(await run_in_threadpool(whole, found(job)))
 
     @router.get("/v1/jobs/{job}/text", responses={**errors, 200: described(shapes.JobText)}, response_class=Response)
     async def text(job: str, offset: Offset = 0) -> Response:
-        """The text so far, from a character on."""
+        """Returns the text so far, from a character on."""
         it = found(job)
         written = await run_in_threadpool(it.written)
         rest = written[offset:]
@@ -137,8 +141,9 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
     async def events(
         job: str, offset: Offset = 0, last_event_id: Annotated[str | None, Header(max_length=20)] = None
     ) -> Response:
-        """The text as it comes, as server-sent events, from a character on: `text` events, whose id is the number of
-        characters so far, `status` events, and an `end` event. Last-Event-ID goes before offset."""
+        """Streams the text as it comes, as server-sent events, from a character on. There are `text` events, whose id
+        is the number of characters so far, `status` events, and an `end` event. Last-Event-ID is used rather than
+        offset."""
         it = found(job)
         if last_event_id:
             fine = last_event_id.isascii() and last_event_id.isdecimal()
@@ -148,28 +153,28 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
     @router.post("/v1/jobs/{job}/cancel", responses={**errors, 200: job_of}, response_class=Response)
     async def cancel(job: str) -> Response:
-        """End a text. What is written stays, and it can be resumed."""
+        """Ends a text. What is written stays, and the text can be resumed."""
         return answer(whole(await done(job, jobs.cancel, job)))
 
     @router.post("/v1/jobs/{job}/resume", responses={**errors, 200: job_of}, response_class=Response)
     async def resume(job: str) -> Response:
-        """Go on with a text that was cancelled, interrupted or failed."""
+        """Goes on with a text that was cancelled, interrupted or failed."""
         return answer(whole(await done(job, jobs.resume, job)))
 
     @router.post("/v1/jobs/{job}/audit", status_code=202, responses={**errors, 202: job_of}, response_class=Response)
     async def audit(job: str, body: AuditRequest | None = None) -> Response:
-        """Begin to prove that plain decoding writes this text. The job's status will have the findings."""
+        """Begins to prove that plain decoding writes this text. The job's status will have the findings."""
         return answer(whole(await done(job, jobs.audit, job, body.sample if body else 0)), 202)
 
     @router.post("/v1/jobs/{job}/quality", status_code=202, responses={**errors, 202: job_of}, response_class=Response)
     async def quality(job: str) -> Response:
-        """Begin to read this text, window by window, as somebody who knows nothing before each. The job's status will
-        have the perplexity of every window."""
+        """Begins to read this text, window by window, without knowing what comes before each window. The job's status
+        will have the perplexity of every window."""
         return answer(whole(await done(job, jobs.read, job)), 202)
 
     @router.get("/v1/jobs/{job}/files/{name}", responses={**errors, 200: file_of}, response_class=FileResponse)
     async def file(job: str, name: Literal["text.txt", "tokens.npy", "report.json", "journal.bin"]) -> Response:
-        """A file of a job's folder, as the command line writes it."""
+        """Returns a file of a job's folder, as the command line writes it."""
         path = found(job).folder / name
         if not path.is_file():
             raise Refusal(404, f"{name}: the job has no such file yet", "name", "no_such_file")
@@ -177,7 +182,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
     @router.delete("/v1/jobs/{job}", responses={**errors, 200: described(shapes.JobDeleted)}, response_class=Response)
     async def delete(job: str) -> Response:
-        """Remove a job and its files. One that is being written must be cancelled first."""
+        """Removes a job and its files. A job that is being written must be cancelled first."""
         await done(job, jobs.delete, job)
         return answer({"id": job, "object": "job", "deleted": True})
 
@@ -185,7 +190,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
 
 
 def plain(server: Server, body: JobRequest) -> tuple[list[int], dict[str, Any], float]:
-    """The prompt's token ids, the settings, and the priority that a request comes to. Raises UserError and Refusal."""
+    """Returns the prompt's token ids, the settings and the priority of a request. Raises UserError and Refusal."""
     check((body.prompt is None) != (body.messages is None), "prompt", body.prompt, "either prompt or messages")
     settings = server.settings(body, body.response_format, None)
     settings |= {"raw": True} if body.raw else {}
@@ -197,13 +202,13 @@ def plain(server: Server, body: JobRequest) -> tuple[list[int], dict[str, Any], 
 
 
 def whole(job: Job) -> dict[str, Any]:
-    """All of a job's status."""
+    """Returns all of a job's status."""
     return {**job.status(), "asked": job.kept.asked, "seed": job.kept.settings["seed"]}
 
 
 async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
-    """The events of a job from a character on. A client may know more of the text than a server that was killed: it
-    then hears nothing until the text, which comes to the same bytes, is longer."""
+    """Yields the events of a job from a character on. A client may know more of the text than a server that was killed.
+    It then hears nothing until the server has written the same bytes again, and more."""
     changed, loop = asyncio.Event(), asyncio.get_running_loop()
     due, examined = 0.0, None
 
@@ -226,7 +231,8 @@ async def told(job: Job, offset: int) -> AsyncIterator[dict[str, Any]]:
             if now >= due or examined != (job.auditing, job.reading):
                 due, examined = now + STATUS_SECONDS, (job.auditing, job.reading)
                 yield {"event": "status", "data": dumped(job.status())}
-            alarm = loop.call_later(STATUS_SECONDS, changed.set)  # wait_for can miss that a client left (before 3.12)
+            # asyncio.wait_for can miss that a client left (before Python 3.12).
+            alarm = loop.call_later(STATUS_SECONDS, changed.set)
             try:
                 await changed.wait()
             finally:
@@ -239,7 +245,7 @@ def no_job(name: str) -> Refusal:
 
 
 def dumped(value: Any) -> str:
-    """JSON in ASCII: what was asked for may hold half of a surrogate pair."""
+    """Returns JSON in ASCII. The request may hold half of a surrogate pair."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""How the OpenAPI document says what answers look like. Answers are made without it: it costs them nothing."""
+"""The part of the OpenAPI document that describes answers. Answers are made without it, so it costs them nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shape(BaseModel):
 def described(shape: type[BaseModel], event: type[BaseModel] | None = None, told: str = "the answer") -> dict[str, Any]:
     """Returns an answer for the document.
 
-    event: the JSON in the data of server-sent events, where the answer may also come as a stream of these.
+    event: the JSON in the data of server-sent events, if the answer may also come as a stream of these.
     """
     content: dict[str, Any] = {"application/json": {"schema": reference(shape)}}
     return {"description": told, "content": {**content, **(stream_of(event) if event else {})}}
@@ -38,7 +38,7 @@ def reference(shape: type[BaseModel]) -> dict[str, str]:
 
 
 def install(app: FastAPI, *shapes: type[BaseModel]) -> None:
-    """Puts the shapes, and what they consist of, into the document of an application. Call it before the document is
+    """Puts the shapes, and the shapes in them, into the document of an application. Call it before the document is
     asked for."""
     plain = app.openapi
 

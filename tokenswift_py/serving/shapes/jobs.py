@@ -12,7 +12,7 @@ State = Literal["waiting", "running", "finished", "failed", "cancelled", "interr
 
 
 class JobLine(Shape):
-    """A job in a list of many. Seconds are since 1970; shares go from 0 to 1."""
+    """A job in a list of many. Times are in seconds since 1970. Shares go from 0 to 1."""
 
     id: str
     object: Literal["job"]
@@ -50,7 +50,7 @@ class LoopPlace(Shape):
 
 
 class Findings(Shape):
-    """The findings of an audit. passed: null where it broke off."""
+    """The findings of an audit. `passed` is null if the audit was stopped."""
 
     model_config = ConfigDict(extra="allow")
     passed: bool | None
@@ -59,7 +59,7 @@ class Findings(Shape):
 
 
 class ReadWindow(Shape):
-    """A window and its figures. Null is beyond measure."""
+    """A window and its figures. A figure is null if it is not a finite number."""
 
     start: int
     stop: int
@@ -70,7 +70,7 @@ class ReadWindow(Shape):
 
 
 class Readings(Shape):
-    """How the windows read. Null: there is no window, or it is beyond measure."""
+    """The figures of all windows. They are null if there is no window, or if they are not finite numbers."""
 
     median: float | None
     worst: float | None
@@ -84,7 +84,7 @@ class Readings(Shape):
 
 
 class JobStatus(JobLine):
-    """All of a job. curve: tokens a pass along the text, as pairs of the tokens by then and the mean."""
+    """All of a job. `curve` has the tokens a pass along the text, as pairs of the tokens by then and the mean."""
 
     loops: list[LoopPlace]
     curve: list[list[float]]
@@ -94,7 +94,7 @@ class JobStatus(JobLine):
 
 
 class JobWhole(JobStatus):
-    """asked: the request in its own words."""
+    """All of a job, and what was asked for. `asked` is the request in its own words."""
 
     asked: Any
     seed: int
@@ -115,7 +115,7 @@ class JobDeleted(Shape):
 
 
 class JobPiece(Shape):
-    """A `text` event. tokens: of the text so far."""
+    """A `text` event. `tokens` is the number of tokens of the text so far."""
 
     text: str
     tokens: int

@@ -1,4 +1,4 @@
-"""Answers of the endpoints that write texts and tell tokens, as OpenAI's and vLLM's clients expect them."""
+"""Answers of the endpoints that write texts and tell tokens, in the form that OpenAI's and vLLM's clients expect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Finish = Literal["stop", "length"]
 
 
 class Usage(Shape):
-    """Tokens. A prompt counts once for all of its texts."""
+    """The numbers of tokens. A prompt counts once for all of its texts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -21,7 +21,7 @@ class Usage(Shape):
 
 
 class Proven(Shape):
-    """What a client needs to write the text again and compare."""
+    """The fields that a client needs to write the text again and compare."""
 
     system_fingerprint: str = Field(description="numerics again")
     guarantee: str
@@ -31,7 +31,7 @@ class Proven(Shape):
 
 
 class TokenText(Shape):
-    """A token. bytes: null where it is a part of a character."""
+    """A token. `bytes` is null if the token is a part of a character."""
 
     token: str
     bytes: list[int] | None
@@ -87,7 +87,8 @@ class ChatChunkChoice(Shape):
 
 
 class Chunk(Shape):
-    """A part of a stream. The last chunk of each text has all that `Proven` has, and so has the one with the usage."""
+    """A part of a stream. The last chunk of each text has all fields of `Proven`, and so has the chunk with the
+    usage."""
 
     id: str
     created: int
@@ -109,7 +110,7 @@ class ChatCompletionChunk(Chunk):
 
 
 class CompletionLogprobs(Shape):
-    """text_offset: the character at which each token begins."""
+    """The log-probabilities of a completion. `text_offset` has the character at which each token begins."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -195,7 +196,7 @@ class TextShape(Shape):
 
 
 class BegunResponse(Shape):
-    """A response while it is written, or one that failed. What follows `seed` is there when it is over."""
+    """A response while it is written, or one that failed. The fields after `seed` are there when it is over."""
 
     id: str
     object: Literal["response"]
