@@ -298,10 +298,27 @@ def test_answers_of_another_model_are_not_gone_on_with(
     assert [answer["custom_id"] for answer in read(out)] == ["a", "b"]
 
 
+SLOWED = """
+import sys, time
+from tokenswift_py.cli.main import main
+from tokenswift_py.serving.scheduler import Scheduler
+
+step = Scheduler.step
+
+def slowly(scheduler):
+    time.sleep(0.01)
+    return step(scheduler)
+
+Scheduler.step = slowly
+sys.exit(main())
+"""
+
+
 def started(arguments: list[str], out: Path, more: int) -> subprocess.Popen[str]:
-    """Starts the command, and waits until it has written so many answers more."""
+    """Starts the command, and waits until it has written so many answers more. It is slowed, so that it is not done by
+    then, however fast the machine is."""
     before = len(read(out)) if out.exists() else 0
-    run = [sys.executable, "-c", "import sys; from tokenswift_py.cli.main import main; sys.exit(main())", *arguments]
+    run = [sys.executable, "-c", SLOWED, *arguments]
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, env=surroundings())
     deadline = time.monotonic() + 120
     while not out.exists() or len(read(out)) < before + more:
