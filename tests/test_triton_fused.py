@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -15,17 +13,10 @@ from scenes import LAYERS, fill, new_pool
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kvcache.pages import TorchPagePool
+from triton_scenes import seeded as seeded
 
 # The interpreter cuts bf16 short instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -5,7 +5,6 @@ The unfused kernels are held to torch and Hugging Face in test_triton_fused.py a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,9 @@ from interpreter import DEVICE
 from scenes import new_pool
 from tokenswift_py.kernels.triton import fused, projections
 from tokenswift_py.kernels.triton.matmul import linear
+from triton_scenes import seeded as seeded
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
 
 
 def drawn(dtype: torch.dtype, *shape: int) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,14 +27,7 @@ from tokenswift_py.sampling.filters import NEGLIGIBLE, nucleus_floor
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 from transfers import Transfers
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
+from triton_scenes import seeded as seeded
 
 
 def history(length: int) -> History:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 
-from interpreter import INTERPRETED
+from interpreter import DEVICE, INTERPRETED
 from scenes import Scene
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import visible
@@ -45,6 +47,15 @@ class Reads:
     def count(self, pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
         for start, stop in self.spans:
             self.bytes += size * int(((pointers >= start) & (pointers < stop) & mask).sum())
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Gives each test of the file that imports this the same random numbers, made where the kernels run."""
+    torch.manual_seed(0)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture
