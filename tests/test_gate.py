@@ -54,3 +54,17 @@ def test_a_body_that_does_not_come_is_told_so(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.01)
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", gate.OPEN)
+def test_nothing_is_read_of_who_has_shown_no_key(path: str) -> None:
+    bodies: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        bodies.append(await receive())
+
+    async def run() -> None:
+        await Gate(application, "key", None, 1)({**SCOPE, "path": path}, nothing, nothing)
+
+    asyncio.run(run())
+    assert bodies == [{"type": "http.request", "body": b"", "more_body": False}]

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenswift_py.serving.http.refusals import Refusal
 from tokenswift_py.serving.limits import MIB
 
-OPEN = ("/health", "/")  # paths that need no key, for they tell nothing
+OPEN = ("/health", "/")  # paths that need no key, for they tell nothing; they take no body
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DROPPED = 64 * MIB  # the most bytes that are read and dropped
 BODY_SECONDS = 60.0  # seconds in which a request's body must arrive
@@ -42,9 +42,11 @@ class Gate:
         try:
             headers = Headers(scope=scope)
             self.check_host(headers)
-            if scope["path"] not in OPEN:
+            if scope["path"] in OPEN:
+                body: bytes | None = b""  # nobody has shown a key, so nothing of theirs is kept
+            else:
                 self.check_key(headers)
-            body = await self.body(headers, receive)
+                body = await self.body(headers, receive)
         except Refusal as refusal:
             await refusal.response()(scope, receive, send)
             return
