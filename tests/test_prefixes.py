@@ -121,6 +121,23 @@ def test_the_longest_unused_pages_go_first_of_a_text_the_last(moves: list[Any]) 
     assert pool.free == pool.pages and prefixes.idle == 0
 
 
+def test_pages_that_others_hold_too_are_not_freed() -> None:
+    pool = Holders(40)
+    prefixes = Prefixes(pool)  # type: ignore[arg-type]
+    first, alike, other = Text(pool, [1, 2, 3, 4]), Text(pool, [1, 2, 5]), Text(pool, [9, 9])
+    first.grow(4)
+    prefixes.keep(first.cache, first.tokens, first.prefix)
+    alike.prefix.cover(alike.tokens)
+    prefixes.attach(alike.cache, prefixes.find(alike.prefix), alike.prefix)
+    other.grow(1)
+    assert prefixes.freed([first.cache]) == 2 and prefixes.freed([alike.cache]) == 0
+    assert prefixes.freed([first.cache, alike.cache, other.cache]) == 5
+    before = pool.free + prefixes.idle
+    first.cache.release()
+    assert pool.free + prefixes.idle == before + 2
+    assert prefixes.freed([alike.cache]) == 2 and prefixes.freed([]) == 0
+
+
 def calls(work: Callable[[], object]) -> int:
     """Counts the functions that are called meanwhile, built-in ones included."""
     count = 0

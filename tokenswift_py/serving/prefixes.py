@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import takewhile
 
+import numpy as np
+
 from tokenswift_py.core import IntArray
 from tokenswift_py.kvcache.base import PAGE_SIZE, PagePool
 from tokenswift_py.kvcache.cache import KVCache
@@ -99,6 +101,14 @@ class Prefixes:
     def idle(self) -> int:
         """Returns how many pages are held only for later texts."""
         return self.pool.idle
+
+    def freed(self, caches: Sequence[KVCache]) -> int:
+        """Returns how many pages are held by these caches and by no other. They are free, or idle, when all of these
+        caches have given them back."""
+        held = [cache.pages[cache.pages >= 0] for cache in caches]
+        pages, holders = np.unique(np.concatenate([np.empty(0, np.int32), *held]), return_counts=True)
+        counts = zip(pages.tolist(), holders.tolist(), strict=True)
+        return sum(self.pool.holders(page) == count + (page in self._by_page) for page, count in counts)
 
     def make_room(self, pages: int) -> None:
         """Gives back this many idle pages, or all there are. The longest unused ones go first. Of one text, the last

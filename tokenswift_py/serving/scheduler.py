@@ -42,7 +42,7 @@ class Scheduler:
         pool: PagePool,
         clock: Callable[[], float],
         most_running: int = 16,
-        most_rows: int = 256,
+        most_rows: int = 128,
     ) -> None:
         self.target, self.pool, self.clock = target, pool, clock
         self.most_running, self.most_rows = most_running, most_rows
@@ -171,7 +171,7 @@ class Scheduler:
         """
         if pages <= self.pool.free + self.prefixes.idle:
             return True
-        held = sum(victim.work.cache.nbytes for victim in victims) // self.pool.page_bytes
+        held = self.prefixes.freed([victim.work.cache for victim in victims])
         promised = sum(map(self._needs, victims)) if beside else 0
         return pages <= self.pool.free + self.prefixes.idle + held + promised
 
@@ -202,6 +202,7 @@ class Scheduler:
         """Takes a text's pages. Those that are known stay until they are needed."""
         self.prefixes.keep(seat.work.cache, seat.work.tokens(), seat.prefix)
         seat.work.cache.release()
+        seat.work.set_aside()
         seat.running, seat.since, seat.prefix.told = False, self.clock(), 0
         self.preemptions += 1
 

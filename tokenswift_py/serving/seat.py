@@ -46,6 +46,9 @@ class Work(Protocol):
     def tell(self, what: Any) -> None:
         """Takes what the text has brought at the end of a round."""
 
+    def set_aside(self) -> None:
+        """Notes that the text has lost its pages and may not go on for a long time."""
+
     def end(self, error: BaseException | None) -> None:
         """Notes that nothing more comes. The text has ended, was cancelled (None) or failed."""
 

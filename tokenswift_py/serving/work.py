@@ -50,6 +50,9 @@ class LoopWork:
     def rows_ahead(self) -> int:
         return self.loop.rows_ahead
 
+    def set_aside(self) -> None:
+        """Does nothing: a loop keeps nothing that could be lost."""
+
 
 class StreamWork(LoopWork):
     """The text of a stream."""
@@ -69,3 +72,8 @@ class StreamWork(LoopWork):
     def passes(self) -> Generator[Pass | Piece, Output | None, None]:
         self.began = True
         return self.stream.passes()
+
+    def set_aside(self) -> None:
+        """Puts on the disk what is told, for no next step will do that soon."""
+        if self.stream.journal is not None:
+            self.stream.journal.sync()
