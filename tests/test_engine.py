@@ -219,6 +219,30 @@ def test_a_text_that_is_being_made_has_its_place_in_line(swift: TokenSwift, slow
     assert not closing.is_alive() and texts[0].result(1).ending in ("interrupted", "length")
 
 
+def test_closing_waits_no_longer_than_it_says_for_a_text_that_is_being_made(
+    swift: TokenSwift, slow_to_build: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "BUILD_SECONDS", 0.05)
+    engine, told = Engine(swift, CONTEXT), list[BaseException]()
+
+    def submit() -> None:
+        try:
+            engine.submit("the cat", **settings(99))
+        except Busy as busy:
+            told.append(busy)
+
+    thread = threading.Thread(target=submit, daemon=True)
+    thread.start()
+    assert slow_to_build.reached.wait(60)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    slow_to_build.opened.set()
+    thread.join(60)
+    assert str(told[0]) == "the engine is closed"
+
+
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Held]:
     """A disk that takes the beginning of a journal, and nothing more until it is opened."""
@@ -255,6 +279,40 @@ def test_a_slow_disk_stops_no_text_and_an_end_is_told_when_it_is_durable(
     whole = recorded.result(60).tokens
     assert journal.read(tmp_path / "run").tokens == whole == heard[:100] and heard[100:] == [-1]
     assert whole == swift.generate("the cat", context=CONTEXT, **settings(3, 100)).tokens
+
+
+def test_a_text_that_makes_room_is_on_the_disk_before_it_goes_on(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SYNC_TOKENS", 10**6)
+    monkeypatch.setattr(journal, "SYNC_SECONDS", 1e9)
+    engine = Engine(swift, CONTEXT, most_running=1)
+    patient = engine.submit("the cat", out=tmp_path / "run", **settings(1, 250))
+    next(iter(patient))
+    urgent = engine.submit("a dog", priority=1, **settings(2, 200))
+    deadline = time.monotonic() + 60
+    while not (known := journal.read(tmp_path / "run").tokens) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert 0 < len(known) < 250, "not by its end, which puts everything on the disk"
+    assert urgent.result(60).ending == "length" and patient.result(60).tokens[: len(known)] == known
+    engine.close()
+
+
+def test_an_interrupted_text_whose_journal_fails_says_so_in_the_log(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Engine(swift, CONTEXT)
+    text = engine.submit("the cat", out=tmp_path / "run", **settings(1, 250))
+    next(iter(text))
+
+    def full(self: Any, frame: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal.Journal, "_put", full)
+    text.cancel()
+    assert text.result(60).ending == "interrupted"
+    assert "No space left" in caplog.text
+    engine.close()
 
 
 @pytest.mark.parametrize("tokens", [8, 10**6])
@@ -303,6 +361,14 @@ def test_a_fault_of_the_engine_ends_the_texts_and_not_the_engine(
         with pytest.raises(ZeroDivisionError):
             engine.submit("the cat", **settings(1)).result(60)
     assert engine.submit("the cat", **settings(1)).result(60).ending == "length"
+
+
+def test_an_order_that_fails_takes_no_other_with_it(swift: TokenSwift, engine: Engine) -> None:
+    with engine._changed:  # so that the thread takes both at once
+        engine._order(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+        done = threading.Event()
+        engine._order(done.set)
+    assert done.wait(30)
 
 
 def test_a_listener_that_fails_ends_nothing(swift: TokenSwift, engine: Engine) -> None:

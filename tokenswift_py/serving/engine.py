@@ -86,7 +86,7 @@ class Engine:
         self._finished: Counter[str] = Counter()
         self._past = GenerationStats()
         self._prompt_tokens = 0  # the prompt tokens of texts that began and are over
-        self._closing = False
+        self._closing = self._closed = False
         self._due = 0.0  # the time when figures are shown again
         self._shown: dict[str, Any] = {"running": 0, "kv_usage": 0.0, "preemptions": 0, "prefix_hits": 0}
         # If this thread computed while the process ends, the process would crash.
@@ -178,9 +178,14 @@ class Engine:
             raise
         with self._changed:  # one step: otherwise the text would take two places in line for a moment
             self._building -= 1
-            self._live[text.number] = work
-            self._orders.append(lambda: self._seat(text, work))
+            if not self._closed:
+                self._live[text.number] = work
+                self._orders.append(lambda: self._seat(text, work))
             self._changed.notify_all()
+            closed = self._closed
+        if closed:  # it took longer than `close` waits
+            stream.close()
+            raise Busy("the engine is closed")
         return text
 
     def _stream(self, run: Run, own: OwnTime) -> Stream:
@@ -234,12 +239,14 @@ class Engine:
 
     def close(self, drain_s: float = 0.0) -> None:
         """Takes no more texts, waits up to this many seconds for those there are, and ends the rest as interrupted."""
+        deadline = time.monotonic() + drain_s
         with self._changed:
             self._closing = True
-            self._changed.wait_for(lambda: not self._building)
-        deadline = time.monotonic() + drain_s
+            self._changed.wait_for(lambda: not self._building, max(drain_s, BUILD_SECONDS))
         while self._live and time.monotonic() < deadline:
             time.sleep(0.02)
+        with self._changed:
+            self._closed = True
         self._order(self._scheduler.close)
         self._order(self._stop)
         self._thread.join()
@@ -254,10 +261,9 @@ class Engine:
             with self._changed:
                 while not self._orders and not busy:
                     self._changed.wait()
-                orders = [self._orders.popleft() for _ in range(len(self._orders))]
             try:
-                for order in orders:
-                    order()
+                for _ in range(len(self._orders)):
+                    self._orders.popleft()()  # if one fails, the others stay
                 busy = self._going and self._scheduler.step()
             except Exception as error:  # an error of one text has ended that text; this is a fault of the engine
                 logger.exception("the engine failed: all texts end")
@@ -310,6 +316,8 @@ class Engine:
         """
         if work.stream.ending != "interrupted":
             error = error or failure
+        elif failure is not None:
+            logger.error("the journal of an interrupted text is not whole: %s", failure)
         with self._changed:
             self._live.pop(text.number, None)
             self._prompt_tokens += len(work.prompt) if work.began else 0
@@ -332,3 +340,4 @@ def close_at_exit(engine: ref[Engine]) -> None:
 
 
 SHOWN_SECONDS = 0.1
+BUILD_SECONDS = 30.0  # a text that is not in line by then is refused when the engine closes
