@@ -100,12 +100,14 @@ struct Isa {
   }
   static Wholes dot(Wholes a, Unsigned w, Signed x) {
     const __m256i even = _mm256_madd_epi16(w.even, x.even), odd = _mm256_madd_epi16(w.odd, x.odd);
-    return _mm256_add_epi32(_mm256_add_epi32(a, even), odd);
+    return in_turn(_mm256_add_epi32(_mm256_add_epi32(a, even), odd));
   }
   using Shorts = __m256i;
   static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
   static Shorts shorts() { return _mm256_setzero_si256(); }
-  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm256_add_epi16(a, _mm256_maddubs_epi16(w, x)); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) {
+    return in_turn(_mm256_add_epi16(a, _mm256_maddubs_epi16(w, x)));
+  }
   static Wholes add_shorts(Wholes a, Shorts b) {
     return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
@@ -130,6 +132,12 @@ struct Isa {
   }
 
  private:
+  // Returns a. GCC otherwise reorders sums of whole numbers, computes all products of a tile before it adds the first,
+  // and keeps them in memory meanwhile.
+  static __m256i in_turn(__m256i a) {
+    asm("" : "+x"(a));
+    return a;
+  }
   static __m256i pairs(const int8_t* p) {
     return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }

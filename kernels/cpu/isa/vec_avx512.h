@@ -115,12 +115,14 @@ struct Isa {
   }
   static Wholes dot(Wholes a, Unsigned w, Signed x) {
     const __m512i even = _mm512_madd_epi16(w.even, x.even), odd = _mm512_madd_epi16(w.odd, x.odd);
-    return _mm512_add_epi32(_mm512_add_epi32(a, even), odd);
+    return in_turn(_mm512_add_epi32(_mm512_add_epi32(a, even), odd));
   }
   using Shorts = __m512i;
   static constexpr int short_dots(int bits) { return bits == 4 ? 8 : bits == 5 ? 4 : 2; }
   static Shorts shorts() { return _mm512_setzero_si512(); }
-  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return _mm512_add_epi16(a, _mm512_maddubs_epi16(w, x)); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) {
+    return in_turn(_mm512_add_epi16(a, _mm512_maddubs_epi16(w, x)));
+  }
   static Wholes add_shorts(Wholes a, Shorts b) {
     return _mm512_add_epi32(a, _mm512_madd_epi16(b, _mm512_set1_epi16(1)));
   }
@@ -145,6 +147,11 @@ struct Isa {
   }
 
  private:
+  // Returns a. It keeps GCC from another order of sums, see vec_avx2.h.
+  static __m512i in_turn(__m512i a) {
+    asm("" : "+v"(a));
+    return a;
+  }
   static __m512i pairs(const int8_t* p) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }

@@ -43,21 +43,33 @@ inline float largest(const float* x) {
   return float_of_bits(top);
 }
 
-// Rounds n activations to blocks. The last block is filled with zeros. Where a value is not finite, the scale is not
-// finite either, nor is any product with it.
+// Sums 16 bytes, eight at a time in a word. Each byte plus 128 is unsigned, and a word holds four sums of 16 bits.
+inline int32_t sum_of_half(const int8_t* quants) {
+  constexpr uint64_t low_bytes = 0x00ff00ff00ff00ff, signs = 0x8080808080808080;
+  uint64_t words[2], sums = 0;
+  std::memcpy(words, quants, sizeof words);
+  for (uint64_t word : words) sums += ((word ^ signs) & low_bytes) + ((word ^ signs) >> 8 & low_bytes);
+  return int32_t(sums * 0x0001000100010001 >> 48) - 16 * 128;
+}
+
+// Rounds 32 activations to a block. Where a value is not finite, the scale is not finite either, nor is any product
+// with it.
+inline void quantise_block(const float* x, ActivationBlock& out) {
+  const float top = largest(x), inverse = top > 1e-30f ? 127.0f / top : 0.0f;
+  for (int i = 0; i < block_size; ++i) out.quants[i] = int8_t(nearest_whole(x[i] * inverse));
+  out.scale = top / 127.0f;
+  out.first_sum = sum_of_half(out.quants);
+  out.sum = out.first_sum + sum_of_half(out.quants + block_size / 2);
+  out.scaled_sum = out.scale * float(out.sum);
+}
+
+// Rounds n activations to blocks. The last block is filled with zeros.
 inline void quantise_row(const float* x, int n, ActivationBlock* out) {
-  for (; n > 0; n -= block_size, x += block_size, ++out) {
+  for (; n >= block_size; n -= block_size, x += block_size) quantise_block(x, *out++);
+  if (n > 0) {
     float block[block_size] = {};
-    std::memcpy(block, x, (n < block_size ? n : block_size) * sizeof *x);
-    const float top = largest(block);
-    const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;
-    out->scale = top / 127.0f;
-    for (int i = 0; i < block_size; ++i) out->quants[i] = int8_t(nearest_whole(block[i] * inverse));
-    int32_t sums[2] = {};
-    for (int i = 0; i < block_size; ++i) sums[i / (block_size / 2)] += out->quants[i];
-    out->first_sum = sums[0];
-    out->sum = sums[0] + sums[1];
-    out->scaled_sum = out->scale * float(out->sum);
+    std::memcpy(block, x, n * sizeof *x);
+    quantise_block(block, *out);
   }
 }
 
