@@ -2,15 +2,16 @@
 
     python experiments/acceptance.py --workloads code,docs --lengths 16384,65536 --views 1024,2048,4096 --kept DIR
 
-Behind a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
-cache. A guess is put to the test if all before it in its chain were right; `acceptance` is the share of those that were
+After a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
+cache. A guess is put to the test if all before it in its chain were right. `acceptance` is the share of those that were
 right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew after a
-wrong guess, a full page and 8 tokens; `fresh` are guesses under one that was chosen in their own round.
+wrong guess, after a full page and after 8 tokens. `fresh` counts guesses under a view that was chosen in their own
+round.
 
-What policies learn from is attention. In a long run they see that of every row written; of a prompt they are shown the
-last SEEN_ROWS rows only, which leaves h2o, a mean over a page's life, next to nothing to go by. So all of them are
-shown the last `--seen` tokens of the prefix before they draft, as if those had been written. recent needs none, and
-quest and importance look at the last row alone.
+Policies learn from attention. In a long run they see the attention of every row written. Of a prompt they are shown
+only the last SEEN_ROWS rows, which tell h2o, a mean over a page's life, next to nothing. So all of them are shown the
+last `--seen` tokens of the prefix before they draft, as if those had been written. recent needs none, and quest and
+importance look at the last row alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
-CHAIN = 4  # guesses of a round
+CHAIN = 4  # the number of guesses of a round
 WANTED = 0.92  # the acceptance that the best policy should reach with the largest view
 
 
