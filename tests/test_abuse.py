@@ -117,7 +117,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
         codes.append(code)
         assert code in (0, 2), (arguments, told)
         if code == 2:
-            line = told.rpartition("tokenswift: ")[2]  # behind what was warned of before
+            line = told.rpartition("tokenswift: ")[2]  # after what was warned of before
             assert line.count("\n") == 1 and line.endswith("\n") and 10 < len(line) < 1000, (arguments, told)
             assert out == ""
     assert place.files() == place.before
