@@ -34,7 +34,7 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
-MOST_THREADS = 1024  # in the native engine's team
+MOST_THREADS = 1024  # the most threads of the native engine's team
 
 
 class TokenSwift(LoadedModel):

@@ -22,9 +22,9 @@ from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Chat, token_ids, word_ids
 
-MOST_LOGPROBS = 1000  # for one token
+MOST_LOGPROBS = 1000  # the most log-probabilities for one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
-AUTO_WITH_MODEL = "draft_model"  # where a second model is named
+AUTO_WITH_MODEL = "draft_model"  # if a second model is named
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 LANGUAGES = ("json_schema", "grammar", "regex")  # only one of them may be set
 DRAFT_KV = ("auto", "own", "int8")

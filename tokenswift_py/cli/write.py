@@ -85,7 +85,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
         stream.catch_up(progress)
     for name in (
         ("tokens.npy", "report.json", "logprobs.jsonl") if folder else ()
-    ):  # of an earlier session; written again at the end
+    ):  # these are of an earlier session, and are written again at the end
         (args.resume / name).unlink(missing_ok=True)
     return write_out(args, swift, stream, folder, lines)
 
