@@ -17,7 +17,7 @@ from tokenswift_py.planning.planner import Gain, Plan
 
 
 class View(Confidence):
-    """What is known about drafting with views of so many tokens."""
+    """The figures of drafting with views of so many tokens."""
 
     def __init__(self, tokens: int, width: int, family: Experience):
         super().__init__(width, family)

@@ -18,7 +18,7 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.serving.engine import Engine
 from workloads import continuation
 
-LONG_TEXTS = 8  # the number of long texts that are always in work or in line
+LONG_TEXTS = 8  # how many long texts are always in work or in line
 LONG_PROMPT, LONG_NEW = 512, 256  # the tokens of each of them
 PROMPT, NEW = 64, 8  # the tokens of a request
 MOST_PAUSE = 0.5  # the most seconds between two requests

@@ -306,7 +306,7 @@ def test_launches_of_a_layer(record_property: Any) -> None:
 
 @pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])
 def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int, tree: DraftTree) -> None:
-    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself behind the
+    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself after the
     last full page: within 2 % of the minimum. Rows and pages that pad cost nothing."""
     decoder = new_decoder("llama")
     cache = drawn_cache(decoder, length)

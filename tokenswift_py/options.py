@@ -246,7 +246,7 @@ class Options(Asked):
         for other in ("min_new_tokens", "min_chapter_tokens", "ignore_eos"):
             allowed = f"not with {name}, which says where the text may end, and where it must"
             check(not getattr(self, other), other, getattr(self, other), allowed)
-        if self.json_schema is not None:  # in the form that journals have
+        if self.json_schema is not None:  # journals have this form
             object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def met_positions(self) -> Positions:

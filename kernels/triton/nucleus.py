@@ -68,7 +68,7 @@ def crossing(
     mass = tl.load(histograms + (row * DIGITS + DIGIT - 1) * BINS + bins)
     key = tl.load(keys + row * (DIGITS + 1) + DIGIT - 1)
     beyond = tl.load(above + row * (DIGITS + 1) + DIGIT - 1)
-    reached = beyond + tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass  # by this bin, all above it and `above`
+    reached = beyond + tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass  # the mass from each bin up, `above` included
     digit = tl.max(tl.where(reached.to(tl.float64) >= wanted, bins, 0), 0)
     return (key << DIGIT_BITS) + digit, beyond + tl.sum(tl.where(bins > digit, mass, 0), 0)
 

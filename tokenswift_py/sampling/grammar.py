@@ -121,7 +121,7 @@ class Follower:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # the mask may be a word longer
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().split())[:200]
-            self._begin_again()  # what a guess led to must not stop the text
+            self._begin_again()  # an error that a guess led to must not stop the text
             raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
         # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
         return bits if self._matcher.is_accepting() else bits & ~ends
