@@ -195,7 +195,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     for length, weights in dict.fromkeys((row["length"], row["weights"]) for row in rows):
         here = [row for row in rows if (row["length"], row["weights"]) == (length, weights)]
-        behind, views = f"behind {length} tokens, {weights}", [row["view"] for row in here]
+        behind, views = f"after {length} tokens, {weights}", [row["view"] for row in here]
         (few, best_few), (many, best_many) = (best(here, size(views)) for size in (min, max))
         recent = pooled(row for row in here if (row["policy"], row["view"]) == ("recent", max(views)))
         if recent is not None:
@@ -208,7 +208,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for name, length in dict.fromkeys((row["workload"], row["length"]) for row in rows):
         texts = {row["text"] for row in rows if (row["workload"], row["length"]) == (name, length)}
         if len(texts) > 1:
-            lines.append(f"{name} behind {length} tokens: THE SETTINGS WROTE DIFFERENT TEXTS")
+            lines.append(f"{name} after {length} tokens: THE SETTINGS WROTE DIFFERENT TEXTS")
     return lines
 
 
@@ -233,7 +233,7 @@ def plot(figure: Any, rows: list[Row]) -> None:
         panel.axhline(WANTED, color="gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes := sorted({row["view"] for row in rows}), [str(size) for size in sizes])
-        panel.set_title(f"behind {length} tokens", fontsize=9)
+        panel.set_title(f"after {length} tokens", fontsize=9)
         panel.set_xlabel("tokens of the view")
     panels[0].set_ylabel("guesses right, of those tested")
     panels[-1].legend(fontsize=6)

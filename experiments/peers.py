@@ -335,7 +335,7 @@ def plot(figure: Any, rows: list[Row]) -> None:
         axes.bar_label(axes.barh(places, [row["tokens_per_s"] for row in here], color=colours), fmt="%.0f")
         axes.set_yticks(range(len(names)), names)
         axes.margins(x=0.15)
-        axes.set_title(f"{panel[1]}, behind {panel[0]} tokens", fontsize=9)
+        axes.set_title(f"{panel[1]}, after {panel[0]} tokens", fontsize=9)
         axes.set_xlabel("tokens/s (red: not its own plain text)")
 
 

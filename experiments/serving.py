@@ -256,7 +256,7 @@ def plot(figure: Any, found: Sequence[Row]) -> None:
                 lines.setdefault(f"{row['engine']}, {row['weights']}, {row['way']}", []).append(row)
         for label, here in lines.items():
             panel.plot([row["texts"] for row in here], [row["tokens_per_s_full"] for row in here], "o-", label=label)
-        panel.set_title(f"behind {length} tokens")
+        panel.set_title(f"after {length} tokens")
         panel.set_xscale("log", base=2)
         panel.set_xlabel("texts")
         panel.set_ylabel("tokens a second, all texts")

@@ -160,7 +160,7 @@ class Written:
     def read(self, length: int) -> None:
         while self.cache.length < length:
             if next(self._pieces, None) is None:
-                raise SystemExit(f"speedup.py: the run ended behind {self.cache.length} tokens, before {length}")
+                raise SystemExit(f"speedup.py: the run ended after {self.cache.length} tokens, before {length}")
 
     def close(self) -> None:
         self._stream.close()

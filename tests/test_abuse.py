@@ -150,7 +150,7 @@ def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -
         (["--top-p", ""], "top_p: '' is not allowed; a number"),
         (["--out", ""], "out: '' is not allowed; the name of a file or folder"),
         (["--prompt-file", "x"], "prompt_file: not allowed with argument --prompt"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; the prompt goes behind --prompt, and"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; the prompt goes after --prompt, and"),
         (["--drafter"], "drafter: expected one argument"),
         (["--threads", "1025"], "threads: 1025 is not allowed; between 1 and 1024"),
         (["--chapters", "99999999999"], "chapters: '99999999999' is not allowed; between 1 and 10000, or a file"),

@@ -187,7 +187,7 @@ def test_a_baseline_of_a_part_of_a_text_is_refused(swift: TokenSwift, tmp_path: 
         next(pieces)
     with swift.resume(tmp_path / "run") as stream:
         list(stream)
-    with pytest.raises(UserError, match=r"baseline: 'a run resumed behind \d+ tokens' is not allowed"):
+    with pytest.raises(UserError, match=r"baseline: 'a run resumed after \d+ tokens' is not allowed"):
         swift.baseline(stream)
 
 

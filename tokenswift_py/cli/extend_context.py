@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     given = {name: getattr(args, name) for name in described_settings() if getattr(args, name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = Settings(**given)
-    check(args.out is not None or args.resume is not None, "out", args.out, "a folder, behind --out or --resume")
+    check(args.out is not None or args.resume is not None, "out", args.out, "a folder, after --out or --resume")
 
     # Imported here, because torch and transformers take seconds.
     from tokenswift_py.extending.adapters import check_peft
@@ -99,7 +99,7 @@ def table(out: Path, lines: Sequence[dict[str, Any]]) -> str:
     for line in (read[:1] + read[-1:]) if len(read) > 1 else read:
         for source, quarters in line["held_out"].items():
             figures = "  ".join(f"{nats:.3f}" for nats in quarters)
-            told.append(f"  {source:8} behind {line['step']:5} steps   {figures}")
+            told.append(f"  {source:8} after {line['step']:5} steps   {figures}")
     return "\n".join(told)
 
 

@@ -158,7 +158,7 @@ class DecodeLoop:
             if place == len(tokens):
                 return
             if ending != "eos" or not self.goes_on:
-                raise ReplayError(place, f"behind the end of the text ({ending})")
+                raise ReplayError(place, f"after the end of the text ({ending})")
             forced = tuple(self.turns.pop(0))
             for token in forced:
                 if place == len(tokens) or tokens[place] != token:
@@ -167,7 +167,7 @@ class DecodeLoop:
                 place += 1
             self.stats.forced_tokens += len(forced)
             if place == len(tokens):
-                raise ReplayError(place, "a turn without a token behind it")
+                raise ReplayError(place, "a turn without a token after it")
 
     def catch_up(self, progress: Callable[[int], Any] = int) -> Passes[None]:
         """Computes the KV of everything but the pending token after a replay, and shows the drafter the text.

@@ -276,7 +276,7 @@ def verdict(found: Audit, decode: Callable[[int], str]) -> str:
     """Returns the audit's findings as lines for people."""
     lines = [
         f"audit of {found.folder}: {found.checked} choices checked, {found.forced} forced tokens derived again, "
-        f"behind a prompt of {found.prompt_tokens}; ended by: {found.ending}",
+        f"after a prompt of {found.prompt_tokens}; ended by: {found.ending}",
     ]
     if found.numerics == found.recorded_numerics:
         lines.append(f"numerics {found.numerics} ({found.guarantee})")
