@@ -26,13 +26,13 @@ from tokenswift_py.sampling.reference import Sampler
 
 @dataclass(frozen=True)
 class Context:
-    """All that a drafter may look at in one round. The last token of `history` is pending: it is the root of the next
-    tree, and the cache holds everything before it.
+    """Everything that a drafter may look at in one round. The last token of `history` is pending: it is the root of the
+    next tree, and the cache holds everything before it.
 
     self_draft:  the model with the draft's weights, over the same cache; none of its rows can be committed.
     plan:        decides what is worth drafting in this round.
-    agreed:      returns rank 0's milliseconds for those that this rank measured. All ranks that draft together have to
-                 ask for it, each time that one of them learns what something took.
+    agreed:      a function from the milliseconds that this rank measured to those of rank 0. All ranks that draft
+                 together have to call it, each time that one of them learns what something took.
 
     A drafter may push guesses onto the history (to see their processed logits), inside of `history.guesses()`, which
     forgets them, and write provisional rows into the cache. It never commits.
@@ -67,7 +67,7 @@ class Drafter:
     `prefill` and `propose` are coroutines (see `decoding.passes`): where they need a pass they yield it, and are sent
     its output. `without_passes` makes a coroutine of a function that needs none.
 
-    needs: which of "mass" and "queries" the passes must report whose output it sees.
+    needs: "mass" and "queries", if the passes whose output it sees must report them.
     runs_target: whether it makes passes of the target with the draft's weights, or products with its LM head.
     sees_views: whether these see views of the target's cache, of which an engine may keep copies.
     has_second_model: whether it drafts with a model of its own, which of several ranks rank 0 alone holds.
@@ -168,7 +168,7 @@ class Draft(TreeBuilder):
             node = self.add(end, token)
             if node is None:
                 break
-            if node == len(self.chances):  # else it is there as a guess
+            if node == len(self.chances):  # otherwise it is there as a guess
                 self.chances.append(self.chances[end])
                 self.odds.append(None)
             context.history.append(token)
@@ -243,7 +243,7 @@ def committed(output: Output, rows: Sequence[int], start: int) -> Committed:
     These are views of the output where the rows are its first ones (every chunk of a prefill, every chain); else
     copies.
     """
-    mass, queries = output.page_mass, output.queries  # of which those rows alone are copied from a device
+    mass, queries = output.page_mass, output.queries  # only those rows are copied from a device
     return Committed(
         start,
         len(rows),

@@ -1,5 +1,5 @@
-"""Parts of the drafters that guess token after token by the target's own noise: how sure a guess is, and what it is
-worth."""
+"""Parts of the drafters that guess token after token by the target's own noise. They say how sure a guess is, and how
+much it is worth."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
 FARTHEST = 6.0
 LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # bounds of the ranges that are counted apart
 MIDDLES = np.array((0.025, 0.1, 0.22, 0.45, 0.8, 1.3, 2.0, 3.2, FARTHEST))
-USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how often leads lie in each, where it was fitted
+USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how often leads lay in each
 
 
 class Experience:
     """The spreads that explain the guesses seen. Recent guesses count more.
 
-    likelihood: [FACTORS] logarithms; a factor is that of the true spread over the expected one.
+    likelihood: [FACTORS] logarithms. A factor is the true spread divided by the expected one.
     leads:      [LEADS + 1] how often a guess's lead lay in each range.
     """
 
@@ -59,10 +59,10 @@ class Experience:
         self.leads[bisect(LEADS, lead)] += 1
 
 
-MEMORY = 200.0  # guesses after which one counts 1/e
+MEMORY = 200.0  # the number of later guesses after which a guess counts 1/e
 FACTORS = np.geomspace(1 / 16, 16, 33)
 PRIOR = -0.5 * (np.log(FACTORS) / np.log(2.5)) ** 2
-KINSHIP = 0.8  # weight of a guess of another draft of the family
+KINSHIP = 0.8  # the weight of a guess of another draft of the family
 
 
 class Confidence:
@@ -80,7 +80,7 @@ class Confidence:
         self._own, self._family = Experience(), family
         self._first = [Odds(0.0, weight=16.0) for _ in MIDDLES]  # the priors are those of `wrong`
         self._others = [[Odds(0.0) for _ in MIDDLES] for _ in range(1, width)]
-        self._leads: dict[int, float] = {}  # of the latest guess that became each node
+        self._leads: dict[int, float] = {}  # the lead of the latest guess that became each node
 
     def expect(self, error: float, temperature: float) -> None:
         """Expects errors of so many logits, in scores that are divided by this temperature (0 is greedy, where they are
@@ -94,7 +94,7 @@ class Confidence:
 
     @property
     def next(self) -> float:
-        """The chance that the next guess, not made yet, is right."""
+        """The chance that the next guess, which is not made yet, is right."""
         leads = (self._family or self._own).leads
         for odds, chance_wrong in zip(self._first, self._wrong(MIDDLES).tolist(), strict=True):
             odds.prior = 1 - chance_wrong
@@ -158,14 +158,14 @@ class Confidence:
         """Returns the chance that a guess is wrong for each of these leads. It is a mean over all the spreads there may
         be, each as likely as the guesses seen make it."""
         likelihood = self._own.likelihood
-        if self._family is not None:  # which has seen the draft's own guesses, too
+        if self._family is not None:  # the family has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
         belief = np.exp(PRIOR + likelihood - (PRIOR + likelihood).max())
         chances: Doubles = wrong(np.asarray(leads)[..., None], self.spread * FACTORS) @ belief / belief.sum()
         return chances
 
 
-RUNNER_UP = 0.55  # of the wrong guesses, those where the next by score is right
+RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right
 
 
 class Chain:
@@ -182,7 +182,7 @@ class Chain:
         self.nodes = [0]
 
     def __len__(self) -> int:
-        """Returns the number of its guesses. The root is none."""
+        """Returns the number of its guesses. The root is not one of them."""
         return len(self.nodes) - 1
 
     @property

@@ -54,9 +54,9 @@ class DraftModel(Drafter):
         self._policy = Recent()
         self._cost = PassCost(model.row_shapes)
         self._confidence = Confidence(width)
-        self._chain = Chain(0, 1)  # of the last proposal
-        self._text = 0  # tokens of the text when the last tree was proposed
-        self._read = 0  # provisional rows of the last proposal that are of the text, not of guesses
+        self._chain = Chain(0, 1)  # the chain of the last proposal
+        self._text = 0  # how many tokens the text had when the last tree was proposed
+        self._read = 0  # how many provisional rows of the last proposal are of the text, not of guesses
 
     def prefill(self, context: Context, output: Output) -> Passes[None]:
         yield from self._catch_up(context.history, len(context.history))
@@ -95,8 +95,8 @@ class DraftModel(Drafter):
         }
 
     def _pays(self, plan: Plan) -> bool:
-        """Returns whether the next guess pays for its pass. The text has to be read for any later draft as well, so
-        that is no cost of this guess, unless it is a mere probe."""
+        """Returns whether the next guess pays for its pass. The text has to be read for any later draft as well. So
+        reading it is no cost of this guess, unless the guess is only a probe."""
         chance = self._chain.chance * self._confidence.next
         row_ms = plan.row_ms(len(self._chain.draft))
         if plan.worth(chance, self._pass_ms(plan, 1) + row_ms):
@@ -138,9 +138,9 @@ class DraftModel(Drafter):
         cache = self.cache
         known = cache.length + cache.tail_length
         tokens = history.tokens[known : known + rows]
-        if self.vocab_sizes is not None:  # tokens of the target's padding mean no text: any row does
+        if self.vocab_sizes is not None:  # tokens of the target's padding mean no text, so any row will do
             tokens = np.minimum(tokens, self.vocab_sizes[0] - 1)
-        tail, read = tuple(range(cache.tail_length)), rows > JOINED  # what guesses is a pass of fixed shape on a GPU
+        tail, read = tuple(range(cache.tail_length)), rows > JOINED  # a pass that guesses has a fixed shape on a GPU
         segment = Segment(DraftTree.chain(tokens), cache, tail=tail, causal=read)
         output = yield Pass(self.model, segment, [rows - 1])
         logits = output.logits[0]
@@ -149,11 +149,11 @@ class DraftModel(Drafter):
         return F.pad(logits, (0, self.vocab_sizes[1] - len(logits)), value=-torch.inf)
 
     def _commit(self, rows: int) -> None:
-        """Keeps the first provisional rows. Of the pages that are full then it keeps only the budget's."""
+        """Keeps the first provisional rows. After that it keeps only as many full pages as the budget allows."""
         cache = self.cache
         cache.commit(range(rows))
         if self.keep_tokens is not None and (cache.full_pages - cache.evicted) * PAGE_SIZE > self.keep_tokens:
-            chosen = select(self._policy, cache.page_stats(), self.keep_tokens)[0, 0]  # alike for all layers and heads
+            chosen = select(self._policy, cache.page_stats(), self.keep_tokens)[0, 0]  # all layers and heads agree
             cache.evict(np.setdiff1d(cache.kept, chosen).tolist())
 
     @property
@@ -167,9 +167,9 @@ def bounded_cache(model: Model, tokens: int) -> KVCache:
     return KVCache(model.new_pool(pages_for(min(tokens + CHUNK, model.context))), model.context)
 
 
-SPREAD = 1.0  # expected of a smaller model's errors, in units of logit
-CHUNK = 512  # rows of a pass that only reads
-JOINED = 32  # rows that the first guess's pass reads beside the pending token's
+SPREAD = 1.0  # the expected spread of a smaller model's errors, in units of logit
+CHUNK = 512  # the rows of a pass that only reads
+JOINED = 32  # the most rows that the first guess's pass reads beside the pending token's
 
 
 def create(options: Options, resources: Resources) -> DraftModel:

@@ -1,4 +1,4 @@
-"""Files of draft heads: ours, those packaged, and those of Medusa and TokenSwift, which are converted once."""
+"""Files of draft heads: our own, those in the package, and those of Medusa and TokenSwift, which are converted once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:
-    """Returns the files where heads for a model are looked for, those trained here first."""
+    """Returns the files where heads for a model are looked for. Those that were trained here come first."""
     key = fingerprint(checkpoint)
     return [heads_file(folder, key) for folder in (cache_folder(), PACKAGED)]
 
@@ -98,7 +98,7 @@ def read_heads(file: Path) -> HeadWeights:
 
 
 def write_heads(weights: HeadWeights, file: Path) -> None:
-    """Replaces the file whole."""
+    """Replaces the file as a whole."""
     about = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -137,7 +137,7 @@ def convert(path: Path, checkpoint: Checkpoint) -> Path:
 
 
 def foreign_files(path: Path) -> list[Path]:
-    """Returns the file, or those of a folder: safetensors, else pickles."""
+    """Returns the file, or the files of a folder: its safetensors if there are any, otherwise its pickles."""
     if path.is_file():
         return [path]
     for pattern in ("*.safetensors", "*.pt", "*.bin"):

@@ -32,12 +32,12 @@ BF16_HEAD = ("head", torch.bfloat16)  # an LM head that was stored in bf16 keeps
 Table = npt.NDArray[np.float64]
 FORMS = ("medusa", "tokenswift", "recurrent")
 RANKS = 8  # candidates of each head
-PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # where none is measured
+PRIOR = (0.4 * 0.8 ** np.arange(64)[:, None] / (1 + np.arange(RANKS)) ** 1.5).round(4)  # if none is measured
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """K heads, in the tensors of their form.
+    """K heads. Their tensors depend on their form.
 
     medusa:     weight [K, blocks, E, E], bias [K, blocks, E]; head [K, V, E] unless the model's LM head is shared.
     tokenswift: weight [K, E, E], norm_in [K, E], norm_out [K, E].

@@ -26,10 +26,10 @@ from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import Gain
 from tokenswift_py.sampling.reference import NumericsError
 
-UNLIKELY = 0.01  # paths below this are not proposed
-MEASURED = 50.0  # guesses that an acceptance measured in training counts as
-MARGIN = 1.5  # what guesses must save over the time of asking for them, for what seems to pay just so seldom does
-BEAM = 3  # branches of a level that get children
+UNLIKELY = 0.01  # paths with a smaller chance are not proposed
+MEASURED = 50.0  # how many guesses an acceptance measured in training counts for
+MARGIN = 1.5  # guesses must save so many times the time of asking for them: what barely seems to pay seldom pays
+BEAM = 3  # how many branches of a level get children
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Heads(Drafter):
         self.embedding = embedding
         self.cost = PassCost()
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
-        self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of a head's ranks
+        self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of each head's ranks
         self._row: torch.Tensor | None = None
         self._guesses: dict[tuple[int, ...], list[int]] = {}  # after each path of the last tree that got children
 
@@ -76,7 +76,7 @@ class Heads(Drafter):
         forced = Draft(context.history[-1], budget)
         with context.history.guesses():
             certain = len(forced.force(context, 0))
-        if self._row is None or certain >= len(self.weights):  # what heads could guess is known
+        if self._row is None or certain >= len(self.weights):  # the tokens that heads could guess are known
             self._guesses = {}
             return forced.build()
         return self.tree(self._row, context, budget)
@@ -163,8 +163,8 @@ class Heads(Drafter):
 
     def ask(self, head: int, branches: Sequence[Branch], context: Context) -> list[tuple[torch.Tensor, list[int]]]:
         """Returns what the next head reads after each of these branches, and this one's guesses there, best first."""
-        # Row by row: of a few rows torch makes work for several threads, which wait for one another, on a busy machine
-        # for milliseconds. One row takes microseconds.
+        # Rows are asked one by one. torch gives a few rows to several threads, which wait for one another. On a busy
+        # machine that takes milliseconds, while one row takes microseconds.
         steps = [self.step(head, branch, context.history[-1]) for branch in branches]
         states = torch.cat([state for _, state in steps])
         rows = self.weights.project(states, [head] * len(branches), context.self_draft)
@@ -261,7 +261,7 @@ class Heads(Drafter):
 
 
 def by_chance(branch: Branch) -> tuple[float, int]:
-    """Sorts the most probable first; among equals the shallower, so that a parent comes before its children."""
+    """Sorts the most probable first. Among equal ones the shallower comes first, so a parent is before its children."""
     return -branch.chance, len(branch.path)
 
 

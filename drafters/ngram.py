@@ -23,9 +23,10 @@ from tokenswift_py.planning.planner import Gain
 class SuffixAutomaton:
     """A suffix automaton. States are sets of substrings that end at the same places. State 0 is the empty string.
 
-    longest[s]: length of the longest substring of state s. link[s]:    the state of its longest suffix that ends in
-    more places; -1 for state 0. next[s]:    token -> state. count[s]:   number of places where the substrings end, as
-    far as they were counted (see `extend`).
+    longest[s]: length of the longest substring of state s.
+    link[s]:    the state of its longest suffix that ends in more places; -1 for state 0.
+    next[s]:    token -> state.
+    count[s]:   number of places where the substrings end, as far as they were counted (see `_tally`).
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class SuffixAutomaton:
         return clone
 
     def _tally(self, state: int) -> None:
-        """Counts one more end of all suffixes, but only of the longest TALLIED, so that a loop costs no more."""
+        """Counts one more end of suffixes, but only of the longest TALLIED ones, so that a loop costs no more."""
         for _ in range(TALLIED):
             if state <= 0:
                 return
@@ -174,12 +175,12 @@ class NGram(Drafter):
 
 
 UNLIKELY = 0.02  # continuations with a smaller share of those seen are not proposed
-DOUBT = 2.0  # continuations never seen count as seen so often after a match of one token
+DOUBT = 2.0  # how often continuations that were never seen count as seen, after a match of one token
 SUFFIXES = 8  # how many shorter matches fill up the tree
-BRANCHES = 8  # continuations of one match
-LENGTHS = (3, 4, 6, 9, 17)  # of a match: 2, 3, 4-5, 6-8, 9-16, more
+BRANCHES = 8  # the most continuations of one match
+LENGTHS = (3, 4, 6, 9, 17)  # bounds of the ranges of a match's length: 2, 3, 4-5, 6-8, 9-16, more
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # chance of each range of shares
-TRUST = (0.6, 0.75, 0.85, 0.9, 0.95, 0.95)  # in each range of lengths
+PRIORS = (0.05, 0.15, 0.35, 0.6, 0.8, 0.95)  # the chance for each range of shares
+TRUST = (0.6, 0.75, 0.85, 0.9, 0.95, 0.95)  # the trust for each range of lengths
 
 DRAFTER = NGram

@@ -77,8 +77,8 @@ class Partial(Drafter):
         self.needs = chosen.needs
         self.width, self.reuse, self.heads = width, reuse, heads
         self.views = Views(chosen, view_tokens, width, refresh, cost)
-        self._chain = Chain(0, 1)  # of the last proposal
-        self._idle = 0  # rounds since the latest draft pass
+        self._chain = Chain(0, 1)  # the chain of the last proposal
+        self._idle = 0  # how many rounds ago the latest draft pass was
         self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
 
     @without_passes
@@ -115,18 +115,18 @@ class Partial(Drafter):
         return {**self.views.explain(), **expected, **self._chain.explain()}
 
     def _see(self, output: Output, row: int) -> None:
-        """Keeps the state that heads read from the row after which they would guess next."""
+        """Keeps the state that heads would read next. It comes from the row after which they would guess."""
         if self.heads is not None:
             self._row = self.heads.weights.reads(output, row)
 
     def _grow(self, context: Context, chain: OwnChain) -> Passes[None]:
-        """Guesses on, pass by pass, as long as that pays; the history grows with the chain."""
+        """Goes on guessing, pass by pass, as long as that pays. The history grows with the chain."""
         plan, cache = context.plan, context.cache
         cache.drop_tail()
         self._idle += 1
         if self._idle > IDLE_ROUNDS and self._idle % IDLE_STEP and not plan.probing():
             self._force(context, chain)
-            return  # a pass is unlikely to pay now, and to find that out takes the host a while
+            return  # a pass is unlikely to pay now, and the host would need a while to find that out
         longest = plan.longest_chain(chain.draft.budget, self.width)
         while True:
             self._force(context, chain)
@@ -218,7 +218,7 @@ class Partial(Drafter):
             return False
         ahead.learn(taken)
         self._see(output, len(unread) + taken.path[-1])
-        self.views.timed(len(tree), lap, context.agreed)  # with the guesses, which cost as much every time
+        self.views.timed(len(tree), lap, context.agreed)  # this includes the guesses, which cost as much every time
         return True
 
     def _follow(
@@ -261,10 +261,10 @@ def next_chance(draft: Draft) -> float:
     return sum(chance for chance, parent in zip(draft.chances, draft.parents, strict=True) if parent == 0)
 
 
-IDLE_ROUNDS = 16  # rounds without a draft pass, after which it is only asked every IDLE_STEP rounds whether one pays
+IDLE_ROUNDS = 16  # after so many rounds without a draft pass it is asked only every IDLE_STEP rounds whether one pays
 IDLE_STEP = 4
-AHEAD = 6  # repeats checked by one draft pass
-MOST_REPEATS = 17  # nodes, the root included, of the repeats that a draft pass is weighed against
+AHEAD = 6  # how many repeats one draft pass checks
+MOST_REPEATS = 17  # the most nodes, the root included, of the repeats that a draft pass is weighed against
 
 
 def create(options: Options, resources: Resources) -> Partial:

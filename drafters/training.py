@@ -33,7 +33,7 @@ class Rows:
 
     states:    [N, E] bf16, the states that the heads read.
     following: [N] the token that was chosen.
-    left:      [N] how many rows of the same text come after.
+    left:      [N] how many rows of the same text come after it.
     tokens, probabilities: [N, TEACHER] the model's likeliest next tokens and their probabilities.
     """
 
@@ -48,7 +48,7 @@ class Rows:
 
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.json"
-TEACHER = 32  # of the model's distribution that heads learn from
+TEACHER = 32  # how many tokens of the model's distribution heads learn from
 
 
 class Text:
@@ -58,7 +58,7 @@ class Text:
         self.number, self.cache, self.sampler = number, cache, sampler
         self.history = History(prompt)
         self.start = len(prompt)
-        self.seen: list[tuple[torch.Tensor, ...]] = []  # of each row: state, likeliest tokens, their probabilities
+        self.seen: list[tuple[torch.Tensor, ...]] = []  # each row's state, likeliest tokens, their probabilities
 
     def __len__(self) -> int:
         return len(self.history) - self.start
@@ -162,9 +162,9 @@ def new_heads(form: str, heads: int, final_norm: torch.Tensor, eps: float) -> He
 
 
 def regressed(weights: HeadWeights, rows: Rows, embedding: torch.Tensor) -> HeadWeights:
-    """Makes a start for training: head after head, the matrices that come closest to the residual stream i rows later.
+    """Makes heads to start training from. Each gets the matrices that come closest to the residual stream i rows later.
 
-    It is ridge regression in closed form, a second's work. Medusa's block is not linear and starts unchanged.
+    This is ridge regression in closed form. It takes a second. Medusa's block is not linear and starts unchanged.
     """
     if weights.form == "medusa":
         return weights
@@ -246,7 +246,7 @@ larger."""
 
 
 def shuffled(rows: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Yields batches of rows, all in a random order, again and again."""
+    """Yields batches of all rows in a random order, again and again."""
     left = rows[:0]
     while True:
         while len(left) < batch:

@@ -17,7 +17,7 @@ from tokenswift_py.planning.planner import Gain, Plan
 
 
 class View(Confidence):
-    """All that is known of drafting with views of so many tokens."""
+    """The figures of drafting with views of so many tokens."""
 
     def __init__(self, tokens: int, width: int, family: Experience):
         super().__init__(width, family)
@@ -52,9 +52,9 @@ class Views:
         self._text = self._length = 0  # tokens that the cache holds in full pages, and all, when the round began
         self._round = 0
         self._chosen: PageView | None = None
-        self._chosen_at = (-1, -1)  # full pages and committed tokens then
-        self._missed = False  # a guess under them was wrong
-        self._passed = 0  # size of the view of the latest draft pass
+        self._chosen_at = (-1, -1)  # full pages and committed tokens when the view's pages were chosen
+        self._missed = False  # whether a guess under them was wrong
+        self._passed = 0  # the size of the view of the latest draft pass
 
     def prefill(self, context: Context, output: Output) -> None:
         """Shows the policy rows that were committed without a draft. The pages are chosen anew for the next one."""
@@ -90,7 +90,7 @@ class Views:
         if self._round % VIEW_ROUNDS or not self.cost.measured:
             return self.now
         now = self.sizes.index(self.now)
-        # one that holds all of the text already gains nothing from being larger
+        # A view that holds all of the text already gains nothing from being larger.
         fitting = [i for i in range(len(self.sizes)) if not i or self.sizes[i - 1].tokens < self._text]
         near = [self.sizes[i] for i in fitting if abs(i - now) <= 1]
         return max(near, key=lambda size: self.rate(plan, size), default=self.sizes[fitting[-1]])
@@ -156,6 +156,6 @@ def held(cache: KVCache) -> int:
 
 
 VIEW_ROUNDS = 8
-FIRST_VIEW = 13  # times the root of the text: the least view that is tried before any cost is known, as sweeps had it
-SPREAD = 0.11  # of the errors of scores under a view of the whole text (logits), which then are those of int8 weights
-GROWTH = 0.7  # by this power of text / view; both fitted with `chain.wrong`
+FIRST_VIEW = 13  # times the root of the text is the least view that is tried before any cost is known (from sweeps)
+SPREAD = 0.11  # the spread of the errors of scores (logits) under a view of the whole text; int8 weights make them
+GROWTH = 0.7  # the spread grows by this power of text / view; both numbers were fitted with `chain.wrong`

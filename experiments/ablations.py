@@ -32,7 +32,7 @@ from workloads import continuation
 
 @dataclass(frozen=True)
 class Variant:
-    """A setting to compare. drafting, sampling: fields of Options. make: makes the drafter where no option can."""
+    """A setting to compare. drafting, sampling: fields of Options. make: makes the drafter if no option can."""
 
     name: str
     drafting: dict[str, Any] = field(default_factory=dict)

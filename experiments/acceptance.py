@@ -2,15 +2,16 @@
 
     python experiments/acceptance.py --workloads code,docs --lengths 16384,65536 --views 1024,2048,4096 --kept DIR
 
-Behind a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
-cache. A guess is put to the test if all before it in its chain were right; `acceptance` is the share of those that were
+After a real prefix, chains of CHAIN guesses without runners-up are drafted under a view and walked over the whole
+cache. A guess is put to the test if all before it in its chain were right. `acceptance` is the share of those that were
 right. Every setting drafts the same text, plain decoding's (`text` is a hash of it). A view is chosen anew after a
-wrong guess, a full page and 8 tokens; `fresh` are guesses under one that was chosen in their own round.
+wrong guess, after a full page and after 8 tokens. `fresh` counts guesses under a view that was chosen in their own
+round.
 
-What policies learn from is attention. In a long run they see that of every row written; of a prompt they are shown the
-last SEEN_ROWS rows only, which leaves h2o, a mean over a page's life, next to nothing to go by. So all of them are
-shown the last `--seen` tokens of the prefix before they draft, as if those had been written. recent needs none, and
-quest and importance look at the last row alone.
+Policies learn from attention. In a long run they see the attention of every row written. Of a prompt they are shown
+only the last SEEN_ROWS rows, which tell h2o, a mean over a page's life, next to nothing. So all of them are shown the
+last `--seen` tokens of the prefix before they draft, as if those had been written. recent needs none, and quest and
+importance look at the last row alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
-CHAIN = 4  # guesses of a round
+CHAIN = 4  # the number of guesses of a round
 WANTED = 0.92  # the acceptance that the best policy should reach with the largest view
 
 
@@ -194,7 +195,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     for length, weights in dict.fromkeys((row["length"], row["weights"]) for row in rows):
         here = [row for row in rows if (row["length"], row["weights"]) == (length, weights)]
-        behind, views = f"behind {length} tokens, {weights}", [row["view"] for row in here]
+        behind, views = f"after {length} tokens, {weights}", [row["view"] for row in here]
         (few, best_few), (many, best_many) = (best(here, size(views)) for size in (min, max))
         recent = pooled(row for row in here if (row["policy"], row["view"]) == ("recent", max(views)))
         if recent is not None:
@@ -207,7 +208,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for name, length in dict.fromkeys((row["workload"], row["length"]) for row in rows):
         texts = {row["text"] for row in rows if (row["workload"], row["length"]) == (name, length)}
         if len(texts) > 1:
-            lines.append(f"{name} behind {length} tokens: THE SETTINGS WROTE DIFFERENT TEXTS")
+            lines.append(f"{name} after {length} tokens: THE SETTINGS WROTE DIFFERENT TEXTS")
     return lines
 
 
@@ -232,7 +233,7 @@ def plot(figure: Any, rows: list[Row]) -> None:
         panel.axhline(WANTED, color="gray", linewidth=0.8)
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes := sorted({row["view"] for row in rows}), [str(size) for size in sizes])
-        panel.set_title(f"behind {length} tokens", fontsize=9)
+        panel.set_title(f"after {length} tokens", fontsize=9)
         panel.set_xlabel("tokens of the view")
     panels[0].set_ylabel("guesses right, of those tested")
     panels[-1].legend(fontsize=6)

@@ -4,7 +4,7 @@
 
 Each workload is written with its own settings, without its contextual penalty, without DRY, without both, and greedily.
 Figures are means over the seeds. Real texts of the same length (Python's documentation and sources) stand beside them.
-window_perplexity, bits_per_byte: of windows of 1 000 tokens, each read on its own by the model, the median.
+window_perplexity, bits_per_byte: the median over windows of 1 000 tokens. The model reads each window on its own.
 self_bleu: BLEU-4 of each window against all others of the same text (Zhu et al. 2018, Texygen), 0 to 100, by sacrebleu.
 """
 

@@ -1,4 +1,4 @@
-"""How long a short request waits for its first token while an engine writes long texts."""
+"""Measures how long a short request waits for its first token while an engine writes long texts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.serving.engine import Engine
 from workloads import continuation
 
-LONG_TEXTS = 8  # that are always in work or in line
-LONG_PROMPT, LONG_NEW = 512, 256  # tokens of each
-PROMPT, NEW = 64, 8  # tokens of a request
-MOST_PAUSE = 0.5  # seconds between two requests
+LONG_TEXTS = 8  # how many long texts are always in work or in line
+LONG_PROMPT, LONG_NEW = 512, 256  # the tokens of each of them
+PROMPT, NEW = 64, 8  # the tokens of a request
+MOST_PAUSE = 0.5  # the most seconds between two requests
 CONTEXT = 1024
 
 
@@ -37,11 +37,11 @@ def first_token(swift: TokenSwift, args: argparse.Namespace, most_running: int, 
     common = {
         "raw": True, "ignore_eos": True, "on_loop": "ignore", "temperature": args.temperature, "min_p": args.min_p,
     }  # fmt: skip
-    room = 4 * CONTEXT * LONG_TEXTS  # so that nobody waits for memory
+    room = 4 * CONTEXT * LONG_TEXTS  # this is enough that nobody waits for memory
     engine = Engine(swift, CONTEXT, most_running=most_running, kv_tokens=room)
     moments = random.Random(0)
     try:
-        ask(engine, requests[0], priority, seed=0, **common)  # the first text makes models
+        ask(engine, requests[0], priority, seed=0, **common)  # the first text makes the models
         idle = [ask(engine, prompt, priority, seed=i, **common) for i, prompt in enumerate(requests)]
         with busy(engine, longs, common):
             found = []
@@ -88,7 +88,7 @@ def busy(engine: Engine, longs: Sequence[Sequence[int]], settings: dict[str, Any
                         break
                 new = LONG_NEW
         finally:
-            begun[i].set()  # an error is not waited for
+            begun[i].set()  # after an error nobody waits for this text
 
     with ThreadPoolExecutor(len(longs)) as pool:
         kept = [pool.submit(keep, i) for i in range(len(longs))]

@@ -6,10 +6,11 @@
     make gpu ARGS="--pack build/gpu"                  # where there is a network; then, where build/gpu has come to:
     make gpu ARGS="--join build/gpu"
 
-A machine that is lent for minutes has no network and little time. `--pack DIR` lays out, where there is a network, what
-has to travel (two loads, of wheels and halves of the default model's file); `--join DIR` puts together there what has
-come. Every row is printed and written to results/gpu.json at once, a step that does not fit the time that is left is
-skipped, a step that fails does not stop the others, and a later call's steps take their places beside the former's.
+A machine that is lent for minutes has no network and little time. `--pack DIR` runs where there is a network. It lays
+out what has to travel: two loads, of wheels and halves of the default model's file. `--join DIR` puts together on the
+machine what has come. Every row is printed and written to results/gpu.json at once. A step that does not fit the time
+that is left is skipped. A step that fails does not stop the others. The steps of a later call take their places beside
+those of earlier calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Packs the files for a machine without a network, and joins them there.
 
 There are two loads, each small enough for one transfer. The first has wheels of packages that are missing there and one
-half of the default model's file, the second the other half. Modules that need these packages are imported only after
-they are joined.
+half of the default model's file, the second has the other half. Modules that need these packages are imported only
+after they are joined.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-LIMIT = 64 * 2**20  # bytes of a load, at most
+LIMIT = 64 * 2**20  # the most bytes of a load
 # Distributions and the names they are imported by. Those that the machine has are left alone.
 WHEELS = {
     "gguf": "gguf", "google-crc32c": "google_crc32c", "pytest": "pytest", "iniconfig": "iniconfig",

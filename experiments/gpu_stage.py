@@ -50,8 +50,8 @@ class Stage:
     """The place and the limits of a step.
 
     tiny:     whether sizes are small enough for Triton's interpreter.
-    until:    time.monotonic() from which on no cell begins.
-    scratch:  folder that is removed afterwards.
+    until:    the time.monotonic() after which no cell begins.
+    scratch:  a folder that is removed afterwards.
     ceilings: measured bandwidths, filled when they are first needed.
     """
 

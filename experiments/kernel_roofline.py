@@ -2,11 +2,12 @@
 
     python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
 
-The table is arithmetic on shapes, every kernel of kernels/triton in it: one layer (the head and the choice of tokens:
-one pass), 16-bit weights and activations, and KV of 16 bits but for `+int8`. What exceeds the minimum in
-attention are partial states, which a GPU's second-level cache may hold. Where there is a GPU, attention is timed too,
-Triton's beside the other backends that are installed, as a share of the bandwidth read in the same run; without one the
-script says so and times nothing. (Named kernels.py, transformers would import it as Hugging Face's package.)
+The table is arithmetic on shapes. It has every kernel of kernels/triton, for one layer (the head and the choice of
+tokens: for one pass). Weights and activations have 16 bits. KV has 16 bits too, except with `+int8`. The bytes of
+attention beyond the minimum are those of partial states, which a GPU's second-level cache may hold. If there is a GPU,
+attention is timed too: Triton's and the other backends that are installed, as a share of the bandwidth read in the
+same run. Without a GPU the script says so and times nothing. (If this file were called kernels.py, transformers would
+import it as Hugging Face's package.)
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.rows import lay_out
 
-ITEM = 2  # bytes of a weight, an activation or an element of a key
+ITEM = 2  # the bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
-CHOICE_BLOCK = 1024  # tokens that a program of the sampler chooses from
+CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device by its vendor's figures: bytes a second of memory, and dense bf16 FLOPs a second of the matrix units."""
+    """A device by its vendor's figures: bytes of memory a second, and dense bf16 FLOPs a second of the matrix units."""
 
     bandwidth: float
     flops: float
@@ -121,7 +122,7 @@ def attention_work(
     keys = token * (prefix_tiles * full + tail_tiles * (tokens - full))
     flops = 4 * rows * shape.heads * shape.head_dim * tokens
     minimum = token * tokens + 2 * activations
-    read, written = keys + count * (activations + state), count * state + activations  # q in every split
+    read, written = keys + count * (activations + state), count * state + activations  # every split reads q
     if far:
         read += count * (activations + 2 * activations // ITEM * FP32)
     name = f"attend{'+int8' if int8 else ''}{'+far' if far else ''}, merge"
@@ -160,7 +161,7 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         stored = rows * (q * ITEM + token_bytes(shape, int8))
         flops = (3 + 4 * norm) * heads + (8 * rows * kv if int8 else 0)
         name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
-        read = moved + angles + ((q + kv) * rows * ITEM if norm else 0)  # a head is read for its sum first
+        read = moved + angles + ((q + kv) * rows * ITEM if norm else 0)  # a head is first read for its sum
         yield Work(name, rows, None, read, stored, moved + stored, flops)
     kept = rows * token_bytes(shape, False)
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
@@ -169,7 +170,7 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
 
 
 def choice_works(shape: Shape, rows: int) -> Iterator[Work]:
-    """Yields the work of the sampler's kernels over the logits of `rows`, without that of text that is searched."""
+    """Yields the work of the sampler's kernels over the logits of `rows`, without the search of the text."""
     logits, scores = rows * shape.vocab * FP32, rows * shape.vocab * FP64
     told = rows * shape.vocab * (3 * FP32 + FP64)  # places and counts of the text, marks, biases
     for name, more, flops in (("scores", 0, 2), ("greedy scores", 0, 1), ("changed scores", told, 12)):
@@ -184,7 +185,7 @@ def choice_works(shape: Shape, rows: int) -> Iterator[Work]:
 
 def repeat_works(context: int, rows: int) -> Iterator[Work]:
     """Yields the work of searching the text for what the end of each row's path repeats."""
-    text = context * FP32  # tokens of 4 bytes, which all rows but the first find in the cache
+    text = context * FP32  # a token has 4 bytes, which all rows but the first find in the cache
     for name in ("repeats", "repeats out"):
         yield Work(name, rows, context, rows * text, 0, text, 4 * rows * context)
 

@@ -2,10 +2,11 @@
 
     python experiments/longrun.py --tokens 100000 --out runs/100k
 
-The run is an ordinary one with a journal (interrupted, the same command goes on with it). At SPOTS places it pauses: a
-fork of its cache goes on by plain decoding for a window of tokens, which are compared one by one with what the run then
-writes there, and whose milliseconds, fitted as a + b context and summed over the contexts of the whole run, are what
-plain decoding would have taken. Both are measured in the same minutes of the same process.
+The run is an ordinary one with a journal. If it is interrupted, the same command goes on with it. At SPOTS places it
+pauses, and a fork of its cache goes on by plain decoding for a window of tokens. These tokens are compared one by one
+with those that the run then writes there. Their milliseconds are fitted as a + b context, and the fit is summed over
+the contexts of the whole run. The sum is the time that plain decoding would have taken. Both are measured in the same
+minutes of the same process.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def main() -> None:
         stream.catch_up()
         write(swift, stream, log, args)
         figures = summary(swift, stream, log)
-    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # else an earlier call finished the run
+    if stream.stats.step_tokens or not (args.out / "report.json").exists():  # or else the run is finished
         result = stream.result()
         save_text(args.out, result.text)
         save_tokens(args.out, result.tokens)
@@ -100,7 +101,7 @@ def keep(run: Path, folder: Path, figures: Record) -> None:
 
 
 def draw(panel: Any, figures: Record) -> None:
-    """Draws milliseconds a token against the tokens before it: the run's, and plain decoding's at the spots."""
+    """Draws milliseconds a token against the tokens before it, for the run and for plain decoding at the spots."""
     marks = figures["marks"]
     per_token = [mark["wall_ms"] / (mark["to"] - mark["from"]) for mark in marks]
     panel.plot([mark["context"] for mark in marks], per_token, linewidth=1, label="this run, forced turns included")
@@ -250,7 +251,7 @@ def has_object(answer: str) -> bool:
 
 
 def nearby(spot: Record, marks: Sequence[Record]) -> float:
-    """Returns plain decoding's milliseconds a token at a spot over the run's own.
+    """Returns plain decoding's milliseconds a token at a spot, divided by the run's own.
 
     The run's are those of the NEARBY tokens around, without forced turns.
     """
@@ -265,9 +266,9 @@ def same(tokens: Sequence[int], spot: Record) -> bool:
     return len(there) > 0 and list(there) == spot["tokens"][: len(there)]
 
 
-MARK = 1000  # new tokens between marks
-NEARBY = 5000  # tokens around a spot
-EXCERPTS, EXCERPT = 10, 1000  # one excerpt from each tenth of the text, and its characters, which are some ten lines
+MARK = 1000  # the number of new tokens between marks
+NEARBY = 5000  # the number of tokens around a spot
+EXCERPTS, EXCERPT = 10, 1000  # one excerpt from each tenth of the text, and its characters (about ten lines)
 PHASES = ("draft", "verify", "accept", "commit", "learn")
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
     python experiments/lossless.py --models llama,mistral,qwen2,qwen3,smollm2-135m --engines native,torch
 
-Three parts. identity: every drafter's tokens against plain decoding's. distribution: transitions of a text over seven
-tokens against the exact probabilities. paths: TokenSwift (arXiv 2502.18890, its published code) draws the target's
-tokens anew for each path of the tree and keeps the path that matches longest. Drawing 27 times lifts whatever was
-drafted; here that rule is followed beside one choice a node, on the toy and on real trees of the default model: the
-three best guesses of each of three draft heads, every combination.
+There are three parts. identity compares every drafter's tokens with plain decoding's. distribution compares the
+transitions of a text over seven tokens with the exact probabilities. paths follows the rule of TokenSwift's published
+code (arXiv 2502.18890) beside that of one choice a node. TokenSwift draws the target's tokens anew for each path of the
+tree, and keeps the path that matches longest. To draw 27 times favours whatever was drafted. Both rules are followed on
+the toy and on real trees of the default model: the three best guesses of each of three draft heads, in every
+combination.
 
-total_variation: half the sum of |q - p| over the vocabulary, for q of the rule and p of the target: at least that share
-of the tokens is not what the target says, however the two are coupled. Of real trees it is that of a pass's first
-token; of the toy's text that of all its transitions, and of a sample it never is quite 0.
+total_variation: half the sum of |q - p| over the vocabulary, for q of the rule and p of the target. At least that share
+of the tokens is not what the target says, however the two are coupled. For real trees it is that of a pass's first
+token. For the toy's text it is that of all its transitions. That of a sample is never quite 0.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     python experiments/peers.py --lengths 1024,4096 --new 256
 
-transformers' generate, its prompt lookup and its assisted generation (by the model itself, left early; by a smaller
-one with --assistant), llama.cpp through llama-cpp-python, plain and with its prompt lookup, and ours. All go on from
-the same tokens with the same weights (llama.cpp's 4-bit blocks are what the bf16 ones were converted from) and the
-same parameters, in alternating slices. Each one's speculation is compared with its own plain text, token by token.
-Sampled, a peer draws from a generator of its own, with the same seed: a rule that spends draws on drafts writes
-another text, of the same distribution if it is right.
+The peers are transformers and llama.cpp. transformers writes with generate, with its prompt lookup and with its
+assisted generation (by the model itself, left early; by a smaller one with --assistant). llama.cpp writes through
+llama-cpp-python, plainly and with its prompt lookup. All go on from the same tokens with the same weights and the same
+parameters, in alternating slices. (llama.cpp has 4-bit blocks, and the bf16 weights were converted from these.) Each
+one's speculation is compared with its own plain text, token by token. When a peer samples, it draws from a generator
+of its own, with the same seed. A rule that spends draws on drafts then writes another text, which has the same
+distribution if the rule is right.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tokenswift_py.runs.report import first_divergence, text_figures
 from workloads import continuation
 
 SAMPLINGS = {"greedy": {"temperature": 0.0, "min_p": 0.0}, "sampled": {"temperature": 0.8, "min_p": 0.05}}
-LOOKUP = 10  # tokens that prompt lookup proposes after a match of up to 2 tokens, by llama-cpp-python's defaults
+LOOKUP = 10  # how many tokens prompt lookup proposes after a match of up to 2 tokens (llama-cpp-python's defaults)
 NO_ASSISTANT = "no smaller model with this tokenizer is at hand; name one with --assistant"
 
 
@@ -89,7 +90,7 @@ class Writer:
         return self.ms / self.timed if self.timed else None
 
     def row(self, bandwidth: float, count: int, ours: list[int] | None) -> Row:
-        """Returns the writer's figures. ours: our plain text, where this one should equal it but for rounding."""
+        """Returns the writer's figures. ours: our plain text, if the writer's should equal it except for rounding."""
         ms, plain, tokens = self.ms_a_token, self.plain, self.tokens[:count]
         compared = plain is not None and bool(tokens)
         divergence = first_divergence(tokens, plain.tokens[: len(tokens)]) if plain and compared else None
@@ -182,7 +183,7 @@ def compare(args: argparse.Namespace, checkpoint: Checkpoint, text: str, length:
         for name in filter(None, args.peers.split(",")):
             writers += stack.enter_context(PEERS[name](task, checkpoint))
         for writer in writers:
-            writer.write(1)  # reads the prompt
+            writer.write(1)  # this reads the prompt
         bandwidth = memory_bandwidth(threads=args.threads)
         for end in range(args.slice, args.new + args.slice, args.slice):
             for writer in writers:
@@ -259,7 +260,7 @@ class Paused:
         self._begun = False
 
     def step(self) -> list[int]:
-        torch.set_rng_state(self._state)  # its own state, whichever writer drew in between
+        torch.set_rng_state(self._state)  # takes up its own state again, whichever writer drew in between
         if self._thread.ident is None:
             self._thread.start()
         self._go.release()
@@ -274,7 +275,7 @@ class Paused:
         torch.set_num_threads(self._task.args.threads)
         try:
             self._model.generate(torch.tensor([self._task.prompt]), streamer=self, **self._settings)
-        except Exception as error:  # raised again by `step`
+        except Exception as error:  # `step` raises it again
             self._found.put(error)
         else:
             self._found.put([])
@@ -334,7 +335,7 @@ def plot(figure: Any, rows: list[Row]) -> None:
         axes.bar_label(axes.barh(places, [row["tokens_per_s"] for row in here], color=colours), fmt="%.0f")
         axes.set_yticks(range(len(names)), names)
         axes.margins(x=0.15)
-        axes.set_title(f"{panel[1]}, behind {panel[0]} tokens", fontsize=9)
+        axes.set_title(f"{panel[1]}, after {panel[0]} tokens", fontsize=9)
         axes.set_xlabel("tokens/s (red: not its own plain text)")
 
 

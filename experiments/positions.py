@@ -2,22 +2,22 @@
 
     python experiments/positions.py --texts code,docs,prose --spots 2048,7168,9216,16384,32768,65536,98304
 
-Teacher forcing on real text: nats per token of the SPAN tokens from each spot on, the whole text before them in the
-cache. Schemes:
-  trained, linear, ntk, yarn   as --positions has them
+The model reads real text by teacher forcing. Figures are the nats per token of the SPAN tokens from each spot on, with
+the whole text before them in the cache. The schemes are:
+  trained, linear, ntk, yarn   the values of --positions
   self-extend[:W[:B]], log-extend[:W[:B]]   the same with this window and block
-  truncated                    the same tokens, with the latest trained length minus 1 024 tokens before them alone, in
-                               trained positions: what a long context must at least match
+  truncated                    the same tokens in trained positions. Only the latest tokens are before them, as many as
+                               the trained length minus 1 024. A long context must at least match this.
 
     python experiments/positions.py --passkeys 4096,7168,16384,32768
 
-Nine sentences that each give somebody's pass key, five digits, stand at depths of 10 to 90 % of a text of prose. Each
-is asked for at the end, on a fork of the cache: `found` of nine answered right, greedily, and `nats` per token of the
-right answers.
+Nine sentences stand at depths of 10 to 90 % of a text of prose. Each gives somebody's pass key, which has five digits.
+Each key is asked for at the end, on a fork of the cache, and answered greedily. `found` is how many of the nine answers
+are right, and `nats` is per token of the right answers.
 
     python experiments/positions.py --costs 16384,65536
 
-Milliseconds of a pass of one row over the same cache with and without queries moved, in turns.
+This measures the milliseconds of a pass of one row over the same cache, with and without queries moved, in turns.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from tokenswift_py.quality import teacher_forced
 from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS, continuation
 
-SPAN = 512  # tokens whose nats are taken at a spot
-MARGIN = 1024  # positions of the trained length that a truncated reading leaves free
-WHOLE = 1024  # contexts are rounded up to a multiple, so that close ones share their tables
+SPAN = 512  # how many tokens are scored at a spot
+MARGIN = 1024  # how many positions of the trained length a truncated reading leaves free
+WHOLE = 1024  # contexts are rounded up to a multiple of this, so that close ones share their tables
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python experiments/quants.py
 
-Three parts (--parts):
+There are three parts (--parts):
   beside   a made model of Qwen2.5-0.5B's shape in Q4_K_M, whose file our native engine (--dtype gguf) and llama.cpp
            read: a pass of one token at the first and the last context, and a prefill. Its weights are random; the
            cache keeps its file.
@@ -12,8 +12,8 @@ Three parts (--parts):
   dtypes   the default model's own file in each --dtype: passes of some rows at each context, a prefill, the
            perplexity, and the bytes that a token reads: all weights, and the KV of each token before it.
 
-A perplexity is of every token of one text after the first, in one pass over the whole text. Contenders take turns, as
-in steps.py; medians are printed. Columns of llama.cpp are in the same rows as ours.
+A perplexity is that of all tokens of one text but the first, in one pass over the whole text. Contenders take turns, as
+in steps.py, and medians are printed. Columns of llama.cpp are in the same rows as ours.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ from workloads import CONTINUATIONS, continuation
 
 PARTS = ("beside", "types", "dtypes")
 MADE_MIX = "Q4_K_M"
-GOAL = 0.5  # percent that the perplexity of a file's blocks may differ from that of the values they stand for
-PREFILLS = 3  # rounds of a prefill
+GOAL = 0.5  # by how many percent the perplexity of a file's blocks may differ from that of the values they stand for
+PREFILLS = 3  # the number of rounds of a prefill
 
 
 def words(text: str) -> list[str]:
@@ -144,14 +144,14 @@ def our_passes(swift: TokenSwift, context: int, rows: Sequence[int]) -> list[Cal
 
 
 def medians(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Returns milliseconds by name, the contenders taking turns."""
+    """Returns the median milliseconds of each contender by its name. The contenders take turns."""
     contenders = [Contender(name, 0, "", step, 0.0, 0.0) for name, step in steps.items()]
     interleave(contenders, rounds)
     return {contender.engine: contender.median for contender in contenders}
 
 
 def against(ms: dict[str, float]) -> Row:
-    """Returns the columns of ours and llama.cpp's milliseconds."""
+    """Returns the columns with our milliseconds and llama.cpp's."""
     return {
         "ms": ms["ours"],
         "llama_cpp_ms": ms["llama.cpp"],
@@ -191,7 +191,7 @@ def of_type(args: argparse.Namespace, mix: str) -> Row:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="quants-"))
         path = Path(folder) / f"{mix}.gguf"
         quantise(source, path, mix)
-        # What is kept of a file besides, its tokenizer and config, goes with the file.
+        # The tokenizer and config that were made from the file are removed with it.
         stack.enter_context(mock.patch.dict(os.environ, {"TOKENSWIFT_CACHE": folder}))
         blocks = loaded(args, path, "gguf")
         tokens = continuation(args.text, blocks.tokenizer, args.tokens).tokens
@@ -210,7 +210,7 @@ def of_type(args: argparse.Namespace, mix: str) -> Row:
 
 
 def perplexity(swift: TokenSwift, tokens: list[int]) -> float:
-    """Returns the perplexity of all tokens but the first, each given those before it."""
+    """Returns the perplexity of all tokens but the first, where each is given those before it."""
     model = swift.executor.model(rope_tables(swift.checkpoint.config, len(tokens)))
     return math.exp(nats(model, tokens, len(tokens) - 1) / (len(tokens) - 1))
 
@@ -228,7 +228,7 @@ def llama_perplexity(args: argparse.Namespace, path: Path, tokens: list[int]) ->
 
 
 def by_rows(args: argparse.Namespace, context: int) -> Iterator[Row]:
-    """Times passes of each number of rows over the model's own file, in every type of weights in turns."""
+    """Times passes of each number of rows over the model's own file. The types of weights take turns."""
     swifts = {dtype: loaded(args, args.model, dtype) for dtype in args.dtypes}
     steps = {}
     for dtype, swift in swifts.items():
@@ -240,7 +240,7 @@ def by_rows(args: argparse.Namespace, context: int) -> Iterator[Row]:
 
 
 def by_dtype(args: argparse.Namespace) -> Iterator[Row]:
-    """Measures what depends on neither rows nor context: the prefill, the perplexity, the bytes read."""
+    """Measures the figures that depend on neither rows nor context: the prefill, the perplexity and the bytes read."""
     swifts = {dtype: loaded(args, args.model, dtype) for dtype in args.dtypes}
     tokens = some_tokens(args.prefill)
     ms = medians({name: reading(swift, tokens) for name, swift in swifts.items()}, min(PREFILLS, args.rounds))
@@ -256,7 +256,7 @@ def by_dtype(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def plot(figure: Any, rows: list[Row]) -> None:
-    """Draws a panel for each part: passes beside llama.cpp, perplexity by type, passes by type of weights."""
+    """Draws a panel for each part: passes beside llama.cpp, perplexity by type, and passes by type of weights."""
     passed = [row for row in rows if "file" in row and "context" in row]
     typed = [row for row in rows if "type" in row]
     timed = [row for row in rows if "rows" in row]

@@ -3,12 +3,12 @@
     python experiments/recall.py --workloads code,docs --lengths 16384 --views 1024,2048,4096 --kept DIR
 
 The last rows of a real text are computed over the whole cache, PASS at a time, and report the attention probability on
-every page: the true mass. Before each pass every policy, which has seen all rows up to there, chooses its pages. What
-counts is the share of the rows' mass that lies on these pages and behind the full ones, a mean over rows, layers and
+every page: the true mass. Before each pass every policy, which has seen all rows up to there, chooses its pages. The
+share of the rows' mass that lies on these pages and after the full ones is measured, as a mean over rows, layers and
 heads. `own` is the share of the row that the policy saw last, whose queries choose its own pages in RetrievalAttention.
-`next` is that of the row behind it, and `later` that of the PASS rows behind it, which a view is kept for. `alike` is
-as `later`, where all layers and heads keep the same pages, chosen as an eviction chooses them. `best` is no policy: it
-chooses by the true mass of the row seen last, so that no choice of pages has a higher `own`.
+`next` is that of the row after it, and `later` that of the PASS rows after it, which a view is kept for. `alike` is the
+same as `later`, except that all layers and heads keep the same pages, chosen as an eviction chooses them. `best` is no
+policy: it chooses by the true mass of the row seen last, so no choice of pages has a higher `own`.
 
 Bytes are counted for one row. `chosen_by_bytes` are those of the keys, or of what is kept of them, that a choice reads.
 `view_bytes` are those of the keys and values of the chosen pages. `read_of_whole` sets both against the keys and values
@@ -38,7 +38,7 @@ from tokenswift_py.runs.report import rounded
 from workloads import CONTINUATIONS
 
 POLICIES = "tokenswift_py.kvcache.policies"
-PASS = 8  # rows of a pass, for which a view is kept
+PASS = 8  # the rows of a pass, for which a view is kept
 
 
 def main() -> None:
@@ -185,7 +185,7 @@ def pages_of(scores: FloatArray, count: int) -> tuple[IntArray, IntArray]:
 
 
 def kept(mass: FloatArray, chosen: IntArray, full: int) -> list[float]:
-    """Returns the share of each row's mass on the chosen pages and behind the full ones, over layers and heads.
+    """Returns the share of each row's mass on the chosen pages and after the full ones, over layers and heads.
 
     mass: [layers, rows, kv_heads, pages]. chosen: [layers, kv_heads, n]. full: full pages when they were chosen.
     """

@@ -1,4 +1,5 @@
-"""One page of everything in results/: tables, pictures, machine, commit, settings, what is bitwise and what measured.
+"""Makes one page of everything in results/: tables, pictures, machine, commit, settings, and which figures are bitwise
+and which are measured.
 
     python experiments/report.py            (make report)
 
@@ -51,7 +52,7 @@ dt { color: var(--mild); } dd { margin: 0; } summary { cursor: pointer; padding:
 @media (max-width: 36rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # forbids a browser to fetch anything
-LONG = 48  # characters of the longest text in a table that may not break
+LONG = 48  # the most characters of a text in a table that may not break
 
 
 def main() -> None:

@@ -4,10 +4,11 @@
     python experiments/serving.py --dtype bf16,gguf --peers llamacpp --first-token
 
 Each text goes on from a place of its own in a real prefix that was read before. Every way of writing them is run in
-turn, several times. All ways must write the same tokens: company changes nothing. tokens_per_s is over the whole time
-until all texts are there, of the fastest run. Drafted texts have speeds of their own, so that few are left at the end
-of such a run, which a server with a queue never sees. tokens_per_s_full is while all texts are being written: from when
-all prompts are read until the first text ends, the median of the runs. The spreads are those of the runs.
+turn, several times. All ways must write the same tokens: company changes nothing. tokens_per_s is that of the fastest
+run, over the whole time until all texts are there. Drafted texts have speeds of their own, so few are left at the end
+of such a run, which a server with a queue never sees. tokens_per_s_full is the median of the runs, over the time while
+all texts are being written: from when all prompts are read until the first text ends. The spreads are those of the
+runs.
 
 --peers llamacpp has llama.cpp write as many texts with a slot for each. --first-token measures how long a short
 request waits beside long texts, with priority and without.
@@ -48,7 +49,7 @@ from tokenswift_py.serving.sharing import OwnTime
 from tokenswift_py.serving.work import LoopWork
 from workloads import continuation
 
-APART = 192  # tokens from the place of one text to that of the next
+APART = 192  # the number of tokens from the place of one text to that of the next
 WAYS = (
     ("plain", "none", False),
     ("auto", "auto", False),
@@ -82,7 +83,7 @@ class Speed:
         }
 
     def over(self, base: Speed) -> tuple[float, float | None]:
-        """Returns how many times as fast this is as `base`, over the whole and while all texts are being written."""
+        """Returns how many times as fast this is as `base`, over the whole time and while all texts are in work."""
         full = round(median(self.full) / median(base.full), 3) if self.full and base.full else None
         return round(min(base.seconds) / min(self.seconds), 3), full
 
@@ -116,7 +117,7 @@ class Texts:
         self.args, self.count = args, count
         context = length + args.new + 64
         self.company = Company(swift, context, kv_tokens=count * (length + args.new + 2048), most_running=count)
-        # One for all runs, as a server has: it keeps pages of the prefix, and learns what passes cost.
+        # All runs share one, as in a server. It keeps pages of the prefix, and learns what passes cost.
         self.scheduler = Scheduler(self.company.target, self.company.pool, perf_counter, count)
         self.tokens = continuation("docs", swift.tokenizer, length).tokens
         self.cuts = cuts(count, length)
@@ -255,7 +256,7 @@ def plot(figure: Any, found: Sequence[Row]) -> None:
                 lines.setdefault(f"{row['engine']}, {row['weights']}, {row['way']}", []).append(row)
         for label, here in lines.items():
             panel.plot([row["texts"] for row in here], [row["tokens_per_s_full"] for row in here], "o-", label=label)
-        panel.set_title(f"behind {length} tokens")
+        panel.set_title(f"after {length} tokens")
         panel.set_xscale("log", base=2)
         panel.set_xlabel("texts")
         panel.set_ylabel("tokens a second, all texts")

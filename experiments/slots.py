@@ -7,17 +7,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-N_BATCH = 2048  # rows of a call, as many as its server allows
+N_BATCH = 2048  # the rows of a call, as many as its server allows
 NO_DRAFTS = "the library drafts for one sequence only; for several slots, its server does"
 
 
 class Slots:
-    """llama.cpp with several sequences behind cuts of one prefix, on a GGUF, with f16 KV and flash attention.
+    """llama.cpp with several sequences that go on from cuts of one prefix, on a GGUF, with f16 KV and flash attention.
 
     path:     the .gguf file.
-    tokens:   the prefix. cuts: number of its tokens that stand before each text.
-    rest:     the last rows of each prompt, which `write` reads; those before are read once here, for all.
-    new:      tokens of each text, whatever they are.
+    tokens:   the prefix. cuts: the number of its tokens that stand before each text.
+    rest:     the number of last rows of each prompt that `write` reads. Those before them are read here once, for all.
+    new:      the number of tokens of each text, whatever they are.
     sampling: temperature and min_p.
     unified:  whether all sequences share one buffer of keys and values, in which equal prefixes are kept once, or each
               has its own. llama.cpp's server has both.
@@ -71,8 +71,8 @@ class Slots:
     def write(self) -> tuple[list[tuple[float, list[int]]], list[list[int]]]:
         """Writes all texts.
 
-        Returns marks, the time in seconds and the number of tokens of each text before the first pass and behind each,
-        and the texts. The same is written each time.
+        Returns marks and the texts. The marks are the time in seconds and the number of tokens of each text, before the
+        first pass and after each. The same is written each time.
         """
         library, texts = self._library, [list[int]() for _ in self._cuts]
         for sequence, cut in enumerate(self._cuts):
@@ -121,7 +121,7 @@ class Slots:
         return chain
 
     def _decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> None:
-        """Computes rows, each a token, its position, its sequence and whether its logits are wanted."""
+        """Computes rows. Each is a token, its position, its sequence, and whether its logits are wanted."""
         batch = self._batch
         batch.n_tokens = len(rows)
         for place, (token, position, sequence, wanted) in enumerate(rows):

@@ -2,12 +2,12 @@
 
     python experiments/speedup.py --workloads code,docs --lengths 2048,16384 --drafters auto --new 256
 
-Three kinds of workload. `code` and `docs` go on from a real prefix (TokenSwift's protocol). `story`, `manual` and
-`records` are free runs, written up to the length by `auto` and raced from there. `random` goes on from random tokens at
-a temperature at which nothing can be guessed: what drafting costs where it cannot pay.
+There are three kinds of workload. `code` and `docs` go on from a real prefix (TokenSwift's protocol). `story`,
+`manual` and `records` are free runs: `auto` writes them up to the length, and the race begins there. `random` goes on
+from random tokens at a temperature at which nothing can be guessed. It shows what drafting costs where it cannot pay.
 
 Plain decoding and every drafter write the *same* text in alternating slices, so that a burst on a busy machine hits all
-of them; their tokens are compared one by one. A text is read once, its pages are shared by all contenders.
+of them. Their tokens are compared one by one. A text is read once, and all contenders share its pages.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from tokenswift_py.runs.plan import Run, prepare
 from tokenswift_py.runs.report import Trace, rounded
 from workloads import CONTINUATIONS, WORKLOADS, continuation, free_run
 
-RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # sampling of `random`, by which nearly any token may come
-CUT = 1024  # tokens from one cut of a text to the next
+RANDOM: dict[str, Any] = {"temperature": 3.0, "min_p": 0.0}  # of `random`: nearly any token may come
+CUT = 1024  # the number of tokens from one cut of a text to the next
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Contender:
 
 
 def contenders(names: str) -> list[Contender]:
-    """Parses contenders: auto, ngram, ..., partial:1024:4 with fixed sizes of view and chain, partial:1024:4:recent."""
+    """Parses contenders like auto, ngram, partial:1024:4 (fixed sizes of view and chain) and partial:1024:4:recent."""
     found = [Contender("ar", {"drafter": "none"})]
     for name in filter(None, names.split(",")):
         drafter, *more = name.split(":")
@@ -160,7 +160,7 @@ class Written:
     def read(self, length: int) -> None:
         while self.cache.length < length:
             if next(self._pieces, None) is None:
-                raise SystemExit(f"speedup.py: the run ended behind {self.cache.length} tokens, before {length}")
+                raise SystemExit(f"speedup.py: the run ended after {self.cache.length} tokens, before {length}")
 
     def close(self) -> None:
         self._stream.close()
@@ -298,13 +298,14 @@ def race(
 
 
 def readability(swift: TokenSwift, tokens: Sequence[int]) -> Row:
-    """Lets the model read the text on its own. Returns medians of windows. Below 1 000 tokens there is one window."""
+    """Lets the model read the text alone. Returns medians over windows. Below 1 000 tokens there is one window."""
     read = swift.window_perplexity(tokens).summary()
     return {"window_perplexity": read["median"], "bits_per_byte": read["bits_per_byte_median"]}
 
 
 def figures(runner: Contender, plain: Contender, width: int) -> dict[str, Any]:
-    """Returns a runner's figures. speedup: over all tokens. second_half: of the later ones. median_slice: of slices."""
+    """Returns a runner's figures. `speedup` is over all tokens, `second_half` over the later half of them, and
+    `median_slice` is the median of the slices."""
     assert runner.loop is not None
     stats = runner.loop.stats
     count = min(len(runner.at), len(plain.at)) - 1
@@ -336,7 +337,7 @@ def counts(row: Row) -> bool:
     return not row["looping"] and row["distinct_4"] >= VARIED
 
 
-VARIED = 0.4  # distinct-4 from which on a text counts
+VARIED = 0.4  # the least distinct-4 of a text that counts
 
 
 def summary(found: list[Row]) -> None:

@@ -2,8 +2,8 @@
 
     python experiments/steps.py --contexts 64,4096,16384 --rows 1,4,8,16 --view 1024,4096 --peers hf,llamacpp
 
-Caches are filled synthetically (the values do not matter to the time, their places in memory do). Contenders take
-turns, so that a burst on a busy machine hits all of them; medians are printed, beside the median read bandwidth of the
+Caches are filled synthetically: the values do not matter to the time, but their places in memory do. Contenders take
+turns, so that a burst on a busy machine hits all of them. Medians are printed beside the median read bandwidth of the
 same rounds. The last line gives the best bandwidth of the whole run and the FLOP rate, at the same thread count.
 """
 
@@ -326,7 +326,7 @@ def beside_busy(swift: TokenSwift, args: argparse.Namespace, context: int) -> di
     }  # fmt: skip
 
 
-BUSY_STEPS = 6  # steps a turn, so that a turn is more than one burst of the scheduler
+BUSY_STEPS = 6  # the steps of a turn, so that a turn is longer than one burst of the scheduler
 
 
 def prefill(swift: TokenSwift, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ CHATML = (
 ENDS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 2}  # not those of a large vocabulary
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 
-# Further fields of a tiny model of a family, so that the family's own parts show.
+# These are further fields of a tiny model of a family, so that the family's own parts show.
 OWN: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16},
     "qwen3": {"head_dim": 16},

@@ -1,6 +1,6 @@
 """Attention in two parts, for kernels that know no trees.
 
-A vendor's kernel attends to the committed prefix, and a small masked product to the rows behind it. Their log-sum-exp
+A vendor's kernel attends to the committed prefix, and a small masked product to the rows after it. Their log-sum-exp
 merges the two. Equality with plain decoding is measured, not bitwise (law 1).
 """
 

@@ -170,7 +170,7 @@ class AttentionSegment:
 
     @property
     def boundary(self) -> int:
-        """The first position behind the full pages."""
+        """The first position after the full pages."""
         return len(self.pages) * PAGE_SIZE
 
     def tail_of(self, row: int) -> IntArray:
@@ -209,7 +209,7 @@ class FixedPlan(Protocol):
     """
 
     def fill(self, segments: Sequence[AttentionSegment]) -> None:
-        """Prepares the next pass. The segments, row behind row, must fit the room, lengths of tails included."""
+        """Prepares the next pass. The segments, one row after another, must fit the room, lengths of tails included."""
 
 
 class AttentionBackend(Protocol):

@@ -1,4 +1,4 @@
-"""flash-attn over the committed prefix, and a small masked product over the tree behind it; see `_prefix.py`.
+"""flash-attn over the committed prefix, and a small masked product over the tree after it; see `_prefix.py`.
 
 There are two vendor's functions, each in a package of its own that installs into the folder `flash_attn`:
 - flash-attn 2, `flash_attn.flash_attn_with_kvcache` (any NVIDIA GPU since Ampere). Its page tables want pages of 256

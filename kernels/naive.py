@@ -1,4 +1,4 @@
-"""Textbook attention, row by row and head by head. It is slow, and the ground truth for every backend."""
+"""Textbook attention, row by row and head by head. It is slow. It is the ground truth for every backend."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Naive:
 
 
 def accumulator(x: torch.Tensor) -> torch.Tensor:
-    """Widens to fp32 what is narrower."""
+    """Returns the tensor in fp32 if its own type is narrower."""
     return x if x.dtype == torch.float64 else x.float()
 
 

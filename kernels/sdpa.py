@@ -18,7 +18,7 @@ from tokenswift_py.kernels.naive import accumulator
 
 @dataclass(frozen=True)
 class TailColumns:
-    """The slots behind the full pages that any row of a segment attends to, and the mask of which row attends."""
+    """The slots after the full pages that any row of a segment attends to, and the mask of which row attends."""
 
     slots: torch.Tensor  # [t] ascending
     positions: torch.Tensor  # [t]
@@ -32,7 +32,7 @@ class SegmentPlan:
     pages: torch.Tensor  # [full] pages of the pool
     view: torch.Tensor | None  # [layers, kv_heads, v] absolute pages
     tail: TailColumns
-    contiguous: int | None  # first slot, when all columns lie in one run of the pool
+    contiguous: int | None  # the first slot, if all columns lie in one run of the pool
 
 
 class SDPA:
@@ -131,7 +131,7 @@ def columns(
     mask = torch.cat([tail.mask.new_ones(n, prefix), tail.mask], dim=1)
     if window is not None:
         mask = mask & (positions[..., None, :] > part.positions[:, None] - window)
-        unseen = ~mask.any(dim=-2)[..., None]  # before every row's window; it may hold NaN
+        unseen = ~mask.any(dim=-2)[..., None]  # these keys may hold NaN
         k, v = k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
     return k, v, positions, mask
 

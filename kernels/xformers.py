@@ -1,4 +1,4 @@
-"""xformers over the committed prefix, and a small masked product over the tree behind it; see `_prefix.py`.
+"""xformers over the committed prefix, and a small masked product over the tree after it; see `_prefix.py`.
 
 The vendor's function is `xformers.ops.fmha.memory_efficient_attention_partial`.
 """

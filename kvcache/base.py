@@ -24,19 +24,19 @@ class PagePool(Protocol):
     layers: int
     kv_heads: int
     page_bytes: int
-    idle: int  # pages that are only kept
-    on_idle: Callable[[int], None]  # gets each page that becomes one of them
+    idle: int  # how many pages are only kept
+    on_idle: Callable[[int], None]  # a function that gets each page that becomes one of them
 
     @property
     def pages(self) -> int:
-        """How many pages there are."""
+        """The number of pages."""
 
     @property
     def free(self) -> int:
-        """How many pages nobody holds."""
+        """The number of pages that nobody holds."""
 
     def holders(self, page: int) -> int:
-        """How many caches hold this page."""
+        """The number of caches that hold this page."""
 
     def allocate(self) -> int:
         """Returns a page that nobody holds, with one holder. Raises MemoryError when the pool is full."""
@@ -176,7 +176,7 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     if there is not None:
         if len(held) < stats.pages:
             there = there[..., torch.from_numpy(held).to(there.device)]
-        places: IntArray = best_there(there, count).cpu().numpy()  # the only wait
+        places: IntArray = best_there(there, count).cpu().numpy()  # this is the only wait for the device
         return places if len(held) == stats.pages else held[places]
     scores = policy.score(stats)
     if len(held) == stats.pages:

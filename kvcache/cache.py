@@ -1,4 +1,4 @@
-"""The KV cache of one sequence: a page table into a pool, a committed length, and provisional rows behind it."""
+"""The KV cache of one sequence: a page table into a pool, a committed length, and provisional rows after it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class KVCache:
         self.length = 0
         self._table = np.empty(-(-context // PAGE_SIZE) + 16, np.int32)
         self._held = 0
-        self.evicted = 0  # pages
+        self.evicted = 0  # how many pages were evicted
         self._tail_positions: list[int] = []
         self._tail_committable: list[bool] = []
 
@@ -113,7 +113,7 @@ class KVCache:
         self.drop_tail()
 
     def adopt(self, pages: Bytes) -> None:
-        """Commits full pages that were dumped from a cache of the same tokens and numerics, behind the pages there are.
+        """Commits full pages that were dumped from a cache of the same tokens and numerics, after the pages there are.
 
         pages: [n, page_bytes]. Raises ValueError, with nothing changed, where the last page is not full, where there
         are provisional rows, and past the limit.

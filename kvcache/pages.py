@@ -11,7 +11,7 @@ from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
 SPARE_PAGES = 16  # for the rows of a tree at the very end of the context, which need slots beyond its positions
-ROUND_PAGES = SPARE_PAGES + 1  # that a round takes at most for rows that it does not commit
+ROUND_PAGES = SPARE_PAGES + 1  # the most pages that a round takes for rows that it does not commit
 
 
 def pages_for(context: int) -> int:

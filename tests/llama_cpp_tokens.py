@@ -193,7 +193,7 @@ def characters() -> dict[str, Any]:
 
 
 def sentencepiece() -> dict[str, Any]:
-    """As Llama 2's: BPE with byte fallback, digits apart, spaces as they are."""
+    """A vocabulary like Llama 2's: BPE with byte fallback, digits apart, spaces as they are."""
     import sentencepiece
 
     model = io.BytesIO()

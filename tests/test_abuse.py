@@ -117,7 +117,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
         codes.append(code)
         assert code in (0, 2), (arguments, told)
         if code == 2:
-            line = told.rpartition("tokenswift: ")[2]  # behind what was warned of before
+            line = told.rpartition("tokenswift: ")[2]  # after what was warned of before
             assert line.count("\n") == 1 and line.endswith("\n") and 10 < len(line) < 1000, (arguments, told)
             assert out == ""
     assert place.files() == place.before
@@ -150,7 +150,7 @@ def test_the_other_commands_refuse_in_one_line_too(place: Place, command: str) -
         (["--top-p", ""], "top_p: '' is not allowed; a number"),
         (["--out", ""], "out: '' is not allowed; the name of a file or folder"),
         (["--prompt-file", "x"], "prompt_file: not allowed with argument --prompt"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; the prompt goes behind --prompt, and"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; the prompt goes after --prompt, and"),
         (["--drafter"], "drafter: expected one argument"),
         (["--threads", "1025"], "threads: 1025 is not allowed; between 1 and 1024"),
         (["--chapters", "99999999999"], "chapters: '99999999999' is not allowed; between 1 and 10000, or a file"),

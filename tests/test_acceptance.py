@@ -38,7 +38,7 @@ def test_goals_are_judged_over_all_workloads_of_a_length() -> None:
         return {**key, "right": right, "tested": 100, "text": workload + text}
 
     rows = [row("recent", 1024, 60), row("recent", 4096, 80), row("mass", 1024, 90), row("mass", 4096, 95)]
-    behind = "behind 9000 tokens, int8"
+    behind = "after 9000 tokens, int8"
     assert acceptance.verdicts(rows) == [
         f"{behind}: mass with 1024 (0.900) beats recent with 4096 (0.800)",
         f"{behind}: mass with 4096 (0.950) reaches 0.92",
@@ -47,7 +47,7 @@ def test_goals_are_judged_over_all_workloads_of_a_length() -> None:
     assert acceptance.verdicts(rows) == [
         f"{behind}: mass with 1024 (0.850) does not beat recent with 4096 (0.890)",
         f"{behind}: mass with 4096 (0.900) does not reach 0.92",
-        "docs behind 9000 tokens: THE SETTINGS WROTE DIFFERENT TEXTS",
+        "docs after 9000 tokens: THE SETTINGS WROTE DIFFERENT TEXTS",
     ]
 
 

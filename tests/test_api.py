@@ -27,7 +27,7 @@ from tokenswift_py.runs.report import baseline_figures, run_figures, summary
 
 
 def cache_bytes(swift: TokenSwift, tokens: int) -> int:
-    """What the pages of so many tokens really take."""
+    """The bytes that the pages of so many tokens really take."""
     pool = swift.executor.model(rope_tables(swift.checkpoint.config, 64)).new_pool(1)
     return pages_for(tokens) * pool.page_bytes
 
@@ -187,12 +187,12 @@ def test_a_baseline_of_a_part_of_a_text_is_refused(swift: TokenSwift, tmp_path: 
         next(pieces)
     with swift.resume(tmp_path / "run") as stream:
         list(stream)
-    with pytest.raises(UserError, match=r"baseline: 'a run resumed behind \d+ tokens' is not allowed"):
+    with pytest.raises(UserError, match=r"baseline: 'a run resumed after \d+ tokens' is not allowed"):
         swift.baseline(stream)
 
 
 def strict(report: dict[str, Any]) -> dict[str, Any]:
-    """As readers have it that know no NaN."""
+    """Returns the report as a reader of JSON has it that knows no NaN."""
     return dict(json.loads(json.dumps(report, allow_nan=False)))
 
 

@@ -190,7 +190,7 @@ def test_forced_marks_are_derived_again(swift: TokenSwift, honest: tuple[Path, A
     for name, change, says in (
         ("hide", hide, f"token {start}: it is forced by the chapter rule"),
         ("invent", invent, "token 3: it is not forced by the chapter rule"),
-        ("more", more, f"token {len(result.tokens)}: behind the end of the text ({result.ending})"),
+        ("more", more, f"token {len(result.tokens)}: after the end of the text ({result.ending})"),
     ):
         found = audit.audit(swift, forged(folder, tmp_path / name, change))
         assert (found.passed, found.faults, found.mismatch) == (False, [says], None)

@@ -95,7 +95,7 @@ def test_what_one_view_learns_is_expected_of_the_others() -> None:
 
 
 def behind(pages: int, plan: Plan) -> Any:
-    """What a drafter may look at behind a text of so many pages."""
+    """The context of a drafter after a text of so many pages."""
     cache = SimpleNamespace(full_pages=pages, evicted=0, length=64 * pages)
     return SimpleNamespace(plan=plan, cache=cache, sampler=Scores(), self_draft=SimpleNamespace(row_shapes=()))
 

@@ -34,7 +34,7 @@ TALK = [
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """As Llama 2 has it: a prefix space, bytes, control tokens that eat the spaces around them."""
+    """A vocabulary like Llama 2's: a prefix space, bytes, control tokens that eat the spaces around them."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
     model = models.BPE({p: i for i, p in enumerate(pieces)}, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>")
     tokenizer = Tokenizer(model)
@@ -102,7 +102,7 @@ def test_the_name_of_a_control_token_in_a_message_is_text(tokenizer: Any) -> Non
 
 
 def test_around_such_a_name_every_token_is_as_it_always_is() -> None:
-    """The tokens before and behind the user's words are those of the template, and the words are those of the text."""
+    """The tokens before and after the user's words are those of the template, and the words are those of the text."""
     before = theirs(TOKENIZER, [TALK[0], {"role": "user", "content": "#"}])
     at = before.index(TOKENIZER("#", add_special_tokens=False).input_ids[0])
     before, behind = before[:at], before[at + 1 :]

@@ -169,7 +169,7 @@ def test_a_full_disk_of_the_trace_is_one_line_of_a_run_that_ends_well(cli: list[
 
 
 def heed_ctrl_c() -> None:
-    """What a shell starts in the background ignores Ctrl-C, and so does what that starts."""
+    """A process that a shell starts in the background ignores Ctrl-C, and so do the processes that it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -241,7 +241,7 @@ def test_on_a_terminal_the_text_can_be_read(cli: list[str]) -> None:
 
 
 def on_terminal(*arguments: str, stdout: int | None = None) -> bytes:
-    """What a terminal receives from the command line."""
+    """Returns what a terminal receives from the command line."""
     pid, terminal = pty.fork()
     if pid == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

@@ -1,4 +1,4 @@
-"""What a pass took is what its executor's clock says, and never what the host's does while it only waits."""
+"""The time of a pass is that of its executor's clock, and never that of the host's while it only waits."""
 
 from __future__ import annotations
 

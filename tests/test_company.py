@@ -114,7 +114,7 @@ class Text(StreamWork):
 
 
 class Alone:
-    """What each text is alone, by plain decoding; each is written once."""
+    """The texts as each is alone, by plain decoding. Each is written once."""
 
     def __init__(self, swift: TokenSwift):
         self.swift, self.known = swift, dict[str, Result | Exception]()

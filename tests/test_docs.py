@@ -1,4 +1,4 @@
-"""What the pages of docs/ say can be relied on: links lead somewhere, fields are documented, recipes run."""
+"""The pages of docs/ can be relied on: links lead somewhere, fields are documented, recipes run."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them of a page's headings."""
+    """Returns the anchors that GitHub makes of a page's headings."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 

@@ -131,7 +131,7 @@ def test_the_draft_catches_up_with_forced_tokens_and_undrafted_rounds(target: Mo
         drafted, stats = written(target, 200, SAMPLED, drafter, draft_tokens=4, **rest)
         assert drafted == chapters
         assert stats.forced_tokens == 92
-        # what was drafted and not accepted stood behind the end of a chapter
+        # what was drafted and not accepted stood after the end of a chapter
         assert stats.num_draft_tokens - stats.num_accepted_draft_tokens <= 3 * 4
         assert stats.num_accepted_draft_tokens > 30
 

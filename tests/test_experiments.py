@@ -1,4 +1,4 @@
-"""What the experiments decide by themselves: who is timed when, what is varied, what is compared."""
+"""The decisions of the experiments: who is timed when, what is varied, what is compared."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ def test_schedules_have_the_lengths_they_name() -> None:
 
 
 def test_texts_are_slices_of_the_sources() -> None:
-    """Each row's token stands at its place of one source, and what follows is what stands behind it there."""
+    """Each row's token stands at its place of one source, and what follows is what stands after it there."""
     sources = [Source(name, np.arange(start, start + size, dtype=np.int32), np.zeros(0, np.int32))
                for name, start, size in (("a", 0, 500), ("b", 10_000, 4_000))]  # fmt: skip
     settings = Settings(context=256, window=32, batch_tokens=3200, steps=4)

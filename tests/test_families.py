@@ -36,7 +36,7 @@ KERNELS = "tokenswift_py.kernels"
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0 + i / 8 for i in range(4)],
             "long_factor": [1.0 + i for i in range(4)]}  # fmt: skip
-# What differs among the models of a family, by the family.
+# The fields that differ among the models of a family, by the family.
 CASES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "smollm3, tied, biases, windows where nothing rotates": {
@@ -124,7 +124,7 @@ def test_a_folder_is_read_as_transformers_wrote_it(case: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_experts_in_one_stack_are_read_too(family: str, tmp_path: Path) -> None:
-    """As transformers holds them in memory."""
+    """transformers holds them so in memory."""
     model = tiny_model(config_of(family), torch.float32)
     model.config.save_pretrained(tmp_path)
     save_file(

@@ -63,7 +63,7 @@ def test_top_n_sigma_keeps_what_is_near_the_best(sigmas: float) -> None:
 
 
 def test_top_p_counts_the_mass_that_top_n_sigma_left() -> None:
-    """Of 0.5, 0.3, 0.15 and many of next to nothing the first three are near; 0.5 and 0.3 have 84 % of these."""
+    """Tokens have 0.5, 0.3, 0.15, many next to nothing. The first three are near, and two have 84 % of them."""
     row = np.log(np.array([0.5, 0.3, 0.15, *([0.05 / 500] * 500)]))
     wide = Sampler(SamplingParams(1.0, top_n_sigma=5.0), len(row))
     both = Sampler(SamplingParams(1.0, top_p=0.83, top_n_sigma=5.0), len(row))
@@ -80,7 +80,7 @@ def test_xtc_leaves_out_all_but_the_least_of_the_probable() -> None:
 
 
 def test_xtc_sees_what_the_other_filters_left() -> None:
-    """Of 0.4, 0.3 and 0.15 alone, the last has 0.176 of the mass."""
+    """If 0.4, 0.3 and 0.15 are left, the last has 0.176 of the mass."""
     row = np.log(np.array([0.4, 0.05, 0.3, 0.15, 0.1]))
     sampler = Sampler(SamplingParams(1.0, top_k=3, xtc_threshold=0.17, xtc_probability=1.0), 5)
     assert sampler.candidates(row).tolist() == [3]

@@ -260,7 +260,7 @@ def small_parts(patch: pytest.MonkeyPatch) -> None:
 
 
 def attempted(what: Callable[[], Any]) -> tuple[Any, str]:
-    """What came of it, and the line that it was refused with."""
+    """Returns the result, and the line that it was refused with."""
     try:
         with bounded():
             return what(), ""

@@ -32,7 +32,7 @@ LISTS = st.one_of(
 PAIRS = st.dictionaries(st.one_of(st.integers(-2, 320), st.sampled_from(["5", "x", None, 1.5])), ANY, max_size=3)
 BARE: list[Any] = [object(), set(), len, int]
 VALUES = st.one_of(ANY, LISTS, PAIRS, st.sampled_from(BARE))
-# What may be asked for is bounded, so that it is done in no time: few tokens, or more than any memory holds.
+# Values are bounded, so that a run takes no time: few tokens, or more than any memory holds.
 BOUNDED = st.one_of(st.integers(-2, 40), st.sampled_from([2**45, 2**63, 10**400, True, 1.0, "9", None, math.nan]))
 OWN: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("max_new_tokens", "context", "min_new_tokens", "min_chapter_tokens"), BOUNDED),

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json asks for is what transformers' generate makes of it, or is told."""
+"""A checkpoint's generation_config.json means what transformers' generate makes of it, or a line says why not."""
 
 from __future__ import annotations
 

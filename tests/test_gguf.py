@@ -250,7 +250,7 @@ def test_bytes_of_the_header_that_changed_never_crash(
 ) -> None:
     rng, content = random.Random(seed), bytearray(tiny_gguf.read_bytes())
     first = min(tensor.data_offset for tensor in GGUFReader(tiny_gguf).tensors)
-    for _ in range(3):  # the part behind the tokens describes the tensors
+    for _ in range(3):  # the part after the tokens describes the tensors
         content[rng.randrange(4, 400) if rng.random() < 0.3 else rng.randrange(first - 1200, first)] = rng.randrange(
             256
         )

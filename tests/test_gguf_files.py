@@ -240,7 +240,7 @@ def test_the_logits_are_those_of_transformers(tmp_path: Path, case: str) -> None
 
 
 def test_a_mistral_in_the_llama_architecture(tmp_path: Path) -> None:
-    """As llama.cpp's converter writes it."""
+    """llama.cpp's converter writes it so."""
     sizes = {**gguf_writer.SIZES, "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 1024}
     model = tiny_model(tiny_config("mistral", **{**sizes, "head_dim": 64}, sliding_window=None), torch.float32)
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama", head_dim=64), {}, state=model.state_dict())

@@ -229,7 +229,7 @@ def test_the_chat_template_and_its_tokens_are_the_files(tmp_path: Path) -> None:
 
 
 def test_phi_3_drops_the_spaces_behind_its_markup(tmp_path: Path) -> None:
-    """As its tokenizer.json and llama.cpp have it."""
+    """Its tokenizer.json and llama.cpp do so."""
     plain, phi = (tokenizer_of(tmp_path, SENTENCEPIECE, name) for name in ("tiny", "Phi-3 mini"))
     assert ids_of(phi, "</s> \n x") == ids_of(plain, "</s>x") != ids_of(plain, "</s> \n x")
     assert ids_of(phi, "<s> x") == ids_of(plain, "<s> x")

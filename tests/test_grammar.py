@@ -89,7 +89,7 @@ def follower(kind: str, text: str, vocab: Vocabulary | None = None) -> Follower:
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
-    """What a token adds to a text; None for one that is none of the text."""
+    """The bytes that a token adds to a text; None for one that is no text."""
     piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None or piece in tokenizer.all_special_tokens or token in tokenizer.added_tokens_decoder:
         return None
@@ -345,7 +345,7 @@ def test_each_chapter_is_a_text_of_the_grammar_and_is_proven(swift: TokenSwift, 
     found_record = journal.read(tmp_path / "run")
     assert found_record.header["grammar"].startswith("llguidance")
     assert found_record.header["parameters"]["json_schema"] == json.dumps(PERSON)
-    # resumed behind every block of tokens
+    # resumed after every block of tokens
     for cut in range(1, len(result.tokens), 23):
         if any(start <= cut <= stop for start, stop in result.forced):
             continue

@@ -276,7 +276,7 @@ def test_heads_within_the_cascade_change_no_token(
 
 
 class Guarded:
-    """A processor that lets one text pass and leaves no token behind any other."""
+    """A processor that lets one text pass and leaves no token after any other."""
 
     def __init__(self, text: list[int]):
         self.text = text
@@ -300,7 +300,7 @@ def test_a_guess_behind_which_nothing_can_be_chosen_ends_no_text(tiny_decoder: A
 
 
 def extended(acceptance: list[list[float]], gain: Gain, budget: int = 9, ms: float = 1e-6) -> tuple[Heads, Draft]:
-    """What heads hang behind the second node of a draft; each of them took `ms` until now."""
+    """The guesses that heads hang below the second node of a draft. Each head took `ms` until now."""
     drafter, _, context = proposal(acceptance, 1)
     for _ in range(20):
         drafter.cost.observe(1, 0, ms)
@@ -379,7 +379,7 @@ def test_what_became_of_heads_guesses_is_learned() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_chapters_and_accepted_drafts(tiny_decoder: Any, form: str) -> None:
-    """Behind a forced turn the heads read its last row; with 8 candidates of 61 tokens some drafts are right."""
+    """After a forced turn the heads read its last row. With 8 candidates of 61 tokens some drafts are right."""
     params = SamplingParams(temperature=1.0, seed=4)
     plain, _, _ = write(tiny_decoder, PROMPT, 120, params)
     eos, turn = plain[12], [5, 6, 7, 8]
@@ -611,7 +611,7 @@ def test_a_step_without_rows_proposes_nothing() -> None:
 
 
 def test_what_verification_took_is_learned() -> None:
-    """`observe` reads the row of the last accepted node and counts the tokens behind the pending one."""
+    """`observe` reads the row of the last accepted node and counts the tokens after the pending one."""
     drafter, tree, context = proposal([[0.5, 0.5]], 3, "medusa")
     hidden = torch.arange(3 * E).reshape(3, E).float()
     drafter.observe(Acceptance((0, 2), (int(tree.tokens[2]), 4)), Output(hidden, hidden))

@@ -23,7 +23,7 @@ from tokenswift_py.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# As publishers name them.
+# Publishers name their files so.
 FILES = [
     "README.md", "config.json", "imatrix.gguf", "mmproj-model-F16.gguf", "model-Q4_K_M.gguf", "model-Q4_K_S.gguf",
     "model-UD-Q4_K_XL.gguf", "model-IQ4_XS.gguf", "model.q8_0.gguf", "model-F16.gguf",
@@ -85,7 +85,7 @@ def test_no_other_name_asks_the_hub(model: str) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What huggingface_hub asks a hub for: a repository's files, and each of them."""
+    """A hub that answers what huggingface_hub asks for: a repository's files, and each of them."""
 
     repos: dict[str, Path] = {}  # noqa: RUF012
 

@@ -1,5 +1,5 @@
 """Every drafter under every policy, with the target's weights or int8 ones, writes what plain decoding writes: on both
-executors, behind a text of several pages of which the drafts see a few."""
+executors, after a text of several pages of which the drafts see a few."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_twenty_kills_of_eight_jobs(nursery: Nursery, long_swift: TokenSwift, tm
 
 
 def test_a_job_whose_journal_never_began_begins(engine: Engine, long_swift: TokenSwift, tmp_path: Path) -> None:
-    """As after a power cut: without a journal, and with one whose header is torn."""
+    """A power cut leaves no journal, or one whose header is torn."""
     engine_of_nobody = Jobs(engine, tmp_path / "data", most_running=1)
     settings = {**ENDLESS, "max_new_tokens": 40}
     engine_of_nobody.create("the cat", **LONG)

@@ -108,7 +108,7 @@ def test_damage_before_the_last_block_is_no_torn_end(written: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(journal.COUNTS.pack(3, 4)) + 9] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"damaged at byte \d+, behind 3 tokens, and whole blocks follow") as told:
+    with pytest.raises(UserError, match=r"damaged at byte \d+, after 3 tokens, and whole blocks follow") as told:
         Journal.open(written)
     size = int(str(told.value).partition("truncate -s ")[2].split("`")[0])
     path.write_bytes(data[:size])
@@ -270,10 +270,10 @@ def test_evictions_are_replayed(tiny_decoder: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "position", "says"),
     [
-        (lambda text, end: [*text, 5], -1, "behind the end of the text"),
+        (lambda text, end: [*text, 5], -1, "after the end of the text"),
         (lambda text, end: [*text[:end], 9, *text[end + 1 :]], 0, "the turn forced there has 5"),
         (lambda text, end: text[: end + 1], 1, "the turn forced there has 6"),
-        (lambda text, end: text[: end + 2], 2, "a turn without a token behind it"),
+        (lambda text, end: text[: end + 2], 2, "a turn without a token after it"),
     ],
 )
 def test_a_record_that_is_no_text_of_its_parameters(
@@ -581,7 +581,7 @@ def test_resume_from_the_command_line(cli: list[str], tmp_path: Path, capsys: py
     assert main(["--resume", str(tmp_path / "run"), "--extend", "32", "--drafter", "none"]) == 0
     printed = capsys.readouterr()
     assert first.rstrip("\n") + printed.out == shown
-    assert "resumed behind 38 recorded tokens" in printed.err
+    assert "resumed after 38 recorded tokens" in printed.err
     assert_same_files(tmp_path / "whole", tmp_path / "run")
 
 

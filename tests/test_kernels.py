@@ -57,7 +57,7 @@ def test_half_precision_is_accumulated_in_fp32() -> None:
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_draft_steps_build_on_provisional_rows(prefix: int) -> None:
-    """The draft's own tree first, then two steps from two of its leaves, then a tree behind those."""
+    """The draft's own tree comes first, then two steps from two of its leaves, then a tree after those."""
     rng = np.random.default_rng(prefix)
     cache = prefilled(new_pool(2, 16), prefix)
     Scene.of([Segment(DraftTree([0, 1, 2, 3], [-1, 0, 0, 1]), cache)], 3).agree()

@@ -104,7 +104,7 @@ def imports(source: str, where: str) -> Iterator[tuple[str, bool]]:
 
 
 def faults(source: str, where: str) -> list[str]:
-    """What is wrong with the imports of one file."""
+    """Returns the faults of one file's imports."""
     folder = Path(where).parts[0]
     found = []
     for name, at_import in imports(source, where):
@@ -210,7 +210,7 @@ def test_rooms_are_small():
 
 
 def test_no_test_imports_another():
-    """What several share is in tests/support."""
+    """Code that several tests share is in tests/support."""
     tests = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     for path in files("tests"):
         where = path.relative_to(ROOT).as_posix()
@@ -259,7 +259,7 @@ CPP = {
 
 
 def included(path: Path) -> set[str]:
-    """What a C++ file includes of the engine, itself or by what it includes."""
+    """Returns the engine's files that a C++ file includes, itself or by others."""
     found, left = set(), [path]
     while left:
         for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text(encoding="utf-8"), re.MULTILINE):

@@ -98,7 +98,7 @@ def served(model: Path) -> Iterator[tuple[psutil.Process, str]]:
 
 @dataclass
 class Clients:
-    """What 32 clients do at a time. endings: how often each ending was met. wrong: what should not have been."""
+    """The work of 32 clients at a time. endings: how often each ending was met. wrong: what should not have been."""
 
     url: str
     asked: list[Asked]
@@ -216,7 +216,7 @@ def test_texts_are_themselves_and_nothing_leaks_under_load(tiny_folder: Path, re
             resident = process.memory_info().rss
             samples.append((time.monotonic() - began, resident, process.num_threads(), process.num_fds()))
     took, sizes, threads, files = np.array(samples, np.float64).T
-    middle = len(samples) // 2  # behind what is made once: threads and their arenas, pages, known beginnings of prompts
+    middle = len(samples) // 2  # after what is made once: threads and their arenas, pages, known beginnings of prompts
     grown = float(np.polyfit(np.arange(len(samples))[middle:], sizes[middle:], 1)[0])
     told = {
         "requests": REQUESTS * len(samples), "seconds": round(took[-1]), "endings": dict(clients.endings),

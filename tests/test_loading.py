@@ -68,7 +68,7 @@ def test_an_unsupported_family(copy: Path) -> None:
 
 
 def test_longrope_in_config_json_is_that_of_transformers(copy: Path) -> None:
-    """As Phi-3's config has it, with the original length outside; short texts and long ones."""
+    """The original length stands outside, as in Phi-3's config. Texts are short and long ones."""
     factors = {"short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 9.0]}
     edit(copy, rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "longrope", **factors},
          original_max_position_embeddings=64)  # fmt: skip
@@ -233,7 +233,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def others(folder: Path) -> dict[str, torch.Tensor]:
-    """Of the same names and shapes."""
+    """Makes other tensors of the same names and shapes."""
     return {name: tensor + 1 for name, tensor in open_checkpoint(str(folder)).tensors().items()}
 
 

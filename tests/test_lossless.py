@@ -36,7 +36,7 @@ def test_a_full_tree_has_every_path() -> None:
 
 
 def test_a_token_of_probability_5_percent_is_emitted_three_times_of_four_with_27_paths() -> None:
-    """All 27 paths begin with the same unlikely token, and nothing behind it can match."""
+    """All 27 paths begin with the same unlikely token, and nothing after it can match."""
     p = np.zeros(40)
     p[[0, 39]] = 0.05, 0.95
     never = np.zeros(40)

@@ -158,7 +158,7 @@ def test_no_drafter_changes_the_text_over_an_int8_cache() -> None:
         assert drafted.report["num_accepted_draft_tokens"] > 0
 
 
-# A text is written, then a row behind 16 384 tokens whose keys and values are copies of one page's. Imports are what
+# A text is written, then a row after 16 384 tokens whose keys and values are copies of one page's. Imports are what
 # transformers loads with any model's config too. The peak is /proc's: getrusage counts the parent's before exec.
 PEAK = """
 import json, re, sys

@@ -346,7 +346,7 @@ def test_int8_keys_and_values_are_the_nearest_multiples_of_their_own_scale(isa: 
 
 
 class QuantisedPool(TorchPagePool):
-    """What is written is rounded as an int8 cache rounds it."""
+    """A pool that rounds values as an int8 cache rounds them when they are written."""
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         super().write(layer, slots, *(quants * scale for quants, scale in map(quantised, (k, v))))

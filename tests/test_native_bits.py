@@ -96,7 +96,7 @@ PRODUCT_BITS = {
 
 
 def logits_of(dtype: torch.dtype, shifts: BlockShifts | None = None, family: str = "qwen3") -> torch.Tensor:
-    """A prefill that crosses page borders, and a tree behind it."""
+    """A prefill that crosses page borders, and a tree after it."""
     spec = ModelSpec.from_config(tiny_config(family=family))
     weights = {
         name: numbers(*shape, start=1_000_000 * part) for part, (name, shape) in enumerate(spec.shapes().items())

@@ -41,7 +41,7 @@ def automaton_of(text: list[int]) -> SuffixAutomaton:
 
 
 def occurrences(text: list[int]) -> Counter[tuple[int, ...]]:
-    """Of every substring, overlapping ones included."""
+    """Counts every substring, overlapping ones included."""
     n = len(text)
     return Counter(tuple(text[i:j]) for i in range(n) for j in range(i + 1, n + 1))
 

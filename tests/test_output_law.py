@@ -1,4 +1,4 @@
-"""What is written does not depend on how it was drafted: every drafter and tree shape writes what AR writes."""
+"""A text does not depend on how it was drafted: every drafter and tree shape writes what AR writes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_drafting_changes_no_token(
 def test_any_tree_shape_changes_no_token(
     tiny_decoder: Any, params: SamplingParams, right: float, width: int, size: int, seed: int
 ) -> None:
-    """Trees of up to 90 nodes behind 50 prompt tokens cross page boundaries at 64 and 128."""
+    """Trees of up to 90 nodes after 50 prompt tokens cross page boundaries at 64 and 128."""
     plain, _, _ = write(tiny_decoder, PROMPT, 100, params)
     drafter = Scripted(PROMPT + plain, 61, right, width, seed)
     assert write(tiny_decoder, PROMPT, 100, params, drafter, draft_tokens=size)[0] == plain
@@ -183,7 +183,7 @@ def test_no_chapter_ends_before_min_chapter_tokens(tiny_decoder: Any, drafter: s
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
 def test_chapters_force_their_turn_and_go_on(tiny_decoder: Any, drafter: str) -> None:
-    """The text behind a forced turn is what a fresh run over everything before it writes: no noise was consumed."""
+    """The text after a forced turn is what a fresh run over everything before it writes: no noise was consumed."""
     params = SamplingParams(temperature=1.0, seed=4)
     plain, _, _ = write(tiny_decoder, PROMPT, 60, params)
     eos, turn = plain[12], [5, 6, 7, 8]
@@ -223,7 +223,7 @@ def test_draft_passes_of_wrong_guesses_fit_the_end_of_a_context(
 
 
 def look_ahead(self: Partial, context: Any, chain: Any, room: int) -> Draft:
-    """As many guesses as there is room for, all of them wrong but by chance."""
+    """Returns as many guesses as there is room for, all of them wrong except by chance."""
     ahead = Draft(context.history[-1], min(7, room))
     while len(ahead) < ahead.budget:
         ahead.guess(0, len(ahead), Odds(0.5))

@@ -1,6 +1,6 @@
 """The ways to have the package: a wheel, an editable install, a plain checkout; with the C++ engine and without.
 
-Each is tried in an environment of its own, which sees this one's dependencies behind its own site-packages but runs
+Each is tried in an environment of its own, which sees this one's dependencies after its own site-packages but runs
 none of its .pth files, so that an editable install here cannot be what makes a test pass.
 """
 
@@ -245,7 +245,7 @@ def test_the_engine_is_optional(spoil, checkout, tmp_path):
 
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs a C++ compiler")
 def test_a_strict_build_stops_at_an_error(checkout, tmp_path):
-    """As `make` builds: an engine that stopped compiling is not silently left out."""
+    """`make` builds so: an engine that stopped compiling is not silently left out."""
     with_an_error(checkout)
     with pytest.raises(AssertionError, match="does not compile"):
         build_wheel(checkout, tmp_path / "out", TOKENSWIFT_STRICT_BUILD="1")

@@ -81,7 +81,7 @@ def open_job(page: Any, title: str) -> None:
 
 
 def text_of(page: Any) -> str:
-    """What stands in the pane, as it was put there."""
+    """Returns the text of the pane, as it was put there."""
     return str(page.eval_on_selector("#text", "pane => pane.textContent"))
 
 
@@ -170,7 +170,7 @@ def test_loops_are_marked_along_the_text(page: Any, jobs: Jobs) -> None:
 
 
 def reading(figures: list[float | None]) -> dict[str, Any]:
-    """What a job keeps of a reading: windows of 100 tokens with these perplexities, the last of which loops."""
+    """Returns what a job keeps of a reading: windows of 100 tokens with these perplexities, the last of which loops."""
     windows = [
         {"start": 100 * at, "stop": 100 * (at + 1), "perplexity": figure, "bits_per_byte": 1.25, "distinct_4": 0.875,
          "looping": at == len(figures) - 1}

@@ -187,7 +187,7 @@ def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: 
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("family", ["smollm3", "phi3", "gemma3_text"])
 def test_shares_of_families_with_layers_of_several_kinds(pair: Pair, family: str, gather: bool) -> None:
-    """Layers without RoPE or with a base of their own, norms behind attention and feed-forward, a scaled embedding."""
+    """Layers without RoPE or with a base of their own, norms after attention and feed-forward, a scaled embedding."""
     config = tiny_config(family)
     expected = passes(decoder_of(tiny_model(config)))
     logits, others = (found[0] for found in pair(shared_passes, config, gather, torch.float64))
@@ -324,7 +324,7 @@ def test_rank_0_proposes(pair: Pair) -> None:
 
 
 def drafted_by_rank_0(folder: str, smaller: str) -> tuple[list[Any], int, int]:
-    """What a draft model that rank 0 alone has changes nothing of, and how many of its guesses were right."""
+    """A text that a draft model of rank 0 alone must not change, and how many of its guesses were right."""
     swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
     run = {"max_new_tokens": 60, "seed": 4, "ignore_eos": True, "raw": True}
     plain = swift.generate("the cat", drafter="none", **run)
@@ -363,7 +363,7 @@ def small_shards() -> None:
 
 
 def recorded(folder: str, out: str | None, stop: int) -> list[int]:
-    """Written until rank 0 stops behind so many tokens; None for `out` is nowhere."""
+    """Writes until rank 0 stops after so many tokens. None for `out` is nowhere."""
     small_shards()
     swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
     with swift.stream("the cat", out=out, kv_snapshot=out is not None, **RUN) as stream:
@@ -431,7 +431,7 @@ def without_disk(folder: str, out: str, resume: bool = False) -> str:
 
 
 def test_what_rank_0_cannot_record_no_rank_begins(pair: Pair, tiny_folder: Path, tmp_path: Path) -> None:
-    """Else the others would wait for rank 0, which has left."""
+    """Otherwise the others would wait for rank 0, which has left."""
     folder, out = str(tiny_folder), tmp_path / "a name that is not UTF-8: \udcff"
     for _ in range(2):
         told, same = pair(without_disk, folder, str(out))

@@ -108,7 +108,7 @@ def test_wrong_values_are_told_in_one_line(asked: dict[str, Any], says: str) -> 
 
 def test_a_word_is_banned_as_it_stands_alone_and_behind_a_space() -> None:
     class Letters:
-        """A tokenizer whose tokens are letters, but for those behind a space."""
+        """A tokenizer whose tokens are letters, except for those after a space."""
 
         def __call__(self, text: str, **settings: Any) -> Any:
             glued = text.startswith(" ")

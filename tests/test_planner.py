@@ -127,7 +127,7 @@ def test_odds_start_at_the_prior_and_learn() -> None:
 
 
 def planner_of(rounds: int = 200) -> Planner:
-    """One that has seen plain rounds behind 5 000 tokens, and passes of more rows without noise."""
+    """A planner that has seen plain rounds after 5 000 tokens, and passes of more rows without noise."""
     planner = Planner()
     for rows in range(1, 17):
         for context in CONTEXTS:
@@ -199,7 +199,7 @@ SHAPES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def padded_plan(step_ms: float) -> Plan:
-    """Of an executor that pads passes: 10 ms, and `step_ms` more for each row that it computes, guess or padding."""
+    """A plan for padded passes: 10 ms, and `step_ms` more for each row that it computes, guess or padding."""
     planner = Planner(shapes=SHAPES)
     for rows in range(1, 65):
         planner.target.observe(rows, 5000, 10 + step_ms * next(shape for shape in SHAPES if shape >= rows))

@@ -73,7 +73,7 @@ class Text:
         self.keys = rng.standard_normal((LAYERS, KV_HEADS, self.pages, PAGE_SIZE, HEAD_DIM)).astype(np.float32)
 
     def stats(self, stop: int) -> PageStats:
-        """Returns the statistics behind the row at position `stop - 1`."""
+        """Returns the statistics after the row at position `stop - 1`."""
         full = stop // PAGE_SIZE
         table = np.arange(self.pages - 1, -1, -1, dtype=np.int32)[:full]
         return PageStats(full, LAYERS, KV_HEADS, table, self)
@@ -117,7 +117,7 @@ def learnt(policy: Any, text: Text, sizes: Sequence[int] = (5,)) -> FloatArray:
 
 
 def mean_since_full(text: Text, full: int) -> FloatArray:
-    """H2O's rate is the mean mass on a page over the rows behind its last token."""
+    """H2O's rate is the mean mass on a page over the rows after its last token."""
     rates = np.zeros((LAYERS, KV_HEADS, full))
     for page in range(full):
         later = text.start + np.arange(text.count) >= (page + 1) * PAGE_SIZE
@@ -225,7 +225,7 @@ def as_bf16(keys: np.ndarray) -> torch.Tensor:
 
 
 def test_no_cluster_depends_on_the_order_of_a_sum() -> None:
-    """Over threads and libraries orders differ. Here that of the dimensions does, and that of the keys behind the
+    """Over threads and libraries orders differ. Here that of the dimensions does, and that of the keys after the
     first ones."""
     text = Text(0, 8 * PAGE_SIZE)
     keys = as_bf16(text.keys[0] * 10.0 ** np.random.default_rng(2).integers(-3, 2, HEAD_DIM)).flatten(1, 2)

@@ -273,7 +273,7 @@ def test_a_run_without_a_report_is_not_written_to(run: Path, tmp_path: Path, cap
 @pytest.mark.model
 def test_salad_reads_worse_than_prose_though_it_is_as_varied() -> None:
     """results/100k is prose for about a thousand tokens and word salad from about 3 500 on. Measured, in bits a byte:
-    0.91 at first, 1.62 to 1.72 in the four windows behind; 0.84 to 1.02 in the human ones."""
+    0.91 at first, 1.62 to 1.72 in the four windows after it; 0.84 to 1.02 in the human ones."""
     swift = TokenSwift.from_pretrained()
     decode, written = quality.decoder(swift.tokenizer), journal.read(ROOT / "results" / "100k").chosen_tokens
     text = quality.text_tokens(swift.tokenizer, written)

@@ -1,4 +1,4 @@
-"""What experiments leave behind: rows, table and picture, and cells that need not be measured twice."""
+"""The files of experiments: rows, table and picture, and cells that need not be measured twice."""
 
 from __future__ import annotations
 

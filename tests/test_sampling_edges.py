@@ -1,4 +1,4 @@
-"""What the three samplers keep to where numbers end: tiny temperatures, ties at an edge, -0, denormals, infinities.
+"""The three samplers agree where numbers end: tiny temperatures, ties at an edge, -0, denormals, infinities.
 
 The right choice is told from the rules in `sampling`'s docstring, one token at a time.
 """

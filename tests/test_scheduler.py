@@ -217,7 +217,7 @@ def test_an_urgent_text_takes_the_place_of_the_least_urgent(tiny_decoder: Any) -
 
 @pytest.mark.parametrize("most_running", [1, 2])
 def test_texts_that_end_without_another_pass_do_end(tiny_decoder: Any, most_running: int) -> None:
-    """As those do whose last characters become certain with their end; and those that wait for them begin."""
+    """The last characters of such texts become certain with their end. Texts that wait for them begin."""
     clock = Ticks()
     scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(200), clock, most_running)
     works = [Work(tiny_decoder, scheduler.pool, n, 10, 0.0, clock, seed=n) for n in range(2)]

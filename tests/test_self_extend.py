@@ -368,7 +368,7 @@ def moved_queries(name: str, output: Output, count: int) -> torch.Tensor:
 
 
 def log_distances(window: int, block: int, scale: int, length: int) -> torch.Tensor:
-    """As `distances`, growing by a logarithm beyond the window."""
+    """Returns `distances` that grow by a logarithm beyond the window."""
     row, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
     beyond = ((row // block - key // block - window // block).clamp(min=0) * block).double()
     return row - key - (beyond - scale * torch.log1p(beyond / scale)).floor().long()

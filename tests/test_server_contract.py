@@ -54,7 +54,7 @@ def check(document: dict[str, Any], schema: Any, value: Any) -> None:
 
 
 def answered(document: dict[str, Any], path: str, status: int, kind: str, method: str = "post") -> Any:
-    """What the document says of an answer."""
+    """Returns what the document says of an answer."""
     return document["paths"][path][method]["responses"][str(status)]["content"][kind]["schema"]
 
 

@@ -59,7 +59,7 @@ def sampled(code: str, *arguments: str) -> tuple[np.ndarray, float]:
 
 
 def slope(samples: np.ndarray, column: int) -> float:
-    """Of a straight line through the later three quarters, behind what is made once."""
+    """Returns the slope of a straight line through the later three quarters, after what is made once."""
     later = samples[len(samples) // 4 :]
     return float(np.polyfit(later[:, 0], later[:, column], 1)[0])
 

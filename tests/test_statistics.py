@@ -1,4 +1,4 @@
-"""What policies choose pages by, on both executors: a row's queries, the bounds of a page's keys, their best scores."""
+"""Statistics that policies read, on both executors: a row's queries, the bounds of a page's keys, their best scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run reports: acceptance by vLLM's names, diversity of the text, and loops where there are some."""
+"""The statistics of a run: acceptance by vLLM's names, diversity of the text, and loops where there are some."""
 
 from __future__ import annotations
 

@@ -248,7 +248,7 @@ def test_texts_written_in_company_share_recorded_passes(monkeypatch: pytest.Monk
 
 
 def test_what_a_step_launches_does_not_depend_on_the_text() -> None:
-    """Kernels, grids, scalars and shapes: of three nodes behind 62 tokens and of four behind 4000. One page more than
+    """Kernels, grids, scalars and shapes: of three nodes after 62 tokens and of four after 4000. One page more than
     there is room for is another shape, with room for twice as many."""
     decoder = new_decoder()
     launched, steps = [], []
@@ -306,7 +306,7 @@ def test_launches_of_a_layer(record_property: Any) -> None:
 
 @pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])
 def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int, tree: DraftTree) -> None:
-    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself behind the
+    """Every matrix once, and every key and value once, but for what each node of a bush gathers for itself after the
     last full page: within 2 % of the minimum. Rows and pages that pad cost nothing."""
     decoder = new_decoder("llama")
     cache = drawn_cache(decoder, length)
@@ -322,7 +322,7 @@ def test_a_verification_reads_little_more_than_it_must(reads: Reads, length: int
 
 
 def test_views_and_tails_of_draft_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each layer and head with pages of its own, behind provisional rows."""
+    """Each layer and head has pages of its own, after provisional rows."""
     decoder = new_decoder()
     outputs = []
     view = PageView(np.array([[[0, 2, 3]], [[0, 1, 3]]]))
@@ -591,7 +591,7 @@ def test_a_pool_goes_with_its_cache() -> None:
 
 
 def test_every_shape_has_room_for_its_longest_text() -> None:
-    """Tables of the fullest pass: a tree of 64 rows in every place of a page, behind all pages there are."""
+    """The tables of the fullest pass: a tree of 64 rows in every place of a page, after all pages there are."""
     rng = np.random.default_rng(0)
     for pages, viewed in ((64, None), (2048, None), (128, 32)):
         room = Room(64, pages, viewed, layers=3)

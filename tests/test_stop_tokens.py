@@ -96,7 +96,7 @@ def test_a_stop_string_that_is_a_special_token_is_found_by_its_id(swift: TokenSw
 def test_the_text_is_cut_before_the_stop_string_that_ended_it_and_no_other(
     swift: TokenSwift, least: int, chapters: bool
 ) -> None:
-    """By definition: the first match that ends behind the first `least` tokens; those before it are text."""
+    """By definition: the first match that ends after the first `least` tokens; those before it are text."""
     settings: dict[str, Any] = {"temperature": 0.9, "seed": 5, "max_new_tokens": 80, "ignore_eos": True}
     settings |= {"logit_bias": {7: 3.0, 40: 3.0}, "ban": [0, 1, 2]}
     stop = swift.tokenizer.decode([40])

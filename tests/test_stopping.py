@@ -1,4 +1,4 @@
-"""What ends a text depends on its tokens alone: EOS, stop strings however they are tokenised, the number of tokens."""
+"""The end of a text depends on its tokens alone: EOS, stop strings however they are tokenised, the number of tokens."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_stop_token_ends_the_text_as_a_stop_string_does() -> None:
 def test_a_stop_string_completed_before_the_text_may_end_ends_nothing(
     tokens: list[int], strings: list[str], least: int, prompt: list[int]
 ) -> None:
-    """As vLLM's min_tokens: a match counts if it ends in what a token behind the first `least` brought."""
+    """It is like vLLM's min_tokens: a match counts if it ends in the text of a token after the first `least`."""
 
     def completes(count: int) -> bool:
         known, text = len(decode(tokens[: count - 1])), decode(tokens[:count])

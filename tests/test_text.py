@@ -46,7 +46,7 @@ def byte_level(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2 and Mistral have it: a leading space that is stripped, bytes for what the vocabulary lacks."""
+    """A vocabulary like Llama 2's and Mistral's: it strips a leading space, and has bytes for what it lacks."""
     words = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "ab", "日"]
     merges = [("\u2581", "a"), ("a", "b")]
     tokenizer = Tokenizer(
@@ -111,7 +111,7 @@ FALLBACK = byte_fallback()
 @pytest.mark.parametrize("stop", ["é", "本", "👋", "é👋"])
 @pytest.mark.parametrize("before", ["", "é", "本", "👋", "語語", "👋👋👋", "語é👋語"])
 def test_byte_fallback_vocabularies_find_stop_strings_behind_any_characters(before: str, stop: str) -> None:
-    """The tokens looked at may begin within a character, and then all bytes behind it decode as bad ones."""
+    """The tokens looked at may begin within a character, and then all bytes after it decode as bad ones."""
     tokens = [2 + byte for byte in (before * 3).replace(stop, "").replace(stop[0], "").encode() + stop.encode()]
     stops, history, endings = Stops(1000, strings=[stop], decode=FALLBACK.backend_tokenizer.decode), History([0]), []
     for token in tokens:

@@ -40,7 +40,7 @@ def model() -> Any:
 
 
 def both(model: Any, ids: torch.Tensor, **settings: Any) -> tuple[Any, Any]:
-    """What transformers writes, and what it writes with ours."""
+    """Returns the output of transformers, and its output with our `generate`."""
     return model.generate(ids, **settings), model.generate(ids, custom_generate=hf.generate, **settings)
 
 
@@ -76,7 +76,7 @@ class Counting(LogitsProcessor):
 
 
 class Until(StoppingCriteria):
-    """Ends where two tokens of the same parity stand behind one another; writes down what it is called with."""
+    """Ends where two tokens of the same parity follow one another, and writes down what it is called with."""
 
     def __init__(self, parity: int = 0) -> None:
         self.parity = parity

@@ -70,7 +70,7 @@ def test_the_constants_of_the_noise_are_doubles_to_the_last_bit() -> None:
 
 
 def value(bits: str) -> float:
-    """Of the sixteen digits by which PTX names a double."""
+    """Returns the double that PTX names by sixteen digits."""
     return float(struct.unpack(">d", bytes.fromhex(bits))[0])
 
 

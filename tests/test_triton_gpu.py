@@ -67,7 +67,7 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
 
 @pytest.mark.parametrize(("deterministic", "kv_dtype"), [(True, None), (False, None), (True, torch.int8)])
 def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool, kv_dtype: torch.dtype | None) -> None:
-    """Behind texts of other lengths and for other trees of its shape, without one wait of the host for the GPU."""
+    """It runs after texts of other lengths and for other trees of its shape, and the host never waits for the GPU."""
     model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
     made = {"attention": "triton", "ops": TritonOps(deterministic), "kv_dtype": kv_dtype}
     captured, plain = (decoder_of(model, **made) for _ in range(2))

@@ -19,7 +19,7 @@ LAYERS, KV_HEADS = 2, 2
 
 @st.composite
 def segments(draw: st.DrawFn, start: int) -> AttentionSegment:
-    """Rows of a tree or a chain behind committed pages, some of which a view may leave out, and earlier drafts."""
+    """Rows of a tree or a chain after committed pages, some of which a view may leave out, and earlier drafts."""
     full, n = draw(st.integers(0, 70)), draw(st.integers(1, 12))
     before = draw(st.integers(0, PAGE_SIZE - 1)) + draw(st.sampled_from((0, 0, 60, 130)))
     causal = draw(st.booleans())

@@ -45,7 +45,7 @@ def test_swiglu_behind_its_products(dtype: torch.dtype, rows: int, bias: bool) -
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("head_dim", "kv_heads"), [(16, 2), (80, 1)])
 def test_queries_keys_and_values(dtype: torch.dtype, bias: bool, head_dim: int, kv_heads: int) -> None:
-    """As such; and rotated and written to the pages. Slot -1 is nowhere, and what nobody writes stays."""
+    """They are as such, or rotated and written to the pages. Slot -1 is nowhere, and what nobody writes stays."""
     x, counts = drawn(dtype, 5, 40), (3 * kv_heads, kv_heads, kv_heads)
     weights: Any = tuple(drawn(dtype, count * head_dim, 40) for count in counts)
     biases: Any = tuple(drawn(dtype, count * head_dim) for count in counts) if bias else None

@@ -177,7 +177,7 @@ RULES = st.builds(
 
 
 def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a call returns, or the error that it raises."""
+    """Returns the result of a call, or the error that it raises."""
     try:
         return call(*arguments)
     except NumericsError as error:
@@ -189,7 +189,7 @@ def outcome(call: Callable[..., Any], *arguments: Any) -> Any:
 def test_every_node_of_a_tree_has_the_references_choice_and_ranking(
     data: Any, params: SamplingParams, vocab: int
 ) -> None:
-    """Of texts that repeat themselves, behind guesses and turns, with ties, exclusions and logits nobody can use."""
+    """Texts repeat themselves and go on after guesses and turns, with ties, exclusions and logits nobody can use."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     reference, sampler = samplers = [kind(params, vocab, eos=[0], first_end=40) for kind in (Sampler, TritonSampler)]
     text = History(rng.integers(0, 4, rng.integers(0, 60)).tolist())

@@ -1,4 +1,4 @@
-"""What the experiments write: prompts of our own, and real prefixes."""
+"""The workloads of the experiments: prompts of our own, and real prefixes."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ __all__ = ["Options", "Result", "SamplingParams", "TokenSwift", "UserError", "__
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: torch and transformers take seconds that `tokenswift --help` need not."""
+    """Imports on first use. torch and transformers take seconds, which `tokenswift --help` does not need."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -34,7 +34,7 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
-MOST_THREADS = 1024  # in the native engine's team
+MOST_THREADS = 1024  # the most threads of the native engine's team
 
 
 class TokenSwift(LoadedModel):
@@ -84,7 +84,7 @@ class TokenSwift(LoadedModel):
             chosen = choose_engine(engine, where, attention, ranks.world)
             checkpoint = open_checkpoint(model, revision, dtype) if ranks.leads else None
         ranks.place(where)
-        with ranks.same_fate():  # what rank 0 had to fetch or convert is there now
+        with ranks.same_fate():  # rank 0 has fetched or converted the files by now
             checkpoint = checkpoint or open_checkpoint(model, revision, dtype)
             needed = checkpoint.weight_bytes(dtype) // ranks.world
             check_memory(needed, where, f"the weights of {model} in {dtype}")

@@ -30,7 +30,7 @@ Likeliest = tuple[tuple[int, float], ...]  # tokens with the natural log of thei
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """Draft tokens that hang from the pending token.
+    """A tree of draft tokens that hang from the pending token.
 
     tokens:  [N] token ids; node 0 is the pending token (emitted, its KV not in the cache yet).
     parents: [N] index of each node's parent, always smaller than the node's own; -1 for node 0.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TextIO
 
-SHOWN = 200  # characters of a wrong value that are shown; it may be a whole prompt
+SHOWN = 200  # how many characters of a wrong value are shown; it may be a whole prompt
 
 
 class UserError(ValueError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenswift_py.errors import need_extra
 
-STARTS = 16  # places in a list of documents where a continuation can begin
+STARTS = 16  # the number of places in a list of documents where a continuation can begin
 
 
 @dataclass(frozen=True)

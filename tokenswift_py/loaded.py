@@ -30,7 +30,7 @@ class LoadedModel:
     origin: the arguments of `TokenSwift.from_pretrained` that load it again, as a journal records them.
     """
 
-    prefill_chunk = 512  # rows of a pass that reads a prompt
+    prefill_chunk = 512  # the rows of a pass that reads a prompt
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, executor: Executor, origin: Mapping[str, Any]):
         self.checkpoint = replace(checkpoint, eos=end_tokens(tokenizer, checkpoint.eos))

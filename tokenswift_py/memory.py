@@ -10,7 +10,7 @@ import torch
 
 from tokenswift_py.errors import check
 
-HEADROOM = 256 * 2**20  # bytes for activations, logits and the allocator's slack
+HEADROOM = 256 * 2**20  # the bytes left for activations, logits and the allocator's slack
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 

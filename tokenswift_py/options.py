@@ -22,9 +22,9 @@ from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Chat, token_ids, word_ids
 
-MOST_LOGPROBS = 1000  # for one token
+MOST_LOGPROBS = 1000  # the most log-probabilities for one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
-AUTO_WITH_MODEL = "draft_model"  # where a second model is named
+AUTO_WITH_MODEL = "draft_model"  # if a second model is named
 DRAFT_WEIGHTS = ("auto", "bf16", "int8")
 LANGUAGES = ("json_schema", "grammar", "regex")  # only one of them may be set
 DRAFT_KV = ("auto", "own", "int8")
@@ -246,7 +246,7 @@ class Options(Asked):
         for other in ("min_new_tokens", "min_chapter_tokens", "ignore_eos"):
             allowed = f"not with {name}, which says where the text may end, and where it must"
             check(not getattr(self, other), other, getattr(self, other), allowed)
-        if self.json_schema is not None:  # in the form that journals have
+        if self.json_schema is not None:  # journals have this form
             object.__setattr__(self, "json_schema", schema_text(self.json_schema))
 
     def met_positions(self) -> Positions:

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from tokenswift_py.kvcache.cache import KVCache
     from tokenswift_py.loaded import LoadedModel
 
-WINDOW = 1000  # tokens of a window
-LEAST = 4  # tokens of a window at least, because fewer have no 4-gram
-CHUNK = 128  # rows of a pass, each of which gives a row of logits
+WINDOW = 1000  # the tokens of a window
+LEAST = 4  # the least tokens of a window, because fewer have no 4-gram
+CHUNK = 128  # the rows of a pass, each of which gives a row of logits
 
 Decode = Callable[[Sequence[int]], str]
 

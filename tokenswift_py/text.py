@@ -18,8 +18,8 @@ Message = dict[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 
 BAD = "\ufffd"  # stands for invalid UTF-8, and for a character that is not whole yet
-# Longer than anything that may still become whole: a byte-fallback vocabulary has one for each byte of a character, at
-# most 3, and for each byte of the whole character before it, which it decodes together.
+# It is longer than anything that may still become whole. A byte-fallback vocabulary decodes to a BAD for each byte of
+# a character that is not whole, at most 3, and for each byte of the whole character before it.
 INVALID_RUN = 8 * BAD
 PRIVATE = range(0xE000, 0xF900)  # the first of these characters that no message has marks names
 ROLES = ("user", "assistant", "user")

@@ -42,13 +42,13 @@ def free_run(name: str) -> FreeRun:
         (HERE / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("prompt.txt", "chapters.txt", "json")
     )
     digest = hashlib.sha256("\0".join((prompt, chapters, settings)).encode()).hexdigest()
-    # Logit biases stay text -> number, as `generate` takes them from JSON.
+    # Logit biases stay a mapping from text to number, as `generate` takes them from JSON.
     return FreeRun(name, prompt.strip(), tuple(chapters.splitlines()), json.loads(settings), digest)
 
 
 def held_to_grammar(run: FreeRun) -> dict[str, Any]:
-    """The run's settings under which each of its answers is of NAME.lark, which alone says how short one may be. Raises
-    ValueError for a workload without a grammar."""
+    """The run's settings under which each of its answers is of NAME.lark. Only the grammar says how short an answer may
+    be. Raises ValueError for a workload without a grammar."""
     path = HERE / f"{run.name}.lark"
     if not path.exists():
         raise ValueError(f"grammar: {run.name!r} is not allowed; records has one")

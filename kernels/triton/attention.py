@@ -2,13 +2,13 @@
 
 Which pages are summed together is a matter of absolute pages and of the row's position alone (`items.py`). Within a
 split the online softmax goes page by page, with each key in the page and lane of its absolute position. Full committed
-pages are read in place, and rows behind them are gathered by position; both go through the same steps (`meet`), so a
-page gives the same bits either way. A second kernel merges the splits in fixed order.
+pages are read in place, and the rows after them are gathered by position. Both go through the same steps (`meet`), so
+a page gives the same bits either way. A second kernel merges the splits in fixed order.
 
 The query heads of a KV head, and rows of a tree, share a tile of fixed height. So each key is read once for a tile, and
 the matrix units see the same shape however many rows there are. Programs are persistent: each takes items from the
-list of the pass, whose length is data. Page masses are no matter of the binary: a pass that reports them and one that
-does not run the same instructions.
+list of the pass, whose length is data. A pass that reports page masses and one that does not run the same binary and
+the same instructions.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ LOG2_E = 1.4426950408889634
 @triton.jit
 def meet(
     q_tile: tl.tensor,  # [TILE, D]
-    keys: tl.tensor,  # of the KV head
+    keys: tl.tensor,  # the keys of the KV head, [pool_slots, HEAD_DIM]
     values: tl.tensor,
     key_scales: tl.tensor,
     value_scales: tl.tensor,
     slot: tl.tensor,  # [PAGE]
-    seen: tl.tensor,  # [PAGE] lanes that some row of the tile sees: others may hold NaN, and 0 * NaN is not 0
+    seen: tl.tensor,  # [PAGE] lanes that some row of the tile sees. Others may hold NaN, and 0 * NaN is not 0.
     visible: tl.tensor,  # [TILE, PAGE]
     scale: tl.tensor,
     top: tl.tensor,  # [TILE]
@@ -161,7 +161,7 @@ def attend_kernel(
         row = packed // group
         position = tl.load(positions + row, mask=valid, other=-1)
         lowest = tl.min(tl.where(valid, position, 0x3FFFFFFF), 0)
-        first_near = position // PAGE - (NEAR - 1)  # below 0 at the beginning of a text
+        first_near = position // PAGE - (NEAR - 1)  # it is below 0 at the beginning of a text
         at_q = (row * heads + head).to(tl.int64) * group + packed % group
         shown = valid[:, None] & inside[None, :]
         q_tile = tl.load(q + at_q[:, None] * HEAD_DIM + column[None, :], mask=shown, other=0.0)
@@ -223,7 +223,7 @@ def attend_kernel(
             tl.store(page_max + at_mass + number, finite, mask=told)
             tl.store(page_sum + at_mass + number, p_sum, mask=told)
 
-        which_near = first_page - first_near  # of a near page
+        which_near = first_page - first_near  # the number of a near page among the row's near ones
         kept = valid & ((split >= 0) | ((which_near >= 0) & (which_near < NEAR)))
         place = tl.where(is_near, which_near, split)
         local = (head * states + place).to(tl.int64) * rows + (packed - first_row)

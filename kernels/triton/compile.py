@@ -2,9 +2,9 @@
 
     python -m tokenswift_py.kernels.triton.compile [--targets sm_80,gfx942] [--kernels attend] [--dtypes bfloat16]
 
-Fails on registers that spill and on more shared memory than a block of the device can have: such a kernel would be
-slow, or not start at all. On NVIDIA's GPUs also where a product and a sum were fused, which would give two kernels
-different bits for one expression. Needs no GPU, and must run without TRITON_INTERPRET.
+It fails if registers spill, or if a kernel wants more shared memory than a block of the device can have: such a kernel
+would be slow, or would not start at all. For NVIDIA's GPUs it also fails if a product and a sum were fused, because
+two kernels would then give different bits for one expression. It needs no GPU, and must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODULES = ("attention", "fused", "matmul", "merge", "nucleus", "projections", "s
 # Kernels that are right but slow where they spill. fp32 is for checks, and no supported family has such heads.
 MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
 
-# Kernels that take a logarithm, whose own steps are fused multiply-adds.
+# These kernels take a logarithm, whose own steps are fused multiply-adds.
 MAY_FUSE = {"mass", "merge"}
 
 
@@ -70,10 +70,10 @@ class Compiled:
 
     @property
     def blocks(self) -> int | None:
-        """Returns how many blocks a multiprocessor holds at a time. None for AMD, whose rules are others."""
+        """Returns how many blocks a multiprocessor holds at a time. Returns None for AMD, whose rules are others."""
         if self.target not in SHARED_OF_SM:
             return None
-        registers = -(-self.registers // 8) * 8 * WARP * self.warps  # a warp's come in units of 256
+        registers = -(-self.registers // 8) * 8 * WARP * self.warps  # a warp gets registers in units of 256
         threads = THREADS_OF_SM.get(self.target, 2048)
         by = (
             REGISTERS_OF_SM // registers,

@@ -1,4 +1,5 @@
-"""How kernels are compiled for each architecture: tiles, warps, stages. The one place to tune; `make gpu` sweeps it.
+"""Says how kernels are compiled for each architecture: tiles, warps, stages. They are tuned here and nowhere else.
+`make gpu` times the alternatives.
 
 A choice is a function of architecture, type and head size alone. It is the same for every pass, or law 1 would not
 hold; another choice gives other bits, so the numerics contract names it (`ops.configurations`).
@@ -33,7 +34,7 @@ class Tiles:
     stages: int
 
 
-# Attention of 16-bit queries by the largest head size. int8 is of pages, whose widening takes registers of its own.
+# Attention of 16-bit queries, by the largest head size. "int8" is for int8 pages: to widen them takes more registers.
 ATTENTION = {
     "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_90": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
@@ -55,7 +56,7 @@ PRODUCTS = {
 }
 PRODUCTS_FP32 = Tiles(16, 32, 64, 4, 3)
 
-# What `make gpu` times beside the choice for 16-bit attention.
+# `make gpu` times these beside the choice for 16-bit attention.
 SWEPT = tuple(Config(tile, warps, stages) for tile in (32, 64) for warps in (4, 8) for stages in (1, 2, 3, 4, 5))
 
 

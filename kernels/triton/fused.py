@@ -24,7 +24,7 @@ FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 @triton.jit
 def norm_kernel(
     x: tl.tensor,  # [R, width]
-    y: tl.tensor,  # [R, width], added to x first; unused without ADD
+    y: tl.tensor,  # [R, width], which is added to x first; unused without ADD
     weight: tl.tensor,  # [width]
     total: tl.tensor,  # [R, width], x + y; unused without ADD
     out: tl.tensor,  # [R, width]
@@ -50,7 +50,7 @@ def norm_kernel(
     for start in range(0, WIDTH, BLOCK):
         inside = start + lane < WIDTH
         row = tl.load(x + at + start + lane, mask=inside, other=0.0)
-        if ADD:  # computed again, because the stored sums may not be visible to every thread yet
+        if ADD:  # the sums are computed again, because the stored ones may not be visible to every thread yet
             other = tl.load(y + at + start + lane, mask=inside, other=0.0)
             row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
         w = tl.load(weight + start + lane, mask=inside, other=0.0)
@@ -146,7 +146,7 @@ def rope_kernel(
     v: tl.tensor,
     cos: tl.tensor,  # [R, HEAD_DIM / 2]
     sin: tl.tensor,
-    slots: tl.tensor,  # [R], -1 where nothing is written
+    slots: tl.tensor,  # [R], -1 for a row that is not written
     rotated: tl.tensor,  # [R, heads, HEAD_DIM]
     keys: tl.tensor,  # [kv_heads, pool_pages, PAGE, HEAD_DIM]
     values: tl.tensor,
@@ -300,7 +300,7 @@ def variants(target: str) -> Iterator[Variant]:
                 constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": norm}
                 name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
                 yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
-        for rows in (16, 64, 512):  # the commit of a small tree, a fork, and the deepest chain
+        for rows in (16, 64, 512):  # for the commit of a small tree, a fork, and the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}
             kinds = {"keys": data, "values": data, "source": "*i64", "target": "*i64"}
             yield Variant(f"move x{rows}", move_kernel, dtype, 128, kinds, constants, move_warps(rows), 1)

@@ -1,9 +1,9 @@
-"""The work items of a pass: which rows attend to which pages in one go, and the lists that say where these are.
+"""The work items of a pass say which rows attend to which pages in one go. Lists say where these pages are.
 
-A row's pages are shared out by their absolute numbers: its own page and the one before it are near, each a split of its
-own, and those before them are in the splits of `splits`. So which pages are summed together is a matter of the row's
-position alone. A split of committed pages is read by a tile of rows together, one that is gathered by rows that share
-their tails; and no item has to wait for another.
+A row's pages are shared out by their absolute numbers. Its own page and the one before it are near: each is a split of
+its own. The pages before them are in the splits of `splits`. So which pages are summed together is a matter of the
+row's position alone. A split of committed pages is read by a tile of rows together. A split that is gathered is read
+by rows that share their tails. No item has to wait for another.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ import torch
 
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, IntArray, on_device
 
-EVERYTHING = 1 << 30  # a window that every position is inside of
-WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several launches
+EVERYTHING = 1 << 30  # a window that holds every position
+WORKSPACE_BYTES = 64 << 20  # memory for the partial states of a launch; longer passes take several launches
 SPLIT_LEVELS = ((16, 4), (16, 8))  # (number of splits, pages of each), from position 0 on
 LAST_LEVEL = 16  # pages of each further split
-NEAR = 2  # a row's last pages, its own the last of them: each is a split of its own
+NEAR = 2  # how many of a row's last pages, its own included, are each a split of their own
 
-# A work item is a tile of packed rows (row * group + query head of the KV head) and the pages of one split, in int32
-# fields; places are in the lists of the buffer:
+# A work item is a tile of packed rows (row * group + query head of the KV head) and the pages of one split. Its fields
+# are int32. A "place" is an index into the lists of the buffer:
 #   0, 1   the first packed row, and how many there are
 #   2      where the partial state goes: NEAR + the number of the split; -1 for a page that is near
 #   3, 4   the absolute numbers of the committed pages to attend to: place, and how far apart those of two heads are
-#   5, 6   the split's first index in them, its last one behind it: place, and how far apart; place -1 for none
+#   5, 6   the split's first index in them, followed by the end of the split: place, and how far apart those of two
+#          heads are; place -1 if the split has none
 #   7      the pool's page of each committed page: place
-#   8, 9   slots by position: where that of position 0 would be, and the positions below which there are any
-#   10, 11 the first gathered page, and the one behind the last
-#   12, 13 the first page of the split, and how many pages of it there are, by which items are ordered
+#   8, 9   the list of slots by position: where that of position 0 would be, and the position at which the list ends
+#   10, 11 the first gathered page, and the one after the last
+#   12, 13 the first page of the split, and how many pages of it there are; items are ordered by this number
 FIELDS = 14
 
 
 def splits(pages: int, longest: int = LAST_LEVEL) -> IntArray:
-    """Returns the first page of each split that begins before `pages`, and of the one behind them: [n + 1].
+    """Returns the first page of each split that begins before `pages`, and of the one after them: [n + 1].
 
     The first splits are short, so that a short context has enough of them to fill a GPU. Later ones are longer, so that
     the partial states cost little beside the keys. The edges are a function of absolute pages only.
@@ -68,8 +69,8 @@ class Tables:
 
     The buffer begins with the place and the number of every launch's items, [launches, 2].
 
-    places: where the other parts begin: [R] the rows' positions; [R, 3] each row's first split, the one behind its
-            last, and how many pages are near; and the lists.
+    places: where the other parts begin. They are [R] the rows' positions; [R, 3] each row's first split, the one after
+            its last, and how many pages are near; and the lists.
     """
 
     launches: tuple[Launch, ...]
@@ -133,7 +134,7 @@ class Tiles:
         stop: IntArray = np.minimum(first + packed, len(rows) * group).astype(np.int32)
         begin, last = first // group, (stop - 1) // group
         near = np.maximum(positions // PAGE_SIZE + 1 - NEAR, 0)
-        # A tile may begin and end inside a row, which reduceat knows by pairs: every second result is a tile's.
+        # A tile may begin and end inside a row. So reduceat gets pairs of bounds, and every second result is a tile's.
         pairs = np.stack([begin, last + 1], 1).ravel()
 
         def fold(by: np.ufunc, values: IntArray) -> IntArray:
@@ -207,7 +208,7 @@ class TableBuilder:
         self.lists = Lists()
         self.positions: list[IntArray] = []
         self.ranges: list[IntArray] = []
-        self.items: list[list[IntArray]] = []  # of each launch
+        self.items: list[list[IntArray]] = []  # the items of each launch
         self.launches: list[Launch] = []
 
     def add(self, segment: AttentionSegment) -> None:
@@ -293,7 +294,7 @@ class TableBuilder:
 
 
 def largest_first(items: IntArray) -> IntArray:
-    """Sorts items by their pages: programs begin in this order, and a long one at the end would be waited for."""
+    """Sorts items by their pages. Programs begin in this order, and all would wait for a long one at the end."""
     return items[np.argsort(-items[:, FIELDS - 1], kind="stable")]
 
 
@@ -303,7 +304,7 @@ def find_all(chosen: IntArray, limits: IntArray) -> IntArray:
     chosen: [..., pages]. limits: [limits], ascending.
     """
     lists = chosen.reshape(int(np.prod(chosen.shape[:-1])), chosen.shape[-1])
-    apart = np.arange(len(lists), dtype=np.int64)[:, None] * (int(limits[-1]) + 1)  # so lists do not overlap
+    apart = np.arange(len(lists), dtype=np.int64)[:, None] * (int(limits[-1]) + 1)  # keeps the lists from overlapping
     found = np.searchsorted((np.minimum(lists, limits[-1]) + apart).ravel(), limits + apart)
     return (found - np.arange(len(lists))[:, None] * lists.shape[1]).astype(np.int32)
 

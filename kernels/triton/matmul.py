@@ -1,4 +1,5 @@
-"""Matrix products whose rows keep law 1: one tile size and one order of summation, however many rows there are.
+"""Matrix products whose rows keep law 1. They have one tile size and one order of summation, however many rows there
+are.
 
 cuBLAS picks a kernel by shape, so a row's bits change with the number of rows. Here every element is summed over K in
 ascending blocks of `BLOCK_K`, in a tile of fixed height. Programs are persistent: each walks over tiles, and takes
@@ -39,7 +40,7 @@ def product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Returns a tile of x @ weight.T in fp32. Every kernel that multiplies by a weight does so by this sum."""
+    """Returns a tile of x @ weight.T in fp32. Every kernel that multiplies by a weight uses this sum."""
     step = tl.arange(0, BLOCK_K)
     left = x + row.to(tl.int64)[:, None] * depth + step[None, :]
     right = weight + column.to(tl.int64)[None, :] * depth + step[:, None]
@@ -119,5 +120,5 @@ def variants(target: str) -> Iterator[Variant]:
             }  # fmt: skip
             kinds = dict.fromkeys(("x", "weight", "bias", "out"), POINTERS[dtype])
             name = "matmul+bias" if bias else "matmul"
-            aligned = ("depth",)  # true of every supported model; others compile a second binary
+            aligned = ("depth",)  # this holds for every supported model; others compile a second binary
             yield Variant(name, matmul_kernel, dtype, None, kinds, constants, chosen.warps, chosen.stages, aligned)

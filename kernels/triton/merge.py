@@ -1,4 +1,4 @@
-"""What follows on attention to the splits: their merge, and the masses of pages."""
+"""The kernels that run after attention to the splits. They merge the splits and compute the masses of pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def merge_kernel(
     state: tl.tensor,
     state_max: tl.tensor,
     state_sum: tl.tensor,
-    ranges: tl.tensor,  # [R, 3] each row's first split, the one behind its last, and how many pages are near
+    ranges: tl.tensor,  # [R, 3] each row's first split, the one after its last, and how many pages are near
     out: tl.tensor,  # [R, kv_heads * group, HEAD_DIM]
     lse: tl.tensor,  # [R, kv_heads * group] fp32, base 2
     first_row: tl.tensor,
@@ -43,7 +43,7 @@ def merge_kernel(
     aligned = start // AT_ONCE * AT_ONCE
     step = tl.arange(0, AT_ONCE)
     column = tl.arange(0, D)
-    beside = (step >= NEAR - near) & (step < NEAR)  # near pages are the first states, the row's own the last of them
+    beside = (step >= NEAR - near) & (step < NEAR)  # the first states are near pages; the row's own page is last
     at_near = (head * states + step).to(tl.int64) * rows + local
 
     tops = tl.load(state_max + at_near, mask=beside, other=float("-inf"))
@@ -100,7 +100,7 @@ def mass_kernel(
         top = tl.load(page_max + at, mask=page < mass_pages, other=float("-inf"))
         there = top > float("-inf")
         part = top + tl.log2(tl.load(page_sum + at, mask=there, other=1.0))
-        tl.store(page_max + at, float("-inf"), mask=page < mass_pages)  # for the next layer
+        tl.store(page_max + at, float("-inf"), mask=page < mass_pages)  # the next layer needs it so
         acc += tl.exp2(part - tl.load(lse + (row * heads + head) * group + member))
     at_mass = mass + (row * heads + head).to(tl.int64) * mass_pages + page
     tl.store(at_mass, acc.to(mass.dtype.element_ty), mask=page < mass_pages)

@@ -1,4 +1,4 @@
-"""top-p on the GPU: each row's lowest score inside the nucleus, by sums of integer masses that no order can change.
+"""top-p on the GPU finds each row's lowest score inside the nucleus. It sums integer masses, which no order can change.
 
 A token's mass is floor(exp(score - best) 2^40), with the exponential of `tokenswift_py/sampling/noise.py` bit for bit.
 The nucleus ends at the largest mass m for which the masses of at least m add up to top_p of all (sums as doubles). The
@@ -26,7 +26,7 @@ DIGITS = tl.constexpr(5)
 DIGIT_BITS = tl.constexpr(9)
 BINS = tl.constexpr(512)
 
-_factors = [1.0]  # 1 / k!, each divided from the one before
+_factors = [1.0]  # 1 / k!, where each is the one before divided by k
 for _k in range(1, 14):
     _factors.append(_factors[-1] / _k)
 FACTORS = tl.constexpr(tuple(_factors))
@@ -68,7 +68,7 @@ def crossing(
     mass = tl.load(histograms + (row * DIGITS + DIGIT - 1) * BINS + bins)
     key = tl.load(keys + row * (DIGITS + 1) + DIGIT - 1)
     beyond = tl.load(above + row * (DIGITS + 1) + DIGIT - 1)
-    reached = beyond + tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass  # by this bin, those above it, and those before
+    reached = beyond + tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass  # the mass from each bin up, `above` included
     digit = tl.max(tl.where(reached.to(tl.float64) >= wanted, bins, 0), 0)
     return (key << DIGIT_BITS) + digit, beyond + tl.sum(tl.where(bins > digit, mass, 0), 0)
 
@@ -79,7 +79,7 @@ def mass_kernel(
     floors: tl.tensor,  # [R] fp64, below which a token is out
     tops: tl.tensor,  # [R] fp64
     masses: tl.tensor,  # [R, vocab] int64
-    histograms: tl.tensor,  # [R, DIGITS, BINS] int64, of zeros at first
+    histograms: tl.tensor,  # [R, DIGITS, BINS] int64, all zero at first
     vocab: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -89,7 +89,7 @@ def mass_kernel(
     there = at < vocab
     score = tl.load(scores + row * vocab + at, mask=there, other=float("-inf"))
     depth = tl.load(tops + row) - score
-    live = there & (score >= tl.load(floors + row)) & (depth >= 0)  # which excludes a NaN
+    live = there & (score >= tl.load(floors + row)) & (depth >= 0)  # this excludes NaN, too
     mass = (exp_polynomial(tl.where(live, -depth, 0.0)) * UNIT).to(tl.int64)
     mass = tl.where(live, mass, 0)
     tl.store(masses + row * vocab + at, mass, mask=there)

@@ -1,7 +1,7 @@
-"""Products of one input with several weights, and what a layer does with their elements, in one launch.
+"""Kernels that multiply one input by several weights, and do what a layer does with the elements, in one launch.
 
-The weights stay where they are: a program's tile is of one of them. Elements are summed and rounded as by `linear`,
-and then go on as in the kernels of `fused.py`, to the bit.
+The weights stay where they are: a program's tile is of one of them. Elements are summed and rounded as `linear` does
+it. What follows is done as the kernels of `fused.py` do it, to the bit.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def heads_kernel(
     v: tl.tensor,
     cos: tl.tensor,  # [rows, HEAD_DIM / 2] fp32; unused without ROPE
     sin: tl.tensor,
-    slots: tl.tensor,  # [rows], -1 where nothing is written; unused without ROPE
+    slots: tl.tensor,  # [rows], -1 for a row that is not written; unused without ROPE
     rows: tl.tensor,
     heads: tl.tensor,
     kv_heads: tl.tensor,
@@ -153,7 +153,7 @@ def heads_kernel(
         result = acc.to(kind)
         mask = kept[:, None] & there[None, :]
         if ROPE:
-            # Values are turned by no angle: what is computed for them is not chosen.
+            # Values are not rotated. The rotation is computed for them too, but `tl.where` does not choose it.
             first, second = tl.split(tl.reshape(result.to(tl.float32), [BLOCK_M, pairs, 2]))
             turn = part * pairs + tl.arange(0, pairs)
             angle = row.to(tl.int64)[:, None] * half + turn[None, :]

@@ -61,7 +61,7 @@ def check_device(device: torch.device) -> None:
 
 
 def launch_options(warps: int, stages: int) -> dict[str, Any]:
-    """Returns the options of a launch. A compiler may fuse no product with a sum: it would differ between kernels."""
+    """Returns the options of a launch. They forbid to fuse a product with a sum, which would differ between kernels."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
@@ -73,8 +73,8 @@ def padded(size: int) -> int:
 def precision(target: str) -> str:
     """Returns how fp32 is multiplied.
 
-    NVIDIA's matrix units know no fp32 but TF32: three of their products have some 2^-22 of relative error. AMD's
-    multiply fp32 itself.
+    NVIDIA's matrix units have TF32 but no fp32. Three TF32 products together have a relative error of about 2^-22.
+    AMD's matrix units multiply fp32 itself.
     """
     return "ieee" if target.startswith("gfx") else "tf32x3"
 

@@ -91,8 +91,8 @@ def best_kernel(
     GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Finds the best of BLOCK tokens of a row, best first, of equals the lowest. A lane has four tokens, which are
-    those of one Philox call."""
+    """Finds the best of BLOCK tokens of a row, best first. Of equal ones the lowest token comes first. A lane has four
+    tokens, which are those of one Philox call."""
     row = tl.program_id(0)
     counter = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     base = scores + row.to(tl.int64) * vocab

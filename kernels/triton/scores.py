@@ -1,8 +1,9 @@
-"""Logits become scores on the GPU: penalties, repeats, biases and bans, then the temperature, for all nodes of a tree.
+"""Turns logits into scores on the GPU: penalties, repeats, biases and bans, then the temperature, for all nodes of a
+tree.
 
-A row's text is the committed one and, behind it, the row's own path. What is known of the committed text lies on the
-device: its tokens, and for each token of the vocabulary where it came last and how often the model wrote it. A path is
-short, so a program looks through it for each of its tokens.
+A row's text is the committed one followed by the row's own path. The tokens of the committed text lie on the device,
+and so does, for each token of the vocabulary, where it came last and how often the model wrote it. A path is short, so
+a program looks through it for each of its tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rows:
     last:    [vocab] int32, a token's last position in it, -1 for none.
     written: [vocab] int32, how often the model wrote a token in it.
     lengths: [R] int32, tokens of each row's text, which is the position of the token to be chosen.
-    paths:   [R, P] int32, what a row's text has behind the committed one; -1 after its end.
+    paths:   [R, P] int32, the tokens of a row's text after the committed one; -1 after its end.
     """
 
     tokens: torch.Tensor
@@ -42,13 +43,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is done to logits. All on the device.
+    """The rules by which logits become scores. All of it lies on the device.
 
     numbers: [5] fp64: temperature, repetition penalty, contextual penalty, frequency, presence.
     window:  of the contextual penalty.
     seen, counted: whether there is a penalty of the first two, and of the last two.
-    powers:  [LONGEST + 1] fp64, taken from a token that would make a repeat of `shortest` tokens longer, by how much it
-             is longer.
+    powers:  [LONGEST + 1] fp64, subtracted from a token that would make a repeat of `shortest` tokens longer. The index
+             says by how much it would be longer.
     bias:    [vocab] fp64, added; -inf excludes a token. None is none.
     greedy:  scores are not divided by the temperature.
     """
@@ -133,7 +134,7 @@ def repeats_kernel(
     tokens: tl.tensor,
     lengths: tl.tensor,
     paths: tl.tensor,  # [R, depth]
-    suffixes: tl.tensor,  # [R, width] int32, the row's text from its end; what equals no token ends it
+    suffixes: tl.tensor,  # [R, width] int32, the row's text from its end; a number that is no token ends it
     marks: tl.tensor,  # [R, vocab] int32
     vocab: tl.tensor,
     base: tl.tensor,
@@ -174,7 +175,7 @@ def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shorte
     largest number of such tokens, or as excluded.
 
     marks:    [R, vocab] int32. suffixes: [R, width] int32, the row's text from its end, the last token first, as far as
-              repeats count; -2 behind that.
+              repeats count; -2 after that.
     """
     depth, longest = rows.paths.shape[1], rows.base + rows.paths.shape[1]
     repeats_kernel[(len(marks), max(1, triton.cdiv(longest, BLOCK)))](

@@ -1,8 +1,8 @@
 """The tables of a pass that attention's kernels read, in one buffer on the device for each kind of layer.
 
-How many work items there are, of which texts, and where their lists lie is data, so launches of one shape serve any
-texts. A pass of any shape has a buffer of its own. One of fixed shape, which a CUDA graph can replay, has one that
-stays in place, with room for as many texts as rows, each as long as the shape allows.
+The number of work items, their texts, and the places of their lists are data. So launches of one shape serve any
+texts. A pass of any shape has a buffer of its own. A pass of fixed shape, which a CUDA graph can replay, has a buffer
+that stays in place. It has room for as many texts as rows, each as long as the shape allows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, Room, upload
 from tokenswift_py.kernels.triton.items import FIELDS, NEAR, Heads, Launch, TableBuilder, Tables, places, splits
 
-WORKSPACE_BYTES = 64 << 20  # for the partial states of a launch; longer passes take several launches
+WORKSPACE_BYTES = 64 << 20  # memory for the partial states of a launch; longer passes take several launches
 MOST_STATES = 1 << 14  # most rows x splits of a fixed shape, because its partial states stay reserved
 
 
@@ -76,7 +76,7 @@ class FixedPlan:
 
 
 class FixedTables:
-    """Tables of one launch, for any texts that fit a room. Rows that no text has attend to nothing."""
+    """The tables of one launch, for any texts that fit a room. Rows that no text has attend to nothing."""
 
     def __init__(self, room: Room, heads: Heads, device: torch.device):
         self.heads, edges = heads, len(splits(room.pages, heads.split_pages))

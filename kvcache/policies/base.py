@@ -13,7 +13,7 @@ from tokenswift_py.kernels.base import QueryTurns
 from tokenswift_py.kvcache.base import Committed, FloatArray, IntArray, PagePool, PageStats
 
 Array = npt.NDArray[Any]
-ROOM = 64  # pages that an array has room for at first
+ROOM = 64  # the number of pages that an array has room for at first
 
 
 class PerPage:

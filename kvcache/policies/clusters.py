@@ -13,9 +13,9 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, FloatArray, IntArray, PagePool
 from tokenswift_py.kvcache.pages import index
 from tokenswift_py.kvcache.policies.base import LastQueries
 
-SEGMENTS = (64, 16, 4, 1)  # pages of a segment, each size a multiple of the next
-CLUSTERS = 4  # for each page of a segment
-ROUNDS = 5  # of k-means
+SEGMENTS = (64, 16, 4, 1)  # the sizes of segments in pages, each a multiple of the next
+CLUSTERS = 4  # the number of clusters for each page of a segment
+ROUNDS = 5  # the number of rounds of k-means
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Clusters(LastQueries):
         super().__init__()
         check(1 <= clusters <= PAGE_SIZE, "clusters", clusters, f"between 1 and {PAGE_SIZE}")
         self.clusters = clusters
-        self._segments: dict[tuple[int, int], Segment] = {}  # by first page and size
+        self._segments: dict[tuple[int, int], Segment] = {}  # the keys are (first page, size)
 
     @staticmethod
     def index_bytes(head_dim: int) -> int:

@@ -11,8 +11,8 @@ from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import Committed, FloatArray, PageStats
 from tokenswift_py.kvcache.policies.base import PerPage
 
-SWEEP = 256  # rows from one sweep to the next
-NEGLIGIBLE = 1e-200  # smaller sums become 0: decayed further they would be denormal numbers, slow on some CPUs
+SWEEP = 256  # the number of rows from one sweep to the next
+NEGLIGIBLE = 1e-200  # smaller sums become 0, before they decay to denormal numbers, which are slow on some CPUs
 
 
 class Mass:
@@ -34,7 +34,7 @@ class Mass:
         self.decay = decay
         self._rows, self._weight = 0, 0.0
         self._sums = PerPage()
-        self._there: PerPage | None = None  # the sums, where the mass lies on a device
+        self._there: PerPage | None = None  # the sums, if the mass lies on a device
 
     def observe(self, committed: Committed) -> None:
         mass = committed.mass
@@ -67,7 +67,7 @@ class Mass:
         if self._there is None:
             return None
         sums: torch.Tensor = self._there.window(stats.layers, stats.kv_heads, stats.pages)
-        # By a tensor: on a GPU torch multiplies by the reciprocal of a plain number.
+        # It is a tensor because on a GPU torch multiplies by the reciprocal of a plain number.
         return sums / sums.new_full((1,), self._weight or 1)
 
 

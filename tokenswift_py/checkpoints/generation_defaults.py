@@ -16,19 +16,20 @@ from tokenswift_py.errors import UserError, check, shown
 from tokenswift_py.sampling.params import described_parameters
 
 NAME = "generation_config.json"
-# With do_sample, transformers' defaults.
+# These are transformers' defaults with do_sample.
 SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
-ANYWAY = ("repetition_penalty", "no_repeat_ngram_size")  # without it, too
+ANYWAY = ("repetition_penalty", "no_repeat_ngram_size")  # these act without do_sample, too
 
 READ = ("do_sample", "suppress_tokens", "bad_words_ids", "eos_token_id")
-# Values that leave the text as it is; false, null and empty ones do so of any field.
+# These values leave the text as it is. The values false, null and empty do so for any field.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "repetition_penalty": (1.0,),
     "min_length": (0,), "min_new_tokens": (0,), "num_beams": (1,), "num_beam_groups": (1,), "diversity_penalty": (0.0,),
     "guidance_scale": (1.0,), "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,),
     "num_return_sequences": (1,), **{name: (value,) for name, value in SAMPLING.items()}, "top_k": (0, 50),
 }  # fmt: skip
-# Fields that parameters of ours decide in any case, those of beams alone, and those that change only the speed.
+# These are fields that our own parameters decide in any case, those that only beams have, and those that change only
+# the speed.
 UNREAD = frozenset(
     (
         "max_length", "max_new_tokens", "bos_token_id", "pad_token_id", "decoder_start_token_id", "length_penalty",
@@ -44,8 +45,8 @@ UNREAD = frozenset(
 
 
 def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Sampling parameters, under our names, and EOS ids of generation_config.json, the config filling in for the
-    latter."""
+    """Returns the sampling parameters of generation_config.json, under our names, and its EOS ids. If it has none, the
+    config's EOS ids are returned."""
     values = read(folder)
     eos = values.get("eos_token_id", getattr(config, "eos_token_id", None))
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -53,7 +54,7 @@ def generation_defaults(folder: Path, config: Any) -> tuple[dict[str, Any], tupl
 
 
 def sampling_defaults(values: Mapping[str, Any], eos: tuple[int, ...], vocab: int) -> dict[str, Any]:
-    """The parameters that differ from plain greedy decoding."""
+    """Returns the parameters that differ from plain greedy decoding."""
     defaults: dict[str, Any] = {}
     if values.get("do_sample"):
         asked = {name: values[name] for name in SAMPLING if values.get(name) is not None}
@@ -76,7 +77,7 @@ def is_allowed(name: str, value: Any) -> bool:
 
 
 def not_honoured(folder: Path) -> str:
-    """The fields of generation_config.json that would change the text and do not, as `name value, name value`."""
+    """Returns the fields that would change the text in transformers and do not here, as `name value, name value`."""
     values = {name: value for name, value in read(folder).items() if value}
     if values.get("do_sample"):
         values = {name: value for name, value in values.items() if name not in SAMPLING}

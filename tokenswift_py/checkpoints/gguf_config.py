@@ -1,6 +1,6 @@
-"""The config.json of a GGUF file, from its metadata: keys, defaults and the meaning of both are llama.cpp's.
+"""Makes the config.json of a GGUF file from its metadata. Keys, defaults and their meaning are llama.cpp's.
 
-What would change the text and is not computed here is refused in one line, never dropped.
+Metadata that would change the text and that is not computed here is refused in one line. It is never dropped.
 Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; defaults: `load_hparams` in llama.cpp's
 src/llama-model.cpp, RoPE scaling: the constructor in its src/llama-context.cpp.
 """
@@ -18,7 +18,7 @@ from tokenswift_py.core import is_finite, is_whole
 from tokenswift_py.errors import check
 from tokenswift_py.models.spec import FAMILIES, family_named
 
-# Keys of an architecture that `config_of` reads, or whose value the tensors' shapes say too.
+# These keys of an architecture are read by `config_of`, or the tensors' shapes give their values too.
 READ = (
     "context_length", "block_count", "embedding_length", "feed_forward_length", "vocab_size", "attention.head_count",
     "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
@@ -26,16 +26,16 @@ READ = (
     "rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned",
 )  # fmt: skip
-# Others, with the only value that leaves the arithmetic as it is here.
+# These are other keys, each with the only value that leaves the arithmetic as it is here.
 NEUTRAL: dict[str, Any] = {
     "expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.sliding_window": 0,
     "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0,
     "tensor_data_layout": "Meta AI original pth",
 }  # fmt: skip
-# Factors of RoPE's frequencies: of Llama 3's scaling, and of LongRoPE's two.
+# These tensors hold factors of RoPE's frequencies: those of Llama 3's scaling, and the two sets of LongRoPE.
 FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 FACTORS = (FREQUENCIES, LONG, SHORT)
-# Families by GGUF's own names, several of one; llama is also what llama.cpp calls Mistral's models.
+# These are the families of each of GGUF's names, some with several. llama.cpp calls Mistral's models llama, too.
 ARCHITECTURES: dict[str, list[str]] = {}
 for _name in FAMILIES:
     if _architecture := family_named(_name).architecture:
@@ -68,7 +68,8 @@ class Metadata:
                 check(wanted is not None and np.array_equal(found, wanted), f"model: {key}", found, allowed)
 
     def number(self, part: str, default: float | None = None, whole: bool = False) -> Any:
-        """A finite number, the same for all layers where there is one for each. No default: the file must have it."""
+        """Returns a finite number. If there is one for each layer, all must be the same. Without a default the file
+        must have it."""
         key = f"{self.architecture}.{part}"
         found = self.file.metadata.get(key, default)
         values = np.unique(found).tolist() if isinstance(found, np.ndarray) else [found]
@@ -123,14 +124,14 @@ def biases(file: GgufFile, block: str) -> Iterable[str]:
 
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
-    """The token that begins a text, and all that end one: llama.cpp stops at each of them."""
+    """Returns the token that begins a text, and all tokens that end one. llama.cpp stops at each of these."""
     ends = dict.fromkeys(int(file.metadata[key]) for key in ENDS if key in file.metadata)
     begin = file.metadata.get("tokenizer.ggml.bos_token_id")
     return {"bos_token_id": begin, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
 
 
 def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:
-    """RoPE under transformers' names.
+    """Returns RoPE's parameters under transformers' names.
 
     A factor for each frequency (llama.cpp divides by it) is LongRoPE's form, with the same factors for short and long
     texts where there is only one set.
@@ -162,14 +163,14 @@ def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:
 
 
 def yarn(said: Metadata, factor: float, attention: float) -> dict[str, Any]:
-    """attention: what llama.cpp multiplies YaRN's own factor of the attention by."""
+    """Returns the parameters of YaRN. attention: the number by which llama.cpp multiplies YaRN's attention factor."""
     own = {} if attention == 1 else {"attention_factor": attention * (0.1 * math.log(max(factor, 1.0)) + 1.0)}
     fast, slow = said.number("rope.scaling.yarn_beta_fast", 32.0), said.number("rope.scaling.yarn_beta_slow", 1.0)
     return {"rope_type": "yarn", "factor": factor, "beta_fast": fast, "beta_slow": slow, **own}
 
 
 def factor_sets(said: Metadata, kind: str, head_dim: int) -> tuple[list[float], list[float]] | None:
-    """Factors of the frequencies for short and for long texts; None where there are none but ones.
+    """Returns the factors of the frequencies for short and for long texts, or None if all factors are one.
 
     Raises UserError for factors that llama.cpp does not read with this architecture or scaling.
     """

@@ -22,7 +22,7 @@ from tokenswift_py.errors import check, files
 
 MAGIC = b"GGUF"
 STRING, ARRAY, FLOAT32 = 8, 9, 6
-# NumPy's types of values by GGUF's numbers.
+# The NumPy type of a value, by GGUF's number of the type.
 TYPES = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 VERSIONS = (2, 3)
 MOST_DIMENSIONS = 4

@@ -1,6 +1,7 @@
-"""The weights of a GGUF file: dequantised, or in the file's own blocks for --dtype gguf.
+"""Reads the weights of a GGUF file, either dequantised or, for --dtype gguf, in the file's own blocks.
 
-As values every type that the gguf package dequantises, in fp32 and from there to the type asked for. As blocks:
+As values it reads every type that the gguf package dequantises, in fp32, and rounds them to the type asked for. As
+blocks it reads these types:
 NATIVE        as they are
 F32 F16 BF16  as tensors; the engine rounds matrices to blocks of 8 bits
 all others    dequantised and rounded to blocks of 8 bits, which one line of the log says
@@ -34,8 +35,8 @@ Floats = npt.NDArray[np.float32]
 # The engine's name of each type whose blocks it multiplies (kernels/cpu/math/formats.h).
 NATIVE = {kind.upper(): kind for kind in FORMATS if "_" in kind} | {"Q8_0": "q8", "Q4_1": "q4"}
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-AT_ONCE = 2**17  # weights that a thread dequantises together: they stay in its core's cache
-ALONE = 2**15  # elements up to which torch starts no threads of its own to convert them
+AT_ONCE = 2**17  # how many weights a thread dequantises together, so that they stay in its core's cache
+ALONE = 2**15  # the number of elements up to which torch starts no threads of its own to convert them
 
 
 class GgufIndex:
@@ -54,7 +55,7 @@ class GgufIndex:
         self.file, self.spec, self.shapes = file, spec, spec.shapes()
         self._paired = family.paired
         self.tensors: dict[str, StoredTensor] = {}
-        self._first: dict[str, int] = {}  # of a tensor's rows the first that is ours, where it holds others too
+        self._first: dict[str, int] = {}  # the first row of ours, for a tensor that also holds others
         for name, shape in self.shapes.items():
             stored = family.gguf_slice(name, shape, spec)
             stem, suffix = stored.name.rsplit(".", 1)
@@ -181,7 +182,7 @@ def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
 
 
 def quantisation(kind: str) -> Any:
-    """The gguf package's class of a type in blocks; None where it knows the type's size only."""
+    """Returns the gguf package's class for a type in blocks, or None if the package knows only the type's size."""
     from gguf import quants
 
     return getattr(quants, kind, None)
@@ -205,7 +206,7 @@ def dequantised(data: Bytes, kind: str, dtype: torch.dtype) -> torch.Tensor | No
 
 
 def rounded(data: Bytes, kind: str) -> Blocks:
-    """Blocks of 8 bits from those of a type that the engine has none for."""
+    """Returns blocks of 8 bits, made from blocks of a type that the engine does not have."""
     from tokenswift_py.kernels.cpu import _native
 
     form = FORMATS["q8"]
@@ -215,8 +216,8 @@ def rounded(data: Bytes, kind: str) -> Blocks:
 
 
 def by_rows(data: Bytes, kind: str, put: Callable[[slice, Floats], Any]) -> list[Any]:
-    """Give the values of some rows after others to `put`, on as many threads as this process may use, and return what
-    it returned."""
+    """Gives the values to `put`, some rows at a time, on as many threads as this process may use. Returns what `put`
+    returned."""
     type_of, columns = quantisation(kind), columns_of(data, kind)
     type_of.init_grid()
     step = max(1, AT_ONCE // columns)
@@ -224,7 +225,7 @@ def by_rows(data: Bytes, kind: str, put: Callable[[slice, Floats], Any]) -> list
 
     def convert(start: int) -> Any:
         blocks = np.ascontiguousarray(data[start : start + step]).reshape(-1, type_of.type_size)
-        with np.errstate(all="ignore"):  # scales that are not finite show in what comes of them
+        with np.errstate(all="ignore"):  # scales that are not finite show in the results
             values = np.ascontiguousarray(type_of.dequantize_blocks(blocks), np.float32)
         return put(slice(start, start + step), values.reshape(-1, columns))
 

@@ -30,7 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.
 BYTE_LEVEL, SENTENCEPIECE = ("gpt2", "gemma4"), "llama"
 SPACE = "\u2581"
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names and the file's
-SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the file does not say
+SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # for a file that does not name them
 # Tokens with these texts are markup, even where a file calls them normal. llama.cpp takes them for the end of a text,
 # or for the marks of code that is to be filled in.
 MARKUP_TEXTS = (
@@ -44,7 +44,7 @@ MARKUP_TEXTS = (
     "<\uff5cfim\u2581hole\uff5c>"
 )
 MARKUP = frozenset(MARKUP_TEXTS.split())
-PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # spaces behind its other markup tokens are dropped
+PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # spaces after its other markup tokens are dropped
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s+(?!\S)|\s+"
 LINES = r"|\s*[\r\n]+" + SPACES
-OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + LINES  # neither letters nor digits, with the line's end
+OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + LINES  # neither letters nor digits, and the line's end after them
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + SPACES
@@ -128,7 +128,7 @@ class PreTokenizer:
 
 
 def named(names: str, *splits: str, **flags: bool | None) -> dict[str, PreTokenizer]:
-    """Gives several names, separated by spaces, one rule."""
+    """Gives one rule to several names, which are separated by spaces."""
     return dict.fromkeys(names.split(), PreTokenizer(splits, **flags))  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger("tokenswift")
 
 STORED = ("BF16", "F16", "F32", "F64")
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Old files hold tables of RoPE, which follow from the config.
+# Old files hold tables of RoPE. They follow from the config, so they are not read.
 TABLES = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 # A function from a tensor's name and shape to the part of it that is read.

@@ -19,7 +19,7 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.options import world_size
 
 INTERRUPTED = 130
-PACKAGES = ("fastapi", "sse_starlette", "prometheus_client")  # of the server, whose answers these are
+PACKAGES = ("fastapi", "sse_starlette", "prometheus_client")  # packages of the server, which makes the answers
 RATE_S = 0.5  # seconds between two looks at the rate
 
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.serving.limits import Limits
 
     limits = Limits(default_tokens=args.default_tokens)
-    keys = survey(args.input, tuple(SHAPES))  # before anything is made
+    keys = survey(args.input, tuple(SHAPES))  # wrong input is refused before anything is made
     answers = Answers(args.output)
     try:
         left = len(keys - answers.answered)

@@ -1,4 +1,4 @@
-"""`tokenswift extend-context`: a model learns to read longer texts than it was trained for."""
+"""`tokenswift extend-context` lets a model learn to read longer texts than it was trained for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from tokenswift_py.sampling.kinds import Real, Switch, Texts, Whole
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every flag is made of `Settings`. One that is not given is None, so that a resumed run knows what is asked."""
+    """Makes the parser. Every flag comes from `Settings`. A flag that is not given is None, so that a resumed run knows
+    what is asked."""
     root = Parser(
         prog="tokenswift extend-context",
         description="Train a model for a longer context: stretched positions, LoRA on attention, embeddings and norms. "
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def typed(described: Flag) -> Callable[[str], Any]:
-    """Returns what makes a value of the word on the command line."""
+    """Returns the function that makes a value of the word on the command line."""
     if isinstance(described.kind, Lengths):
         return lengths
     if isinstance(described.kind, Whole):
@@ -59,15 +60,15 @@ def default_of(name: str, described: Flag) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; raises UserError for wrong input."""
+    """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check(world_size() == 1, "WORLD_SIZE", world_size(), "extend-context runs in one process")
     given = {name: getattr(args, name) for name in described_settings() if getattr(args, name) is not None}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     settings = Settings(**given)
-    check(args.out is not None or args.resume is not None, "out", args.out, "a folder, behind --out or --resume")
+    check(args.out is not None or args.resume is not None, "out", args.out, "a folder, after --out or --resume")
 
-    # Here, because torch and transformers take seconds to import.
+    # Imported here, because torch and transformers take seconds.
     from tokenswift_py.extending.adapters import check_peft
 
     check_peft()
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def table(out: Path, lines: Sequence[dict[str, Any]]) -> str:
-    """Returns what the journal says: the loss at both ends, and how held-out texts were read before and after."""
+    """Returns the journal as a table: the loss at both ends, and how held-out texts were read before and after."""
     steps = [line for line in lines if "loss" in line]
     told = [str(out)]
     if steps:
@@ -98,7 +99,7 @@ def table(out: Path, lines: Sequence[dict[str, Any]]) -> str:
     for line in (read[:1] + read[-1:]) if len(read) > 1 else read:
         for source, quarters in line["held_out"].items():
             figures = "  ".join(f"{nats:.3f}" for nats in quarters)
-            told.append(f"  {source:8} behind {line['step']:5} steps   {figures}")
+            told.append(f"  {source:8} after {line['step']:5} steps   {figures}")
     return "\n".join(told)
 
 

@@ -40,7 +40,7 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         "`tokenswift extend-context --help`: train a model for a longer context. `tokenswift serve --help`: OpenAI's "
         "API. `tokenswift batch --help`: files of requests.",
     )
-    root.stray = "--help lists the flags" if resumes else "the prompt goes behind --prompt, and --help lists the flags"
+    root.stray = "--help lists the flags" if resumes else "the prompt goes after --prompt, and --help lists the flags"
     root.add_argument("--version", action="version", version=f"tokenswift {__version__}")
     groups = {name: root.add_argument_group(name) for name in GROUPS}
     options = described_options()

@@ -23,7 +23,7 @@ logger = logging.getLogger("tokenswift")
 
 MOST_CHAPTERS = 10_000  # these options are asked for by number
 MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
-BOM = "\ufeff"  # at the start of a file it says how the file is written, and is no text
+BOM = "\ufeff"  # it stands at the start of a file, says how the file is written, and is no text
 
 
 def follows() -> bool:
@@ -183,7 +183,7 @@ def read_biases(items: Sequence[str]) -> dict[int, float]:
     biases: dict[int, float] = {}
     for token, bias in map(read_bias, items):
         earlier = biases.setdefault(token, bias)
-        same = earlier == bias or bias != bias  # which is refused for itself
+        same = earlier == bias or bias != bias  # NaN is refused elsewhere
         check(same, "logit_bias", f"{token}={bias}", f"it was given as {token}={earlier} before")
     return biases
 

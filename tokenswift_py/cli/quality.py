@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.runs.journal import Record
 
-HUMAN_WINDOWS = 10  # tokens of each human text
-FIRST_WORDS = 70  # characters of a window that --per-window shows
+HUMAN_WINDOWS = 10  # the windows of each human text
+FIRST_WORDS = 70  # the characters of a window that --per-window shows
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,11 +98,11 @@ class Judges:
     def of(self, record: Record | None) -> TokenSwift:
         """Returns the judge of a text. record: record of its run; None is a text that no run wrote, which the last
         judge reads, too."""
-        from tokenswift_py.api import TokenSwift  # here, because torch and transformers take seconds to import
+        from tokenswift_py.api import TokenSwift  # imported here, because torch and transformers take seconds
 
         asked = self._origin(record)
         if self._loaded is None or (record is not None and asked != self._asked):
-            self._loaded = None  # its weights make room
+            self._loaded = None  # frees its weights first
             self._loaded, self._asked = TokenSwift.from_pretrained(**asked, threads=self.args.threads), asked
         return self._loaded
 

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.serving.http.server import Service
     from tokenswift_py.serving.jobs.jobs import Jobs
 
-    with bound(args.host, args.port) as listening:  # before the model is loaded: an address that is taken is told soon
+    with bound(args.host, args.port) as listening:  # before the model is loaded, so a taken address is told soon
         swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
         engine = Engine(
             swift, args.context, drafter=args.drafter, most_running=args.running, most_waiting=args.waiting,

@@ -52,7 +52,7 @@ class CtrlC:
 
     def hold(self) -> None:
         usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        main = threading.current_thread() is threading.main_thread()  # where alone Python lets signals be handled
+        main = threading.current_thread() is threading.main_thread()  # Python handles signals in this thread only
         if usual and main and not self.pressed:
             signal.signal(signal.SIGINT, self._press)
 
@@ -109,7 +109,7 @@ class Output:
     error."""
 
     def __init__(self, args: argparse.Namespace, stream: Stream, folder: Path | None, lines: LogLines):
-        self.written = self._saved = len(stream.text)  # of a resumed text only what is new is shown
+        self.written = self._saved = len(stream.text)  # only the new part of a resumed text is shown
         self._lines = lines
         self._mid_line = False
         self._file = None

@@ -22,8 +22,8 @@ from tokenswift_py.version import __version__
 if TYPE_CHECKING:
     from tokenswift_py.sampling.reference import Sampler
 
-WRITING = 0.6  # part of the time that --minutes allows
-HELD_OUT = 1_000_000  # number of the first held-out text, so that its noise is its own
+WRITING = 0.6  # the part of --minutes that writing takes
+HELD_OUT = 1_000_000  # the number of the first held-out text, which gives it noise of its own
 
 
 def parser() -> argparse.ArgumentParser:

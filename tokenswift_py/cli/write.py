@@ -59,7 +59,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     journal = Journal.open(args.resume) if world_size() == 1 else shared_journal(args.resume)
     record = journal.record
     if record.torn:
-        note(args, f"{record.torn} bytes behind token {len(record.tokens)} are torn and were cut off")
+        note(args, f"{record.torn} bytes after token {len(record.tokens)} are torn and were cut off")
     note(args, f"{len(record.tokens)} tokens are recorded")
 
     from tokenswift_py.api import TokenSwift
@@ -85,7 +85,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
         stream.catch_up(progress)
     for name in (
         ("tokens.npy", "report.json", "logprobs.jsonl") if folder else ()
-    ):  # of an earlier session; written again at the end
+    ):  # these are of an earlier session, and are written again at the end
         (args.resume / name).unlink(missing_ok=True)
     return write_out(args, swift, stream, folder, lines)
 

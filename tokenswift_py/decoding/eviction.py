@@ -15,8 +15,8 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 
-SMALLEST = 4  # pages of a budget: the first, the last, one that the policy chose, and one that is being written
-PERIOD = 4  # pages evicted at a time, where the budget has 16 pages or more
+SMALLEST = 4  # the least pages of a budget: the first, the last, one that the policy chose, and one being written
+PERIOD = 4  # how many pages are evicted at a time, if the budget has 16 pages or more
 STATISTICS_ROWS = 64  # rows of a prefill pass that reports statistics, which take layers x KV heads x pages for each
 
 

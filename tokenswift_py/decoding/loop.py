@@ -93,7 +93,7 @@ class DecodeLoop:
         self.trace, self.stats = trace, GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
         self._untold: set[int] = set()  # positions of replayed choices that processors were not called for yet
-        self._told = History()  # up to the latest of those they were called for
+        self._told = History()  # the text up to the latest token that they were called for
 
     def run(self, prompt: Sequence[int], after: Step | None = None) -> Iterator[Step]:
         """Writes the text alone, like `text`."""
@@ -158,7 +158,7 @@ class DecodeLoop:
             if place == len(tokens):
                 return
             if ending != "eos" or not self.goes_on:
-                raise ReplayError(place, f"behind the end of the text ({ending})")
+                raise ReplayError(place, f"after the end of the text ({ending})")
             forced = tuple(self.turns.pop(0))
             for token in forced:
                 if place == len(tokens) or tokens[place] != token:
@@ -167,7 +167,7 @@ class DecodeLoop:
                 place += 1
             self.stats.forced_tokens += len(forced)
             if place == len(tokens):
-                raise ReplayError(place, "a turn without a token behind it")
+                raise ReplayError(place, "a turn without a token after it")
 
     def catch_up(self, progress: Callable[[int], Any] = int) -> Passes[None]:
         """Computes the KV of everything but the pending token after a replay, and shows the drafter the text.
@@ -223,7 +223,7 @@ class DecodeLoop:
             self.cache.drop_tail()
             output = yield self.ask(Segment(tree, self.cache))
             lap.stop()
-            tree = tree.first(len(output.hidden))  # in company there may have been no time for more
+            tree = tree.first(len(output.hidden))  # in company there may have been no time for all of it
         with self.phase("accept"):
             taken = self.walk(tree, output)
         with self.phase("commit"):
@@ -274,7 +274,7 @@ class DecodeLoop:
         """Commits all rows of the history up to position `stop` that the cache lacks. Returns the output of the last
         rows, with the logits of the last one."""
         told = not self._untold and not self.unknown
-        chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # all logits are needed
+        chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # told: all logits are needed
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
             yield from self.read(count, [], seen=False)

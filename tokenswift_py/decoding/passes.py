@@ -105,6 +105,6 @@ def without_passes(work: Callable[P, T]) -> Callable[P, Passes[T]]:
     @wraps(work)
     def coroutine(*args: P.args, **kwargs: P.kwargs) -> Passes[T]:
         return work(*args, **kwargs)
-        yield  # which makes this a generator
+        yield  # makes this function a generator
 
     return coroutine

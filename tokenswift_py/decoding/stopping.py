@@ -149,7 +149,7 @@ class ChapterText(TextJoiner):
         return text
 
 
-BYTES = 4  # bytes of a character, at most
+BYTES = 4  # the most bytes of a character
 
 
 def loop_note(loop: Loop) -> str:

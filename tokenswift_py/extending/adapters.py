@@ -22,12 +22,12 @@ def check_peft() -> None:
 
 
 def learner(checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torch.dtype) -> Any:
-    """Returns peft's model of a checkpoint, with a stretched config and S2-Attn; what learns is in fp32.
+    """Returns peft's model of a checkpoint, with a stretched config and S2-Attn. The parameters that learn are in fp32.
 
-    dtype: of the weights that stay. Layers compute their activations again in the backward pass, so that a long text
-    takes the memory of its residual stream alone.
-    LongLoRA (arXiv 2309.12307), section 3.3: LoRA beside every projection of attention; embeddings and norms learn too.
-    A tied LM head is the embedding, and learns with it.
+    dtype: the type of the weights that do not learn. Layers compute their activations again in the backward pass, so
+    a long text takes the memory of its residual stream alone.
+    Source: LongLoRA (arXiv 2309.12307), section 3.3. Every projection of attention gets LoRA, and embeddings and norms
+    learn too. A tied LM head is the embedding, and learns with it.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -45,7 +45,7 @@ def learner(checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torc
             parameter.requires_grad_()
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    # The name before transformers 5.20 still works, with a warning.
+    # The name from before transformers 5.20 still works, with a warning.
     enable = "activation_checkpointing_enable"
     getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
     return adapted.train()
@@ -68,14 +68,14 @@ def learns_whole(name: str) -> bool:
 
 
 def trained_parameters(adapted: Any) -> dict[str, torch.nn.Parameter]:
-    """Returns what learns, by its name."""
+    """Returns the parameters that learn, by their names."""
     return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
 
 
 def merged(adapted: Any) -> Any:
-    """Returns transformers' model with what was learned added to its weights, in fp32 on the CPU.
+    """Returns transformers' model, in fp32 on the CPU. What was learned is added to its weights.
 
-    The adapters are gone from it; peft's model is of no use afterwards.
+    The adapters are removed from it. peft's model is of no use afterwards.
     """
     model = adapted.cpu().float().merge_and_unload().eval()
     for parameter in model.parameters():

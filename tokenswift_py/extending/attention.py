@@ -1,7 +1,7 @@
 """Shifted sparse attention (S2-Attn) of LongLoRA (arXiv 2309.12307, section 3.2), for training only.
 
 Texts are cut into groups that attend to nothing outside of them. For half of the heads the groups are shifted by half a
-group, so that what one group knows reaches the next. What is trained so is used with full attention.
+group, so that what one group knows reaches the next. A model that is trained like this is used with full attention.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ NAME = "tokenswift_s2"
 def register() -> None:
     """Makes the attention known to transformers as `NAME`.
 
-    It has no mask there. So rows attend by their order, whatever positions they have: transformers would read a skipped
-    position as the beginning of another text.
+    It has no mask there, so rows attend by their order, whatever positions they have. With a mask, transformers would
+    read a skipped position as the beginning of another text.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, s2_attention)
 
@@ -37,9 +37,9 @@ def s2_attention(
     """Computes causal attention in groups, or full causal attention where `s2_group` is None. There is no dropout.
 
     query: [B, H, N, D]; key, value: [B, KV, N, D]. Returns [B, N, H, D].
-    Of H heads the first half (rounded down) has its groups from row 0 on; for the others the first group is half as
-    long. The paper's own code rolls the rows of these instead, whose last group then joins the two ends of a text. Here
-    the ends stay apart, or the first rows would see the last.
+    The groups of the first half of the H heads (rounded down) begin at row 0. For the other heads the first group is
+    half as long. The paper's own code rolls the rows of these heads instead. Their last group then joins the two ends
+    of a text. Here the ends stay apart, because otherwise the first rows would see the last.
     """
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
@@ -62,7 +62,8 @@ def s2_attention(
 def grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: int, first: int, scaling: float | None
 ) -> torch.Tensor:
-    """Computes causal attention inside of groups: the first of `first` rows, the others of `group`, a shorter rest.
+    """Computes causal attention inside of groups. The first group has `first` rows, the others have `group`, and the
+    last may be shorter.
 
     query, key, value: [B, H, N, D]. Returns [B, H, N, D].
     """

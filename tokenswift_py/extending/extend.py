@@ -1,4 +1,4 @@
-"""A whole training run: read, train, keep, merge. `tokenswift extend-context` calls it."""
+"""A whole training run: it reads, trains, saves and merges. `tokenswift extend-context` calls it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from tokenswift_py.version import __version__
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its first step. about: what its folder keeps; trained: the model's own length."""
+    """The parts that a run needs before its first step. about: the entries that its folder keeps. trained: the model's
+    own length."""
 
     checkpoint: Checkpoint
     config: Any
@@ -79,7 +80,7 @@ def training_bytes(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtyp
     embedding = 0 if settings.only_lora else spec.vocab_size * spec.hidden_size
     skips = settings.window is not None and not (settings.full_steps or settings.held_out)
     rows = settings.window if skips and settings.window else settings.context
-    streams = rows * spec.hidden_size * (spec.layers + 8)  # and what one layer makes of it
+    streams = rows * spec.hidden_size * (spec.layers + 8)  # and the activations of one layer
     return spec.parameters * dtype.itemsize + 4 * (4 * embedding + streams + 3 * ROWS * spec.vocab_size)
 
 
@@ -92,10 +93,10 @@ def begin(settings: Settings, out: Path, command: str, quiet: bool = False) -> T
 
 
 def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
-    """Goes on with a run from its latest state; what it leaves is what it would have left without a break.
+    """Goes on with a run from its latest state. The result is the same as without a break.
 
-    settings: those that its folder keeps, other than those of `Flag.again`. Raises UserError where model or texts are
-    not what they were.
+    settings: the settings that its folder keeps, except where a setting of `Flag.again` was given a new value. Raises
+    UserError if the model or the texts are not the same as before.
     """
     began = time.monotonic()
     folder, about = TrainingFolder.open(out)
@@ -107,7 +108,7 @@ def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
 
 
 def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool) -> None:
-    """Makes the steps that are left, or those that the minutes allow, and merges."""
+    """Makes the steps that are left, or as many as the minutes allow, and merges."""
     deadline = began + 60 * (settings.minutes or math.inf)
     adapted = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype)
     parameters = trained_parameters(adapted)
@@ -138,9 +139,9 @@ def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: f
 
 
 def tell_held_out(model: Any, prepared: Prepared, folder: TrainingFolder, step: int) -> None:
-    """Reads the held-out texts, and adds to the journal what each quarter of them costs, in nats a token.
+    """Reads the held-out texts, and adds the nats a token of each quarter of them to the journal.
 
-    A run that was killed at its end has told it already.
+    A run that was killed at its end may have added them already.
     """
     if any("held_out" in line and line["step"] == step for line in folder.lines()):
         return

@@ -14,7 +14,7 @@ from tokenswift_py.checkpoints.finding import HUB_FILES
 from tokenswift_py.checkpoints.gguf_folder import SUMS
 from tokenswift_py.checkpoints.stored_tensors import INDEX
 
-OWN = ("config.json", INDEX, SUMS)  # written anew, or of the files that the model was read from
+OWN = ("config.json", INDEX, SUMS)  # these are written anew, or are about the files that the model was read from
 
 
 def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
@@ -22,7 +22,7 @@ def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) ->
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # ours is enough
+    logging.disable_progress_bar()  # our own bar is enough
     try:
         with torch.no_grad():
             model.to(DTYPES[dtype]).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What each step learns from: how long its texts are, how they attend, and which positions their tokens have.
+"""The schedule of training: the length of each step's texts, how they attend, and the positions of their tokens.
 
 All of it is a function of the settings, the seed and the number of the step, so that a resumed run draws the same.
 """
@@ -21,9 +21,11 @@ Whole = npt.NDArray[np.int64]
 class StepPlan:
     """The texts of a step.
 
-    reach:  positions that a text spans. rows: tokens of it that are learned from, fewer where positions are skipped.
-    chunks: pieces of a text that skips positions. group: of S2-Attn, None for full attention.
-    texts:  how many of them a step has.
+    reach:  the number of positions that a text spans.
+    rows:   the number of its tokens that are learned from. It is smaller than `reach` if positions are skipped.
+    chunks: the number of pieces of a text that skips positions.
+    group:  the rows of a group of S2-Attn, or None for full attention.
+    texts:  the number of texts in a step.
     """
 
     reach: int
@@ -43,7 +45,7 @@ class Sample:
 
 
 def stages(settings: Settings, trained: int) -> list[int]:
-    """Returns the lengths of a schedule: those asked for, else doublings from the trained length to the context."""
+    """Returns the lengths of a schedule: those asked for, or doublings from the trained length to the context."""
     if settings.schedule == "constant":
         return [settings.context]
     if settings.lengths is not None:
@@ -61,7 +63,7 @@ def plan(settings: Settings, trained: int, step: int) -> StepPlan:
     if settings.schedule == "mixed":
         at = int(generator(settings, step, 0).integers(len(lengths)))
     reach = lengths[at]
-    whole = step >= settings.steps - settings.full_steps  # the last steps are as the model will be used
+    whole = step >= settings.steps - settings.full_steps  # the last steps attend as the model will be used
     rows = reach if whole or settings.window is None else min(settings.window, reach)
     grouped = settings.chosen_attention == "s2" and not whole
     group = min(rows, settings.group or max(2, rows // 4)) if grouped else None
@@ -91,9 +93,9 @@ def draw(settings: Settings, sources: Sequence[Source], step: StepPlan, number: 
 def skipped(drawn: np.random.Generator, rows: int, reach: int, chunks: int) -> tuple[Whole, Whole]:
     """Draws positions and places of a text of `rows` tokens that stands for one of `reach` (PoSE, arXiv 2309.10400).
 
-    Section 3.2: the rows are cut into chunks of random lengths. Chunk i begins st_i rows on, at the position u_i + st_i
-    and with the token at the place v_i + st_i of the text, where u_i ~ U{u_{i-1}, ..., reach - rows}, v_i likewise and
-    on its own, and u_0 = v_0 = 0. A chunk has one token at least.
+    The rows are cut into chunks of random lengths (section 3.2). Chunk i begins at row st_i. Its first token is at
+    place v_i + st_i of the text and gets the position u_i + st_i. u_i is drawn from U{u_{i-1}, ..., reach - rows}, and
+    v_i is drawn in the same way, independently of u_i. u_0 and v_0 are 0. A chunk has one token at least.
     Returns positions and places, [rows] each, which rise and are below `reach`. One chunk skips nothing.
     """
     cuts = np.sort(drawn.choice(np.arange(1, rows), chunks - 1, replace=False)) if chunks > 1 else np.array([], int)

@@ -1,4 +1,4 @@
-"""What `tokenswift extend-context` can be asked for: one table, from which its flags, checks and help follow."""
+"""The settings of `tokenswift extend-context` in one table, from which its flags, checks and help follow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokenswift_py.models.positions import STRETCHES
 from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Texts, Whole, is_whole
 
 SCHEDULES = ("constant", "progressive", "mixed")
-BUILT_IN = ("code", "prose")  # of tokenswift_py.human: docs are too few to be read by experiments and learned from
+BUILT_IN = ("code", "prose")  # of tokenswift_py.human; docs are too few to be both read by experiments and learned from
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,12 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Flag:
-    """What is said of a setting. kind: the values that it takes. help: what it does, its default not told.
+    """The description of a setting.
 
-    unset: what the default stands for where that is None. again: a resumed run may be given another value.
+    kind:  the values that it takes.
+    help:  its effect, without its default.
+    unset: the meaning of the default if that is None.
+    again: whether a resumed run may be given another value.
     """
 
     kind: Any
@@ -105,7 +108,7 @@ class Settings:
 
     @property
     def chosen_attention(self) -> str:
-        """The value that auto stands for, else what was asked for."""
+        """The attention that auto stands for, or the one that was asked for."""
         if self.attention != "auto":
             return self.attention
         return "full" if self.window else "s2"

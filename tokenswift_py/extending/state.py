@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder, and goes on from: settings, a journal of the loss, and the latest state."""
+"""The files that a training run leaves and goes on from: settings, a journal of the loss, and the latest state."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from safetensors.torch import save_file
 from tokenswift_py.errors import check, files, one_line
 
 SETTINGS, JOURNAL, STATE = "settings.json", "journal.jsonl", "state.safetensors"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the parts of AdamW's state
 
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """The folder `training` inside of the one that gets the merged model."""
+    """The folder `training`, which is inside of the folder that gets the merged model."""
 
     path: Path
 
     @classmethod
     def create(cls, out: Path, about: Mapping[str, Any]) -> TrainingFolder:
-        """Makes it in a new or empty folder. about: settings, and what a resumed run must find unchanged."""
+        """Makes it in a new or empty folder. about: the settings, and values that a resumed run must find unchanged."""
         with files("out", out, "a folder that can be written"):
             free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
             check(free, "out", str(out), "a new or empty folder")
@@ -38,7 +38,7 @@ class TrainingFolder:
 
     @classmethod
     def open(cls, out: Path) -> tuple[TrainingFolder, dict[str, Any]]:
-        """Opens the folder of a run that was begun; returns it with what `create` was given."""
+        """Opens the folder of a run that was begun. Returns it with what `create` was given."""
         found = cls(out / "training")
         with one_line(f"resume: {out} has no readable training/{SETTINGS}"):
             about = json.loads((found.path / SETTINGS).read_text(encoding="utf-8"))
@@ -52,18 +52,18 @@ class TrainingFolder:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """Returns the journal's whole lines; the last one may have been cut off."""
+        """Returns the journal's whole lines. The last line may have been cut off, and is then left out."""
         path = self.path / JOURNAL
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def cut(self, step: int) -> None:
-        """Drops the journal's lines about later steps, which will be made again."""
+        """Drops the journal's lines about later steps. These steps will be made again."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
         replace(self.path / JOURNAL, lambda scratch: scratch.write_text("".join(kept), encoding="utf-8"))
 
     def save(self, step: int, parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-        """Writes the state after `step` steps, in the place of the one before as a whole or not at all."""
+        """Writes the state after `step` steps. It replaces the state before it as a whole or not at all."""
         tensors = {name: parameter.detach() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
             for moment, value in optimiser.state.get(parameter, {}).items():
@@ -72,7 +72,7 @@ class TrainingFolder:
         replace(self.path / STATE, lambda scratch: save_file(kept, scratch, {"step": str(step)}))
 
     def load(self, parameters: Mapping[str, torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-        """Reads the latest state into parameters and optimiser; returns its step, 0 where none was saved.
+        """Reads the latest state into parameters and optimiser. Returns its step, or 0 if none was saved.
 
         Raises UserError for a state of other parameters.
         """

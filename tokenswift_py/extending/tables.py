@@ -1,4 +1,4 @@
-"""The config of a model whose frequencies are stretched for good, as transformers and our engines read it."""
+"""Makes the config of a model whose frequencies are stretched for good. transformers and our engines can read it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tokenswift_py.models.spec import layers_of
 def stretched_config(config: Any, context: int, scheme: str) -> Any:
     """Returns a copy of a transformers config that reaches `context` positions by its own tables.
 
-    linear: frequencies divided by the factor (arXiv 2306.15595).
+    linear: frequencies are divided by the factor (arXiv 2306.15595).
     ntk:    the base is multiplied by factor ** (d / (d - 2)), so that the lowest frequency is divided by the factor and
-            the highest stays (NTK-aware RoPE). The config names nothing but the new base.
+            the highest stays (NTK-aware RoPE). In the config only the base is new.
     yarn:   YaRN (arXiv 2309.00071).
     The factor is the context over the length that the frequencies were made for. Raises UserError for a context that
     the model has already, for a model with a scaling of another kind, and for layers that no such table serves alone.

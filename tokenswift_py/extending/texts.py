@@ -1,4 +1,4 @@
-"""The texts that a model learns from, as tokens: documents joined, the last of each source held out."""
+"""The texts that a model learns from, as tokens. The documents of a source are joined, and its last texts held out."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ RESERVED = 131_072
 
 experiments/positions.py reads the first 98 816.
 """
-TEST_MODULE = "pydoc_data"  # part of the library's code, and the very text of the continuation `docs`
+TEST_MODULE = "pydoc_data"  # a part of the library's code that is the text of the continuation `docs`
 Tokens = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Tokens of joined documents. learned: those to learn from. held_out: the last ones, for the figures."""
+    """The tokens of joined documents. learned: those to learn from. held_out: the last ones, for the figures."""
 
     name: str
     learned: Tokens
@@ -84,7 +84,7 @@ def is_test_text(read: Callable[[], str]) -> bool:
 
 
 def texts_of(tokens: Tokens, length: int) -> Iterator[Tokens]:
-    """Yields texts of `length` rows and the token after the last, one after the other."""
+    """Yields texts of `length` rows, one after the other, each with the token after its last row."""
     for start in range(0, len(tokens) - length, length + 1):
         yield tokens[start : start + length + 1]
 

@@ -1,4 +1,4 @@
-"""The training steps: the loss over a text, gradients that add up over the texts of a step, AdamW."""
+"""The training steps: the loss over a text, gradients that are summed over the texts of a step, and AdamW."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tokenswift_py.extending.schedule import Sample
 from tokenswift_py.extending.settings import Settings
 from tokenswift_py.extending.texts import Tokens
 
-ROWS = 512  # rows whose logits are in memory at a time
-CLIP = 1.0  # norm of the gradient, at the most
-LEAST_RATE = 0.1  # of the peak, at the end
+ROWS = 512  # the number of rows whose logits are in memory at a time
+CLIP = 1.0  # the largest norm of the gradient
+LEAST_RATE = 0.1  # the last learning rate, as a part of the peak
 
 
 def rate_at(settings: Settings, step: int) -> float:
@@ -31,17 +31,17 @@ def rate_at(settings: Settings, step: int) -> float:
 
 
 def optimiser_of(parameters: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW as LongLoRA has it (arXiv 2309.12307, section 4.1)."""
+    """Returns AdamW with the settings of LongLoRA (arXiv 2309.12307, section 4.1)."""
     return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def precision(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Products in `dtype`: as they are in fp32, else by torch's autocast."""
+    """Returns a context in which products are in `dtype`. For other types than fp32 it is torch's autocast."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def losses(model: Any, sample: Sample, device: torch.device, group: int | None) -> torch.Tensor:
-    """Returns -ln p of the token after each row, [rows] in nats. model: transformers'. group: of S2-Attn."""
+    """Returns -ln p of the token after each row, [rows] in nats. model: transformers' model. group: that of S2-Attn."""
     tokens, following, positions = (
         torch.from_numpy(part).to(device) for part in (sample.tokens, sample.following, sample.positions)
     )
@@ -68,7 +68,7 @@ def take_step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Makes one step of the optimiser, and returns the mean loss of its tokens in nats, before it.
+    """Makes one step of the optimiser. Returns the mean loss of the step's tokens before it, in nats.
 
     Raises RuntimeError for a loss that is not finite.
     """
@@ -91,7 +91,7 @@ def take_step(
 
 @torch.no_grad()
 def read(model: Any, text: Tokens, device: torch.device, dtype: torch.dtype) -> list[float]:
-    """Returns nats a token in each quarter of a text, with full attention at its true positions."""
+    """Returns the nats a token in each quarter of a text, with full attention at its true positions."""
     rows = len(text) - 1
     sample = Sample(text[:-1].astype(np.int64), text[1:].astype(np.int64), np.arange(rows))
     model.eval()

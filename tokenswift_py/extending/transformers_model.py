@@ -1,4 +1,4 @@
-"""A checkpoint as the model of transformers, from whatever files it is read: safetensors or GGUF."""
+"""Makes transformers' model of a checkpoint, whether its files are safetensors or GGUF."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenswift_py.models.spec import ModelSpec, family_named
 
 
 def in_hugging_faces_form(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns tensors as transformers' model holds them in memory. tensors: under the names of a checkpoint."""
+    """Returns tensors as transformers' model holds them in memory. tensors: those of a checkpoint, by its names."""
     family, state = family_named(spec.family), dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
         place = family.stored(name, tuple(tensor.shape), spec)[-1]
@@ -23,7 +23,7 @@ def in_hugging_faces_form(spec: ModelSpec, tensors: Mapping[str, torch.Tensor]) 
 
 
 def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None, **settings: Any) -> Any:
-    """Makes transformers' own model of a checkpoint, with the weights that we read, also those of a GGUF file.
+    """Makes transformers' own model of a checkpoint. It gets the weights that we read, also those of a GGUF file.
 
     config: another config than the checkpoint's, of the same shapes. settings: arguments of `from_config`.
     """

@@ -28,7 +28,7 @@ from tokenswift_py.runs.stream import Stream
 logger = logging.getLogger("tokenswift")
 
 ASSISTANT = "assistant_model"
-# Arguments of a model's forward that change no token here, because the cache is ours.
+# These arguments of a model's forward change no token here, because the cache is ours.
 UNUSED = ("use_cache", "logits_to_keep", "cache_position")
 DROPPED = ("streamer", ASSISTANT, "synced_gpus")
 STRINGS = "stop_strings"
@@ -57,7 +57,7 @@ def generate(
     Returns the result of `model.generate`, with an attribute `tokenswift`: a report for each sequence. Raises UserError
     in one line for whatever is not done here.
     """
-    if not hasattr(generation_config, "_eos_token_tensor"):  # nothing is prepared
+    if not hasattr(generation_config, "_eos_token_tensor"):  # then nothing is prepared
         given = {
             "inputs": input_ids, "logits_processor": logits_processor, "stopping_criteria": stopping_criteria,
             "generation_config": generation_config, "synced_gpus": synced_gpus, "streamer": streamer, **model_kwargs,

@@ -21,7 +21,7 @@ from tokenswift_py.models.families.base import StoredSlice
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Libraries whose modules compute what the executors compute; of a module of any other nobody can know.
+# The modules of these libraries compute what the executors compute. A module of any other library may not.
 KNOWN = ("transformers.", "torch.nn.")
 
 
@@ -47,7 +47,7 @@ class HeldTensors(Tensors):
 
 @dataclass(frozen=True)
 class HeldCheckpoint(Checkpoint):
-    """A checkpoint whose weights are in memory; no folder stands behind it."""
+    """A checkpoint whose weights are in memory. It has no folder."""
 
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -22,8 +22,8 @@ from tokenswift_py.hf.held import EngineSettings
 from tokenswift_py.options import Options, described_options
 from tokenswift_py.sampling.processors import TRANSFORMERS, is_pure
 
-# Fields of GenerationConfig that processors, stopping criteria and the inputs are made of before we are called, and
-# those that are read here.
+# These fields of GenerationConfig are read here, or have become processors, stopping criteria and inputs before we are
+# called.
 MADE = frozenset(
     (
         "guidance_scale", "sequence_bias", "encoder_repetition_penalty", "repetition_penalty", "no_repeat_ngram_size",
@@ -36,14 +36,14 @@ MADE = frozenset(
     )
 )  # fmt: skip
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# Processors that are made for the whole batch at once, or keep what belongs to one row of it.
+# These processors are made for the whole batch at once, or keep what belongs to one row of it.
 OF_A_BATCH = frozenset(
     f"{name}LogitsProcessor"
     for name in ("EncoderRepetitionPenalty", "EncoderNoRepeatNGram", "PrefixConstrained",
                  "UnbatchedClassifierFreeGuidance", "SynthIDTextWatermark")
 )  # fmt: skip
-# The processors at the tail, in transformers' order and the sampler's: class, its attribute, option. Where the option
-# is not there, or the sampler does not take its value, the class is left to transformers.
+# The processors at the tail are here in the order of transformers and of the sampler: class, its attribute, option. If
+# the option is missing, or the sampler does not take its value, the class is left to transformers.
 WARPERS = (
     ("TemperatureLogitsWarper", "temperature", "temperature"),
     ("TopKLogitsWarper", "top_k", "top_k"),
@@ -55,7 +55,7 @@ WARPERS = (
 )
 OPTIONS = frozenset(f.name for f in fields(Options))
 ENGINE = frozenset(f.name for f in fields(EngineSettings))
-# Options that a caller may set beside what `generate` itself is told.
+# A caller may set these options beside what `generate` itself is told.
 OWN_OPTIONS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "penalty", "penalty_window", "dry_multiplier",
@@ -114,7 +114,7 @@ def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence
         options |= found
         del left[0]
     if do_sample:
-        if left and class_name(left[-1]) == "LogitNormalization":  # the same amount off every score
+        if left and class_name(left[-1]) == "LogitNormalization":  # it takes the same amount off every score
             del left[-1]
         place = len(WARPERS)
         while left and (warper := at_tail(left[-1], place)) is not None:

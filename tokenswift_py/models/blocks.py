@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 32  # weights that share a scale, and activations that are rounded together
+BLOCK = 32  # how many weights share a scale, and how many activations are rounded together
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ FORMATS = {
     "iq4_nl": BlockFormat(32, 18, 18, (0,)),
     "iq4_xs": BlockFormat(256, 136, 138, (0,)),
 }
-INT8_BYTES = FORMATS["q8"].packed / BLOCK  # of one weight
+INT8_BYTES = FORMATS["q8"].packed / BLOCK  # the bytes of one weight
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from tokenswift_py.models.spec import ModelSpec
 logger = logging.getLogger("tokenswift")
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-LEAST_PAGES, LEAST_VIEWED = 64, 16  # pages of the smallest shape, and of its view; doubled until they suffice
-MOST_DRAFT_ROWS = 8  # rows of the largest pass under a view that is recorded before it is needed
-WARM_UPS = 3  # runs before a recording: they compile, load and allocate
+LEAST_PAGES, LEAST_VIEWED = 64, 16  # the pages of the smallest shape, and of its view; doubled until they suffice
+MOST_DRAFT_ROWS = 8  # the rows of the largest pass under a view that is recorded before it is needed
+WARM_UPS = 3  # the runs before a recording, which compile, load and allocate
 
 T = TypeVar("T")
 # Runs a function. Returns its result, and a function that does the same again in the same memory.

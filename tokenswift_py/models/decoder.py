@@ -131,7 +131,7 @@ class TorchDecoder:
         rows = lay_out(segments, target_weights=not self.draft)
         pool = shared_pool(segments, TorchPagePool)
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
-        with torch.cuda.device_of(self.cos):  # where Triton and CUDA graphs launch
+        with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
             step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
             if step is None:
                 plan = self.attention.prepare(rows.segments, self.device)
@@ -169,7 +169,7 @@ class TorchDecoder:
         x = self._embed(tokens)  # [R, hidden]
         if spec.embedding_scale != 1:
             x = x * self._embedding_scale
-        added: torch.Tensor | None = None  # what the last block adds to x
+        added: torch.Tensor | None = None  # the rows that the last block adds to x
         for layer, kind in enumerate(spec.layer_specs):
             at = f"model.layers.{layer}."
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")

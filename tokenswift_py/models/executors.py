@@ -303,7 +303,7 @@ class OwnKernels:
     sampler: type[Sampler]
 
 
-OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # by the attention that they go with
+OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # keys: the attention they go with
 
 
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:

@@ -236,7 +236,7 @@ class NativeDecoder:
         self.weights = weights
         self.context = rope.context
         self.clock: Clock = HostClock()
-        # A small tile of rows costs about as much begun as full; in a large one every row costs its own arithmetic.
+        # A small tile costs about as much with one row as with all. In a large tile every row costs its own arithmetic.
         tile = weights.native.tile
         self.row_shapes: tuple[int, ...] = (1, 2, *range(tile, 65, tile)) if tile <= 4 else ()
         self.draft, self.int8_pages = draft, draft and int8_pages

@@ -80,7 +80,7 @@ def group_size(context: int, trained: int, window: int, block: int) -> int:
 
 
 def grouped_shifts(context: int, window: int, block: int, group: int) -> Shifts:
-    """Returns how far a query is moved towards a key's block, [blocks] by how many blocks d it lies behind the row's.
+    """Returns how far a query is moved towards a key's block, [blocks] by how many blocks d it is before the row's.
 
     Beyond the n blocks of the window that is floor((d - n) B (G - 1) / G), within them 0.
     """

@@ -181,8 +181,8 @@ class ProcessGroup(Ranks):
                 raise carried[kind - 1](text if rank == 0 else f"{text} (rank {rank})") from mine
 
 
-UNUSED = -2  # a place of the array without a node; the root's parent is -1
-LONGEST_ERROR = 2000  # bytes of an error's line that travel
+UNUSED = -2  # marks a place of the array without a node; the root's parent is -1
+LONGEST_ERROR = 2000  # how many bytes of an error's line travel
 
 
 def leave() -> None:

@@ -32,7 +32,7 @@ from tokenswift_py.parallel.ranks import Ranks
 BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 BY_TOKENS = ("embed_tokens", "lm_head")
 JOINED = ("o_proj", "down_proj")
-TILE = 32  # columns of a tile, at whose edges shares begin
+TILE = 32  # the columns of a tile; shares begin at the edges of tiles
 
 
 @dataclass(frozen=True)

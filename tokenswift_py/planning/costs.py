@@ -85,8 +85,8 @@ class PassCost:
 
 SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or none
 KNEE = 4
-SAMPLES = 12  # a row count
-REFIT = 64  # passes between fits
+SAMPLES = 12  # how many passes are kept of each number of rows
+REFIT = 64  # how many passes are between two fits
 COEFFICIENTS = 6
 
 

@@ -203,4 +203,4 @@ class FixedPlan(Plan):
 
 
 PHASES = ("draft", "verify", "accept", "commit", "learn")
-LONGEST_CHAIN = 32  # guesses, of those that `best_rate` considers
+LONGEST_CHAIN = 32  # the guesses of the longest chain that `best_rate` considers

@@ -78,5 +78,5 @@ class Rounds:
 
 PROBES = 0.01
 FREE_PROBES = 8
-ROUNDS = 48  # rounds after which one counts 1/e in the rate
-EXPECTED_ROUNDS = 8  # rounds
+ROUNDS = 48  # the number of rounds after which a round counts 1/e in the rate
+EXPECTED_ROUNDS = 8  # the number of rounds that the drafter's expectation counts for

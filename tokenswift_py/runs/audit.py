@@ -31,15 +31,15 @@ from tokenswift_py.runs.stream import Stream
 if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
-LOGITS_BYTES = 32 * 2**20  # logits of one chunk's rows, at most
-WINDOW = 32  # tokens that --sample decodes at each place
-TIMED = 4  # places where steps are timed, and tokens at each, to estimate the time of plain decoding
+LOGITS_BYTES = 32 * 2**20  # the most bytes of logits of one chunk's rows
+WINDOW = 32  # how many tokens --sample decodes at each place
+TIMED = 4  # at how many places, and for how many tokens at each, steps are timed to estimate plain decoding
 ROUNDING = {"fp32": 2e-3, "bf16": 0.5}  # differences of logits that count as rounding between two arithmetics
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A token that is not the sampler's choice. index: behind the prompt. margin, slack: see `Sampler.behind`."""
+    """A token that is not the sampler's choice. index: place after the prompt. margin, slack: see `Sampler.behind`."""
 
     index: int
     recorded: int
@@ -104,7 +104,7 @@ def audit(
     Raises UserError for another model, tokenizer or parameters than the recorded ones.
     """
     record = journal.read(Path(folder))
-    plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # the drafter's files may be gone
+    plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # because the drafter's files may be gone
     run = recorded_run(loaded, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(loaded, replace(run, options=replace(run.options, on_loop=quiet)))
@@ -276,7 +276,7 @@ def verdict(found: Audit, decode: Callable[[int], str]) -> str:
     """Returns the audit's findings as lines for people."""
     lines = [
         f"audit of {found.folder}: {found.checked} choices checked, {found.forced} forced tokens derived again, "
-        f"behind a prompt of {found.prompt_tokens}; ended by: {found.ending}",
+        f"after a prompt of {found.prompt_tokens}; ended by: {found.ending}",
     ]
     if found.numerics == found.recorded_numerics:
         lines.append(f"numerics {found.numerics} ({found.guarantee})")

@@ -27,7 +27,7 @@ def baseline(loaded: LoadedModel, stream: Stream) -> Result:
     stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]
     why = "not with processors that keep state, which stands at the text's end by now"
     check(not stateful, "baseline", stateful, why)
-    check(recorded == 0, "baseline", f"a run resumed behind {recorded} tokens", allowed)
+    check(recorded == 0, "baseline", f"a run resumed after {recorded} tokens", allowed)
     cache = stream.spare_cache(len(run.prompt) + len(mine.tokens))
     if cache is None:
         kept = min(run.context, run.options.kv_budget or run.context)

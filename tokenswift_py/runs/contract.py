@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # These options change how fast a text is written, never the text.
 SPEED_ONLY = tuple(name for name, described in described_options().items() if not described.changes_text)
-LARGE = 16 * 2**20  # bytes of a file whose hash is kept; smaller ones are hashed in no time
-# Keys of config.json that only say who wrote the file.
+LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
+# These keys of config.json only say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",

@@ -24,8 +24,8 @@ def save_text(folder: Path, text: str) -> None:
 
 
 def save_logprobs(folder: Path, prompt: Sequence[int], result: Result) -> None:
-    """A JSON line for each token whose log-probability was asked for: its absolute position, its id, and the likeliest
-    tokens there. Nothing where none was."""
+    """Writes a JSON line for each token whose log-probability was asked for. It has the token's absolute position, its
+    id, and the likeliest tokens there. If none was asked for, nothing is written."""
     lines = []
     if result.prompt_logprobs is not None:
         for place, found in enumerate(result.prompt_logprobs):

@@ -125,7 +125,7 @@ def parse(data: bytes, path: Path) -> Record:
         end = frame.end
     check(
         not whole_frame_behind(data, end, first.crc), "journal", name,
-        f"it is damaged at byte {end}, behind {len(tokens)} tokens, and whole blocks follow: "
+        f"it is damaged at byte {end}, after {len(tokens)} tokens, and whole blocks follow: "
         f"`truncate -s {end}` of a copy keeps those tokens",
     )  # fmt: skip
     return Record(path, header, tokens, forced, extended, end, len(data) - end, first.crc)

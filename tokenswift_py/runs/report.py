@@ -210,7 +210,7 @@ def summary(report: dict[str, Any]) -> str:
         f"numerics {report['numerics']} ({report['guarantee']})",
     ]
     if report["resumed_behind"]:
-        lines.append(f"resumed behind {report['resumed_behind']} recorded tokens; the milliseconds are of the others")
+        lines.append(f"resumed after {report['resumed_behind']} recorded tokens; the milliseconds are of the others")
     if report["lossy"]:
         lines.append(lossy_note(report["eviction"]))
     if ms:

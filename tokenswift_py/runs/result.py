@@ -32,7 +32,8 @@ class Result:
     forced:   [start, stop) spans of `tokens` that were forced (follow-up turns).
     logprobs: log-probabilities of the chosen tokens, when asked for; top_logprobs: and of the likeliest tokens in the
               place of each.
-    prompt_logprobs: of the prompt's tokens, None first, which stands behind nothing; each with the likeliest there.
+    prompt_logprobs: log-probabilities of the prompt's tokens, each with the likeliest there. The first is None, because
+              no token comes before it.
     ending:   eos, stop, loop, length or interrupted.
     report:   the fields of report.json.
     """

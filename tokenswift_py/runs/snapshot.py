@@ -27,7 +27,7 @@ from tokenswift_py.parallel.ranks import ALONE, Ranks
 logger = logging.getLogger("tokenswift")
 
 FOLDER = "kv"
-SHARD = 16  # pages of a file
+SHARD = 16  # the pages of a file
 ROWS = SHARD * PAGE_SIZE
 
 

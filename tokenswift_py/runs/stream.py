@@ -45,13 +45,13 @@ class Stream:
             traced = run.options.trace if loaded.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
         self.loop = decode_loop(loaded, run, self._trace, cache, timer)
-        self._limit = self.loop.cache.limit  # which the lossy mode moves on
+        self._limit = self.loop.cache.limit  # the lossy mode moves it on
         self.after: Step | None = None  # the last step of a replay, after which the text goes on
         self._steps: Iterator[Step] | None = None
         self._joiner = self._new_joiner()
         self._text: list[str] = []
         self.forced: list[tuple[int, int]] = []
-        self._logprobs: dict[int, tuple[float, Likeliest]] = {}  # by position
+        self._logprobs: dict[int, tuple[float, Likeliest]] = {}  # the keys are positions
         self.ending = "interrupted"
 
     def __iter__(self) -> Iterator[Piece]:
@@ -170,7 +170,7 @@ class Stream:
         )
 
     def logprobs(self) -> dict[str, Any]:
-        """Those fields of the result; of a text that was replayed only, none."""
+        """Returns those fields of the result. A text that was only replayed has none."""
         options, start, known = self.run.options, len(self.run.prompt), {**self.loop.known, **self._logprobs}
         fields: dict[str, Any] = {}
         if options.logprobs is not None:
@@ -245,8 +245,9 @@ class Stream:
     def _rest(self) -> str:
         """Returns the end of an ended text that was held back.
 
-        Of an interrupted text that is nothing: the bytes of a character that is not whole would be told as U+FFFD, and
-        the beginning of a stop string as text, but a resumed run writes the character, or ends before the stop string.
+        For an interrupted text it returns nothing. The bytes of a character that is not whole would be told as U+FFFD,
+        and the beginning of a stop string as text. But a resumed run writes the character, or ends before the stop
+        string.
         """
         return self._joiner.finish() if self._joiner and self.ending != "interrupted" else ""
 

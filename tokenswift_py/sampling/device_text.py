@@ -10,8 +10,8 @@ import torch
 from tokenswift_py.core import DraftTree, IntArray
 from tokenswift_py.kernels.base import on_device
 
-LONGEST_PATH = 128  # tokens after the committed text; if there are more they join it
-ALIGNED = 4  # int32 numbers of 16 bytes: a kernel of aligned pointers is a kernel of its own
+LONGEST_PATH = 128  # the most tokens after the committed text; if there are more they join it
+ALIGNED = 4  # the int32 numbers of 16 bytes; for aligned pointers a kernel is compiled separately
 
 
 class DeviceText:
@@ -25,7 +25,7 @@ class DeviceText:
         self.last = torch.full((vocab,), -1, dtype=torch.int32, device=device)
         self.written = torch.zeros(vocab, dtype=torch.int32, device=device)
         self._known = np.zeros(0, np.int32)
-        self._spans = 0  # of forced tokens, that were known when these were counted
+        self._spans = 0  # how many spans of forced tokens were known when tokens were counted
 
     def follow(self, tokens: IntArray, forced: Sequence[tuple[int, int]], settled: bool) -> int:
         """Brings it to a text that has grown, or is another. Returns how many of its tokens are on the device.

@@ -14,7 +14,7 @@ Doubles = npt.NDArray[np.float64]
 
 MASS_BITS = 40  # probabilities relative to the best are summed as integers of this many bits
 NEGLIGIBLE = -28.0  # e^-28 < 2^-40: such a token has no mass
-DEEPEST = 700.0  # below the best: the exponential of less is taken for 0
+DEEPEST = 700.0  # the exponential of a score further below the best is taken for 0
 
 
 def masses(depths: Doubles) -> npt.NDArray[np.int64]:

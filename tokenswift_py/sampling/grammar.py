@@ -95,9 +95,9 @@ class Follower:
         self.grammar = grammar
         self._matcher = grammar.matcher()
         self._chapters: list[int] = []
-        self._start = 0  # position of the chapter that the matcher is in
-        self._seen = History()  # its tokens, as far as they were shown to the matcher
-        self._taken = 0  # of these, those that the matcher took: what it refuses, or an EOS, is the last it sees
+        self._start = 0  # the position of the chapter that the matcher is in
+        self._seen = History()  # the chapter's tokens, as far as they were shown to the matcher
+        self._taken = 0  # how many of these it took; it sees none after a token that it refuses, or after an EOS
         self._history: History | None = None  # the latest one, when it had been cut so often
         self._cuts = 0
 
@@ -118,10 +118,10 @@ class Follower:
         if self._taken < len(self._seen):
             return np.zeros_like(self.grammar.vocabulary.ends)
         ends = self.grammar.vocabulary.ends
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # which may have a word more
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # the mask may be a word longer
         if self._matcher.is_error():
             why = " ".join(self._matcher.get_error().split())[:200]
-            self._begin_again()  # what a guess led to must not stop the text
+            self._begin_again()  # an error that a guess led to must not stop the text
             raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
         # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
         return bits if self._matcher.is_accepting() else bits & ~ends

@@ -77,4 +77,4 @@ class NativeSampler(Sampler):
                 return found
         return super().ranked(
             logits, history, count
-        )  # which also says what is wrong with logits nobody can choose from
+        )  # the reference also says what is wrong with logits that nobody can choose from

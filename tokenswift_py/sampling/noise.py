@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
 
-TOKEN_DOMAIN = 0  # choosing tokens; other uses of the generator take other domains
-XTC_DOMAIN = 1  # whether XTC acts at a position
+TOKEN_DOMAIN = 0  # for choosing tokens; other uses of the generator have other domains
+XTC_DOMAIN = 1  # for deciding whether XTC acts at a position
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -28,7 +28,7 @@ SQRT_HALF = 0.7071067811865476
 _LOG = [1.0 / (2 * k + 1) for k in range(11)]  # atanh(s) / s in powers of s^2
 _EXP = [1.0]
 for _k in range(1, 14):
-    _EXP.append(_EXP[-1] / _k)  # 1 / k!, divided one by one
+    _EXP.append(_EXP[-1] / _k)  # 1 / k!, where each is the one before divided by k
 
 
 def philox(counter: tuple[Any, Any, Any, Any], key: int) -> npt.NDArray[np.uint64]:

@@ -87,7 +87,7 @@ class SamplingParams:
         0, Whole(0, unit=" (0 is off)"), "no sequence of so many tokens comes twice; 0 is off", CHECKPOINTS
     )
     ban_words: tuple[tuple[int, ...], ...] = parameter(
-        (), TokenLists(), "texts never written, as the tokenizer writes them alone and behind a space; or lists of ids",
+        (), TokenLists(), "texts never written, as the tokenizer writes them alone and after a space; or lists of ids",
         CHECKPOINTS, asked=Words(),
     )  # fmt: skip
     top_n_sigma: float = parameter(

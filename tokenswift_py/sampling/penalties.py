@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tokenswift_py.core import IntArray
 
-DRY_LONGEST = 64  # longer matches count as this long; by then the penalty excludes the token
+DRY_LONGEST = 64  # a longer match counts as this long, because the penalty then excludes the token anyway
 
 
 def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta: float, window: int) -> None:

@@ -19,9 +19,9 @@ from tokenswift_py.errors import NumericsError, UserError
 
 Doubles = npt.NDArray[np.float64]
 
-LARGEST = 1e300  # a score above this would be none any more once the temperature has divided it
+LARGEST = 1e300  # a larger score may be infinite after the temperature has divided it
 TRANSFORMERS = "transformers.generation.logits_process"
-# Those of its classes that keep nothing from call to call and call nothing of the user's.
+# These are transformers' classes that keep nothing from call to call and call nothing of the user's.
 PURE = frozenset(
     f"{name}{kind}"
     for kind, names in {

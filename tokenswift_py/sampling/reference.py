@@ -3,7 +3,7 @@
 The same rule chooses tokens of plain decoding, verified tokens and a draft's own guesses, so the output depends on
 the logits, the parameters and the seed, never on the drafter or the shape of a tree.
 
-This class is the reference, `NativeSampler` and `TritonSampler` choose the same tokens. What all three keep to:
+This class is the reference. `NativeSampler` and `TritonSampler` choose the same tokens. All three keep these rules:
  1. Every number is a double, each operation rounded once; a logit of fewer bits is converted first, and one below the
     smallest normal number counts as what it is.
  2. A logit of -inf excludes its token. A row with a NaN or +inf in it, or of -inf alone, is a `NumericsError`, whatever
@@ -13,7 +13,7 @@ This class is the reference, `NativeSampler` and `TritonSampler` choose the same
     positive. Repetition penalty, n-grams and words see the whole text, prompt and forced turns too; frequency and
     presence the model's own tokens alone.
  4. A temperature below 1e-5 is greedy (`core.GREEDY_BELOW`, where parameters are made): the largest processed logit.
- 5. Else processed logits are divided by the temperature, and top-n-sigma, top-k, top-p and min-p, in this order, each
+ 5. Otherwise processed logits are divided by the temperature. top-n-sigma, top-k, top-p and min-p, in this order, each
     set a floor, under which tokens are out. A token whose quotient equals the floor stays, so that ties stay or go
     together: top-k keeps more than k where several are equal to the k-th.
  6. Typical-p leaves out more, and then XTC, where the coin of the position says so; each takes what is left for all

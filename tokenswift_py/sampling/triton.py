@@ -1,6 +1,6 @@
 """The sampler on the GPU: the rules of `sampling.Sampler`, token for token.
 
-Of a row of logits the host gets the highest, and the best tokens with their scores.
+For each row of logits the host gets the highest one, and the best tokens with their scores.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 Ranked = list[tuple[int, float]]
 Masks = npt.NDArray[np.uint8]
-MOST_RANKED = 64  # longer rankings are the reference's
+MOST_RANKED = 64  # the reference makes longer rankings
 
 
 @dataclass
 class Placed:
-    """What lies on a device for all rounds. key: of the noise. top_p: [1] fp64. breakers: [n] int64, of DRY."""
+    """Values that stay on a device. key: the noise's key. top_p: [1] fp64. breakers: [n] int64, of DRY."""
 
     params: SamplingParams
     rules: Rules
@@ -74,12 +74,12 @@ class TritonSampler(Sampler):
     def _ranker(
         self, tree: DraftTree, logits: torch.Tensor, history: History, count: int, settled: bool
     ) -> Callable[[int], Ranked]:
-        """settled: the history is committed up to the tree's root."""
+        """Makes a ranker. settled: whether the history is committed up to the tree's root."""
         positions = len(history) + tree.depth
         masks, refused = self._masks(tree, history)
-        with torch.cuda.device_of(logits):  # where Triton launches
+        with torch.cuda.device_of(logits):  # Triton launches there
             found = self._found(tree, logits.detach(), history, positions, masks, count, settled)
-            read: Doubles = found.cpu().numpy()  # the only wait
+            read: Doubles = found.cpu().numpy()  # this is the only wait for the device
         return lambda node: self._read(read[node], int(positions[node]), refused.get(node))
 
     def _read(self, found: Doubles, position: int, refused: NumericsError | None) -> Ranked:
@@ -118,7 +118,7 @@ class TritonSampler(Sampler):
         return best(scores, rows.lengths, placed.key, floors, count, highest)
 
     def _floors(self, scores: torch.Tensor, tops: torch.Tensor, placed: Placed) -> torch.Tensor | None:
-        """Returns [rows] what scores must reach by top-k, top-p and min-p."""
+        """Returns [rows] the floors that top-k, top-p and min-p set."""
         from tokenswift_py.kernels.triton.nucleus import nucleus_floors
 
         params, floors = self.params, None
@@ -132,7 +132,7 @@ class TritonSampler(Sampler):
         return floors
 
     def _on(self, device: torch.device) -> Placed:
-        """Returns what lies on the device for all rounds."""
+        """Returns the values that stay on the device for all rounds."""
         placed = self._placed.get(device)
         if placed is None or placed.params is not self.params:
             placed = self._placed[device] = self._place(device)

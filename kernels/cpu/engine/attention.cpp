@@ -8,8 +8,8 @@ namespace tokenswift {
 namespace {
 
 constexpr int split_pages = 16;     // part of the numerics contract
-constexpr int own_split_pages = 8;  // pages of a view's own split: few enough that all threads end together
-constexpr int pieces_a_thread = 6;  // enough that one more or less at the end does not matter
+constexpr int own_split_pages = 8;  // pages of a view's own split; they are so few that all threads end together
+constexpr int pieces_a_thread = 6;  // so many that one more or less at the end does not matter
 constexpr int block_queries = 48;   // queries whose states stay in the first-level cache beside a page
 
 int rows_a_block(int group) { return std::max(1, block_queries / group); }
@@ -82,7 +82,7 @@ void Attention::find_splits(int segment, int layer) {
 }
 
 // Where there are blocks of rows enough for all threads, a piece walks all splits of its rows and merges as it goes.
-// Else the splits are shared out too. Then a piece is one split, or several where a view leaves them almost empty.
+// Otherwise the splits are shared out too. Then a piece is one split, or several where a view leaves them almost empty.
 void Attention::add_pieces(int segment) {
   const SegmentInput& in = segments_[segment].in;
   const int block = rows_a_block(group_), heads = pool_->kv_heads();

@@ -13,7 +13,7 @@
 namespace tokenswift {
 namespace {
 
-// Bytes of a slab: large enough for the system's large pages, small enough to waste little at the end.
+// The bytes of a slab. It is large enough for the system's large pages, and small enough to waste little at the end.
 constexpr size_t slab_bytes = size_t(48) << 20;
 
 // The rounding of a head's values to elements of a page. Readers multiply all of them with one scale.

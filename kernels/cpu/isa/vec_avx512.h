@@ -141,7 +141,7 @@ struct Isa {
   }
   static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
 
-  // Inlined early, because GCC else takes the function for one without effect and drops the calls.
+  // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
     _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
   }

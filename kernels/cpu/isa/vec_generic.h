@@ -30,8 +30,8 @@ struct Isa {
   static Vec sub(Vec a, Vec b) { return a - b; }
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec div(Vec a, Vec b) { return a / b; }
-  // Fused where the hardware fuses. Elsewhere there are two roundings, because a library call for each lane costs 50
-  // times as much.
+  // The sum is fused where the hardware fuses. Elsewhere there are two roundings, because a library call for each lane
+  // costs 50 times as much.
   static Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
     Vec r;
@@ -129,7 +129,7 @@ struct Isa {
   static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
   static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
 
-  // Inlined early, because GCC else takes the function for one without effect and drops the calls.
+  // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }
 
  private:

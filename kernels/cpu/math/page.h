@@ -1,4 +1,4 @@
-// Some queries meet one page: scores, online softmax, weighted values.
+// The work when some queries meet one page: scores, online softmax, weighted values.
 //
 // A query's result does not depend on the queries beside it. A page none of whose lanes a query sees leaves its state
 // as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, and every weight is exactly 0.

@@ -1,5 +1,5 @@
-// Some queries meet a page of bytes. Only drafts read such pages, so that rounding here may be coarse. But a query's
-// result does not depend on the queries beside it here either.
+// The work when some queries meet a page of bytes. Only drafts read such pages, so rounding may be coarse here. But a
+// query's result does not depend on the queries beside it here either.
 //
 //   keys    [head_dim / 4][64][4]    unsigned bytes: quant + 128
 //   values  [16][head_dim][4]        signed bytes of four tokens

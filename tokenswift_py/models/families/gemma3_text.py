@@ -11,8 +11,8 @@ from typing import Any
 from tokenswift_py.errors import check
 from tokenswift_py.models.families.base import GLOBAL, LOCAL, Family, LayerSpec, windows_by_type
 
-SWA_BASE, PERIOD = 10_000.0, 6  # llama.cpp's, where a file does not say
-LAYERS_OF_27B = 62  # whose queries llama.cpp scales by hidden_size / heads
+SWA_BASE, PERIOD = 10_000.0, 6  # llama.cpp's values for a file that does not name them
+LAYERS_OF_27B = 62  # a model of so many layers has its queries scaled by hidden_size / heads in llama.cpp
 
 
 class Gemma3(Family):

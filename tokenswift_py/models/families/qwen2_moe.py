@@ -41,7 +41,7 @@ class Qwen2Moe(Mixture):
             "num_experts_per_tok": said.size("expert_used_count"),
             "moe_intermediate_size": said.size("expert_feed_forward_length"),
             "shared_expert_intermediate_size": said.size("expert_shared_feed_forward_length"),
-            "norm_topk_prob": False,  # as llama.cpp has it, whatever the model
+            "norm_topk_prob": False,  # llama.cpp's value for every model
             "qkv_bias": True,
         }
 

@@ -33,7 +33,7 @@ class Qwen3Moe(Mixture):
             "num_experts": said.size("expert_count"),
             "num_experts_per_tok": said.size("expert_used_count"),
             "moe_intermediate_size": said.size("expert_feed_forward_length"),
-            "norm_topk_prob": True,  # as llama.cpp has it, whatever the model
+            "norm_topk_prob": True,  # llama.cpp's value for every model
         }
 
 
