@@ -81,7 +81,7 @@ echo "isa/generic.cpp: $vector fused multiply-adds of vectors, $scalar of single
 
 rm -rf "$work/checkout"
 mkdir "$work/checkout"
-for part in tokenswift_py kernels kvcache drafters experiments tests pyproject.toml; do cp -r "$root/$part" "$work/checkout/"; done
+for part in tokenswift_py kernels kvcache drafters experiments tests docs pyproject.toml; do cp -r "$root/$part" "$work/checkout/"; done
 rm -f "$work"/checkout/kernels/cpu/_native*.so
 cp "$work"/build/_native*.so "$work/checkout/kernels/cpu/"
 

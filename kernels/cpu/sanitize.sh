@@ -17,7 +17,7 @@ cmake --build "$work/build" --parallel
 
 rm -rf "$work/checkout"
 mkdir -p "$work/checkout"
-for part in tokenswift_py kernels kvcache drafters experiments tests pyproject.toml; do cp -r "$root/$part" "$work/checkout/"; done
+for part in tokenswift_py kernels kvcache drafters experiments tests docs pyproject.toml; do cp -r "$root/$part" "$work/checkout/"; done
 rm -f "$work"/checkout/kernels/cpu/_native*.so
 cp "$work"/build/_native*.so "$work/checkout/kernels/cpu/"
 
