@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -61,28 +62,51 @@ def evicting(kind: str, model: Any, budget: int = 256, period: int | None = None
     return Eviction(Recent(), budget, period, memory=memory(kind, model))
 
 
-def reference(tokens: list[int], kind: str, budget: int, period: int) -> torch.Tensor:
+TEXT = [int(t) for t in np.random.default_rng(8).integers(0, 61, 460)]
+BUDGET, PERIOD = 320, 2  # evictions at 320 and 448
+
+
+@cache
+def reference(kind: str) -> torch.Tensor:
+    """Log-probabilities of the last tokens of TEXT, densely."""
     rows = orthogonal_rows(FEATURES, 8, 0) if kind == "performer" else None
     gates = GATES.sigmoid() if kind.startswith("infini") else None
-    return dense_logits(weights_of(SHARP), SHARP.config, tokens, kind, budget, period, rows, gates)
+    logits = dense_logits(weights_of(SHARP), SHARP.config, TEXT, kind, BUDGET, PERIOD, rows, gates)
+    return logits[-LAST - 1 : -1].log_softmax(-1).gather(1, torch.tensor(TEXT[-LAST:])[:, None])[:, 0]
+
+
+LAST = 160  # tokens compared, before and behind evictions
+
+
+def read(model: Any, eviction: Eviction) -> torch.Tensor:
+    read = list(read_on(model, eviction.new_cache(model), eviction, TEXT, LAST))
+    return torch.cat([logits.log_softmax(-1).gather(1, after[:, None])[:, 0] for logits, after in read])
 
 
 @pytest.mark.parametrize(("kind", "attention"), [*((kind, "sdpa") for kind in KINDS), ("performer", "naive")])
 def test_rows_read_what_a_dense_reference_reads(kind: str, attention: str) -> None:
-    model, budget, period = decoder_of(SHARP, CONTEXT, attention), 320, 2
-    prompt = PROMPT[:380]  # which reaches beyond the first eviction
-    text, loop, steps = write(model, prompt, 80, eviction=evicting(kind, model, budget, period), draft_tokens=8,
-                              want_logprobs=True, drafter=create("ngram", shortest=1), prefill_chunk=50)  # fmt: skip
-    assert loop.eviction.evictions == 2
-    logits = reference(prompt + text, kind, budget, period)
-    rows = slice(len(prompt) - 1, -1)
-    expected = logits[rows].log_softmax(-1).gather(1, torch.tensor(text)[:, None])[:, 0]
-    written = torch.tensor([x for step in steps for x in step.logprobs or ()], dtype=torch.float64)
-    assert (written - expected).abs().max() < 1e-4  # keys are folded in fp32, and rotated in fp32
-    forgets = Eviction(Recent(), budget, period)
-    read = list(read_on(model, forgets.new_cache(model), forgets, prompt + text, len(text)))
-    forgetful = torch.cat([logits.log_softmax(-1).gather(1, after[:, None])[:, 0] for logits, after in read])
-    assert (written - forgetful).abs().max() > 1e-2  # the memory changes the logits
+    model = decoder_of(SHARP, CONTEXT, attention)
+    eviction = evicting(kind, model, BUDGET, PERIOD)
+    found = read(model, eviction)
+    assert eviction.evictions == 2
+    assert (found - reference(kind)).abs().max() < 1e-4  # keys are folded in fp32, and rotated in fp32
+    assert (found - read(model, Eviction(Recent(), BUDGET, PERIOD))).abs().max() > 1e-2  # the memory changes the logits
+
+
+def twice(fold: Any) -> Any:
+    return lambda self, pool, numbers, pages: [fold(self, pool, numbers, pages) for _ in range(2)]
+
+
+def backwards(fold: Any) -> Any:
+    return lambda self, pool, numbers, pages: fold(self, pool, numbers[::-1].copy(), pages[::-1].copy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("linear", twice), ("performer", twice), ("infini", twice), ("infini", backwards)]
+)
+def test_a_planted_fault_is_seen(sharp: Any, kind: str, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Memory, "fold", fault(Memory.fold))
+    assert (read(sharp, evicting(kind, sharp, BUDGET, PERIOD)) - reference(kind)).abs().max() > 1e-3
 
 
 @settings(max_examples=12, deadline=None)
@@ -165,6 +189,12 @@ def test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(sharp: Any, k
     fork.release()
     assert torch.equal(logits(), before) and fork.memory.folded == 0
     cache.release()
+
+
+def test_a_fork_that_shares_its_memory_is_seen(sharp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Infini, "copy", lambda self: self)
+    with pytest.raises(AssertionError):
+        test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(sharp, "infini")
 
 
 @pytest.mark.parametrize("kind", KINDS)
