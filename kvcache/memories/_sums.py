@@ -27,8 +27,7 @@ class Sums(Memory):
         heads = (len(shape.keeps), shape.kv_heads, features)
         self.values = torch.zeros(*heads, shape.head_dim, dtype=shape.dtype, device=shape.device)  # S
         self.keys = torch.zeros(heads, dtype=shape.dtype, device=shape.device)  # z
-        self.scale = torch.zeros(heads, dtype=shape.dtype, device=shape.device)
-        self._begun = [False] * len(shape.keeps)
+        self.scale = torch.full(heads, -torch.inf, dtype=shape.dtype, device=shape.device)
 
     @property
     def states(self) -> tuple[torch.Tensor, ...]:
@@ -36,14 +35,12 @@ class Sums(Memory):
 
     def add(self, layer: int, features: torch.Tensor, values: torch.Tensor) -> None:
         """Adds a page. features: [kv_heads, T, features] logarithms of phi(k). values: [kv_heads, T, head_dim]."""
-        before, largest = self.scale[layer], features.amax(1)
-        scale = torch.maximum(before, largest) if self._begun[layer] else largest
-        shrunk = (before - scale).exp()
+        scale = torch.maximum(self.scale[layer], features.amax(1))
+        shrunk = (self.scale[layer] - scale).exp()  # 0 for the first page
         terms = (features - scale[:, None]).exp().transpose(1, 2)  # [kv_heads, features, T]
         self.values[layer] = self.values[layer] * shrunk[..., None] + terms @ values
         self.keys[layer] = self.keys[layer] * shrunk + terms.sum(-1)
         self.scale[layer] = scale
-        self._begun[layer] = True
 
     def recall(self, layer: int, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns phi(q) S / phi(q) z, [kv_heads, n, head_dim], and the logarithm of phi(q) z, [kv_heads, n].
@@ -58,10 +55,9 @@ class Sums(Memory):
 
     def copy(self: S) -> S:
         other = copy.copy(self)
-        other.values, other.keys, other.scale = (state.clone() for state in self.states)
-        other._begun = list(self._begun)
+        other.values, other.keys, other.scale = (x.clone() for x in (self.values, self.keys, self.scale))
         return other
 
     def clear(self) -> None:
         super().clear()
-        self._begun = [False] * len(self._begun)
+        self.scale.fill_(-torch.inf)

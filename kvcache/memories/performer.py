@@ -39,7 +39,7 @@ class Performer(Sums):
         return *super().states, self.centre
 
     def _fold_page(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
-        if not self._begun[layer]:
+        if not self.keys[layer].any():  # the first page
             self.centre[layer] = keys.mean(1)
         self.add(layer, self.features(keys - self.centre[layer][:, None]), values)
 
