@@ -2,7 +2,7 @@
 
     python experiments/memory.py --texts code,docs,prose --lengths 8192,16384,32768,65536 --budgets 1024,2048,4096
 
-Teacher forcing on real text with the torch engine: nats per token of the last SPAN tokens of so many. Kinds:
+Teacher forcing on real text: nats per token of the last SPAN tokens of so many. Kinds:
   full                     nothing is evicted: the whole text is in the cache, whatever the budget
   recent, mass, h2o, ...   pages are evicted by this policy and lost; `recent` is StreamingLLM's sinks and window
   linear, performer, infini, infini_linear   pages are evicted by `recent` and folded into this memory
@@ -49,7 +49,8 @@ KINDS = "full,recent,mass,h2o,snapkv,linear,performer,infini"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="fp32", help="of weights and cache; fp32 or bf16")
+    parser.add_argument("--dtype", default="bf16", help="of weights and cache")
+    parser.add_argument("--engine", default="auto", help="auto, native or torch")
     parser.add_argument("--texts", default=",".join(CONTINUATIONS))
     parser.add_argument("--lengths", default="8192,16384,32768,65536", help="tokens of the text")
     parser.add_argument("--budgets", default="1024,2048,4096", help="tokens that the cache keeps")
@@ -73,12 +74,12 @@ def main() -> None:
         "How well does the model read behind a bounded cache, by what becomes of the pages that are evicted?",
         args,
         guarantees={
-            "nats": f"exact but for rounding, of {SPAN} tokens of one text each",
-            "found": "exact but for rounding, of nine pass keys in one text",
+            "nats": f"exact, of {SPAN} tokens of one text each",
+            "found": "exact, of nine pass keys in one text",
         },
         axes=("texts", "lengths", "budgets", "kinds", "positions", "passkeys"),
     )
-    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, engine="torch", threads=args.threads)
+    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, engine=args.engine, threads=args.threads)
     for text, length, scheme in product(["passkeys"] if args.passkeys else texts, lengths, schemes):
         for kind in kinds:
             for budget in budgets if kind != "full" else [0]:

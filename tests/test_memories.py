@@ -23,6 +23,9 @@ from tokenswift_py.kvcache.memories.infini_linear import InfiniLinear
 from tokenswift_py.kvcache.memories.linear import Linear
 from tokenswift_py.kvcache.memories.performer import Performer, orthogonal_rows
 from tokenswift_py.kvcache.policies.recent import Recent
+from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.remembering.reading import read_on
 
 CONTEXT = 768
@@ -49,13 +52,27 @@ def sharp() -> Any:
     return decoder_of(SHARP, CONTEXT)
 
 
+@pytest.fixture(scope="module")
+def native() -> Any:
+    return native_sharp(torch.float32)
+
+
+def native_sharp(dtype: torch.dtype, kv_dtype: torch.dtype | None = None, **kind: bool) -> NativeDecoder:
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    weights = NativeWeights(ModelSpec.from_config(SHARP.config), weights_of(SHARP), dtype, 2)
+    return NativeDecoder(weights, rope_tables(SHARP.config, CONTEXT), kv_dtype, **kind)
+
+
 def memory(kind: str, model: Any) -> Memory:
     shape = model.remembers()
     if kind == "performer":
-        return Performer(shape, FEATURES)
-    if kind == "linear":
-        return Linear(shape)
-    return (Infini if kind == "infini" else InfiniLinear)(shape, GATES)
+        plain: Memory = Performer(shape, FEATURES)
+    elif kind == "linear":
+        plain = Linear(shape)
+    else:
+        plain = (Infini if kind == "infini" else InfiniLinear)(shape, GATES)
+    made: Memory = model.new_memory(plain, kind)
+    return made
 
 
 def evicting(kind: str, model: Any, budget: int = 256, period: int | None = None) -> Eviction:
@@ -91,6 +108,15 @@ def test_rows_read_what_a_dense_reference_reads(kind: str, attention: str) -> No
     assert eviction.evictions == 2
     assert (found - reference(kind)).abs().max() < 1e-4  # keys are folded in fp32, and rotated in fp32
     assert (found - read(model, Eviction(Recent(), BUDGET, PERIOD))).abs().max() > 1e-2  # the memory changes the logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_native_engine_reads_what_the_dense_reference_reads(native: Any, kind: str) -> None:
+    eviction = evicting(kind, native, BUDGET, PERIOD)
+    found = read(native, eviction).double()
+    assert eviction.evictions == 2
+    assert (found - reference(kind)).abs().max() < 2e-3  # in fp32, and scales of linear in steps
+    assert (found - read(native, Eviction(Recent(), BUDGET, PERIOD))).abs().max() > 1e-2
 
 
 def twice(fold: Any) -> Any:
@@ -135,18 +161,62 @@ def test_drafting_changes_no_token(
     assert text == plain and loop.cache.pool.in_use == 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    types=st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.int8)]),
+    temperature=st.sampled_from([0.0, 0.9]),
+    drafter=st.sampled_from(["ngram", "partial", "never", "always"]),
+    size=st.integers(1, 60),
+    chunk=st.integers(1, 300),
+    budget=st.sampled_from([(256, 1), (512, 3)]),
+    length=st.integers(200, 400),
+)
+def test_drafting_changes_no_bit_on_the_native_engine(
+    kind: str, types: Any, temperature: float, drafter: str, size: int, chunk: int, budget: Any, length: int
+) -> None:
+    model, prompt, count = native_sharp(*types), PROMPT[:length], 140
+    params = SamplingParams(temperature=temperature, seed=size)
+    plain, _, steps = write(model, prompt, count, params, eviction=evicting(kind, model, *budget), want_logprobs=True)
+    if drafter in ("never", "always"):
+        made: Any = Scripted(prompt + plain, 61, right=float(drafter == "always"), width=3, seed=size)
+    else:
+        made = create(drafter, **({"view_tokens": 64} if drafter == "partial" else {"shortest": 1}))
+    copies = types == (torch.bfloat16, None)
+    text, _, drafted = write(
+        model, prompt, count, params, made, draft_tokens=size, prefill_chunk=chunk, want_logprobs=True,
+        eviction=evicting(kind, model, *budget),
+        self_draft=native_draft(model) if copies and drafter == "partial" else None,
+    )  # fmt: skip
+    assert text == plain
+    assert [x for step in drafted for x in step.logprobs] == [x for step in steps for x in step.logprobs]
+
+
+def native_draft(model: NativeDecoder) -> NativeDecoder:
+    """The same model for drafts, which reads int8 copies of the pages that it sees."""
+    return NativeDecoder(model.weights, rope_tables(SHARP.config, CONTEXT), draft=True, int8_pages=True)
+
+
+@pytest.mark.parametrize("executor", ["sharp", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_goes_on_as_it_would_have_from_any_point(sharp: Any, kind: str) -> None:
+def test_a_text_goes_on_as_it_would_have_from_any_point(
+    executor: str, kind: str, request: pytest.FixtureRequest
+) -> None:
     """A memory is a function of the tokens: prefilling the text up to a point folds the same."""
+    model = request.getfixturevalue(executor)
     params = SamplingParams(temperature=1.0, seed=3)
-    whole, _, _ = write(sharp, PROMPT[:250], 120, params, eviction=evicting(kind, sharp))
+    whole, _, _ = write(model, PROMPT[:250], 120, params, eviction=evicting(kind, model))
     for cut in (6, 7, 70, 71, 100):  # evictions are at 256 and 320
-        rest, _, _ = write(sharp, PROMPT[:250] + whole[:cut], 120 - cut, params, eviction=evicting(kind, sharp))
+        rest, _, _ = write(model, PROMPT[:250] + whole[:cut], 120 - cut, params, eviction=evicting(kind, model))
         assert rest == whole[cut:]
 
 
+@pytest.mark.parametrize("executor", ["sharp", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_text_that_fits_the_budget_is_the_lossless_one(sharp: Any, kind: str) -> None:
+def test_a_text_that_fits_the_budget_is_the_lossless_one(
+    executor: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    sharp = request.getfixturevalue(executor)
     params = SamplingParams(temperature=1.0, seed=9)
     whole, _, _ = write(sharp, PROMPT[:200], 100, params)
     text, loop, _ = write(sharp, PROMPT[:200], 100, params, eviction=evicting(kind, sharp, 512))
@@ -165,8 +235,15 @@ def prefilled(model: Any, kind: str, length: int = 300, chunk: int = 50) -> tupl
     return cache, eviction
 
 
+@pytest.mark.parametrize("executor", ["sharp", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(sharp: Any, kind: str) -> None:
+def test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(
+    executor: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    check_fork(request.getfixturevalue(executor), kind)
+
+
+def check_fork(sharp: Any, kind: str) -> None:
     cache, eviction = prefilled(sharp, kind)
     tree = DraftTree.chain([5, 6])
 
@@ -194,13 +271,15 @@ def test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(sharp: Any, k
 def test_a_fork_that_shares_its_memory_is_seen(sharp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Infini, "copy", lambda self: self)
     with pytest.raises(AssertionError):
-        test_a_fork_has_a_memory_of_its_own_and_rolling_back_leaves_it(sharp, "infini")
+        check_fork(sharp, "infini")
 
 
+@pytest.mark.parametrize("executor", ["sharp", "native"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_released_cache_begins_anew(sharp: Any, kind: str) -> None:
+def test_a_released_cache_begins_anew(executor: str, kind: str, request: pytest.FixtureRequest) -> None:
+    sharp = request.getfixturevalue(executor)
     cache, eviction = prefilled(sharp, kind)
-    first = [state.clone() for state in cache.memory.states]
+    first = sharp.forward([Segment(DraftTree.chain([5, 6]), cache)]).logits.clone()
     cache.release()
     cache.limit = eviction.budget
     while cache.length < 300:
@@ -209,7 +288,7 @@ def test_a_released_cache_begins_anew(sharp: Any, kind: str) -> None:
         output = sharp.forward([segment], [], want_queries=True)
         cache.commit(range(count))
         eviction.committed(cache, range(count), output)
-    assert all(torch.equal(a, b) for a, b in zip(first, cache.memory.states, strict=True))
+    assert torch.equal(sharp.forward([Segment(DraftTree.chain([5, 6]), cache)]).logits, first)
     cache.release()
 
 

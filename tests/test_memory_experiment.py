@@ -23,8 +23,10 @@ def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path))
 
     def run(*flags: str) -> list[dict[str, Any]]:
-        given = ["--model", str(tiny_folder), "--texts", "docs", "--lengths", str(LENGTH), "--budgets", "256",
-                 "--threads", "1", "--results", str(tmp_path), *flags]  # fmt: skip
+        given = [
+            "--model", str(tiny_folder), "--texts", "docs", "--lengths", str(LENGTH), "--budgets", "256", "--dtype",
+            "fp32", "--engine", "torch", "--threads", "1", "--results", str(tmp_path), *flags,
+        ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", ["memory.py", *given])
         memory.main()
         rows: list[dict[str, Any]] = json.loads((tmp_path / "memory.json").read_text())["rows"]

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,22 @@ from tokenswift_py.kernels.sdpa import SDPA
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.options import Options
+from tokenswift_py.parallel.ranks import ALONE
 from tokenswift_py.remembering import training
 from tokenswift_py.remembering.gates import Gates, find_gates, gates_file, read_gates, write_gates
+from tokenswift_py.remembering.memories import check_remembers
 from tokenswift_py.runs import audit, journal
 
 KINDS = ("linear", "performer", "infini", "infini_linear")
 RUN: dict[str, Any] = {"max_new_tokens": 330, "seed": 5, "ignore_eos": True, "kv_budget": 256}
 
 
-@pytest.fixture(scope="module")
-def swift(tiny_folder: Path) -> TokenSwift:
-    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="torch")
+@pytest.fixture(scope="module", params=["torch", "native"])
+def swift(tiny_folder: Path, request: pytest.FixtureRequest) -> TokenSwift:
+    if request.param == "native":
+        pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    return TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,7 @@ def test_a_run_goes_on_to_the_same_bytes_and_is_audited(
     assert result.tokens == whole.tokens
     found = audit.audit(swift, run, sample=1)
     assert found.passed and found.guarantee == "lossy" and found.checked == 330
+    assert found.proof == (swift.executor.name == "native")
 
 
 def test_the_memory_is_part_of_the_contract(swift: TokenSwift, gates: dict[str, str], tmp_path: Path) -> None:
@@ -126,11 +133,16 @@ def test_what_cannot_be_had_is_refused(
         swift.generate("the cat", max_new_tokens=4, **settings)
 
 
-def test_the_native_engine_names_torch(tiny_folder: Path) -> None:
-    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
-    native = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="native")
-    with pytest.raises(UserError, match=r"kv_memory: 'linear' .* engine torch"):
-        native.generate("the cat", max_new_tokens=4, kv_budget=256, kv_memory="linear")
+def test_attention_that_cannot_be_joined_is_refused(swift: TokenSwift) -> None:
+    """Triton's tells no log-sum-exp. Its kernels need no GPU to be refused."""
+    options = Options(kv_budget=256, kv_memory="linear")
+    triton = SimpleNamespace(remembers=False, ranks=ALONE)
+    rope = rope_tables(swift.checkpoint.config, 512)
+    with pytest.raises(UserError, match=r"kv_memory: 'linear' .* sdpa"):
+        check_remembers(options, triton, rope, swift.checkpoint)
+    several = SimpleNamespace(remembers=True, ranks=SimpleNamespace(world=2))
+    with pytest.raises(UserError, match=r"kv_memory: 'linear' .* one process"):
+        check_remembers(options, several, rope, swift.checkpoint)
 
 
 def test_infini_works_where_queries_are_moved(swift: TokenSwift, gates: dict[str, str]) -> None:

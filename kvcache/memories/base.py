@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -17,7 +17,6 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, Committed, IntArray
 M = TypeVar("M", bound="Memory")
 
 
-@runtime_checkable
 class Pages(Protocol):
     """The pages of a pool whose keys and values can be read."""
 
@@ -81,9 +80,10 @@ class Memory:
     def observe(self, committed: Committed) -> None:
         """Learns from rows that were committed. Keeps no reference to the arrays."""
 
-    def fold(self, pool: Pages, numbers: IntArray, pages: IntArray) -> None:
+    def fold(self, pool: Any, numbers: IntArray, pages: IntArray) -> None:
         """Takes in pages that are about to be evicted.
 
+        pool: the executor's own; here one that can read `Pages`.
         numbers: [n] which pages of the sequence they are, ascending. pages: [n] where they lie in the pool.
         """
         for layer in (layer for layer, kept in enumerate(self.shape.keeps) if kept):

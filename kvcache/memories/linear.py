@@ -31,12 +31,8 @@ class Linear(Sums):
         self.queries = np.concatenate([self.queries, committed.queries[-PAGE_SIZE:]])[-PAGE_SIZE:]
 
     def _fold_page(self, layer: int, keys: torch.Tensor, values: torch.Tensor, start: int) -> None:
-        q = self.grouped(torch.from_numpy(self.queries[:, layer]).to(keys.device))
-        true = (q @ keys.mT * self.shape.head_dim**-0.5).logsumexp(-1)
-        features = log_features(keys)
-        plain = (log_features(q) + features.logsumexp(1)[:, None]).logsumexp(-1)
-        scale = (true - plain).mean(1)
-        self.add(layer, features + scale[:, None, None], values)
+        queries = self.grouped(torch.from_numpy(self.queries[:, layer]).to(keys.device))
+        self.add(layer, log_features(keys) + page_scale(queries, keys)[:, None, None], values)
 
     def read(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values, lse = self.recall(layer, log_features(self.grouped(q)))
@@ -45,6 +41,17 @@ class Linear(Sums):
     def clear(self) -> None:
         super().clear()
         self.queries = self.queries[:0]
+
+
+def page_scale(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Returns the logarithm of the number that gives a page its true mass, [kv_heads].
+
+    queries: [kv_heads, n, head_dim]. keys: [kv_heads, PAGE_SIZE, head_dim].
+    """
+    true = (queries @ keys.mT * keys.shape[-1] ** -0.5).logsumexp(-1)
+    plain = (log_features(queries) + log_features(keys).logsumexp(1)[:, None]).logsumexp(-1)
+    scale: torch.Tensor = (true - plain).mean(1)
+    return scale
 
 
 def log_features(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from tokenswift_py.drafters.base import committed
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, FloatArray, best, recent_of
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.memories.base import Memory, Pages
+from tokenswift_py.kvcache.memories.base import Memory
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 
@@ -76,7 +76,6 @@ class Eviction:
             scores = self._ranks.all(scores).sum(0)
             gone = np.delete(held, best(scores, keep))
             if cache.memory is not None:
-                assert isinstance(cache.pool, Pages)
                 cache.memory.fold(cache.pool, gone, cache.pages[gone])
             cache.evict(gone.tolist())
             cache.limit = min(cache.limit + self.period * PAGE_SIZE, cache.context)

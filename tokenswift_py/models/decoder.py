@@ -132,6 +132,10 @@ class TorchDecoder:
             [None if layer.rope is None else self._tables[layer.rope] for layer in spec.layer_specs],
         )  # fmt: skip
 
+    def new_memory(self, plain: Memory, kind: str) -> Memory:
+        """Returns the memory as it is: its tensors are read here."""
+        return plain
+
     @torch.inference_mode()
     def forward(
         self,

@@ -176,7 +176,7 @@ class NativeExecutor:
     name = "native"
     sampler = NativeSampler
     ranks = ALONE
-    remembers = False
+    remembers = True
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None

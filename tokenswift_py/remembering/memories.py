@@ -22,7 +22,7 @@ def check_remembers(options: Options, executor: Executor, rope: RopeTables, chec
     kind, spec = options.kv_memory, checkpoint.spec
     if kind == "none":
         return
-    able = f"engine {executor.name} with this attention has no memories; engine torch with attention sdpa has"
+    able = "this attention cannot be joined with a memory; engine native's can, and attention sdpa, flash and xformers"
     check(executor.remembers, "kv_memory", kind, able)
     world = executor.ranks.world
     check(world == 1, "kv_memory", kind, f"in one process, not in torchrun's {world}")
@@ -41,7 +41,9 @@ def memory_of(options: Options, model: Any, checkpoint: Checkpoint) -> Memory | 
         return None
     gates = find_gates(checkpoint, options.kv_memory, options.kv_gates) if options.kv_memory in GATED else None
     own = {} if gates is None else {"gates": gates.values, "label": gates.label}
-    memory: Memory = registry.create(MEMORIES, "MEMORY", "kv_memory", options.kv_memory, shape=model.remembers(), **own)
+    kind = options.kv_memory
+    plain = registry.create(MEMORIES, "MEMORY", "kv_memory", kind, shape=model.remembers(), **own)
+    memory: Memory = model.new_memory(plain, kind)
     return memory
 
 

@@ -346,15 +346,20 @@ void Attention::finish(const AttentionLayer& layer, int segment, int row, int he
     for (int part = 1; part < segment_states_[segment].parts(head); ++part) {
       kernels_.merge(total, state(segment, part, head, row) + g * stride, head_dim_);
     }
-    alignas(64) float values[longest_head];
-    kernels_.normalise(total, head_dim_, values);
-    std::copy_n(values, values_, layer.out + pass_row * layer.out_stride + (size_t(head) * group_ + g) * values_);
-    if (layer.mass) {
-      const size_t query = ((size_t(head) * rows_) + pass_row) * group_ + g;
+    const size_t query = ((size_t(head) * rows_) + pass_row) * group_ + g;
+    if (layer.mass) {  // of the pages that are kept
       kernels_.add_mass(total, head_dim_, mass_.data() + query * mass_stride_,
                         mass_maximum_.data() + query * mass_stride_, int(mass_stride_),
                         layer.mass + (pass_row * pool_->kv_heads() + head) * mass_stride_);
     }
+    const Recall* recall = segments_[segment].in.recall;
+    if (recall && !recall->keeps(layer.layer)) recall = nullptr;
+    const float* asking = recall ? layer.asking + query * head_dim_ : nullptr;
+    if (recall && !recall->shape().gated()) recall->merge(layer.layer, head, asking, total);
+    alignas(64) float values[longest_head];
+    kernels_.normalise(total, head_dim_, values);
+    if (recall && recall->shape().gated()) recall->mix(layer.layer, head * group_ + g, asking, values);
+    std::copy_n(values, values_, layer.out + pass_row * layer.out_stride + (size_t(head) * group_ + g) * values_);
   }
 }
 
