@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "engine/decoder.h"
+#include "engine/require.h"
 
 namespace tokenswift {
 namespace {
