@@ -121,7 +121,11 @@ void Attention::run(Team& team, const AttentionLayer& layer) {
   team.run(int(pieces_.size()), [&](int piece, int worker) { run_piece(layer, piece, scratch_[worker]); });
   for (size_t i = 0; i < segments_.size(); ++i) {
     const int rows = segments_[i].in.rows, kv_heads = pool_->kv_heads();
-    const size_t cost = size_t(rows) * heads_ * (segment_states_[i].parts(0) * head_dim_ + mass_stride_);
+    const Recall* recall = segments_[i].in.recall;
+    const bool reads = recall && recall->keeps(layer.layer);
+    const size_t of_memory = reads ? size_t(2) * recall->shape().features * head_dim_ : 0;
+    const size_t of_states = segment_states_[i].parts(0) * head_dim_ + mass_stride_;
+    const size_t cost = size_t(rows) * heads_ * (of_states + of_memory);
     team.run(rows * kv_heads, cost, [&](int piece, int) { finish(layer, int(i), piece / kv_heads, piece % kv_heads); });
   }
 }
