@@ -288,7 +288,9 @@ def test_a_released_cache_begins_anew(executor: str, kind: str, request: pytest.
         output = sharp.forward([segment], [], want_queries=True)
         cache.commit(range(count))
         eviction.committed(cache, range(count), output)
-    assert torch.equal(sharp.forward([Segment(DraftTree.chain([5, 6]), cache)]).logits, first)
+    again = sharp.forward([Segment(DraftTree.chain([5, 6]), cache)]).logits
+    # Torch's attention may round otherwise where pages lie in another order.
+    assert torch.equal(again, first) if executor == "native" else (again - first).abs().max() < 1e-9
     cache.release()
 
 
