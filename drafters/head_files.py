@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.checkpoint import fingerprint as fingerprint
 from tokenswift_py.drafters.head_weights import FORMS, HeadWeights, check_shapes
 from tokenswift_py.errors import UserError, check, one_line
 
@@ -52,14 +53,6 @@ def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
     if weights.model not in (None, key):
         logger.warning("%s was made for another model of the same shape: its drafts may be poor", file.name)
     return weights
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Returns 16 hex digits of a model's shape and final norm, which tell models of one shape apart, too."""
-    spec = checkpoint.spec
-    norm = checkpoint.tensors()["model.norm.weight"].float().numpy()
-    shape = f"{spec.family} {spec.vocab_size} {spec.hidden_size} {spec.layers} "
-    return hashlib.sha256(shape.encode() + norm.tobytes()).hexdigest()[:16]
 
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:

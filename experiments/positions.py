@@ -163,10 +163,13 @@ ASKED = "\n\nWhat is the pass key of {person}? The pass key of {person} is"
 PEOPLE = ("Adam", "Bella", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene")
 
 
-def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int) -> Row:
+def hidden_passkeys(ids: Any, length: int) -> tuple[list[int], dict[str, list[int]], dict[str, list[int]]]:
+    """Returns a text of prose that tells nine pass keys, the question for each, and each answer, all as tokens.
+
+    ids: the tokenizer. length: tokens of the text, the longest question and an answer.
+    """
     drawn = random.Random(length)
     keys = {person: f"{drawn.randrange(10_000, 100_000)}" for person in PEOPLE}
-    ids = swift.tokenizer
 
     def encoded(text: str) -> list[int]:
         return list(ids(text, add_special_tokens=False).input_ids)
@@ -179,7 +182,11 @@ def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: i
     tokens: list[int] = []
     for i, person in enumerate(PEOPLE):
         tokens += filler[i * room // 10 : (i + 1) * room // 10] + told[person]
-    tokens += filler[9 * room // 10 : room]
+    return tokens + filler[9 * room // 10 : room], asked, answers
+
+
+def passkeys(swift: TokenSwift, args: argparse.Namespace, scheme: str, length: int) -> Row:
+    tokens, asked, answers = hidden_passkeys(swift.tokenizer, length)
     trained = trained_length(swift.checkpoint.config)
     if parsed(scheme)[0] == "truncated":
         tokens = tokens[-(trained - MARGIN) :]

@@ -15,7 +15,7 @@ import torch
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
 from tokenswift_py.kernels.naive import accumulator
-from tokenswift_py.kernels.sdpa import SegmentPlan, columns, pack, page_mass, plan_segment
+from tokenswift_py.kernels.sdpa import SegmentPlan, columns, pack, page_mass, plan_segment, unpacked, with_lse
 
 
 class PrefixKernel(Protocol):
@@ -69,6 +69,7 @@ class PrefixAndTail:
         self, name: str, kernel: PrefixKernel | PagedKernel, dtypes: Sequence[torch.dtype], paged: bool = False
     ):
         self.name, self.kernel, self.dtypes = name, kernel, tuple(dtypes)
+        self.reports_lse = True
         self.pieces = paged_pieces if paged else pieces
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
@@ -83,20 +84,25 @@ class PrefixAndTail:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         allowed = f"attention {self.name} computes in {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}"
         check(q.dtype in self.dtypes, "dtype", str(q.dtype).removeprefix("torch."), allowed)
-        kv_heads, _, _, head_dim = keys.shape
+        kv_heads = keys.shape[0]
         group = q.shape[1] // kv_heads
         out = torch.empty_like(q)
         for part in plan:
-            n, rows = len(part.segment.positions), part.segment.rows
+            rows = part.segment.rows
             packed = pack(q[rows], kv_heads)
             cut = self.pieces(part, layer, keys, values, window)
-            attended, lse = masked_attention(packed, cut, group)
+            attended, total = masked_attention(packed, cut, group)
             if cut.prefix:
-                attended = merge(attended, lse, *self.kernel(packed, *cut.prefix))
-            out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim).to(q.dtype)
+                of_prefix, lse_of_prefix = self.kernel(packed, *cut.prefix)
+                attended = merge(attended, total, of_prefix, lse_of_prefix)
+                total = torch.logaddexp(total, lse_of_prefix)
+            out[rows] = unpacked(attended, group).to(q.dtype)
+            if lse is not None:
+                lse[rows] = unpacked(total[..., None], group)[..., 0]
             if mass is not None:
                 k, _, positions, mask = columns(part, layer, keys, values, window)
                 bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
@@ -161,15 +167,9 @@ def windowed(
 
 
 def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns attention under the mask and its log-sum-exp, in fp32. Every row sees itself, so no sum is empty.
-
-    packed: [kv_heads, group * n, head_dim].
-    """
-    scores = accumulator(packed) @ accumulator(cut.masked_k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    """Returns attention under the mask and its log-sum-exp, in fp32. packed: [kv_heads, group * n, head_dim]."""
     mask = cut.mask.repeat(*([1] * (cut.mask.ndim - 2)), group, 1)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    return (scores - lse[..., None]).exp() @ accumulator(cut.masked_v), lse
+    return with_lse(packed, cut.masked_k, cut.masked_v, mask)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
 class Naive:
     name = "naive"
     moves_queries = True
+    reports_lse = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Sequence[AttentionSegment]:
         return segments
@@ -27,6 +28,7 @@ class Naive:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         far: FarQueries | None = None,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
@@ -45,6 +47,8 @@ class Naive:
                     else:
                         met = [far.met(slice(row, row + 1), b)[0, heads] for b in positions // far.shifts.block]
                         scores = (accumulator(torch.stack(met, 1)) * k).sum(-1) * head_dim**-0.5
+                    if lse is not None:
+                        lse[row, heads] = scores.logsumexp(-1)
                     p = scores.softmax(dim=-1)
                     out[row, heads] = (p @ v).to(q.dtype)
                     if mass is not None:

@@ -38,6 +38,7 @@ class SegmentPlan:
 class SDPA:
     name = "sdpa"
     moves_queries = True
+    reports_lse = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
         return [plan_segment(segment, device) for segment in segments]
@@ -52,12 +53,12 @@ class SDPA:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         far: FarQueries | None = None,
+        lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        kv_heads, _, _, head_dim = keys.shape
+        kv_heads = keys.shape[0]
         group = q.shape[1] // kv_heads
         out = torch.empty_like(q)
         for part in plan:
-            n = len(part.segment.positions)
             rows = part.segment.rows
             k, v, positions, mask = columns(part, layer, keys, values, window)
             if far is not None:
@@ -65,8 +66,12 @@ class SDPA:
                 continue
             packed = pack(q[rows], kv_heads)
             bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
-            attended = F.scaled_dot_product_attention(packed[None], k[None], v[None], attn_mask=bias)[0]
-            out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim)
+            if lse is None:
+                attended = F.scaled_dot_product_attention(packed[None], k[None], v[None], attn_mask=bias)[0]
+            else:  # which PyTorch's function does not tell
+                attended, total = with_lse(packed, k, v, bias)
+                lse[rows] = unpacked(total[..., None], group)[..., 0]
+            out[rows] = unpacked(attended, group).to(out.dtype)
             if mass is not None:
                 mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1])
         return out
@@ -143,6 +148,26 @@ def pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """
     packed: torch.Tensor = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).reshape(kv_heads, -1, q.shape[-1])
     return packed
+
+
+def unpacked(packed: torch.Tensor, group: int) -> torch.Tensor:
+    """Turns [kv_heads, group * n, size] back into [n, heads, size]."""
+    rows: torch.Tensor = packed.unflatten(1, (group, -1))
+    return rows.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def with_lse(
+    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns attention [kv_heads, group * n, head_dim] and its log-sum-exp [kv_heads, group * n], in fp32 or better.
+
+    packed: [kv_heads, group * n, head_dim]. mask: true where a row attends; every row sees itself, so no sum is empty.
+    """
+    scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return (scores - lse[..., None]).exp() @ accumulator(v), lse
 
 
 def attend_far(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray, PagePool, PageStats
+from tokenswift_py.kvcache.memories.base import Memory
 
 
 class KVCache:
@@ -20,6 +21,7 @@ class KVCache:
     later rows attend to the pages that are left.
 
     limit: first position that cannot be committed. It is the context, or a position before which pages must be evicted.
+    memory: what the evicted rows were folded into, which later rows read too. None lets them go.
     """
 
     def __init__(self, pool: PagePool, context: int):
@@ -29,6 +31,7 @@ class KVCache:
         self._table = np.empty(-(-context // PAGE_SIZE) + 16, np.int32)
         self._held = 0
         self.evicted = 0  # how many pages were evicted
+        self.memory: Memory | None = None
         self._tail_positions: list[int] = []
         self._tail_committable: list[bool] = []
 
@@ -171,6 +174,7 @@ class KVCache:
         """
         other = KVCache(self.pool, self.context)
         other.length, other.limit, other.evicted = self.length, self.limit, self.evicted
+        other.memory = self.memory.copy() if self.memory else None
         for page in self.pages[self.kept]:
             self.pool.share(int(page))
         other._table[: self.full_pages] = self.pages[: self.full_pages]
@@ -207,3 +211,5 @@ class KVCache:
         self.length = 0
         self.drop_tail()
         self.evicted = 0
+        if self.memory is not None:
+            self.memory.clear()

@@ -257,6 +257,13 @@ class TorchPagePool(BoundedPages):
             low[layer][:, chosen], high[layer][:, chosen] = self.page_keys(layer, pages).aminmax(dim=2)
 
     def page_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
-        chosen = index(pages, self.keys.device)
-        keys = self.keys[layer][:, chosen].float()
-        return keys * self.key_scales[layer][:, chosen, :, None] if self.scaled else keys
+        return self._of_pages(self.keys, self.key_scales, layer, pages)
+
+    def page_values(self, layer: int, pages: IntArray) -> torch.Tensor:
+        """Returns a layer's values of some pages, in the form of `page_keys`."""
+        return self._of_pages(self.values, self.value_scales, layer, pages)
+
+    def _of_pages(self, rows: torch.Tensor, scales: torch.Tensor, layer: int, pages: IntArray) -> torch.Tensor:
+        chosen = index(pages, rows.device)
+        wide = rows[layer][:, chosen].float()
+        return wide * scales[layer][:, chosen, :, None] if self.scaled else wide

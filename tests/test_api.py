@@ -312,7 +312,8 @@ def test_the_lossy_mode_is_bounded_and_called_lossy(swift: TokenSwift, monkeypat
     report = result.report
     assert report["lossy"] is True and report["guarantee"] == "lossy"
     assert report["eviction"] == {
-        "policy": "recent", "budget": 256, "period": 64, "evictions": 3, "evicted_tokens": 192
+        "policy": "recent", "budget": 256, "period": 64, "evictions": 3, "evicted_tokens": 192, "memory": None,
+        "memory_bytes": 0,
     }  # fmt: skip
     assert report["numerics"] == whole.report["numerics"] + "/kv-recent-256-64"
     assert report["identical"] is True and "lossy" in report["baseline"]["what"]

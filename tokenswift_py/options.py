@@ -20,7 +20,7 @@ from tokenswift_py.sampling.grammar import Language, schema_text
 from tokenswift_py.sampling.kinds import Arguments, Choice, Named, Switch, Text, Texts, Tokens, Whole
 from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
-from tokenswift_py.text import Chat, token_ids, word_ids
+from tokenswift_py.text import Chat, token_of, tokens_containing, word_ids
 
 MOST_LOGPROBS = 1000  # the most log-probabilities for one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
@@ -85,6 +85,7 @@ Asked: Any = make_dataclass(
 )
 
 DRAFTERS, POLICIES = "tokenswift_py.drafters", "tokenswift_py.kvcache.policies"
+MEMORIES, GATED = "tokenswift_py.kvcache.memories", ("infini", "infini_linear")
 A_MODEL = "a folder, a .gguf file or a hub id of a smaller model"
 
 
@@ -200,6 +201,14 @@ class Options(Asked):
         None, "lossy", Choice(package=POLICIES, optional=True),
         "by whose scores pages are evicted from it, as draft_policy", "recent",
     )  # fmt: skip
+    kv_memory: str = option(
+        "none", "lossy", Choice(("none",), MEMORIES),
+        "none, linear, performer, infini or infini_linear: what evicted pages are folded into, to be read further on",
+    )  # fmt: skip
+    kv_gates: str | None = option(
+        None, "lossy", Named("an existing file, or auto", exists=True),
+        "of an infini memory: a file of gates that `tokenswift train-memory` made, or auto", "auto: those of the model",
+    )  # fmt: skip
     logprobs: int | bool | None = option(
         None, "output", Whole(0, MOST_LOGPROBS, optional=True),
         "the model's own log-probability of each new token, and of so many likeliest ones; 0 (or True) is its alone",
@@ -225,6 +234,9 @@ class Options(Asked):
         wanted = f"between 0 and max_new_tokens ({self.max_new_tokens})"
         check(0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, wanted)
         check(self.kv_policy is None or bool(self.kv_budget), "kv_policy", self.kv_policy, "only with kv_budget")
+        check(self.kv_memory == "none" or bool(self.kv_budget), "kv_memory", self.kv_memory, "only with kv_budget")
+        gated = f"only with kv_memory {' or '.join(GATED)}"
+        check(self.kv_gates is None or self.kv_memory in GATED, "kv_gates", self.kv_gates, gated)
         named = f"name {A_MODEL}"
         drafter = registry.module(DRAFTERS, "drafter", self.chosen_drafter).DRAFTER
         check(not drafter.has_second_model or self.draft_model is not None, "draft_model", self.draft_model, named)
@@ -329,20 +341,3 @@ def whole(token: Any) -> Any:
         return int(token) if isinstance(token, str) else token
     except ValueError:
         return token
-
-
-def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
-    """Returns every token whose text holds one of the strings, and all special tokens, which no repetition should
-    cross."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
-    return found | set(tokenizer.all_special_ids)
-
-
-def token_of(tokenizer: Any, item: int | str, field: str) -> int:
-    """Returns a token id unchanged, and the id of a string, which must be one token."""
-    if isinstance(item, int):
-        return item
-    tokens = token_ids(tokenizer, item)
-    check(len(tokens) == 1, field, item, f"token ids, or texts that are one token (this is {len(tokens)})")
-    return tokens[0]

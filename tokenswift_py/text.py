@@ -309,3 +309,20 @@ class TextJoiner:
         found = [held.index(stop) for stop in self._stops if stop in held]
         begun = [len(held) - size for stop in self._stops for size in range(1, len(stop)) if held.endswith(stop[:size])]
         return min(found + begun, default=len(held))
+
+
+def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
+    """Returns every token whose text holds one of the strings, and all special tokens, which no repetition should
+    cross."""
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
+    return found | set(tokenizer.all_special_ids)
+
+
+def token_of(tokenizer: Any, item: int | str, field: str) -> int:
+    """Returns a token id unchanged, and the id of a string, which must be one token."""
+    if isinstance(item, int):
+        return item
+    tokens = token_ids(tokenizer, item)
+    check(len(tokens) == 1, field, item, f"token ids, or texts that are one token (this is {len(tokens)})")
+    return tokens[0]

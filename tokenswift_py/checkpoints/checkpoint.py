@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,11 @@ class Checkpoint:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
         return tokenizer
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Returns 16 hex digits of a model's shape and final norm, which tell models of one shape apart, too."""
+    spec = checkpoint.spec
+    norm = checkpoint.tensors()["model.norm.weight"].float().numpy()
+    shape = f"{spec.family} {spec.vocab_size} {spec.hidden_size} {spec.layers} "
+    return hashlib.sha256(shape.encode() + norm.tobytes()).hexdigest()[:16]

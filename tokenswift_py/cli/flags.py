@@ -37,6 +37,7 @@ def parser(resumes: bool = False) -> argparse.ArgumentParser:
         epilog="`tokenswift resume DIR`: as --resume DIR. `tokenswift audit --help`: prove that a recorded text is "
         "what plain decoding writes. `tokenswift quality --help`: how a recorded text reads, window by window. "
         "`tokenswift train-heads --help`: train draft heads on text that the model writes. "
+        "`tokenswift train-memory --help`: train the gates of a memory of evicted tokens. "
         "`tokenswift extend-context --help`: train a model for a longer context. `tokenswift serve --help`: OpenAI's "
         "API. `tokenswift batch --help`: files of requests.",
     )

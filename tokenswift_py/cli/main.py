@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
-from tokenswift_py.cli import audit, batch, extend_context, quality, serve, train_heads
+from tokenswift_py.cli import audit, batch, extend_context, quality, serve, train_heads, train_memory
 from tokenswift_py.cli.flags import given_options, parser
 from tokenswift_py.cli.inputs import follows
 from tokenswift_py.cli.terminal import LogLines, open_standard_streams
@@ -21,7 +21,7 @@ from tokenswift_py.runs.journal import JournalError
 logger = logging.getLogger("tokenswift")
 COMMANDS = {
     "audit": audit.main, "batch": batch.main, "extend-context": extend_context.main, "quality": quality.main,
-    "serve": serve.main, "train-heads": train_heads.main,
+    "serve": serve.main, "train-heads": train_heads.main, "train-memory": train_memory.main,
 }  # fmt: skip
 
 

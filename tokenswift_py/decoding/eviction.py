@@ -12,6 +12,7 @@ from tokenswift_py.drafters.base import committed
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, FloatArray, best, recent_of
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.memories.base import Memory
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 
@@ -32,34 +33,51 @@ class Eviction:
     budget: committed tokens that the cache holds at most, rounded down to whole pages.
     period: pages evicted at a time. None is 4, or a quarter of a small budget.
     ranks:  ranks that hold the model's heads. The scores of all are summed.
+    memory: new memory that takes in what is evicted. None lets it go.
     """
 
-    def __init__(self, policy: EvictionPolicy, budget: int, period: int | None = None, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        policy: EvictionPolicy,
+        budget: int,
+        period: int | None = None,
+        ranks: Ranks = ALONE,
+        memory: Memory | None = None,
+    ):
         pages = budget // PAGE_SIZE
         check(pages >= SMALLEST, "kv_budget", budget, f"at least {SMALLEST * PAGE_SIZE} tokens, {SMALLEST} pages")
-        self.policy, self.needs, self._ranks = policy, policy.needs, ranks
+        self.policy, self.memory, self._ranks = policy, memory, ranks
+        self.needs = policy.needs | (memory.needs if memory else frozenset())
         self.period = min(PERIOD, pages // 4) if period is None else period
         check(1 <= self.period <= pages - 3, "period", self.period, f"between 1 and {pages - 3} pages of {pages}")
         self.budget = pages * PAGE_SIZE
         self.evictions = 0
         self.label = f"kv-{policy.name}-{self.budget}-{self.period * PAGE_SIZE}"
+        self.label += f"+{memory.label}" if memory else ""
 
     def new_cache(self, model: Model) -> KVCache:
         """Makes a cache whose pool has room for the budget and a tree, whatever the context."""
         cache = KVCache(model.new_pool(pages_for(min(self.budget, model.context))), model.context)
-        cache.limit = min(self.budget, cache.context)
+        cache.limit, cache.memory = min(self.budget, cache.context), self.memory
         return cache
 
     def committed(self, cache: KVCache, rows: Sequence[int], output: Output) -> None:
-        """Learns from the rows of a pass that were just committed, and evicts pages if the cache is full."""
-        self.policy.observe(committed(output, rows, cache.length - len(rows)))
+        """Learns from the rows of a pass that were just committed. If the cache is full, pages go to the memory and are
+        evicted."""
+        learnt = committed(output, rows, cache.length - len(rows))
+        self.policy.observe(learnt)
+        if cache.memory is not None:
+            cache.memory.observe(learnt)
         if cache.length == cache.limit < cache.context:
             stats = cache.page_stats()
             held = stats.held
             keep = len(held) - self.period
             scores = pooled(np.asarray(self.policy.score(stats), np.float64)[..., held], keep)
             scores = self._ranks.all(scores).sum(0)
-            cache.evict(np.delete(held, best(scores, keep)).tolist())
+            gone = np.delete(held, best(scores, keep))
+            if cache.memory is not None:
+                cache.memory.fold(cache.pool, gone, cache.pages[gone])
+            cache.evict(gone.tolist())
             cache.limit = min(cache.limit + self.period * PAGE_SIZE, cache.context)
             self.evictions += 1
 
@@ -72,6 +90,8 @@ class Eviction:
             "period": period,
             "evictions": self.evictions,
             "evicted_tokens": self.evictions * period,
+            "memory": self.memory.label if self.memory else None,
+            "memory_bytes": self.memory.nbytes if self.memory else 0,
         }
 
     def tokens_held(self, position: int) -> float:

@@ -16,15 +16,18 @@ import torch
 
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
+from tokenswift_py.kernels._prefix import merge
 from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, on_device
+from tokenswift_py.kernels.naive import accumulator
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL, Experts, LayerSpec
 from tokenswift_py.models.ops import HeadWeights, Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import lay_out, shared_pool
+from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 
 
@@ -120,6 +123,19 @@ class TorchDecoder:
             spec.layers, spec.kv_heads, spec.head_dim, pages, self.kv_dtype, self.device, self.ops.move_rows
         )
 
+    def remembers(self) -> Shape:
+        """Returns what a memory of this model's evicted rows has to know of it. A layer with a window has none."""
+        spec = self.spec
+        return Shape(
+            tuple(layer.window is None for layer in spec.layer_specs), spec.kv_heads, spec.heads, spec.head_dim,
+            torch.promote_types(self.dtype, torch.float32), self.device,
+            [None if layer.rope is None else self._tables[layer.rope] for layer in spec.layer_specs],
+        )  # fmt: skip
+
+    def new_memory(self, plain: Memory, kind: str) -> Memory:
+        """Returns the memory as it is: its tensors are read here."""
+        return plain
+
     @torch.inference_mode()
     def forward(
         self,
@@ -133,10 +149,11 @@ class TorchDecoder:
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
         with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
             step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
-            if step is None:
+            recalls = recalls_of(segments, rows)
+            if step is None or recalls:
                 plan = self.attention.prepare(rows.segments, self.device)
                 places, pages = on_device(rows.places, self.device), rows.pages if want_mass else None
-                return self.compute(pool, plan, places, wanted, pages, want_queries)
+                return self.compute(pool, plan, places, wanted, pages, want_queries, recalls)
             output = step.run(rows)
             return output if logit_rows is None else replace(output, logits=self._project(output.hidden[wanted]))
 
@@ -154,12 +171,14 @@ class TorchDecoder:
         logit_rows: slice | torch.Tensor,
         mass_pages: int | None,
         want_queries: bool,
+        recalls: Sequence[Recall] = (),
     ) -> Output:
         """Computes a pass. Its launches depend on shapes alone, not on the contents of memory.
 
         plan: the attention's plan.
         places: [3, R] int64 tokens, positions, slots.
         mass_pages: number of pages whose attention mass is reported; None reports none.
+        recalls: rows that read a memory of evicted rows too.
         """
         spec = self.spec
         tokens, positions, slots = places.unbind()
@@ -175,14 +194,21 @@ class TorchDecoder:
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             options: dict[str, Any] = {}
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
-            if self.shifts is not None and self._moved[layer]:
-                q, k, v = self.ops.qkv(normed, own)
-                options["far"] = FarQueries(
-                    q.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
-                )
-                q = self.ops.rope_write(pool, layer, q, k, v, *turns)
+            recalled = [(some, memory) for some, memory in recalls if memory.shape.keeps[layer]]
+            plain: torch.Tensor | None = None  # queries before RoPE
+            moved = self.shifts is not None and self._moved[layer]
+            if moved or any(memory.gated for _, memory in recalled):
+                plain, k, v = self.ops.qkv(normed, own)
+                q = self.ops.rope_write(pool, layer, plain, k, v, *turns)
             else:
                 q = self.ops.qkv_rope_write(pool, layer, normed, own, *turns)
+            if moved:
+                assert plain is not None and self.shifts is not None
+                options["far"] = FarQueries(
+                    plain.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
+                )
+            if any(not memory.gated for _, memory in recalled):
+                options["lse"] = self.cos.new_empty(q.shape[:2], dtype=accumulator(q[:0]).dtype)
             if want_queries:
                 queries.append(q.float())
             if (scales := pool.scales_of(layer)) is not None:
@@ -191,6 +217,10 @@ class TorchDecoder:
                 plan, layer, q, pool.keys[layer], pool.values[layer], kind.window,
                 None if mass is None else mass[layer], **options,
             )  # fmt: skip
+            of_pages = attended.clone() if recalled else attended  # gradients need what a memory was joined with
+            for some, memory in recalled:
+                asking = plain if plain is not None and memory.gated else q
+                attended[some] = joined_with(memory, layer, asking[some], of_pages[some], options.get("lse"), some)
             joined = self._join(attended.flatten(1), f"{at}self_attn.o_proj")
             if spec.post_norms:
                 joined = self._norm(joined, f"{at}post_attention_layernorm")
@@ -276,6 +306,30 @@ class TorchDecoder:
 
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.add_norm(x, y, self.weights[f"{name}.weight"], self.spec.norm_eps)
+
+
+Recall = tuple[slice, Memory]  # rows of a pass, and the memory that they read
+
+
+def recalls_of(segments: Sequence[Segment], rows: Rows) -> list[Recall]:
+    """Returns the rows of the sequences whose memory holds something."""
+    pairs = zip(rows.segments, (segment.cache.memory for segment in segments), strict=True)
+    return [(laid.rows, memory) for laid, memory in pairs if memory is not None and memory.folded]
+
+
+def joined_with(
+    memory: Memory, layer: int, q: torch.Tensor, attended: torch.Tensor, lse: torch.Tensor | None, rows: slice
+) -> torch.Tensor:
+    """Joins attention to the pages kept with what a memory recalls of those that are gone.
+
+    q: [n, heads, head_dim] of these rows, as the memory takes them. attended: the same shape. lse: [R, heads] of all
+    rows, None where the memory is gated.
+    """
+    recalled, weight = memory.read(layer, q)
+    if memory.gated:
+        return torch.lerp(attended.to(recalled.dtype), recalled, weight[..., None]).to(attended.dtype)
+    assert lse is not None
+    return merge(accumulator(attended), lse[rows], recalled, weight).to(attended.dtype)
 
 
 def choose_experts(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +46,7 @@ class Executor(Protocol):
     multiplied_nbytes: bytes of the weights that every token is multiplied with (this rank's).
     sampler: class that chooses tokens from rows of its logits.
     ranks: the processes that hold the model.
+    remembers: whether its attention can be joined with a memory of evicted rows.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Executor(Protocol):
     kv_dtype: torch.dtype
     device: torch.device
     ranks: Ranks
+    remembers: bool
 
     @property
     def threads(self) -> int: ...
@@ -114,6 +116,7 @@ class TorchExecutor:
         backend = choose_attention(device, checkpoint.spec) if attention == "auto" else attention
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
+        self.remembers = getattr(self._attention, "reports_lse", False)
         self._ops = choose_ops(backend, device, deterministic)
         check_kernels(checkpoint.spec, self._ops)
         int8 = reads_int8(self._attention, self._ops)
@@ -152,7 +155,7 @@ class TorchExecutor:
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_torch_draft_weights(weights)
-        check_draft_kv(kv)
+        check_one_of("draft_kv", kv, DRAFT_KV)
         check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
         return self._decoder(rope, draft=True)
 
@@ -173,6 +176,7 @@ class NativeExecutor:
     name = "native"
     sampler = NativeSampler
     ranks = ALONE
+    remembers = True
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None
@@ -208,8 +212,8 @@ class NativeExecutor:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        check_draft_weights(weights)
-        check_draft_kv(kv)
+        check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
+        check_one_of("draft_kv", kv, DRAFT_KV)
         copies = self.reads_copies(kv)
         check(copies or kv != "int8", "draft_kv", kv, "copies are made of a bf16 cache only (kv_dtype)")
         chosen = self._weights if weights == "bf16" else self._int8_weights()
@@ -219,7 +223,7 @@ class NativeExecutor:
         return kv != "own" and self.kv_dtype == torch.bfloat16
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        check_draft_weights(weights)
+        check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
         own = self.dtype if self.dtype in DTYPES else "bf16"
         dtype = own if weights == "bf16" else "int8"
         check_draft_memory(checkpoint, dtype, self.device)
@@ -236,16 +240,12 @@ class NativeExecutor:
         return self._draft_weights
 
 
-def check_draft_weights(weights: str) -> None:
-    check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
-
-
-def check_draft_kv(kv: str) -> None:
-    check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
+def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
+    check(value in known, name, value, f"one of {', '.join(known)}")
 
 
 def check_torch_draft_weights(weights: str) -> None:
-    check_draft_weights(weights)
+    check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
     check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
 
 
@@ -309,7 +309,7 @@ OWN_KERNELS = {"triton": OwnKernels(triton_ops, lacking, TritonSampler)}  # keys
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
     """Returns native or torch. Raises UserError where native was asked for and cannot be. `auto` is native on a CPU,
     unless an attention backend of torch's was asked for or several processes share the model."""
-    check(engine in ENGINES, "engine", engine, f"one of {', '.join(ENGINES)}")
+    check_one_of("engine", engine, ENGINES)
     if engine == "native":
         check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
         check(attention == "auto", "attention", attention, "the native engine has its own; engine torch takes it")
@@ -339,7 +339,7 @@ def load(
     ranks: Ranks = ALONE,
 ) -> Executor:
     """Reads the weights into the chosen executor. `engine` is native or torch."""
-    check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
+    check_one_of("deterministic", deterministic, DETERMINISTIC)
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")

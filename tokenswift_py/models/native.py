@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.memories._native import NativeMemory, engine_memory
+from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
@@ -257,6 +260,19 @@ class NativeDecoder:
         """Makes room for the pages of one or several sequences, which must share a pool to share a pass."""
         return NativePool(self.weights, pages, self.kv_dtype)
 
+    def remembers(self) -> Shape:
+        """Returns what a memory of this model's evicted rows has to know of it. A layer with a window has none."""
+        spec = self.spec
+        keeps = tuple(layer.window is None for layer in spec.layer_specs)
+        return Shape(keeps, spec.kv_heads, spec.heads, spec.head_dim, tables=[None] * spec.layers)
+
+    def new_memory(self, plain: Memory, kind: str) -> NativeMemory:
+        """Makes a memory in the engine, with the constants of `plain`, one of the file `kind`."""
+        from tokenswift_py.kernels.cpu import _native
+
+        engine = self.weights.native
+        return NativeMemory(plain, kind, partial(_native.Memory, engine), engine, (self._cos, self._sin, self._local))
+
     def forward(
         self,
         segments: Sequence[Segment],
@@ -293,6 +309,7 @@ class NativeDecoder:
             mass=mass,
             queries=queries,
             int8_pages=self.int8_pages,
+            memories=[engine_memory(segment.cache.memory) for segment in segments],
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
         asked = None if queries is None else torch.from_numpy(queries)

@@ -14,9 +14,11 @@ from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import Resources, create, for_run, kind_of
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
+from tokenswift_py.kvcache.memories.base import Memory
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.parallel.ranks import ALONE, Ranks
+from tokenswift_py.remembering.memories import memory_of
 from tokenswift_py.runs.plan import Run
 from tokenswift_py.runs.report import Trace
 from tokenswift_py.sampling.grammar import Follower
@@ -44,14 +46,14 @@ def decode_loop(
     eos = loaded.ends(options)
     first_end = len(run.prompt) + options.min_new_tokens
     vocab, special = loaded.checkpoint.spec.vocab_size, special_ids(loaded.tokenizer)
-    eviction = eviction_of(options, loaded.executor.ranks)
+    model = loaded.executor.model(run.rope)
+    eviction = eviction_of(options, loaded.executor.ranks, memory_of(options, model, loaded.checkpoint))
     chunk = STATISTICS_ROWS if eviction and eviction.needs else loaded.prefill_chunk
     ends = () if options.ignore_eos else eos
     decode = partial(loaded.tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
     late, processors = (*eos, *run.stop_tokens), options.logits_processors
     sampler = loaded.executor.sampler(run.sampling, vocab, late, first_end, processors, options.min_chapter_tokens)
     sampler.grammar = Follower(run.grammar) if run.grammar else None
-    model = loaded.executor.model(run.rope)
     return DecodeLoop(
         model,
         chosen,
@@ -102,10 +104,11 @@ def prompt_rows(loaded: LoadedModel, run: Run) -> KVCache | None:
     return loop.cache
 
 
-def eviction_of(options: Options, ranks: Ranks = ALONE) -> Eviction | None:
-    """Makes the eviction of the lossy mode, or returns None where that was not asked for."""
+def eviction_of(options: Options, ranks: Ranks = ALONE, memory: Memory | None = None) -> Eviction | None:
+    """Makes the eviction of the lossy mode, or returns None where that was not asked for. memory: what it folds
+    into."""
     if options.kv_budget is None:
         return None
     name = options.kv_policy or "recent"
     policy = registry.create(POLICIES, "POLICY", "kv_policy", name)
-    return Eviction(policy, options.kv_budget, ranks=ranks)
+    return Eviction(policy, options.kv_budget, ranks=ranks, memory=memory)

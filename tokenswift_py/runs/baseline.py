@@ -10,6 +10,7 @@ import numpy as np
 from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import check
 from tokenswift_py.memory import check_memory
+from tokenswift_py.remembering.memories import memory_bytes
 from tokenswift_py.runs import report
 from tokenswift_py.runs.assembly import eviction_of
 from tokenswift_py.runs.plan import kept_of_keys
@@ -48,7 +49,7 @@ def baseline(loaded: LoadedModel, stream: Stream) -> Result:
     positions = range(first, first + len(mine.tokens))
     mean_context = float(np.mean([eviction.tokens_held(p) if eviction else p for p in positions] or [first]))
     bandwidth = memory_bandwidth(device=loaded.executor.device, threads=loaded.executor.threads)
-    reads = loaded.step_bytes(mean_context)
+    reads = loaded.step_bytes(mean_context) + memory_bytes(run.options, loaded.checkpoint.spec)
     figures = report.baseline_figures(mine.stats, theirs.stats, mine.tokens, theirs.tokens, reads, bandwidth)
     if eviction:
         figures["baseline"]["what"] += ", evicting the same pages (lossy)"

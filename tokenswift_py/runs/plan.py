@@ -17,6 +17,7 @@ from tokenswift_py.memory import check_memory
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
 from tokenswift_py.options import FILLED, POLICIES, Options
+from tokenswift_py.remembering.memories import check_remembers, memory_bytes
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Record
 from tokenswift_py.sampling.grammar import Grammar, schema_text
@@ -97,6 +98,7 @@ def prepare(
     what += f" with RoPE tables of {context} positions"
     of_keys = kept_of_keys(checkpoint.spec.head_dim, options.draft_policy, options.kv_policy)
     own_bytes = loaded.kv_bytes(kept, of_keys) // loaded.executor.ranks.world + tables
+    own_bytes += memory_bytes(options, checkpoint.spec)
     if kind_of(options.chosen_drafter).sees_views and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
         draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
@@ -104,6 +106,7 @@ def prepare(
         check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
     rope = loaded.rope(context, options.met_positions())
     loaded.executor.check_rope(rope)
+    check_remembers(options, loaded.executor, rope, checkpoint)
     if rope.note and not in_pool:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}

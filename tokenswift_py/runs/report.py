@@ -250,4 +250,5 @@ def lossy_note(eviction: dict[str, Any]) -> str:
     mode = f"LOSSY: the cache keeps {eviction['budget']} tokens at most (policy {eviction['policy']})"
     if not eviction["evictions"]:
         return f"{mode}; the text fitted, nothing was evicted"
-    return f"{mode}; {eviction['evicted_tokens']} were evicted, and the text may differ from the full cache's"
+    memory = f" into a memory ({eviction['memory']})" if eviction["memory"] else ""
+    return f"{mode}; {eviction['evicted_tokens']} were evicted{memory}, and the text may differ from the full cache's"

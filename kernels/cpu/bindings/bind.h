@@ -5,6 +5,7 @@
 
 namespace tokenswift {
 
+void bind_memory(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);
 
 }  // namespace tokenswift

@@ -210,7 +210,8 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
              const std::vector<SegmentArrays>& segments, const Ints& logit_rows, const Table& cos, const Table& sin,
              const std::optional<ShiftArrays>& shifts, const Array<float, 2>& hidden, const Array<float, 2>& residual,
              const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass,
-             const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local) {
+             const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local,
+             const std::vector<const Recall*>& memories) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.int8_pages = int8_pages;
@@ -219,12 +220,14 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   pass.tokens = tokens.data();
   pass.positions = positions.data();
   pass.slots = slots.data();
+  require(memories.empty() || memories.size() == segments.size(), "a memory, or None, for each segment");
   int start = 0;
   for (const SegmentArrays& arrays : segments) {
     pass.segments.push_back(segment_input(arrays, start, pool));
     require(pass.segments.back().rows <= pass.rows - start, "segments must cover the rows in order");
     start += pass.segments.back().rows;
   }
+  for (size_t i = 0; i < memories.size(); ++i) pass.segments[i].recall = memories[i];
   pass.logit_rows = logit_rows.data();
   pass.logit_count = size(logit_rows);
   std::vector<const Table*> tables{&cos, &sin};
@@ -318,6 +321,7 @@ NB_MODULE(_native, m) {
         "Rows of weights as blocks of 8 bits, which `set_blocks` takes.");
 
   bind_sampler(m);
+  bind_memory(m);
   nb::class_<Pool>(m, "Pool", "Pages of 64 tokens of keys and values, all layers and heads together.")
       .def("__init__", &init_pool, "layers"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "pages"_a)
       .def("reserve", &Pool::reserve, "page"_a, "Make a page usable; memory is taken as it is written.")
@@ -352,7 +356,7 @@ NB_MODULE(_native, m) {
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
            "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(),
            "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a,
-           "local"_a.noconvert().none() = nb::none())
+           "local"_a.noconvert().none() = nb::none(), "memories"_a = std::vector<const Recall*>())
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")
       .def("key_bounds", &key_bounds, "pool"_a, "pages"_a.noconvert(), "low"_a.noconvert(), "high"_a.noconvert(),

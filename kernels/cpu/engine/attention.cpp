@@ -121,7 +121,11 @@ void Attention::run(Team& team, const AttentionLayer& layer) {
   team.run(int(pieces_.size()), [&](int piece, int worker) { run_piece(layer, piece, scratch_[worker]); });
   for (size_t i = 0; i < segments_.size(); ++i) {
     const int rows = segments_[i].in.rows, kv_heads = pool_->kv_heads();
-    const size_t cost = size_t(rows) * heads_ * (segment_states_[i].parts(0) * head_dim_ + mass_stride_);
+    const Recall* recall = segments_[i].in.recall;
+    const bool reads = recall && recall->keeps(layer.layer);
+    const size_t of_memory = reads ? size_t(2) * recall->shape().features * head_dim_ : 0;
+    const size_t of_states = segment_states_[i].parts(0) * head_dim_ + mass_stride_;
+    const size_t cost = size_t(rows) * heads_ * (of_states + of_memory);
     team.run(rows * kv_heads, cost, [&](int piece, int) { finish(layer, int(i), piece / kv_heads, piece % kv_heads); });
   }
 }
@@ -346,15 +350,20 @@ void Attention::finish(const AttentionLayer& layer, int segment, int row, int he
     for (int part = 1; part < segment_states_[segment].parts(head); ++part) {
       kernels_.merge(total, state(segment, part, head, row) + g * stride, head_dim_);
     }
-    alignas(64) float values[longest_head];
-    kernels_.normalise(total, head_dim_, values);
-    std::copy_n(values, values_, layer.out + pass_row * layer.out_stride + (size_t(head) * group_ + g) * values_);
-    if (layer.mass) {
-      const size_t query = ((size_t(head) * rows_) + pass_row) * group_ + g;
+    const size_t query = ((size_t(head) * rows_) + pass_row) * group_ + g;
+    if (layer.mass) {  // of the pages that are kept
       kernels_.add_mass(total, head_dim_, mass_.data() + query * mass_stride_,
                         mass_maximum_.data() + query * mass_stride_, int(mass_stride_),
                         layer.mass + (pass_row * pool_->kv_heads() + head) * mass_stride_);
     }
+    const Recall* recall = segments_[segment].in.recall;
+    if (recall && !recall->keeps(layer.layer)) recall = nullptr;
+    const float* asking = recall ? layer.asking + query * head_dim_ : nullptr;
+    if (recall && !recall->shape().gated()) recall->merge(layer.layer, head, asking, total);
+    alignas(64) float values[longest_head];
+    kernels_.normalise(total, head_dim_, values);
+    if (recall && recall->shape().gated()) recall->mix(layer.layer, head * group_ + g, asking, values);
+    std::copy_n(values, values_, layer.out + pass_row * layer.out_stride + (size_t(head) * group_ + g) * values_);
   }
 }
 

@@ -6,6 +6,7 @@
 #include "isa/kernels.h"
 #include "engine/plan.h"
 #include "engine/pool.h"
+#include "engine/recall.h"
 #include "engine/team.h"
 #include "engine/page_copies.h"
 
@@ -14,11 +15,12 @@ namespace tokenswift {
 // One layer's arguments. Queries are ordered [kv_heads][rows][group], where group = heads / kv_heads.
 struct AttentionLayer {
   int layer;
-  int window;          // a row at p sees (p - window, p]; with 0 it sees everything before it
-  const char* q;       // queries as operands of the pool's page type, [queries][padded head_dim]
-  const char* copy_q;  // queries as operands of copies, where copies are read
-  const float* plain;  // queries before RoPE, [queries][padded head_dim]; null where no query is moved for far keys
-  float* out;          // [rows][out_stride], where query head h begins at h * head_dim
+  int window;           // a row at p sees (p - window, p]; with 0 it sees everything before it
+  const char* q;        // queries as operands of the pool's page type, [queries][padded head_dim]
+  const char* copy_q;   // queries as operands of copies, where copies are read
+  const float* plain;   // queries before RoPE, [queries][padded head_dim]; null where no query is moved for far keys
+  const float* asking;  // queries as their segments' memories take them, in the same order; read where there is one
+  float* out;           // [rows][out_stride], where query head h begins at h * head_dim
   size_t out_stride;
   float* mass;  // [rows][kv_heads][pages]; null when not wanted
 };

@@ -210,6 +210,7 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
             "segments must cover the rows in order");
     require(std::equal(segment.positions, segment.positions + segment.rows, pass.positions + row),
             "a segment's positions are not the pass's");
+    if (segment.recall) check(*segment.recall);
     if (pass.mass) {
       const int last = *std::max_element(segment.positions, segment.positions + segment.rows);
       require(pass.mass_pages % vector_multiple == 0 && last / page_size < pass.mass_pages, "too few pages of mass");
@@ -217,6 +218,13 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
     row += segment.rows;
   }
   require(row == pass.rows, "segments must cover the rows in order");
+}
+
+void Decoder::check(const Recall& recall) const {
+  const RecallShape& of = recall.shape();
+  require(of.layers == shape_.layers && of.heads == shape_.heads && of.kv_heads == shape_.kv_heads &&
+              of.head_dim == shape_.head_dim,
+          "the memory is not of this model's shape");
 }
 
 void Decoder::reserve(const Pass& pass, const Pool& pool) {
@@ -231,6 +239,10 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
   if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
   if (pass.rope.shifts.shifts) buffers_.plain_queries.reserve(rows * shape_.heads * padded_head());
+  recalls_.clear();
+  for (const SegmentInput& segment : pass.segments) recalls_.insert(recalls_.end(), segment.rows, segment.recall);
+  const bool recalls = std::any_of(recalls_.begin(), recalls_.end(), [](const Recall* each) { return each; });
+  if (recalls) buffers_.asking.reserve(rows * shape_.heads * padded_head());
 }
 
 void Decoder::forward(const Pass& pass, Pool& pool) {
@@ -362,7 +374,10 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
     normalise_head(head_q, layer.q_norm);
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     if (moved) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
+    float* asking = recalls_[row] ? buffers_.asking.data() + query * padded_head() : nullptr;
+    if (asking && recalls_[row]->shape().gated()) std::copy_n(head_q, padded_head(), asking);
     rotate_head(head_q, pass, row, layer.rope);
+    if (asking && !recalls_[row]->shape().gated()) std::copy_n(head_q, padded_head(), asking);
     if (pass.queries) {
       const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
       std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
@@ -399,7 +414,7 @@ void Decoder::attend(const Layer& layer, int index, const Pass& pass) {
   if (mass) mass += size_t(index) * pass.rows * shape_.kv_heads * pass.mass_pages;
   const float* plain = moves(layer, pass) ? buffers_.plain_queries.data() : nullptr;
   attention_.run(*team_, {index, layer.window, buffers_.queries.data(), buffers_.copy_queries.data(), plain,
-                          buffers_.attended.data(), stride, mass});
+                          buffers_.asking.data(), buffers_.attended.data(), stride, mass});
   round_rows(buffers_.attended.data(), stride, q_width(), pass.rows);
 }
 

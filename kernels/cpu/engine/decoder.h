@@ -100,6 +100,11 @@ class Decoder {
   // [layers][kv_heads][pool.head_dim()]. out: [layers][kv_heads][count].
   void key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out);
 
+  // Folds `count` pages in use into a memory of this decoder's shape. rope, local: as in Pass, tables of `context`
+  // positions. The other arguments are those of Recall::fold. Throws std::invalid_argument before anything is folded.
+  void fold(Recall& recall, const Pool& pool, const int32_t* numbers, const int32_t* pages, int count,
+            const RopeTables& rope, const RopeTables& local, int context, const float* shifts);
+
   // Copies the keys of `count` pages in use, of one layer. out: [kv_heads][count][page_size][width].
   void page_keys(const Pool& pool, int layer, const int32_t* pages, int count, int width, float* out);
 
@@ -131,6 +136,7 @@ class Decoder {
     Buffer<char> queries;         // operands of the pool's page type
     Buffer<float> plain_queries;  // queries before RoPE, where they are moved for far keys
     Buffer<char> copy_queries;    // operands of the pool's copies
+    Buffer<float> asking;         // queries as memories take them, where a segment has one
   };
 
   // The rows' ways through a mixture. Each (row, expert) pair has a place. Places are ordered by expert, then by row.
@@ -155,6 +161,7 @@ class Decoder {
   Linear& expert_linear(const std::string& part, Layer& layer);
 
   void check(const Pass& pass, const Pool& pool) const;
+  void check(const Recall& recall) const;
   void reserve(const Pass& pass, const Pool& pool);
   char* operands(int row) const;
   void round(const float* x, int columns, int row) { arithmetic_.round(x, columns, operands(row)); }
@@ -205,6 +212,7 @@ class Decoder {
   std::vector<Layer> layers_;
   size_t hidden_stride_, qkv_stride_, ffn_stride_, operand_stride_, score_stride_;  // elements from row to row
   Buffers buffers_;
+  std::vector<const Recall*> recalls_;  // [rows] memory that a row reads, or null
   Routes routes_;
   Attention attention_;
   std::shared_ptr<Team> team_;

@@ -9,6 +9,8 @@
 
 namespace tokenswift {
 
+class Recall;
+
 // AttentionSegment of kernels/base.py in the form that crosses the language boundary. The caller owns the arrays.
 struct SegmentInput {
   int start = 0;  // first row in the pass
@@ -20,6 +22,7 @@ struct SegmentInput {
   int view_pages = 0;
   const int32_t* tail = nullptr;      // [tail_rows][tail_width] slots by position, then -1
   int tail_rows = 0, tail_width = 0;  // a chain has one tail row, and each of its rows sees a beginning of it
+  const Recall* recall = nullptr;     // memory of the evicted pages, or null
 };
 
 // The rule by which rows meet keys at distances that the model was not trained for (BlockShifts of kernels/base.py).

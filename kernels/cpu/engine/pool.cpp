@@ -103,6 +103,13 @@ class Lane {
     }
   }
 
+  void widen_value(int count, float* out) const {
+    for (int d = 0; d < count; ++d) {
+      out[d] = Rounding<T>::widen(value(d));
+      if constexpr (Rounding<T>::scaled) out[d] *= value_scale();
+    }
+  }
+
   // Bounds all keys of the page whose first lane this is.
   void key_bounds(int count, float* low, float* high) const {
     constexpr int width = 16;
@@ -245,6 +252,13 @@ void Pool::keys(int layer, int head, int page, int count, float* out) const {
   with_lanes(type_, [&](auto lane_of) {
     for (int i = 0; i < page_size; ++i)
       lane_of(block(layer, head, page), i, head_dim_).widen_key(count, out + i * count);
+  });
+}
+
+void Pool::values(int layer, int head, int page, int count, float* out) const {
+  with_lanes(type_, [&](auto lane_of) {
+    for (int i = 0; i < page_size; ++i)
+      lane_of(block(layer, head, page), i, head_dim_).widen_value(count, out + i * count);
   });
 }
 

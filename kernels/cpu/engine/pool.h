@@ -62,6 +62,7 @@ class Pool {
 
   // Widens a page's keys, the first `count` dimensions of each, into out [page_size][count].
   void keys(int layer, int head, int page, int count, float* out) const;
+  void values(int layer, int head, int page, int count, float* out) const;  // the same of its values
 
  private:
   size_t values_at() const;  // place of the values in a block, in bytes

@@ -1,7 +1,8 @@
-// Statistics of the keys of pages, which the policies ask for.
+// Statistics of the keys of pages, which the policies ask for, and pages for a memory.
 #include <algorithm>
 
 #include "engine/decoder.h"
+#include "engine/require.h"
 
 namespace tokenswift {
 namespace {
@@ -47,6 +48,19 @@ void Decoder::key_scores(const Pool& pool, const int32_t* pages, int count, cons
       out[at * count + i] = kernels.best_score(visit);
     }
   });
+}
+
+void Decoder::fold(Recall& recall, const Pool& pool, const int32_t* numbers, const int32_t* pages, int count,
+                   const RopeTables& rope, const RopeTables& local, int context, const float* shifts) {
+  check(recall);
+  require((recall.shape().kind == Remembering::linear) == (shifts != nullptr), "only linear has scales of pages");
+  std::vector<RopeTables> ropes;
+  for (const int of_layer : shape_.ropes) ropes.push_back(of_layer < 0 ? RopeTables{} : of_layer ? local : rope);
+  for (int i = 0; i < count; ++i) {
+    require(numbers[i] >= 0 && numbers[i] < context / page_size && pool.usable(pages[i]), "page ", numbers[i],
+            " is not in use, or past the context");
+  }
+  recall.fold(*team_, pool, numbers, pages, count, ropes, shifts);
 }
 
 void Decoder::page_keys(const Pool& pool, int layer, const int32_t* pages, int count, int width, float* out) {

@@ -105,6 +105,20 @@ struct Kernels {
   void (*merge)(float* state, const float* part, int head_dim);
   // out = the state's values / the sum of its weights.
   void (*normalise)(const float* state, int head_dim, float* out);
+  // What memories of evicted keys are made and read with (engine/recall.h). Counts are multiples of vector_multiple.
+  // Returns the sum of a[i] b[i].
+  float (*dot)(const float* a, const float* b, int n);
+  // out[f] = offset + the sum of x[i] table[i][f], where table is [n][features].
+  void (*project)(const float* x, const float* table, int n, int features, float offset, float* out);
+  // out = 2^(x - shift - top), for exponents up to 127. shift: [n], or null for zeros. out may be x.
+  void (*powers)(const float* x, const float* shift, float top, int n, float* out);
+  // out = elu(x) + 1, which is 2^(x log2(e)) below 0 and x + 1 above. out may be x.
+  void (*sigma)(const float* x, int n, float* out);
+  // values[f] += weights[f] times the vector x, where values is [features][n]. Here `features` is any number.
+  void (*add_outer)(const float* weights, int features, const float* x, int n, float* values);
+  // Makes a softmax state but for its maximum: the sums of weights[f] values[f] and of weights[f] keys[f].
+  void (*recall)(const float* weights, const float* keys, const float* values, int features, int head_dim,
+                 float* state);
   // out[i] += the share of page i in the softmax of `state`.
   void (*add_mass)(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                    float* out);

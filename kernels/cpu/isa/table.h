@@ -45,6 +45,12 @@ Kernels make_kernels(const char* name) {
           rotate,
           merge,
           normalise,
+          dot,
+          project,
+          powers,
+          sigma,
+          add_outer,
+          recall,
           add_mass};
 }
 

@@ -118,6 +118,65 @@ inline void normalise(const float* state, int head_dim, float* out) {
   for (int i = 0; i < head_dim; i += Isa::lanes) Isa::store(out + i, Isa::div(Isa::load(state + i), total));
 }
 
+inline float dot(const float* a, const float* b, int n) {
+  Vec sums = Isa::zero();
+  for (int i = 0; i < n; i += Isa::lanes) sums = Isa::fma(Isa::load(a + i), Isa::load(b + i), sums);
+  return Isa::sum(sums);
+}
+
+inline void project(const float* x, const float* table, int n, int features, float offset, float* out) {
+  for (int f = 0; f < features; f += Isa::lanes) Isa::store(out + f, Isa::splat(offset));
+  for (int i = 0; i < n; ++i) {
+    const Vec factor = Isa::splat(x[i]);
+    const float* row = table + size_t(i) * features;
+    for (int f = 0; f < features; f += Isa::lanes) {
+      Isa::store(out + f, Isa::fma(factor, Isa::load(row + f), Isa::load(out + f)));
+    }
+  }
+}
+
+inline void powers(const float* x, const float* shift, float top, int n, float* out) {
+  for (int i = 0; i < n; i += Isa::lanes) {
+    const Vec exponent = shift ? Isa::sub(Isa::load(x + i), Isa::load(shift + i)) : Isa::load(x + i);
+    Isa::store(out + i, exp2(Isa::sub(exponent, Isa::splat(top))));
+  }
+}
+
+inline void sigma(const float* x, int n, float* out) {
+  const Vec zero = Isa::zero(), log2e = Isa::splat(1.4426950408889634f);
+  for (int i = 0; i < n; i += Isa::lanes) {
+    const Vec value = Isa::load(x + i);
+    Isa::store(out + i, Isa::add(Isa::max(value, zero), exp2(Isa::mul(Isa::min(value, zero), log2e))));
+  }
+}
+
+inline void add_outer(const float* weights, int features, const float* x, int n, float* values) {
+  for (int f = 0; f < features; ++f, values += n) {
+    const Vec weight = Isa::splat(weights[f]);
+    for (int i = 0; i < n; i += Isa::lanes) {
+      Isa::store(values + i, Isa::fma(weight, Isa::load(x + i), Isa::load(values + i)));
+    }
+  }
+}
+
+inline void recall(const float* weights, const float* keys, const float* values, int features, int head_dim,
+                   float* state) {
+  for (int i = 0; i < head_dim + sums_width; i += Isa::lanes) Isa::store(state + i, Isa::zero());
+  for (int f = 0; f < features; ++f) {
+    const Vec weight = Isa::splat(weights[f]);
+    const float* row = values + size_t(f) * head_dim;
+    for (int i = 0; i < head_dim; i += Isa::lanes) {
+      Isa::store(state + i, Isa::fma(weight, Isa::load(row + i), Isa::load(state + i)));
+    }
+  }
+  float* sums = state + head_dim;
+  for (int f = 0; f < features; f += sums_width) {
+    for (int i = 0; i < sums_width; i += Isa::lanes) {
+      Isa::store(sums + i, Isa::fma(Isa::load(weights + f + i), Isa::load(keys + f + i), Isa::load(sums + i)));
+    }
+  }
+}
+
 // Adds each page's share of the softmax to `out`. The buffers are padded to whole vectors.
 inline void add_mass(const float* state, int head_dim, const float* mass, const float* mass_maximum, int pages,
                      float* out) {
