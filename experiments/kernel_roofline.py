@@ -143,29 +143,30 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     for name, depth, columns, outputs in (
         ("qkv", shape.hidden, q + 2 * kv, q + 2 * kv),
         ("matmul o", q, shape.hidden, shape.hidden),
-        ("gated", shape.hidden, 2 * shape.intermediate, shape.intermediate),
+        ("gated, gated+gelu", shape.hidden, 2 * shape.intermediate, shape.intermediate),
         ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
         ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
         read, written = (columns * depth + rows * depth) * ITEM, rows * outputs * ITEM
         yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
-    yield Work("norm", rows, None, 2 * row + shape.hidden * ITEM, row, 2 * row, 4 * rows * shape.hidden)
-    yield Work("add_norm", rows, None, 4 * row + shape.hidden * ITEM, 2 * row, 4 * row, 5 * rows * shape.hidden)
+    for more, weight in (("", shape.hidden * ITEM), ("+wide", shape.hidden * FP32)):
+        yield Work(f"norm{more}", rows, None, 2 * row + weight, row, 2 * row, 4 * rows * shape.hidden)
+        yield Work(f"add_norm{more}", rows, None, 4 * row + weight, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
     angles = rows * shape.head_dim * FP32
     read = (q + 2 * kv + rows) * shape.hidden * ITEM + angles
     yield Work("qkv_rope", rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
-    for norm, int8 in product((False, True), repeat=2):
+    for norm, int8 in product(("", "+norm", "+wide"), (False, True)):
         stored = rows * (q * ITEM + token_bytes(shape, int8))
-        flops = (3 + 4 * norm) * heads + (8 * rows * kv if int8 else 0)
-        name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
+        flops = (7 if norm else 3) * heads + (8 * rows * kv if int8 else 0)
+        name = f"rope_write{norm}{'+int8' * int8}"
         read = moved + angles + ((q + kv) * rows * ITEM if norm else 0)  # a head is read for its sum first
         yield Work(name, rows, None, read, stored, moved + stored, flops)
     kept = rows * token_bytes(shape, False)
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
     inner = rows * shape.intermediate * ITEM
-    yield Work("swiglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
+    yield Work("swiglu, geglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
 
 
 def choice_works(shape: Shape, rows: int) -> Iterator[Work]:

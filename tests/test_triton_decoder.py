@@ -36,6 +36,7 @@ from tokenswift_py.runs import plan
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+OWN = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}}
 PROMPT = [3, 14, 15, 9, 26]
 FOUR_TOKENS = dict.fromkeys((3, 14, 15, 9), 30.0)  # a text that repeats itself
 
@@ -46,7 +47,7 @@ def triton_decoder(
     family: str = "llama",
     kv_dtype: torch.dtype | None = None,
 ) -> Any:
-    model = tiny_model(tiny_config(family, **SMALL), dtype).to(DEVICE)
+    model = tiny_model(tiny_config(family, **SMALL, **OWN.get(family, {})), dtype).to(DEVICE)
     return decoder_of(model, attention="triton", ops=TritonOps(deterministic), kv_dtype=kv_dtype), model
 
 
@@ -65,7 +66,7 @@ def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, dep
     assert linear(x[:0], weight).shape == (0, columns)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "smollm3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "smollm3", "phi3", "gemma3_text"])
 def test_it_computes_what_hugging_face_does(family: str) -> None:
     decoder, model = triton_decoder(family=family)
     ids = np.array(PROMPT, np.int32)
@@ -76,12 +77,20 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kv_dtype"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.int8)]
+    ("family", "dtype", "kv_dtype"),
+    [
+        ("llama", torch.float32, None),
+        ("llama", torch.bfloat16, None),
+        ("llama", torch.bfloat16, torch.int8),
+        ("gemma3_text", torch.bfloat16, torch.int8),
+    ],
 )
-def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype, kv_dtype: torch.dtype | None) -> None:
+def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(
+    family: str, dtype: torch.dtype, kv_dtype: torch.dtype | None
+) -> None:
     """The tree crosses the page boundary at 64; what is decoded plainly is committed token by token. What lies before
     it is drawn, which costs nothing."""
-    decoder, _ = triton_decoder(dtype, kv_dtype=kv_dtype)
+    decoder, _ = triton_decoder(dtype, family=family, kv_dtype=kv_dtype)
     cache = decoder.new_cache()
     for layer in range(2):
         cache.pool.write(layer, torch.arange(62), *torch.randn(2, 62, 1, 16).to(DEVICE, dtype))

@@ -62,10 +62,10 @@ class TritonOps:
         biases: tuple[torch.Tensor, torch.Tensor] | None,
         activation: str,
     ) -> torch.Tensor:
-        if self.deterministic and activation == "silu":
-            return projections.gated(x, gate, up, biases)
-        opened, wide = (self.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
-        return fused.swiglu(opened, wide) if activation == "silu" else F.gelu(opened, approximate="tanh") * wide
+        if self.deterministic:
+            return projections.gated(x, gate, up, biases, activation)
+        opened, wide = (F.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
+        return fused.glu(opened, wide, activation)
 
     def qkv(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self._projected(x, own)

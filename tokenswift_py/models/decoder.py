@@ -45,10 +45,7 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
 def lacking(spec: ModelSpec) -> str:
     """Returns in words the parts of a model's layers that Triton's kernels do not compute, empty where they compute
     all."""
-    needs = {
-        "norms by 1 + weight": spec.norm_offset != 0,
-        "mixtures of experts": spec.experts is not None,
-    }
+    needs = {"mixtures of experts": spec.experts is not None}
     return ", ".join(name for name, needed in needs.items() if needed)
 
 
