@@ -38,6 +38,15 @@ CHOICE_BLOCK = 1024  # tokens that a program of the sampler chooses from
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer, of which a row takes some. width: columns of one."""
+
+    count: int
+    chosen: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Shape:
     hidden: int
     intermediate: int
@@ -45,12 +54,14 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    mixture: Mixture | None = None
 
 
 SHAPES = {
     "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
     "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128, 152064),
     "llama-3.1-8b": Shape(4096, 14336, 32, 8, 128, 128256),
+    "qwen3-30b-a3b": Shape(2048, 6144, 32, 4, 128, 151936, Mixture(128, 8, 768)),
 }
 
 
@@ -140,11 +151,14 @@ def token_bytes(shape: Shape, int8: bool) -> int:
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     """Yields the work of a layer except attention, and that of the LM head."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    feed_forward = (
+        ("gated, gated+gelu", shape.hidden, 2 * shape.intermediate, shape.intermediate),
+        ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
+    )
     for name, depth, columns, outputs in (
         ("qkv", shape.hidden, q + 2 * kv, q + 2 * kv),
         ("matmul o", q, shape.hidden, shape.hidden),
-        ("gated, gated+gelu", shape.hidden, 2 * shape.intermediate, shape.intermediate),
-        ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
+        *(() if shape.mixture else feed_forward),
         ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
         read, written = (columns * depth + rows * depth) * ITEM, rows * outputs * ITEM
@@ -165,8 +179,31 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         yield Work(name, rows, None, read, stored, moved + stored, flops)
     kept = rows * token_bytes(shape, False)
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
+    if shape.mixture:
+        yield from mixture_works(shape.hidden, shape.mixture, rows)
+        return
     inner = rows * shape.intermediate * ITEM
     yield Work("swiglu, geglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
+
+
+def mixture_works(hidden: int, mixture: Mixture, rows: int) -> Iterator[Work]:
+    """Yields the work of a mixture, from its router on. Experts are read that rows take who choose evenly and alone."""
+    count, pairs = mixture.count, rows * mixture.chosen
+    taken = round(count * (1 - (1 - mixture.chosen / count) ** rows))
+    scores, shares, numbers = rows * count * ITEM, pairs * FP32, pairs * FP32
+    yield Work("route, route+sum", rows, None, scores, shares + numbers, scores + shares, 5 * rows * count)
+    yield Work("group", rows, None, 2 * count * numbers, numbers + 2 * count * FP32, 2 * numbers, 3 * count * pairs)
+    for name, depth, columns, outputs in (
+        ("experts+gated", hidden, 2 * mixture.width, mixture.width),
+        ("experts", mixture.width, hidden, hidden),
+    ):
+        read, written = (taken * columns * depth + pairs * depth) * ITEM, pairs * outputs * ITEM
+        yield Work(name, rows, None, read, written, read + written, 2 * pairs * columns * depth)
+    parts, row = pairs * hidden * ITEM, rows * hidden * ITEM
+    yield Work("mix", rows, None, parts + shares, row, parts + shares + row, 2 * pairs * hidden)
+    yield Work(
+        "mix+shared", rows, None, parts + shares + row, row, parts + shares + 2 * row, 2 * (pairs + rows) * hidden
+    )
 
 
 def choice_works(shape: Shape, rows: int) -> Iterator[Work]:

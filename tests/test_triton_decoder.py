@@ -66,7 +66,9 @@ def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, dep
     assert linear(x[:0], weight).shape == (0, columns)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "smollm3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "qwen2", "smollm3", "phi3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"]
+)
 def test_it_computes_what_hugging_face_does(family: str) -> None:
     decoder, model = triton_decoder(family=family)
     ids = np.array(PROMPT, np.int32)
@@ -83,6 +85,7 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
         ("llama", torch.bfloat16, None),
         ("llama", torch.bfloat16, torch.int8),
         ("gemma3_text", torch.bfloat16, torch.int8),
+        ("qwen2_moe", torch.float32, None),
     ],
 )
 def test_logits_of_tree_rows_have_the_bits_of_plain_decoding(
