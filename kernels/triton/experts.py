@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -228,8 +229,8 @@ def mix(parts: torch.Tensor, routes: Routes, shared: tuple[torch.Tensor, torch.T
 def variants(target: str) -> Iterator[Variant]:
     """Yields the kernels for 128 experts, of which a row takes 8."""
     tables = {"spans": "*i32", "sources": "*i32", "experts": "*i32", "shares": "*fp32", "addresses": "*i64"}
-    first = DTYPES[0]
-    yield Variant("group", group_kernel, first, None, tables, {"BLOCK": BLOCK}, 4, 1)
+    constants: dict[str, Any] = {"BLOCK": BLOCK}
+    yield Variant("group", group_kernel, DTYPES[0], None, tables, constants, 4, 1)
     for dtype in DTYPES:
         data, chosen = POINTERS[dtype], tiles(dtype, target)
         kinds = {**tables, "scores": data}
@@ -237,9 +238,11 @@ def variants(target: str) -> Iterator[Variant]:
             constants = {"COUNT": 128, "CHOSEN": 8, "NORMALISED": normalised, "BLOCK": 128}
             yield Variant(f"route{'+sum' * normalised}", route_kernel, dtype, None, kinds, constants, 1, 1)
         kinds = {**tables, **dict.fromkeys(("x", "out"), data)}
-        for name, gated, gelu in (("experts", False, False), ("experts+gated", True, False)):
-            shape = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth}
-            constants = {"GATED": gated, "GELU": gelu, **shape, "PRECISION": precision(target)}
+        for name, gated in (("experts", False), ("experts+gated", True)):
+            constants = {
+                "GATED": gated, "GELU": False, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns,
+                "BLOCK_K": chosen.depth, "PRECISION": precision(target),
+            }  # fmt: skip
             launch = (chosen.warps, chosen.stages, ("depth",))
             yield Variant(name, experts_kernel, dtype, None, kinds, constants, *launch)
         kinds = {**tables, **dict.fromkeys(("parts", "score", "shared", "out"), data)}
