@@ -39,6 +39,15 @@ CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer, of which a row takes some. width: columns of one."""
+
+    count: int
+    chosen: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Shape:
     hidden: int
     intermediate: int
@@ -46,12 +55,14 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    mixture: Mixture | None = None
 
 
 SHAPES = {
     "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
     "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128, 152064),
     "llama-3.1-8b": Shape(4096, 14336, 32, 8, 128, 128256),
+    "qwen3-30b-a3b": Shape(2048, 6144, 32, 4, 128, 151936, Mixture(128, 8, 768)),
 }
 
 
@@ -141,32 +152,59 @@ def token_bytes(shape: Shape, int8: bool) -> int:
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     """Yields the work of a layer except attention, and that of the LM head."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    feed_forward = (
+        ("gated, gated+gelu", shape.hidden, 2 * shape.intermediate, shape.intermediate),
+        ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
+    )
     for name, depth, columns, outputs in (
         ("qkv", shape.hidden, q + 2 * kv, q + 2 * kv),
         ("matmul o", q, shape.hidden, shape.hidden),
-        ("gated", shape.hidden, 2 * shape.intermediate, shape.intermediate),
-        ("matmul down", shape.intermediate, shape.hidden, shape.hidden),
+        *(() if shape.mixture else feed_forward),
         ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
         read, written = (columns * depth + rows * depth) * ITEM, rows * outputs * ITEM
         yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
-    yield Work("norm", rows, None, 2 * row + shape.hidden * ITEM, row, 2 * row, 4 * rows * shape.hidden)
-    yield Work("add_norm", rows, None, 4 * row + shape.hidden * ITEM, 2 * row, 4 * row, 5 * rows * shape.hidden)
+    for more, weight in (("", shape.hidden * ITEM), ("+wide", shape.hidden * FP32)):
+        yield Work(f"norm{more}", rows, None, 2 * row + weight, row, 2 * row, 4 * rows * shape.hidden)
+        yield Work(f"add_norm{more}", rows, None, 4 * row + weight, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
     angles = rows * shape.head_dim * FP32
     read = (q + 2 * kv + rows) * shape.hidden * ITEM + angles
     yield Work("qkv_rope", rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
-    for norm, int8 in product((False, True), repeat=2):
+    for norm, int8 in product(("", "+norm", "+wide"), (False, True)):
         stored = rows * (q * ITEM + token_bytes(shape, int8))
-        flops = (3 + 4 * norm) * heads + (8 * rows * kv if int8 else 0)
-        name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
+        flops = (7 if norm else 3) * heads + (8 * rows * kv if int8 else 0)
+        name = f"rope_write{norm}{'+int8' * int8}"
         read = moved + angles + ((q + kv) * rows * ITEM if norm else 0)  # a head is first read for its sum
         yield Work(name, rows, None, read, stored, moved + stored, flops)
     kept = rows * token_bytes(shape, False)
     yield Work("move", rows, None, kept, kept, 2 * kept, 0)
+    if shape.mixture:
+        yield from mixture_works(shape.hidden, shape.mixture, rows)
+        return
     inner = rows * shape.intermediate * ITEM
-    yield Work("swiglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
+    yield Work("swiglu, geglu", rows, None, 2 * inner, inner, 3 * inner, 5 * rows * shape.intermediate)
+
+
+def mixture_works(hidden: int, mixture: Mixture, rows: int) -> Iterator[Work]:
+    """Yields the work of a mixture, from its router on. Experts are read that rows take who choose evenly and alone."""
+    count, pairs = mixture.count, rows * mixture.chosen
+    taken = round(count * (1 - (1 - mixture.chosen / count) ** rows))
+    scores, shares, numbers = rows * count * ITEM, pairs * FP32, pairs * FP32
+    yield Work("route, route+sum", rows, None, scores, shares + numbers, scores + shares, 5 * rows * count)
+    yield Work("group", rows, None, 2 * count * numbers, numbers + 2 * count * FP32, 2 * numbers, 3 * count * pairs)
+    for name, depth, columns, outputs in (
+        ("experts+gated", hidden, 2 * mixture.width, mixture.width),
+        ("experts", mixture.width, hidden, hidden),
+    ):
+        read, written = (taken * columns * depth + pairs * depth) * ITEM, pairs * outputs * ITEM
+        yield Work(name, rows, None, read, written, read + written, 2 * pairs * columns * depth)
+    parts, row = pairs * hidden * ITEM, rows * hidden * ITEM
+    yield Work("mix", rows, None, parts + shares, row, parts + shares + row, 2 * pairs * hidden)
+    yield Work(
+        "mix+shared", rows, None, parts + shares + row, row, parts + shares + 2 * row, 2 * (pairs + rows) * hidden
+    )
 
 
 def choice_works(shape: Shape, rows: int) -> Iterator[Work]:

@@ -21,19 +21,18 @@ from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters.base import create
 from tokenswift_py.errors import UserError
-from tokenswift_py.models.decoder import TorchDecoder, choose_experts
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.families.base import Experts
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
+from tokenswift_py.models.ops import choose_experts
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.parallel.shards import Shard
 from toys import save_tiny
 
 pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
 KERNELS = "tokenswift_py.kernels"
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0 + i / 8 for i in range(4)],
             "long_factor": [1.0 + i for i in range(4)]}  # fmt: skip
 # The fields that differ among the models of a family, by the family.
@@ -250,24 +249,6 @@ def test_local_layers_beyond_their_training_are_refused() -> None:
     config = config_of("gemma3_text", max_position_embeddings=256, sliding_window=300)
     with pytest.raises(UserError, match="positions: 'log-extend' is not allowed; the local layers' window of 300"):
         rope_tables(config, 512)
-
-
-@pytest.mark.parametrize(
-    ("case", "lacks"),
-    [("gemma3_text", "norms by 1 [+] weight"), *((f, "mixtures of experts") for f in GGUF if f in MIXTURES)],
-)
-def test_tritons_kernels_refuse_by_name_what_they_do_not_compute(case: str, lacks: str) -> None:
-    pytest.importorskip("triton")
-    from tokenswift_py.kernels.triton.ops import TritonOps
-
-    with pytest.raises(UserError, match=f"attention: 'triton' is not allowed; its kernels have no {lacks}"):
-        decoder_of(tiny_model(config_of(case)), ops=TritonOps(True))
-
-
-@pytest.mark.parametrize("case", MIXTURES)
-def test_ranks_refuse_experts(case: str) -> None:
-    with pytest.raises(UserError, match=f"ranks do not share out the experts of {case}"):
-        Shard(0, 2, gather=False).spec(ModelSpec.from_config(config_of(case)))
 
 
 def test_only_chosen_experts_count_as_multiplied() -> None:

@@ -115,7 +115,9 @@ def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[in
     return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
 
 
-@pytest.mark.parametrize(("family", "temperature", "trained"), [("llama", 0.0, 512), ("qwen3", 0.9, 200)])
+@pytest.mark.parametrize(
+    ("family", "temperature", "trained"), [("llama", 0.0, 512), ("qwen3", 0.9, 200), ("qwen2_moe", 0.9, 512)]
+)
 def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, temperature: float, trained: int) -> None:
     """Measured: in float64 no rounding comes near a choice. Where no number is given, rank 0's clock plans for both.
     With few trained positions most of the text is met by Self-Extend."""
@@ -185,10 +187,20 @@ def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: 
 
 
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("family", ["smollm3", "phi3", "gemma3_text"])
-def test_shares_of_families_with_layers_of_several_kinds(pair: Pair, family: str, gather: bool) -> None:
-    """Layers without RoPE or with a base of their own, norms after attention and feed-forward, a scaled embedding."""
-    config = tiny_config(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        *((family, {}) for family in ("smollm3", "phi3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe")),
+        ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    ],
+)
+def test_shares_of_families_with_layers_of_several_kinds(
+    pair: Pair, family: str, changes: dict[str, Any], gather: bool
+) -> None:
+    """Layers without RoPE or with a base of their own, norms after attention and feed-forward, a scaled embedding;
+    mixtures of experts in all layers or in some, with an expert that every row takes and without. `decoder_of` is held
+    to transformers in test_families.py."""
+    config = tiny_config(family, **changes)
     expected = passes(decoder_of(tiny_model(config)))
     logits, others = (found[0] for found in pair(shared_passes, config, gather, torch.float64))
     assert torch.equal(logits, others)
@@ -204,28 +216,32 @@ def test_bf16_travels_too(pair: Pair) -> None:
 
 
 TRITON = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-          "hidden_size": 64, "intermediate_size": 128}  # fmt: skip  # every share begins at a tile's edge
+          "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64,
+          "shared_expert_intermediate_size": 128}  # fmt: skip  # every share begins at a tile's edge
 
 
-def triton_decoder(make: Callable[..., Any], dtype: torch.dtype, **more: Any) -> Any:
+def triton_decoder(make: Callable[..., Any], family: str, dtype: torch.dtype, **more: Any) -> Any:
     from tokenswift_py.kernels.triton.ops import TritonOps
 
-    model = tiny_model(tiny_config("qwen3", **TRITON), dtype).to(DEVICE)
+    model = tiny_model(tiny_config(family, **TRITON), dtype).to(DEVICE)
     return make(model, attention="triton", ops=TritonOps(True), **more)
 
 
-def triton_passes(dtype: torch.dtype) -> tuple[torch.Tensor, str]:
-    decoder = triton_decoder(share_of, dtype, gather=True)
+def triton_passes(family: str, dtype: torch.dtype) -> tuple[torch.Tensor, str]:
+    decoder = triton_decoder(share_of, family, dtype, gather=True)
     return passes(decoder, slice(ranks.rank, ranks.rank + 1)), decoder.guarantee
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: tokenswift-py[triton]")
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="two processes of this test have no GPU each")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_fixed_order_the_bits_are_those_of_one_process(pair: Pair, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("qwen3", torch.float32), ("qwen3", torch.bfloat16), ("qwen2_moe", torch.bfloat16)],
+)
+def test_in_fixed_order_the_bits_are_those_of_one_process(pair: Pair, family: str, dtype: torch.dtype) -> None:
     """Law 1, and more: a row's logits do not depend on how many processes computed them."""
-    expected = passes(triton_decoder(decoder_of, dtype))
-    for logits, guarantee in pair(triton_passes, dtype):
+    expected = passes(triton_decoder(decoder_of, family, dtype))
+    for logits, guarantee in pair(triton_passes, family, dtype):
         assert torch.equal(logits, expected)
         assert torch.equal(logits[2], logits[-1]), "in a tree and alone"
         assert guarantee == "bitwise, unverified on hardware"
@@ -254,6 +270,15 @@ def test_what_cannot_be_shared_out_is_refused() -> None:
         Shard(0, 4, False).spec(spec)
     with pytest.raises(UserError, match="intermediate_size: 81 is not allowed; 2 ranks"):
         Shard(0, 2, True).spec(ModelSpec.from_config(tiny_config(intermediate_size=81)))
+    for family, name, says in (
+        ("mixtral", "intermediate_size", "^an expert's"),
+        ("qwen3_moe", "moe_intermediate_size", "^an expert's"),
+        ("qwen2_moe", "shared_expert_intermediate_size", "^the shared expert's"),
+    ):
+        spec = ModelSpec.from_config(tiny_config(family, **{name: 81}))
+        with pytest.raises(UserError, match=f"{says} intermediate_size: 81 is not allowed; 2 ranks must divide it"):
+            Shard(0, 2, False).spec(spec)
+    Shard(0, 2, False).spec(ModelSpec.from_config(tiny_config("qwen3_moe", intermediate_size=81)))  # no dense layer
     with pytest.raises(UserError, match="engine: 'native' is not allowed; it runs in one process"):
         choose_engine("native", torch.device("cpu"), "auto", 2)
     assert choose_engine("auto", torch.device("cpu"), "auto", 2) == "torch"

@@ -282,14 +282,24 @@ def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) ->
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def test_launches_of_a_layer(record_property: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "wanted"),
+    [
+        ("llama", {False: 8, True: 9}),
+        ("gemma3_text", {False: 11}),
+        ("mixtral", {False: 12}),
+        ("qwen2_moe", {False: 15}),
+    ],
+)
+def test_launches_of_a_layer(record_property: Any, family: str, wanted: dict[bool, int]) -> None:
     """How many nodes of a graph a layer costs, page masses wanted or not: the difference of one layer more."""
     counts = {}
-    for mass in (False, True):
+    for mass in wanted:
         names = []
         for layers in (1, 2):
+            config = tiny_config(family, **{**SMALL, "num_hidden_layers": layers, "layer_types": None})
             decoder = decoder_of(
-                tiny_model(tiny_config("llama", **{**SMALL, "num_hidden_layers": layers}), torch.float32),
+                tiny_model(config, torch.float32),
                 context=256, attention="triton", ops=TritonOps(True),
             )  # fmt: skip
             cache = decoder.new_cache()
@@ -299,9 +309,9 @@ def test_launches_of_a_layer(record_property: Any) -> None:
                 step.replayed.run()
             names.append([launch.name for launch in tape.launches])
         counts[mass] = len(names[1]) - len(names[0])
-        print(f"launches of a layer, page masses {'wanted' if mass else 'not wanted'}: {counts[mass]}")
-        record_property(f"launches of a layer, mass {mass}", counts[mass])
-    assert counts == {False: 8, True: 9}
+        print(f"launches of a layer of {family}, page masses {'wanted' if mass else 'not wanted'}: {counts[mass]}")
+        record_property(f"launches of a layer of {family}, mass {mass}", counts[mass])
+    assert counts == wanted
 
 
 @pytest.mark.parametrize(("length", "tree"), [(1000, CHAIN), (1984, CHAIN), (1984, BUSH), (4100, BUSH)])

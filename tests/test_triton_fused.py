@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
@@ -13,21 +14,22 @@ from scenes import LAYERS, fill, new_pool
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kernels.triton import fused
 from tokenswift_py.kvcache.pages import TorchPagePool
+from tokenswift_py.models.ops import TorchOps
 from triton_scenes import seeded as seeded
 
 # The interpreter cuts bf16 short instead of rounding.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("dtype", "wide"), [*((dtype, False) for dtype in TOLERANCE), (torch.bfloat16, True)])
 @pytest.mark.parametrize("width", [48, 1025])
-def test_norms_with_and_without_a_residual(dtype: torch.dtype, width: int) -> None:
+def test_norms_with_and_without_a_residual(dtype: torch.dtype, wide: bool, width: int) -> None:
+    """A weight in fp32 beside rows of 16 bits, as Gemma has it, multiplies before they are rounded."""
     x, y = torch.randn(3, width).to(dtype), torch.randn(3, width).to(dtype)
-    weight = torch.randn(width).to(dtype)
+    weight = torch.randn(width).to(torch.float32 if wide else dtype)
     tolerance = {"rtol": TOLERANCE[dtype], "atol": 3 * TOLERANCE[dtype]}
     for total in (x, x + y):
-        wide = total.float()
-        expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+        expected = TorchOps().norm(total, weight, 1e-5)
         if total is x:
             torch.testing.assert_close(fused.norm(x, weight, 1e-5), expected, **tolerance)
         else:
@@ -37,10 +39,13 @@ def test_norms_with_and_without_a_residual(dtype: torch.dtype, width: int) -> No
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_swiglu(dtype: torch.dtype) -> None:
+def test_swiglu_and_geglu(dtype: torch.dtype) -> None:
+    """Also far from zero, where one of GELU's terms is no number of the type any more."""
     gate, up = torch.randn(3, 700).to(dtype), torch.randn(3, 700).to(dtype)
+    gate[0, :4] = torch.tensor([1e4, -1e4, 90.0, -90.0])
     tolerance = {"rtol": TOLERANCE[dtype], "atol": 2 * TOLERANCE[dtype]}
-    torch.testing.assert_close(fused.swiglu(gate, up), torch.nn.functional.silu(gate) * up, **tolerance)
+    torch.testing.assert_close(fused.glu(gate, up), F.silu(gate) * up, **tolerance)
+    torch.testing.assert_close(fused.glu(gate, up, "gelu"), F.gelu(gate, approximate="tanh") * up, **tolerance)
 
 
 @pytest.mark.parametrize("head_dim", [16, 80])

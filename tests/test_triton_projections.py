@@ -30,14 +30,14 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "bias"), [(1, False), (65, True)])
-def test_swiglu_behind_its_products(dtype: torch.dtype, rows: int, bias: bool) -> None:
+@pytest.mark.parametrize(("rows", "bias", "activation"), [(1, False, "gelu"), (65, True, "silu")])
+def test_the_activation_behind_its_products(dtype: torch.dtype, rows: int, bias: bool, activation: str) -> None:
     x, gate, up = drawn(dtype, rows, 70), drawn(dtype, 43, 70), drawn(dtype, 43, 70)
     biases = (drawn(dtype, 43), drawn(dtype, 43)) if bias else None
     parts = (linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
-    together = projections.gated(x, gate, up, biases)
-    assert torch.equal(together, fused.swiglu(*parts))
-    assert torch.equal(projections.gated(x[-1:], gate, up, biases), together[-1:])
+    together = projections.gated(x, gate, up, biases, activation)
+    assert torch.equal(together, fused.glu(*parts, activation))
+    assert torch.equal(projections.gated(x[-1:], gate, up, biases, activation), together[-1:])
     assert projections.gated(x[:0], gate, up).shape == (0, 43)
 
 
@@ -62,11 +62,11 @@ def test_queries_keys_and_values(dtype: torch.dtype, bias: bool, head_dim: int, 
     assert not pools[1].keys[1].flatten(1, 2)[:, slots[slots >= 0]].isnan().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "weights"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("head_dim", [16, 80, 256])
-def test_norms_of_queries_and_keys_before_the_rotation(dtype: torch.dtype, head_dim: int) -> None:
+def test_norms_of_queries_and_keys_before_the_rotation(dtype: torch.dtype, weights: torch.dtype, head_dim: int) -> None:
     q, k, v = drawn(dtype, 3, 4, head_dim), drawn(dtype, 3, 2, head_dim), drawn(dtype, 3, 2, head_dim)
-    norms: Any = drawn(dtype, head_dim), drawn(dtype, head_dim)
+    norms: Any = drawn(weights, head_dim), drawn(weights, head_dim)
     angles, slots = torch.rand(3, head_dim // 2), torch.tensor([70, -1, 64])
     turns = (angles.cos(), angles.sin(), slots)
     pools = [new_pool(2, head_dim, dtype, DEVICE) for _ in range(2)]

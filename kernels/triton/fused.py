@@ -1,7 +1,7 @@
 """Kernels that do in one launch what torch does in several.
 
-They are norms with their residual, rotation with the norm before it and the write to the KV pages, SwiGLU, and the copy
-of accepted rows. Each element depends on its own row only.
+They are norms with their residual, rotation with the norm before it and the write to the KV pages, SwiGLU and GeGLU,
+and the copy of accepted rows. Each element depends on its own row only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
+def weighted(x: tl.tensor, weight: tl.tensor, kind: tl.constexpr) -> tl.tensor:
+    """Returns x times the weight in `kind`. x is in fp32, and rounded to `kind` first where that is the weight's."""
+    if weight.dtype == kind:
+        x = x.to(kind).to(tl.float32)
+    return (x * weight.to(tl.float32)).to(kind)
+
+
+@triton.jit
 def norm_kernel(
     x: tl.tensor,  # [R, width]
     y: tl.tensor,  # [R, width], which is added to x first; unused without ADD
@@ -33,7 +41,10 @@ def norm_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Computes RMSNorm of one row. The mean is summed in fp32, lane by lane over blocks, then over lanes."""
+    """Computes RMSNorm of one row. The mean is summed in fp32, lane by lane over blocks, then over lanes.
+
+    A weight of a wider type than x multiplies before x is rounded.
+    """
     at = tl.program_id(0).to(tl.int64) * WIDTH
     lane = tl.arange(0, BLOCK)
     squares = tl.full([BLOCK], 0.0, tl.float32)
@@ -54,13 +65,12 @@ def norm_kernel(
             other = tl.load(y + at + start + lane, mask=inside, other=0.0)
             row = (row.to(tl.float32) + other.to(tl.float32)).to(row.dtype)
         w = tl.load(weight + start + lane, mask=inside, other=0.0)
-        scaled = (row.to(tl.float32) * scale).to(row.dtype)
-        result = (scaled.to(tl.float32) * w.to(tl.float32)).to(row.dtype)
-        tl.store(out + at + start + lane, result, mask=inside)
+        scaled = row.to(tl.float32) * scale
+        tl.store(out + at + start + lane, weighted(scaled, w, row.dtype), mask=inside)
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Computes RMSNorm over the last dimension."""
+    """Computes RMSNorm over the last dimension. weight: of x's type, or fp32, which is not rounded to x's."""
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
@@ -80,20 +90,33 @@ def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float)
 
 
 @triton.jit
-def swiglu_kernel(gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr) -> None:
+def activated(x: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
+    """Returns SiLU, or GELU by its tanh, which is written as x times a sigmoid: (1 + tanh(y)) / 2 = 1 / (1 + exp(-2y)).
+
+    x: fp32. Source of GELU's formula: arXiv 1606.08415, section 2, with 2 sqrt(2 / pi) multiplied in.
+    """
+    opened = x
+    if GELU:
+        opened = x * (1.5957691216057308 + 0.07135481627260025 * (x * x))
+    return x / (1.0 + tl.exp(-opened))
+
+
+@triton.jit
+def glu_kernel(
+    gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     g = tl.load(gate + at, mask=at < count, other=0.0)
     u = tl.load(up + at, mask=at < count, other=0.0)
-    wide = g.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(g.dtype)
-    tl.store(out + at, (activated.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=at < count)
+    opened = activated(g.to(tl.float32), GELU).to(g.dtype)
+    tl.store(out + at, (opened.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=at < count)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Computes silu(gate) * up. Both are contiguous and of one shape."""
+def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
+    """Computes act(gate) * up. Both are contiguous and of one shape. activation: silu, or gelu by its tanh."""
     out = torch.empty_like(gate)
     grid = (triton.cdiv(gate.numel(), BLOCK),)
-    swiglu_kernel[grid](gate, up, out, gate.numel(), BLOCK=BLOCK, **launch_options(4, 1))
+    glu_kernel[grid](gate, up, out, gate.numel(), GELU=activation == "gelu", BLOCK=BLOCK, **launch_options(4, 1))
     return out
 
 
@@ -134,9 +157,8 @@ def head_scale(source: tl.tensor, eps: tl.tensor, HEAD_DIM: tl.constexpr, HALF: 
 
 @triton.jit
 def normed(x: tl.tensor, scale: tl.tensor, weight: tl.tensor, inside: tl.tensor, kind: tl.constexpr) -> tl.tensor:
-    """Returns x times the factor and the weight, rounded to x's type after each, in fp32."""
-    w = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
-    return ((x * scale).to(kind).to(tl.float32) * w).to(kind).to(tl.float32)
+    """Returns x times the factor and the weight, rounded to `kind` as by `norm_kernel`, in fp32."""
+    return weighted(x * scale, tl.load(weight, mask=inside, other=0.0), kind).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "pool_pages"])
@@ -285,20 +307,26 @@ def move_warps(rows: int) -> int:
 def variants(target: str) -> Iterator[Variant]:
     for dtype in DTYPES:
         data = POINTERS[dtype]
-        for add in (False, True):
-            kinds = {**dict.fromkeys(("x", "y", "weight", "total", "out"), data), "eps": "fp32"}
+        wider = (False, True) if dtype != torch.float32 else (False,)  # whether a norm's weight is fp32 beside others
+        for add, wide in product((False, True), wider):
+            kinds = dict.fromkeys(("x", "y", "total", "out"), data)
+            kinds |= {"weight": "*fp32" if wide else data, "eps": "fp32"}
             constants = {"WIDTH": 4096, "ADD": add, "BLOCK": BLOCK}
-            yield Variant("add_norm" if add else "norm", norm_kernel, dtype, None, kinds, constants, 4, 1)
+            name = f"{'add_' * add}norm{'+wide' * wide}"
+            yield Variant(name, norm_kernel, dtype, None, kinds, constants, 4, 1)
         kinds = dict.fromkeys(("gate", "up", "out"), data)
-        yield Variant("swiglu", swiglu_kernel, dtype, None, kinds, {"BLOCK": BLOCK}, 4, 1)
+        for gelu in (False, True):
+            name, constants = "geglu" if gelu else "swiglu", {"GELU": gelu, "BLOCK": BLOCK}
+            yield Variant(name, glu_kernel, dtype, None, kinds, constants, 4, 1)
         for head_dim in HEAD_DIMS:
             half = triton.next_power_of_2(head_dim // 2)
-            for int8, norm in product((False, True), repeat=2):
+            for int8, norm in product((False, True), ("", "+norm", "+wide")[: 1 + len(wider)]):
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
-                whole = dict.fromkeys(("q", "k", "v", "rotated", "q_norm", "k_norm"), data)
-                kinds = {**whole, **pool, "slots": "*i64", "eps": "fp32"}
-                constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": norm}
-                name = f"rope_write{'+norm' * norm}{'+int8' * int8}"
+                whole = dict.fromkeys(("q", "k", "v", "rotated"), data)
+                norms = dict.fromkeys(("q_norm", "k_norm"), "*fp32" if norm == "+wide" else data)
+                kinds = {**whole, **norms, **pool, "slots": "*i64", "eps": "fp32"}
+                constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": bool(norm)}
+                name = f"rope_write{norm}{'+int8' * int8}"
                 yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
         for rows in (16, 64, 512):  # for the commit of a small tree, a fork, and the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import triton
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kernels.triton import attention, configs, fused, items, matmul, merge, projections
+from tokenswift_py.kernels.triton import attention, configs, experts, fused, items, matmul, merge, projections
 from tokenswift_py.kernels.triton.matmul import linear
 
 
@@ -19,7 +19,7 @@ def configurations() -> str:
 
     They cover tiles, warps, stages, precision and the splits of attention. Other choices give other bits.
     """
-    modules = (attention, fused, matmul, merge, projections)
+    modules = (attention, experts, fused, matmul, merge, projections)
     chosen = [
         (v.name, str(v.dtype), v.head_dim, sorted(v.constants.items()), v.warps, v.stages)
         for module in modules
@@ -62,10 +62,25 @@ class TritonOps:
         biases: tuple[torch.Tensor, torch.Tensor] | None,
         activation: str,
     ) -> torch.Tensor:
-        if self.deterministic and activation == "silu":
-            return projections.gated(x, gate, up, biases)
-        opened, wide = (self.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
-        return fused.swiglu(opened, wide) if activation == "silu" else F.gelu(opened, approximate="tanh") * wide
+        if self.deterministic:
+            return projections.gated(x, gate, up, biases, activation)
+        opened, wide = (F.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
+        return fused.glu(opened, wide, activation)
+
+    def route(self, scores: torch.Tensor, mixture: Any) -> experts.Routes:
+        return experts.route(scores, mixture.chosen, mixture.normalised)
+
+    def gated_experts(self, x: torch.Tensor, routes: experts.Routes, own: Any, activation: str) -> torch.Tensor:
+        """Multiplies in fixed tiles, deterministic or not: cuBLAS would have to be told how many rows an expert has."""
+        return experts.multiplied(x, own.addresses[:2], routes, len(own.gates[0]), True, activation)
+
+    def linear_experts(self, x: torch.Tensor, routes: experts.Routes, own: Any) -> torch.Tensor:
+        return experts.multiplied(x, own.addresses[2:], routes, len(own.downs[0]), False)
+
+    def mix(
+        self, parts: torch.Tensor, routes: experts.Routes, shared: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        return experts.mix(parts, routes, shared)
 
     def qkv(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = self._projected(x, own)

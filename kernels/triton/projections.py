@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from tokenswift_py.kernels.triton.configs import tiles
+from tokenswift_py.kernels.triton.fused import activated
 from tokenswift_py.kernels.triton.matmul import processors, product
 from tokenswift_py.kernels.triton.runtime import (
     DTYPES,
@@ -23,6 +24,13 @@ from tokenswift_py.kernels.triton.runtime import (
     launch_options,
     precision,
 )
+
+
+@triton.jit
+def opened(gate: tl.tensor, up: tl.tensor, kind: tl.constexpr, GELU: tl.constexpr) -> tl.tensor:
+    """Returns act(gate) * up in `kind`, with the bits of `glu_kernel` behind two products of that type."""
+    wide = activated(gate.to(kind).to(tl.float32), GELU).to(kind).to(tl.float32)
+    return (wide * up.to(kind).to(tl.float32)).to(kind)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "programs"])
@@ -38,12 +46,13 @@ def gated_kernel(
     depth: tl.tensor,
     programs: tl.tensor,
     BIAS: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Computes silu(x @ gate.T) * (x @ up.T), with both products rounded to x's type first."""
+    """Computes act(x @ gate.T) * (x @ up.T), with both products rounded to x's type first."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     for tile in range(tl.program_id(0), row_tiles * tl.cdiv(columns, BLOCK_N), programs):
         row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -54,12 +63,8 @@ def gated_kernel(
         if BIAS:
             g += tl.load(gate_bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
             u += tl.load(up_bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
-        kind = out.dtype.element_ty
-        wide = g.to(kind).to(tl.float32)
-        activated = (wide / (1.0 + tl.exp(-wide))).to(kind)
         target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
-        result = (activated.to(tl.float32) * u.to(kind).to(tl.float32)).to(kind)
-        tl.store(target, result, mask=kept[:, None] & there[None, :])
+        tl.store(target, opened(g, u, out.dtype.element_ty, GELU), mask=kept[:, None] & there[None, :])
 
 
 def gated(
@@ -67,10 +72,11 @@ def gated(
     gate: torch.Tensor,
     up: torch.Tensor,
     biases: tuple[torch.Tensor, torch.Tensor] | None = None,
+    activation: str = "silu",
 ) -> torch.Tensor:
-    """Computes silu(x @ gate.T) * (x @ up.T) in x's type, with the bits of `linear` and `swiglu`.
+    """Computes act(x @ gate.T) * (x @ up.T) in x's type, with the bits of `linear` and `glu`.
 
-    x: [R, depth]. gate, up: [columns, depth], contiguous.
+    x: [R, depth]. gate, up: [columns, depth], contiguous. activation: silu, or gelu by its tanh.
     """
     rows, depth = x.shape
     columns = len(gate)
@@ -82,8 +88,8 @@ def gated(
     programs = min(count, processors(x.device))
     gated_kernel[(programs,)](
         x.contiguous(), gate, up, *(biases or (gate, up)), out, rows, columns, depth, programs, BIAS=biases is not None,
-        BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, BLOCK_K=chosen.depth, PRECISION=PRECISION,
-        **launch_options(chosen.warps, chosen.stages),
+        GELU=activation == "gelu", BLOCK_M=chosen.rows, BLOCK_N=chosen.columns, BLOCK_K=chosen.depth,
+        PRECISION=PRECISION, **launch_options(chosen.warps, chosen.stages),
     )  # fmt: skip
     return out
 
@@ -247,7 +253,9 @@ def variants(target: str) -> Iterator[Variant]:
         for bias in (False, True):
             more, constants = "+bias" if bias else "", {"BIAS": bias, **shape}
             kinds = dict.fromkeys(("x", "gate", "up", "gate_bias", "up_bias", "out"), data)
-            yield Variant(f"gated{more}", gated_kernel, dtype, None, kinds, constants, *launch)
+            for gelu in (False, True):
+                name = f"gated{'+gelu' * gelu}{more}"
+                yield Variant(name, gated_kernel, dtype, None, kinds, {"GELU": gelu, **constants}, *launch)
             matrices = [f"{part}_{what}" for part in "qkv" for what in ("weight", "bias")]
             kinds = dict.fromkeys(("x", *matrices, "q", "k", "v"), data)
             for head_dim in HEAD_DIMS:

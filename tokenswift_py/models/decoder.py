@@ -24,8 +24,8 @@ from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
 from tokenswift_py.models.clock import clock_of
-from tokenswift_py.models.families.base import GLOBAL, LOCAL, Experts, LayerSpec
-from tokenswift_py.models.ops import HeadWeights, Ops, TorchOps
+from tokenswift_py.models.families.base import GLOBAL, LOCAL
+from tokenswift_py.models.ops import ExpertWeights, HeadWeights, Ops, TorchOps, expert_weights
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
@@ -45,20 +45,7 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
     check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
 
 
-def lacking(spec: ModelSpec) -> str:
-    """Returns in words the parts of a model's layers that Triton's kernels do not compute, empty where they compute
-    all."""
-    needs = {
-        "norms by 1 + weight": spec.norm_offset != 0,
-        "mixtures of experts": spec.experts is not None,
-    }
-    return ", ".join(name for name, needed in needs.items() if needed)
-
-
-def check_kernels(spec: ModelSpec, ops: Ops) -> None:
-    """Raises UserError for a family whose layers these operations do not compute."""
-    lacks = lacking(spec) if ops.pads else ""
-    check(not lacks, "attention", "triton", f"its kernels have no {lacks} ({spec.family}); sdpa computes them")
+KINDS = ("gate", "up", "down")
 
 
 class TorchDecoder:
@@ -84,7 +71,6 @@ class TorchDecoder:
         self.attention = attention
         self.draft = draft
         self.ops = ops or TorchOps()
-        check_kernels(spec, self.ops)
         self.guarantee = self.ops.guarantee
         self.context = rope.context
         embedding = weights["model.embed_tokens.weight"]
@@ -101,6 +87,8 @@ class TorchDecoder:
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
         self._heads = [self._head_weights(f"model.layers.{layer}.self_attn.") for layer in range(spec.layers)]
+        mixtures = (layer for layer, kind in enumerate(spec.layer_specs) if kind.experts)
+        self._experts = {layer: self._expert_weights(f"model.layers.{layer}.mlp") for layer in mixtures}
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
@@ -225,7 +213,7 @@ class TorchDecoder:
             if spec.post_norms:
                 joined = self._norm(joined, f"{at}post_attention_layernorm")
             x, normed = self._add_norm(x, joined, f"{at}{spec.mlp_norm}")
-            added = self._feed_forward(normed, f"{at}mlp", kind)
+            added = self._feed_forward(normed, layer)
             if spec.post_norms:
                 added = self._norm(added, f"{at}post_feedforward_layernorm")
         stream, hidden = self._add_norm(x, added, "model.norm")
@@ -262,9 +250,18 @@ class TorchDecoder:
         """Brings heads, or the feed-forward's columns, back to the residual stream."""
         return self._linear(x, name)
 
-    def _feed_forward(self, x: torch.Tensor, at: str, layer: LayerSpec) -> torch.Tensor:
-        if layer.experts:
-            return self._mixture(x, at)
+    def _columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the columns of a feed-forward that the product behind them needs."""
+        return x
+
+    def _total(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns whole rows of the residual stream, given what products over these columns came to."""
+        return x
+
+    def _feed_forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        if self.spec.layer_specs[layer].experts:
+            return self._mixture(x, layer)
+        at = f"model.layers.{layer}.mlp"
         return self._join(self._gated(x, at), f"{at}.down_proj")
 
     def _gated(self, x: torch.Tensor, at: str) -> torch.Tensor:
@@ -276,22 +273,24 @@ class TorchDecoder:
         biases = tuple(self.weights.get(f"{name}.bias") for name in names)
         return tuple(self.weights[f"{name}.weight"] for name in names), biases if biases[0] is not None else None
 
-    def _mixture(self, x: torch.Tensor, at: str) -> torch.Tensor:
-        """A row is the sum of its experts in ascending order of their numbers, each times its share."""
-        experts = self.spec.experts
+    def _mixture(self, x: torch.Tensor, layer: int) -> torch.Tensor:
+        """Returns the sum of each row's experts."""
+        experts, own, at = self.spec.experts, self._experts[layer], f"model.layers.{layer}.mlp"
         assert experts is not None
-        chosen, shares = choose_experts(self._linear(x, f"{at}.gate"), experts)
-        total = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            rows, ranks = (chosen == expert).nonzero(as_tuple=True)
-            part = f"{at}.experts.{expert}"
-            y = self._linear(self._gated(x[rows], part), f"{part}.down_proj")
-            total.index_add_(0, rows, (y * shares[rows, ranks, None]).to(x.dtype))
+        routes = self.ops.route(self._linear(x, f"{at}.gate"), experts)
+        opened = self.ops.gated_experts(x, routes, own, self.spec.activation)
+        parts, shared = self.ops.linear_experts(self._columns(opened), routes, own), None
         if experts.shared:
             part = f"{at}.shared_expert"
-            y = self._linear(self._gated(x, part), f"{part}.down_proj")
-            total = total + self._linear(x, f"{part}_gate").sigmoid() * y
-        return total
+            y = self._linear(self._columns(self._gated(x, part)), f"{part}.down_proj")
+            shared = self._linear(x, f"{part}_gate"), y
+        return self._total(self.ops.mix(parts, routes, shared))
+
+    def _expert_weights(self, at: str) -> ExpertWeights:
+        """Returns the weights of a layer's experts by their kind."""
+        assert self.spec.experts is not None
+        each = [f"{at}.experts.{expert}" for expert in range(self.spec.experts.count)]
+        return expert_weights(*(self._parts(*(f"{expert}.{kind}_proj" for expert in each))[0] for kind in KINDS))
 
     def _head_weights(self, at: str) -> HeadWeights:
         weights, biases = self._parts(*(f"{at}{name}_proj" for name in "qkv"))
@@ -330,15 +329,3 @@ def joined_with(
         return torch.lerp(attended.to(recalled.dtype), recalled, weight[..., None]).to(attended.dtype)
     assert lse is not None
     return merge(accumulator(attended), lse[rows], recalled, weight).to(attended.dtype)
-
-
-def choose_experts(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns [R, chosen] the experts of each row and their shares, in fp32 or better. The likeliest come first, and of
-    equal ones the lowest number.
-
-    scores: [R, count] of the router.
-    """
-    wide = scores if scores.dtype == torch.float64 else scores.float()
-    shares, chosen = wide.softmax(-1).sort(stable=True, dim=-1, descending=True)
-    shares, chosen = shares[:, : experts.chosen], chosen[:, : experts.chosen]
-    return chosen, shares / shares.sum(-1, keepdim=True) if experts.normalised else shares

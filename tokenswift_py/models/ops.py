@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
+from tokenswift_py.models.families.base import Experts
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,34 @@ class HeadWeights:
     norms: tuple[torch.Tensor, torch.Tensor] | None
     eps: float
     head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """The weights of a layer's experts, one tensor each.
+
+    gates, ups: [width, hidden]. downs: [hidden, width].
+    addresses:  [3, count] int64 on their device: where gates, ups and downs begin in memory, for kernels that choose
+                among experts themselves.
+    """
+
+    gates: tuple[torch.Tensor, ...]
+    ups: tuple[torch.Tensor, ...]
+    downs: tuple[torch.Tensor, ...]
+    addresses: torch.Tensor
+
+
+def expert_weights(*parts: Sequence[torch.Tensor]) -> ExpertWeights:
+    """Makes the weights of a layer's experts of gates, ups and downs. Copies those that kernels could not read."""
+    gates, ups, downs = (tuple(readable(weight) for weight in part) for part in parts)
+    addresses = [[weight.data_ptr() for weight in part] for part in (gates, ups, downs)]
+    return ExpertWeights(gates, ups, downs, torch.tensor(addresses, device=gates[0].device))
+
+
+def readable(weight: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous weight that begins at a multiple of 16 bytes."""
+    weight = weight.contiguous()
+    return weight.clone() if weight.data_ptr() % 16 else weight
 
 
 class Ops(Protocol):
@@ -62,6 +92,25 @@ class Ops(Protocol):
         """Computes act(x @ gate.T) * (x @ up.T), both products rounded first.
 
         x: [R, in]. gate, up: [columns, in]. activation: silu, or gelu, which is the approximation with tanh.
+        """
+
+    def route(self, scores: torch.Tensor, mixture: Experts) -> Any:
+        """Returns which experts each row takes, and their shares. scores: [R, count] of the router.
+
+        A row takes those of the largest probabilities, of equal ones the lowest number.
+        """
+
+    def gated_experts(self, x: torch.Tensor, routes: Any, own: ExpertWeights, activation: str) -> torch.Tensor:
+        """Does the work of `gated` for each row's experts, in ascending order. Returns [R * chosen, columns]."""
+
+    def linear_experts(self, x: torch.Tensor, routes: Any, own: ExpertWeights) -> torch.Tensor:
+        """Multiplies the rows of `gated_experts` by the `downs` of their experts. Returns [R * chosen, out]."""
+
+    def mix(self, parts: torch.Tensor, routes: Any, shared: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """Returns [R, out] the sum of each row's experts in ascending order, each times its share.
+
+        parts: [R * chosen, out]. shared: [R, 1] and [R, out] score and result of the expert that every row takes
+        besides; the score's sigmoid is its share.
         """
 
     def qkv(self, x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,6 +165,35 @@ def activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
     return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
 
 
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The experts that rows take.
+
+    experts: [R, chosen] int64 numbers, ascending. shares: [R, chosen] by which the experts' results are multiplied.
+    """
+
+    experts: torch.Tensor
+    shares: torch.Tensor
+
+    def groups(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the experts that rows take, each with its pairs. Pair i is expert i % chosen of row i // chosen."""
+        pairs = self.experts.flatten()
+        for expert in pairs.unique().tolist():
+            yield expert, (pairs == expert).nonzero().squeeze(1)
+
+
+def choose_experts(scores: torch.Tensor, experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns [R, chosen] the experts of each row and their shares, in fp32 or better. The likeliest come first, and of
+    equal ones the lowest number.
+
+    scores: [R, count] of the router.
+    """
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    shares, chosen = wide.softmax(-1).sort(stable=True, dim=-1, descending=True)
+    shares, chosen = shares[:, : experts.chosen], chosen[:, : experts.chosen]
+    return chosen, shares / shares.sum(-1, keepdim=True) if experts.normalised else shares
+
+
 class TorchOps:
     """The operations in torch, on any device and type, with the families' own order of rounding."""
 
@@ -147,6 +225,33 @@ class TorchOps:
         activation: str,
     ) -> torch.Tensor:
         return activate(F.linear(x, gate, biases and biases[0]), activation) * F.linear(x, up, biases and biases[1])
+
+    def route(self, scores: torch.Tensor, mixture: Experts) -> Routes:
+        chosen, shares = choose_experts(scores, mixture)
+        ascending, order = chosen.sort(dim=-1)
+        return Routes(ascending, shares.gather(-1, order))
+
+    def gated_experts(self, x: torch.Tensor, routes: Routes, own: ExpertWeights, activation: str) -> torch.Tensor:
+        pairs, chosen = routes.experts.numel(), routes.experts.shape[1]
+        out = x.new_empty(pairs, len(own.gates[0]))
+        for expert, group in routes.groups():
+            out[group] = self.gated(x[group // chosen], own.gates[expert], own.ups[expert], None, activation)
+        return out
+
+    def linear_experts(self, x: torch.Tensor, routes: Routes, own: ExpertWeights) -> torch.Tensor:
+        out = x.new_empty(len(x), len(own.downs[0]))
+        for expert, group in routes.groups():
+            out[group] = self.linear(x[group], own.downs[expert], None)
+        return out
+
+    def mix(
+        self, parts: torch.Tensor, routes: Routes, shared: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        by_row = parts.unflatten(0, routes.experts.shape)
+        total = torch.zeros_like(by_row[:, 0])
+        for i in range(by_row.shape[1]):
+            total += (by_row[:, i] * routes.shares[:, i, None]).to(parts.dtype)
+        return total if shared is None else total + shared[0].sigmoid() * shared[1]
 
     def qkv(self, x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = linears(x, own)

@@ -7,6 +7,11 @@ two ways for o and down:
   every element is summed as in one process and in its order, so a row keeps the bits that it has there (law 1). That
   needs products whose elements do not depend on others of their tile, or shares that begin at a tile's edge.
 
+Every rank holds a part of each expert of a mixture, cut as a dense feed-forward is, and the whole router. All ranks
+have the same normed rows, bit for bit, so all route them alike. Were experts whole on one rank each, ranks would idle
+whose experts no row of a short pass chose, and a row's experts would not be summed in ascending order. So `gather`
+keeps its promise here too, and `all-reduce` sums once a layer, behind the sum of a row's experts.
+
 Logits are gathered whole, because top-p, log-probabilities and Hugging Face's processors need the row. In the weights'
 type that is a few MB a pass at the most.
 
@@ -45,12 +50,20 @@ class Shard:
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
         """Returns the spec of the rank's heads and feed-forward. Raises UserError where they do not divide evenly."""
-        allowed = f"ranks do not share out the experts of {spec.family}; one process holds them"
-        check(spec.experts is None or self.world == 1, "torchrun's WORLD_SIZE", self.world, allowed)
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            count = getattr(spec, FIELDS[name])
-            check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")
-        return replace(spec, **{field: getattr(spec, field) // self.world for field in FIELDS.values()})
+        heads = self.part("num_attention_heads", spec.heads)
+        own = replace(spec, heads=heads, kv_heads=self.part("num_key_value_heads", spec.kv_heads))
+        if not all(layer.experts for layer in spec.layer_specs):
+            own = replace(own, intermediate_size=self.part("intermediate_size", spec.intermediate_size))
+        if spec.experts is None:
+            return own
+        width = self.part("an expert's intermediate_size", spec.experts.width)
+        shared = self.part("the shared expert's intermediate_size", spec.experts.shared)
+        return replace(own, experts=replace(spec.experts, width=width, shared=shared))
+
+    def part(self, name: str, count: int) -> int:
+        """Returns how many a rank has of `count`. Raises UserError where the ranks do not divide it."""
+        check(count % self.world == 0, name, count, f"{self.world} ranks must divide it (torchrun's WORLD_SIZE)")
+        return count // self.world
 
     def even(self, size: int) -> slice:
         """Returns the rank's part of `size` outputs of heads or the feed-forward, which divide evenly."""
@@ -75,9 +88,6 @@ class Shard:
         if module in JOINED and len(shape) == 2:
             return slice(None), self.even(shape[1])
         return (slice(None),)
-
-
-FIELDS = {"num_attention_heads": "heads", "num_key_value_heads": "kv_heads", "intermediate_size": "intermediate_size"}
 
 
 class ParallelDecoder(TorchDecoder):
@@ -131,11 +141,16 @@ class ParallelDecoder(TorchDecoder):
 
     def _join(self, x: torch.Tensor, name: str) -> torch.Tensor:
         if self.shard.gather:
-            x = self.ranks.gather(x, x.shape[1], x.shape[1] * self.shard.world)
-            return self._whole(self._linear(x, name), self.spec.hidden_size)
-        total = self.ranks.sum(self.ops.linear(x, self.weights[f"{name}.weight"], None))
+            return self._total(self._linear(self._columns(x), name))
+        total = self._total(self.ops.linear(x, self.weights[f"{name}.weight"], None))
         bias = self.weights.get(f"{name}.bias")
         return total if bias is None else total + bias
+
+    def _columns(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ranks.gather(x, x.shape[1], x.shape[1] * self.shard.world) if self.shard.gather else x
+
+    def _total(self, x: torch.Tensor) -> torch.Tensor:
+        return self._whole(x, self.spec.hidden_size) if self.shard.gather else self.ranks.sum(x)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._whole(super()._head(hidden), self.spec.vocab_size)
