@@ -6,14 +6,14 @@ merges the two. Equality with plain decoding is measured, not bitwise (law 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, capped
 from tokenswift_py.kernels.naive import accumulator
 from tokenswift_py.kernels.sdpa import SegmentPlan, columns, pack, page_mass, plan_segment
 
@@ -25,7 +25,7 @@ class PrefixKernel(Protocol):
         """Returns the attention [kv_heads, n, head_dim] and its log-sum-exp [kv_heads, n] fp32, natural logarithm.
 
         q: [kv_heads, n, head_dim]. k, v: [kv_heads, T, head_dim], T > 0; the last stride is 1, the others are any.
-        Scores are scaled by head_dim ** -0.5.
+        Scores are scaled by head_dim ** -0.5. A kernel that caps them takes `softcap` (see `capped`) by name.
         """
 
 
@@ -62,13 +62,20 @@ class PrefixAndTail:
 
     The query heads of a KV head are rows to `kernel`, so that each key is read once. KV heads are its batch, so that
     each has pages of its own. A kernel without page tables (`paged`) reads the pages of a lone sequence in place, for
-    they lie in one run of the pool. Other pages, and those of a view, are gathered first.
+    they lie in one run of the pool. Other pages, and those of a view, are gathered first. caps: whether the kernel caps
+    scores.
     """
 
     def __init__(
-        self, name: str, kernel: PrefixKernel | PagedKernel, dtypes: Sequence[torch.dtype], paged: bool = False
+        self,
+        name: str,
+        kernel: PrefixKernel | PagedKernel,
+        dtypes: Sequence[torch.dtype],
+        paged: bool = False,
+        caps: bool = False,
     ):
-        self.name, self.kernel, self.dtypes = name, kernel, tuple(dtypes)
+        self.name, self.dtypes, self.caps = name, tuple(dtypes), caps
+        self.kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]] = kernel
         self.pieces = paged_pieces if paged else pieces
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> list[SegmentPlan]:
@@ -83,9 +90,12 @@ class PrefixAndTail:
         values: torch.Tensor,
         window: int | None = None,
         mass: torch.Tensor | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
         allowed = f"attention {self.name} computes in {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}"
         check(q.dtype in self.dtypes, "dtype", str(q.dtype).removeprefix("torch."), allowed)
+        check(self.caps or not cap, "attention", self.name, "it has no soft cap of scores")
+        options = {"softcap": cap} if cap else {}
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
         out = torch.empty_like(q)
@@ -93,14 +103,14 @@ class PrefixAndTail:
             n, rows = len(part.segment.positions), part.segment.rows
             packed = pack(q[rows], kv_heads)
             cut = self.pieces(part, layer, keys, values, window)
-            attended, lse = masked_attention(packed, cut, group)
+            attended, lse = masked_attention(packed, cut, group, cap)
             if cut.prefix:
-                attended = merge(attended, lse, *self.kernel(packed, *cut.prefix))
+                attended = merge(attended, lse, *self.kernel(packed, *cut.prefix, **options))
             out[rows] = attended.unflatten(1, (group, n)).permute(2, 0, 1, 3).reshape(n, -1, head_dim).to(q.dtype)
             if mass is not None:
                 k, _, positions, mask = columns(part, layer, keys, values, window)
                 bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
-                mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1]).to(mass.dtype)
+                mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1], cap).to(mass.dtype)
         return out
 
 
@@ -160,12 +170,12 @@ def windowed(
     return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask
 
 
-def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_attention(packed: torch.Tensor, cut: Pieces, group: int, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attention under the mask and its log-sum-exp, in fp32. Every row sees itself, so no sum is empty.
 
     packed: [kv_heads, group * n, head_dim].
     """
-    scores = accumulator(packed) @ accumulator(cut.masked_k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    scores = capped(accumulator(packed) @ accumulator(cut.masked_k).transpose(1, 2) * packed.shape[-1] ** -0.5, cap)
     mask = cut.mask.repeat(*([1] * (cut.mask.ndim - 2)), group, 1)
     scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries, capped
 
 
 class Naive:
@@ -27,6 +27,7 @@ class Naive:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         far: FarQueries | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
@@ -45,7 +46,7 @@ class Naive:
                     else:
                         met = [far.met(slice(row, row + 1), b)[0, heads] for b in positions // far.shifts.block]
                         scores = (accumulator(torch.stack(met, 1)) * k).sum(-1) * head_dim**-0.5
-                    p = scores.softmax(dim=-1)
+                    p = capped(scores, cap).softmax(dim=-1)
                     out[row, heads] = (p @ v).to(q.dtype)
                     if mass is not None:
                         pages = torch.from_numpy(positions // PAGE_SIZE).to(q.device)
@@ -76,3 +77,4 @@ def visible(
 
 
 BACKEND = Naive
+CAPS_SCORES = True

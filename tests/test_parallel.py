@@ -185,9 +185,10 @@ def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: 
 
 
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("family", ["smollm3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["smollm3", "phi3", "gemma2", "gemma3_text"])
 def test_shares_of_families_with_layers_of_several_kinds(pair: Pair, family: str, gather: bool) -> None:
-    """Layers without RoPE or with a base of their own, norms behind attention and feed-forward, a scaled embedding."""
+    """Layers without RoPE or with a base of their own, norms behind attention and feed-forward, a scaled embedding and
+    soft caps."""
     config = tiny_config(family)
     expected = passes(decoder_of(tiny_model(config)))
     logits, others = (found[0] for found in pair(shared_passes, config, gather, torch.float64))

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, on_device
+from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, capped, on_device
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, index, pages_for
 from tokenswift_py.models.captured import Steps, recorder_for, row_shapes
@@ -52,10 +53,19 @@ def lacking(spec: ModelSpec) -> str:
     return ", ".join(name for name, needed in needs.items() if needed)
 
 
-def check_kernels(spec: ModelSpec, ops: Ops) -> None:
-    """Raises UserError for a family whose layers these operations do not compute."""
+def check_kernels(spec: ModelSpec, ops: Ops, attention: str | None = None) -> None:
+    """Raises UserError for a model whose layers these operations do not compute, or whose scores the attention of this
+    name does not cap."""
     lacks = lacking(spec) if ops.pads else ""
     check(not lacks, "attention", "triton", f"its kernels have no {lacks} ({spec.family}); sdpa computes them")
+    uncapped = f"it has no soft cap of scores ({spec.family}); sdpa, flash and triton have one"
+    check(attention is None or caps(spec, attention), "attention", attention, uncapped)
+
+
+def caps(spec: ModelSpec, attention: str) -> bool:
+    """Returns whether a backend caps attention's scores, or need not."""
+    able: bool = registry.says("tokenswift_py.kernels", "attention", attention, "CAPS_SCORES", False)
+    return able or not spec.attention_cap
 
 
 class TorchDecoder:
@@ -177,12 +187,15 @@ class TorchDecoder:
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
             if self.shifts is not None and self._moved[layer]:
                 q, k, v = self.ops.qkv(normed, own)
+                q = self._scaled(q)
                 options["far"] = FarQueries(
                     q.contiguous(), positions, self.cos, self.sin, self.shifts, self._shift_table
                 )
                 q = self.ops.rope_write(pool, layer, q, k, v, *turns)
             else:
-                q = self.ops.qkv_rope_write(pool, layer, normed, own, *turns)
+                q = self._scaled(self.ops.qkv_rope_write(pool, layer, normed, own, *turns))
+            if spec.attention_cap:
+                options["cap"] = spec.attention_cap
             if want_queries:
                 queries.append(q.float())
             if (scales := pool.scales_of(layer)) is not None:
@@ -202,6 +215,10 @@ class TorchDecoder:
         asked = torch.stack(queries, 1) if want_queries else None
         return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
 
+    def _scaled(self, q: torch.Tensor) -> torch.Tensor:
+        """Returns queries with the factor on their scores that attention does not know."""
+        return q if self.spec.score_scale == 1 else q * self.spec.score_scale
+
     def _angles(self, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
         """Returns cos and sin [R, head_dim / 2] of each kind of layer. A kind that rotates nothing turns by no
         angle."""
@@ -220,7 +237,7 @@ class TorchDecoder:
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._head(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return capped(logits if logits.dtype == torch.float64 else logits.float(), self.spec.logit_cap)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.weights["model.embed_tokens.weight"][tokens]

@@ -17,7 +17,7 @@ from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
-from tokenswift_py.models.decoder import TorchDecoder, check_kernels, check_moves_queries, lacking, reads_int8
+from tokenswift_py.models.decoder import TorchDecoder, caps, check_kernels, check_moves_queries, lacking, reads_int8
 from tokenswift_py.models.devices import DTYPES, KV_DTYPES
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
@@ -115,7 +115,7 @@ class TorchExecutor:
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self._ops = choose_ops(backend, device, deterministic)
-        check_kernels(checkpoint.spec, self._ops)
+        check_kernels(checkpoint.spec, self._ops, backend)
         int8 = reads_int8(self._attention, self._ops)
         allowed = f"with engine torch and attention {backend} only that of the weights ({dtype})"
         allowed += " or int8" if int8 else "; attention triton and engine native have int8 as well"
@@ -258,9 +258,8 @@ def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str
     model, else PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
-            own = OWN_KERNELS.get(backend)
-            computed = own is None or spec is None or not own.lacks(spec)
-            if computed and importlib.util.find_spec(package) is not None:
+            lacks = spec is not None and backend in OWN_KERNELS and OWN_KERNELS[backend].lacks(spec)
+            if not lacks and (spec is None or caps(spec, backend)) and importlib.util.find_spec(package) is not None:
                 return backend
     return "sdpa"
 

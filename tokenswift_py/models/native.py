@@ -155,6 +155,9 @@ class NativeWeights:
             post_norms=spec.post_norms,
             gelu=spec.activation == "gelu",
             embedding_scale=float(torch.tensor(spec.embedding_scale).to(embedding)),
+            score_scale=spec.score_scale,
+            attention_cap=spec.attention_cap,
+            logit_cap=spec.logit_cap,
             dtype="q8" if self.dtype == torch.int8 else dtype_name(self.dtype),
             team=self.team,
         )
