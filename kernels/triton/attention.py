@@ -76,10 +76,8 @@ def meet(
     scores *= scale
     if INT8:
         scores *= tl.load(key_scales + slot, mask=seen, other=0.0)[None, :]
-    if CAPPED:  # tanh of a magnitude; its exponential cannot overflow
-        power = tl.exp2(tl.abs(scores) * -2.8853900817779268)
-        magnitude = cap * ((1 - power) / (1 + power))
-        scores = tl.where(scores < 0, -magnitude, magnitude)
+    if CAPPED:  # tanh y = 1 - 2 / (1 + exp 2 y), right where the exponential is 0 or infinite too
+        scores = cap - 2 * cap / (1 + tl.exp2(scores))
     scores = tl.where(visible & seen[None, :], scores, float("-inf"))
     above = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(above == float("-inf"), 0.0, above)
@@ -150,8 +148,8 @@ def attend_kernel(
 ) -> None:
     """Computes the state of a split for a tile of rows and a KV head, item by item. Exponents are base 2.
 
-    scale:  factor on products; log2(e) is included, unless CAPPED.
-    cap:    soft cap with log2(e) included, where CAPPED: a score is cap * tanh(scale * product).
+    scale:  factor on products; log2(e) is included, and where CAPPED also 2 / cap.
+    cap:    soft cap of scores with log2(e) included, where CAPPED.
     FAR:    whether q is not rotated yet. A split is no longer than a block, so a row meets its keys from one position.
     """
     at_items = tl.load(counts + 2 * launch)
@@ -300,7 +298,7 @@ class TritonAttention:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         positions, ranges, lists = (tables.buffer[place:] for place in tables.places)
         turns = (lse, lse, positions) if far is None else (far.cos, far.sin, far.table)
-        scale = head_dim**-0.5 / cap if cap else head_dim**-0.5 * LOG2_E
+        scale = head_dim**-0.5 * LOG2_E * (2 / cap if cap else 1)
         mass_pages = 0 if mass is None else mass.shape[-1]
         for number, launch in enumerate(tables.launches):
             rows, first = (launch.stop - launch.first) * group, launch.first * group
@@ -338,6 +336,8 @@ def variants(target: str) -> Iterator[Variant]:
             depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
             for int8, far, capped in product((False, True), repeat=3):
+                if capped and int8 != far:
+                    continue  # what a cap needs is seen beside both and beside neither
                 chosen = config(dtype, head_dim, int8, target)
                 constants = {
                     **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "NEAR": NEAR, "INT8": int8,
