@@ -201,14 +201,16 @@ def train(
     batch: int = 256,
     deadline: float = math.inf,
     quiet: bool = False,
+    cap: float = 0.0,
 ) -> tuple[HeadWeights, list[float]]:
     """Trains by AdamW on the cross entropy between the guess of head i at row r and the model's distribution at row r +
     i.
 
     lm_head:  [V, E], frozen. Products with it are nearly all of the work, so each step takes `Candidates` of it.
     rate:     peak learning rate; a short warm-up, then a cosine down to nothing.
-    deadline: time.monotonic() at which to stop early. A run that this ends cannot be repeated bit for bit. Returns the
-              heads and the loss of every step (mean over heads, in nats).
+    deadline: time.monotonic() at which to stop early. A run that this ends cannot be repeated bit for bit.
+    cap:      soft cap of the model's logits, which is one of the heads' too; 0 is none.
+    Returns the heads and the loss of every step (mean over heads, in nats).
     """
     parameters = {name: tensor.clone().requires_grad_() for name, tensor in weights.tensors.items()}
     learner = replace(weights, tensors=parameters)
@@ -229,7 +231,7 @@ def train(
             group["lr"] = rate * group["scale"] * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         at = next(batches)
         targets = [(rows.tokens[at + i], rows.probabilities[at + i]) for i in range(1, len(weights) + 1)]
-        candidates = Candidates(lm_head, torch.cat([tokens for tokens, _ in targets]), common, generator)
+        candidates = Candidates(lm_head, torch.cat([tokens for tokens, _ in targets]), common, generator, cap)
         states = chained(learner, rows, at, embedding)
         loss = torch.stack([candidates.loss(x, *target) for x, target in zip(states, targets, strict=True)]).mean()
         optimiser.zero_grad()
@@ -267,7 +269,14 @@ class Candidates:
     lm_head: [V, E]; likely: [R, TEACHER] the model's best tokens of each row; common: [n] token ids.
     """
 
-    def __init__(self, lm_head: torch.Tensor, likely: torch.Tensor, common: torch.Tensor, generator: torch.Generator):
+    def __init__(
+        self,
+        lm_head: torch.Tensor,
+        likely: torch.Tensor,
+        common: torch.Tensor,
+        generator: torch.Generator,
+        cap: float = 0.0,
+    ):
         vocab = len(lm_head)
         inside = torch.zeros(vocab, dtype=torch.bool)
         inside[likely[:, :LIKELY].flatten()] = inside[common] = True
@@ -276,7 +285,7 @@ class Candidates:
         others = drawn[~inside[drawn]]
         self.place = torch.full((vocab,), -1)
         self.place[kept] = torch.arange(len(kept))
-        self.matrix = lm_head[torch.cat([kept, others])].to(torch.bfloat16)
+        self.matrix, self.cap = lm_head[torch.cat([kept, others])].to(torch.bfloat16), cap
         self.weight = torch.zeros(len(self.matrix))
         self.weight[len(kept) :] = math.log(max(1, vocab - len(kept)) / max(1, len(others)))
 
@@ -286,11 +295,17 @@ class Candidates:
 
         states: [R, E]; tokens, probabilities: [R, TEACHER].
         """
-        logits = F.linear(states.to(self.matrix.dtype), self.matrix).float() + self.weight
+        logits = logits_of(states, self.matrix, self.cap) + self.weight
         places = self.place[tokens]
         share = torch.where(places >= 0, probabilities, 0.0)
         share = share / share.sum(-1, keepdim=True)
         return -(share * logits.log_softmax(-1).gather(-1, places.clamp_min(0))).sum(-1).mean()
+
+
+def logits_of(states: torch.Tensor, matrix: torch.Tensor, cap: float = 0.0) -> torch.Tensor:
+    """Returns [R, n] fp32 logits of states [R, E] by rows [n, E] of the LM head, under the model's soft cap."""
+    logits = F.linear(states.to(matrix.dtype), matrix).float()
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def chained(weights: HeadWeights, rows: Rows, at: torch.Tensor, embedding: torch.Tensor) -> list[torch.Tensor]:
@@ -313,7 +328,7 @@ def accuracy(
     matrix = lm_head.to(torch.bfloat16)
     for at in usable.split(batch):
         for i, state in enumerate(chained(weights, rows, at, embedding)):
-            best = F.linear(state.to(matrix.dtype), matrix).float().topk(3).indices
+            best = logits_of(state, matrix).topk(3).indices  # a cap does not change their order
             right = best == rows.following[at + i + 1, None]
             hits[:, i] += torch.stack([right[:, 0].sum(), right.any(-1).sum()])
     top1, top3 = (hits / len(usable)).double().numpy().round(4).tolist()
@@ -329,6 +344,7 @@ def acceptance(
     lm_head: torch.Tensor,
     embedding: torch.Tensor,
     most: int = 1000,
+    cap: float = 0.0,
 ) -> Table:
     """Returns [K, RANKS] how often each candidate of each head, best first by the noise of its position, was the token
     that the model wrote there. Drafting would have seen the same, at up to `most` rows spread over the texts.
@@ -344,7 +360,7 @@ def acceptance(
         for row in range(0, count - len(weights), every):
             history = History(text[: start + row + 1])
             states = torch.cat(chained(weights, rows, torch.tensor([offset + row]), embedding))
-            for i, logits in enumerate(F.linear(states.to(matrix.dtype), matrix).float()):
+            for i, logits in enumerate(logits_of(states, matrix, cap)):
                 guesses, token = sampler.rank(logits, history, RANKS), text[len(history)]
                 if token in guesses:
                     hits[i, guesses.index(token)] += 1

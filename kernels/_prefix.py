@@ -6,7 +6,7 @@ merges the two. Equality with plain decoding is measured, not bitwise (law 1).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ class PrefixKernel(Protocol):
         """Returns the attention [kv_heads, n, head_dim] and its log-sum-exp [kv_heads, n] fp32, natural logarithm.
 
         q: [kv_heads, n, head_dim]. k, v: [kv_heads, T, head_dim], T > 0; the last stride is 1, the others are any.
-        Scores are scaled by head_dim ** -0.5.
+        Scores are scaled by head_dim ** -0.5. A kernel that caps them takes `softcap` (see `capped`) by name.
         """
 
 
@@ -62,13 +62,20 @@ class PrefixAndTail:
 
     The query heads of a KV head are rows to `kernel`, so that each key is read once. KV heads are its batch, so that
     each has pages of its own. A kernel without page tables (`paged`) reads the pages of a lone sequence in place, for
-    they lie in one run of the pool. Other pages, and those of a view, are gathered first.
+    they lie in one run of the pool. Other pages, and those of a view, are gathered first. caps: whether the kernel caps
+    scores.
     """
 
     def __init__(
-        self, name: str, kernel: PrefixKernel | PagedKernel, dtypes: Sequence[torch.dtype], paged: bool = False
+        self,
+        name: str,
+        kernel: PrefixKernel | PagedKernel,
+        dtypes: Sequence[torch.dtype],
+        paged: bool = False,
+        caps: bool = False,
     ):
-        self.name, self.kernel, self.dtypes = name, kernel, tuple(dtypes)
+        self.name, self.dtypes, self.caps = name, tuple(dtypes), caps
+        self.kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]] = kernel
         self.reports_lse = True
         self.pieces = paged_pieces if paged else pieces
 
@@ -85,9 +92,12 @@ class PrefixAndTail:
         window: int | None = None,
         mass: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
         allowed = f"attention {self.name} computes in {', '.join(str(d).removeprefix('torch.') for d in self.dtypes)}"
         check(q.dtype in self.dtypes, "dtype", str(q.dtype).removeprefix("torch."), allowed)
+        check(self.caps or not cap, "attention", self.name, "it has no soft cap of scores")
+        options = {"softcap": cap} if cap else {}
         kv_heads = keys.shape[0]
         group = q.shape[1] // kv_heads
         out = torch.empty_like(q)
@@ -95,9 +105,9 @@ class PrefixAndTail:
             rows = part.segment.rows
             packed = pack(q[rows], kv_heads)
             cut = self.pieces(part, layer, keys, values, window)
-            attended, total = masked_attention(packed, cut, group)
+            attended, total = masked_attention(packed, cut, group, cap)
             if cut.prefix:
-                of_prefix, lse_of_prefix = self.kernel(packed, *cut.prefix)
+                of_prefix, lse_of_prefix = self.kernel(packed, *cut.prefix, **options)
                 attended = merge(attended, total, of_prefix, lse_of_prefix)
                 total = torch.logaddexp(total, lse_of_prefix)
             out[rows] = unpacked(attended, group).to(q.dtype)
@@ -106,7 +116,7 @@ class PrefixAndTail:
             if mass is not None:
                 k, _, positions, mask = columns(part, layer, keys, values, window)
                 bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
-                mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1]).to(mass.dtype)
+                mass[rows] = page_mass(packed, k, positions, bias, group, mass.shape[-1], cap).to(mass.dtype)
         return out
 
 
@@ -166,10 +176,10 @@ def windowed(
     return k.masked_fill(unseen, 0), v.masked_fill(unseen, 0), mask
 
 
-def masked_attention(packed: torch.Tensor, cut: Pieces, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def masked_attention(packed: torch.Tensor, cut: Pieces, group: int, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attention under the mask and its log-sum-exp, in fp32. packed: [kv_heads, group * n, head_dim]."""
     mask = cut.mask.repeat(*([1] * (cut.mask.ndim - 2)), group, 1)
-    return with_lse(packed, cut.masked_k, cut.masked_v, mask)
+    return with_lse(packed, cut.masked_k, cut.masked_v, mask, cap)
 
 
 def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> torch.Tensor:

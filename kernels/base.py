@@ -44,6 +44,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Returns cap * tanh(x / cap), a soft cap of scores or logits; x itself where cap is 0."""
+    return torch.tanh(x / cap) * cap if cap else x
+
+
 def architecture(device: torch.device) -> str:
     """Names the architecture that a device's kernels are compiled for: cuda-sm_90, cuda-gfx942, cpu.
 
@@ -223,6 +228,7 @@ class AttentionBackend(Protocol):
     - A true `moves_queries` says that it takes `far=FarQueries`, whose queries it uses instead of q.
     - A true `reports_lse` says that it takes `lse`, [R, heads] fp32 or better, and fills it with the natural logarithm
       of each row's sum of exp(score), unless `far` is given too.
+    - A true `CAPS_SCORES` of its file says that it takes `cap`, a soft cap of the scaled scores: see `capped`.
     """
 
     name: str

@@ -59,13 +59,15 @@ def varlen_func() -> Any:
 def with_kvcache(function: Any) -> PrefixAndTail:
     """Makes a backend of `function`: flash_attn_with_kvcache, or one that keeps its contract."""
 
-    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # One head: [batch, rows, 1, head_dim]; lse is [batch, 1, rows].
         q, k, v = (x.unsqueeze(2) for x in (q, k, v))
-        out, lse = function(q, k, v, causal=False, return_softmax_lse=True)
+        out, lse = function(q, k, v, causal=False, return_softmax_lse=True, **options)
         return out.squeeze(2), lse.squeeze(1)
 
-    return PrefixAndTail("flash-2", kernel, DTYPES)
+    return PrefixAndTail("flash-2", kernel, DTYPES, caps=True)
 
 
 def with_varlen(function: Any, capability: int) -> PrefixAndTail:
@@ -75,20 +77,21 @@ def with_varlen(function: Any, capability: int) -> PrefixAndTail:
     """
     splits = 0 if capability in SPLIT else 1  # 0 means as many as fill the GPU
 
-    def call(*qkv: torch.Tensor, **paging: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = function(*(x.unsqueeze(2) for x in qkv), num_splits=splits, return_lse=True, **paging)
+    def call(*qkv: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = function(*(x.unsqueeze(2) for x in qkv), num_splits=splits, return_lse=True, **options)
         return out.squeeze(2), lse.squeeze(1)
 
     def paged(
-        q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor
+        q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, **options: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         used = torch.full((len(table),), table.shape[1] * PAGE_SIZE, dtype=torch.int32, device=table.device)
-        return call(q, keys, values, seqused_k=used, page_table=table)
+        return call(q, keys, values, seqused_k=used, page_table=table, **options)
 
     if capability in PAGED:
-        return PrefixAndTail("flash-4", paged, DTYPES, paged=True)
-    return PrefixAndTail("flash-4", call, DTYPES)
+        return PrefixAndTail("flash-4", paged, DTYPES, paged=True, caps=True)
+    return PrefixAndTail("flash-4", call, DTYPES, caps=True)
 
 
 BACKEND = create
 NEEDS_GPU = True
+CAPS_SCORES = True

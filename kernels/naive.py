@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries, capped
 
 
 class Naive:
@@ -29,6 +29,7 @@ class Naive:
         mass: torch.Tensor | None = None,
         far: FarQueries | None = None,
         lse: torch.Tensor | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
         kv_heads, _, _, head_dim = keys.shape
         group = q.shape[1] // kv_heads
@@ -47,6 +48,7 @@ class Naive:
                     else:
                         met = [far.met(slice(row, row + 1), b)[0, heads] for b in positions // far.shifts.block]
                         scores = (accumulator(torch.stack(met, 1)) * k).sum(-1) * head_dim**-0.5
+                    scores = capped(scores, cap)
                     if lse is not None:
                         lse[row, heads] = scores.logsumexp(-1)
                     p = scores.softmax(dim=-1)
@@ -80,3 +82,4 @@ def visible(
 
 
 BACKEND = Naive
+CAPS_SCORES = True

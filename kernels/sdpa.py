@@ -1,6 +1,8 @@
 """PyTorch's scaled_dot_product_attention: one call for each segment and layer, with the tree as a mask.
 
 Masked gaps between a node and its ancestors change how sums round, so equality with plain decoding is *measured*.
+Where queries are moved for far keys, or scores are capped, the products are made here, because PyTorch's function has
+no place for either.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries
+from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment, FarQueries, capped
 from tokenswift_py.kernels.naive import accumulator
 
 
@@ -54,6 +56,7 @@ class SDPA:
         mass: torch.Tensor | None = None,
         far: FarQueries | None = None,
         lse: torch.Tensor | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
         kv_heads = keys.shape[0]
         group = q.shape[1] // kv_heads
@@ -61,8 +64,8 @@ class SDPA:
         for part in plan:
             rows = part.segment.rows
             k, v, positions, mask = columns(part, layer, keys, values, window)
-            if far is not None:
-                attend_far(far, rows, k, v, positions, mask, out, mass)
+            if far is not None or cap:
+                attend_whole(far, q, rows, k, v, positions, mask, cap, out, mass, lse)
                 continue
             packed = pack(q[rows], kv_heads)
             bias = None if mask is None else mask.repeat(*([1] * (mask.ndim - 2)), group, 1)
@@ -157,38 +160,48 @@ def unpacked(packed: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def with_lse(
-    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    packed: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attention [kv_heads, group * n, head_dim] and its log-sum-exp [kv_heads, group * n], in fp32 or better.
 
     packed: [kv_heads, group * n, head_dim]. mask: true where a row attends; every row sees itself, so no sum is empty.
     """
-    scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    scores = capped(accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5, cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(-1)
     return (scores - lse[..., None]).exp() @ accumulator(v), lse
 
 
-def attend_far(
-    far: FarQueries,
+def attend_whole(
+    far: FarQueries | None,
+    q: torch.Tensor,
     rows: slice,
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
     mask: torch.Tensor | None,
+    cap: float,
     out: torch.Tensor,
     mass: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> None:
-    """Writes these rows of out, and of mass, where queries are moved for far keys.
+    """Writes these rows of out, of mass and of lse, where queries are moved for far keys or scores are capped.
 
     It takes a few rows at a time, because the probabilities are held whole. The other arguments are from `columns`.
     """
-    at_once = max(1, MOST_WEIGHTS // (far.q.shape[1] * k.shape[1]))
+    at_once = max(1, MOST_WEIGHTS // (q.shape[1] * k.shape[1]))
     for first in range(rows.start, rows.stop, at_once):
         some = slice(first, min(first + at_once, rows.stop))
         seen = None if mask is None else mask[..., some.start - rows.start : some.stop - rows.start, :]
-        weights = far_weights(far, some, k, positions, seen)
+        if far is None:
+            scores = accumulator(pack(q[some], len(k))) @ accumulator(k).transpose(1, 2)
+        else:
+            scores = far_scores(far, some, k, positions)
+        scores = masked(scores.unflatten(1, (-1, some.stop - some.start)) * q.shape[-1] ** -0.5, cap, seen)
+        weights = scores.softmax(-1)
+        if lse is not None:
+            lse[some] = scores.logsumexp(-1).permute(2, 0, 1).flatten(1)
         out[some] = (weights @ accumulator(v)[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
         if mass is not None:
             mass[some] = summed_by_page(weights, positions, mass.shape[-1]).to(mass.dtype)
@@ -197,15 +210,19 @@ def attend_far(
 MOST_WEIGHTS = 2**25  # attention probabilities held at a time
 
 
-def far_weights(
-    far: FarQueries, rows: slice, k: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Returns the attention probabilities where queries are moved for each block of keys, [kv_heads, group, n, T].
+def masked(scores: torch.Tensor, cap: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """Returns scaled scores [kv_heads, group, n, T], capped, with -inf where a mask as `columns` has it is false."""
+    scores = capped(scores, cap)
+    return scores if mask is None else scores.masked_fill(~(mask[:, None] if mask.ndim == 3 else mask), -torch.inf)
+
+
+def far_scores(far: FarQueries, rows: slice, k: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Returns the products of keys with queries that are moved for each block of keys, [kv_heads, group * n, T].
 
     Each block that any head has keys of gets its own product, over the range of columns where the block occurs. The
     product is kept where the key is of that block. k: [kv_heads, T, head_dim]. positions: [T] or [kv_heads, T].
     """
-    kv_heads, count, head_dim = k.shape
+    kv_heads, count, _ = k.shape
     blocks = (positions // far.shifts.block).expand(kv_heads, count)
     n = rows.stop - rows.start
     scores = accumulator(k).new_empty(kv_heads, far.q.shape[1] // kv_heads * n, count)
@@ -214,20 +231,23 @@ def far_weights(
         inside = slice(int(columns[0]), int(columns[-1]) + 1)
         products = accumulator(pack(far.met(rows, block), kv_heads)) @ accumulator(k[:, inside]).transpose(1, 2)
         scores[..., inside] = torch.where((blocks[:, inside] == block)[:, None], products, scores[..., inside])
-    weights: torch.Tensor = (scores * head_dim**-0.5).unflatten(1, (-1, n))
-    if mask is not None:
-        weights = weights.masked_fill(~(mask[:, None] if mask.ndim == 3 else mask), -torch.inf)
-    return weights.softmax(-1)
+    return scores
 
 
 def page_mass(
-    packed: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor | None, group: int, pages: int
+    packed: torch.Tensor,
+    k: torch.Tensor,
+    positions: torch.Tensor,
+    bias: torch.Tensor | None,
+    group: int,
+    pages: int,
+    cap: float = 0.0,
 ) -> torch.Tensor:
     """Returns the attention mass on each page, [n, kv_heads, pages].
 
-    SDPA does not return its probabilities, so they are computed again.
+    Vendors' functions do not return their probabilities, so they are computed again.
     """
-    scores = accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5
+    scores = capped(accumulator(packed) @ accumulator(k).transpose(1, 2) * packed.shape[-1] ** -0.5, cap)
     if bias is not None:
         scores = scores.masked_fill(~bias, -torch.inf)
     return summed_by_page(scores.softmax(-1).unflatten(1, (group, -1)), positions, pages)
@@ -244,3 +264,4 @@ def summed_by_page(weights: torch.Tensor, positions: torch.Tensor, pages: int) -
 
 
 BACKEND = SDPA
+CAPS_SCORES = True

@@ -141,6 +141,8 @@ def test_what_cannot_be_stretched_is_said_in_one_line() -> None:
         stretched_config(tiny_config(), 512, "yarn")
     with pytest.raises(UserError, match=r"^sliding_window: \[40\]"):
         stretched_config(tiny_config("gemma3_text"), 1024, "yarn")
+    with pytest.raises(UserError, match=r"^attn_logit_softcapping: 3\.0 is not allowed"):
+        stretched_config(tiny_config("gemma2", layer_types=["full_attention"] * 3), 1024, "yarn")
     scaled = tiny_config(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(UserError, match=r"^positions: 'yarn' is not allowed; rope type linear"):
         stretched_config(scaled, 1024, "yarn")

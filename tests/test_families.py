@@ -58,6 +58,13 @@ CASES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
         },
     },
+    "gemma3_text, a soft cap of logits": {"final_logit_softcapping": 4.0},
+    "gemma2": {},
+    "gemma2, other layers, heads and biases, a cap of scores alone": {
+        "attention_bias": True, "final_logit_softcapping": None, "query_pre_attn_scalar": 16,
+        "num_key_value_heads": 6, "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
     "mixtral": {},
     "mixtral, a window": {"sliding_window": 40, "num_local_experts": 3},
     "qwen3_moe": {"norm_topk_prob": True},
@@ -135,6 +142,7 @@ def test_experts_in_one_stack_are_read_too(family: str, tmp_path: Path) -> None:
 
 GGUF = {"smollm3": {"no_rope_layers": None}, "phi3": {},
         "gemma3_text": {"query_pre_attn_scalar": 32, "layer_types": None}, "mixtral": {},
+        "gemma2": {"query_pre_attn_scalar": 32},
         "qwen3_moe": {"norm_topk_prob": True, "moe_intermediate_size": 64},
         "qwen2_moe": {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96}}  # fmt: skip
 
@@ -171,7 +179,7 @@ def test_int8_drafts_and_kept_pages_change_no_token(family: str, tmp_path: Path)
 
 @pytest.mark.parametrize("scheme", ["self-extend", "log-extend", "yarn"])
 @pytest.mark.parametrize(
-    "case", ["smollm3", "phi3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe, some layers dense"]
+    "case", ["smollm3", "phi3", "gemma3_text", "gemma2", "mixtral", "qwen2_moe", "qwen3_moe, some layers dense"]
 )
 def test_positions_beyond_the_trained_ones(case: str, scheme: str) -> None:
     """Both engines meet them alike, and a row's bits are its own."""
@@ -224,8 +232,10 @@ def test_of_equal_scores_the_lowest_experts_are_taken() -> None:
     ("case", "changes", "says"),
     [
         ("smollm3", {"no_rope_layers": [1, 0, 2]}, "no_rope_layers"),
-        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0 .*Gemma 3 only none"),
+        ("gemma2", {"attn_logit_softcapping": -50.0}, "attn_logit_softcapping: -50.0"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping: 0.0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
         ("gemma3_text", {"hidden_activation": "relu"}, "hidden_act"),
         ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok"),
         ("qwen3_moe", {"num_experts": 0}, "num_experts"),

@@ -179,6 +179,19 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}, num_hidden_layers=3,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
         {"change": keys("gemma3", rope__freq_base_swa=500.0, attention__sliding_window_pattern=2)}),
+    "gemma3, a cap of logits": (
+        gguf_config("gemma3_text", layer_types=None, num_hidden_layers=6, query_pre_attn_scalar=32,
+            final_logit_softcapping=3.0, rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}}), {}),
+    "gemma2": (gguf_config("gemma2", num_hidden_layers=5, query_pre_attn_scalar=32), {}),
+    "gemma2, llama.cpp's own window and caps": (
+        gguf_config("gemma2", num_hidden_layers=3, query_pre_attn_scalar=32, sliding_window=4096,
+                    attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+        {"without": ["attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"]}),
+    "gemma2 of 27B": (
+        gguf_config("gemma2", num_hidden_layers=46, hidden_size=64, intermediate_size=64, num_attention_heads=4,
+                    query_pre_attn_scalar=16), {}),
     "mixtral": (gguf_config("mixtral"), {}),
     "qwen3_moe": (gguf_config("qwen3_moe", norm_topk_prob=True), {}),
     "qwen2_moe": (gguf_config("qwen2_moe"), {}),

@@ -222,9 +222,11 @@ def test_mass_is_an_option_that_changes_no_bit(window: int | None) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", [None, torch.int8])
-@pytest.mark.parametrize("window", [None, 5, 100])
-def test_memory_that_nobody_attends_to_may_hold_nan(window: int | None, kv_dtype: torch.dtype | None, isa: str) -> None:
-    decoder = native_of(config_of(family="mistral", sliding_window=window), kv_dtype=kv_dtype)
+@pytest.mark.parametrize(("family", "window"), [("mistral", None), ("mistral", 5), ("mistral", 100), ("gemma2", 5)])
+def test_memory_that_nobody_attends_to_may_hold_nan(
+    family: str, window: int | None, kv_dtype: torch.dtype | None, isa: str
+) -> None:
+    decoder = native_of(config_of(family=family, sliding_window=window), kv_dtype=kv_dtype)
     ids, tree = tokens(200), random_tree(6, 30, 0.3)
     expected = run_and_draft(decoder, decoder.new_cache(), ids, tree)
     poisoned = decoder.new_cache()

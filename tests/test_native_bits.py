@@ -52,7 +52,8 @@ MOVED_BITS = {
 }
 
 
-# By family: layers without RoPE, norms after layers, mixtures without and with an expert that every row takes.
+# By family: layers without RoPE, norms after layers, soft caps, mixtures without and with an expert that every row
+# takes.
 FAMILY_BITS: dict[str, dict[tuple[str, str], str]] = {
     "smollm3": {
         ("avx2", "fp32"): "9a2604a6019cef4c",
@@ -65,6 +66,12 @@ FAMILY_BITS: dict[str, dict[tuple[str, str], str]] = {
         ("avx2", "int8"): "6f45bf6e99402bdb",
         ("generic", "fp32"): "ca79b23d4ba7ddb4",
         ("generic", "int8"): "0bdf77cc8138e55d",
+    },
+    "gemma2": {
+        ("avx2", "fp32"): "4e17b73f6bb9859b",
+        ("avx2", "int8"): "a70c79c6a59c679d",
+        ("generic", "fp32"): "1385765510647cc4",
+        ("generic", "int8"): "2944da0622be7979",
     },
     "mixtral": {
         ("avx2", "fp32"): "a7129674765bc902",

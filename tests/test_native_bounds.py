@@ -28,7 +28,8 @@ def decoder(**changes: Any) -> Any:
         "vocab": 61, "hidden": HIDDEN, "ffn": FFN, "heads": 4, "kv_heads": 2, "head_dim": 8, "norm_eps": 1e-6,
         "tied": True, "qk_norm": False, "layers": [(0, 0, False), (0, 0, True)],
         "experts": (EXPERTS, 2, EXPERT_FFN, True, SHARED_FFN), "post_norms": False, "gelu": False,
-        "embedding_scale": 1.0, "dtype": "q8", "team": _native.Team(1),
+        "embedding_scale": 1.0, "score_scale": 1.0, "attention_cap": 0.0, "logit_cap": 0.0, "dtype": "q8",
+        "team": _native.Team(1),
     }  # fmt: skip
     return _native.Decoder(**{**shape, **changes})
 
@@ -55,6 +56,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "a negative window": ("a window must not be negative", {"layers": [(-1, 0, False)]}),
     "tables that there are not": ("ropes are -1, 0 or 1", {"layers": [(0, 2, False)]}),
     "no heads": (SIZES, {"heads": 0}),
+    "scores times zero": ("scale of scores", {"score_scale": 0.0}),
+    "scores times infinity": ("scale of scores", {"score_scale": float("inf")}),
+    "a negative cap of scores": ("a soft cap is 0 or from", {"attention_cap": -1.0}),
+    "a cap of logits that is too small": ("a soft cap is 0 or from", {"logit_cap": 1e-30}),
+    "a cap of logits that is no number": ("a soft cap is 0 or from", {"logit_cap": float("nan")}),
     "no keys' heads": (SIZES, {"kv_heads": 0}),
     "heads that do not share keys evenly": ("heads must be a multiple", {"heads": 5}),
     "an odd head": ("head_dim 7", {"head_dim": 7}),

@@ -190,14 +190,15 @@ def test_shares_of_a_model_compute_what_it_does(pair: Pair, gather: bool, tied: 
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *((family, {}) for family in ("smollm3", "phi3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe")),
+        *((family, {}) for family in ("smollm3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe")),
         ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": [1]}),
     ],
 )
 def test_shares_of_families_with_layers_of_several_kinds(
     pair: Pair, family: str, changes: dict[str, Any], gather: bool
 ) -> None:
-    """Layers without RoPE or with a base of their own, norms after attention and feed-forward, a scaled embedding;
+    """Layers without RoPE or with a base of their own, norms after attention and feed-forward, a scaled embedding
+    and soft caps;
     mixtures of experts in all layers or in some, with an expert that every row takes and without. `decoder_of` is held
     to transformers in test_families.py."""
     config = tiny_config(family, **changes)

@@ -21,22 +21,31 @@ from tokenswift_py.kernels._prefix import PrefixAndTail, merge
 from tokenswift_py.models.executors import check_attention
 
 
-def documented(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def documented(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softcap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """q: [batch, rows, heads, head_dim], k, v: [batch, keys, heads, head_dim]; out like q, lse [batch, heads, rows]."""
     assert q.ndim == k.ndim == v.ndim == 4 and k.shape == v.shape and k.stride(-1) == v.stride(-1) == 1
     assert q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:] and k.shape[1] > 0
     scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) * q.shape[-1] ** -0.5
+    scores = (scores / softcap).tanh() * softcap if softcap else scores
     out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.float())
     return out.to(q.dtype), scores.logsumexp(-1)
 
 
 def flash_attn_with_kvcache(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *, causal: bool, return_softmax_lse: bool
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    causal: bool,
+    return_softmax_lse: bool,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand-in by the docstring of flash-attn 2.8, without a page table and cache_seqlens: all keys count."""
     assert not causal and return_softmax_lse
     assert q.dtype in (torch.bfloat16, torch.float16), "FlashAttention only supports fp16 and bf16"
-    return documented(q, k_cache, v_cache)
+    return documented(q, k_cache, v_cache, softcap)
 
 
 def memory_efficient_attention_partial(
@@ -56,11 +65,12 @@ def flash_attn_varlen_func(
     page_table: torch.Tensor | None = None,
     num_splits: int = 1,
     return_lse: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand-in by docstring and assertions of flash-attn 4.0.0b36, in the layout (batch, seqlen, heads, hdim)."""
     assert return_lse and q.dtype == k.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
     if page_table is None:
-        return documented(q, k, v)
+        return documented(q, k, v, softcap)
     assert k.shape == v.shape and k.is_contiguous() and v.is_contiguous()  # or the whole pool would be copied
     assert page_table.dtype == torch.int32 and page_table.stride(-1) == 1 and len(page_table) == len(q)
     assert seqused_k is not None and seqused_k.dtype == torch.int32 and seqused_k.shape == (len(q),)
@@ -69,7 +79,7 @@ def flash_attn_varlen_func(
         for table, used in zip(page_table, seqused_k.tolist(), strict=True)
     ]
     keys, values = (torch.stack(x) for x in zip(*runs, strict=True))
-    return documented(q, keys, values)
+    return documented(q, keys, values, softcap)
 
 
 FLASH, FLASH4, FLASH4_UNPAGED, XFORMERS = (
@@ -176,6 +186,13 @@ def test_which_flash_attention_is_taken(
     else:
         with pytest.raises(UserError, match=r"py\[flash4\]' for 4 .*has no num_splits, page_table, return_lse"):
             flash.create()
+
+
+@pytest.mark.parametrize("backend", [FLASH, FLASH4, FLASH4_UNPAGED])
+@pytest.mark.parametrize("window", [None, 100])
+def test_prefix_and_tail_are_capped_alike(backend: PrefixAndTail, window: int | None) -> None:
+    cache = prefilled(new_pool(2, 16, torch.bfloat16), 200)
+    Scene.of([Segment(ladder(3), cache)], 3).agree(window, 2e-2, backend, cap=0.7)
 
 
 def test_merging_weighs_by_mass() -> None:

@@ -39,8 +39,8 @@ def new_pool(kv_heads: int, head_dim: int, dtype: torch.dtype) -> TorchPagePool:
     return scenes.new_pool(kv_heads, head_dim, dtype, DEVICE)
 
 
-def agree(scene: Scene, window: int | None = None, tolerance: float = 1e-5, layer: int = 0) -> None:
-    scene.agree(window, tolerance, TRITON, [layer])
+def agree(scene: Scene, window: int | None = None, tolerance: float = 1e-5, layer: int = 0, cap: float = 0.0) -> None:
+    scene.agree(window, tolerance, TRITON, [layer], cap)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,19 @@ def test_every_type_head_size_and_group(group: int, head_dim: int, dtype: torch.
     agree(Scene.of([Segment(ladder(1), cache)], group), tolerance=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_pages_read_as_what_they_stand_for(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [None, 40])
+def test_scores_are_capped(window: int | None) -> None:
+    rng = np.random.default_rng(0)
+    cache = prefilled(new_pool(2, 16, torch.float32), 130)
+    agree(Scene.of([Segment(random_tree(rng, 4), cache)], 2), window, cap=0.7)
+    cache.drop_tail()
+    scene = Scene.of([Segment(random_tree(rng, 4), cache, random_view(rng, cache, 1))], 2)
+    scene.q *= 40  # scores of some hundreds, where the tanh is 1 and its exponential is 0
+    agree(scene, window, cap=50.0)
+
+
+@pytest.mark.parametrize(("dtype", "cap"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float32, 0.7)])
+def test_int8_pages_read_as_what_they_stand_for(dtype: torch.dtype, cap: float) -> None:
     """Against the textbook on keys and values times their scales; lanes that nobody attends to have NaN for theirs."""
     wide = new_pool(2, 16, dtype)
     pool = TorchPagePool(LAYERS, 2, 16, 48, torch.int8, DEVICE)
@@ -86,10 +97,10 @@ def test_int8_pages_read_as_what_they_stand_for(dtype: torch.dtype) -> None:
     ):
         full.copy_(quants * scales[..., None])
     scene = Scene(wide, rows.segments, torch.randn(len(tree), 6, 16, device=DEVICE).to(dtype))
-    true, true_mass = scene.attend(Naive(), 0, None)
+    true, true_mass = scene.attend(Naive(), 0, None, cap)
     mass = torch.full_like(true_mass, torch.nan)
     plan = TRITON.prepare(rows.segments, DEVICE)
-    out = TRITON.attend(plan, 0, scene.q, pool.keys[0], pool.values[0], None, mass, pool.scales_of(0))
+    out = TRITON.attend(plan, 0, scene.q, pool.keys[0], pool.values[0], None, mass, pool.scales_of(0), cap=cap)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(mass, true_mass, rtol=tolerance, atol=tolerance)

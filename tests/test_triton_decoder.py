@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
-from conftest import decoder_of, tiny_config, tiny_model
+from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from interpreter import DEVICE
 from random_heads import random_heads
 from scripted import Scripted, write
@@ -28,10 +29,12 @@ from tokenswift_py.kernels.triton.configs import Config, Tiles
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.executors import choose_attention, choose_ops
 from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.runs import plan
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
@@ -76,6 +79,27 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
         expected = model(torch.from_numpy(ids.astype(np.int64))[None].to(DEVICE)).logits[0]
     got = decoder.forward([Segment(DraftTree.chain(ids), decoder.new_cache(), causal=True)]).logits
     assert (got - expected).abs().max() < 1e-3
+
+
+def test_soft_caps_are_those_of_the_textbook() -> None:
+    """Those of scores and of logits. Rows of a chunk have the bits of single ones."""
+    model = tiny_model(tiny_config("qwen3", **SMALL), torch.float32).to(DEVICE)
+    spec = replace(ModelSpec.from_config(model.config), attention_cap=1.5, logit_cap=2.0)
+    tables, ids = rope_tables(model.config, 128), DraftTree.chain(np.array(PROMPT, np.int32))
+    found = []
+    for attention, ops in (("triton", TritonOps(True)), ("naive", TorchOps())):
+        backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
+        decoder = TorchDecoder(spec, weights_of(model), tables, backend, ops)
+        cache = decoder.new_cache()
+        found.append(decoder.forward([Segment(ids, cache, causal=True)]).logits)
+        if attention == "triton":
+            cache.drop_tail()
+            alone = []
+            for token in PROMPT:
+                alone.append(decoder.forward([Segment(DraftTree.chain([token]), cache)]).logits)
+                cache.commit([0])
+            assert torch.equal(torch.cat(alone), found[0])
+    assert (found[0] - found[1]).abs().max() < 1e-4 and found[0].abs().max() > 1
 
 
 @pytest.mark.parametrize(

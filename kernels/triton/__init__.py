@@ -18,3 +18,4 @@ def create() -> AttentionBackend:
 
 
 BACKEND = create
+CAPS_SCORES = True

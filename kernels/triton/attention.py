@@ -52,12 +52,14 @@ def meet(
     seen: tl.tensor,  # [PAGE] lanes that some row of the tile sees. Others may hold NaN, and 0 * NaN is not 0.
     visible: tl.tensor,  # [TILE, PAGE]
     scale: tl.tensor,
+    cap: tl.tensor,
     top: tl.tensor,  # [TILE]
     total: tl.tensor,
     acc: tl.tensor,  # [TILE, D]
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     INT8: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Adds a page to a state (max, sum, sum of p v). Returns it with the page's own maximum and sum of p."""
@@ -74,6 +76,8 @@ def meet(
     scores *= scale
     if INT8:
         scores *= tl.load(key_scales + slot, mask=seen, other=0.0)[None, :]
+    if CAPPED:  # tanh y = 1 - 2 / (1 + exp 2 y), right where the exponential is 0 or infinite too
+        scores = cap - 2 * cap / (1 + tl.exp2(scores))
     scores = tl.where(visible & seen[None, :], scores, float("-inf"))
     above = tl.maximum(top, tl.max(scores, 1))
     finite = tl.where(above == float("-inf"), 0.0, above)
@@ -118,6 +122,7 @@ def attend_kernel(
     sin: tl.tensor,
     shifts: tl.tensor,  # [blocks] int32
     scale: tl.tensor,
+    cap: tl.tensor,
     launch: tl.tensor,
     first_row: tl.tensor,
     rows: tl.tensor,
@@ -138,11 +143,14 @@ def attend_kernel(
     NEAR: tl.constexpr,
     INT8: tl.constexpr,
     FAR: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Computes the state of a split for a tile of rows and a KV head, item by item. Exponents are base 2.
 
-    FAR: whether q is not rotated yet. A split is no longer than a block, so a row meets its keys from one position.
+    scale:  factor on products; log2(e) is included, and where CAPPED also 2 / cap.
+    cap:    soft cap of scores with log2(e) included, where CAPPED.
+    FAR:    whether q is not rotated yet. A split is no longer than a block, so a row meets its keys from one position.
     """
     at_items = tl.load(counts + 2 * launch)
     count_items = tl.load(counts + 2 * launch + 1)
@@ -202,7 +210,7 @@ def attend_kernel(
             visible = mine[:, None] & (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
             top, total, acc, finite, p_sum = meet(
                 q_tile, own_keys, own_values, key_scales + plane, value_scales + plane, slot, at > lowest - window,
-                visible, scale, top, total, acc, HEAD_DIM, D, INT8, PRECISION,
+                visible, scale, cap, top, total, acc, HEAD_DIM, D, INT8, CAPPED, PRECISION,
             )  # fmt: skip
             told = (p_sum > 0) & (number < mass_pages)
             tl.store(page_max + at_mass + number, finite, mask=told)
@@ -217,7 +225,8 @@ def attend_kernel(
             visible = mine[:, None] & (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
             top, total, acc, finite, p_sum = meet(
                 q_tile, own_keys, own_values, key_scales + plane, value_scales + plane, slot,
-                (slot >= 0) & (at > lowest - window), visible, scale, top, total, acc, HEAD_DIM, D, INT8, PRECISION,
+                (slot >= 0) & (at > lowest - window), visible, scale, cap, top, total, acc, HEAD_DIM, D, INT8, CAPPED,
+                PRECISION,
             )  # fmt: skip
             told = (p_sum > 0) & (number < mass_pages)
             tl.store(page_max + at_mass + number, finite, mask=told)
@@ -257,8 +266,9 @@ class TritonAttention:
         mass: torch.Tensor | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         far: FarQueries | None = None,
+        cap: float = 0.0,
     ) -> torch.Tensor:
-        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales, far)[0]
+        return self.attend_with_lse(plan, layer, q, keys, values, window, mass, scales, far, cap)[0]
 
     def attend_with_lse(
         self,
@@ -271,6 +281,7 @@ class TritonAttention:
         mass: torch.Tensor | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         far: FarQueries | None = None,
+        cap: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Computes `attend`, and the base-2 log-sum-exp of every row's scaled scores, [R, heads] fp32."""
         if q.dtype not in DTYPES:
@@ -287,7 +298,8 @@ class TritonAttention:
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         positions, ranges, lists = (tables.buffer[place:] for place in tables.places)
         turns = (lse, lse, positions) if far is None else (far.cos, far.sin, far.table)
-        scale, mass_pages = head_dim**-0.5 * LOG2_E, 0 if mass is None else mass.shape[-1]
+        scale = head_dim**-0.5 * LOG2_E * (2 / cap if cap else 1)
+        mass_pages = 0 if mass is None else mass.shape[-1]
         for number, launch in enumerate(tables.launches):
             rows, first = (launch.stop - launch.first) * group, launch.first * group
             shape = (kv_heads, launch.states, rows)
@@ -299,10 +311,10 @@ class TritonAttention:
             programs = min(launch.items * kv_heads, processors(q.device))
             attend_kernel[(programs,)](
                 q, keys, values, *(scales or (lse, lse)), tables.buffer, positions, lists, state, state_max, state_sum,
-                page_max, page_sum, *turns, scale, number, first, rows, launch.states, layer, width, pool_pages,
-                kv_heads, group, mass_pages, block_pages, programs, HEAD_DIM=head_dim, D=depth, TILE=chosen.tile,
-                PAGE=PAGE_SIZE, FIELDS=FIELDS, NEAR=NEAR, INT8=scales is not None, FAR=far is not None,
-                PRECISION=PRECISION, **launch_options(chosen.warps, chosen.stages),
+                page_max, page_sum, *turns, scale, cap * LOG2_E, number, first, rows, launch.states, layer, width,
+                pool_pages, kv_heads, group, mass_pages, block_pages, programs, HEAD_DIM=head_dim, D=depth,
+                TILE=chosen.tile, PAGE=PAGE_SIZE, FIELDS=FIELDS, NEAR=NEAR, INT8=scales is not None,
+                FAR=far is not None, CAPPED=cap > 0, PRECISION=PRECISION, **launch_options(chosen.warps, chosen.stages),
             )  # fmt: skip
             merge_kernel[(rows, kv_heads)](
                 state, state_max, state_sum, ranges, out, lse, first, rows, launch.states, kv_heads, group,
@@ -323,14 +335,16 @@ def variants(target: str) -> Iterator[Variant]:
         for head_dim in HEAD_DIMS:
             depth = padded(head_dim)
             data, shape = POINTERS[dtype], {"HEAD_DIM": head_dim, "D": depth}
-            for int8, far in product((False, True), repeat=2):
+            for int8, far, capped in product((False, True), repeat=3):
+                if capped and int8 != far:
+                    continue  # what a cap needs is seen beside both and beside neither
                 chosen = config(dtype, head_dim, int8, target)
                 constants = {
                     **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "NEAR": NEAR, "INT8": int8,
-                    "FAR": far,
+                    "FAR": far, "CAPPED": capped,
                     "PRECISION": precision(target),
                 }  # fmt: skip
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
-                kinds = {"q": data, **pool, "scale": "fp32"}
-                name = "attend" + ("+int8" if int8 else "") + ("+far" if far else "")
+                kinds = {"q": data, **pool, "scale": "fp32", "cap": "fp32"}
+                name = "attend" + ("+int8" if int8 else "") + ("+far" if far else "") + ("+cap" if capped else "")
                 yield Variant(name, attend_kernel, dtype, head_dim, kinds, constants, chosen.warps, chosen.stages)

@@ -37,8 +37,11 @@ SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120"
 SHARED_OF_SM = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "sm_120": 102_400}
 REGISTERS_OF_SM, THREADS_OF_SM, WARP = 65_536, {"sm_120": 1536}, 32
 MODULES = ("attention", "experts", "fused", "matmul", "merge", "nucleus", "projections", "sampling", "scores")
-# Kernels that are right but slow where they spill. fp32 is for checks, and no supported family has such heads.
-MAY_SPILL = {(f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far")}
+# Kernels that are right but slow where they spill. fp32 is for checks.
+MAY_SPILL = {
+    *((f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far", "+cap", "+int8+far+cap")),
+    ("attend+cap", "float32", 128),  # on gfx942
+}
 
 # These kernels take a logarithm, whose own steps are fused multiply-adds.
 MAY_FUSE = {"mass", "merge"}

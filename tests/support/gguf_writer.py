@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "qwen3": MODEL_ARCH.QWEN3,
     "smollm3": MODEL_ARCH.SMOLLM3,
     "phi3": MODEL_ARCH.PHI3,
+    "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
     "mixtral": MODEL_ARCH.LLAMA,
     "qwen3_moe": MODEL_ARCH.QWEN3MOE,
@@ -79,7 +80,7 @@ def own_metadata(config: Any) -> dict[str, int]:
         "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
     }
     found = {key: getattr(config, name, None) for key, known in names.items() for name in known}
-    if config.model_type in ("phi3", "gemma3_text"):
+    if config.model_type in ("phi3", "gemma2", "gemma3_text"):
         found["attention.sliding_window"] = config.sliding_window
     return {key: value for key, value in found.items() if value}
 
@@ -129,6 +130,9 @@ def write_gguf(
         rope = config.rope_parameters
         writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(spec.norm_eps)
+    for key, cap in {"attn_logit_softcapping": spec.attention_cap, "final_logit_softcapping": spec.logit_cap}.items():
+        if cap and key not in without:
+            writer.add_float32(f"{family}.{key}", cap)
     add_tokenizer(writer)
     change(writer)
     for name, (data, kind) in tensors.items():
@@ -167,7 +171,7 @@ def as_converted(spec: ModelSpec, config: Any, state: Mapping[str, torch.Tensor]
         weights = state[name].numpy()
         if name == "lm_head.weight" and spec.tied:
             continue
-        if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        if spec.norm_offset and name.endswith("norm.weight"):
             weights = weights + 1
         if name.endswith("experts.gate_up_proj"):
             for part, half in zip(("gate", "up"), np.split(weights, 2, 1), strict=True):

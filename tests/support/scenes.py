@@ -77,16 +77,19 @@ class Scene:
         shape = (len(rows.tokens), pool.kv_heads * group, pool.keys.shape[-1])
         return cls(pool, rows.segments, torch.randn(shape).to(pool.keys))
 
-    def attend(self, backend: AttentionBackend, layer: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(
+        self, backend: AttentionBackend, layer: int, window: int | None, cap: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         plan = backend.prepare(self.segments, self.q.device)
         last = max(int(segment.positions.max()) for segment in self.segments)
         kind = torch.promote_types(self.q.dtype, torch.float32)
         shape = (len(self.q), self.pool.kv_heads, last // PAGE_SIZE + 1)
         mass = torch.full(shape, torch.nan, dtype=kind, device=self.q.device)
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        out = backend.attend(plan, layer, self.q, keys, values, window, mass)
+        options = {"cap": cap} if cap else {}
+        out = backend.attend(plan, layer, self.q, keys, values, window, mass, **options)
         if not isinstance(backend, Naive):
-            assert torch.equal(out, backend.attend(plan, layer, self.q, keys, values, window))
+            assert torch.equal(out, backend.attend(plan, layer, self.q, keys, values, window, **options))
         return out, mass
 
     def agree(
@@ -95,10 +98,11 @@ class Scene:
         tolerance: float = 1e-12,
         backend: AttentionBackend = SDPA(),  # noqa: B008
         layers: Sequence[int] = range(LAYERS),
+        cap: float = 0.0,
     ) -> None:
         for layer in layers:
-            out, mass = self.attend(backend, layer, window)
-            true, true_mass = self.attend(Naive(), layer, window)
+            out, mass = self.attend(backend, layer, window, cap)
+            true, true_mass = self.attend(Naive(), layer, window, cap)
             assert out.dtype == self.q.dtype and not true.isnan().any()
             torch.testing.assert_close(out, true, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(mass, true_mass, rtol=tolerance, atol=tolerance)

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     rows, _ = write(training_lines, 0, args.tokens, began + WRITING * limit)
     heads, losses = training.train(
         training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, args.rate,
-        deadline=began + 0.95 * limit, quiet=args.quiet,
+        deadline=began + 0.95 * limit, quiet=args.quiet, cap=spec.logit_cap,
     )  # fmt: skip
     heads = replace(heads, tensors={name: tensor.to(torch.bfloat16) for name, tensor in heads.tensors.items()})
     used = heads.to(torch.device("cpu"))  # fp32, rounded as they are kept
@@ -117,7 +117,9 @@ def main(arguments: Sequence[str]) -> int:
     }
     heads = replace(
         heads,
-        acceptance=training.acceptance(used, held, held_texts, sampler_of(HELD_OUT), lm_head, embedding),
+        acceptance=training.acceptance(
+            used, held, held_texts, sampler_of(HELD_OUT), lm_head, embedding, cap=spec.logit_cap
+        ),
         provenance=provenance,
     )
     target = training.keep(heads, checkpoint, args.out)

@@ -22,6 +22,8 @@ def stretched_config(config: Any, context: int, scheme: str) -> Any:
     """
     trained = original_length(config)
     check(context > trained, "context", context, f"more than the {trained} positions that the model was trained for")
+    cap = getattr(config, "attn_logit_softcapping", None)
+    check(not cap, "attn_logit_softcapping", cap, "the attention of extend-context has no soft cap")
     config = standardized(config)
     parameters = dict(config.rope_parameters)
     kind = parameters.get("rope_type", "default")

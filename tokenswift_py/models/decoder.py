@@ -14,10 +14,11 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels._prefix import merge
-from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, on_device
+from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, capped, on_device
 from tokenswift_py.kernels.naive import accumulator
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.memories.base import Memory, Shape
@@ -27,7 +28,7 @@ from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.ops import ExpertWeights, HeadWeights, Ops, TorchOps, expert_weights
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import Rows, lay_out, shared_pool
+from tokenswift_py.models.rows import Recall, lay_out, recalls_of, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 
 
@@ -43,6 +44,18 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
     able = rope.shifts is None or getattr(attention, "moves_queries", False)
     allowed = f"attention {attention.name} cannot; attention triton and sdpa and engine native can, and positions"
     check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
+
+
+def check_caps(spec: ModelSpec, attention: str) -> None:
+    """Raises UserError for a model whose scores the attention of this name does not cap."""
+    uncapped = f"it has no soft cap of scores ({spec.family}); sdpa, flash and triton have one"
+    check(caps(spec, attention), "attention", attention, uncapped)
+
+
+def caps(spec: ModelSpec, attention: str) -> bool:
+    """Returns whether a backend caps attention's scores, or need not."""
+    able: bool = registry.says("tokenswift_py.kernels", "attention", attention, "CAPS_SCORES", False)
+    return able or not spec.attention_cap
 
 
 KINDS = ("gate", "up", "down")
@@ -187,9 +200,10 @@ class TorchDecoder:
             moved = self.shifts is not None and self._moved[layer]
             if moved or any(memory.gated for _, memory in recalled):
                 plain, k, v = self.ops.qkv(normed, own)
+                plain = self._scaled(plain)
                 q = self.ops.rope_write(pool, layer, plain, k, v, *turns)
             else:
-                q = self.ops.qkv_rope_write(pool, layer, normed, own, *turns)
+                q = self._scaled(self.ops.qkv_rope_write(pool, layer, normed, own, *turns))
             if moved:
                 assert plain is not None and self.shifts is not None
                 options["far"] = FarQueries(
@@ -197,6 +211,8 @@ class TorchDecoder:
                 )
             if any(not memory.gated for _, memory in recalled):
                 options["lse"] = self.cos.new_empty(q.shape[:2], dtype=accumulator(q[:0]).dtype)
+            if spec.attention_cap:
+                options["cap"] = spec.attention_cap
             if want_queries:
                 queries.append(q.float())
             if (scales := pool.scales_of(layer)) is not None:
@@ -220,6 +236,10 @@ class TorchDecoder:
         asked = torch.stack(queries, 1) if want_queries else None
         return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
 
+    def _scaled(self, q: torch.Tensor) -> torch.Tensor:
+        """Returns queries with the factor on their scores that attention does not know."""
+        return q if self.spec.score_scale == 1 else q * self.spec.score_scale
+
     def _angles(self, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
         """Returns cos and sin [R, head_dim / 2] of each kind of layer. A kind that rotates nothing turns by no
         angle."""
@@ -238,7 +258,7 @@ class TorchDecoder:
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._head(hidden)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return capped(logits if logits.dtype == torch.float64 else logits.float(), self.spec.logit_cap)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.weights["model.embed_tokens.weight"][tokens]
@@ -305,15 +325,6 @@ class TorchDecoder:
 
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.add_norm(x, y, self.weights[f"{name}.weight"], self.spec.norm_eps)
-
-
-Recall = tuple[slice, Memory]  # rows of a pass, and the memory that they read
-
-
-def recalls_of(segments: Sequence[Segment], rows: Rows) -> list[Recall]:
-    """Returns the rows of the sequences whose memory holds something."""
-    pairs = zip(rows.segments, (segment.cache.memory for segment in segments), strict=True)
-    return [(laid.rows, memory) for laid, memory in pairs if memory is not None and memory.folded]
 
 
 def joined_with(

@@ -17,11 +17,12 @@ from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
-from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
+from tokenswift_py.models.decoder import TorchDecoder, caps, check_caps, check_moves_queries, reads_int8
 from tokenswift_py.models.devices import DTYPES, KV_DTYPES
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables
+from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
@@ -112,11 +113,12 @@ class TorchExecutor:
         self.dtype, self.kv_dtype = dtype, KV_DTYPES[kv_dtype]
         self.device, self.ranks = device, ranks
         self._spec = checkpoint.spec
-        backend = choose_attention(device) if attention == "auto" else attention
+        backend = choose_attention(device, checkpoint.spec) if attention == "auto" else attention
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self.remembers = getattr(self._attention, "reports_lse", False)
         self._ops = choose_ops(backend, device, deterministic)
+        check_caps(checkpoint.spec, backend)
         int8 = reads_int8(self._attention, self._ops)
         allowed = f"with engine torch and attention {backend} only that of the weights ({dtype})"
         allowed += " or int8" if int8 else "; attention triton and engine native have int8 as well"
@@ -251,12 +253,12 @@ def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device)
     check_memory(checkpoint.weight_bytes(dtype), device, f"the draft model {checkpoint.name} in {dtype}")
 
 
-def choose_attention(device: torch.device) -> str:
-    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed, else PyTorch's
-    own."""
+def choose_attention(device: torch.device, spec: ModelSpec) -> str:
+    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and caps scores
+    where this model does, else PyTorch's own."""
     if device.type == "cuda":
         for backend, package in GPU_ATTENTION:
-            if importlib.util.find_spec(package) is not None:
+            if caps(spec, backend) and importlib.util.find_spec(package) is not None:
                 return backend
     return "sdpa"
 

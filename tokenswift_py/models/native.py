@@ -158,6 +158,9 @@ class NativeWeights:
             post_norms=spec.post_norms,
             gelu=spec.activation == "gelu",
             embedding_scale=float(torch.tensor(spec.embedding_scale).to(embedding)),
+            score_scale=spec.score_scale,
+            attention_cap=spec.attention_cap,
+            logit_cap=spec.logit_cap,
             dtype="q8" if self.dtype == torch.int8 else dtype_name(self.dtype),
             team=self.team,
         )
@@ -262,9 +265,8 @@ class NativeDecoder:
 
     def remembers(self) -> Shape:
         """Returns what a memory of this model's evicted rows has to know of it. A layer with a window has none."""
-        spec = self.spec
-        keeps = tuple(layer.window is None for layer in spec.layer_specs)
-        return Shape(keeps, spec.kv_heads, spec.heads, spec.head_dim, tables=[None] * spec.layers)
+        keeps = tuple(layer.window is None for layer in self.spec.layer_specs)
+        return Shape(keeps, self.spec.kv_heads, self.spec.heads, self.spec.head_dim, tables=[None] * self.spec.layers)
 
     def new_memory(self, plain: Memory, kind: str) -> NativeMemory:
         """Makes a memory in the engine, with the constants of `plain`, one of the file `kind`."""

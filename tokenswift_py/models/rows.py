@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tokenswift_py.core import Segment
 from tokenswift_py.kernels.base import AttentionSegment
 from tokenswift_py.kvcache.base import PAGE_SIZE, IntArray
+from tokenswift_py.kvcache.memories.base import Memory
 
 
 @dataclass(frozen=True)
@@ -129,3 +130,12 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
         # After an eviction the pages left are the full view. All rows see the same, so they can be committed.
         view = np.broadcast_to(cache.kept, (*heads, len(cache.kept)))
     return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)
+
+
+Recall = tuple[slice, Memory]  # rows of a pass, and the memory that they read
+
+
+def recalls_of(segments: Sequence[Segment], rows: Rows) -> list[Recall]:
+    """Returns the rows of the sequences whose memory holds something."""
+    pairs = zip(rows.segments, (segment.cache.memory for segment in segments), strict=True)
+    return [(laid.rows, memory) for laid, memory in pairs if memory is not None and memory.folded]

@@ -38,7 +38,9 @@ class ModelSpec:
     post_norms:      whether the results of attention and feed-forward are normed before they are added to the residual
                      stream.
     embedding_scale: factor on a token's row of the embedding, rounded to the weights' type.
-    query_scale:     factor on queries, beyond the head_dim ** -0.5 that every attention has; only beside qk_norm.
+    query_scale:     factor on queries, beyond the head_dim ** -0.5 that every attention has.
+    attention_cap:   soft cap of attention's scaled scores: s becomes cap * tanh(s / cap) before masks; 0 is none.
+    logit_cap:       soft cap of the logits, likewise.
     activation:      activation of the gate: silu, or gelu by the tanh.
     """
 
@@ -61,6 +63,8 @@ class ModelSpec:
     post_norms: bool = False
     embedding_scale: float = 1.0
     query_scale: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
     activation: str = "silu"
     experts: Experts | None = None
 
@@ -168,6 +172,11 @@ class ModelSpec:
             return tensor
         wide = tensor if tensor.dtype == torch.float64 else tensor.float()
         return (wide + self.norm_offset) * (self.query_scale if name.endswith("q_norm.weight") else 1.0)
+
+    @property
+    def score_scale(self) -> float:
+        """Returns the factor on attention's scores that is left where no norm of queries has taken `query_scale`."""
+        return 1.0 if self.qk_norm else self.query_scale
 
     @property
     def parameters(self) -> int:

@@ -31,6 +31,8 @@ def check_remembers(options: Options, executor: Executor, rope: RopeTables, chec
     moved = f"positions {rope.positions.scheme} would have to rotate one sum for many distances"
     wanted = f"{moved}; {' and '.join(GATED)} can, and positions trained, linear, ntk and yarn need not"
     check(rope.shifts is None or kind in GATED, "kv_memory", kind, wanted)
+    capped = f"it estimates scores without the soft cap of {spec.family}; {' and '.join(GATED)} need no scores"
+    check(kind in GATED or not spec.attention_cap, "kv_memory", kind, capped)
     if kind in GATED:
         find_gates(checkpoint, kind, options.kv_gates)
 

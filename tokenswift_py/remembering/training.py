@@ -19,9 +19,9 @@ from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.memories.base import Memory
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.policies.recent import Recent
-from tokenswift_py.models.decoder import TorchDecoder, recalls_of
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import TorchOps
-from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.rows import lay_out, recalls_of
 from tokenswift_py.options import MEMORIES
 from tokenswift_py.remembering.reading import CHUNK, nats
 

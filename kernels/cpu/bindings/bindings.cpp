@@ -97,8 +97,8 @@ using ExpertsArgument = std::optional<std::tuple<int, int, int, bool, int>>;
 
 void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int heads, int kv_heads, int head_dim, float norm_eps,
                   bool tied, bool qk_norm, const std::vector<LayerArgument>& layers, const ExpertsArgument& experts,
-                  bool post_norms, bool gelu, float embedding_scale, const std::string& dtype,
-                  std::shared_ptr<Team> team) {
+                  bool post_norms, bool gelu, float embedding_scale, double score_scale, double attention_cap,
+                  double logit_cap, const std::string& dtype, std::shared_ptr<Team> team) {
   Shape shape;
   shape.vocab = vocab;
   shape.hidden = hidden;
@@ -113,6 +113,9 @@ void init_decoder(Decoder* self, int vocab, int hidden, int ffn, int heads, int 
   shape.post_norms = post_norms;
   shape.gelu = gelu;
   shape.embedding_scale = embedding_scale;
+  shape.score_scale = score_scale;
+  shape.attention_cap = attention_cap;
+  shape.logit_cap = logit_cap;
   for (const auto& [window, rope, mixture] : layers) {
     require(!mixture || experts, "a mixture needs experts");
     shape.windows.push_back(window);
@@ -340,7 +343,7 @@ NB_MODULE(_native, m) {
   nb::class_<Decoder>(m, "Decoder", "Packed weights and everything a pass needs.")
       .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "norm_eps"_a, "tied"_a, "qk_norm"_a, "layers"_a, "experts"_a.none(), "post_norms"_a, "gelu"_a,
-           "embedding_scale"_a, "dtype"_a, "team"_a)
+           "embedding_scale"_a, "score_scale"_a, "attention_cap"_a, "logit_cap"_a, "dtype"_a, "team"_a)
       .def("set_matrix", &set_matrix<uint16_t>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false,
            "Returns what the matrix is made of: with fewest_bits, blocks of 4 bits instead of 8 where those suffice.")
       .def("set_matrix", &set_matrix<float>, "part"_a, "layer"_a, "data"_a.noconvert(), "fewest_bits"_a = false)

@@ -7,6 +7,7 @@
 namespace tokenswift {
 namespace {
 
+constexpr double log2e = 1.4426950408889634;
 constexpr int split_pages = 16;     // part of the numerics contract
 constexpr int own_split_pages = 8;  // pages of a view's own split; they are so few that all threads end together
 constexpr int pieces_a_thread = 6;  // so many that one more or less at the end does not matter
@@ -324,7 +325,8 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
   visit.next = next;
   visit.copy = scratch.widened.data();
   visit.head_dim = head_dim_;
-  visit.scale = float(1.4426950408889634 / std::sqrt(double(values_)));
+  visit.scale = float(log2e / std::sqrt(double(values_)) * scale_);
+  visit.cap = float(log2e * cap_);
   visit.queries = (rows.end - rows.begin) * group_;
   visit.q = queries_for(layer, piece, page, copied, scratch) +
             size_t(rows.begin - piece.rows.begin) * group_ * query_bytes(copied);

@@ -36,9 +36,15 @@ struct AttentionLayer {
 // row's queries depend on its own position and the block alone.
 class Attention {
  public:
-  // head_dim: values of a head. The pool pads them to vector_multiple.
-  Attention(const Kernels& kernels, int heads, int head_dim)
-      : kernels_(kernels), heads_(heads), values_(head_dim), head_dim_(round_up(head_dim, vector_multiple)) {}
+  // head_dim: values of a head. The pool pads them to vector_multiple. scale: factor on scores beyond head_dim ** -0.5.
+  // cap: soft cap of the scaled scores, 0 where there is none.
+  Attention(const Kernels& kernels, int heads, int head_dim, double scale, double cap)
+      : kernels_(kernels),
+        heads_(heads),
+        values_(head_dim),
+        head_dim_(round_up(head_dim, vector_multiple)),
+        scale_(scale),
+        cap_(cap) {}
 
   // Prepares a pass. copies: read instead of full pages, or null to read the pages themselves. mass_pages: pages of the
   // mass that is wanted, a multiple of vector_multiple, or 0 where none is. Pool, copies and tables must outlive the
@@ -106,6 +112,7 @@ class Attention {
 
   const Kernels& kernels_;
   int heads_, values_, head_dim_;  // head_dim_ is padded
+  double scale_, cap_;
   int group_ = 1, rows_ = 0, threads_ = 1;
   bool views_ = false;  // whether layers differ in the pages they visit
   size_t mass_stride_ = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -14,6 +15,7 @@ size_t padded(int n) { return round_up(n, row_multiple); }
 
 constexpr int largest_size = 1 << 24;  // rows or columns of a matrix; no count of bytes or panels overflows up to it
 constexpr int most_experts = 1 << 16;
+constexpr double least_cap = 1e-3, largest_cap = 1e6;  // so that products with its inverse stay finite
 
 const Shape& checked(const Shape& shape) {
   for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
@@ -28,6 +30,11 @@ const Shape& checked(const Shape& shape) {
   }
   for (const int window : shape.windows) require(window >= 0, "a window must not be negative");
   for (const int rope : shape.ropes) require(rope >= -1 && rope <= 1, "ropes are -1, 0 or 1");
+  require(shape.score_scale > 0 && std::isfinite(shape.score_scale), "scale of scores: ", shape.score_scale);
+  for (const double cap : {shape.attention_cap, shape.logit_cap}) {
+    require(cap == 0 || (cap >= least_cap && cap <= largest_cap), "a soft cap is 0 or from ", least_cap, " to ",
+            largest_cap, ", not ", cap);
+  }
   require(shape.experts >= 0 && shape.experts <= most_experts, "experts: ", shape.experts);
   for (const int n : {shape.expert_ffn, shape.shared_ffn}) {
     require(n >= 0 && n <= largest_size, "columns of an expert: ", n);
@@ -47,7 +54,7 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
       weights_(weights),
       kernels_(kernels),
       arithmetic_(kernels.of(weights)),
-      attention_(kernels, shape.heads, shape.head_dim),
+      attention_(kernels, shape.heads, shape.head_dim, shape.score_scale, shape.attention_cap),
       team_(std::move(team)) {
   hidden_stride_ = padded(shape.hidden);
   qkv_stride_ = padded(q_width() + 2 * kv_width());
@@ -495,6 +502,7 @@ void Decoder::project_rounded(int rows, float* logits) {
   const int width = kernels_.panel;
   share(rows, head_.weight.panels(), [&](int panel, int first, int count, float* products) {
     multiply(head_, panel, first, count, products);
+    if (shape_.logit_cap > 0) kernels_.soft_cap(products, count * width, float(shape_.logit_cap));
     const int columns = std::min(width, shape_.vocab - panel * width);
     for (int row = 0; row < count; ++row) {
       std::memcpy(logits + size_t(first + row) * shape_.vocab + panel * width, products + row * width,

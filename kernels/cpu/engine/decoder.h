@@ -30,6 +30,8 @@ struct Shape {
   bool post_norms = false;    // whether outputs of attention and feed-forward are normed before they are added
   bool gelu = false;          // whether the gate's activation is gelu, approximated with tanh; else it is silu
   float embedding_scale = 1;
+  double score_scale = 1;                   // factor on attention's scores, beyond head_dim ** -0.5
+  double attention_cap = 0, logit_cap = 0;  // soft caps of attention's scaled scores and of logits; 0 is none
   // A mixture's experts: how many there are, how many a row takes, their columns, and the columns of the shared one
   // that every row takes (0 where there is none). normalised_shares: whether the shares of a row's experts sum to 1.
   int experts = 0, chosen = 0, expert_ffn = 0, shared_ffn = 0;

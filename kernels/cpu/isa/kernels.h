@@ -39,6 +39,7 @@ struct PageVisit {
   char* copy;         // scratch for the keys and values of an int8 page as bf16
   int head_dim;       // a multiple of 16
   float scale;        // multiplies the scores; log2(e) is included
+  float cap;          // makes cap * tanh(s / cap) of a scaled score s; log2(e) is included; 0 where there is no cap
   int queries;
   const void* q;     // operands of each query, as the kernels' `round` makes them
   float* state;      // [queries][state_floats(head_dim)]
@@ -96,6 +97,8 @@ struct Kernels {
   void (*swiglu)(const float* gate, const float* up, int n, float* out);
   // out = gelu(gate) * up, where gelu is its approximation with tanh. n is a multiple of vector_multiple.
   void (*geglu)(const float* gate, const float* up, int n, float* out);
+  // x = cap * tanh(x / cap). n is a multiple of vector_multiple.
+  void (*soft_cap)(float* x, int n, float cap);
   // out = the softmax of n values. out has room up to a multiple of vector_multiple.
   void (*softmax)(const float* x, int n, float* out);
   // Rotates the halves of x [2 * half] against each other, which is RoPE as in Hugging Face's checkpoints. out may be

@@ -20,7 +20,7 @@ ElementKernels element_kernels() {
 template <class Page>
 PageKernels page_kernels() {
   using Operands = Values<typename Page::Dot>;
-  return {Operands::operand_bytes, round_operands<Operands>, visit_page<Page>, best_score<Page>};
+  return {Operands::operand_bytes, round_operands<Operands>, visit<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
@@ -41,6 +41,7 @@ Kernels make_kernels(const char* name) {
           rms_norm,
           swiglu,
           geglu,
+          soft_cap,
           softmax,
           rotate,
           merge,

@@ -25,7 +25,7 @@ struct PageOf {
   using Weights = Operand[page_size];
   using Element = std::conditional_t<copied, typename D::Weight, S>;
   using Copied = PageOf<D, S, true>;
-  static constexpr bool scaled = sizeof(S) == 1;
+  static constexpr bool scaled = sizeof(S) == 1, capped = false;
   static constexpr Precision precision = sizeof(Operand) == 2 ? Precision::short_ : Precision::full;
 
   static size_t half(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
@@ -49,11 +49,25 @@ struct PageOf {
   static constexpr int bytes_a_step = Dot::step * sizeof(S);
 };
 
+// The same page for queries whose scores are capped. It is a type of its own, so that visits without a cap stay as they
+// are.
+template <class Page>
+struct Capped : Page {
+  using Copied = Capped<typename Page::Copied>;
+  static constexpr bool capped = true;
+};
+
 constexpr int score_vectors = page_size / Isa::lanes;  // vectors that hold a score for every lane of a page
 constexpr float hidden_score = -3e38f;                 // stays finite and below no_maximum when scaled
 
 inline __attribute__((always_inline)) void multiply(Vec (&s)[score_vectors], const float* scales) {
   for (int j = 0; j < score_vectors; ++j) s[j] = Isa::mul(s[j], Isa::load(scales + j * Isa::lanes));
+}
+
+// Scales and caps the scores of a query.
+inline __attribute__((always_inline)) void cap_scores(Vec (&s)[score_vectors], const PageVisit& visit) {
+  const Vec factor = Isa::splat(visit.scale / visit.cap * minus_two_log2e), cap = Isa::splat(visit.cap);
+  for (int j = 0; j < score_vectors; ++j) s[j] = capped(Isa::mul(s[j], factor), cap);
 }
 
 // Turns a query's scores into its weights. Updates its maximum and sums, writes the weights rounded, and returns the
@@ -64,6 +78,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   float* sums = visit.state + size_t(query) * state_floats(visit.head_dim) + visit.head_dim;
   float* maximum = sums + sums_width;
   if constexpr (Page::scaled) multiply(s, Page::key_scales(visit));
+  if constexpr (Page::capped) cap_scores(s, visit);
   if (visit.first) {
     for (int j = 0; j < score_vectors; ++j) {
       s[j] = Isa::keep(s[j], Isa::splat(hidden_score), j * Isa::lanes, visit.first[query], visit.last[query]);
@@ -71,7 +86,7 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
   }
   Vec top = s[0];
   for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[j]);
-  const Vec scale = Isa::splat(visit.scale);
+  const Vec scale = Isa::splat(Page::capped ? 1.0f : visit.scale);
   Vec now = Isa::splat(*maximum), rescale = Isa::splat(1.0f);
   if (Isa::any_greater(Isa::mul(top, scale), now)) {  // seldom after a split's first pages
     const Vec old = now;
@@ -207,6 +222,11 @@ void visit_page(const PageVisit& visit) {
   if (most % 4 == 0 && visit.queries > 3 * Isa::page_rows) return visit_tiles<Page, most % 4 ? 1 : 4>(visit);
   if (most % 2 == 0 && visit.queries > Isa::page_rows) return visit_tiles<Page, most % 2 ? 1 : 2>(visit);
   visit_tiles<Page, 1>(visit);
+}
+
+template <class Page>
+void visit(const PageVisit& visit) {
+  visit.cap > 0 ? visit_page<Capped<Page>>(visit) : visit_page<Page>(visit);
 }
 
 template <class Page>

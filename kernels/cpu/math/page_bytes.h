@@ -20,7 +20,8 @@ struct BytePage {
     uint8_t quants[page_size];
     float scale;
   };
-  static constexpr bool scaled = true;
+  using Copied = BytePage;
+  static constexpr bool scaled = true, capped = false;
   static constexpr Precision precision = Precision::short_;
   static constexpr int zero = 128;  // the byte of a key that stands for 0
   static constexpr int rows = 3;    // rows of a tile: registers hold two sums of each beside the bytes
@@ -148,7 +149,7 @@ inline int lines_between(int head_dim) {
   return page - keys - page_size / 4 * columns;
 }
 
-template <int M, bool first>
+template <class Page, int M, bool first>
 void visit_byte_tile(const PageVisit& visit, int query) {
   alignas(64) BytePage::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
@@ -158,7 +159,7 @@ void visit_byte_tile(const PageVisit& visit, int query) {
   for (int i = 0; i < M; ++i) {
     const int lines = first ? (lines_between(visit.head_dim) + M - 1) / M : 0;
     for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
-    rescale[i] = softmax<BytePage>(visit, query + i, s[i], weights[i]);
+    rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
   }
   constexpr int block = Isa::page_vectors * Isa::lanes;
   int column = 0;
@@ -170,23 +171,28 @@ void visit_byte_tile(const PageVisit& visit, int query) {
   }
 }
 
-template <bool first>
+template <class Page, bool first>
 void visit_byte_queries(const PageVisit& visit, int query) {
   switch (visit.queries - query) {
     case 1:
-      return visit_byte_tile<1, first>(visit, query);
+      return visit_byte_tile<Page, 1, first>(visit, query);
     case 2:
-      return visit_byte_tile<2, first>(visit, query);
+      return visit_byte_tile<Page, 2, first>(visit, query);
     default:
-      return visit_byte_tile<BytePage::rows, first>(visit, query);
+      return visit_byte_tile<Page, BytePage::rows, first>(visit, query);
+  }
+}
+
+template <class Page>
+void visit_byte_page(const PageVisit& visit) {
+  visit_byte_queries<Page, true>(visit, 0);
+  for (int query = BytePage::rows; query < visit.queries; query += BytePage::rows) {
+    visit_byte_queries<Page, false>(visit, query);
   }
 }
 
 inline void visit_bytes(const PageVisit& visit) {
-  visit_byte_queries<true>(visit, 0);
-  for (int query = BytePage::rows; query < visit.queries; query += BytePage::rows) {
-    visit_byte_queries<false>(visit, query);
-  }
+  visit.cap > 0 ? visit_byte_page<Capped<BytePage>>(visit) : visit_byte_page<BytePage>(visit);
 }
 
 inline void round_query(const float* x, int n, void* out) { quantise_row(x, n, static_cast<ActivationBlock*>(out)); }
