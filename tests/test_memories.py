@@ -135,7 +135,7 @@ def test_a_planted_fault_is_seen(sharp: Any, kind: str, fault: Any, monkeypatch:
     assert (read(sharp, evicting(kind, sharp, BUDGET, PERIOD)) - reference(kind)).abs().max() > 1e-3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     temperature=st.sampled_from([0.0, 0.9]),
@@ -161,7 +161,7 @@ def test_drafting_changes_no_token(
     assert text == plain and loop.cache.pool.in_use == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     types=st.sampled_from([(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.int8)]),
@@ -206,7 +206,7 @@ def test_a_text_goes_on_as_it_would_have_from_any_point(
     model = request.getfixturevalue(executor)
     params = SamplingParams(temperature=1.0, seed=3)
     whole, _, _ = write(model, PROMPT[:250], 120, params, eviction=evicting(kind, model))
-    for cut in (6, 7, 70, 71, 100):  # evictions are at 256 and 320
+    for cut in (7, 70, 100):  # evictions are at 256 and 320
         rest, _, _ = write(model, PROMPT[:250] + whole[:cut], 120 - cut, params, eviction=evicting(kind, model))
         assert rest == whole[cut:]
 
