@@ -15,7 +15,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.native import NativeDecoder
 
-BLOCK = 32  # values of a query that share a scale
+BLOCK = 64  # values of a query that share a scale
 
 
 class Int8Attention(Naive):
@@ -61,7 +61,7 @@ class Int8Attention(Naive):
 
 
 def rounded_query(q: torch.Tensor) -> torch.Tensor:
-    """Queries [..., head_dim], each block of 32 values rounded to multiples of a scale of its own. In each eight values
+    """Queries [..., head_dim], each block of 64 values rounded to multiples of a scale of its own. In each eight values
     of a block the sizes of 0, 1, 4 and 5, and of 2, 3, 6 and 7, sum up to 126 scales at most."""
     size = q.shape[-1]
     blocks = torch.nn.functional.pad(q, (0, -size % BLOCK)).unflatten(-1, (-1, BLOCK))

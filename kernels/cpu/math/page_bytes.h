@@ -6,7 +6,7 @@
 //                                    and four t + 8 those of 32 further on (value_place in narrow.h)
 //   scales  [64] of keys, [64] of values, fp32
 //
-// Queries are rounded to signed bytes in blocks of 32 values with a scale each, and weights to unsigned bytes with one
+// Queries are rounded to signed bytes in blocks of 64 values with a scale each, and weights to unsigned bytes with one
 // scale for each query and page. Sums of their products with a page's bytes are whole numbers and exact. So they are
 // the same in every ISA, and only the fp32 operations around them have to be in a fixed order:
 //
@@ -25,8 +25,8 @@
 
 namespace tokenswift {
 
-// A block of 32 values of a query.
-constexpr int query_block = 32;
+// A block of 64 values of a query.
+constexpr int query_block = 64;
 struct alignas(64) QueryBlock {
   float scale;
   int32_t start;  // -128 * the sum of the quants, since a key's bytes are 128 too large
