@@ -370,7 +370,7 @@ def test_an_int8_cache_is_named_and_counted_with_its_scales(
         reports.append(model.baseline(stream).report)
     fp32, int8 = reports
     assert (fp32["kv_dtype"], int8["kv_dtype"]) == ("fp32", "int8")
-    assert "/fp32/kv-int8/" in int8["numerics"] and "/kv-int8" not in fp32["numerics"]
+    assert "/fp32/kv-int8-products/" in int8["numerics"] and "/kv-int8" not in fp32["numerics"]
     assert int8["identical"] is True
     spec = over_int8.checkpoint.spec
     a_head, heads = spec.head_dim + 4, 2 * spec.layers * spec.kv_heads  # a byte an element, and the scale

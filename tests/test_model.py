@@ -151,7 +151,7 @@ def test_no_drafter_changes_the_text_over_an_int8_cache() -> None:
     swift = native("bf16", "int8")
     settings: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.8, "min_p": 0.05, "seed": 17}
     plain = swift.generate(STORY, drafter="none", ignore_eos=True, **settings)
-    assert plain.report["kv_dtype"] == "int8" and "/bf16/kv-int8/" in plain.report["numerics"]
+    assert plain.report["kv_dtype"] == "int8" and "/bf16/kv-int8-products/" in plain.report["numerics"]
     for drafter in ("ngram", "partial", "cascade"):
         drafted = swift.generate(STORY, drafter=drafter, draft_budget=128, draft_tokens=5, ignore_eos=True, **settings)
         assert drafted.tokens == plain.tokens

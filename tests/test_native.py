@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import PLAIN, decoder_of, tiny_model, weights_of
+from conftest import PLAIN, decoder_of, tiny_model
 from native_rows import (
     CONTEXT,
     DTYPES,
@@ -25,7 +25,6 @@ from native_rows import (
     native_of,
     one_by_one,
     prefill,
-    quantised,
     random_tree,
     tokens,
 )
@@ -33,11 +32,9 @@ from native_rows import isa as isa
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.devices import available_threads
-from tokenswift_py.models.native import NativeDecoder, NativeWeights
-from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.models.native import NativeDecoder
 from tokenswift_py.models.spec import ModelSpec
 
 TYPES = {"bf16": (torch.bfloat16, None), "fp32": (torch.float32, None), "kv-int8": (torch.bfloat16, torch.int8)}
@@ -314,90 +311,11 @@ def test_a_view_agrees_with_torch() -> None:
     assert (logits[0] - logits[1]).abs().max() < 1e-4
 
 
-def cached(decoder: NativeDecoder, cache: KVCache, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [tokens, head_dim] as they are read back, from an fp32 or int8 cache."""
-    pool: Any = cache.pool
-    size = decoder.spec.head_dim
-    blocks = [torch.from_numpy(pool.native.block(layer, head, page)) for page in cache.pages]
-    pages = []
-    for block in blocks:
-        if decoder.kv_dtype == torch.float32:
-            keys, values = block.view(torch.float32).view(2, -1)
-            pages.append((keys.view(-1, 64).T, values.view(64, -1)))
-        else:
-            scales = block[-512:].view(torch.float32).view(2, 64, 1)
-            keys, values = block[:-512].view(torch.int8).view(2, -1)
-            rows = keys.view(-1, 64, 2).transpose(0, 1).flatten(1), values.view(32, -1, 2).transpose(1, 2).flatten(0, 1)
-            pages.append((rows[0] * scales[0], rows[1] * scales[1]))
-    k, v = (torch.cat(parts)[: cache.length, :size] for parts in zip(*pages, strict=True))
-    return k, v
-
-
-def test_int8_keys_and_values_are_the_nearest_multiples_of_their_own_scale(isa: str) -> None:
-    config = config_of()
-    weights = weights_of(tiny_model(config, torch.float32))
-    weights["model.layers.0.self_attn.v_proj.weight"][:8] = 0  # of KV head 0: its values are zeros
-    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.float32, 2)
-    exact, int8 = (NativeDecoder(packed, rope_tables(config, CONTEXT), kind) for kind in (torch.float32, torch.int8))
-    caches = [prefill(decoder, tokens(150))[0] for decoder in (exact, int8)]
-    for head in range(2):  # of layer 0, whose keys and values do not depend on the cache
-        for wanted, found in zip(cached(exact, caches[0], 0, head), cached(int8, caches[1], 0, head), strict=True):
-            quants, scale = quantised(wanted)
-            assert torch.equal(found, quants * scale)
-            assert (found - wanted).abs().max() <= wanted.abs().max() / 254 * 1.0001
-
-
-class QuantisedPool(TorchPagePool):
-    """A pool that rounds values as an int8 cache rounds them when they are written."""
-
-    def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        super().write(layer, slots, *(quants * scale for quants, scale in map(quantised, (k, v))))
-
-
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("kv_dtype", DTYPES.values(), ids=DTYPES)
 def test_a_page_takes_the_memory_that_is_asked_for(kv_dtype: torch.dtype, head_dim: int) -> None:
     decoder = native_of(config_of(head_dim=head_dim), kv_dtype=kv_dtype)
     assert decoder.new_pool(3).page_bytes == decoder.spec.kv_bytes(PAGE_SIZE, kv_dtype)
-
-
-@pytest.mark.parametrize("head_dim", [8, 48, 64, 80, 128])
-@pytest.mark.parametrize("kv_heads", [1, 6])
-def test_attention_over_int8_agrees_with_torch_over_the_same_quants(isa: str, head_dim: int, kv_heads: int) -> None:
-    config = config_of(family="qwen3", head_dim=head_dim, num_key_value_heads=kv_heads)
-    reference = decoder_of(tiny_model(config, torch.float32), CONTEXT, "naive")
-    decoder = native_of(config, torch.float32, kv_dtype=torch.int8)
-    cache, _ = prefill(decoder, tokens(300))
-    spec, tree = decoder.spec, random_tree(1, 30, 0.4)
-    pool = QuantisedPool(spec.layers, spec.kv_heads, head_dim, 16, torch.float32, torch.device("cpu"))
-    copy = KVCache(pool, CONTEXT)
-    slots = copy.append(np.arange(300, dtype=np.int32), True)
-    for layer in range(spec.layers):
-        heads = [torch.stack(cached(decoder, cache, layer, head)) for head in range(kv_heads)]
-        TorchPagePool.write(pool, layer, torch.from_numpy(slots).long(), *torch.stack(heads, 2))
-    copy.commit(range(300))
-    view = random_view(spec, cache, 2)
-    for limited in (None, view):
-        expected = reference.forward([Segment(tree, copy, view=limited)], want_mass=True)
-        output = decoder.forward([Segment(tree, cache, view=limited)], want_mass=True)
-        error = output.logits - expected.logits
-        rounds_queries = isa == "avx512bf16"
-        assert error.pow(2).mean() < (0.02 if rounds_queries else 2e-5) ** 2 * expected.logits.pow(2).mean()
-        assert output.page_mass is not None and expected.page_mass is not None
-        assert (output.page_mass - expected.page_mass).abs().max() < (0.05 if rounds_queries else 1e-4)
-        cache.drop_tail()
-        copy.drop_tail()
-
-
-def test_what_is_not_a_number_stays_so_in_an_int8_cache() -> None:
-    config = config_of()
-    weights = weights_of(tiny_model(config, torch.float32))
-    weights["model.embed_tokens.weight"][60] = torch.nan
-    packed = NativeWeights(ModelSpec.from_config(config), weights, torch.float32, 1)
-    decoder = NativeDecoder(packed, rope_tables(config, CONTEXT), torch.int8)
-    cache, _ = prefill(decoder, np.arange(40, dtype=np.int32))
-    logits = one_by_one(decoder, cache, [1, 60, 2]).logits
-    assert logits.isnan().all(1).tolist() == [False, True, True]
 
 
 def test_logits_come_for_the_rows_asked_for(decoder: NativeDecoder) -> None:

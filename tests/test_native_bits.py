@@ -52,6 +52,14 @@ MOVED_BITS = {
 }
 
 
+# With keys and values of int8.
+INT8_BITS = {
+    ("avx2", "fp32"): "ba62a8e5b1c3a3a1",
+    ("avx2", "bf16"): "8a0e811cb640be8d",
+    ("generic", "fp32"): "a684cc525e8038cb",
+    ("generic", "bf16"): "e098712be493bfc7",
+}
+
 # By family: layers without RoPE, norms after layers, soft caps, mixtures without and with an expert that every row
 # takes.
 FAMILY_BITS: dict[str, dict[tuple[str, str], str]] = {
@@ -102,7 +110,12 @@ PRODUCT_BITS = {
 }
 
 
-def logits_of(dtype: torch.dtype, shifts: BlockShifts | None = None, family: str = "qwen3") -> torch.Tensor:
+def logits_of(
+    dtype: torch.dtype,
+    shifts: BlockShifts | None = None,
+    family: str = "qwen3",
+    kv_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
     """A prefill that crosses page borders, and a tree after it."""
     spec = ModelSpec.from_config(tiny_config(family=family))
     weights = {
@@ -110,7 +123,7 @@ def logits_of(dtype: torch.dtype, shifts: BlockShifts | None = None, family: str
     }
     angles = [2 * numbers(CONTEXT, spec.head_dim // 2, start=start) for start in (7, 11, 13, 17)]
     tables = RopeTables(*angles[:2], label="bits", shifts=shifts, local=RopeTables(*angles[2:], label="local"))
-    decoder = NativeDecoder(NativeWeights(spec, weights, dtype, threads=2), tables)
+    decoder = NativeDecoder(NativeWeights(spec, weights, dtype, threads=2), tables, kv_dtype)
     cache = decoder.new_cache()
     prompt = DraftTree.chain(np.arange(200, dtype=np.int32) * 17 % spec.vocab_size)
     prefill = decoder.forward([Segment(prompt, cache, causal=True)]).logits
@@ -136,6 +149,18 @@ def test_a_variant_has_its_bits_where_queries_are_moved(isa: str, dtype: str, mo
     if (isa, dtype) not in MOVED_BITS:
         pytest.skip(f"the bits of {isa} are not recorded yet: {bits}")
     assert bits == MOVED_BITS[isa, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+def test_a_variant_has_its_bits_with_int8_keys_and_values(
+    isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENSWIFT_ISA", isa)
+    bits = hashed(logits_of(DTYPES[dtype], kv_dtype=torch.int8))
+    if (isa, dtype) not in INT8_BITS:
+        pytest.skip(f"the bits of {isa} are not recorded yet: {bits}")
+    assert bits == INT8_BITS[isa, dtype]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])

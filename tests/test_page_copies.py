@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import tiny_model, weights_of
-from native_rows import CONTEXT, config_of, prefill, quantised, tokens
+from native_rows import CONTEXT, config_of, int8_block, prefill, quantised, tokens
 from native_rows import isa as isa
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
@@ -52,24 +52,9 @@ def logits_of(decoder: NativeDecoder, cache: KVCache, view: PageView | None = No
 
 
 def values(block: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [64, padded head_dim] of a page, as the elements they are."""
-    return laid_out(torch.from_numpy(block.copy()).view(torch.bfloat16), 2)
-
-
-def copied(copy: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Quants of a copy, as `values`, and the scales [2, 64, 1] of both."""
-    quants = torch.from_numpy(copy[:-512].copy()).view(2, -1)
-    quants = torch.stack([(quants[0].to(torch.int16) - 128).to(torch.int8), quants[1].view(torch.int8)])
-    return laid_out(quants, 4), torch.from_numpy(copy[-512:].copy()).view(torch.float32).view(2, 64, 1)
-
-
-def laid_out(elements: torch.Tensor, together: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """together: how many dimensions of a key, or tokens of a value's dimension, lie side by side."""
-    keys, values = elements.view(2, -1)
-    return (
-        keys.view(-1, 64, together).transpose(0, 1).flatten(1),
-        values.view(64 // together, -1, together).transpose(1, 2).flatten(0, 1),
-    )
+    """Keys and values [64, padded head_dim] of a bf16 page."""
+    keys, values = torch.from_numpy(block.copy()).view(torch.bfloat16).view(2, -1)
+    return keys.view(-1, 64, 2).transpose(0, 1).flatten(1), values.view(32, -1, 2).transpose(1, 2).flatten(0, 1)
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64])
@@ -87,7 +72,7 @@ def test_a_copy_holds_the_nearest_multiples_of_each_tokens_own_scale(isa: str, h
         for head in range(target.spec.kv_heads):
             for page in cache.pages[:2]:
                 own = values(pool.native.block(layer, head, int(page)))
-                quants, scales = copied(pool.native.copy(layer, head, int(page)))
+                quants, scales = int8_block(pool.native.copy(layer, head, int(page)))
                 for wanted, found, scale in zip(own, quants, scales, strict=True):
                     assert_quantised(wanted.float(), found, scale)
     assert pool.native.copy(0, 0, int(cache.pages[2])) is None, "a page that is not full is read as it is"
@@ -109,7 +94,7 @@ def test_a_draft_over_copies_has_almost_the_target_s_logits(isa: str, window: in
     for pages in (None, view):
         exact, found = logits_of(target, cache, pages), logits_of(draft, cache, pages)
         error = (found - exact).abs().mean()
-        assert 0 < error < 0.02 * exact.std(), error  # of keys, values, queries and weights as bytes
+        assert 0 < error < 0.04 * exact.std(), error  # of keys, values, queries and weights as bytes
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 80])
@@ -123,7 +108,7 @@ def test_a_view_of_many_splits_is_read_whole_whatever_the_heads_width(isa: str, 
         error, without = (
             float((logits_of(draft, cache, view_of(draft, seen)) - exact).abs().mean()) for seen in (view, view[:-1])
         )
-        assert error < 0.02 * exact.std() and error < 0.7 * without, (view, error, without)
+        assert error < 0.04 * exact.std() and error < 0.7 * without, (view, error, without)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
@@ -156,7 +141,7 @@ def test_threads_change_no_bit(isa: str) -> None:
 
 
 def test_the_largest_bytes_do_not_saturate(isa: str) -> None:
-    """Quants of 127 and weights of 255 in every lane, whose exact sums no 16-bit number holds."""
+    """Quants of 127 in every lane, and equal weights."""
     target, draft = decoders(head_dim=64)
     cache, _ = prefill(target, tokens(300))
     pool: Any = cache.pool

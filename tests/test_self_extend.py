@@ -288,7 +288,7 @@ def test_drafts_over_views_move_their_queries_too(int8_pages: bool) -> None:
     wanted = one_by_one(target, cache, [5]).logits
     every = np.broadcast_to(np.arange(cache.full_pages, dtype=np.int32), (3, 2, cache.full_pages)).copy()
     got = draft.forward([Segment(DraftTree.chain([5]), cache, view=PageView(every))]).logits
-    tolerance = 0.08 if int8_pages else 1e-6
+    tolerance = 0.1 if int8_pages else 1e-6
     assert (got - wanted).pow(2).mean() < tolerance**2 * wanted.pow(2).mean()
 
 

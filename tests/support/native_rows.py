@@ -70,6 +70,18 @@ def one_by_one(decoder: Any, cache: KVCache, ids: Sequence[int]) -> Output:
     return Output(torch.cat([o.hidden for o in outputs]), torch.cat([o.logits for o in outputs]))
 
 
+def int8_block(block: np.ndarray) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Quants of keys and values [64, padded head_dim] of an int8 page or copy, and the scales [2, 64, 1] of both."""
+    data = torch.from_numpy(block.copy())
+    keys, fours = data[:-512].view(2, -1)
+    lanes = [[t + part for part in (0, 16, 8, 24)] for t in (*range(8), *range(32, 40))]
+    values = (
+        fours.view(torch.int8).view(16, -1, 4).transpose(1, 2).flatten(0, 1)[torch.tensor(lanes).view(-1).argsort()]
+    )
+    keys = (keys.to(torch.int16) - 128).to(torch.int8).view(-1, 64, 4).transpose(0, 1).flatten(1)
+    return (keys, values), data[-512:].view(torch.float32).view(2, 64, 1)
+
+
 def random_tree(seed: int, nodes: int, branching: float) -> DraftTree:
     """Makes a random tree, mostly deep for a small `branching`, mostly wide for a large one."""
     rng = np.random.default_rng(seed)

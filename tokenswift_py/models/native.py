@@ -219,13 +219,13 @@ class NativeDecoder:
               scale (fp32, largest magnitude / 127) for each token's key and value of each head, and the nearest whole
               multiples of it, ties to even.
     draft:    whether rows are for drafts only and can never be committed.
-    int8_pages: whether drafts read int8 copies of a bfloat16 cache's full pages, scaled as with kv_dtype int8. What
-                meets them is rounded to bytes as well, queries to signed and weights to unsigned ones. Copies are made
+    int8_pages: whether drafts read int8 copies of a bfloat16 cache's full pages, as with kv_dtype int8. Copies are made
                 when a draft first sees the page, and take 66 % of the bytes of the largest view.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
-    weight or a bf16 or int8 key or value is rounded to bf16. On the others it stays fp32. What meets a weight in blocks
-    is rounded to int8 in blocks. `Output.hidden` is the final norm's fp32.
+    weight, key or value is rounded to bf16. On the others it stays fp32. What meets a weight in blocks is rounded to
+    int8 in blocks. What meets an int8 key or value is rounded to bytes as well (kernels/cpu/math/page_bytes.h).
+    `Output.hidden` is the final norm's fp32.
     """
 
     guarantee = "bitwise"
@@ -253,7 +253,9 @@ class NativeDecoder:
         self._local = None if local is None else tuple(t.float().contiguous().numpy() for t in (local.cos, local.sin))
         shifts, self._turns = rope.shifts, query_turns(rope, self.spec)
         self._shifts = None if shifts is None else (shifts.block, native_ints(shifts.shifts), shifts.trained)
-        kinds = f"{weights.label}/kv-{dtype_name(self.kv_dtype)}"
+        # int8 pages were widened once, under the label of the type alone.
+        kv = dtype_name(self.kv_dtype) + ("-products" if self.kv_dtype == torch.int8 else "")
+        kinds = f"{weights.label}/kv-{kv}"
         self.numerics = f"native-{__version__}/{weights.native.isa}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:

@@ -58,7 +58,6 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
   for (Scratch& scratch : scratch_) {
     const size_t block = size_t(rows_a_block(group_)) * group_;
     scratch.page.reserve(pool.block_bytes());
-    if (pool.type() == PageType::int8) scratch.widened.reserve(size_t(4) * page_size * head_dim_);
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
@@ -301,7 +300,7 @@ const char* Attention::queries_for(const AttentionLayer& layer, const Piece& pie
 
 void Attention::move_queries(const AttentionLayer& layer, const Piece& piece, int block, bool copied, char* out) const {
   const SegmentInput& in = segments_[piece.segment].in;
-  const RoundOperands round = copied ? kernels_.copies.round : kernels_.of(pool_->type()).round;
+  const RoundOperands round = page_kernels(copied).round;
   const size_t bytes = query_bytes(copied);
   alignas(64) float turned[longest_head] = {};  // zeros after the values
   for (int row = piece.rows.begin; row < piece.rows.end; ++row) {
@@ -318,12 +317,10 @@ void Attention::move_queries(const AttentionLayer& layer, const Piece& piece, in
 void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied,
                       const char* block, const char* next, float* states, Scratch& scratch) {
   const SegmentInput& in = segments_[piece.segment].in;
-  const PageKernels& kernels = kernels_.of(pool_->type());
   const size_t query = (size_t(piece.head) * rows_ + in.start + rows.begin) * group_;
   PageVisit visit{};
   visit.block = block;
   visit.next = next;
-  visit.copy = scratch.widened.data();
   visit.head_dim = head_dim_;
   visit.scale = float(log2e / std::sqrt(double(values_)) * scale_);
   visit.cap = float(log2e * cap_);
@@ -340,7 +337,7 @@ void Attention::visit(const AttentionLayer& layer, const Piece& piece, RowRun ro
     visit.mass_maximum = mass_maximum_.data() + query * mass_stride_ + page;
     visit.mass_stride = mass_stride_;
   }
-  copied ? kernels_.copies.visit(visit) : kernels.visit(visit);
+  page_kernels(copied).visit(visit);
 }
 
 // Merges a row's states under one KV head, and makes its output and mass from them.

@@ -74,7 +74,6 @@ class Attention {
 
   struct Scratch {
     Buffer<char> page;     // a gathered page
-    Buffer<char> widened;  // an int8 page as bf16
     Buffer<float> states;  // states of the current split, where one is kept for all splits
     std::vector<int> first, last;
     Buffer<char> moved;  // operands of a piece's queries as they meet the keys of `block`
@@ -96,10 +95,8 @@ class Attention {
   const char* queries_for(const AttentionLayer& layer, const Piece& piece, int page, bool copied,
                           Scratch& scratch) const;
   void move_queries(const AttentionLayer& layer, const Piece& piece, int block, bool copied, char* out) const;
-  size_t query_bytes(bool copied) const {
-    return copied ? kernels_.copies.query_bytes(head_dim_)
-                  : head_dim_ * size_t(kernels_.of(pool_->type()).operand_bytes);
-  }
+  const PageKernels& page_kernels(bool copied) const { return kernels_.of(copied ? PageType::int8 : pool_->type()); }
+  size_t query_bytes(bool copied) const { return page_kernels(copied).query_bytes(head_dim_); }
   const char* first_block(const AttentionLayer& layer, const Piece& piece, int split) const;
   void visit_tail(const AttentionLayer& layer, const Piece& piece, int page, float* states, Scratch& scratch);
   void visit(const AttentionLayer& layer, const Piece& piece, RowRun rows, int page, bool copied, const char* block,

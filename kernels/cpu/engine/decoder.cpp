@@ -243,7 +243,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.activated.reserve(rows * ffn_stride_);
   if (shape_.post_norms || shape_.experts) buffers_.added.reserve(rows * hidden_stride_);
   buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
-  buffers_.queries.reserve(rows * shape_.heads * padded_head() * kernels_.of(pool.type()).operand_bytes);
+  buffers_.queries.reserve(rows * shape_.heads * kernels_.of(pool.type()).query_bytes(padded_head()));
   if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
   if (pass.rope.shifts.shifts) buffers_.plain_queries.reserve(rows * shape_.heads * padded_head());
   recalls_.clear();
@@ -389,9 +389,9 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
       const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
       std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
     }
-    cached.round(head_q, padded_head(), buffers_.queries.data() + query * padded_head() * cached.operand_bytes);
+    cached.round(head_q, padded_head(), buffers_.queries.data() + query * cached.query_bytes(padded_head()));
     if (pass.int8_pages) {
-      kernels_.copies.round(head_q, padded_head(), buffers_.copy_queries.data() + query * copy_query_bytes());
+      kernels_.int8_pages.round(head_q, padded_head(), buffers_.copy_queries.data() + query * copy_query_bytes());
     }
   }
   for (int head = 0; head < shape_.kv_heads; ++head) {

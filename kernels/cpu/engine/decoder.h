@@ -174,7 +174,7 @@ class Decoder {
   void project_qkv(const Layer& layer, int rows);
   void rotate_and_store(const Layer& layer, int index, const Pass& pass, Pool& pool);
   void rotate_row(const Layer& layer, int index, const Pass& pass, Pool& pool, int row);
-  size_t copy_query_bytes() const { return kernels_.copies.query_bytes(padded_head()); }
+  size_t copy_query_bytes() const { return kernels_.int8_pages.query_bytes(padded_head()); }
   void normalise_head(float* x, const std::vector<float>& norm) const;
   void rotate_head(float* x, const Pass& pass, int row, int rope) const;
   bool moves(const Layer& layer, const Pass& pass) const {

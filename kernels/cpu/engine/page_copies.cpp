@@ -51,7 +51,7 @@ void PageCopies::update_list(int list, const Kernels& kernels, const std::vector
     Copy& copy = copies[hand];
     if (copy.page >= 0 && place[copy.page] == hand) place[copy.page] = -1;
     const char* block = pool_.block(list / pool_.kv_heads(), list % pool_.kv_heads(), page);
-    kernels.copies.copy(block, pool_.head_dim(), at(list, hand));
+    kernels.copy_page(block, pool_.head_dim(), at(list, hand));
     copy = {page, now_};
     place[page] = hand;
   });

@@ -16,13 +16,17 @@ namespace {
 // The bytes of a slab. It is large enough for the system's large pages, and small enough to waste little at the end.
 constexpr size_t slab_bytes = size_t(48) << 20;
 
-// The rounding of a head's values to elements of a page. Readers multiply all of them with one scale.
+// The rounding of a head's values to elements of a page. Readers multiply all of them with one scale. step: elements of
+// a token's key that lie side by side. key: an element as it lies among the keys, and back. value_at: the place of a
+// token's value among those of a dimension.
 template <class T>
 struct Rounding {
   static constexpr int step = 1;
   static constexpr bool scaled = false;
   Rounding(const float*, int) {}
   T operator()(float x) const { return x; }
+  static T key(T x) { return x; }
+  static int value_at(int token) { return token; }
   static float widen(T x) { return x; }
 };
 
@@ -32,28 +36,32 @@ struct Rounding<uint16_t> {
   static constexpr bool scaled = false;
   Rounding(const float*, int) {}
   uint16_t operator()(float x) const { return to_bf16(x); }
+  static uint16_t key(uint16_t x) { return x; }
+  static int value_at(int token) { return token; }
   static float widen(uint16_t x) { return to_float(x); }
 };
 
 // The largest magnitude becomes 127, the others the nearest whole number, ties to even. Where the scale would be
-// denormal all values become zero. Where a value is infinite or NaN, the scale is too, and so is every result computed
-// from it.
+// denormal all values become zero. Where a value is infinite or NaN, the scale is infinite, and no result computed from
+// it is finite.
 template <>
 struct Rounding<int8_t> {
-  static constexpr int step = 2;
+  static constexpr int step = 4;
   static constexpr bool scaled = true;
 
   Rounding(const float* x, int count) {
     float top = 0.0f;
     for (int i = 0; i < count; ++i) {
       const float size = std::fabs(x[i]);
-      top = size > top || size != size ? size : top;  // a NaN stays
+      top = size > top ? size : size != size ? INFINITY : top;
     }
     by_ = quantum(top);
   }
   int8_t operator()(float x) const {
     return by_.divisor == INFINITY ? int8_t(0) : int8_t(int(x / by_.divisor + rounding_bias - rounding_bias));
   }
+  static int8_t key(int8_t x) { return int8_t(x ^ -128); }  // keys lie as unsigned bytes, 128 larger
+  static int value_at(int token) { return value_place(token); }
   static float widen(int8_t x) { return x; }
 
   float scale() const { return by_.scale; }
@@ -68,13 +76,14 @@ class Lane {
  public:
   Lane(char* block, int lane, int head_dim)
       : keys_(reinterpret_cast<T*>(block) + lane * step),
-        values_(reinterpret_cast<T*>(block) + page_size * head_dim + lane / step * head_dim * step + lane % step),
+        values_(reinterpret_cast<T*>(block) + page_size * head_dim + place(lane) / step * head_dim * step +
+                place(lane) % step),
         scales_(reinterpret_cast<float*>(block + 2 * page_size * head_dim * sizeof(T)) + lane),
         head_dim_(head_dim) {}
 
   void write(const float* k, const float* v) const {
     const Rounding<T> key_rounding(k, head_dim_), value_rounding(v, head_dim_);
-    for (int d = 0; d < head_dim_; ++d) key(d) = key_rounding(k[d]);
+    for (int d = 0; d < head_dim_; ++d) key(d) = Rounding<T>::key(key_rounding(k[d]));
     for (int d = 0; d < head_dim_; ++d) value(d) = value_rounding(v[d]);
     if constexpr (Rounding<T>::scaled) {
       key_scale() = key_rounding.scale();
@@ -98,7 +107,7 @@ class Lane {
 
   void widen_key(int count, float* out) const {
     for (int d = 0; d < count; ++d) {
-      out[d] = Rounding<T>::widen(key(d));
+      out[d] = Rounding<T>::widen(Rounding<T>::key(key(d)));
       if constexpr (Rounding<T>::scaled) out[d] *= key_scale();
     }
   }
@@ -120,7 +129,7 @@ class Lane {
       std::fill_n(greatest, width, -INFINITY);
       for (int lane = 0; lane < page_size; lane += width) {
         for (int i = 0; i < width; ++i) {
-          float x = Rounding<T>::widen(keys[(lane + i) * step]);
+          float x = Rounding<T>::widen(Rounding<T>::key(keys[(lane + i) * step]));
           if constexpr (Rounding<T>::scaled) x *= scales_[lane + i];
           least[i] = x < least[i] ? x : least[i];
           greatest[i] = x > greatest[i] ? x : greatest[i];
@@ -133,6 +142,7 @@ class Lane {
 
  private:
   static constexpr int step = Rounding<T>::step;
+  static int place(int lane) { return Rounding<T>::value_at(lane); }
 
   T& key(int d) const { return keys_[size_t(d / step) * page_size * step + d % step]; }
   T& value(int d) const { return values_[d * step]; }

@@ -13,9 +13,9 @@ namespace tokenswift {
 class PageCopies;
 
 // A page holds 64 tokens. A block is the part of a page for one (layer, KV head): keys [head_dim / step][64][step],
-// then values [64 / step][head_dim][step], where step is 2 for bf16 and int8, and 1 for fp32. A block of int8 ends with
-// each token's fp32 scales, by which its quants are multiplied: [64] for keys, [64] for values. Pages come in slabs.
-// Within a slab the blocks of a (layer, KV head) lie side by side. A slot is page * 64 + lane.
+// then values [64 / step][head_dim][step], where step is 4 for int8, 2 for bf16, and 1 for fp32. A block of int8 has
+// its own order of tokens and ends with their fp32 scales, by which its quants are multiplied (page_bytes.h). Pages
+// come in slabs. Within a slab the blocks of a (layer, KV head) lie side by side. A slot is page * 64 + lane.
 class Pool {
  public:
   Pool(int layers, int kv_heads, int head_dim, PageType type, int pages);

@@ -36,7 +36,6 @@ constexpr int state_maximum(int head_dim) { return head_dim + sums_width; }
 struct PageVisit {
   const char* block;  // a block as Pool lays it out, or a copy
   const char* next;   // the block visited next, for prefetching; this one where there is none
-  char* copy;         // scratch for the keys and values of an int8 page as bf16
   int head_dim;       // a multiple of 16
   float scale;        // multiplies the scores; log2(e) is included
   float cap;          // makes cap * tanh(s / cap) of a scaled score s; log2(e) is included; 0 where there is no cap
@@ -63,23 +62,14 @@ struct ElementKernels {
                    size_t out_stride);
 };
 
-// The arithmetic of one type of cached keys and values.
+// The arithmetic of one type of cached keys and values. That of int8 serves the copies of pages that drafts read, too
+// (page_copies.h).
 struct PageKernels {
-  int operand_bytes;
+  int query_multiple, operand_bytes;  // a query is padded to a multiple of so many values, each of so many bytes
   RoundOperands round;
   void (*visit)(const PageVisit&);
   // Returns the largest product of the first query with a key of the page. Reads block, next, head_dim and q.
   float (*best_score)(const PageVisit&);
-};
-
-// The arithmetic of the copies of pages that drafts read (page_copies.h). They hold whole numbers, so that an
-// instruction computes four products a lane.
-struct CopyKernels {
-  int query_multiple, operand_bytes;  // a query is padded to a multiple of so many values, each of so many bytes
-  RoundOperands round;
-  void (*visit)(const PageVisit&);
-  // Makes the copy of a block of bf16 (see Pool).
-  void (*copy)(const char* block, int head_dim, char* out);
 
   size_t query_bytes(int head_dim) const { return size_t(round_up(head_dim, query_multiple)) * operand_bytes; }
 };
@@ -90,7 +80,8 @@ struct Kernels {
   int tile;   // rows that a product makes in one go over a panel
   ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
-  CopyKernels copies;
+  // Makes the int8 block of a block of bf16 (see Pool).
+  void (*copy_page)(const char* block, int head_dim, char* out);
   // out = x / rms(x) * weight. n counts values. Buffers are padded with zeros to vector_multiple.
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // out = silu(gate) * up. n is a multiple of vector_multiple.

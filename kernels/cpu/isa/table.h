@@ -20,7 +20,7 @@ ElementKernels element_kernels() {
 template <class Page>
 PageKernels page_kernels() {
   using Operands = Values<typename Page::Dot>;
-  return {Operands::operand_bytes, round_operands<Operands>, visit<Page>, best_score<Page>};
+  return {1, Operands::operand_bytes, round_operands<Operands>, visit<Page>, best_score<Page>};
 }
 
 Kernels make_kernels(const char* name) {
@@ -36,8 +36,8 @@ Kernels make_kernels(const char* name) {
            element_kernels<Blocks<Element::iq4_nl>>(), element_kernels<Blocks<Element::iq4_xs>>()},
           page_kernels<PageOf<Bf16Dot>>(),
           page_kernels<PageOf<F32Dot>>(),
-          page_kernels<PageOf<Bf16Dot, int8_t>>(),
-          {block_size, activation_bytes, round_query, visit_bytes, copy_page},
+          {query_block, query_value_bytes, round_query, visit_bytes, best_byte_score},
+          copy_page,
           rms_norm,
           swiglu,
           geglu,

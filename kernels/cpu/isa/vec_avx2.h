@@ -111,20 +111,24 @@ struct Isa {
   static Wholes add_shorts(Wholes a, Shorts b) {
     return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
-  static void store_bytes(uint8_t* p, Vec a) {
-    const __m256i bits = _mm256_castps_si256(_mm256_add_ps(a, _mm256_set1_ps(rounding_bias)));
-    const __m256i low = _mm256_and_si256(bits, _mm256_set1_epi32(255));
-    const __m128i pairs = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(pairs, pairs));
+  // Stores 64 numbers as bytes, as in vec_avx512.h.
+  static void store_fours(uint8_t* p, const Vec (&a)[8], Vec factor) {
+    for (int half = 0; half < 2; ++half) {
+      const auto whole = [&](int i) {
+        return _mm256_castps_si256(_mm256_fmadd_ps(a[4 * half + i], factor, _mm256_set1_ps(rounding_bias)));
+      };
+      const __m256i low = _mm256_add_epi32(whole(0), _mm256_slli_epi32(whole(2), 8));
+      const __m256i high = _mm256_add_epi32(_mm256_slli_epi32(whole(1), 16), _mm256_slli_epi32(whole(3), 24));
+      // The four biases, moved as the numbers were.
+      const __m256i biases = _mm256_set1_epi32(int(0x4b400000u + (0x4b400000u << 8) + (0x4b400000u << 16)));
+      const __m256i bytes = _mm256_sub_epi32(_mm256_add_epi32(low, high), biases);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32 * half), bytes);
+    }
   }
-  // Return 8 int8 values, and the even and the odd ones of 16.
+  // Returns 8 int8 values.
   static Vec widen(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
-  static Vec widen_even(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs(p), 24), 24));
-  }
-  static Vec widen_odd(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs(p), 8)); }
 
   // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
@@ -137,9 +141,6 @@ struct Isa {
   static __m256i in_turn(__m256i a) {
     asm("" : "+x"(a));
     return a;
-  }
-  static __m256i pairs(const int8_t* p) {
-    return _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   static __m256i bits(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };

@@ -127,19 +127,26 @@ struct Isa {
     return _mm512_add_epi32(a, _mm512_madd_epi16(b, _mm512_set1_epi16(1)));
   }
 #endif
-  // Stores the nearest whole numbers, ties to even, as bytes. Stores some other bytes for numbers too large, or NaN.
-  static void store_bytes(uint8_t* p, Vec a) {
-    const __m512i bits = _mm512_castps_si512(_mm512_add_ps(a, _mm512_set1_ps(rounding_bias)));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bits));
+  // Stores the nearest whole numbers to 64 numbers times a factor, ties to even, as bytes. Word t of the first eight is
+  // made of numbers t, t + 16, t + 8 and t + 24, and word t of the others of those 32 further on. Stores some other
+  // bytes where a product is not in 0 .. 255.
+  static void store_fours(uint8_t* p, const Vec (&a)[4], Vec factor) {
+    for (int half = 0; half < 2; ++half) {
+      const auto whole = [&](int i) {
+        return _mm512_castps_si512(_mm512_fmadd_ps(a[2 * half + i], factor, _mm512_set1_ps(rounding_bias)));
+      };
+      const __m512i pairs =
+          _mm512_or_si512(_mm512_and_si512(whole(0), _mm512_set1_epi32(255)), _mm512_slli_epi32(whole(1), 8));
+      const __m256i words = _mm512_cvtepi32_epi16(pairs);
+      const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32 * half), _mm_unpacklo_epi16(low, high));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 32 * half + 16), _mm_unpackhi_epi16(low, high));
+    }
   }
-  // Return 16 int8 values, and the even and the odd ones of 32.
+  // Returns 16 int8 values.
   static Vec widen(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  static Vec widen_even(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs(p), 24), 24));
-  }
-  static Vec widen_odd(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs(p), 8)); }
 
   // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) {
@@ -151,9 +158,6 @@ struct Isa {
   static __m512i in_turn(__m512i a) {
     asm("" : "+v"(a));
     return a;
-  }
-  static __m512i pairs(const int8_t* p) {
-    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 };
 

@@ -119,15 +119,18 @@ struct Isa {
   static Shorts shorts() { return zero(); }
   static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, unsigned_bytes(w), signed_bytes(x)); }
   static Wholes add_shorts(Wholes a, Shorts b) { return a + b; }
-  static void store_bytes(uint8_t* p, Vec a) {
-    const Vec pushed = a + rounding_bias;
-    const Words bits = from<Words>(&pushed);
-    for (int i = 0; i < lanes; ++i) p[i] = uint8_t(bits[i]);
+  // Stores 64 numbers as bytes, as in vec_avx512.h.
+  static void store_fours(uint8_t* p, const Vec (&a)[16], Vec factor) {
+    for (int i = 0; i < 16; ++i) {
+      const Vec pushed = fma(a[i], factor, splat(rounding_bias));
+      const Words bits = from<Words>(&pushed);
+      // Number 4 i + j is 32 h + 16 b + 8 c + t, and byte 32 h + 4 t + 2 c + b.
+      uint8_t* word = p + i / 8 * 32 + i % 2 * 16 + i / 2 % 2 * 2 + i / 4 % 2;
+      for (int j = 0; j < lanes; ++j) word[4 * j] = uint8_t(bits[j]);
+    }
   }
-  // Return 4 int8 values, and the even and the odd ones of 8.
+  // Returns 4 int8 values.
   static Vec widen(const int8_t* p) { return Vec{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
-  static Vec widen_even(const int8_t* p) { return Vec{float(p[0]), float(p[2]), float(p[4]), float(p[6])}; }
-  static Vec widen_odd(const int8_t* p) { return widen_even(p + 1); }
 
   // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }

@@ -39,11 +39,7 @@ struct WidenedBf16Dot {
   };
   static constexpr int step = 2;
 
-  // w: bf16 or int8. Both are widened exactly.
-  template <class T>
-  static Columns columns(const T* w) {
-    return {Isa::widen_even(w), Isa::widen_odd(w)};
-  }
+  static Columns columns(const Weight* w) { return {Isa::widen_even(w), Isa::widen_odd(w)}; }
   static Vec add(Vec acc, Columns w, const Operand* x) {
     acc = Isa::fma(w.even, Isa::splat(x[0]), acc);
     return Isa::fma(w.odd, Isa::splat(x[1]), acc);
@@ -61,8 +57,6 @@ struct NativeBf16Dot {
   static constexpr int step = 2;
 
   static Columns columns(const Weight* w) { return (__m512bh)_mm512_loadu_si512(w); }
-  // bf16 holds every int8 exactly.
-  static Columns columns(const int8_t* w) { return _mm512_cvtne2ps_pbh(Isa::widen(w + Isa::lanes), Isa::widen(w)); }
   static Vec add(Vec acc, Columns w, const Operand* x) {
     int pair;
     std::memcpy(&pair, x, sizeof pair);

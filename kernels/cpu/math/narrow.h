@@ -1,4 +1,4 @@
-// How a page of bf16 becomes a copy of bytes (page_bytes.h). Magnitudes of bf16 are compared as bits. These have the
+// How a page of bf16 becomes a page of bytes (page_bytes.h). Magnitudes of bf16 are compared as bits. These have the
 // same order, with infinity and NaN above all numbers.
 #pragma once
 
@@ -34,14 +34,32 @@ inline void narrow(const uint16_t* x, const float* divisor, int n, int8_t* out) 
   }
 }
 
-// Joins pairs to fours: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, exclusive or `turn`. a, b: [n][2].
-inline void join_pairs(const int8_t* a, const int8_t* b, int n, uint32_t turn, char* out) {
+// The place of a token's values among the bytes of a dimension: the byte of a four, four * 4 + byte.
+constexpr int value_place(int token) { return token / 32 * 32 + token % 8 * 4 + token / 8 % 2 * 2 + token / 16 % 2; }
+
+// The token whose values have a place.
+constexpr int token_at(int place) { return place / 32 * 32 + place % 4 / 2 * 8 + place % 2 * 16 + place / 4 % 8; }
+
+// Joins pairs of keys' quants to fours of bytes: out[i] = {a[i][0], a[i][1], b[i][0], b[i][1]}, each 128 larger. a, b:
+// [n][2].
+inline void join_keys(const int8_t* a, const int8_t* b, int n, char* out) {
   for (int i = 0; i < n; ++i) {
     uint16_t pairs[2];
     std::memcpy(&pairs[0], a + 2 * i, sizeof pairs[0]);
     std::memcpy(&pairs[1], b + 2 * i, sizeof pairs[1]);
-    const uint32_t four = (uint32_t(pairs[1]) << 16 | pairs[0]) ^ turn;
+    const uint32_t four = (uint32_t(pairs[1]) << 16 | pairs[0]) ^ 0x80808080u;
     std::memcpy(out + 4 * i, &four, sizeof four);
+  }
+}
+
+// Joins pairs of values' quants to fours: first[i] = {a[i][0], b[i][0], c[i][0], d[i][0]}, and second[i] of [i][1].
+// quants: a, b, c and d, each [n][2].
+inline void join_values(const int8_t (*quants)[2 * longest_head], int n, char* first, char* second) {
+  for (int i = 0; i < n; ++i) {
+    for (int part = 0; part < 4; ++part) {
+      first[4 * i + part] = char(quants[part][2 * i]);
+      second[4 * i + part] = char(quants[part][2 * i + 1]);
+    }
   }
 }
 
@@ -86,16 +104,18 @@ inline void copy_page(const char* block, int head_dim, char* out) {
     scales[lane] = by.scale;
     divisor[2 * lane] = divisor[2 * lane + 1] = by.divisor;
   }
-  alignas(64) int8_t first[2 * longest_head], second[2 * longest_head];
+  alignas(64) int8_t quants[4][2 * longest_head];
   for (int d = 0; d < head_dim / 2; d += 2, out += 2 * width) {
-    narrow(keys + d * width, divisor, width, first);
-    narrow(keys + (d + 1) * width, divisor, width, second);
-    join_pairs(first, second, page_size, 0x80808080u, out);  // adds 128 to each
+    narrow(keys + d * width, divisor, width, quants[0]);
+    narrow(keys + (d + 1) * width, divisor, width, quants[1]);
+    join_keys(quants[0], quants[1], page_size, out);
   }
-  for (int token = 0; token < page_size; token += 4, out += 4 * head_dim, values += 4 * head_dim) {
-    narrow_values(values, head_dim, first, scales + page_size + token);
-    narrow_values(values + 2 * head_dim, head_dim, second, scales + page_size + token + 2);
-    join_pairs(first, second, head_dim, 0, out);
+  for (int four = 0; four < page_size / 4; four += 2, out += 8 * head_dim) {
+    for (int part = 0; part < 4; ++part) {
+      const int token = token_at(4 * four + part);
+      narrow_values(values + token * head_dim, head_dim, quants[part], scales + page_size + token);
+    }
+    join_values(quants, head_dim, out, out + 4 * head_dim);
   }
 }
 

@@ -4,9 +4,6 @@
 // as it is, bit for bit: the maximum stays, the rescaling factor is exactly 1, and every weight is exactly 0.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
 #include "isa/kernels.h"
 #include "math/dot.h"
 #include "math/rowwise.h"
@@ -14,46 +11,32 @@
 namespace tokenswift {
 namespace {
 
-// A page whose elements are of type S in memory (see Pool): the type that Dot multiplies with, or int8 quants, which
-// are widened to it when they are read. The quants' scales multiply the scores, and multiply the weights before these
-// meet the values. `copied` reads a widened copy instead. It has the same bits, and is cheaper where many queries share
-// it.
-template <class D, class S = typename D::Weight, bool copied = false>
+// A page whose elements are of the type that Dot multiplies with.
+template <class D>
 struct PageOf {
   using Dot = D;
   using Operand = typename D::Operand;
   using Weights = Operand[page_size];
-  using Element = std::conditional_t<copied, typename D::Weight, S>;
-  using Copied = PageOf<D, S, true>;
-  static constexpr bool scaled = sizeof(S) == 1, capped = false;
+  using Element = typename D::Weight;
+  static constexpr bool scaled = false, capped = false;
   static constexpr Precision precision = sizeof(Operand) == 2 ? Precision::short_ : Precision::full;
 
   static size_t half(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
-  static size_t half_bytes(const PageVisit& visit) { return half(visit) * sizeof(S); }
-  static const Element* keys(const PageVisit& visit) {
-    return reinterpret_cast<const Element*>(copied ? visit.copy : visit.block);
-  }
+  static size_t half_bytes(const PageVisit& visit) { return half(visit) * sizeof(Element); }
+  static const Element* keys(const PageVisit& visit) { return reinterpret_cast<const Element*>(visit.block); }
   static const Element* values(const PageVisit& visit) { return keys(visit) + half(visit); }
-  static const float* key_scales(const PageVisit& visit) {
-    return reinterpret_cast<const float*>(visit.block + 2 * half_bytes(visit));
-  }
-  static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
 
   static void round(const Vec (&s)[page_size / Isa::lanes], Weights& out) {
     for (int j = 0; j < page_size / Isa::lanes; ++j) Dot::round(s[j], out + j * Isa::lanes);
   }
 
-  // Whether quants are widened once for all tiles. It pays where an instruction computes two products a lane, for then
-  // there is little other work to hide the widening.
-  static constexpr bool worth_copying = scaled && !copied && sizeof(Operand) == 2;
-  static constexpr int bytes_a_step = Dot::step * sizeof(S);
+  static constexpr int bytes_a_step = Dot::step * sizeof(Element);
 };
 
 // The same page for queries whose scores are capped. It is a type of its own, so that visits without a cap stay as they
 // are.
 template <class Page>
 struct Capped : Page {
-  using Copied = Capped<typename Page::Copied>;
   static constexpr bool capped = true;
 };
 
@@ -70,11 +53,18 @@ inline __attribute__((always_inline)) void cap_scores(Vec (&s)[score_vectors], c
   for (int j = 0; j < score_vectors; ++j) s[j] = capped(Isa::mul(s[j], factor), cap);
 }
 
-// Turns a query's scores into its weights. Updates its maximum and sums, writes the weights rounded, and returns the
-// factor by which everything accumulated so far has to be scaled.
+inline float greatest(const Vec (&s)[score_vectors]) {
+  Vec top = s[0];
+  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[j]);
+  float best;
+  Isa::store_first(&best, Isa::max_across(top));
+  return best;
+}
+
+// Turns a query's scores into its weights. Updates its maximum and sums, and returns the factor by which everything
+// accumulated so far has to be scaled.
 template <class Page>
-inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors],
-                                                  typename Page::Weights& weights) {
+inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int query, Vec (&s)[score_vectors]) {
   float* sums = visit.state + size_t(query) * state_floats(visit.head_dim) + visit.head_dim;
   float* maximum = sums + sums_width;
   if constexpr (Page::scaled) multiply(s, Page::key_scales(visit));
@@ -109,8 +99,6 @@ inline __attribute__((always_inline)) Vec softmax(const PageVisit& visit, int qu
     visit.mass[query * visit.mass_stride] = Isa::sum(page_sum);
     visit.mass_maximum[query * visit.mass_stride] = *maximum;
   }
-  if constexpr (Page::scaled) multiply(s, Page::value_scales(visit));
-  Page::round(s, weights);
   return rescale;
 }
 
@@ -166,7 +154,10 @@ void visit_tile(const PageVisit& visit, int query) {
   Vec s[M][score_vectors], rescale[M];
   score<Page, M, parts>(visit, query, s);
 #pragma GCC unroll 6
-  for (int i = 0; i < M; ++i) rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
+  for (int i = 0; i < M; ++i) {
+    rescale[i] = softmax<Page>(visit, query + i, s[i]);
+    Page::round(s[i], weights[i]);
+  }
   constexpr int block = Isa::page_vectors * Isa::lanes;
   uintptr_t ahead = part_ahead<Page, parts>(visit, 1, query);
   int column = 0;
@@ -193,31 +184,7 @@ void visit_tiles(const PageVisit& visit) {
 }
 
 template <class Page>
-void ask_for_scales(const PageVisit& visit) {
-  if (!Page::scaled) return;
-  const char* scales = visit.next + 2 * Page::half_bytes(visit);
-  for (size_t at = 0; at < 2 * page_size * sizeof(float); at += line_bytes) Isa::prefetch(scales + at);
-}
-
-template <class Page>
-void copy_widened(const PageVisit& visit) {
-  const auto* quants = reinterpret_cast<const int8_t*>(visit.block);
-  constexpr int step = Isa::lanes * Page::Dot::step;
-  for (size_t i = 0; i < 2 * Page::half(visit); i += step) {
-    const auto columns = Page::Dot::columns(quants + i);
-    std::memcpy(visit.copy + i * sizeof(typename Page::Dot::Weight), &columns, sizeof columns);
-  }
-}
-
-template <class Page>
 void visit_page(const PageVisit& visit) {
-  if constexpr (Page::worth_copying) {
-    if (visit.queries > Isa::page_rows) {
-      copy_widened<Page>(visit);
-      return visit_page<typename Page::Copied>(visit);
-    }
-  }
-  ask_for_scales<Page>(visit);
   constexpr int most = lines_ahead<Page, Isa::page_vectors, 1>;
   if (most % 4 == 0 && visit.queries > 3 * Isa::page_rows) return visit_tiles<Page, most % 4 ? 1 : 4>(visit);
   if (most % 2 == 0 && visit.queries > Isa::page_rows) return visit_tiles<Page, most % 2 ? 1 : 2>(visit);
@@ -231,15 +198,9 @@ void visit(const PageVisit& visit) {
 
 template <class Page>
 float best_score(const PageVisit& visit) {
-  ask_for_scales<Page>(visit);
   Vec s[1][score_vectors];
   score<Page, 1, 1>(visit, 0, s);
-  if constexpr (Page::scaled) multiply(s[0], Page::key_scales(visit));
-  Vec top = s[0][0];
-  for (int j = 1; j < score_vectors; ++j) top = Isa::max(top, s[0][j]);
-  float best;
-  Isa::store_first(&best, Isa::max_across(top));
-  return best;
+  return greatest(s[0]);
 }
 
 }  // namespace

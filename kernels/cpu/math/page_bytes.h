@@ -1,30 +1,49 @@
-// The work when some queries meet a page of bytes. Only drafts read such pages, so rounding may be coarse here. But a
-// query's result does not depend on the queries beside it here either.
+// Some queries meet a page of bytes: an int8 page of the pool, or a copy of a bf16 page that drafts read. A query's
+// result does not depend on the queries beside it here either.
 //
 //   keys    [head_dim / 4][64][4]    unsigned bytes: quant + 128
-//   values  [16][head_dim][4]        signed bytes of four tokens
+//   values  [16][head_dim][4]        signed bytes of four tokens: four t < 8 has tokens t, t + 16, t + 8 and t + 24,
+//                                    and four t + 8 those of 32 further on (value_place in narrow.h)
 //   scales  [64] of keys, [64] of values, fp32
 //
-// Queries are rounded as activations are (quant.h). Weights are rounded to unsigned bytes, with one scale for each
-// query and page.
+// Queries are rounded to signed bytes in blocks of 64 values with a scale each, and weights to unsigned bytes with one
+// scale for each query and page. Sums of their products with a page's bytes are whole numbers and exact. So they are
+// the same in every ISA, and only the fp32 operations around them have to be in a fixed order:
+//
+//   score  = (sum over blocks, ascending, of block's scale * sum of products, by fused multiply-adds) * key's scale
+//   values = fma(weights' scale, sum of products, values * rescale)
+//
+// The steps are made so that four neighbouring products, two of each of two steps, sum up in 16 bits, because the
+// instructions of AVX2 saturate there. A key's byte is at most 255 and a value's at most 128 in size. So the scale of a
+// block of queries is chosen by the largest sum of four sizes, which becomes 126, and at most 128 when each is rounded.
+// The largest sum of four weights becomes 253, and at most 255. The four weights are those of tokens t, t + 16, t + 32
+// and t + 48, so that their sum takes no more work than their maximum would. Such a scale is finer than that of the
+// largest value where one value or weight is much larger than the others.
 #pragma once
 
 #include "math/page.h"
-#include "math/quant.h"
 
 namespace tokenswift {
+
+// A block of 64 values of a query.
+constexpr int query_block = 64;
+struct alignas(64) QueryBlock {
+  float scale;
+  int32_t start;  // -128 * the sum of the quants, since a key's bytes are 128 too large
+  int8_t quants[query_block];
+};
+constexpr int query_value_bytes = sizeof(QueryBlock) / query_block;
+
 namespace {
 
 struct BytePage {
   struct Weights {
-    uint8_t quants[page_size];
+    uint8_t quants[page_size];  // in the order of the values' bytes
     float scale;
   };
-  using Copied = BytePage;
   static constexpr bool scaled = true, capped = false;
   static constexpr Precision precision = Precision::short_;
-  static constexpr int zero = 128;  // the byte of a key that stands for 0
-  static constexpr int rows = 3;    // rows of a tile: registers hold two sums of each beside the bytes
+  static constexpr int rows = 3;  // rows of a tile: registers hold two sums of each beside the bytes
 
   static size_t half_bytes(const PageVisit& visit) { return size_t(page_size) * visit.head_dim; }
   static const uint8_t* keys(const PageVisit& visit) { return reinterpret_cast<const uint8_t*>(visit.block); }
@@ -34,85 +53,97 @@ struct BytePage {
   }
   static const float* value_scales(const PageVisit& visit) { return key_scales(visit) + page_size; }
 
-  static int query_blocks(const PageVisit& visit) { return (visit.head_dim + block_size - 1) / block_size; }
+  static int query_blocks(const PageVisit& visit) { return (visit.head_dim + query_block - 1) / query_block; }
 
-  // Rounds a query's weights. A weight that is NaN, because a value's scale is, counts as zero.
-  static void round(Vec (&s)[page_size / Isa::lanes], Weights& out) {
+  // Rounds a query's weights times the values' scales. What is NaN, because a scale is, counts as zero.
+  static void round(const PageVisit& visit, Vec (&s)[score_vectors], Weights& out) {
+    constexpr int fours = score_vectors / 4;
+    const float* scales = value_scales(visit);
+    for (int j = 0; j < score_vectors; ++j) {
+      s[j] = Isa::max(Isa::mul(s[j], Isa::load(scales + j * Isa::lanes)), Isa::zero());
+    }
     Vec top = Isa::zero();
-    for (Vec& weights : s) {
-      weights = Isa::max(weights, Isa::zero());
-      top = Isa::max(top, weights);
+    for (int i = 0; i < fours; ++i) {
+      const Vec sum = Isa::add(Isa::add(s[i], s[i + fours]), Isa::add(s[i + 2 * fours], s[i + 3 * fours]));
+      top = Isa::max(top, sum);
     }
-    Isa::store_first(&out.scale, Isa::max_across(top));
-    const Vec inverse = Isa::splat(out.scale > 1e-30f ? 255.0f / out.scale : 0.0f);
-    for (int j = 0; j < page_size / Isa::lanes; ++j) {
-      Isa::store_bytes(out.quants + j * Isa::lanes, Isa::max(Isa::mul(s[j], inverse), Isa::zero()));
-    }
-    out.scale /= 255.0f;
+    float most;
+    Isa::store_first(&most, Isa::max_across(top));
+    Isa::store_fours(out.quants, s, Isa::splat(most > 1e-30f ? 253.0f / most : 0.0f));
+    out.scale = most * (1.0f / 253.0f);
   }
 };
 
 // The products of bytes of keys with a query, and of values with weights. Each has an unsigned and a signed factor.
 struct KeyProducts {
-  static Isa::Unsigned columns(Isa::Bytes bytes) { return Isa::unsigned_bytes(bytes); }
-  static Isa::Signed factors(const int8_t* four) { return Isa::signed_bytes(Isa::repeat(four)); }
-  static Isa::Wholes add(Isa::Wholes sum, Isa::Unsigned columns, Isa::Signed factors) {
-    return Isa::dot(sum, columns, factors);
+  static Isa::Shorts add(Isa::Shorts sum, Isa::Bytes columns, Isa::Bytes factors) {
+    return Isa::short_dot(sum, columns, factors);
   }
 };
 struct ValueProducts {
-  static Isa::Signed columns(Isa::Bytes bytes) { return Isa::signed_bytes(bytes); }
-  static Isa::Unsigned factors(const uint8_t* four) { return Isa::unsigned_bytes(Isa::repeat(four)); }
-  static Isa::Wholes add(Isa::Wholes sum, Isa::Signed columns, Isa::Unsigned factors) {
-    return Isa::dot(sum, factors, columns);
+  static Isa::Shorts add(Isa::Shorts sum, Isa::Bytes columns, Isa::Bytes factors) {
+    return Isa::short_dot(sum, factors, columns);
   }
 };
 
-// sums[i][j] += the products of the bytes of vector j of the columns with the factors of row i, four in each of `steps`
-// steps. The first tile prefetches the next page. Each step asks for half as many bytes as it reads, in whole lines,
-// and the rest is asked for between scores and values. A core cannot wait for all lines at once, and memory would be
-// idle while weights are computed.
-constexpr int lines_a_step(int vectors) { return vectors * Isa::lanes * 4 / line_bytes / 2; }
+// Which bytes are multiplied: `pairs` pairs of steps, of which the second is `apart` bytes of columns, and
+// `factors_apart` bytes of factors, behind the first.
+struct Steps {
+  int pairs;
+  size_t stride, apart;  // bytes of columns from pair to pair, and from step to step
+  int factor_stride, factors_apart;
+};
 
-template <class Products, bool first, int M, int V, class FactorsOf>
+// sums[i][j] += the products of the bytes of vector j of the columns with the factors of row i, four in each step. A
+// visit of one tile prefetches the next page. Each pair of steps asks for as many lines as it reads, and what is left
+// is asked for between scores and values. So the requests are spread, because a core can wait for few lines at once.
+constexpr int lines_a_pair(int vectors) { return vectors * Isa::lanes * 8 / line_bytes; }
+
+template <class Products, bool ask, int M, int V, class FactorsOf>
 inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V], const uint8_t* columns,
-                                                        size_t stride, int steps, uintptr_t& ahead,
+                                                        const Steps& steps, uintptr_t& ahead,
                                                         const FactorsOf& factors_of) {
-  constexpr int lines = lines_a_step(V);
-  for (int step = 0; step < steps; ++step, columns += stride) {
-    decltype(Products::columns(Isa::Bytes{})) vectors[V];
+  constexpr int lines = lines_a_pair(V), width = Isa::lanes * 4;
+  for (int pair = 0; pair < steps.pairs; ++pair, columns += steps.stride) {
+    Isa::Bytes first[V], second[V];
 #pragma GCC unroll 4
-    for (int j = 0; j < V; ++j) vectors[j] = Products::columns(Isa::load_bytes(columns + j * Isa::lanes * 4));
+    for (int j = 0; j < V; ++j) {
+      first[j] = Isa::load_bytes(columns + j * width);
+      second[j] = Isa::load_bytes(columns + steps.apart + j * width);
+    }
 #pragma GCC unroll 4
-    for (int j = 0; first && j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
+    for (int j = 0; ask && j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
     ahead += lines * line_bytes;
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
-      const auto factors = Products::factors(factors_of(i) + 4 * step);
+      const auto* row = factors_of(i) + pair * steps.factor_stride;
+      const Isa::Bytes one = Isa::repeat(row), two = Isa::repeat(row + steps.factors_apart);
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) sums[i][j] = Products::add(sums[i][j], vectors[j], factors);
+      for (int j = 0; j < V; ++j) {
+        const Isa::Shorts products = Products::add(Products::add(Isa::shorts(), first[j], one), second[j], two);
+        sums[i][j] = Isa::add_shorts(sums[i][j], products);
+      }
     }
   }
 }
 
-template <int M, bool first>
+template <int M, bool ask>
 inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, int query, uintptr_t& ahead,
                                                        Vec (&s)[M][score_vectors]) {
   constexpr int V = Isa::page_vectors;
   const int blocks = BytePage::query_blocks(visit);
-  const auto* q = static_cast<const ActivationBlock*>(visit.q) + size_t(query) * blocks;
+  const auto* q = static_cast<const QueryBlock*>(visit.q) + size_t(query) * blocks;
   for (int vector = 0; vector < score_vectors; vector += V) {
     Vec acc[M][V];
     each<M, V>([&](int i, int j) { acc[i][j] = Isa::zero(); });
     const uint8_t* columns = BytePage::keys(visit) + vector * Isa::lanes * 4;
-    for (int block = 0; block < blocks; ++block, columns += block_size * page_size) {
-      const ActivationBlock* part = q + block;
-      const int rest = visit.head_dim - block * block_size;
+    for (int block = 0; block < blocks; ++block, columns += query_block * page_size) {
+      const QueryBlock* part = q + block;
+      const int rest = visit.head_dim - block * query_block;
       Isa::Wholes sums[M][V];
-      each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(-BytePage::zero * part[i * blocks].sum); });
-      const int steps = (rest < block_size ? rest : block_size) / 4;
-      add_products<KeyProducts, first>(sums, columns, page_size * 4, steps, ahead,
-                                       [&](int i) { return part[i * blocks].quants; });
+      each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(part[i * blocks].start); });
+      const Steps steps{(rest < query_block ? rest : query_block) / 8, page_size * 8, page_size * 4, 8, 4};
+      add_products<KeyProducts, ask>(sums, columns, steps, ahead, [&](int i) { return part[i * blocks].quants; });
       each<M, V>([&](int i, int j) {
         acc[i][j] = Isa::fma(Isa::splat(part[i * blocks].scale), Isa::to_floats(sums[i][j]), acc[i][j]);
       });
@@ -122,15 +153,15 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
 }
 
 // Adds the weighted values to the states, in V vectors of columns from `column` on.
-template <int M, int V, bool first>
+template <int M, int V, bool ask>
 inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visit, int query, int column,
                                                            const BytePage::Weights (&weights)[M],
                                                            const Vec (&rescale)[M], uintptr_t& ahead) {
   Isa::Wholes sums[M][V];
   each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(0); });
   const uint8_t* columns = BytePage::values(visit) + column * 4;
-  add_products<ValueProducts, first>(sums, columns, size_t(visit.head_dim) * 4, page_size / 4, ahead,
-                                     [&](int i) { return weights[i].quants; });
+  const Steps steps{page_size / 8, size_t(visit.head_dim) * 4, size_t(visit.head_dim) * 32, 4, 32};
+  add_products<ValueProducts, ask>(sums, columns, steps, ahead, [&](int i) { return weights[i].quants; });
   const size_t stride = state_floats(visit.head_dim);
   float* state = visit.state + query * stride + column;
   each<M, V>([&](int i, int j) {
@@ -140,62 +171,99 @@ inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visi
   });
 }
 
-// Returns how many lines of a page no step asks for.
+inline int lines_of(int head_dim) { return (page_size * head_dim + page_size * int(sizeof(float))) * 2 / line_bytes; }
+
+// Returns how many lines of a page no step of a visit of one tile asks for.
 inline int lines_between(int head_dim) {
   constexpr int V = Isa::page_vectors, width = V * Isa::lanes;
-  const int keys = head_dim / 4 * (score_vectors / V) * lines_a_step(V);
-  const int columns = head_dim / width * lines_a_step(V) + head_dim % width / Isa::lanes * lines_a_step(1);
-  const int page = (page_size * head_dim + page_size * int(sizeof(float))) * 2 / line_bytes;
-  return page - keys - page_size / 4 * columns;
+  const int keys = head_dim / 8 * (score_vectors / V) * lines_a_pair(V);
+  const int columns = head_dim / width * lines_a_pair(V) + head_dim % width / Isa::lanes * lines_a_pair(1);
+  return lines_of(head_dim) - keys - page_size / 8 * columns;
 }
 
-template <class Page, int M, bool first>
+// alone: whether the visit has no other tile. Else each query asks for its share of the next page's lines.
+template <class Page, int M, bool alone>
 void visit_byte_tile(const PageVisit& visit, int query) {
   alignas(64) BytePage::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
   uintptr_t ahead = reinterpret_cast<uintptr_t>(visit.next);
-  score_bytes<M, first>(visit, query, ahead, s);
+  score_bytes<M, alone>(visit, query, ahead, s);
+  const int lines = alone ? (lines_between(visit.head_dim) + M - 1) / M
+                          : (lines_of(visit.head_dim) + visit.queries - 1) / visit.queries;
+  if (!alone) ahead = reinterpret_cast<uintptr_t>(visit.next) + size_t(query) * lines * line_bytes;
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) {
-    const int lines = first ? (lines_between(visit.head_dim) + M - 1) / M : 0;
     for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
-    rescale[i] = softmax<Page>(visit, query + i, s[i], weights[i]);
+    rescale[i] = softmax<Page>(visit, query + i, s[i]);
   }
+  // Apart from the loop above, so that a core computes with all rows while it waits for their maxima.
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) BytePage::round(visit, s[i], weights[i]);
   constexpr int block = Isa::page_vectors * Isa::lanes;
   int column = 0;
   for (; column + block <= visit.head_dim; column += block) {
-    add_byte_values<M, Isa::page_vectors, first>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, Isa::page_vectors, alone>(visit, query, column, weights, rescale, ahead);
   }
   for (; column < visit.head_dim; column += Isa::lanes) {
-    add_byte_values<M, 1, first>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, 1, alone>(visit, query, column, weights, rescale, ahead);
   }
 }
 
-template <class Page, bool first>
+template <class Page, bool alone>
 void visit_byte_queries(const PageVisit& visit, int query) {
   switch (visit.queries - query) {
     case 1:
-      return visit_byte_tile<Page, 1, first>(visit, query);
+      return visit_byte_tile<Page, 1, alone>(visit, query);
     case 2:
-      return visit_byte_tile<Page, 2, first>(visit, query);
+      return visit_byte_tile<Page, 2, alone>(visit, query);
     default:
-      return visit_byte_tile<Page, BytePage::rows, first>(visit, query);
+      return visit_byte_tile<Page, BytePage::rows, alone>(visit, query);
   }
 }
 
 template <class Page>
 void visit_byte_page(const PageVisit& visit) {
-  visit_byte_queries<Page, true>(visit, 0);
-  for (int query = BytePage::rows; query < visit.queries; query += BytePage::rows) {
-    visit_byte_queries<Page, false>(visit, query);
-  }
+  if (visit.queries <= BytePage::rows) return visit_byte_queries<Page, true>(visit, 0);
+  for (int query = 0; query < visit.queries; query += BytePage::rows) visit_byte_queries<Page, false>(visit, query);
 }
 
 inline void visit_bytes(const PageVisit& visit) {
   visit.cap > 0 ? visit_byte_page<Capped<BytePage>>(visit) : visit_byte_page<BytePage>(visit);
 }
 
-inline void round_query(const float* x, int n, void* out) { quantise_row(x, n, static_cast<ActivationBlock*>(out)); }
+inline float best_byte_score(const PageVisit& visit) {
+  Vec s[1][score_vectors];
+  uintptr_t ahead = reinterpret_cast<uintptr_t>(visit.next);
+  score_bytes<1, true>(visit, 0, ahead, s);
+  multiply(s[0], BytePage::key_scales(visit));
+  return greatest(s[0]);
+}
+
+// Rounds a query to blocks. The last one is filled with zeros. Where a value is not finite, the scale is not finite
+// either, nor is any score made with it.
+inline void round_query(const float* x, int n, void* out) {
+  auto* block = static_cast<QueryBlock*>(out);
+  for (; n > 0; n -= query_block, x += query_block, ++block) {
+    float values[query_block] = {};
+    std::memcpy(values, x, (n < query_block ? n : query_block) * sizeof *x);
+    float most = 0.0f;
+    for (int i = 0; i < query_block; i += 8) {
+      for (int j = i; j < i + 4; j += 2) {  // the four whose products are summed in 16 bits
+        const float sum =
+            (std::fabs(values[j]) + std::fabs(values[j + 1])) + (std::fabs(values[j + 4]) + std::fabs(values[j + 5]));
+        most = sum > most || sum != sum ? sum : most;
+      }
+    }
+    const float inverse = most > 1e-30f ? 126.0f / most : 0.0f;
+    int32_t sum = 0;
+    for (int i = 0; i < query_block; ++i) {
+      block->quants[i] = int8_t(nearest_whole(values[i] * inverse));
+      sum += block->quants[i];
+    }
+    block->scale = most / 126.0f;
+    block->start = -128 * sum;
+  }
+}
 
 }  // namespace
 }  // namespace tokenswift
