@@ -229,5 +229,6 @@ def test_texts_are_themselves_and_nothing_leaks_under_load(tiny_folder: Path, re
     for name, value in told.items():
         record_property(name, value)
     assert {"whole", "streamed", "left", "hung", "429 queue_full"} <= set(clients.endings)
-    assert max(threads) < 64 and threads[-1] <= threads[0] + 8  # Starlette's pool has up to 40, for a while
+    # Starlette's pool has up to 40 threads, of which some are left idle for a while after a round.
+    assert max(threads) < 64 and np.median(threads[middle:]) <= np.median(threads[:middle]) + 8
     assert grown < 512 * KIB  # a round's 200 texts, if they were kept, take several MiB
