@@ -24,7 +24,7 @@ from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL, Experts, LayerSpec
 from tokenswift_py.models.ops import HeadWeights, Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import lay_out, shared_pool
+from tokenswift_py.models.rows import Passed, Rows, lay_out, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 
 
@@ -76,7 +76,7 @@ class TorchDecoder:
         draft: bool = False,
         kv_dtype: torch.dtype | None = None,
     ):
-        self.spec = spec
+        self.spec, self.streams = spec, 2
         self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
         self.attention = attention
         self.draft = draft
@@ -84,8 +84,8 @@ class TorchDecoder:
         check_kernels(spec, self.ops)
         self.guarantee = self.ops.guarantee
         self.context = rope.context
-        embedding = weights["model.embed_tokens.weight"]
-        self.device, self.dtype = embedding.device, embedding.dtype
+        matrix = weights[f"{spec.at(0)}self_attn.q_proj.weight"]
+        self.device, self.dtype = matrix.device, matrix.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         self._tables = {GLOBAL: (self.cos, self.sin)}
@@ -97,7 +97,7 @@ class TorchDecoder:
         check_moves_queries(attention, rope)
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
-        self._heads = [self._head_weights(f"model.layers.{layer}.self_attn.") for layer in range(spec.layers)]
+        self._heads = [self._head_weights(f"{spec.at(layer)}self_attn.") for layer in range(spec.layers)]
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
@@ -161,17 +161,53 @@ class TorchDecoder:
         places: [3, R] int64 tokens, positions, slots.
         mass_pages: number of pages whose attention mass is reported; None reports none.
         """
+        x = self._embed(places[0])  # [R, hidden]
+        if self.spec.embedding_scale != 1:
+            x = x * self._embedding_scale
+        x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries)
+        stream, hidden = self._add_norm(x, added, "model.norm")
+        return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns)
+
+    @torch.inference_mode()
+    def advance(
+        self, pool: TorchPagePool, rows: Rows, stream: torch.Tensor | None, mass_pages: int | None, want_queries: bool
+    ) -> Passed:
+        """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
+        with torch.cuda.device_of(self.cos):
+            plan, places = self.attention.prepare(rows.segments, self.device), on_device(rows.places, self.device)
+            if stream is None:
+                x, added = self._embed(places[0]), None
+                x = x * self._embedding_scale if self.spec.embedding_scale != 1 else x
+            else:
+                x, added = stream.to(self.device)
+            x, added, mass, queries = self._layers(pool, plan, places, x, added, mass_pages, want_queries)
+            assert added is not None and added.dtype == x.dtype
+            return Passed(torch.stack([x, added]), mass, queries)
+
+    @torch.inference_mode()
+    def finish(self, stream: torch.Tensor, logit_rows: Sequence[int] | None) -> Output:
+        """Returns the output of rows from what the last stage has left, without page masses and queries."""
+        with torch.cuda.device_of(self.cos):
+            x, added = stream.to(self.device)
+            residual, hidden = self._add_norm(x, added, "model.norm")
+            wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
+            return Output(hidden, self._project(hidden[wanted]), residual=residual, turns=self._turns)
+
+    def _layers(
+        self, pool: TorchPagePool, plan: Any, places: torch.Tensor, x: torch.Tensor, added: torch.Tensor | None,
+        mass_pages: int | None, want_queries: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """Takes rows through the layers. Returns x, page masses and queries.
+
+        x: [R, hidden] residual stream. added: what the last block adds to it, None at first.
+        """
         spec = self.spec
         tokens, positions, slots = places.unbind()
         angles = self._angles(positions)
         mass = None if mass_pages is None else self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, mass_pages)
         queries: list[torch.Tensor] = []
-        x = self._embed(tokens)  # [R, hidden]
-        if spec.embedding_scale != 1:
-            x = x * self._embedding_scale
-        added: torch.Tensor | None = None  # what the last block adds to x
         for layer, kind in enumerate(spec.layer_specs):
-            at = f"model.layers.{layer}."
+            at = spec.at(layer)
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             options: dict[str, Any] = {}
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
@@ -198,9 +234,7 @@ class TorchDecoder:
             added = self._feed_forward(normed, f"{at}mlp", kind)
             if spec.post_norms:
                 added = self._norm(added, f"{at}post_feedforward_layernorm")
-        stream, hidden = self._add_norm(x, added, "model.norm")
-        asked = torch.stack(queries, 1) if want_queries else None
-        return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
+        return x, added, mass, torch.stack(queries, 1) if want_queries else None
 
     def _angles(self, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
         """Returns cos and sin [R, head_dim / 2] of each kind of layer. A kind that rotates nothing turns by no

@@ -18,12 +18,17 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_kernels, check_moves_queries, lacking, reads_int8
-from tokenswift_py.models.devices import DTYPES, KV_DTYPES
+from tokenswift_py.models.devices import (
+    DTYPES,
+    KV_DTYPES,
+    check_draft_kv,
+    check_draft_weights,
+    check_torch_draft_weights,
+)
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.sampling.native import NativeSampler
@@ -46,6 +51,7 @@ class Executor(Protocol):
     multiplied_nbytes: bytes of the weights that every token is multiplied with (this rank's).
     sampler: class that chooses tokens from rows of its logits.
     ranks: the processes that hold the model.
+    layers: number of layers whose keys and values one process holds at the most. kinds: types of packed matrices.
     """
 
     name: str
@@ -53,6 +59,8 @@ class Executor(Protocol):
     kv_dtype: torch.dtype
     device: torch.device
     ranks: Ranks
+    layers: int
+    kinds: set[str]
 
     @property
     def threads(self) -> int: ...
@@ -107,10 +115,12 @@ class TorchExecutor:
         attention: str,
         deterministic: str,
         ranks: Ranks = ALONE,
+        spec: ModelSpec | None = None,
     ):
         self.dtype, self.kv_dtype = dtype, KV_DTYPES[kv_dtype]
         self.device, self.ranks = device, ranks
-        self._spec = checkpoint.spec
+        self._spec = spec or checkpoint.spec  # of the layers that this process holds
+        self.layers, self.kinds = self._spec.layers, set[str]()
         backend = choose_attention(device, checkpoint.spec) if attention == "auto" else attention
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
@@ -127,7 +137,7 @@ class TorchExecutor:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
-        self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device)
+        self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
 
     @property
     def threads(self) -> int:
@@ -165,7 +175,7 @@ class TorchExecutor:
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_torch_draft_weights(weights)
-        check_draft_memory(checkpoint, self.dtype, self.device)
+        checkpoint.check_memory_for_drafts(self.dtype, self.device)
         return TorchExecutor(checkpoint, self.dtype, *self._kernels)
 
 
@@ -175,11 +185,13 @@ class NativeExecutor:
     ranks = ALONE
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None
-    ):
+        self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None,
+        spec: ModelSpec | None = None,
+    ):  # fmt: skip
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
-        self._checkpoint = checkpoint
+        self._checkpoint, self._spec = checkpoint, spec or checkpoint.spec
+        self.layers = self._spec.layers
         packed = DTYPES.get(dtype, torch.int8)
         tensors: Mapping[str, torch.Tensor | Blocks]
         if dtype == "gguf":
@@ -187,7 +199,8 @@ class NativeExecutor:
             tensors.tell_rounded()
         else:
             tensors = checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
-        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads, team)
+        self._weights = NativeWeights(self._spec, tensors, packed, threads, team)
+        self.kinds = self._weights.kinds
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 
     @property
@@ -222,35 +235,19 @@ class NativeExecutor:
         check_draft_weights(weights)
         own = self.dtype if self.dtype in DTYPES else "bf16"
         dtype = own if weights == "bf16" else "int8"
-        check_draft_memory(checkpoint, dtype, self.device)
+        checkpoint.check_memory_for_drafts(dtype, self.device)
         return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
 
     def _int8_weights(self) -> NativeWeights:
         if self._draft_weights is None:
             checkpoint = self._checkpoint
-            check_memory(checkpoint.weight_bytes("int8"), self.device, "int8 weights for drafts")
+            needed = checkpoint.weight_bytes("int8") * self._spec.parameters // checkpoint.spec.parameters
+            check_memory(needed, self.device, "int8 weights for drafts")
             tensors = checkpoint.tensors()
             self._draft_weights = NativeWeights(
-                checkpoint.spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
+                self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
             )
         return self._draft_weights
-
-
-def check_draft_weights(weights: str) -> None:
-    check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
-
-
-def check_draft_kv(kv: str) -> None:
-    check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
-
-
-def check_torch_draft_weights(weights: str) -> None:
-    check_draft_weights(weights)
-    check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
-
-
-def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-    check_memory(checkpoint.weight_bytes(dtype), device, f"the draft model {checkpoint.name} in {dtype}")
 
 
 def choose_attention(device: torch.device, spec: ModelSpec | None = None) -> str:
@@ -337,14 +334,16 @@ def load(
     threads: int | None,
     deterministic: str = "auto",
     ranks: Ranks = ALONE,
+    spec: ModelSpec | None = None,
 ) -> Executor:
-    """Reads the weights into the chosen executor. `engine` is native or torch."""
+    """Reads the weights into the chosen executor. `engine` is native or torch. spec: that of a stage's layers; None is
+    the whole model."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
-        return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads)
+        return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads, spec=spec)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, dtype, kv_dtype or dtype, device, attention, deterministic, ranks)
+    return TorchExecutor(checkpoint, dtype, kv_dtype or dtype, device, attention, deterministic, ranks, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class ModelSpec:
     embedding_scale: factor on a token's row of the embedding, rounded to the weights' type.
     query_scale:     factor on queries, beyond the head_dim ** -0.5 that every attention has; only beside qk_norm.
     activation:      activation of the gate: silu, or gelu by the tanh.
+    first_layer:     number in the whole model of the first layer, where this is a stage of it.
+    vocabulary:      whether embedding, final norm and LM head are there, which only the first stage has.
     """
 
     family: str
@@ -63,6 +65,8 @@ class ModelSpec:
     query_scale: float = 1.0
     activation: str = "silu"
     experts: Experts | None = None
+    first_layer: int = 0
+    vocabulary: bool = True
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
@@ -102,6 +106,14 @@ class ModelSpec:
         """Returns [layers] the sliding window of each layer in tokens; None is full attention."""
         return tuple(layer.window for layer in self.layer_specs)
 
+    def at(self, layer: int) -> str:
+        """Returns the beginning of the names of a layer's tensors."""
+        return f"model.layers.{self.first_layer + layer}."
+
+    def stage(self, first: int, stop: int) -> ModelSpec:
+        """Returns the spec of the stage of a pipeline that holds these layers."""
+        return replace(self, layer_specs=self.layer_specs[first:stop], first_layer=first, vocabulary=first == 0)
+
     def moved(self, shifts: BlockShifts | None) -> tuple[bool, ...]:
         """Returns [layers] whether queries are moved for far keys. They are not where windows hide such keys, nor where
         nothing rotates."""
@@ -118,9 +130,11 @@ class ModelSpec:
         """Returns the name and shape of every tensor of the model, under Hugging Face's names."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.vocabulary:
+            shapes["model.embed_tokens.weight"] = (self.vocab_size, hidden)
         for layer, kind in enumerate(self.layer_specs):
-            at = f"model.layers.{layer}."
+            at = self.at(layer)
             linear = {
                 "self_attn.q_proj": (q, hidden, self.qkv_bias),
                 "self_attn.k_proj": (kv, hidden, self.qkv_bias),
@@ -138,8 +152,9 @@ class ModelSpec:
             if self.post_norms:
                 for name in ("pre", "post"):
                     shapes[f"{at}{name}_feedforward_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tied:
+        if self.vocabulary:
+            shapes["model.norm.weight"] = (hidden,)
+        if self.vocabulary and not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
@@ -177,7 +192,7 @@ class ModelSpec:
     def multiplied(self) -> int:
         """Returns the number of parameters that every token is multiplied with. Of an untied embedding only rows are
         read, of experts only those that are chosen."""
-        idle = 0 if self.tied else self.vocab_size * self.hidden_size
+        idle = 0 if self.tied or not self.vocabulary else self.vocab_size * self.hidden_size
         if self.experts is not None:
             mixtures = sum(layer.experts for layer in self.layer_specs)
             each = 3 * self.experts.width * self.hidden_size
