@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -14,16 +15,21 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import decoder_of
+from interpreter import DEVICE
 from processes import LOCAL, Group, free_port, processes
 from served import ROOT, surroundings
-from tokenswift_py import TokenSwift
+from tokenswift_py import TokenSwift, registry
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder
 from tokenswift_py.models.positions import Positions
+from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.models.rows import lay_out
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.parallel.column import column
 from tokenswift_py.parallel.processes import stage_of
@@ -31,7 +37,7 @@ from tokenswift_py.parallel.ranks import RanksError
 from tokenswift_py.parallel.stages import find_place, stage_specs
 from tokenswift_py.runs import snapshot
 from tokenswift_py.serving.engine import Engine
-from toys import save_tiny, tiny_config
+from toys import save_tiny, tiny_config, tiny_model, weights_of
 
 pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 
@@ -142,6 +148,32 @@ def test_every_bit_is_that_of_one_process(
     found, nothing = pair(staged, observed, 2, folder, context, **settings)
     assert nothing is None
     same(observed(folder, context, **settings), found)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: tokenswift-py[triton]")
+def test_a_stage_of_triton_kernels_begins_where_the_other_has_left() -> None:
+    """In Triton's interpreter. Kernels add what a block has left and norm the sum at once, so both are handed on."""
+    from tokenswift_py.kernels.triton.ops import TritonOps
+
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+             "hidden_size": 64, "intermediate_size": 128}  # fmt: skip
+    model = tiny_model(tiny_config("qwen3", **sizes), torch.bfloat16).to(DEVICE)
+    whole = decoder_of(model, attention="triton", ops=TritonOps(True))
+    weights, rope = weights_of(model), rope_tables(model.config, 512)
+    backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", "triton")
+    stages = []
+    for spec in stage_specs(whole.spec, 2):
+        own = {name: weights[name] for name in spec.shapes()}
+        stages.append(TorchDecoder(spec, own, rope, backend, TritonOps(True)))
+    segment = Segment(DraftTree.chain(np.array(TOKENS[:5]) % 61), whole.new_cache(), causal=True)
+    expected = whole.forward([segment], [1, 4])
+    rows = lay_out([Segment(segment.tree, whole.new_cache(), causal=True)])
+    stream = None
+    for stage in stages:
+        pool = stage.new_pool(8)
+        stream = stage.advance(pool, rows, stream, None, False).stream.cpu()
+    found = stages[0].finish(stream, [1, 4])
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.hidden, expected.hidden)
 
 
 def texts(folder: Path, **settings: Any) -> list[list[int]]:
@@ -294,6 +326,10 @@ def test_what_goes_wrong_is_told_in_a_line(pair: Group, tiny_folder: Path, tmp_p
     save_tiny(tmp_path / "flat", num_hidden_layers=1)
     (told, _) = pair(staged, refused, 2, model=str(tmp_path / "flat"))
     assert told == "pipeline_parallel_size: 2 is not allowed; no more than the model's 1 layers"
+    (told, _) = pair(staged, refused, 2, model="no/such/folder")
+    assert told.startswith("model: 'no/such/folder'")
+    (told, _) = pair(staged, refused, 2, model=str(tiny_folder), kv_dtype="int8", **TORCH)
+    assert told.startswith("kv_dtype: 'int8'") and "stage" not in told
 
 
 def test_stages_multiply_by_about_as_many_weights() -> None:

@@ -21,6 +21,7 @@ from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.models.devices import KV_DTYPES, WEIGHT_FORMATS, find_device
 from tokenswift_py.models.executors import choose_engine
 from tokenswift_py.options import Options
+from tokenswift_py.parallel.column import column
 from tokenswift_py.parallel.pipeline_executor import load_all
 from tokenswift_py.parallel.stages import find_place
 from tokenswift_py.parallel.worker import serve_stage
@@ -81,6 +82,8 @@ class TokenSwift(LoadedModel):
         place = find_place(pipeline_parallel_size)
         if place.stage > 0:
             serve_stage(place)
+        if place.stages > 1:
+            column(place)  # whatever is refused below, the other stages are let go at the end
         ranks = place.ranks
         check(dtype in WEIGHT_FORMATS, "dtype", dtype, f"one of {', '.join(WEIGHT_FORMATS)}")
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")

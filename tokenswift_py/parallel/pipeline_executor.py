@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -39,8 +40,11 @@ class PipelineExecutor:
             line.tell({"do": "load", "number": self._number, "source": dict(source), "settings": settings})
             try:
                 self._own: Executor = load_stage(line.place, checkpoint, device, settings)
-            finally:
-                answers = line.answers()
+            except Exception:  # it is told rather than that of another stage
+                with suppress(Exception):
+                    line.answers()
+                raise
+            answers = line.answers()
         for words, _ in answers:
             self._own.kinds.update(words["kinds"])  # numerics name the types of all layers
         self._multiplied: int = self._own.multiplied_nbytes + sum(words["multiplied"] for words, _ in answers)
