@@ -190,3 +190,16 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
     """
     total = torch.logaddexp(lse, other_lse)
     return out * (lse - total).exp()[..., None] + accumulator(other) * (other_lse - total).exp()[..., None]
+
+
+def join_recalled(
+    out: torch.Tensor, recalled: torch.Tensor, weight: torch.Tensor, lse: torch.Tensor | None
+) -> torch.Tensor:
+    """Joins attention to the pages kept with what a memory recalls of those that are gone.
+
+    out, recalled: [n, heads, head_dim]. weight: [n, heads], the memory's log-sum-exp beside `lse`, that of the pages;
+    where that is None, the memory's share of the whole.
+    """
+    if lse is None:
+        return torch.lerp(out.to(recalled.dtype), recalled, weight[..., None]).to(out.dtype)
+    return merge(accumulator(out), lse, recalled, weight).to(out.dtype)

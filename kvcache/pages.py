@@ -115,8 +115,16 @@ class BoundedPages(Holders):
 
     def allocate(self) -> int:
         page = super().allocate()
-        self._bounded[page] = False
+        try:
+            self.reserve(page)
+        except MemoryError:
+            self.release(page)
+            raise
         return page
+
+    def reserve(self, page: int) -> None:
+        """Makes a page usable that is about to be written. Raises MemoryError where there is no memory for it."""
+        self._bounded[page] = False
 
     def key_bounds(self, pages: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
         if self._bounds is None:
@@ -129,6 +137,11 @@ class BoundedPages(Holders):
             self._bounded[missing] = True
         chosen = index(pages, self._device)
         return low[:, :, chosen], high[:, :, chosen]
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        """The bytes of the parts of a dumped page, each of which has an equal share for every layer, in order."""
+        raise NotImplementedError
 
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
         """Writes the bounds of these pages into low and high, [layers, kv_heads, pages, head_dim], at their numbers."""
@@ -236,6 +249,10 @@ class TorchPagePool(BoundedPages):
             part = torch.from_numpy(data[start : start + stored.nbytes].copy())
             stored.copy_(part.view(stored.dtype).view(stored.shape))
             start += stored.nbytes
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        return tuple(pool[:, :, 0].nbytes for pool in self._stored)
 
     @property
     def _stored(self) -> tuple[torch.Tensor, ...]:

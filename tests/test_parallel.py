@@ -10,12 +10,9 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import torch
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from interpreter import DEVICE
+from processes import LOCAL, Group, free_port, processes
 from random_heads import random_heads
 from scripted import Scripted, write
 from small_models import saved
@@ -52,40 +50,19 @@ from tokenswift_py.runs.journal import JournalError, read
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = [int(t) for t in np.random.default_rng(2).integers(0, 61, 50)]
 LONG_PROMPT = (PROMPT * 3)[:130]
-LOCAL = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
-Pair = Callable[..., list[Any]]
+Pair = Group
 ranks: Ranks  # in the processes
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def begin(rank: int, port: int) -> None:
+def begin() -> None:
     global ranks
-    os.environ |= {**LOCAL, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     ranks = join()
     ranks.place(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
-    """Runs a function in both processes; what each returned, or the first one's exception."""
-    port = free_port()
-    pools = [ProcessPoolExecutor(1, get_context("spawn"), begin, (rank, port)) for rank in (0, 1)]
-
-    def run(function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
-        waiting = [pool.submit(function, *arguments, **settings) for pool in pools]
-        failed = [f.exception(timeout=120) for f in waiting]
-        if any(failed):
-            raise next(error for error in failed if error)
-        return [f.result() for f in waiting]
-
-    yield run
-    for pool in pools:
-        pool.shutdown()
+    yield from processes(2, begin)
 
 
 def share_of(

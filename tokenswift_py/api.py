@@ -18,11 +18,13 @@ from tokenswift_py.core import is_whole
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.loaded import LoadedModel
-from tokenswift_py.memory import check_memory
 from tokenswift_py.models.devices import KV_DTYPES, WEIGHT_FORMATS, find_device
-from tokenswift_py.models.executors import choose_engine, load
+from tokenswift_py.models.executors import choose_engine
 from tokenswift_py.options import Options
-from tokenswift_py.parallel.ranks import join
+from tokenswift_py.parallel.column import column
+from tokenswift_py.parallel.pipeline_executor import load_all
+from tokenswift_py.parallel.stages import find_place
+from tokenswift_py.parallel.worker import serve_stage
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.assembly import prompt_rows
 from tokenswift_py.runs.baseline import baseline
@@ -53,6 +55,7 @@ class TokenSwift(LoadedModel):
         device: str = "auto",
         threads: int | None = None,
         deterministic: str = "auto",
+        pipeline_parallel_size: int = 1,
     ) -> TokenSwift:
         """Loads a model: the default's name, a folder, a .gguf file or a hub id.
 
@@ -68,27 +71,37 @@ class TokenSwift(LoadedModel):
         threads:   CPU threads; None is the number that the machine gives this process.
         deterministic: with on, a row's bits do not depend on its company (native always; torch with attention triton).
                        With off, matrix products are cuBLAS's and the guarantee is measured. auto is on where it can be.
+        pipeline_parallel_size: number of stages over which the layers are spread. It must divide the processes.
 
         Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights,
-        and must run the same program on the same arguments. Raises UserError, in one line, for whatever cannot be used.
-        Weights that cannot fit are refused before they are read.
+        and must run the same program on the same arguments. With several stages that is so for the processes of the
+        first one. Those of later stages never return from here: they compute what the first tells them, and leave by
+        SystemExit when it ends. Raises UserError, in one line, for whatever cannot be used. Weights that cannot fit are
+        refused before they are read.
         """
-        ranks = join()
+        place = find_place(pipeline_parallel_size)
+        if place.stage > 0:
+            serve_stage(place)
+        if place.stages > 1:
+            column(place)  # whatever is refused below, the other stages are let go at the end
+        ranks = place.ranks
         check(dtype in WEIGHT_FORMATS, "dtype", dtype, f"one of {', '.join(WEIGHT_FORMATS)}")
         check(kv_dtype is None or kv_dtype in KV_DTYPES, "kv_dtype", kv_dtype, f"one of {', '.join(KV_DTYPES)}")
         backends = ["auto", *registry.names("tokenswift_py.kernels")]
         check(attention in backends, "attention", attention, f"one of {', '.join(backends)}")
         check(threads is None or 1 <= threads <= MOST_THREADS, "threads", threads, f"between 1 and {MOST_THREADS}")
         with ranks.same_fate():
-            where = find_device(device, ranks)
+            where = find_device(device, place.processes)
             chosen = choose_engine(engine, where, attention, ranks.world)
             checkpoint = open_checkpoint(model, revision, dtype) if ranks.leads else None
         ranks.place(where)
         with ranks.same_fate():  # rank 0 has fetched or converted the files by now
             checkpoint = checkpoint or open_checkpoint(model, revision, dtype)
-            needed = checkpoint.weight_bytes(dtype) // ranks.world
-            check_memory(needed, where, f"the weights of {model} in {dtype}")
-            executor = load(checkpoint, chosen, dtype, kv_dtype, where, attention, threads, deterministic, ranks)
+            settings = {"engine": chosen, "dtype": dtype, "kv_dtype": kv_dtype, "attention": attention,
+                        "threads": threads, "deterministic": deterministic}  # fmt: skip
+            executor = load_all(
+                place, checkpoint, where, {"model": model, "revision": revision, "device": device}, settings
+            )
             tokenizer = checkpoint.tokenizer()
         if ranks.leads and (left := not_honoured(checkpoint.folder)):
             logger.warning("generation_config.json: these change nothing here: %s", left)
@@ -100,7 +113,7 @@ class TokenSwift(LoadedModel):
             "kv_dtype": kv_dtype,
             "engine": chosen,
             "attention": attention,
-            "device": str(where) if ranks.world == 1 else where.type,
+            "device": str(where) if place.processes == 1 else where.type,
             "deterministic": deterministic,
         }
         return cls(checkpoint, tokenizer, executor, origin)

@@ -67,13 +67,15 @@ class LoadedModel:
         return Probes()
 
     def kv_bytes(self, tokens: int, of_keys: int = 0, dtype: torch.dtype | None = None) -> int:
-        """Returns the bytes of a KV cache with room for so many tokens, with heads padded like the executor's.
+        """Returns the bytes of a KV cache with room for so many tokens, with heads padded like the executor's. Of
+        a pipeline, whose stages share the layers, they are those of one process.
 
         of_keys: bytes that policies keep of a page's keys, for each layer and KV head.
         dtype: type of the cache; None is the executor's.
         """
         spec, padded = self.checkpoint.spec, self.executor.padded_head
-        pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim))
+        held = spec.layer_specs[: self.executor.layers]
+        pages, kept = pages_for(tokens), replace(spec, head_dim=padded(spec.head_dim), layer_specs=held)
         of_policies = spec.layers * spec.kv_heads * of_keys * pages
         return kept.kv_bytes(pages * PAGE_SIZE, dtype or self.executor.kv_dtype) + of_policies
 

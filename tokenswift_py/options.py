@@ -6,7 +6,6 @@ described in sampling/params.py and derived from there.
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -327,13 +326,6 @@ class Options(Asked):
 def described_options() -> dict[str, Description]:
     """Returns every option by its name, in the order of the fields."""
     return {f.name: f.metadata["option"] for f in fields(Options)}
-
-
-def world_size() -> int:
-    """Returns how many processes torchrun started to hold the model together (WORLD_SIZE), 1 without it."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    check(world.isdecimal() and int(world) >= 1, "WORLD_SIZE", world, "a whole number, as torchrun sets it")
-    return int(world)
 
 
 def whole(token: Any) -> Any:

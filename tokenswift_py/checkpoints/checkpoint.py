@@ -13,6 +13,7 @@ from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufIndex, GgufTensors
 from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, slices_of, weight_files
 from tokenswift_py.errors import check, one_line
+from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import INT8_BYTES
 from tokenswift_py.models.devices import DTYPES
 from tokenswift_py.models.spec import ModelSpec
@@ -66,6 +67,10 @@ class Checkpoint:
         if dtype == "gguf":
             return self.blocks().nbytes
         return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
+
+    def check_memory_for_drafts(self, dtype: str, device: torch.device) -> None:
+        """Raises UserError where memory has no room for this model beside the one that it drafts for."""
+        check_memory(self.weight_bytes(dtype), device, f"the draft model {self.name} in {dtype}")
 
     def tokenizer(self) -> Any:
         """Loads the fast tokenizer. Raises UserError when there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,9 +29,11 @@ Part = Callable[[str, Sequence[int]], tuple[slice, ...]]
 class Tensors(Mapping[str, torch.Tensor]):
     """Tensors under Hugging Face's names, read when they are asked for and not kept."""
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        """Returns copies of all tensors, in memory."""
-        return {name: tensor.to(device, dtype, copy=True) for name, tensor in self.items()}
+    def to(
+        self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns copies of the tensors of these names in memory, of all where none are given."""
+        return {name: self[name].to(device, dtype, copy=True) for name in (self if names is None else names)}
 
 
 FindSlices = Callable[[str, tuple[int, ...]], Sequence[StoredSlice]]

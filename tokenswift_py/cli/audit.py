@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--attention", help="a backend of kernels/ (torch engine), as --engine")
     root.add_argument("--device", help="auto, cpu, cuda, ..., as --engine")
     root.add_argument("--threads", type=whole, help="CPU threads")
+    root.add_argument("--pipeline-parallel-size", type=whole, default=1, metavar="N", help="stages, as in writing")
     root.add_argument("--json", type=named_path, metavar="FILE", help="the findings as JSON")
     root.add_argument("--quiet", action="store_true", help="no bar, no words: the exit code alone")
     return root
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.runs.audit import audit, strict, verdict
     from tokenswift_py.runs.progress import work_bar
 
-    swift = TokenSwift.from_pretrained(**origin_of(record, args), threads=args.threads)
+    swift = TokenSwift.from_pretrained(
+        **origin_of(record, args), threads=args.threads, pipeline_parallel_size=args.pipeline_parallel_size
+    )
     rows = len(record.header["prompt"]) + len(record.tokens)
     hidden = args.quiet or not sys.stderr.isatty()
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:

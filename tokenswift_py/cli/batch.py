@@ -16,7 +16,7 @@ from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.cli.terminal import CtrlC, no_bar, note
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import check_one_rank
 
 INTERRUPTED = 130
 PACKAGES = ("fastapi", "sse_starlette", "prometheus_client")  # packages of the server, which makes the answers
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command. Raises UserError for wrong input. Requests that fail are lines of the output, not errors."""
     args = parser().parse_args(arguments)
-    check(world_size() == 1, "WORLD_SIZE", world_size(), "batch runs in one process")
+    check_one_rank("batch", args.pipeline_parallel_size)
     check(args.running >= 1, "running", args.running, "at least 1")
     check(args.seed is None or 0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
     for package in PACKAGES:

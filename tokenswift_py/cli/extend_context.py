@@ -11,7 +11,7 @@ from typing import Any
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import check, shown
 from tokenswift_py.extending.settings import Flag, Lengths, Settings, described_settings, settings_of
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.sampling.kinds import Real, Switch, Texts, Whole
 
 

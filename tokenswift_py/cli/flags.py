@@ -15,7 +15,8 @@ from tokenswift_py.version import __version__
 
 GROUPS = ("model", "text", "sampling", "drafting", "lossy", "output")
 TYPED = (Whole, Real, Choice, Named, Text, Language)  # kinds whose value is one word; other flags stand below
-MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads")
+MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads",
+         "pipeline_parallel_size")  # fmt: skip
 SINGLE = tuple(
     name
     for name, described in described_options().items()
@@ -129,6 +130,10 @@ def model_flags(model: Any) -> None:
     model.add_argument("--deterministic", default="auto", help="on, off (cuBLAS) or auto: a row's bits are its own")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     model.add_argument("--threads", type=whole, help="CPU threads")
+    model.add_argument(
+        "--pipeline-parallel-size", type=whole, default=1, metavar="N",
+        help="stages over which torchrun's processes spread the layers; those of a stage share its heads (default: 1)",
+    )  # fmt: skip
 
 
 def given_options(root: argparse.ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def shared_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     """Returns the same where several ranks share the model. Rank 0 reads the prompt for all, and writes all files."""
     from tokenswift_py.parallel.ranks import join
 
-    ranks = join()
+    ranks = join(args.pipeline_parallel_size)
     with ranks.same_fate():
         if not ranks.leads:
             args.prompt, args.prompt_file, args.messages, args.out = "of rank 0", None, None, None
@@ -58,11 +58,11 @@ def shared_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     return json.loads(ranks.first_text(json.dumps(prompt))), options
 
 
-def shared_journal(folder: Path) -> Journal:
+def shared_journal(folder: Path, stages: int) -> Journal:
     """Returns the journal of a run that several ranks go on with. Rank 0 opens it."""
     from tokenswift_py.parallel.ranks import join
 
-    return shared(join(), lambda: Journal.open(folder))
+    return shared(join(stages), lambda: Journal.open(folder))
 
 
 def read_prompt(args: argparse.Namespace) -> Prompt:

@@ -8,14 +8,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 from tokenswift_py.cli import audit, batch, extend_context, quality, serve, train_heads, train_memory
+from tokenswift_py.cli.arguments import Parser, whole
 from tokenswift_py.cli.flags import given_options, parser
 from tokenswift_py.cli.inputs import follows
 from tokenswift_py.cli.terminal import LogLines, open_standard_streams
 from tokenswift_py.cli.write import INTERRUPTED, resume, write
 from tokenswift_py.errors import UserError
+from tokenswift_py.parallel.processes import stage_of, world_size
 from tokenswift_py.runs.journal import JournalError
 
 logger = logging.getLogger("tokenswift")
@@ -39,12 +41,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(given)
 
 
+def later_stage(given: Sequence[str]) -> int:
+    """Returns the number of stages if this is a process of a later one, which has nothing to read or write. Else 0."""
+    if world_size() == 1:
+        return 0
+    flag = Parser(add_help=False, allow_abbrev=False)
+    flag.add_argument("--pipeline-parallel-size", type=whole, default=1)
+    stages = flag.parse_known_args(given)[0].pipeline_parallel_size
+    return stages if stage_of(stages) > 0 else 0
+
+
 def run(given: Sequence[str]) -> int:
     command = COMMANDS.get(given[0]) if given else None
     resumes = given[:1] == ["resume"]
     given = given[1:] if command or resumes else given
     root = parser(resumes)
     try:
+        if stages := later_stage(given):
+            from tokenswift_py.api import TokenSwift  # here, because it takes seconds to import
+
+            with suppress(SystemExit):
+                TokenSwift.from_pretrained(pipeline_parallel_size=stages)
+            return 0
         args = None if command else root.parse_args(given)
         quiet = args.quiet if args else "--quiet" in given
         lines = LogLines()

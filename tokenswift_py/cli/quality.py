@@ -17,7 +17,7 @@ from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.cli.inputs import origin_of
 from tokenswift_py.errors import check, check_new, files, new_file, one_line
 from tokenswift_py.human import EVERYWHERE
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.runs import journal
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import Any
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.cli.flags import MODEL, model_flags
 from tokenswift_py.errors import UserError, check
-from tokenswift_py.options import Options, described_options, world_size
+from tokenswift_py.options import Options, described_options
+from tokenswift_py.parallel.processes import check_one_rank
 from tokenswift_py.serving.limits import Limits
 
 KEY = "TOKENSWIFT_API_KEY"  # a variable of the environment
@@ -69,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
-    check(world_size() == 1, "WORLD_SIZE", world_size(), "serve runs in one process")
+    check_one_rank("serve", args.pipeline_parallel_size)
     limits = Limits(
         args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout,
         args.stall,

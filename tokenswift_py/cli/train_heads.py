@@ -16,7 +16,7 @@ import numpy as np
 
 from tokenswift_py.cli.arguments import Parser, lines_of, named_path, number, whole
 from tokenswift_py.errors import check, files
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.version import __version__
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import check
-from tokenswift_py.options import GATED, world_size
+from tokenswift_py.options import GATED
+from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.version import __version__
 
 

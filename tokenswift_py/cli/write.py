@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tokenswift_py.cli.flags import MODEL
 from tokenswift_py.cli.inputs import check_trace, read_input, read_options, shared_input, shared_journal
 from tokenswift_py.cli.terminal import CtrlC, LogLines, Output, no_bar, note
 from tokenswift_py.errors import check
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import tensor_ranks
 from tokenswift_py.runs.folder import restore, save_logprobs, save_report, save_tokens
 from tokenswift_py.runs.journal import Journal, JournalError
 
@@ -26,19 +27,16 @@ INTERRUPTED = 130
 
 def write(args: argparse.Namespace, lines: LogLines) -> int:
     """Checks the input, loads the model, writes, compares and reports."""
-    prompt, options = read_input(args) if world_size() == 1 else shared_input(args)
-    nowhere = args.kv_snapshot and args.out is None and world_size() == 1
+    alone = tensor_ranks(args.pipeline_parallel_size) == 1
+    prompt, options = read_input(args) if alone else shared_input(args)
+    nowhere = args.kv_snapshot and args.out is None and alone
     check(not nowhere, "kv_snapshot", True, "only with out or resume")
     check(args.extend == 0, "extend", args.extend, "only with resume")
 
     # Imported here, because torch and transformers take seconds.
     from tokenswift_py.api import TokenSwift
 
-    swift = TokenSwift.from_pretrained(
-        args.model, revision=args.revision, dtype=args.dtype, kv_dtype=args.kv_dtype, engine=args.engine,
-        attention=args.attention, device=args.device, threads=args.threads,
-        deterministic=args.deterministic,
-    )  # fmt: skip
+    swift = TokenSwift.from_pretrained(**{name: getattr(args, name) for name in MODEL})
     if args.n == 1:
         stream = swift.stream(prompt, out=args.out, kv_snapshot=args.kv_snapshot, **options)
         return write_out(args, swift, stream, args.out, lines)
@@ -56,7 +54,8 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
         check(name not in given, name, given.get(name), "not with resume")
     check(args.extend >= 0, "extend", args.extend, "at least 0")
     check_trace(args.trace)
-    journal = Journal.open(args.resume) if world_size() == 1 else shared_journal(args.resume)
+    stages = args.pipeline_parallel_size
+    journal = Journal.open(args.resume) if tensor_ranks(stages) == 1 else shared_journal(args.resume, stages)
     record = journal.record
     if record.torn:
         note(args, f"{record.torn} bytes after token {len(record.tokens)} are torn and were cut off")
@@ -66,7 +65,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     from tokenswift_py.runs.progress import work_bar
 
     origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
-    swift = TokenSwift.from_pretrained(**origin, threads=args.threads)
+    swift = TokenSwift.from_pretrained(**origin, threads=args.threads, pipeline_parallel_size=stages)
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)
     finished = stream.ending != "interrupted" and (args.resume / "report.json").is_file()

@@ -3,7 +3,7 @@ copies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ class HeldTensors(Tensors):
     def __init__(self, tensors: Mapping[str, torch.Tensor]):
         self._tensors = tensors
 
-    def to(self, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(device, dtype) for name, tensor in self._tensors.items()}
+    def to(
+        self, dtype: torch.dtype, device: torch.device, names: Iterable[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        return {name: self._tensors[name].to(device, dtype) for name in (self._tensors if names is None else names)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[name].cpu()

@@ -14,10 +14,9 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
-from tokenswift_py import registry
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
-from tokenswift_py.kernels._prefix import merge
+from tokenswift_py.kernels._prefix import join_recalled
 from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, capped, on_device
 from tokenswift_py.kernels.naive import accumulator
 from tokenswift_py.kvcache.cache import KVCache
@@ -28,7 +27,7 @@ from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.ops import ExpertWeights, HeadWeights, Ops, TorchOps, expert_weights
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import Recall, lay_out, recalls_of, shared_pool
+from tokenswift_py.models.rows import Passed, Recall, Rows, lay_out, recalls_of, shared_pool
 from tokenswift_py.models.spec import ModelSpec
 
 
@@ -44,18 +43,6 @@ def check_moves_queries(attention: AttentionBackend, rope: RopeTables) -> None:
     able = rope.shifts is None or getattr(attention, "moves_queries", False)
     allowed = f"attention {attention.name} cannot; attention triton and sdpa and engine native can, and positions"
     check(able, "positions", rope.positions.scheme, f"{allowed} trained, linear, ntk and yarn need nothing of it")
-
-
-def check_caps(spec: ModelSpec, attention: str) -> None:
-    """Raises UserError for a model whose scores the attention of this name does not cap."""
-    uncapped = f"it has no soft cap of scores ({spec.family}); sdpa, flash and triton have one"
-    check(caps(spec, attention), "attention", attention, uncapped)
-
-
-def caps(spec: ModelSpec, attention: str) -> bool:
-    """Returns whether a backend caps attention's scores, or need not."""
-    able: bool = registry.says("tokenswift_py.kernels", "attention", attention, "CAPS_SCORES", False)
-    return able or not spec.attention_cap
 
 
 KINDS = ("gate", "up", "down")
@@ -79,15 +66,15 @@ class TorchDecoder:
         draft: bool = False,
         kv_dtype: torch.dtype | None = None,
     ):
-        self.spec = spec
+        self.spec, self.streams = spec, 2
         self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
         self.attention = attention
         self.draft = draft
         self.ops = ops or TorchOps()
         self.guarantee = self.ops.guarantee
         self.context = rope.context
-        embedding = weights["model.embed_tokens.weight"]
-        self.device, self.dtype = embedding.device, embedding.dtype
+        matrix = weights[f"{spec.at(0)}self_attn.q_proj.weight"]
+        self.device, self.dtype = matrix.device, matrix.dtype
         self.cos = rope.cos.to(self.device)
         self.sin = rope.sin.to(self.device)
         self._tables = {GLOBAL: (self.cos, self.sin)}
@@ -99,9 +86,9 @@ class TorchDecoder:
         check_moves_queries(attention, rope)
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
-        self._heads = [self._head_weights(f"model.layers.{layer}.self_attn.") for layer in range(spec.layers)]
+        self._heads = [self._head_weights(f"{spec.at(layer)}self_attn.") for layer in range(spec.layers)]
         mixtures = (layer for layer, kind in enumerate(spec.layer_specs) if kind.experts)
-        self._experts = {layer: self._expert_weights(f"model.layers.{layer}.mlp") for layer in mixtures}
+        self._experts = {layer: self._expert_weights(f"{spec.at(layer)}mlp") for layer in mixtures}
         self.kv_dtype = kv_dtype or self.dtype
         int8 = reads_int8(attention, self.ops)
         allowed = f"{self.dtype}{' or torch.int8' if int8 else ''} with attention {attention.name}"
@@ -181,17 +168,53 @@ class TorchDecoder:
         mass_pages: number of pages whose attention mass is reported; None reports none.
         recalls: rows that read a memory of evicted rows too.
         """
+        x = self._embed(places[0])  # [R, hidden]
+        if self.spec.embedding_scale != 1:
+            x = x * self._embedding_scale
+        x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries, recalls)
+        stream, hidden = self._add_norm(x, added, "model.norm")
+        return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns)
+
+    @torch.inference_mode()
+    def advance(
+        self, pool: TorchPagePool, rows: Rows, stream: torch.Tensor | None, mass_pages: int | None, want_queries: bool
+    ) -> Passed:
+        """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
+        with torch.cuda.device_of(self.cos):
+            plan, places = self.attention.prepare(rows.segments, self.device), on_device(rows.places, self.device)
+            if stream is None:
+                x, added = self._embed(places[0]), None
+                x = x * self._embedding_scale if self.spec.embedding_scale != 1 else x
+            else:
+                x, added = stream.to(self.device)
+            x, added, mass, queries = self._layers(pool, plan, places, x, added, mass_pages, want_queries)
+            assert added is not None and added.dtype == x.dtype
+            return Passed(torch.stack([x, added]), mass, queries)
+
+    @torch.inference_mode()
+    def finish(self, stream: torch.Tensor, logit_rows: Sequence[int] | None) -> Output:
+        """Returns the output of rows from what the last stage has left, without page masses and queries."""
+        with torch.cuda.device_of(self.cos):
+            x, added = stream.to(self.device)
+            residual, hidden = self._add_norm(x, added, "model.norm")
+            wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
+            return Output(hidden, self._project(hidden[wanted]), residual=residual, turns=self._turns)
+
+    def _layers(
+        self, pool: TorchPagePool, plan: Any, places: torch.Tensor, x: torch.Tensor, added: torch.Tensor | None,
+        mass_pages: int | None, want_queries: bool, recalls: Sequence[Recall] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+        """Takes rows through the layers. Returns x, page masses and queries.
+
+        x: [R, hidden] residual stream. added: what the last block adds to it, None at first.
+        """
         spec = self.spec
         tokens, positions, slots = places.unbind()
         angles = self._angles(positions)
         mass = None if mass_pages is None else self.cos.new_zeros(spec.layers, len(tokens), spec.kv_heads, mass_pages)
         queries: list[torch.Tensor] = []
-        x = self._embed(tokens)  # [R, hidden]
-        if spec.embedding_scale != 1:
-            x = x * self._embedding_scale
-        added: torch.Tensor | None = None  # the rows that the last block adds to x
         for layer, kind in enumerate(spec.layer_specs):
-            at = f"model.layers.{layer}."
+            at = spec.at(layer)
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             options: dict[str, Any] = {}
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
@@ -224,7 +247,8 @@ class TorchDecoder:
             of_pages = attended.clone() if recalled else attended  # gradients need what a memory was joined with
             for some, memory in recalled:
                 asking = plain if plain is not None and memory.gated else q
-                attended[some] = joined_with(memory, layer, asking[some], of_pages[some], options.get("lse"), some)
+                recall = memory.read(layer, asking[some])
+                attended[some] = join_recalled(of_pages[some], *recall, None if memory.gated else options["lse"][some])
             joined = self._join(attended.flatten(1), f"{at}self_attn.o_proj")
             if spec.post_norms:
                 joined = self._norm(joined, f"{at}post_attention_layernorm")
@@ -232,9 +256,7 @@ class TorchDecoder:
             added = self._feed_forward(normed, layer)
             if spec.post_norms:
                 added = self._norm(added, f"{at}post_feedforward_layernorm")
-        stream, hidden = self._add_norm(x, added, "model.norm")
-        asked = torch.stack(queries, 1) if want_queries else None
-        return Output(hidden, self._project(hidden[logit_rows]), mass, asked, stream, self._turns)
+        return x, added, mass, torch.stack(queries, 1) if want_queries else None
 
     def _scaled(self, q: torch.Tensor) -> torch.Tensor:
         """Returns queries with the factor on their scores that attention does not know."""
@@ -281,7 +303,7 @@ class TorchDecoder:
     def _feed_forward(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         if self.spec.layer_specs[layer].experts:
             return self._mixture(x, layer)
-        at = f"model.layers.{layer}.mlp"
+        at = f"{self.spec.at(layer)}mlp"
         return self._join(self._gated(x, at), f"{at}.down_proj")
 
     def _gated(self, x: torch.Tensor, at: str) -> torch.Tensor:
@@ -295,7 +317,7 @@ class TorchDecoder:
 
     def _mixture(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         """Returns the sum of each row's experts."""
-        experts, own, at = self.spec.experts, self._experts[layer], f"model.layers.{layer}.mlp"
+        experts, own, at = self.spec.experts, self._experts[layer], f"{self.spec.at(layer)}mlp"
         assert experts is not None
         routes = self.ops.route(self._linear(x, f"{at}.gate"), experts)
         opened = self.ops.gated_experts(x, routes, own, self.spec.activation)
@@ -325,18 +347,3 @@ class TorchDecoder:
 
     def _add_norm(self, x: torch.Tensor, y: torch.Tensor | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.add_norm(x, y, self.weights[f"{name}.weight"], self.spec.norm_eps)
-
-
-def joined_with(
-    memory: Memory, layer: int, q: torch.Tensor, attended: torch.Tensor, lse: torch.Tensor | None, rows: slice
-) -> torch.Tensor:
-    """Joins attention to the pages kept with what a memory recalls of those that are gone.
-
-    q: [n, heads, head_dim] of these rows, as the memory takes them. attended: the same shape. lse: [R, heads] of all
-    rows, None where the memory is gated.
-    """
-    recalled, weight = memory.read(layer, q)
-    if memory.gated:
-        return torch.lerp(attended.to(recalled.dtype), recalled, weight[..., None]).to(attended.dtype)
-    assert lse is not None
-    return merge(accumulator(attended), lse[rows], recalled, weight).to(attended.dtype)

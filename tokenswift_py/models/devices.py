@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tokenswift_py.errors import check
-from tokenswift_py.parallel.ranks import ALONE, Ranks
+from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
@@ -25,13 +25,14 @@ def check_dtype(field: str, dtype: torch.dtype) -> None:
     check(dtype in KV_DTYPES.values(), field, dtype, ", ".join(map(str, KV_DTYPES.values())))
 
 
-def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
-    """Finds the device. Several ranks have a GPU each, by torchrun's LOCAL_RANK. Raises UserError for a missing one."""
+def find_device(name: str, processes: int = 1) -> torch.device:
+    """Finds the device. Several processes have a GPU each, by torchrun's LOCAL_RANK. Raises UserError for a missing
+    one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if ranks.world > 1:
-        check(":" not in name, "device", name, f"each of {ranks.world} ranks has one of its own: cuda or cpu")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}" if name == "cuda" else name
+    if processes > 1:
+        check(":" not in name, "device", name, f"each of {processes} ranks has one of its own: cuda or cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', os.environ.get('RANK', '0'))}" if name == "cuda" else name
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
@@ -59,3 +60,16 @@ def available_threads(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
         if folder == cgroups:
             break
     return max(1, cores)
+
+
+def check_draft_weights(weights: str) -> None:
+    check(weights in DRAFT_WEIGHTS, "draft_weights", weights, f"one of {', '.join(DRAFT_WEIGHTS)}")
+
+
+def check_draft_kv(kv: str) -> None:
+    check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
+
+
+def check_torch_draft_weights(weights: str) -> None:
+    check_draft_weights(weights)
+    check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,13 +17,18 @@ from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
-from tokenswift_py.models.decoder import TorchDecoder, caps, check_caps, check_moves_queries, reads_int8
-from tokenswift_py.models.devices import DTYPES, KV_DTYPES
+from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
+from tokenswift_py.models.devices import (
+    DTYPES,
+    KV_DTYPES,
+    check_draft_kv,
+    check_draft_weights,
+    check_torch_draft_weights,
+)
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps
 from tokenswift_py.models.rope import RopeTables
-from tokenswift_py.models.spec import ModelSpec
-from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
+from tokenswift_py.models.spec import ModelSpec, caps, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.sampling.native import NativeSampler
@@ -47,6 +52,7 @@ class Executor(Protocol):
     sampler: class that chooses tokens from rows of its logits.
     ranks: the processes that hold the model.
     remembers: whether its attention can be joined with a memory of evicted rows.
+    layers: number of layers whose keys and values one process holds at the most. kinds: types of packed matrices.
     """
 
     name: str
@@ -55,6 +61,8 @@ class Executor(Protocol):
     device: torch.device
     ranks: Ranks
     remembers: bool
+    layers: int
+    kinds: set[str]
 
     @property
     def threads(self) -> int: ...
@@ -109,10 +117,12 @@ class TorchExecutor:
         attention: str,
         deterministic: str,
         ranks: Ranks = ALONE,
+        spec: ModelSpec | None = None,
     ):
         self.dtype, self.kv_dtype = dtype, KV_DTYPES[kv_dtype]
         self.device, self.ranks = device, ranks
-        self._spec = checkpoint.spec
+        self._spec = spec or checkpoint.spec  # of the layers that this process holds
+        self.layers, self.kinds = self._spec.layers, set[str]()
         backend = choose_attention(device, checkpoint.spec) if attention == "auto" else attention
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
@@ -130,7 +140,7 @@ class TorchExecutor:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
-        self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device)
+        self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
 
     @property
     def threads(self) -> int:
@@ -155,7 +165,7 @@ class TorchExecutor:
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_torch_draft_weights(weights)
-        check_one_of("draft_kv", kv, DRAFT_KV)
+        check_draft_kv(kv)
         check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
         return self._decoder(rope, draft=True)
 
@@ -168,7 +178,7 @@ class TorchExecutor:
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_torch_draft_weights(weights)
-        check_draft_memory(checkpoint, self.dtype, self.device)
+        checkpoint.check_memory_for_drafts(self.dtype, self.device)
         return TorchExecutor(checkpoint, self.dtype, *self._kernels)
 
 
@@ -179,11 +189,13 @@ class NativeExecutor:
     remembers = True
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None
-    ):
+        self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None,
+        spec: ModelSpec | None = None,
+    ):  # fmt: skip
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
-        self._checkpoint = checkpoint
+        self._checkpoint, self._spec = checkpoint, spec or checkpoint.spec
+        self.layers = self._spec.layers
         packed = DTYPES.get(dtype, torch.int8)
         tensors: Mapping[str, torch.Tensor | Blocks]
         if dtype == "gguf":
@@ -191,7 +203,8 @@ class NativeExecutor:
             tensors.tell_rounded()
         else:
             tensors = checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
-        self._weights = NativeWeights(checkpoint.spec, tensors, packed, threads, team)
+        self._weights = NativeWeights(self._spec, tensors, packed, threads, team)
+        self.kinds = self._weights.kinds
         self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
 
     @property
@@ -212,8 +225,8 @@ class NativeExecutor:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
-        check_one_of("draft_kv", kv, DRAFT_KV)
+        check_draft_weights(weights)
+        check_draft_kv(kv)
         copies = self.reads_copies(kv)
         check(copies or kv != "int8", "draft_kv", kv, "copies are made of a bf16 cache only (kv_dtype)")
         chosen = self._weights if weights == "bf16" else self._int8_weights()
@@ -223,34 +236,22 @@ class NativeExecutor:
         return kv != "own" and self.kv_dtype == torch.bfloat16
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
+        check_draft_weights(weights)
         own = self.dtype if self.dtype in DTYPES else "bf16"
         dtype = own if weights == "bf16" else "int8"
-        check_draft_memory(checkpoint, dtype, self.device)
+        checkpoint.check_memory_for_drafts(dtype, self.device)
         return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
 
     def _int8_weights(self) -> NativeWeights:
         if self._draft_weights is None:
             checkpoint = self._checkpoint
-            check_memory(checkpoint.weight_bytes("int8"), self.device, "int8 weights for drafts")
+            needed = checkpoint.weight_bytes("int8") * self._spec.parameters // checkpoint.spec.parameters
+            check_memory(needed, self.device, "int8 weights for drafts")
             tensors = checkpoint.tensors()
             self._draft_weights = NativeWeights(
-                checkpoint.spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
+                self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
             )
         return self._draft_weights
-
-
-def check_one_of(name: str, value: str, known: Sequence[str]) -> None:
-    check(value in known, name, value, f"one of {', '.join(known)}")
-
-
-def check_torch_draft_weights(weights: str) -> None:
-    check_one_of("draft_weights", weights, DRAFT_WEIGHTS)
-    check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
-
-
-def check_draft_memory(checkpoint: Checkpoint, dtype: str, device: torch.device) -> None:
-    check_memory(checkpoint.weight_bytes(dtype), device, f"the draft model {checkpoint.name} in {dtype}")
 
 
 def choose_attention(device: torch.device, spec: ModelSpec) -> str:
@@ -305,7 +306,7 @@ OWN_KERNELS = {"triton": OwnKernels(triton_ops, TritonSampler)}  # keys: the att
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
     """Returns native or torch. Raises UserError where native was asked for and cannot be. `auto` is native on a CPU,
     unless an attention backend of torch's was asked for or several processes share the model."""
-    check_one_of("engine", engine, ENGINES)
+    check(engine in ENGINES, "engine", engine, f"one of {', '.join(ENGINES)}")
     if engine == "native":
         check(device.type == "cpu", "engine", engine, f"only on the CPU, not on {device.type}")
         check(attention == "auto", "attention", attention, "the native engine has its own; engine torch takes it")
@@ -333,14 +334,16 @@ def load(
     threads: int | None,
     deterministic: str = "auto",
     ranks: Ranks = ALONE,
+    spec: ModelSpec | None = None,
 ) -> Executor:
-    """Reads the weights into the chosen executor. `engine` is native or torch."""
-    check_one_of("deterministic", deterministic, DETERMINISTIC)
+    """Reads the weights into the chosen executor. `engine` is native or torch. spec: that of a stage's layers; None is
+    the whole model."""
+    check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
         check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
-        return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads)
+        return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads, spec=spec)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")
     if threads is not None:
         torch.set_num_threads(threads)
-    return TorchExecutor(checkpoint, dtype, kv_dtype or dtype, device, attention, deterministic, ranks)
+    return TorchExecutor(checkpoint, dtype, kv_dtype or dtype, device, attention, deterministic, ranks, spec)

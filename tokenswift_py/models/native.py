@@ -26,33 +26,22 @@ from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import Rows, lay_out, shared_pool
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.rows import (
+    Passed,
+    Rows,
+    attention_arrays,
+    chosen_rows,
+    lay_out,
+    native_ints,
+    shared_pool,
+)
+from tokenswift_py.models.spec import ModelSpec, part_of
 from tokenswift_py.version import __version__
 
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
 FP32 = ("router", "shared_gate")  # whatever the type of the other matrices
 ROPES = {GLOBAL: 0, LOCAL: 1, None: -1}
-PARTS = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "final_norm", "input_layernorm": "input_norm",
-         "post_feedforward_layernorm": "ffn_norm", "gate": "router", "shared_expert_gate": "shared_gate"}  # fmt: skip
-
-
-def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
-    """Returns the engine's name of a weight or bias, and its layer, -1 for those of no layer."""
-    stem, kind = name.rsplit(".", 1)
-    layer = -1
-    if stem.startswith("model.layers."):
-        _, _, number, stem = stem.split(".", 3)
-        layer = int(number)
-    if stem == "post_attention_layernorm":
-        part = "attention_norm" if spec.post_norms else "post_norm"
-    elif stem == spec.mlp_norm:
-        part = "post_norm"
-    else:
-        part = stem.removeprefix("self_attn.").removeprefix("mlp.").replace("shared_expert.", "shared.")
-        part = PARTS.get(part, part.removesuffix("_proj"))
-    return part + ("_bias" if kind == "bias" else ""), layer
 
 
 class NativePool(BoundedPages):
@@ -70,20 +59,19 @@ class NativePool(BoundedPages):
         self.page_bytes: int = self.native.page_bytes
         self._engine = weights.native
 
-    def allocate(self) -> int:
-        page = super().allocate()
-        try:
-            self.native.reserve(page)
-        except MemoryError:
-            self.release(page)
-            raise
-        return page
+    def reserve(self, page: int) -> None:
+        super().reserve(page)
+        self.native.reserve(page)
 
     def move(self, source: IntArray, target: IntArray) -> None:
         self.native.move(native_ints(source), native_ints(target))
 
     def dump(self, page: int) -> Bytes:
         return np.concatenate(self._blocks(page))
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        return (self.page_bytes,)
 
     def restore(self, page: int, data: Bytes) -> None:
         blocks = self._blocks(page)
@@ -140,18 +128,18 @@ class NativeWeights:
         check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
         self.team = team or _native.Team(threads or available_threads())
-        self._kinds: set[str] = set()
+        self.kinds: set[str] = set()  # the types that matrices have
         embedding = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self._fewest_bits = fewest_bits
         self.native = _native.Decoder(
-            vocab=spec.vocab_size,
+            vocab=spec.vocab_size if spec.vocabulary else 1,
             hidden=spec.hidden_size,
             ffn=spec.intermediate_size,
             heads=spec.heads,
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             norm_eps=spec.norm_eps,
-            tied=spec.tied,
+            tied=spec.tied or not spec.vocabulary,
             qk_norm=spec.qk_norm,
             layers=[(layer.window or 0, ROPES[layer.rope], layer.experts) for layer in spec.layer_specs],
             experts=None if spec.experts is None else dataclasses.astuple(spec.experts),
@@ -188,7 +176,7 @@ class NativeWeights:
     @property
     def label(self) -> str:
         """Returns the numerics of a multiplication: bf16, fp32, or the kinds of blocks."""
-        return "+".join(sorted(self._kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
+        return "+".join(sorted(self.kinds)) + (f"-block{BLOCK}" if self.dtype == torch.int8 else "")
 
     def _pack(self, name: str, tensor: torch.Tensor | Blocks) -> None:
         part, layer = part_of(name, self.spec)
@@ -199,7 +187,7 @@ class NativeWeights:
             self.native.set_matrix(part, layer, tensor.detach().float().contiguous().numpy())
             return
         if isinstance(tensor, Blocks):
-            self._kinds.add(tensor.kind)
+            self.kinds.add(tensor.kind)
             self.native.set_blocks(part, layer, tensor.kind, np.ascontiguousarray(tensor.data))
             return
         if tensor.ndim == 1:
@@ -209,7 +197,7 @@ class NativeWeights:
         half = torch.bfloat16 in (self.dtype, tensor.dtype) and self.dtype != torch.float32
         matrix = tensor.detach().to(torch.bfloat16 if half else torch.float32).contiguous()
         packed = (matrix.view(torch.uint16) if half else matrix).numpy()
-        self._kinds.add(self.native.set_matrix(part, layer, packed, self._fewest_bits))
+        self.kinds.add(self.native.set_matrix(part, layer, packed, self._fewest_bits))
 
 
 class NativeDecoder:
@@ -229,6 +217,7 @@ class NativeDecoder:
     """
 
     guarantee = "bitwise"
+    streams = 1
 
     def __init__(
         self,
@@ -286,23 +275,46 @@ class NativeDecoder:
     ) -> Output:
         pool = shared_pool(segments, NativePool)
         rows = lay_out(segments, target_weights=not self.draft)
-        wanted: IntArray = np.arange(len(rows.tokens), dtype=np.int32)
-        if logit_rows is not None:
-            wanted = np.asarray(logit_rows, np.int32).reshape(-1)
-        hidden, residual = np.empty((2, len(rows.tokens), self.spec.hidden_size), np.float32)
-        logits = np.empty((len(wanted), self.spec.vocab_size), np.float32)
-        pages = int(rows.positions.max()) // PAGE_SIZE + 1
-        mass = self._room_for_mass(len(rows.tokens), pages) if want_mass else None
-        spec = self.spec
-        shape = (len(rows.tokens), spec.layers, spec.heads, spec.head_dim)
-        queries = np.empty(shape, np.float32) if want_queries else None
+        memories = [engine_memory(segment.cache.memory) for segment in segments]
+        pages = rows.pages if want_mass else None
+        return self._compute(pool, rows, None, logit_rows, pages, want_queries, memories)
+
+    def advance(
+        self, pool: NativePool, rows: Rows, stream: torch.Tensor | None, mass_pages: int | None, want_queries: bool
+    ) -> Passed:
+        """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
+        output = self._compute(pool, rows, stream, [], mass_pages, want_queries)
+        assert output.residual is not None
+        return Passed(output.residual[None], output.page_mass, output.queries)
+
+    def finish(self, stream: torch.Tensor, logit_rows: Sequence[int] | None) -> Output:
+        """Returns the output of rows from what the last stage has left, without page masses and queries."""
+        wanted = chosen_rows(logit_rows, stream.shape[1])
+        hidden, residual, logits = self._room(stream.shape[1], len(wanted))
+        self.weights.native.close(stream[0].numpy(), wanted, hidden, residual, logits)
+        states = torch.from_numpy(hidden), torch.from_numpy(logits)
+        return Output(*states, None, None, torch.from_numpy(residual), self._turns)
+
+    def _room(self, rows: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        hidden, residual = np.empty((2, rows, self.spec.hidden_size), np.float32)
+        return hidden, residual, np.empty((wanted, self.spec.vocab_size if self.spec.vocabulary else 1), np.float32)
+
+    def _compute(
+        self, pool: NativePool, rows: Rows, stream: torch.Tensor | None, logit_rows: Sequence[int] | None,
+        mass_pages: int | None, want_queries: bool, memories: Sequence[Any] = (),
+    ) -> Output:  # fmt: skip
+        count, spec = len(rows.tokens), self.spec
+        wanted = chosen_rows(logit_rows, count)
+        hidden, residual, logits = self._room(count, len(wanted))
+        mass = None if mass_pages is None else self._room_for_mass(count, mass_pages)
+        queries = np.empty((count, spec.layers, spec.heads, spec.head_dim), np.float32) if want_queries else None
         self.weights.native.forward(
             pool=pool.native,
-            tokens=native_ints(rows.tokens),
+            tokens=native_ints(rows.tokens if stream is None else np.zeros(count)),
             positions=native_ints(rows.positions),
             slots=native_ints(rows.slots),
             segments=attention_arrays(rows),
-            logit_rows=native_ints(wanted),
+            logit_rows=wanted,
             cos=self._cos,
             sin=self._sin,
             shifts=self._shifts,
@@ -313,9 +325,10 @@ class NativeDecoder:
             mass=mass,
             queries=queries,
             int8_pages=self.int8_pages,
-            memories=[engine_memory(segment.cache.memory) for segment in segments],
+            memories=list(memories),
+            stream=None if stream is None else stream[0].numpy(),
         )
-        page_mass = None if mass is None else torch.from_numpy(mass)[..., :pages]
+        page_mass = None if mass is None else torch.from_numpy(mass)[..., :mass_pages]
         asked = None if queries is None else torch.from_numpy(queries)
         rest = (page_mass, asked, torch.from_numpy(residual), self._turns)
         return Output(torch.from_numpy(hidden), torch.from_numpy(logits), *rest)
@@ -333,20 +346,3 @@ class NativeDecoder:
 
 def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
-
-
-def native_ints(array: IntArray) -> IntArray:
-    return np.ascontiguousarray(array, np.int32)
-
-
-def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | None, IntArray]]:
-    """Returns the segments in the native engine's form: positions, full pages, view, tail."""
-    return [
-        (
-            native_ints(segment.positions),
-            native_ints(segment.pages),
-            None if segment.view is None else native_ints(segment.view),
-            native_ints(segment.tail),
-        )
-        for segment in rows.segments
-    ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from tokenswift_py.core import Segment
 from tokenswift_py.kernels.base import AttentionSegment
@@ -33,6 +34,36 @@ class Rows:
     def pages(self) -> int:
         """Returns the number of absolute pages up to that of the last row."""
         return int(self.positions.max()) // PAGE_SIZE + 1
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Returns some of the rows as a pass of their own. Rows of the same pass that they attend to must be computed
+        before."""
+        within = []
+        for segment in self.segments:
+            first, last = max(start, segment.rows.start), min(stop, segment.rows.stop)
+            if first < last:
+                own = slice(first - segment.rows.start, last - segment.rows.start)
+                tail = segment.tail[own]
+                if segment.causal:
+                    tail = segment.tail[:, : segment.tail.shape[1] - (segment.rows.stop - last)]
+                place = slice(first - start, last - start)
+                within.append(replace(segment, rows=place, positions=segment.positions[own], tail=tail))
+        chosen = slice(start, stop)
+        return Rows(self.tokens[chosen], self.positions[chosen], self.slots[chosen], tuple(within))
+
+
+@dataclass(frozen=True)
+class Passed:
+    """The result of some layers for R rows.
+
+    stream:  [n, R, hidden_size] the state with which the next layer begins: the residual stream, and what is still to
+             be added to it where n is 2.
+    mass, queries: see `Output`, of these layers alone.
+    """
+
+    stream: torch.Tensor
+    mass: torch.Tensor | None
+    queries: torch.Tensor | None
 
 
 Pool = TypeVar("Pool")
@@ -139,3 +170,25 @@ def recalls_of(segments: Sequence[Segment], rows: Rows) -> list[Recall]:
     """Returns the rows of the sequences whose memory holds something."""
     pairs = zip(rows.segments, (segment.cache.memory for segment in segments), strict=True)
     return [(laid.rows, memory) for laid, memory in pairs if memory is not None and memory.folded]
+
+
+def chosen_rows(logit_rows: Sequence[int] | None, rows: int) -> IntArray:
+    """Returns the rows whose logits are wanted, all where none are named."""
+    return native_ints(np.arange(rows) if logit_rows is None else np.asarray(logit_rows, np.int32).reshape(-1))
+
+
+def native_ints(array: np.ndarray) -> IntArray:
+    return np.ascontiguousarray(array, np.int32)
+
+
+def attention_arrays(rows: Rows) -> list[tuple[IntArray, IntArray, IntArray | None, IntArray]]:
+    """Returns the segments in the native engine's form: positions, full pages, view, tail."""
+    return [
+        (
+            native_ints(segment.positions),
+            native_ints(segment.pages),
+            None if segment.view is None else native_ints(segment.view),
+            native_ints(segment.tail),
+        )
+        for segment in rows.segments
+    ]

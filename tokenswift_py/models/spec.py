@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class ModelSpec:
     attention_cap:   soft cap of attention's scaled scores: s becomes cap * tanh(s / cap) before masks; 0 is none.
     logit_cap:       soft cap of the logits, likewise.
     activation:      activation of the gate: silu, or gelu by the tanh.
+    first_layer:     number in the whole model of the first layer, where this is a stage of it.
+    vocabulary:      whether embedding, final norm and LM head are there, which only the first stage has.
     """
 
     family: str
@@ -67,6 +69,8 @@ class ModelSpec:
     logit_cap: float = 0.0
     activation: str = "silu"
     experts: Experts | None = None
+    first_layer: int = 0
+    vocabulary: bool = True
 
     @classmethod
     def from_config(cls, config: Any) -> ModelSpec:
@@ -106,6 +110,14 @@ class ModelSpec:
         """Returns [layers] the sliding window of each layer in tokens; None is full attention."""
         return tuple(layer.window for layer in self.layer_specs)
 
+    def at(self, layer: int) -> str:
+        """Returns the beginning of the names of a layer's tensors."""
+        return f"model.layers.{self.first_layer + layer}."
+
+    def stage(self, first: int, stop: int) -> ModelSpec:
+        """Returns the spec of the stage of a pipeline that holds these layers."""
+        return replace(self, layer_specs=self.layer_specs[first:stop], first_layer=first, vocabulary=first == 0)
+
     def moved(self, shifts: BlockShifts | None) -> tuple[bool, ...]:
         """Returns [layers] whether queries are moved for far keys. They are not where windows hide such keys, nor where
         nothing rotates."""
@@ -122,9 +134,11 @@ class ModelSpec:
         """Returns the name and shape of every tensor of the model, under Hugging Face's names."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.vocabulary:
+            shapes["model.embed_tokens.weight"] = (self.vocab_size, hidden)
         for layer, kind in enumerate(self.layer_specs):
-            at = f"model.layers.{layer}."
+            at = self.at(layer)
             linear = {
                 "self_attn.q_proj": (q, hidden, self.qkv_bias),
                 "self_attn.k_proj": (kv, hidden, self.qkv_bias),
@@ -142,8 +156,9 @@ class ModelSpec:
             if self.post_norms:
                 for name in ("pre", "post"):
                     shapes[f"{at}{name}_feedforward_layernorm.weight"] = (hidden,)
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tied:
+        if self.vocabulary:
+            shapes["model.norm.weight"] = (hidden,)
+        if self.vocabulary and not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, hidden)
         return shapes
 
@@ -186,7 +201,7 @@ class ModelSpec:
     def multiplied(self) -> int:
         """Returns the number of parameters that every token is multiplied with. Of an untied embedding only rows are
         read, of experts only those that are chosen."""
-        idle = 0 if self.tied else self.vocab_size * self.hidden_size
+        idle = 0 if self.tied or not self.vocabulary else self.vocab_size * self.hidden_size
         if self.experts is not None:
             mixtures = sum(layer.experts for layer in self.layer_specs)
             each = 3 * self.experts.width * self.hidden_size
@@ -197,3 +212,36 @@ class ModelSpec:
         """Returns the bytes of keys and values of `tokens` tokens in all layers, and of the scales beside int8."""
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return 2 * self.layers * self.kv_heads * (self.head_dim * dtype.itemsize + scale) * tokens
+
+
+def check_caps(spec: ModelSpec, attention: str) -> None:
+    """Raises UserError for a model whose scores the attention of this name does not cap."""
+    uncapped = f"it has no soft cap of scores ({spec.family}); sdpa, flash and triton have one"
+    check(caps(spec, attention), "attention", attention, uncapped)
+
+
+def caps(spec: ModelSpec, attention: str) -> bool:
+    """Returns whether a backend caps attention's scores, or need not."""
+    able: bool = registry.says("tokenswift_py.kernels", "attention", attention, "CAPS_SCORES", False)
+    return able or not spec.attention_cap
+
+
+def part_of(name: str, spec: ModelSpec) -> tuple[str, int]:
+    """Returns the native engine's name of a weight or bias, and its layer, -1 for those of no layer."""
+    stem, kind = name.rsplit(".", 1)
+    layer = -1
+    if stem.startswith("model.layers."):
+        _, _, number, stem = stem.split(".", 3)
+        layer = int(number) - spec.first_layer
+    if stem == "post_attention_layernorm":
+        part = "attention_norm" if spec.post_norms else "post_norm"
+    elif stem == spec.mlp_norm:
+        part = "post_norm"
+    else:
+        part = stem.removeprefix("self_attn.").removeprefix("mlp.").replace("shared_expert.", "shared.")
+        part = PARTS.get(part, part.removesuffix("_proj"))
+    return part + ("_bias" if kind == "bias" else ""), layer
+
+
+PARTS = {"model.embed_tokens": "embed", "lm_head": "head", "model.norm": "final_norm", "input_layernorm": "input_norm",
+         "post_feedforward_layernorm": "ffn_norm", "gate": "router", "shared_expert_gate": "shared_gate"}  # fmt: skip

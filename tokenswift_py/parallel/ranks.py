@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from tokenswift_py.core import DraftTree
 from tokenswift_py.errors import UserError, one_line
-from tokenswift_py.options import world_size
+from tokenswift_py.parallel.processes import tensor_ranks
 
 Array = npt.NDArray[Any]
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the second is the name until torch 2.12
@@ -97,23 +97,26 @@ class ProcessGroup(Ranks):
     """One process of torch.distributed's default group, which it joins unless that was done before.
 
     Numbers go over gloo, and so do tensors until `place` says that they are on GPUs.
+    members: the processes of the group, this one among them; None is all.
     """
 
-    def __init__(self) -> None:
-        if not dist.is_initialized():
-            with one_line("WORLD_SIZE: the processes did not find one another; start them with torchrun"):
-                dist.init_process_group("gloo")
-            atexit.register(leave)
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._control = self._data = dist.new_group(backend="gloo")
+    def __init__(self, members: Sequence[int] | None = None) -> None:
+        begin()
+        self._members = list(range(dist.get_world_size()) if members is None else members)
+        self.rank, self.world = self._members.index(dist.get_rank()), len(self._members)
+        self._control = self._data = self._group("gloo")
         if not self.leads:
             logging.getLogger("tokenswift").setLevel(logging.CRITICAL)
+
+    def _group(self, backend: str) -> Any:
+        alone = self.world < dist.get_world_size()
+        return dist.new_group(self._members, backend=backend, use_local_synchronization=alone)
 
     def place(self, device: torch.device) -> None:
         self.agree("the kind of device", device.type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            self._data = dist.new_group(backend="nccl")
+            self._data = self._group("nccl")
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(x, group=self._data)
@@ -134,7 +137,7 @@ class ProcessGroup(Ranks):
 
     def first(self, values: Array) -> Array:
         data = torch.from_numpy(np.frombuffer(values.tobytes(), np.uint8).copy())
-        dist.broadcast(data, src=0, group=self._control)
+        dist.broadcast(data, src=self._members[0], group=self._control)
         return data.numpy().view(values.dtype).reshape(values.shape)
 
     def first_text(self, text: str) -> str:
@@ -185,11 +188,26 @@ UNUSED = -2  # marks a place of the array without a node; the root's parent is -
 LONGEST_ERROR = 2000  # how many bytes of an error's line travel
 
 
+def begin() -> None:
+    """Joins the processes that torchrun started, unless that was done before."""
+    if not dist.is_initialized():
+        with one_line("WORLD_SIZE: the processes did not find one another; start them with torchrun"):
+            dist.init_process_group("gloo")
+        atexit.register(leave)
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def join() -> Ranks:
-    """Returns the ranks that torchrun started, with this process among them."""
-    return ProcessGroup() if world_size() > 1 else ALONE
+def join(stages: int = 1) -> Ranks:
+    """Returns the ranks that torchrun started, with this process among them. With a pipeline of several stages they are
+    those that share this process's stage."""
+    ranks = tensor_ranks(stages)
+    if stages > 1:
+        begin()
+    if ranks == 1:
+        return ALONE
+    first = dist.get_rank() // ranks * ranks if stages > 1 else 0
+    return ProcessGroup(range(first, first + ranks) if stages > 1 else None)

@@ -123,13 +123,8 @@ class ParallelDecoder(TorchDecoder):
         want_mass: bool = False,
         want_queries: bool = False,
     ) -> Output:
-        """Computes a pass. Raises RanksError where ranks would not compute the same rows.
-
-        Sums over different rows look like any other, and all ranks would choose the same wrong tokens from them.
-        """
-        rows = [(s.tree.tokens.tobytes(), s.tree.parents.tobytes(), s.cache.length, s.tail, s.view is None)
-                for s in segments]  # fmt: skip
-        self.ranks.agree("a pass (draft, rows)", (self.draft, rows, logit_rows))
+        """Computes a pass. Raises RanksError where ranks would not compute the same rows."""
+        agree_on_pass(self.ranks, self.draft, segments, logit_rows)
         return super().forward(segments, logit_rows, want_mass, want_queries)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,3 +152,14 @@ class ParallelDecoder(TorchDecoder):
 
     def _whole(self, x: torch.Tensor, size: int) -> torch.Tensor:
         return self.ranks.gather(x, self.shard.width(size), size)
+
+
+def agree_on_pass(ranks: Ranks, draft: bool, segments: Sequence[Segment], logit_rows: Sequence[int] | None) -> None:
+    """Raises RanksError where ranks would not compute the same rows.
+
+    Sums over different rows look like any other, and all ranks would choose the same wrong tokens from them.
+    """
+    if ranks.world > 1:
+        rows = [(s.tree.tokens.tobytes(), s.tree.parents.tobytes(), s.cache.length, s.tail, s.view is None)
+                for s in segments]  # fmt: skip
+        ranks.agree("a pass (draft, rows)", (draft, rows, logit_rows))

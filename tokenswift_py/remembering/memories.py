@@ -22,7 +22,7 @@ def check_remembers(options: Options, executor: Executor, rope: RopeTables, chec
     kind, spec = options.kv_memory, checkpoint.spec
     if kind == "none":
         return
-    able = "this attention cannot be joined with a memory; engine native's can, and attention sdpa, flash and xformers"
+    able = "this attention or pipeline has no memory; engine native's can, and attention sdpa, flash and xformers"
     check(executor.remembers, "kv_memory", kind, able)
     world = executor.ranks.world
     check(world == 1, "kv_memory", kind, f"in one process, not in torchrun's {world}")

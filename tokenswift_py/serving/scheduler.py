@@ -10,8 +10,7 @@ preempted loses its pages and nothing else. They are computed again before its n
 from __future__ import annotations
 
 import itertools
-import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ from tokenswift_py.core import Model, Output
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.kvcache.base import PAGE_SIZE, PagePool
 from tokenswift_py.kvcache.pages import ROUND_PAGES as ROUND_PAGES
+from tokenswift_py.serving.flights import Flight, flights_of
 from tokenswift_py.serving.prefixes import Prefixes
 from tokenswift_py.serving.seat import Seat as Seat
-from tokenswift_py.serving.seat import Work
+from tokenswift_py.serving.seat import Work, is_prefill, pages_of, rows_of
 from tokenswift_py.serving.sharing import GroupCost, Width
-from tokenswift_py.serving.together import together
 
 
 class Scheduler:
@@ -51,6 +50,8 @@ class Scheduler:
         self.preemptions = 0
         self.passes = 0
         self._numbers = itertools.count()
+        self._flights: deque[Flight] = deque()  # passes under way, the oldest first
+        self._ended = 0.0  # the time when the latest pass ended
         self._costs: defaultdict[int, GroupCost] = defaultdict(GroupCost)
         self._width = Width(self._costs[id(target)])
 
@@ -78,8 +79,8 @@ class Scheduler:
         seat.cancelled = True
 
     def step(self) -> bool:
-        """Computes one pass for the texts that can share it. Returns whether texts are left. A step may compute no
-        pass, if all texts in work end a round without another pass."""
+        """Begins or ends one pass for the texts that can share it, or both. Returns whether texts are left. A step may
+        do neither, if all texts in work end a round without another pass."""
         for seat in [seat for seat in self.seats if seat.cancelled]:
             self._leave(seat, None)
         self._seat_waiting()
@@ -88,9 +89,10 @@ class Scheduler:
             if seat.running:
                 self._begin_round(seat, promised)
                 promised += self._needs(seat) if seat.asked is not None else 0
-        group = self._choose()
-        if group:
-            self._compute(group)
+        if group := self._choose():
+            self._begin(group)
+        elif self._flights:
+            self._end()
         return bool(self.seats)
 
     @property
@@ -102,6 +104,8 @@ class Scheduler:
         """Ends all texts as cancelled, or with an error."""
         for seat in list(self.seats):
             self._leave(seat, error)
+        while self._flights:
+            self._end()
         self.prefixes.make_room(self.pool.pages)
 
     # Who is in work
@@ -269,7 +273,7 @@ class Scheduler:
         """Returns the texts whose passes are computed next. All drafts of one model come before any verification, so
         that verifications travel together. A verification takes along as many chunks of prompts as its rows leave room
         for. The most urgent prompts go first."""
-        asking = sorted((seat for seat in self.seats if seat.asked is not None), key=self._urgency)
+        asking = sorted((seat for seat in self.seats if seat.asked is not None and not seat.flies), key=self._urgency)
         if not asking:
             return []
         groups: defaultdict[tuple[int, int], list[Seat]] = defaultdict(list)
@@ -278,7 +282,8 @@ class Scheduler:
             groups[id(seat.asked.model), id(seat.asked.segment.cache.pool)].append(seat)
         drafts = [group for (model, _), group in groups.items() if model != id(self.target)]
         group = (drafts or list(groups.values()))[0]
-        chosen = [seat for seat in group if not is_prefill(seat)]
+        share = -(-self.running // flights_of(self.target))  # the others travel in the next pass
+        chosen = [seat for seat in group if not is_prefill(seat)][:share]
         rows = sum(map(rows_of, chosen))
         for number, seat in enumerate(filter(is_prefill, group)):
             # The most urgent prompt gets on beside any verification, however many rows that has.
@@ -287,39 +292,50 @@ class Scheduler:
                 rows += rows_of(seat)
         return chosen
 
-    def _compute(self, group: list[Seat]) -> None:
+    def _begin(self, group: list[Seat]) -> None:
+        """Begins the passes of these texts. Ends the oldest pass where enough are under way."""
         passes = [seat.asked for seat in group if seat.asked is not None]
-        verifies = passes[0].model is self.target
-        if verifies:
+        if passes[0].model is self.target:
             passes = self._width.cut(passes)
-        tails = [asked.segment.cache.tail_length for asked in passes]
-        model, spoiled = passes[0].model, passes[0].model.clock.spoiled
-        lap = model.clock.start()
+        flight = Flight(group, passes, self.clock)
         try:
-            began = self.clock()
-            outputs = together(model, passes)
-            lap.stop()
-            # This waits for a device. All texts pay for this time, and not only the first one that looks at its logits.
-            _ = lap.ms
-            seconds = self.clock() - began
+            flight.begin()
         except Exception as error:
-            for asked, rows in zip(passes, tails, strict=True):
-                asked.segment.cache.drop_tail(rows)
-            if len(group) == 1:
-                self._fail(group[0], error)
-            else:  # one pass may be at fault, or all may be too many; alone their rows are the same
-                for seat in group:
-                    self._compute([seat])
+            self._failed(flight, error)
+            return
+        self._flights.append(flight)
+        if len(self._flights) >= flights_of(flight.model):
+            self._end()
+
+    def _end(self) -> None:
+        """Waits for the pass that began first, and lets its texts go on."""
+        flight = self._flights.popleft()
+        for seat in flight.group:
+            seat.flies = False
+        try:
+            outputs, ended, lost = flight.end()
+        except Exception as error:
+            self._failed(flight, error)
             return
         self.passes += 1
-        lost = model.clock.spoiled != spoiled
-        if verifies and not lost:
-            self._width.observe(1e3 * began, 1e3 * (began + seconds), 1e3 * seconds)
-        shares = self._costs[id(model)].split(passes, 1e3 * seconds, lost)
-        for seat, output, ms in zip(group, outputs, shares, strict=True):
-            seat.work.time.charge(ms / 1e3, lost)
-            assert seat.coroutine is not None
-            self._resume(seat, seat.coroutine, output)
+        began, self._ended = max(flight.began, self._ended), ended  # what passes do side by side is paid once
+        seconds = ended - began
+        if flight.model is self.target and not lost:
+            self._width.observe(1e3 * began, 1e3 * ended, 1e3 * seconds)
+        shares = self._costs[id(flight.model)].split(flight.passes, 1e3 * seconds, lost)
+        for seat, output, ms in zip(flight.group, outputs, shares, strict=True):
+            if seat in self.seats:  # it was not cancelled in the meantime
+                seat.work.time.charge(ms / 1e3, lost)
+                assert seat.coroutine is not None
+                self._resume(seat, seat.coroutine, output)
+
+    def _failed(self, flight: Flight, error: Exception) -> None:
+        flight.undo()
+        for seat in (seat for seat in flight.group if seat in self.seats):
+            if len(flight.group) == 1:
+                self._fail(seat, error)
+            else:  # one pass may be at fault, or all may be too many; alone their rows are the same
+                self._begin([seat])
 
     def _fail(self, seat: Seat, error: Exception) -> None:
         """Tells a text that its pass could not be computed, where it waits for the pass. The text ends."""
@@ -329,19 +345,6 @@ class Scheduler:
         except Exception as raised:
             error = raised
         self._leave(seat, error)
-
-
-def is_prefill(seat: Seat) -> bool:
-    return seat.asked is not None and seat.asked.segment.causal
-
-
-def rows_of(seat: Seat) -> int:
-    """Returns the number of rows of the pass that it asks for."""
-    return len(seat.asked.segment.tree) if seat.asked is not None else 0
-
-
-def pages_of(tokens: int) -> int:
-    return math.ceil(tokens / PAGE_SIZE)
 
 
 AGEING = 30.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Any, Protocol
 
 from tokenswift_py.core import IntArray, Output
 from tokenswift_py.decoding.passes import Pass
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.serving.prefixes import Prefix
 from tokenswift_py.serving.sharing import OwnTime
@@ -58,6 +60,7 @@ class Seat:
 
     text:      the text's coroutine. It is None before the first round.
     asked:     the pass that the text waits for. It is None between rounds.
+    flies:     whether that pass is under way.
     coroutine: the coroutine that asked.
     running:   whether the text is in work. Otherwise it holds no page.
     since:     the time when it began to wait, in seconds.
@@ -68,7 +71,20 @@ class Seat:
     def __init__(self, work: Work, number: int, now: float):
         self.work, self.number, self.since, self.credit = work, number, now, 0.0
         self.text: Generator[Any, Any, None] | None = None
-        self.running = self.cancelled = False
+        self.running = self.cancelled = self.flies = False
         self.asked: Pass | None = None
         self.coroutine: Generator[Any, Any, None] | None = None
         self.prefix = Prefix()
+
+
+def is_prefill(seat: Seat) -> bool:
+    return seat.asked is not None and seat.asked.segment.causal
+
+
+def rows_of(seat: Seat) -> int:
+    """Returns the number of rows of the pass that it asks for."""
+    return len(seat.asked.segment.tree) if seat.asked is not None else 0
+
+
+def pages_of(tokens: int) -> int:
+    return math.ceil(tokens / PAGE_SIZE)

@@ -3,34 +3,57 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from tokenswift_py.core import Model, Output
+from tokenswift_py.core import Model, Output, Segment
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.kvcache.base import PAGE_SIZE
+
+
+def begin_together(model: Model, passes: Sequence[Pass]) -> Callable[[], list[Output]]:
+    """Begins passes of one model in one forward pass, and returns the function that waits for their outputs. A model
+    that is not spread over a pipeline has computed them by then."""
+    begin = getattr(model, "begin", None)
+    if begin is None:
+        outputs = together(model, passes)
+        return lambda: outputs
+    flight = begin(*joined(passes))
+    return lambda: parted(passes, flight.wait())
 
 
 def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
     """Returns the outputs of passes of one model, computed in one forward pass."""
     if len(passes) == 1:
         return [passes[0].compute()]
+    return parted(passes, model.forward(*joined(passes)))
+
+
+def joined(passes: Sequence[Pass]) -> tuple[list[Segment], list[int] | None, bool, bool]:
+    """Returns the arguments of the forward pass that computes these passes."""
+    starts, wanted = places(passes)
+    every = all(asked.logit_rows is None for asked in passes)
+    rows = None if every else [start + row for start, rows in zip(starts, wanted, strict=True) for row in rows]
+    mass, queries = any(asked.want_mass for asked in passes), any(asked.want_queries for asked in passes)
+    return [asked.segment for asked in passes], rows, mass, queries
+
+
+def places(passes: Sequence[Pass]) -> tuple[list[int], list[Sequence[int]]]:
+    """Returns the first row of each pass, and which of its rows' logits are wanted."""
     sizes = [len(asked.segment.tree) for asked in passes]
-    starts = [0, *itertools.accumulate(sizes)]
+    starts = [0, *itertools.accumulate(sizes)][:-1]
     wanted: list[Sequence[int]] = [
         range(size) if asked.logit_rows is None else asked.logit_rows for asked, size in zip(passes, sizes, strict=True)
     ]
-    every = all(asked.logit_rows is None for asked in passes)
-    whole = model.forward(
-        [asked.segment for asked in passes],
-        None if every else [start + row for start, rows in zip(starts, wanted, strict=False) for row in rows],
-        want_mass=any(asked.want_mass for asked in passes),
-        want_queries=any(asked.want_queries for asked in passes),
-    )
+    return starts, wanted
+
+
+def parted(passes: Sequence[Pass], whole: Output) -> list[Output]:
+    """Returns the output of each pass that was computed in one forward pass."""
     outputs, logits = [], 0
-    for asked, start, size, rows in zip(passes, starts, sizes, wanted, strict=False):
-        own = slice(start, start + size)
+    for asked, start, rows in zip(passes, *places(passes), strict=True):
+        own = slice(start, start + len(asked.segment.tree))
         outputs.append(
             Output(
                 whole.hidden[own],

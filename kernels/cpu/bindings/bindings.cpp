@@ -214,7 +214,7 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
              const std::optional<ShiftArrays>& shifts, const Array<float, 2>& hidden, const Array<float, 2>& residual,
              const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass,
              const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local,
-             const std::vector<const Recall*>& memories) {
+             const std::vector<const Recall*>& memories, const std::optional<Table>& stream) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.int8_pages = int8_pages;
@@ -252,6 +252,10 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
             "hidden and residual are [rows, hidden_size]");
   }
   require(size(logits, 0) == pass.logit_count && size(logits, 1) == shape.vocab, "logits is [logit_rows, vocab_size]");
+  if (stream) {
+    require(size(*stream, 0) == pass.rows && size(*stream, 1) == shape.hidden, "stream is [rows, hidden_size]");
+    pass.stream = stream->data();
+  }
   pass.hidden = hidden.data();
   pass.residual = residual.data();
   pass.logits = logits.data();
@@ -269,6 +273,31 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   }
   const nb::gil_scoped_release release;
   decoder.forward(pass, pool);
+}
+
+void close_pass(Decoder& decoder, const Table& stream, const Ints& logit_rows, const Array<float, 2>& hidden,
+                const Array<float, 2>& residual, const Array<float, 2>& logits) {
+  const Shape& shape = decoder.shape();
+  Pass pass;
+  pass.rows = size(stream, 0);
+  for (const Array<float, 2>* states : {&hidden, &residual}) {
+    require(size(*states, 0) == pass.rows && size(*states, 1) == shape.hidden,
+            "hidden and residual are [rows, hidden_size]");
+  }
+  require(size(stream, 1) == shape.hidden, "stream is [rows, hidden_size]");
+  pass.logit_rows = logit_rows.data();
+  pass.logit_count = size(logit_rows);
+  for (int i = 0; i < pass.logit_count; ++i) {
+    const int row = pass.logit_rows[i];
+    require(row >= 0 && row < pass.rows, "logit row ", row, " of ", pass.rows);
+  }
+  require(size(logits, 0) == pass.logit_count && size(logits, 1) == shape.vocab, "logits is [logit_rows, vocab_size]");
+  pass.stream = stream.data();
+  pass.hidden = hidden.data();
+  pass.residual = residual.data();
+  pass.logits = logits.data();
+  const nb::gil_scoped_release release;
+  decoder.close(pass);
 }
 
 void require_in_use(const Pool& pool, const Ints& pages) {
@@ -359,7 +388,11 @@ NB_MODULE(_native, m) {
            "segments"_a.noconvert(), "logit_rows"_a.noconvert(), "cos"_a.noconvert(), "sin"_a.noconvert(),
            "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(),
            "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a,
-           "local"_a.noconvert().none() = nb::none(), "memories"_a = std::vector<const Recall*>())
+           "local"_a.noconvert().none() = nb::none(), "memories"_a = std::vector<const Recall*>(),
+           "stream"_a.noconvert().none() = nb::none())
+      .def("close", &close_pass, "stream"_a.noconvert(), "logit_rows"_a.noconvert(), "hidden"_a.noconvert(),
+           "residual"_a.noconvert(), "logits"_a.noconvert(),
+           "What follows the layers of a pass, from the residual stream that they left.")
       .def("project", &project, "hidden"_a.noconvert(), "logits"_a.noconvert(),
            "The LM head's logits of rows of `hidden` as forward returns it.")
       .def("key_bounds", &key_bounds, "pool"_a, "pages"_a.noconvert(), "low"_a.noconvert(), "high"_a.noconvert(),

@@ -263,7 +263,7 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   if (copies) copies->update(*team_, kernels_, plans);
   const int mass_pages = pass.mass ? pass.mass_pages : 0;
   attention_.prepare(std::move(plans), pool, copies, pass.rope, pass.rows, mass_pages, team_->size());
-  embed(pass);
+  pass.stream ? load(pass) : embed(pass);
   for (int i = 0; i < shape_.layers; ++i) {
     const Layer& layer = layers_[i];
     normalise(layer.input_norm.data(), pass.rows);
@@ -318,6 +318,15 @@ void Decoder::embed(const Pass& pass) {
       for (int i = 0; i < shape_.hidden; ++i) x[i] *= shape_.embedding_scale;
     }
   });
+}
+
+// Takes the residual stream that another decoder's layers have left.
+void Decoder::load(const Pass& pass) {
+  for (int row = 0; row < pass.rows; ++row) {
+    float* x = buffers_.x.data() + row * hidden_stride_;
+    std::copy_n(pass.stream + size_t(row) * shape_.hidden, shape_.hidden, x);
+    std::fill(x + shape_.hidden, x + hidden_stride_, 0.0f);
+  }
 }
 
 // Normalises the residual stream, and rounds it to operands of the next multiplication.
@@ -483,6 +492,17 @@ void Decoder::finish(const Pass& pass) {
     round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_, shape_.hidden, i);
   }
   project_rounded(pass.logit_count, pass.logits);
+}
+
+void Decoder::close(const Pass& pass) {
+  const std::lock_guard<std::mutex> turn(team_->turn());
+  const FlushDenormals flush;
+  const size_t rows = pass.rows;
+  buffers_.x.reserve(rows * hidden_stride_);
+  buffers_.normed.reserve(rows * hidden_stride_);
+  buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
+  load(pass);
+  finish(pass);
 }
 
 void Decoder::project(const float* hidden, int rows, float* logits) {

@@ -42,6 +42,7 @@ struct Shape {
 struct Pass {
   int rows = 0;
   const int32_t* tokens = nullptr;     // [rows]
+  const float* stream = nullptr;       // [rows][hidden] residual stream that the layers begin with; null embeds tokens
   const int32_t* positions = nullptr;  // [rows]
   const int32_t* slots = nullptr;      // [rows] slots that keys and values are written to
   std::vector<SegmentInput> segments;  // consecutive, covering all rows
@@ -89,6 +90,9 @@ class Decoder {
   // Computes a pass. Throws std::invalid_argument before anything is computed or written. Calls from several threads
   // take turns.
   void forward(const Pass& pass, Pool& pool);
+
+  // Computes what follows the layers alone: hidden, residual and logits of pass.stream.
+  void close(const Pass& pass);
 
   // Computes the logits [rows][vocab] of rows of `hidden` as a pass returns them. A row's logits have the bits that
   // they had in that pass.
@@ -168,6 +172,7 @@ class Decoder {
   char* operands(int row) const;
   void round(const float* x, int columns, int row) { arithmetic_.round(x, columns, operands(row)); }
   void embed(const Pass& pass);
+  void load(const Pass& pass);
   void normalise(const float* weight, int rows);
   void add_normalised(const std::vector<float>& weight, int rows);
   void round_rows(const float* x, size_t stride, int columns, int rows);
