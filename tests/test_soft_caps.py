@@ -22,13 +22,12 @@ from tokenswift_py.drafters.training import Candidates
 from tokenswift_py.errors import UserError
 from tokenswift_py.kernels import xformers
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.models.decoder import TorchDecoder, check_kernels
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.executors import choose_attention
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
-from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
-from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.models.spec import ModelSpec, check_caps
 
 REAL = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # of all Gemma 2 models
 KERNELS = "tokenswift_py.kernels"
@@ -173,10 +172,10 @@ def test_attention_without_a_cap_refuses_by_name(monkeypatch: pytest.MonkeyPatch
     spec = spec_of(sharp())
     says = r"^attention: 'xformers' is not allowed; it has no soft cap of scores"
     with pytest.raises(UserError, match=says + r" \(gemma2\); sdpa, flash and triton have one$"):
-        check_kernels(spec, TorchOps(), "xformers")
+        check_caps(spec, "xformers")
     for attention in ("naive", "sdpa", "flash", "triton"):
-        check_kernels(spec, TorchOps(), attention)
-    check_kernels(replace(spec, attention_cap=0.0), TorchOps(), "xformers")
+        check_caps(spec, attention)
+    check_caps(replace(spec, attention_cap=0.0), "xformers")
     scene = Scene.of([Segment(ladder(1), prefilled(new_pool(2, 16, torch.float32), 70))], 3)
     with pytest.raises(UserError, match=says):
         scene.attend(xformers.with_function(None), 0, None, 2.0)

@@ -39,7 +39,10 @@ from tokenswift_py.runs import plan
 
 # The interpreter takes milliseconds for a program: few layers, few heads, short texts.
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
-OWN = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}}
+OWN = {
+    name: {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+    for name in ("gemma2", "gemma3_text")
+}
 PROMPT = [3, 14, 15, 9, 26]
 FOUR_TOKENS = dict.fromkeys((3, 14, 15, 9), 30.0)  # a text that repeats itself
 
@@ -70,7 +73,8 @@ def test_the_fixed_tile_product(dtype: torch.dtype, rows: int, columns: int, dep
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "qwen2", "smollm3", "phi3", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"]
+    "family",
+    ["llama", "qwen3", "qwen2", "smollm3", "phi3", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe"],
 )
 def test_it_computes_what_hugging_face_does(family: str) -> None:
     decoder, model = triton_decoder(family=family)
@@ -287,8 +291,9 @@ def test_what_deterministic_means() -> None:
     assert all(isinstance(choose_ops("sdpa", cpu, wish), TorchOps) for wish in ("auto", "off"))
     with pytest.raises(UserError, match="deterministic: 'on' is not allowed; only with attention triton"):
         choose_ops("sdpa", cpu, "on")
-    assert choose_attention(cpu) == "sdpa"
-    assert choose_attention(torch.device("cuda")) == "triton"
+    spec = ModelSpec.from_config(tiny_config())
+    assert choose_attention(cpu, spec) == "sdpa"
+    assert choose_attention(torch.device("cuda"), spec) == "triton"
 
 
 def test_the_command_line_reaches_the_kernels(tiny_folder: Path, tmp_path: Path) -> None:
