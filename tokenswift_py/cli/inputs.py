@@ -21,6 +21,7 @@ from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
 
+MOST_SAMPLES = 1024
 MOST_CHAPTERS = 10_000  # these options are asked for by number
 MOST_TEXT = 64 * 2**20  # bytes of a prompt or of chapters: far more than any context holds
 BOM = "\ufeff"  # it stands at the start of a file, says how the file is written, and is no text
@@ -36,7 +37,7 @@ def read_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     loaded."""
     prompt, options = read_prompt(args), read_options(args)
     Options.of(**options)
-    check(args.n >= 1, "n", args.n, "at least 1")
+    check(1 <= args.n <= MOST_SAMPLES, "n", args.n, f"1 to {MOST_SAMPLES}; `tokenswift batch` writes more")
     check(args.n == 1 or not args.baseline, "baseline", True, "not with n")
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(args, name)
