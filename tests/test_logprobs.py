@@ -126,7 +126,7 @@ def test_the_command_line_writes_samples_beside_one_another(
         assert [json.loads(line)["token"] for line in lines] == read(folder).tokens
         assert len(json.loads(lines[0])["top"]) == 1
     assert read(tmp_path / "run" / "1").tokens != read(tmp_path / "run" / "2").tokens
-    for wrong in (["--n", "0"], ["--logprobs", "1"], ["--n", "2", "--baseline"]):
+    for wrong in (["--n", "0"], ["--n", "1025"], ["--logprobs", "1"], ["--n", "2", "--baseline"]):
         assert main(["--model", str(tiny_folder), "--prompt", "x", *wrong]) == 2
 
 
