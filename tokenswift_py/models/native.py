@@ -18,7 +18,7 @@ from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 from tokenswift_py.kvcache.cache import KVCache
-from tokenswift_py.kvcache.memories._native import NativeMemory, engine_memory
+from tokenswift_py.kvcache.memories._engine import NativeMemory, engine_memory
 from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, Blocks
