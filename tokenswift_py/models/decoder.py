@@ -168,9 +168,7 @@ class TorchDecoder:
         mass_pages: number of pages whose attention mass is reported; None reports none.
         recalls: rows that read a memory of evicted rows too.
         """
-        x = self._embed(places[0])  # [R, hidden]
-        if self.spec.embedding_scale != 1:
-            x = x * self._embedding_scale
+        x = self._first_stream(places[0])
         x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries, recalls)
         stream, hidden = self._add_norm(x, added, "model.norm")
         return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns)
@@ -182,11 +180,7 @@ class TorchDecoder:
         """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
         with torch.cuda.device_of(self.cos):
             plan, places = self.attention.prepare(rows.segments, self.device), on_device(rows.places, self.device)
-            if stream is None:
-                x, added = self._embed(places[0]), None
-                x = x * self._embedding_scale if self.spec.embedding_scale != 1 else x
-            else:
-                x, added = stream.to(self.device)
+            x, added = (self._first_stream(places[0]), None) if stream is None else stream.to(self.device).unbind()
             x, added, mass, queries = self._layers(pool, plan, places, x, added, mass_pages, want_queries)
             assert added is not None and added.dtype == x.dtype
             return Passed(torch.stack([x, added]), mass, queries)
@@ -281,6 +275,11 @@ class TorchDecoder:
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._head(hidden)
         return capped(logits if logits.dtype == torch.float64 else logits.float(), self.spec.logit_cap)
+
+    def _first_stream(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Returns the residual stream [R, hidden] that the first layer takes."""
+        x = self._embed(tokens)
+        return x if self.spec.embedding_scale == 1 else x * self._embedding_scale
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.weights["model.embed_tokens.weight"][tokens]

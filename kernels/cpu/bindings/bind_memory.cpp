@@ -20,11 +20,6 @@ using namespace nb::literals;
 namespace tokenswift {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Ints = Array<const int32_t, 1>;
-using Table = Array<const float, 2>;
-
 Remembering kind_of(const std::string& kind) {
   if (kind == "linear") return Remembering::linear;
   if (kind == "performer") return Remembering::performer;

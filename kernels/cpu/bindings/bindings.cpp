@@ -23,10 +23,6 @@ using namespace nb::literals;
 namespace tokenswift {
 namespace {
 
-template <class T, int N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Ints = Array<const int32_t, 1>;
-using Table = Array<const float, 2>;
 // (positions of a block, shifts [blocks], trained distances)
 using ShiftArrays = std::tuple<int, Ints, int>;
 using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with their own RoPE base
