@@ -35,6 +35,7 @@ from tokenswift_py.models.rows import lay_out
 ITEM = 2  # the bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
+CAP_FLOPS = 4  # the capping of a score: an exponential, a sum, a quotient and a difference
 CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
 
@@ -104,7 +105,13 @@ class Work:
 
 
 def attention_work(
-    shape: Shape, context: int, rows: int, int8: bool = False, mass: bool = False, far: bool = False
+    shape: Shape,
+    context: int,
+    rows: int,
+    int8: bool = False,
+    mass: bool = False,
+    far: bool = False,
+    cap: bool = False,
 ) -> Work:
     """Returns the attention work of a chain of `rows` after `context` committed tokens.
 
@@ -116,6 +123,7 @@ def attention_work(
           mass is written.
     far:  queries are turned in every split, which reads their other halves and two angles for each element. Blocks are
           no shorter than a split.
+    cap:  scores are capped, each by a hyperbolic tangent, which reads nothing.
     """
     # These are imported here because they need triton.
     from tokenswift_py.kernels.triton.configs import config
@@ -131,12 +139,12 @@ def attention_work(
     count = min(NEAR, pages) + (len(splits(pages - NEAR)) - 1 if pages > NEAR else 0)
     activations = rows * shape.heads * shape.head_dim * ITEM
     keys = token * (prefix_tiles * full + tail_tiles * (tokens - full))
-    flops = 4 * rows * shape.heads * shape.head_dim * tokens
+    flops = rows * shape.heads * tokens * (4 * shape.head_dim + CAP_FLOPS * cap)
     minimum = token * tokens + 2 * activations
     read, written = keys + count * (activations + state), count * state + activations  # every split reads q
     if far:
         read += count * (activations + 2 * activations // ITEM * FP32)
-    name = f"attend{'+int8' if int8 else ''}{'+far' if far else ''}, merge"
+    name = f"attend{'+int8' * int8}{'+far' * far}{'+cap' * cap}, merge"
     if mass:
         page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
         read, written = read + 2 * shape.heads * page_mass, written + (3 * shape.heads + shape.kv_heads) * page_mass
@@ -230,8 +238,8 @@ def repeat_works(context: int, rows: int) -> Iterator[Work]:
 
 def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
     works = [
-        attention_work(shape, context, rows, int8, mass, far)
-        for int8, mass, far in product((False, True), repeat=3)
+        attention_work(shape, context, rows, int8, mass, far, cap)
+        for int8, mass, far, cap in product((False, True), repeat=4)
         for context in contexts
         for rows in row_counts
     ]
