@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="default: what the run needs")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--dtype", default="bf16", help="of the weights")
     parser.add_argument("--kv-dtype")
     parser.add_argument("--spots", type=int, default=10)
     parser.add_argument("--window", type=int, default=200, help="tokens of plain decoding at each spot")
@@ -70,7 +71,7 @@ def main() -> None:
                         help="gets a folder of the same name: report, picture, sample")  # fmt: skip
     args = parser.parse_args()
     need_pictures()
-    swift = TokenSwift.from_pretrained(args.model, threads=args.threads, kv_dtype=args.kv_dtype)
+    swift = TokenSwift.from_pretrained(args.model, threads=args.threads, dtype=args.dtype, kv_dtype=args.kv_dtype)
     stream = begin(swift, args)
     log = Log(args.out / "longrun.jsonl")
     with stream:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,6 +62,57 @@ def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
             assert cost(rows, context) == pytest.approx(true_cost(rows, context), rel=0.12)
 
 
+def test_one_row_may_cost_far_less_than_two() -> None:
+    """As with AVX2 after a long text: one row waits for memory, two are bound by arithmetic."""
+    rng, cost = np.random.default_rng(4), PassCost((1, 2, 4, 8, 12, 16))
+    ms = {1: 13.2, 2: 22.7, 4: 32.5, 8: 61.0, 12: 90.0}
+    for _ in range(300):
+        rows, context = int(rng.choice(list(ms))), int(rng.choice((10_000, 20_000, 40_000)))
+        cost.observe(rows, context, noisy(rng, ms[rows] * (0.25 + 0.75 * context / 20_000)))
+    for rows, true in ms.items():
+        assert cost(rows, 20_000) == pytest.approx(true, rel=0.08)
+        assert cost(rows, 40_000) == pytest.approx(1.75 * true, rel=0.08)
+
+
+def test_plain_decoding_is_measured_again_though_drafting_seems_to_pay() -> None:
+    """The first pass of a text was slow, and the fit alone would keep plain decoding too dear for ever."""
+    planner = Planner(shapes=(1, 2, 4))
+    planner.observe(20_000, 1, 1, phases(0.0, 18.0))
+    plain = []
+    for number in range(2000):
+        context = 20_000 + number
+        if planner.at(context).rows_at_most == 1:
+            plain.append(number)
+            planner.observe(context, 1, 1, phases(0.0, 13.0))
+        else:
+            rows, verify = ((2, 22.0), (4, 32.0))[number % 2]
+            planner.observe(context, rows, rows - 1, phases(4.5 * (rows - 1), verify))
+        if number == 200:
+            assert planner.at(context).target_ms(1) == pytest.approx(13.0, rel=0.05)
+    assert 2000 / 64 - 2 < len(plain) < 2000 / 64 + 8
+    assert max(after - before for before, after in pairwise(plain)) <= 65
+
+
+def test_a_plain_round_that_would_lose_much_is_rare() -> None:
+    """It is made within a hundredth of the time, beyond the free ones at the beginning."""
+    planner, lost, total = Planner(shapes=(1, 2, 4)), 0.0, 0.0
+    for _ in range(3000):
+        if planner.at(1000).rows_at_most == 1:
+            planner.observe(1000, 1, 1, phases(0.0, 30.0))
+            lost, total = lost + 30.3 - 31.3 / 4, total + 30.3
+        else:
+            planner.observe(1000, 4, 4, phases(1.0, 30.0))
+            total += 31.3
+    assert 0.002 < lost / total < 0.015
+
+
+def test_in_company_no_round_is_plain_to_learn() -> None:
+    planner = Planner(probes=Probes(burst=8))
+    for number in range(200):
+        planner.observe(1000 + number, 4, 4, phases(1.0, 30.0))
+        assert planner.at(1000 + number).rows_at_most > 1
+
+
 def test_rows_and_context_never_make_a_pass_cheaper() -> None:
     rng = np.random.default_rng(3)
     cost = PassCost()
@@ -69,7 +121,8 @@ def test_rows_and_context_never_make_a_pass_cheaper() -> None:
     table = np.array([[cost(rows, context) for context in CONTEXTS] for rows in range(1, 65)])
     assert (np.diff(table, axis=0) >= 0).all()
     assert (np.diff(table, axis=1) >= 0).all()
-    assert (np.diff(np.diff(table, axis=0), axis=0) >= -1e-9).all(), "each row costs no less than the one before"
+    bends = np.diff(np.diff(table[1:], axis=0), axis=0)
+    assert (bends >= -1e-9).all(), "from the third on each row costs no less than the one before"
 
 
 def test_passes_shorter_than_the_clock_can_tell_cost_next_to_nothing() -> None:

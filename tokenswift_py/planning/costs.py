@@ -13,11 +13,14 @@ Doubles = npt.NDArray[np.float64]
 
 
 class PassCost:
-    """A model of a pass's milliseconds: a + b rows + c extra + context (d + e rows + f extra).
+    """A model of a pass's milliseconds: a + b rows + c extra + g several + context (d + e rows + f extra + h several).
 
-    The coefficients are at least 0, so more rows never cost less, and each costs no less than the one before: a few
-    rows hide behind the memory that any pass reads, many are bound by arithmetic. They are fitted to the latest passes
-    by least absolute relative deviations, which a burst on a busy machine moves little.
+    extra counts the rows beyond KNEE, and several is 1 for more rows than one. The coefficients are at least 0, so more
+    rows never cost less, and from the third on each costs no less than the one before: a few rows hide behind the
+    memory that any pass reads, many are bound by arithmetic. The second row alone may cost more than the third: one row
+    of attention on AVX2 waits for memory, two are bound by arithmetic (13, 22, 27 and 33 ms for 1 to 4 rows after
+    22 831 tokens, int8 KV). The coefficients are fitted to the latest passes by least absolute relative deviations,
+    which a burst on a busy machine moves little.
 
     shapes:  numbers of rows that passes are padded to, ascending: a row costs nothing until it takes the next of them.
         Passes that are larger than all of these are not padded.
@@ -56,10 +59,11 @@ class PassCost:
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
-        a, b, c, d, e, f = self._coefficients  # scalars: this is asked for each candidate of each round
+        # These are scalars, because this is asked for each candidate of each round.
+        a, b, c, d, e, f, g, h = self._coefficients
         rows = self.padded(rows)
-        extra = max(0, rows - KNEE)
-        return a + b * rows + c * extra + context * (d + e * rows + f * extra)
+        extra, several = max(0, rows - KNEE), rows > 1
+        return a + b * rows + c * extra + g * several + context * (d + e * rows + f * extra + h * several)
 
     def row_ms(self, rows: int, context: int) -> float:
         """Returns what one more row costs in a pass of `rows`."""
@@ -87,13 +91,15 @@ SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or n
 KNEE = 4
 SAMPLES = 12  # how many passes are kept of each number of rows
 REFIT = 64  # how many passes are between two fits
-COEFFICIENTS = 6
+COEFFICIENTS = 8
 
 
 def features(rows: Doubles, context: Doubles) -> Doubles:
     """Returns what the coefficients of `PassCost` are multiplied by, [n, COEFFICIENTS]."""
-    extra = np.maximum(0.0, rows - KNEE)
-    return np.stack([np.ones_like(rows), rows, extra, context, context * rows, context * extra], axis=1)
+    extra, several = np.maximum(0.0, rows - KNEE), (rows > 1).astype(np.float64)
+    own = np.stack([np.ones_like(rows), rows, extra], axis=1)
+    more = np.stack([several, context * several], axis=1)  # the last, so that a row explains what either could
+    return np.concatenate([own, context[:, None] * own, more], axis=1)
 
 
 # The sets of coefficients that are not 0, one a line, the smallest first.
