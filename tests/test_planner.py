@@ -106,11 +106,21 @@ def test_a_plain_round_that_would_lose_much_is_rare() -> None:
     assert 0.002 < lost / total < 0.015
 
 
-def test_in_company_no_round_is_plain_to_learn() -> None:
-    planner = Planner(probes=Probes(burst=8))
-    for number in range(200):
-        planner.observe(1000 + number, 4, 4, phases(1.0, 30.0))
-        assert planner.at(1000 + number).rows_at_most > 1
+def test_a_company_is_plain_together() -> None:
+    """A text's plain round among others that draft would not tell what plain decoding takes."""
+    probes = Probes(burst=8)
+    planners = [Planner(probes=probes) for _ in range(8)]
+    for planner in planners:
+        planner.observe(1000, 4, 4, phases(1.0, 30.0))
+    plain = []
+    for _ in range(400):
+        rows = [planner.at(1000).rows_at_most for planner in planners]
+        plain.append([row == 1 for row in rows])
+        for planner, one in zip(planners, plain[-1], strict=True):
+            planner.observe(1000, 1 if one else 4, 1 if one else 4, phases(0.0 if one else 1.0, 30.0))
+    together = sum(map(all, plain))
+    assert sum(map(any, plain)) == together
+    assert 400 / 64 - 2 <= together <= 400 / 64 + 8
 
 
 def test_rows_and_context_never_make_a_pass_cheaper() -> None:

@@ -38,7 +38,6 @@ class Planner:
         self.target = target or PassCost(shapes)
         self.probes = probes or Probes()
         self.rounds = Rounds()
-        self._count = self._plain = 0  # the number of rounds, and of the latest that was plain
 
     def at(self, context: int) -> Plan:
         """Returns the plan of a round that begins with so many tokens in the target's cache."""
@@ -47,11 +46,10 @@ class Planner:
     def _plain_is_due(self, context: int) -> bool:
         """Returns whether this round is to be plain, to learn what plain decoding takes by now.
 
-        It is what drafting has to beat, and the fit of passes with more rows does not tell it: where it was not
-        measured since the text was short, a story was drafted on at 0.84 of plain decoding's speed. In company passes
-        of one row say nothing of that.
+        It is what drafting has to beat, and passes with more rows do not tell it. Where it was not measured since the
+        text was short, a story was drafted on at 0.84 of plain decoding's speed.
         """
-        if self.probes.burst > 1 or self._count - self._plain < min(PLAIN_ROUNDS, max(2, self._count // 2)):
+        if not self.probes.open("plain") and not self.probes.plain_is_due():
             return False
         plain_ms = self.target(1, context)
         lost_ms = plain_ms + self.rounds.overhead_ms - 1 / max(self.rounds.rate(plain_ms), SHORTEST)
@@ -67,9 +65,7 @@ class Planner:
                   time that it should have taken.
         """
         draft, verify, *others = (phase_ms[phase] for phase in PHASES)
-        self._count += 1
-        if rows == 1:
-            self._plain = self._count
+        self.probes.count(rows == 1)
         self.target.observe(rows, context, verify)
         expected = self.target(rows, context)
         verify = expected if math.isnan(verify) else verify
@@ -224,5 +220,4 @@ class FixedPlan(Plan):
 
 
 PHASES = ("draft", "verify", "accept", "commit", "learn")
-PLAIN_ROUNDS = 64  # the rounds after which a plain one is due
 LONGEST_CHAIN = 32  # the guesses of the longest chain that `best_rate` considers

@@ -6,10 +6,10 @@ from tokenswift_py.planning.costs import SHORTEST
 
 
 class Probes:
-    """Says when a guess that does not look worth its milliseconds may be tried all the same, to learn whether it still
-    is not. Texts in company have one between them.
+    """Says when a round may be other than looks best, to learn whether it still is not: when a guess that does not look
+    worth its milliseconds may be tried, and when nothing is drafted ("plain"). Texts in company have one between them.
 
-    burst:    probes that are granted together, for all texts of a company to draft in the same rounds: the weights are
+    burst:    probes that are granted together, for all texts of a company to make in the same rounds: the weights are
               read for all of them at once, so a probe alone would say that drafting is dearer than it is.
     total_ms: milliseconds of all rounds.
     """
@@ -19,6 +19,17 @@ class Probes:
         self.total_ms = 0.0
         self._spent_ms: dict[str, float] = {}
         self._left: dict[str, int] = {}  # probes of a burst that was begun
+        self._rounds = self._plain = 0  # the number of all rounds, and of the latest that was plain
+
+    def count(self, plain: bool) -> None:
+        """Counts a round. Among others a text's plain round does not tell what plain decoding takes."""
+        self._rounds += 1
+        if plain and (self.burst == 1 or self.open("plain")):
+            self._plain = self._rounds
+
+    def plain_is_due(self) -> bool:
+        """Returns whether it is long ago that nothing was drafted. At first it is soon."""
+        return self._rounds - self._plain >= min(PLAIN_ROUNDS * self.burst, max(2 * self.burst, self._rounds // 2))
 
     def open(self, kind: str) -> bool:
         """Returns whether a burst was begun that has probes left."""
@@ -78,5 +89,6 @@ class Rounds:
 
 PROBES = 0.01
 FREE_PROBES = 8
+PLAIN_ROUNDS = 64  # the rounds of each text after which a plain one is due
 ROUNDS = 48  # the number of rounds after which a round counts 1/e in the rate
 EXPECTED_ROUNDS = 8  # the number of rounds that the drafter's expectation counts for
