@@ -93,6 +93,12 @@ class Partial(Drafter):
             self.reuse.read_ahead(tokens)
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
+        if context.plan.rests:
+            self._chain = resting = OwnChain(context.history[-1], budget, (0, 0))
+            self.views.look(context)
+            with context.history.guesses():
+                resting.force(context)
+            return resting.draft.build()
         match = (0, 0) if self.reuse is None else self.reuse.read(context.history)
         self._chain = chain = OwnChain(context.history[-1], budget, match)
         self.views.begin_round(context)

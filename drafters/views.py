@@ -63,11 +63,11 @@ class Views:
         show(self.policy, output, range(rows), context.cache.length - rows)
 
     def begin_round(self, context: Context) -> None:
-        """Takes in how long the text is by now, and changes to the size of view that pays most.
+        """Changes to the size of view that pays most by now.
 
         It tells the plan the rate to expect: at first in every round, later when the size may change.
         """
-        self._text, self._length = held(context.cache), context.cache.length
+        self.look(context)
         self._round += 1
         if self._alone:
             self.cost.shapes = tuple(context.self_draft.row_shapes)
@@ -80,6 +80,10 @@ class Views:
             if self.cost.measured:
                 context.plan.expect_rate(self.rate(context.plan, best))
         self.keys = self._keys_of(self.now)
+
+    def look(self, context: Context) -> None:
+        """Takes in how long the text is by now."""
+        self._text, self._length = held(context.cache), context.cache.length
 
     def _best_size(self, plan: Plan) -> View:
         """Returns, every so many rounds, the size whose drafts pay most, out of the present one and those next to

@@ -123,6 +123,25 @@ def test_a_company_is_plain_together() -> None:
     assert 400 / 64 - 2 <= together <= 400 / 64 + 8
 
 
+def test_a_company_whose_guesses_never_pay_rests() -> None:
+    """It looks for guesses in two rounds of 34, all its texts in the same ones, and is awake once one is verified."""
+    probes = Probes(burst=8)
+    assert not Probes().rests
+
+    def rounds(count: int) -> list[bool]:
+        rests = []
+        for _ in range(count):
+            rests.append(Planner(probes=probes).at(1000).rests)
+            for _ in range(8):
+                assert Planner(probes=probes).at(1000).rests == rests[-1]
+                probes.count(True)
+        return rests
+
+    assert rounds(8 + 3 * 34) == [False] * 8 + 3 * ([True] * 32 + [False] * 2)
+    probes.count(False)
+    assert rounds(10) == [False] * 8 + [True] * 2
+
+
 def test_rows_and_context_never_make_a_pass_cheaper() -> None:
     rng = np.random.default_rng(3)
     cost = PassCost()

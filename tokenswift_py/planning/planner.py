@@ -93,6 +93,11 @@ class Plan:
             return 1
         return self._target.fitting(min(self._most + 1, 1 + 2 * self._target.largest))
 
+    @property
+    def rests(self) -> bool:
+        """Whether no guesses are to be looked for in this round, see `Probes.rests`."""
+        return self._probes.rests
+
     def longest_chain(self, budget: int, width: int) -> int:
         """Returns the guesses of a chain at most, in a tree of up to `budget` nodes with `width` guesses a node."""
         return budget - 1
@@ -205,6 +210,10 @@ class FixedPlan(Plan):
     def longest_chain(self, budget: int, width: int) -> int:
         """Leaves room in the tree for the runners-up of every guess."""
         return (budget - 1) // width
+
+    @property
+    def rests(self) -> bool:
+        return False
 
     def probing(self, kind: str = "draft") -> bool:
         return True
