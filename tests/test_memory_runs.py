@@ -111,6 +111,17 @@ def test_the_memory_is_part_of_the_contract(swift: TokenSwift, gates: dict[str, 
             swift.resume(tmp_path / "run")
     finally:
         Path(gates["infini"]).write_bytes(kept)
+    moved = tmp_path / "elsewhere.safetensors"
+    moved.write_bytes(kept)
+    with swift.resume(tmp_path / "run", kv_gates=str(moved)) as stream:
+        assert stream.tokens, "the same numbers, wherever they lie"
+    Path(gates["infini"]).unlink()
+    try:
+        with pytest.raises(UserError, match=r"kv_gates: .* an existing file"):
+            audit.audit(swift, tmp_path / "run")
+        assert audit.audit(swift, tmp_path / "run", kv_gates=str(moved)).passed
+    finally:
+        Path(gates["infini"]).write_bytes(kept)
     record = journal.read(tmp_path / "run")
     assert record.header["parameters"]["kv_memory"] == "infini"
 
