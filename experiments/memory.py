@@ -138,7 +138,7 @@ class Reader:
         self.cache = KVCache(pool, self.model.context)
         self.page_bytes = pool.page_bytes
         if self.eviction:
-            self.cache.limit, self.cache.memory = self.eviction.budget, memory
+            self.eviction.new_cache(self.model, self.cache)
 
     def figures(self) -> Row:
         held = (self.eviction.budget if self.eviction else self.length) // PAGE_SIZE * self.page_bytes

@@ -135,6 +135,23 @@ def test_a_prompt_that_was_never_read_is_not_counted(swift: TokenSwift) -> None:
     engine.close()
 
 
+def test_what_only_a_text_alone_can_have_is_not_resumed_in_company(
+    swift: TokenSwift, engine: Engine, tmp_path: Path
+) -> None:
+    """Nobody may share the pages of a text that evicts. Its drafter changes no text: the company has its own."""
+    asked = {**settings(3, 200), "context": CONTEXT, "raw": True}
+    begun = {
+        "lossy": {"kv_budget": 256, "kv_memory": "performer"},
+        "drafted": {"draft_model": str(swift.origin["model"])},
+    }
+    for name, own in begun.items():
+        with swift.stream("the cat", out=tmp_path / name, **asked, **own) as stream:
+            next(iter(stream))
+    with pytest.raises(UserError, match="kv_budget: 256 is not allowed; not among many texts"):
+        engine.resume(tmp_path / "lossy")
+    assert engine.resume(tmp_path / "drafted").result(60).tokens == swift.generate("the cat", **asked).tokens
+
+
 def test_a_journal_written_in_company_is_proven_and_resumed(swift: TokenSwift, engine: Engine, tmp_path: Path) -> None:
     others = [engine.submit(prompt, **settings(7, 200)) for prompt in PROMPTS[1:3]]
     text = engine.submit("the cat", out=tmp_path / "run", **settings(3, 200))

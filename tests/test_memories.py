@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -17,12 +18,14 @@ from scripted import Scripted, write
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.eviction import Eviction
 from tokenswift_py.drafters.base import create
+from tokenswift_py.kernels.sdpa import SDPA
 from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.memories.infini import Infini
 from tokenswift_py.kvcache.memories.infini_linear import InfiniLinear
 from tokenswift_py.kvcache.memories.linear import Linear
 from tokenswift_py.kvcache.memories.performer import Performer, orthogonal_rows
 from tokenswift_py.kvcache.policies.recent import Recent
+from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -117,6 +120,21 @@ def test_the_native_engine_reads_what_the_dense_reference_reads(native: Any, kin
     assert eviction.evictions == 2
     assert (found - reference(kind)).abs().max() < 2e-3  # in fp32, and scales of linear in steps
     assert (found - read(native, Eviction(Recent(), BUDGET, PERIOD))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("engine", "kind"), [*(("native", kind) for kind in KINDS), ("torch", "performer")])
+def test_a_familys_scale_of_scores_is_one_of_queries(engine: str, kind: str) -> None:
+    """Gemma 2 scales scores otherwise than by head_dim. Halved queries under twice the scale are the same attention."""
+    spec = replace(ModelSpec.from_config(SHARP.config), query_scale=2.0)
+    halved = {name: weight / 2 if "q_proj" in name else weight for name, weight in weights_of(SHARP).items()}
+    tables = rope_tables(SHARP.config, CONTEXT)
+    if engine == "native":
+        pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+        model: Any = NativeDecoder(NativeWeights(spec, halved, torch.float32, 2), tables)
+    else:
+        model = TorchDecoder(spec, halved, tables, SDPA())
+    found = read(model, evicting(kind, model, BUDGET, PERIOD)).double()
+    assert (found - reference(kind)).abs().max() < 2e-3
 
 
 def twice(fold: Any) -> Any:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.checkpoint import fingerprint
 from tokenswift_py.cli.main import main
+from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.extending.texts import Source
 from tokenswift_py.kernels.sdpa import SDPA
 from tokenswift_py.models.decoder import TorchDecoder
@@ -29,6 +31,7 @@ from tokenswift_py.remembering import training
 from tokenswift_py.remembering.gates import Gates, find_gates, gates_file, read_gates, write_gates
 from tokenswift_py.remembering.memories import check_remembers
 from tokenswift_py.runs import audit, journal
+from toys import save_tiny
 
 RUN: dict[str, Any] = {"max_new_tokens": 330, "seed": 5, "ignore_eos": True, "kv_budget": 256}
 
@@ -86,6 +89,15 @@ def test_a_run_goes_on_to_the_same_bytes_and_is_audited(
     assert found.proof == (swift.executor.name == "native")
 
 
+@pytest.mark.parametrize("kind", ["linear", "performer", "infini"])
+def test_plain_decoding_beside_a_run_folds_the_same(swift: TokenSwift, gates: dict[str, str], kind: str) -> None:
+    """It goes into the pages that the run has given back, with a memory of its own."""
+    with swift.stream("the cat", **asked(kind, gates)) as stream:
+        list(stream)
+    report = swift.baseline(stream).report
+    assert report["eviction"]["evictions"] > 0 and report["identical"] is True
+
+
 def test_the_memory_is_part_of_the_contract(swift: TokenSwift, gates: dict[str, str], tmp_path: Path) -> None:
     with swift.stream("the cat", out=tmp_path / "run", **asked("infini", gates)) as stream:
         next(iter(stream))
@@ -97,6 +109,17 @@ def test_the_memory_is_part_of_the_contract(swift: TokenSwift, gates: dict[str, 
         write_gates(other, Path(gates["infini"]))
         with pytest.raises(UserError, match=r"numerics: .*written with"):
             swift.resume(tmp_path / "run")
+    finally:
+        Path(gates["infini"]).write_bytes(kept)
+    moved = tmp_path / "elsewhere.safetensors"
+    moved.write_bytes(kept)
+    with swift.resume(tmp_path / "run", kv_gates=str(moved)) as stream:
+        assert stream.tokens, "the same numbers, wherever they lie"
+    Path(gates["infini"]).unlink()
+    try:
+        with pytest.raises(UserError, match=r"kv_gates: .* an existing file"):
+            audit.audit(swift, tmp_path / "run")
+        assert audit.audit(swift, tmp_path / "run", kv_gates=str(moved)).passed
     finally:
         Path(gates["infini"]).write_bytes(kept)
     record = journal.read(tmp_path / "run")
@@ -238,6 +261,44 @@ def test_the_command_trains_gates_that_a_run_finds(
     assert report["eviction"]["memory"] == f"infini-{found.label}"
 
 
+class Trained(Exception):
+    """Ends the command where it begins to train."""
+
+
+def test_gates_are_trained_on_the_model_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gemma's norms are 1 + weight. Its logits are those of transformers."""
+    save_tiny(tmp_path / "gemma", "gemma2")
+    text, found = tmp_path / "text.txt", []
+    text.write_text("the cat and the dog and the bird sat on the mat, and then the rain began. " * 120)
+
+    def train(model: Any, *given: Any) -> Any:
+        tokens = next(given[1])[:60]
+        segment = Segment(DraftTree.chain(tokens), model.new_cache(), causal=True)
+        found.append((tokens, model.forward([segment]).logits))
+        raise Trained
+
+    monkeypatch.setattr(training, "train", train)
+    with pytest.raises(Trained):
+        main(["train-memory", "--model", str(tmp_path / "gemma"), "--texts", str(text), "--length", "300", "--budget",
+              "256", "--out", str(tmp_path / "gates.safetensors")])  # fmt: skip
+    ((tokens, logits),) = found
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gemma", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(tokens).long()[None]).logits[0]
+    assert (logits - expected).abs().max() < 1e-3
+
+
+def test_gates_that_cannot_be_kept_are_not_trained(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(training, "train", lambda *given: pytest.fail("trained in vain"))
+    assert main(["train-memory", "--model", str(tiny_folder), "--length", "400", "--budget", "256"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("tokenswift: out: ") and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -247,6 +308,7 @@ def test_the_command_trains_gates_that_a_run_finds(
         (["--steps", "0"], "steps: 0 .* at least 1"),
         (["--rate", "0"], "rate: 0.0"),
         (["--out", "gates.pt"], "out: 'gates.pt' .* ends in .safetensors"),
+        (["--out", "nowhere/gates.safetensors"], "out: 'nowhere/gates.safetensors' .* in a folder that is there"),
     ],
 )
 def test_wrong_flags_get_one_line(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,19 +22,23 @@ import torch
 from conftest import decoder_of
 from interpreter import DEVICE
 from processes import LOCAL, Group, free_port, processes
+from random_heads import random_heads
 from served import ROOT, surroundings
 from tokenswift_py import TokenSwift, registry
+from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.drafters.head_files import write_heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.native import NativeDecoder
+from tokenswift_py.models.native import NativeDecoder, NativePool
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.rows import lay_out
 from tokenswift_py.models.spec import ModelSpec
+from tokenswift_py.parallel import worker
 from tokenswift_py.parallel.column import column
 from tokenswift_py.parallel.processes import stage_of
 from tokenswift_py.parallel.ranks import RanksError
@@ -176,20 +184,26 @@ def test_a_stage_of_triton_kernels_begins_where_the_other_has_left() -> None:
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.hidden, expected.hidden)
 
 
-def texts(folder: Path, **settings: Any) -> list[list[int]]:
+def texts(folder: Path, heads: Path, **settings: Any) -> list[list[int]]:
     swift = TokenSwift.from_pretrained(str(folder), **settings)
     asked = {"max_new_tokens": 90, "seed": 4, "raw": True, "ignore_eos": True, "temperature": 0.7}
     drafted = [{"drafter": "none"}, {"drafter": "auto"}, {"drafter": "partial", "draft_tokens": 4},
                {"drafter": "partial", "draft_policy": "clusters"}, {"drafter": "cascade", "draft_policy": "quest"},
+               {"draft_model": str(folder)}, {"draft_heads": str(heads)},
                {"kv_budget": 256, "kv_policy": "mass", "drafter": "ngram"}]  # fmt: skip
     return [swift.generate(" the cat sat" * 60, **asked, **how).tokens for how in drafted]
 
 
 @pytest.mark.parametrize("settings", [NATIVE, TORCH])
-def test_texts_are_those_of_one_process(pair: Group, tiny_folder: Path, settings: dict[str, Any]) -> None:
-    found, _ = pair(staged, texts, 2, tiny_folder, **settings)
-    assert found == texts(tiny_folder, **settings)
-    assert found[:5] == [found[0]] * 5, "all but the lossy one"
+def test_texts_are_those_of_one_process(
+    pair: Group, tiny_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    heads = tmp_path / "heads.safetensors"
+    vocab = TokenSwift.from_pretrained(str(tiny_folder), **settings).checkpoint.spec.vocab_size
+    write_heads(random_heads("recurrent", vocab=vocab), heads)
+    found, _ = pair(staged, texts, 2, tiny_folder, heads, **settings)
+    assert found == texts(tiny_folder, heads, **settings)
+    assert found[:7] == [found[0]] * 7, "all but the lossy one"
 
 
 RUN = {"max_new_tokens": 200, "seed": 3, "ignore_eos": True, "raw": True}
@@ -293,17 +307,174 @@ def broken(folder: Path, **settings: Any) -> tuple[str, list[int]]:
     return str(error.value), swift.generate("the cat", **asked).tokens
 
 
-def fails_once(stages: int, *arguments: Any, **settings: Any) -> Any:
-    whole, left = NativeDecoder.advance, [1]
+def failing(stage: int, at: int, stages: int, *arguments: Any, **settings: Any) -> Any:
+    """`staged`, with a pass that fails on a stage: call `at` of its layers, counted from 1."""
+    whole, calls = NativeDecoder.advance, [0]
 
     def advance(self: NativeDecoder, *given: Any) -> Any:
-        if stage_of(stages) and left and left.pop():
+        calls[0] += 1
+        if stage_of(stages) == stage and calls[0] == at:
             raise OSError("a cable was pulled")
         return whole(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NativeDecoder, "advance", advance)
-        return staged(broken, stages, *arguments, **settings)
+        return staged(*arguments[:1], stages, *arguments[1:], **settings)
+
+
+LONG = {"max_new_tokens": 20, "ignore_eos": True, "raw": True, "drafter": "none"}
+
+
+def own_part_fails(folder: Path, **settings: Any) -> list[int]:
+    """The first stage fails at the second part of a prompt. The text after it is whole."""
+    swift = TokenSwift.from_pretrained(str(folder), **settings)
+    with pytest.raises(OSError, match="a cable was pulled"):
+        swift.generate(TOKENS[:300], seed=5, **LONG)
+    return swift.generate(TOKENS[:300], seed=5, **LONG).tokens
+
+
+def left_alone(folder: Path, **settings: Any) -> list[torch.Tensor]:
+    """A pass for which nobody waits, as after Ctrl-C, and others after it."""
+    swift = TokenSwift.from_pretrained(str(folder), **settings)
+    model: Any = swift.executor.model(swift.rope(400, Positions()))
+    cache, found = model.new_cache(), []
+    for _ in range(2):
+        model.begin([Segment(DraftTree.chain(TOKENS[:300]), cache, causal=True)], [0])
+        cache.drop_tail()
+        found.append(model.forward([Segment(DraftTree.chain(TOKENS[:70]), cache, causal=True)], [69]).logits)
+        cache.drop_tail()
+    return found
+
+
+def slowly(stages: int, *arguments: Any, **settings: Any) -> Any:
+    whole = NativeDecoder.advance
+
+    def advance(self: NativeDecoder, *given: Any) -> Any:
+        time.sleep(0.1 * stage_of(stages))
+        return whole(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeDecoder, "advance", advance)
+        return staged(left_alone, stages, *arguments, **settings)
+
+
+def two_in_company(folder: Path, **settings: Any) -> list[list[int] | str]:
+    """What two texts are, or the line that each has ended with."""
+    swift, ends = TokenSwift.from_pretrained(str(folder), **settings), list[Any]()
+    engine = Engine(swift, 400, drafter="none", most_running=2)
+    try:
+        orders = [engine.submit(TOKENS[n : n + 20], seed=n, **{**LONG, "max_new_tokens": 60}) for n in range(2)]
+        for order in orders:
+            try:
+                ends.append(order.result(60).tokens)
+            except RuntimeError as error:
+                ends.append(str(error))
+    finally:
+        engine.close()
+    return ends
+
+
+def spoiled(folder: Path, **settings: Any) -> tuple[list[str], list[int]]:
+    """Rows that could not be moved on the second stage, passes over their pool, and a text after them."""
+    swift, told = TokenSwift.from_pretrained(str(folder), **settings), []
+    model: Any = swift.executor.model(swift.rope(400, Positions()))
+    cache = model.new_cache()
+    model.forward([Segment(DraftTree.chain(TOKENS[:70]), cache, causal=True)], [])
+    cache.commit(range(70))
+    fork = cache.fork()  # moves the rows of the partial page
+    for each in (fork, fork, cache):
+        with pytest.raises(MemoryError) as error:
+            model.forward([Segment(DraftTree.chain([5]), each)])
+        each.drop_tail()
+        told.append(str(error.value))
+    return told, swift.generate("the cat", **{**RUN, "max_new_tokens": 20, "drafter": "none"}).tokens
+
+
+def moves_fail(stages: int, *arguments: Any, **settings: Any) -> Any:
+    def move(self: NativePool, *given: Any) -> None:
+        if stage_of(stages):
+            raise MemoryError("no room to move rows")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativePool, "move", move)
+        return staged(spoiled, stages, *arguments, **settings)
+
+
+def test_a_pass_that_fails_ends_its_own_texts_alone(pair: Group, tiny_folder: Path) -> None:
+    """Passes of other texts are under way with it, and go on."""
+    expected = alone_of_two(tiny_folder, **NATIVE)
+    ends, _ = pair(failing, 1, 20, 2, two_in_company, tiny_folder, **NATIVE)
+    failed = next(n for n, end in enumerate(ends) if isinstance(end, str))
+    assert ends[failed] == "OSError: a cable was pulled (stage 1)"
+    assert ends[1 - failed] == expected[1 - failed]
+
+
+def alone_of_two(folder: Path, **settings: Any) -> list[list[int]]:
+    swift = TokenSwift.from_pretrained(str(folder), **settings)
+    asked = {**LONG, "max_new_tokens": 60, "context": 400}
+    return [swift.generate(TOKENS[n : n + 20], seed=n, **asked).tokens for n in range(2)]
+
+
+def test_stages_go_on_after_faults_of_any_kind(pair: Group, tiny_folder: Path) -> None:
+    found, _ = pair(failing, 0, 2, 2, own_part_fails, tiny_folder, **NATIVE)
+    swift = TokenSwift.from_pretrained(str(tiny_folder), **NATIVE)
+    assert found == swift.generate(TOKENS[:300], seed=5, **LONG).tokens
+    (first, second), _ = pair(slowly, 2, tiny_folder, **NATIVE)
+    model: Any = swift.executor.model(swift.rope(400, Positions()))
+    segment = Segment(DraftTree.chain(TOKENS[:70]), model.new_cache(), causal=True)
+    assert torch.equal(first, second) and torch.equal(first, model.forward([segment], [69]).logits)
+    (told, tokens), _ = pair(moves_fail, 2, tiny_folder, **NATIVE)
+    assert told == ["no room to move rows (stage 1)"] * 3, "no pass reads rows that are not there"
+    assert tokens == swift.generate("the cat", **{**RUN, "max_new_tokens": 20, "drafter": "none"}).tokens
+
+
+def helped(pid: Path) -> bool:
+    """Asks for help, which needs no model. Returns whether the other stage is let go by the first, and by nobody else:
+    not by the SIGTERM that torchrun sends to all, after which a server ends its texts."""
+    flags = ["--pipeline-parallel-size", "2", "--help"]
+    if stage_of(2):
+        pid.write_text(str(os.getpid()))
+        return main(flags) == 0
+    try:
+        with pytest.raises(SystemExit):
+            main(flags)
+        os.kill(int(pid.read_text()), signal.SIGTERM)
+        return column.cache_info().currsize == 1
+    finally:
+        column(find_place(2)).end()
+
+
+def test_nobody_waits_for_a_first_stage_that_needs_no_model(pair: Group, tmp_path: Path) -> None:
+    assert pair(helped, tmp_path / "pid") == [True, True]
+
+
+def dies(folder: Path, told: Path) -> None:
+    """The second stage's process ends in the middle of a text."""
+    whole, calls = NativeDecoder.advance, [0]
+
+    def advance(self: NativeDecoder, *given: Any) -> Any:
+        calls[0] += 1
+        if stage_of(2) and calls[0] == 5:
+            os._exit(1)
+        return whole(self, *given)
+
+    def write(**settings: Any) -> None:
+        swift = TokenSwift.from_pretrained(str(folder), **settings)
+        with pytest.raises(RanksError) as error:
+            swift.generate("the cat", **{**RUN, "drafter": "none"})
+        told.write_text(str(error.value))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeDecoder, "advance", advance)
+        staged(write, 2, **NATIVE)
+
+
+def test_a_process_that_dies_is_told_in_a_line(tiny_folder: Path, tmp_path: Path) -> None:
+    two = processes(2)
+    with pytest.raises(BrokenProcessPool):
+        next(two)(dies, tiny_folder, tmp_path / "told")
+    next(two, None)
+    assert (tmp_path / "told").read_text().startswith("process 1 of the pipeline does not answer any more (")
 
 
 def refused(**settings: Any) -> str:
@@ -312,12 +483,25 @@ def refused(**settings: Any) -> str:
     return str(error.value)
 
 
+def other_files(stages: int, folder: Path, other: Path) -> Any:
+    """The second stage finds another model under the same name, as on another machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "open_checkpoint", lambda *asked: open_checkpoint(str(other), *asked[1:]))
+        return staged(differing, stages, folder)
+
+
+def differing(folder: Path, **settings: Any) -> str:
+    with pytest.raises(RanksError) as error:
+        TokenSwift.from_pretrained(str(folder), **NATIVE, **settings)
+    return str(error.value)
+
+
 def refused_sizes(sizes: list[int], folder: Path) -> list[str]:
     return [refused(model=str(folder), pipeline_parallel_size=size) for size in sizes]
 
 
 def test_what_goes_wrong_is_told_in_a_line(pair: Group, tiny_folder: Path, tmp_path: Path) -> None:
-    (told, tokens), _ = pair(fails_once, 2, tiny_folder, **NATIVE)
+    (told, tokens), _ = pair(failing, 1, 1, 2, broken, tiny_folder, **NATIVE)
     assert told == "OSError: a cable was pulled (stage 1)"
     asked = {**RUN, "max_new_tokens": 20, "drafter": "none"}
     assert tokens == TokenSwift.from_pretrained(str(tiny_folder), **NATIVE).generate("the cat", **asked).tokens
@@ -326,6 +510,8 @@ def test_what_goes_wrong_is_told_in_a_line(pair: Group, tiny_folder: Path, tmp_p
     save_tiny(tmp_path / "flat", num_hidden_layers=1)
     (told, _) = pair(staged, refused, 2, model=str(tmp_path / "flat"))
     assert told == "pipeline_parallel_size: 2 is not allowed; no more than the model's 1 layers"
+    (told, _) = pair(other_files, 2, tiny_folder, tmp_path / "flat")
+    assert told == f"RanksError: the model's files differ from the first stage's: {tmp_path / 'flat'} (stage 1)"
     (told, _) = pair(staged, refused, 2, model="no/such/folder")
     assert told.startswith("model: 'no/such/folder'")
     (told, _) = pair(staged, refused, 2, model=str(tiny_folder), kv_dtype="int8", **TORCH)

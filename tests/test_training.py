@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from conftest import decoder_of, tiny_config, tiny_model
 from flags import with_flags
@@ -25,6 +26,7 @@ from tokenswift_py.drafters.head_files import read_heads
 from tokenswift_py.drafters.head_weights import FORMS, HeadWeights
 from tokenswift_py.drafters.training import Candidates, Rows
 from tokenswift_py.sampling.reference import Sampler
+from toys import save_tiny
 
 PROMPTS = [[int(t) for t in np.random.default_rng(i).integers(0, 61, 5 + i)] for i in range(7)]
 EOS = 3
@@ -205,6 +207,31 @@ def test_the_command_trains_heads_that_generate_then_finds(
     assert (a.acceptance == b.acceptance).all()
 
 
+class Written(Exception):
+    """Ends the command where the model begins to write."""
+
+
+def test_heads_begin_with_the_models_own_final_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Gemma's is 1 + weight. Heads whose blocks add nothing yet have the logits of transformers."""
+    save_tiny(tmp_path, "gemma2")
+    made: list[Any] = []
+
+    def write(model: Any, fresh: HeadWeights, *given: Any, **options: Any) -> Any:
+        output = model.forward([Segment(DraftTree.chain([5, 9, 7]), model.new_cache(), causal=True)])
+        norm = fresh.tensors["norm_out"][0]
+        made.append(training.rms_norm(output.residual, fresh.eps) * norm @ model.weights["model.embed_tokens.weight"].T)
+        raise Written
+
+    monkeypatch.setattr(training, "write", write)
+    with pytest.raises(Written):
+        main(["train-heads", "--model", str(tmp_path), "--engine", "torch", "--dtype", "fp32"])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([[5, 9, 7]])).logits[0]
+    cap = model.config.final_logit_softcapping
+    assert (cap * torch.tanh(made[0] / cap) - expected).abs().max() < 1e-3
+
+
 def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
     began = time.monotonic()
     out = tmp_path / "h.safetensors"
@@ -227,6 +254,7 @@ def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
         (["--seed", "-1"], "seed: -1"),
         (["--temperature", "-1"], "temperature: -1"),
         (["--out", "heads.pt"], "out: 'heads.pt'"),
+        (["--out", "nowhere/heads.safetensors"], "out: 'nowhere/heads.safetensors'"),
         (["--prompts", "nowhere.txt"], "prompts: 'nowhere.txt'"),
         (["--form", "eagle"], "form: 'eagle'"),
         (["--model", "nothing here"], "model: 'nothing here'"),

@@ -92,6 +92,14 @@ def check_new(field: str, path: str | Path) -> None:
             check(os.access(folder, os.W_OK | os.X_OK), field, str(path), f"{allowed} lets this user write")
 
 
+def check_kept(field: str, path: Path) -> None:
+    """Makes the folder of a file that long work will end in. Raises UserError where it cannot be written into."""
+    with files(field, path, "a file that can be written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK | os.X_OK)
+        check(writable, field, str(path), "a file that can be written, in a folder that lets this user write")
+
+
 @contextmanager
 def about(field: str) -> Iterator[None]:
     """Puts the parameter that led there in front of a `UserError`."""

@@ -29,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--attention", help="a backend of kernels/ (torch engine), as --engine")
     root.add_argument("--device", help="auto, cpu, cuda, ..., as --engine")
     root.add_argument("--threads", type=whole, help="CPU threads")
+    root.add_argument("--kv-gates", metavar="FILE", help="where the gates of its memory lie now (default: as recorded)")
     root.add_argument("--pipeline-parallel-size", type=whole, default=1, metavar="N", help="stages, as in writing")
     root.add_argument("--json", type=named_path, metavar="FILE", help="the findings as JSON")
     root.add_argument("--quiet", action="store_true", help="no bar, no words: the exit code alone")
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     hidden = args.quiet or not sys.stderr.isatty()
     with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
         try:
-            found = audit(swift, args.folder, args.sample, progress)
+            found = audit(swift, args.folder, args.sample, progress, kv_gates=args.kv_gates)
         except (RuntimeError, MemoryError) as error:  # 1 would say that the text is wrong
             told = " ".join(str(error).split())
             raise UserError(f"audit: it broke off and says nothing ({type(error).__name__}: {told})") from error

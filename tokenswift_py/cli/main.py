@@ -41,14 +41,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(given)
 
 
-def later_stage(given: Sequence[str]) -> int:
-    """Returns the number of stages if this is a process of a later one, which has nothing to read or write. Else 0."""
+def take_place(given: Sequence[str]) -> bool:
+    """Takes this process's place in a pipeline, where there is one. Returns whether it was one of a later stage, which
+    has nothing to read or write, and is over. The first stage lets the others go at the end, whatever it does."""
     if world_size() == 1:
-        return 0
+        return False
     flag = Parser(add_help=False, allow_abbrev=False)
     flag.add_argument("--pipeline-parallel-size", type=whole, default=1)
     stages = flag.parse_known_args(given)[0].pipeline_parallel_size
-    return stages if stage_of(stages) > 0 else 0
+    later = stage_of(stages) > 0
+    if stages == 1:
+        return False
+
+    # Imported here, because torch takes seconds.
+    from tokenswift_py.parallel.column import column
+    from tokenswift_py.parallel.stages import find_place
+    from tokenswift_py.parallel.worker import serve_stage
+
+    if not later:
+        column(find_place(stages))
+        return False
+    place = find_place(stages)
+    usual = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all, and a server ends its texts first
+    try:
+        with suppress(SystemExit):
+            serve_stage(place)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+    return True
 
 
 def run(given: Sequence[str]) -> int:
@@ -57,11 +77,7 @@ def run(given: Sequence[str]) -> int:
     given = given[1:] if command or resumes else given
     root = parser(resumes)
     try:
-        if stages := later_stage(given):
-            from tokenswift_py.api import TokenSwift  # here, because it takes seconds to import
-
-            with suppress(SystemExit):
-                TokenSwift.from_pretrained(pipeline_parallel_size=stages)
+        if take_place(given):
             return 0
         args = None if command else root.parse_args(given)
         quiet = args.quiet if args else "--quiet" in given

@@ -71,6 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command. Raises UserError for wrong input."""
     args = parser().parse_args(arguments)
     check_one_rank("serve", args.pipeline_parallel_size)
+    for name in ("max_body", "max_prompt_tokens", "max_tokens", "default_tokens", "max_n"):
+        value = getattr(args, name)
+        check(value is None or value >= 1, name, value, "at least 1")
     limits = Limits(
         args.max_body, args.max_prompt_tokens, args.max_tokens, args.default_tokens, args.max_n, args.timeout,
         args.stall,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py.cli.arguments import Parser, lines_of, named_path, number, whole
-from tokenswift_py.errors import check, files
+from tokenswift_py.errors import check, check_kept, check_new, files
 from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.version import __version__
 
@@ -68,8 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from tokenswift_py.api import TokenSwift
+    from tokenswift_py.checkpoints.cache import cache_folder
     from tokenswift_py.core import SamplingParams
     from tokenswift_py.drafters import training
+    from tokenswift_py.drafters.head_files import fingerprint, heads_file
     from tokenswift_py.models.rope import rope_tables
 
     params = SamplingParams(temperature=args.temperature, min_p=args.min_p, seed=args.seed)
@@ -78,10 +80,13 @@ def main(arguments: Sequence[str]) -> int:
         threads=args.threads,
     )  # fmt: skip
     checkpoint, executor, spec = swift.checkpoint, swift.executor, swift.checkpoint.spec
+    target = args.out or heads_file(cache_folder(), fingerprint(checkpoint))
+    check_kept("out", target)
     stored = checkpoint.tensors(dtype=torch.bfloat16)
     embedding = stored["model.embed_tokens.weight"]
     lm_head = embedding if spec.tied else stored["lm_head.weight"]
-    fresh = training.new_heads(args.form, args.heads, stored["model.norm.weight"], spec.norm_eps)
+    final_norm = spec.folded("model.norm.weight", stored["model.norm.weight"])
+    fresh = training.new_heads(args.form, args.heads, final_norm, spec.norm_eps)
     longest = max(len(prompt) for lines in (training_lines, held_lines) for prompt in encode(swift, lines))
     model = executor.model(rope_tables(checkpoint.config, longest + args.length))
 
@@ -122,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
         ),
         provenance=provenance,
     )
-    target = training.keep(heads, checkpoint, args.out)
+    training.keep(heads, checkpoint, target)
     if not args.quiet:
         print(f"{target}\n{json.dumps(provenance, indent=1)}\n{table(heads, figures)}")
     return 0
@@ -138,8 +143,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
     check(args.minutes is None or args.minutes > 0, "minutes", args.minutes, "above 0")
     check(0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
-    fine = args.out is None or (args.out.suffix == ".safetensors" and not args.out.exists())
-    check(fine, "out", str(args.out), "a new file that ends in .safetensors")
+    if args.out is not None:
+        check(args.out.suffix == ".safetensors", "out", str(args.out), "a new file that ends in .safetensors")
+        check_new("out", args.out)
+        check_new("out", args.out.with_suffix(".json"))  # where its figures go
 
 
 def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
-from tokenswift_py.errors import check
+from tokenswift_py.errors import check, check_kept, check_new
 from tokenswift_py.options import GATED
 from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.version import __version__
@@ -53,8 +53,6 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.checkpoints.checkpoint import fingerprint
     from tokenswift_py.extending.texts import read_sources
-    from tokenswift_py.kernels.sdpa import SDPA
-    from tokenswift_py.models.decoder import TorchDecoder
     from tokenswift_py.models.rope import rope_tables
     from tokenswift_py.remembering import gates, training
 
@@ -64,10 +62,12 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     checkpoint, windows = swift.checkpoint, [layer.window for layer in swift.checkpoint.spec.layer_specs]
     check(None in windows, "model", checkpoint.name, "every layer of it has a sliding window and forgets by design")
+    target = args.out or gates.gates_file(checkpoint, args.kind)
+    check_kept("out", target)
     sources = read_sources(args.texts, swift.tokenizer, args.length, args.held_out)
     tables = rope_tables(checkpoint.config, args.length + 1)
-    served: Any = swift.executor.model(tables)
-    model = TorchDecoder(checkpoint.spec, served.weights, tables, SDPA(), training.FrozenRows())
+    model: Any = swift.executor.model(tables)
+    model.ops = training.FrozenRows()
     texts = training.texts_to_learn(sources, args.length, args.seed)
     values, losses = training.train(
         model, args.kind, texts, args.budget, args.steps, args.rate, deadline, args.quiet
@@ -86,7 +86,6 @@ def main(arguments: Sequence[str]) -> int:
         **figures,
     }
     made = gates.Gates(values.cpu(), args.kind, fingerprint(checkpoint), provenance)
-    target = args.out or gates.gates_file(checkpoint, args.kind)
     gates.write_gates(made, target)
     if not args.quiet:
         shares = values.sigmoid()
@@ -105,5 +104,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(0 < args.rate < 10, "rate", args.rate, "between 0 and 10")
     check(args.minutes is None or args.minutes > 0, "minutes", args.minutes, "above 0")
     check(0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
-    fine = args.out is None or (args.out.suffix == ".safetensors" and not args.out.exists())
-    check(fine, "out", str(args.out), "a new file that ends in .safetensors")
+    if args.out is not None:
+        check(args.out.suffix == ".safetensors", "out", str(args.out), "a new file that ends in .safetensors")
+        check_new("out", args.out)

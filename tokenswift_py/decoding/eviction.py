@@ -55,9 +55,12 @@ class Eviction:
         self.label = f"kv-{policy.name}-{self.budget}-{self.period * PAGE_SIZE}"
         self.label += f"+{memory.label}" if memory else ""
 
-    def new_cache(self, model: Model) -> KVCache:
-        """Makes a cache whose pool has room for the budget and a tree, whatever the context."""
-        cache = KVCache(model.new_pool(pages_for(min(self.budget, model.context))), model.context)
+    def new_cache(self, model: Model, spare: KVCache | None = None) -> KVCache:
+        """Makes a cache whose pool has room for the budget and a tree, whatever the context.
+
+        spare: an empty cache that is taken instead.
+        """
+        cache = spare or KVCache(model.new_pool(pages_for(min(self.budget, model.context))), model.context)
         cache.limit, cache.memory = min(self.budget, cache.context), self.memory
         return cache
 

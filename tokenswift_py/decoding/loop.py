@@ -79,7 +79,7 @@ class DecodeLoop:
         # The positions whose log-probabilities the next passes tell, and how many other tokens are wanted there.
         self.unknown: dict[int, int] = {}
         self.history, self.eviction, self.over = History(), eviction, False  # over: the latest step was the last
-        self.cache = cache or (eviction.new_cache(model) if eviction else model.new_cache())
+        self.cache = eviction.new_cache(model, cache) if eviction else cache or model.new_cache()
         self.timer = timer or Timer()
         self._context = Context(
             self.history,

@@ -10,15 +10,17 @@ import atexit
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenswift_py.errors import UserError
 from tokenswift_py.parallel.ranks import RanksError
 from tokenswift_py.parallel.stages import Place
 from tokenswift_py.parallel.wire import ANSWER, COMMAND, Array, Words, wire
 
+T = TypeVar("T")
 Answer = tuple[Words, list[Array]]
 KINDS: tuple[type[Exception], ...] = (UserError, MemoryError, ValueError)  # of errors that keep their kind
 
@@ -39,9 +41,12 @@ class Column:
 
     def number(self, owner: Any) -> int:
         """Returns a number for what the later stages make for `owner`. They forget it when the owner is gone."""
-        number = next(self._numbers)
+        number = self.new_number()
         weakref.finalize(owner, self._forgotten.append, number).atexit = False
         return number
+
+    def new_number(self) -> int:
+        return next(self._numbers)
 
     def tell(self, words: Words, arrays: Sequence[Array] = ()) -> None:
         """Sends all stages the same command."""
@@ -69,13 +74,33 @@ class Column:
             self.tell(words, arrays)
             return self.answers()
 
+    def beside(self, words: Sequence[Words], arrays: Sequence[Sequence[Array]], own: Callable[[], T]) -> tuple[T, Any]:
+        """Lets each stage do what it is told while this one does its own part. Returns both results.
+
+        An error of this stage is told rather than that of another. The others' answers are read in any case.
+        """
+        with self.lock:
+            self.tell_each(words, arrays)
+            try:
+                found = own()
+            except BaseException:
+                with suppress(Exception):
+                    self.answers()
+                raise
+            return found, self.answers()
+
     def end(self) -> None:
-        """Lets the later stages go."""
-        if not self._ended:
-            self._ended = True
-            self.tell({"do": "end"})
-            self.wire.flush()
-            column.cache_clear()
+        """Lets the later stages go, those that are still there."""
+        if self._ended:
+            return
+        self._ended = True
+        for process in self.others:
+            with suppress(RanksError):
+                self.wire.tell(process, COMMAND, {"do": "end"})
+        while self.wire.underway:
+            with suppress(RanksError):
+                self.wire.flush()
+        column.cache_clear()
 
 
 @cache

@@ -48,10 +48,18 @@ class Part:
 
 
 class Flight:
-    """A pass that has left the first stage."""
+    """A pass that has left the first stage. number: by which the others know it."""
 
-    def __init__(self, model: PipelineModel, parts: list[Part], logit_rows: Sequence[int] | None, pages: int | None):
-        self._model, self._parts, self._logit_rows, self._pages = model, parts, logit_rows, pages
+    def __init__(
+        self,
+        model: PipelineModel,
+        number: int,
+        parts: list[Part],
+        logit_rows: Sequence[int] | None,
+        pages: int | None,
+    ):
+        self._model, self._number = model, number
+        self._parts, self._logit_rows, self._pages = parts, logit_rows, pages
 
     def wait(self) -> Output:
         """Returns the output. Raises the error of the first stage that failed."""
@@ -64,7 +72,7 @@ class Flight:
             streams.append(stream)
             status = status or own_status
         if status:
-            model.raise_trouble(status)
+            model.raise_trouble(status, self._number)
         output: Output = model.own.finish(torch.cat(streams, 1), self._logit_rows)
         found = [self._statistics(part) for part in parts]
         masses, queries = (None if side[0] is None else side for side in zip(*found, strict=True))
@@ -150,14 +158,16 @@ class PipelineModel:
         pieces = min(2 * len(self.specs), count // LEAST_ROWS) if self._splits else 1
         bounds = [count * piece // max(pieces, 1) for piece in range(max(pieces, 1) + 1)]
         with self.column.lock:
+            number = self.column.new_number()
             parts = [
-                self._begin_part(pool, rows.part(start, stop), pages, want_queries) for start, stop in pairwise(bounds)
+                self._begin_part(number, pool, rows.part(start, stop), pages, want_queries)
+                for start, stop in pairwise(bounds)
             ]
-        return Flight(self, parts, logit_rows, pages)
+        return Flight(self, number, parts, logit_rows, pages)
 
-    def _begin_part(self, pool: StagedPool, rows: Rows, pages: int | None, want_queries: bool) -> Part:
+    def _begin_part(self, number: int, pool: StagedPool, rows: Rows, pages: int | None, want_queries: bool) -> Part:
         column, count = self.column, len(rows.tokens)
-        words = pool.words("pass", model=self.number, mass=pages, queries=want_queries)
+        words = pool.words("pass", number=number, model=self.number, mass=pages, queries=want_queries)
         told = [segments_told(self._of_stage(rows, stage)) for stage in range(1, len(self.specs))]
         arrays = [[rows.tokens, rows.positions, rows.slots, *own] for _, own in told]
         column.tell_each([{**words, "segments": segments} for segments, _ in told], arrays)
@@ -195,10 +205,10 @@ class PipelineModel:
         mass = torch.Size((layers, rows, own.kv_heads, pages or 0))
         return mass, torch.Size((rows if queries else 0, layers, own.heads, own.head_dim))
 
-    def raise_trouble(self, status: int) -> None:
-        """Raises the error of the stage that failed first. status: that of the activations that came back."""
+    def raise_trouble(self, status: int, number: int) -> None:
+        """Raises the error of the stage that failed first in a pass. status: that of the activations that came back."""
         if status != FAILED:
-            words, _ = self.column.ask({"do": "trouble"})[status - 1]
+            words, _ = self.column.ask({"do": "trouble", "number": number})[status - 1]
             raise as_error({"error": words["kind"], "text": words["text"]}, status)
 
 

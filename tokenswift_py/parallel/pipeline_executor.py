@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 
+from tokenswift_py.checkpoints import checkpoint as files
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.models.executors import Executor
@@ -38,15 +38,12 @@ class PipelineExecutor:
         self._column, self._spec = line, checkpoint.spec
         self._specs = stage_specs(checkpoint.spec, line.place.stages)
         self._number = line.number(self)
-        with line.lock:
-            line.tell({"do": "load", "number": self._number, "source": dict(source), "settings": settings})
-            try:
-                self._own: Executor = load_stage(line.place, checkpoint, device, settings)
-            except Exception:  # it is told rather than that of another stage
-                with suppress(Exception):
-                    line.answers()
-                raise
-            answers = line.answers()
+        told = {"do": "load", "number": self._number, "source": dict(source), "settings": settings}
+        told["model"], others = files.fingerprint(checkpoint), line.others
+        own, answers = line.beside(
+            [told] * len(others), [[]] * len(others), lambda: load_stage(line.place, checkpoint, device, settings)
+        )
+        self._own: Executor = own
         for words, _ in answers:
             self._own.kinds.update(words["kinds"])  # numerics name the types of all layers
         self._multiplied: int = self._own.multiplied_nbytes + sum(words["multiplied"] for words, _ in answers)

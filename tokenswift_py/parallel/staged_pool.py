@@ -72,10 +72,9 @@ class StagedPool(BoundedPages):
     def key_scores(self, pages: IntArray, queries: torch.Tensor) -> torch.Tensor:
         asked = [queries[start:stop].cpu().numpy() for start, stop in pairwise(self.starts)]
         words = [self.words("scores")] * (len(asked) - 1)
-        with self.column.lock:
-            self.column.tell_each(words, [[pages, query] for query in asked[1:]])
-            own = self.own.key_scores(pages, queries[: self.starts[1]])
-            return torch.cat([own, *(torch.from_numpy(arrays[0]).to(own) for _, arrays in self.column.answers())])
+        arrays = [[pages, query] for query in asked[1:]]
+        own, others = self.column.beside(words, arrays, lambda: self.own.key_scores(pages, queries[: self.starts[1]]))
+        return torch.cat([own, *(torch.from_numpy(scores).to(own) for _, (scores,) in others)])
 
     def page_keys(self, layer: int, pages: IntArray) -> torch.Tensor:
         if layer < self.starts[1]:
@@ -87,11 +86,12 @@ class StagedPool(BoundedPages):
         return torch.from_numpy(found).to(self._device)
 
     def _bound_keys(self, pages: IntArray, low: torch.Tensor, high: torch.Tensor) -> None:
-        with self.column.lock:
-            self.column.tell(self.words("bounds"), [pages])
-            self.own._bound_keys(pages, low[: self.starts[1]], high[: self.starts[1]])
-            chosen = torch.from_numpy(pages.astype(np.int64)).to(self._device)
-            for stage, (_, bounds) in enumerate(self.column.answers(), start=1):
-                layers = slice(self.starts[stage], self.starts[stage + 1])
-                for whole, part in zip((low, high), bounds, strict=True):
-                    whole[layers][:, :, chosen] = torch.from_numpy(part).to(whole)
+        count, words, first = len(self.starts) - 2, self.words("bounds"), self.starts[1]
+        _, others = self.column.beside(
+            [words] * count, [[pages]] * count, lambda: self.own._bound_keys(pages, low[:first], high[:first])
+        )
+        chosen = torch.from_numpy(pages.astype(np.int64)).to(self._device)
+        for stage, (_, bounds) in enumerate(others, start=1):
+            layers = slice(self.starts[stage], self.starts[stage + 1])
+            for whole, part in zip((low, high), bounds, strict=True):
+                whole[layers][:, :, chosen] = torch.from_numpy(part).to(whole)

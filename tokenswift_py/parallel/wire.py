@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tokenswift_py.parallel.ranks import begin
+from tokenswift_py.parallel.ranks import RanksError, begin
 
 Array = npt.NDArray[Any]
 Words = dict[str, Any]
@@ -28,16 +29,30 @@ MOST_UNDERWAY = 256  # sent messages that may not have arrived
 
 
 class Incoming:
-    """Bytes that are to arrive. data: [n] uint8, filled after `wait`."""
+    """Bytes that are to arrive. data: [n] uint8, filled after `wait`. source: the process that sends them."""
 
-    def __init__(self, work: Any, data: torch.Tensor):
-        self._work, self.data = work, data
+    def __init__(self, work: Any, data: torch.Tensor, source: int, expected: set[Incoming]):
+        self._work, self.data, self._source, self._expected = work, data, source, expected
+        expected.add(self)
 
     def wait(self) -> torch.Tensor:
+        """Waits for the bytes. Raises RanksError where the process has ended."""
         if self._work is not None:
-            self._work.wait()
+            with there(self._source):
+                self._work.wait()
             self._work = None
+            self._expected.discard(self)
         return self.data
+
+
+@contextmanager
+def there(process: int) -> Iterator[None]:
+    """Raises RanksError, in one line, where the connection to a process is broken."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise RanksError(f"process {process} of the pipeline does not answer any more ({why})") from error
 
 
 class Wire:
@@ -46,18 +61,22 @@ class Wire:
     def __init__(self) -> None:
         begin()
         self._group = dist.new_group(backend="gloo", timeout=IDLE)
-        self._underway: deque[tuple[Any, torch.Tensor]] = deque()
+        self.underway: deque[tuple[Any, torch.Tensor, int]] = deque()  # with the processes that they go to
+        # Bytes for which nobody waits any more, after Ctrl-C, need a place too: without one no later bytes arrive.
+        self._expected: set[Incoming] = set()
 
     def send(self, to: int, tag: int, data: torch.Tensor) -> None:
         """Sends bytes, [n] uint8, which must not change any more."""
-        while len(self._underway) >= MOST_UNDERWAY:
-            self._underway.popleft()[0].wait()
-        self._underway.append((dist.isend(data, to, group=self._group, tag=tag), data))
+        while len(self.underway) >= MOST_UNDERWAY:
+            self._arrive()
+        with there(to):
+            self.underway.append((dist.isend(data, to, group=self._group, tag=tag), data, to))
 
     def receive(self, source: int, tag: int, size: int) -> Incoming:
         """Begins to receive so many bytes, and does not wait for them."""
         data = torch.empty(size, dtype=torch.uint8)
-        return Incoming(dist.irecv(data, source, group=self._group, tag=tag), data)
+        with there(source):
+            return Incoming(dist.irecv(data, source, group=self._group, tag=tag), data, source, self._expected)
 
     def tell(self, to: int, tag: int, words: Words, arrays: Sequence[Array] = ()) -> None:
         """Sends a message: words, as JSON, and arrays."""
@@ -83,8 +102,14 @@ class Wire:
 
     def flush(self) -> None:
         """Waits until all that was sent has arrived."""
-        while self._underway:
-            self._underway.popleft()[0].wait()
+        while self.underway:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        """Waits until the oldest message has arrived."""
+        work, _, to = self.underway.popleft()
+        with there(to):
+            work.wait()
 
 
 @cache

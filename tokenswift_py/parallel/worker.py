@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from tokenswift_py.checkpoints import checkpoint as files
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.models.devices import find_device
 from tokenswift_py.models.positions import Positions
@@ -37,8 +38,10 @@ Found = tuple[Words, Sequence[Array]] | None
 class Worker:
     """One process of a later stage.
 
-    held: executors with their checkpoints, models and pools, by the numbers that the first stage gave them.
-    trouble: what went wrong in a command that has no answer, until the first stage asks for it.
+    held:     executors with their checkpoints, models and pools, by the numbers that the first stage gave them.
+    failures: what went wrong in passes, by their numbers, until the first stage asks for it.
+    spoiled:  what went wrong in commands that have no answer, by the pool that they were for. Nothing is done with such
+              a pool any more, because its rows are not those that the first stage believes in.
     """
 
     def __init__(self, place: Place):
@@ -46,7 +49,9 @@ class Worker:
         self.first, self.before = place.process(0), place.process(place.stage - 1)
         self.after = place.process((place.stage + 1) % place.stages)
         self.held: dict[int, Any] = {}
-        self.trouble: BaseException | None = None
+        self.failures: dict[int, Exception] = {}
+        self.spoiled: dict[int, Exception] = {}
+        self._fresh: dict[int, list[int]] = {}  # pages that each pool has yet to make usable
         self.actions: dict[str, Callable[[Words, list[Array]], Found]] = {
             "load": self.load, "model": self.model, "pool": self.pool, "dump": self.dump, "scores": self.scores,
             "keys": self.keys, "bounds": self.bounds, "trouble": self.tell_trouble, "move": self.move,
@@ -70,7 +75,7 @@ class Worker:
                 found = self.actions[words["do"]](words, arrays)
             except Exception as error:
                 if words["do"] in SILENT:
-                    self.trouble = self.trouble or error
+                    self.spoiled.setdefault(words["pool"], error)
                 else:
                     self.wire.tell(self.first, ANSWER, told_error(error))
                 continue
@@ -78,8 +83,18 @@ class Worker:
                 self.wire.tell(self.first, ANSWER, *found)
 
     def make_usable(self, words: Words) -> None:
-        for page in words.get("fresh", ()):
-            self.held[words["pool"]].reserve(page)
+        """Makes pages usable that are about to be written. Those for which there is no memory stay to be made so.
+
+        Raises the error of a spoiled pool.
+        """
+        if (failed := self.spoiled.get(words.get("pool", -1))) is not None:
+            raise failed
+        if "fresh" in words:
+            waiting = self._fresh.setdefault(words["pool"], [])
+            waiting += words["fresh"]
+            while waiting:
+                self.held[words["pool"]].reserve(waiting[0])
+                del waiting[0]
 
     def load(self, words: Words, _: list[Array]) -> Found:
         source, settings = words["source"], words["settings"]
@@ -88,6 +103,8 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         checkpoint = open_checkpoint(source["model"], source["revision"], settings["dtype"])
+        if files.fingerprint(checkpoint) != words["model"]:
+            raise RanksError(f"the model's files differ from the first stage's: {checkpoint.folder}")
         executor = load_stage(self.place, checkpoint, device, settings)
         self.held[words["number"]] = checkpoint, executor
         return {"kinds": sorted(executor.kinds), "multiplied": executor.multiplied_nbytes}, []
@@ -117,24 +134,29 @@ class Worker:
         mass_size = spec.layers * count * spec.kv_heads * (words["mass"] or 0)
         query_size = count * spec.layers * spec.heads * spec.head_dim if words["queries"] else 0
         statistics = torch.zeros(mass_size + query_size)
+        number = words["number"]
         try:
             self.make_usable(words)
-            if self.trouble is None and not status:
+            if (failed := self.failures.get(number)) is not None:
+                raise failed  # in an earlier part of the pass
+            if not status:
                 passed = model.advance(self.held[words["pool"]], rows, stream, words["mass"], words["queries"])
                 stream = passed.stream
                 for part, place in ((passed.mass, slice(mass_size)), (passed.queries, slice(mass_size, None))):
                     if part is not None:
                         statistics[place] = part.reshape(-1)
         except Exception as error:
-            self.trouble = self.trouble or error
-        if self.trouble is not None and not status:
-            status = self.place.stage
+            if not status:
+                self.failures[number] = error
+                status = self.place.stage
         self.wire.send(self.after, STREAM, packed(stream, status))
         if words["mass"] is not None or words["queries"]:
             self.wire.send(self.first, STATISTICS, statistics.view(torch.uint8))
 
     def tell_trouble(self, words: Words, _: list[Array]) -> Found:
-        trouble, self.trouble = self.trouble, None
+        trouble = self.failures.pop(words["number"], None)
+        for earlier in [number for number in self.failures if number < words["number"]]:
+            del self.failures[earlier]  # nobody will ask: passes end in the order of their numbers
         told = told_error(trouble) if trouble is not None else {"error": -1, "text": ""}
         return {"kind": told["error"], "text": told["text"]}, []
 
@@ -162,7 +184,8 @@ class Worker:
 
     def forget(self, words: Words, _: list[Array]) -> Found:
         for number in words["numbers"]:
-            self.held.pop(number, None)
+            for known in (self.held, self.spoiled, self._fresh):
+                known.pop(number, None)
         return None
 
 
@@ -172,4 +195,4 @@ def serve_stage(place: Place) -> NoReturn:
     raise SystemExit(0)
 
 
-SILENT = ("move", "restore", "forget")  # commands without an answer
+SILENT = ("move", "restore")  # commands of a pool that may fail and have no answer

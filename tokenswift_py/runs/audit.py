@@ -96,15 +96,18 @@ def audit(
     sample: int = 0,
     progress: Callable[[int], None] = lambda rows: None,
     logits_processors: Sequence[Any] = (),
+    kv_gates: str | None = None,
 ) -> Audit:
     """Checks every recorded token of a run's folder.
 
     sample:   number of random windows of WINDOW tokens that are decoded token by token, too.
     progress: function that gets the number of rows of each pass.
+    kv_gates: where the gates of the run's memory lie now; None is where they lay.
     Raises UserError for another model, tokenizer or parameters than the recorded ones.
     """
     record = journal.read(Path(folder))
     plain: dict[str, Any] = {"drafter": "none", "draft_heads": None}  # because the drafter's files may be gone
+    plain |= {} if kv_gates is None else {"kv_gates": kv_gates}
     run = recorded_run(loaded, record, logits_processors=logits_processors, **plain)
     quiet = "ignore" if run.options.on_loop == "warn" else run.options.on_loop
     stream = Stream(loaded, replace(run, options=replace(run.options, on_loop=quiet)))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from tokenswift_py.loaded import LoadedModel
 
 # These options change how fast a text is written, never the text.
-SPEED_ONLY = tuple(name for name, described in described_options().items() if not described.changes_text)
+SPEED_ONLY = [name for name, described in described_options().items() if not described.changes_text]
+SPEED_ONLY.append("kv_gates")  # which says where a file lies; the numerics name what is in it
 LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
 # These keys of config.json only say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")

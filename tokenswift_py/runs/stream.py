@@ -45,7 +45,6 @@ class Stream:
             traced = run.options.trace if loaded.executor.ranks.leads else None
             self._trace = report.Trace(traced) if traced else None
         self.loop = decode_loop(loaded, run, self._trace, cache, timer)
-        self._limit = self.loop.cache.limit  # the lossy mode moves it on
         self.after: Step | None = None  # the last step of a replay, after which the text goes on
         self._steps: Iterator[Step] | None = None
         self._joiner = self._new_joiner()
@@ -143,9 +142,7 @@ class Stream:
                 pages.append(mine.pool.allocate())
         for page in sorted(pages, reverse=True):
             mine.pool.release(page)
-        spare = KVCache(mine.pool, mine.context)
-        spare.limit = self._limit
-        return spare
+        return KVCache(mine.pool, mine.context)
 
     def __enter__(self) -> Stream:
         return self

@@ -113,8 +113,7 @@ class Engine:
     def plan(self, prompt: Prompt, **settings: Any) -> Run:
         """Makes the run of a text as `submit` does, but does not take the text. Raises UserError."""
         options = Options.of(**{"drafter": self.drafter, **settings, **self._fixed})
-        for name in ("kv_budget", "trace", "draft_model"):
-            check(getattr(options, name) is None, name, getattr(options, name), "not among many texts")
+        check_alone(options, "kv_budget", "trace", "draft_model")
         check(options.drafter == self.drafter, "drafter", options.drafter, f"the engine's, {self.drafter}")
         run = prepare(self.loaded, prompt, options, in_pool=True)
         self._check_room(run)
@@ -124,7 +123,9 @@ class Engine:
         """Goes on with a recorded run. Raises the errors of `TokenSwift.resume`, and Busy."""
         journal = Journal.open(Path(folder))
         try:
-            run = recorded_run(self.loaded, journal.record, in_pool=True)
+            ours = {"drafter": self.drafter, "draft_model": None}  # no text depends on them
+            run = recorded_run(self.loaded, journal.record, in_pool=True, **ours)
+            check_alone(run.options, "kv_budget")
             check(run.context == self.context, "context", run.context, f"the engine's, {self.context}")
 
             def replay(stream: Stream) -> None:
@@ -332,6 +333,12 @@ class Engine:
                 num_accepted_draft_tokens=self._past.num_accepted_draft_tokens + mine.num_accepted_draft_tokens,
             )
         text.end(error, work.stream.result)
+
+
+def check_alone(options: Options, *names: str) -> None:
+    """Raises UserError for options that only a text alone can have. Nobody may share the pages of one that evicts."""
+    for name in names:
+        check(getattr(options, name) is None, name, getattr(options, name), "not among many texts")
 
 
 def close_at_exit(engine: ref[Engine]) -> None:

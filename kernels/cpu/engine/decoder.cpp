@@ -385,18 +385,23 @@ void Decoder::rotate_row(const Layer& layer, int index, const Pass& pass, Pool& 
   const bool moved = moves(layer, pass);
   alignas(64) float head_q[longest_head] = {}, head_k[longest_head] = {},
                     head_v[longest_head] = {};  // zeros after the values
+  // Attention scales scores. Whoever else multiplies queries with keys gets queries that have this factor.
+  const float scale = float(shape_.score_scale);
+  const auto tell = [&](float* out, int count) {
+    for (int i = 0; i < count; ++i) out[i] = head_q[i] * scale;
+  };
   for (int head = 0; head < shape_.heads; ++head) {
     std::copy_n(q + head * head_dim, head_dim, head_q);
     normalise_head(head_q, layer.q_norm);
     const size_t query = (size_t(head / group) * pass.rows + row) * group + head % group;
     if (moved) std::copy_n(head_q, padded_head(), buffers_.plain_queries.data() + query * padded_head());
     float* asking = recalls_[row] ? buffers_.asking.data() + query * padded_head() : nullptr;
-    if (asking && recalls_[row]->shape().gated()) std::copy_n(head_q, padded_head(), asking);
+    if (asking && recalls_[row]->shape().gated()) tell(asking, padded_head());
     rotate_head(head_q, pass, row, layer.rope);
-    if (asking && !recalls_[row]->shape().gated()) std::copy_n(head_q, padded_head(), asking);
+    if (asking && !recalls_[row]->shape().gated()) tell(asking, padded_head());
     if (pass.queries) {
       const size_t at = (size_t(row) * shape_.layers + index) * shape_.heads + head;
-      std::copy_n(head_q, head_dim, pass.queries + at * head_dim);
+      tell(pass.queries + at * head_dim, head_dim);
     }
     cached.round(head_q, padded_head(), buffers_.queries.data() + query * cached.query_bytes(padded_head()));
     if (pass.int8_pages) {
