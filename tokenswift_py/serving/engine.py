@@ -123,7 +123,7 @@ class Engine:
         """Goes on with a recorded run. Raises the errors of `TokenSwift.resume`, and Busy."""
         journal = Journal.open(Path(folder))
         try:
-            ours = {"drafter": self.drafter, "draft_model": None}  # no text depends on them
+            ours: dict[str, Any] = {"drafter": self.drafter, "draft_model": None}  # no text depends on them
             run = recorded_run(self.loaded, journal.record, in_pool=True, **ours)
             check_alone(run.options, "kv_budget")
             check(run.context == self.context, "context", run.context, f"the engine's, {self.context}")
