@@ -279,13 +279,15 @@ def free_ports() -> tuple[int, int]:
 
 
 def main() -> None:
-    descriptor = int(sys.argv[1])
+    descriptor, steps = int(sys.argv[1]), os.dup(0)
     os.set_inheritable(descriptor, False)  # a peer's own processes must not keep it open
-    with os.fdopen(descriptor, "w", encoding="utf-8") as answers:
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # FastLLM waits for a key before it ends by an error
+    with os.fdopen(descriptor, "w", encoding="utf-8") as answers, os.fdopen(steps, encoding="utf-8") as lines:
         try:
-            request = Request(**json.loads(sys.stdin.readline()))
+            request = Request(**json.loads(lines.readline()))
             engine: Engine | None = None
-            for _ in sys.stdin:
+            for _ in lines:
                 engine = engine or ENGINES[request.peer](request)
                 print(json.dumps({"tokens": engine.step()}), file=answers, flush=True)
         except Exception as error:  # its row says so

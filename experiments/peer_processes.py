@@ -84,18 +84,35 @@ def why_not(peer: type[Engine], version: str | None, drafts: bool, task: Task) -
 
 @functools.cache
 def weights(model: str) -> tempfile.TemporaryDirectory[str]:
-    """Writes a model for all peers: bf16 weights as safetensors, its tokenizer, and a config without an end of text.
+    """Writes a model for all peers: bf16 weights as safetensors, its tokenizer, and a config that all of them read.
 
-    FastLLM cannot be told to go on behind the end of a text, so no token is one. The folder lasts as long as the
-    process.
+    FastLLM cannot be told to go on behind the end of a text, so no token is one. Nor does it know that an LM head may
+    be the embedding, so that is written a second time. The folder lasts as long as the process.
     """
     checkpoint, folder = open_checkpoint(model, None, "bf16"), tempfile.TemporaryDirectory()
-    write_model(toys.hugging_face(checkpoint, torch.bfloat16), checkpoint, Path(folder.name), "bf16")
+    written = toys.hugging_face(checkpoint, torch.bfloat16)
+    if checkpoint.spec.tied:
+        written.config.tie_word_embeddings = False
+        written.lm_head.weight = torch.nn.Parameter(written.lm_head.weight.detach().clone())
+    write_model(written, checkpoint, Path(folder.name), "bf16")
     config = Path(folder.name) / "config.json"
     told = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps({**told, "eos_token_id": NO_END}, indent=2) + "\n", encoding="utf-8")
+    told |= {"eos_token_id": NO_END, "torch_dtype": "bfloat16", **rope_as_before(told.get("rope_parameters") or {})}
+    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     (Path(folder.name) / "generation_config.json").unlink(missing_ok=True)  # it names ends of text, too
     return folder
+
+
+def rope_as_before(rope: dict[str, Any]) -> dict[str, Any]:
+    """Returns RoPE's parameters by the names that they had before transformers 5, which some peers know alone.
+
+    rope: `rope_parameters`. Nothing is returned where each kind of layer has its own.
+    """
+    if "rope_theta" not in rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    plain = rope.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else scaling}
 
 
 class Process:
@@ -162,7 +179,9 @@ class Process:
             self._process.wait(GRACE)
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        return f"its process ended with code {self._process.returncode}: {lines[-1] if lines else 'it said nothing'}"
+        errors = [line for line in lines if "error:" in line.lower()]  # after which some say less
+        last = (errors or lines or ["it said nothing"])[-1]
+        return f"its process ended with code {self._process.returncode}: {last}"
 
     def close(self, grace: float = GRACE) -> None:
         """Ends the process and those that it started. It has `grace` seconds to do so itself."""

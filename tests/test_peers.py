@@ -16,13 +16,15 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peer_writers
 import peers
 from peer_engines import ENGINES, VLLM, FastLLM, LightLLM, Request, SGLang
-from peer_processes import Process, weights, why_not
+from peer_processes import Process, rope_as_before, weights, why_not
 from peer_writers import Paused, Task, Writer
+from toys import save_tiny
 
 REQUEST = Request(
     peer="", drafts=False, folder="/weights", prompt=[5, 6, 7], new=20, slice=8, seed=3, threads=2,
@@ -171,7 +173,7 @@ def test_sglang_is_asked_slice_by_slice(drafts: bool, cumulative: bool, monkeypa
     assert lengths == [1, 7, 8, 4]
     sampling = {"temperature": 0.8, "min_p": 0.05, "top_p": 1.0, "top_k": -1, "ignore_eos": True}
     for (_, call), done in zip(asked.calls, (0, 1, 8, 16), strict=True):
-        assert call == {"input_ids": [5, 6, 7] + text[:done], "sampling_params": sampling, "stream": True}
+        assert call == {"input_ids": [5, 6, 7, *text[:done]], "sampling_params": sampling, "stream": True}
 
 
 def test_fastllm_is_asked_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,15 +323,29 @@ def test_notes_say_why_a_peer_does_not_write(monkeypatch: pytest.MonkeyPatch) ->
             assert why_not(engine, "1", True, sampled) == "its speculation has no min-p"
 
 
-def test_peers_read_the_checkpoints_weights_in_bf16_without_an_end_of_text(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_peers_read_the_checkpoints_weights_in_bf16_without_an_end_of_text(tied: bool, tmp_path: Path) -> None:
+    """A tied LM head is a tensor of its own there."""
+    tiny_folder = tmp_path / "tiny"
+    save_tiny(tiny_folder, tie_word_embeddings=tied)
     folder = weights(str(tiny_folder)).name
-    assert json.loads((Path(folder) / "config.json").read_text())["eos_token_id"] == -1
+    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
+        assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(file.keys())
+    config = json.loads((Path(folder) / "config.json").read_text())
+    assert config.items() >= {"eos_token_id": -1, "torch_dtype": "bfloat16", "rope_theta": 10000.0}.items()
     assert not (Path(folder) / "generation_config.json").exists()
     given = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16).state_dict()
     written = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     assert given.keys() == written.keys() and all(torch.equal(given[name], written[name]) for name in given)
     tokens = [AutoTokenizer.from_pretrained(path)("the cat sat").input_ids for path in (folder, tiny_folder)]
     assert tokens[0] == tokens[1] != []
+
+
+def test_rope_by_the_names_before_transformers_5() -> None:
+    assert rope_as_before({"rope_theta": 5e5, "rope_type": "default"}) == {"rope_theta": 5e5, "rope_scaling": None}
+    yarn = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}
+    assert rope_as_before(yarn) == {"rope_theta": 1e4, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert rope_as_before({"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}) == {}
 
 
 def test_rows_of_all_peers(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
