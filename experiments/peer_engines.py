@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -166,7 +167,7 @@ class SGLang(Ahead):
         import sglang
 
         self._engine: Any = sglang.Engine(
-            model_path=request.folder, dtype="bfloat16", context_length=request.room, random_seed=request.seed,
+            model_path=request.folder, dtype="bfloat16", random_seed=request.seed,
             mem_fraction_static=GPU_SHARE, max_running_requests=1, skip_tokenizer_init=True,
             **({"speculative_algorithm": "NGRAM"} if request.drafts else {}),
         )  # fmt: skip
@@ -201,7 +202,8 @@ class LightLLM(Ahead):
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback needs no proxy
         flags = {
             "model_dir": request.folder, "host": "127.0.0.1", "port": port, "nccl_port": other, "tp": 1,
-            "data_type": "bf16", "max_req_total_len": request.room, "max_total_token_num": 2 * request.room,
+            "data_type": "bf16", "max_req_total_len": request.room, "chunked_prefill_size": request.room,
+            "batch_max_tokens": request.room, "max_total_token_num": 2 * request.room,
             "running_max_req_size": 8, "graph_max_batch_size": 8,
         }  # fmt: skip
         command = [sys.executable, "-m", "lightllm.server.api_server"]
@@ -279,6 +281,8 @@ def free_ports() -> tuple[int, int]:
 
 
 def main() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent, even while stopped
     descriptor, steps = int(sys.argv[1]), os.dup(0)
     os.set_inheritable(descriptor, False)  # a peer's own processes must not keep it open
     with open(os.devnull, "rb") as nothing:

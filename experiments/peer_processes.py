@@ -57,6 +57,7 @@ def apart(name: str, task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer
                 process = Process(request, task.args.patience)
                 stack.callback(process.close)
                 writer.step = process.step
+                writer.rest = None if gpu else process.stop  # the cores are the next writer's
             writers.append(writer)
         yield writers
 
@@ -134,6 +135,7 @@ class Process:
         try:
             if self._process is None:
                 self._start()
+            self._signal(signal.SIGCONT)
             self._tell("")
             answer = self._answer()
             return [int(token) for token in answer["tokens"]]
@@ -143,6 +145,16 @@ class Process:
             if "tokens" not in answer:
                 self.close(grace=0)
 
+    def stop(self) -> None:
+        """Stops the process until the next step. The threads of FastLLM, for one, spin while they wait."""
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, kind: signal.Signals) -> None:
+        """Sends a signal to the process and those that it started, if there is one."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, kind)
+
     def _start(self) -> None:
         self._answers, theirs = os.pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  `close` closes it
@@ -150,6 +162,7 @@ class Process:
             [sys.executable, peer_engines.__file__, str(theirs)],
             stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, pass_fds=(theirs,), start_new_session=True,
             cwd=self._request.folder,  # not the checkout, whose folders would be packages there
+            env={**os.environ, "OMP_NUM_THREADS": str(self._request.threads)},
         )  # fmt: skip
         os.close(theirs)
         self._tell(json.dumps(asdict(self._request)))
@@ -185,16 +198,17 @@ class Process:
 
     def close(self, grace: float = GRACE) -> None:
         """Ends the process and those that it started. It has `grace` seconds to do so itself."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
         assert process.stdin is not None and self._log is not None
+        self._signal(signal.SIGCONT)
         with suppress(BrokenPipeError):
             process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         process.wait()
+        self._process = None
         os.close(self._answers)
         self._log.close()

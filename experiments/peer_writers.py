@@ -33,6 +33,7 @@ class Writer:
     """One way of writing the text.
 
     step:  function that goes on and returns the new tokens, none at the text's end. The first call reads the prompt.
+    rest:  function that is called when another writer's turn comes.
     plain: writer whose text this one's speculation should write. None for plain decoding itself.
     reads: bytes that plain decoding must read for a token, on average. None for a peer on a GPU, whose memory is not
            that of the others.
@@ -45,6 +46,7 @@ class Writer:
     step: Callable[[], list[int]] | None = None
     plain: Writer | None = None
     note: str | None = None
+    rest: Callable[[], None] | None = None
     tokens: list[int] = field(default_factory=list)
     timed: int = 0  # number of tokens that were timed
     ms: float = 0.0
@@ -71,6 +73,8 @@ class Writer:
                 self.timed += len(new)
             self.tokens += new
             first = False
+        if self.rest is not None:
+            self.rest()
 
     @property
     def ms_a_token(self) -> float | None:

@@ -279,10 +279,17 @@ def fastllm(
 
 def test_a_process_stands_still_between_steps_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process, writer = fastllm(tmp_path, monkeypatch)
-    writer.write(20)
-    assert writer.tokens == list(range(3, 23)) and writer.note is None and process.step() == []
+    writer.rest = process.stop
+    writer.write(10)
     assert process._process is not None
     child = psutil.Process(process._process.pid)
+    end = time.monotonic() + 20
+    while child.status() != psutil.STATUS_STOPPED:  # a signal takes a moment
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    writer.write(20)
+    assert writer.tokens == list(range(3, 23)) and writer.note is None and process.step() == []
+    process.stop()
     process.close()
     process.close()
     assert not child.is_running()
