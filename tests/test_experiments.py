@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +13,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrun
-import peers
 import positions
 import serving
 from ablations import GROUPS, Varied
 from diversity import VARIANTS, means, self_bleu
 from gguf_writer import gguf_config, write_gguf
-from peers import Paused, Task, Writer
 from slots import Slots
 from tokenswift_py.errors import UserError
 from tokenswift_py.options import Options
 from workloads import WORKLOADS, continuation, free_run
-
-
-def stepping(*steps: list[int] | Exception) -> Callable[[], list[int]]:
-    left = list(steps)
-
-    def step() -> list[int]:
-        found = left.pop(0) if left else []
-        if isinstance(found, Exception):
-            raise found
-        return found
-
-    return step
-
-
-def test_the_first_step_of_a_slice_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter(range(100))
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(now)))
-    writer = Writer("a", "b", 0.0, stepping([1], [2, 3], [4], [5, 6], [7]))
-    writer.write(1)
-    assert writer.ms_a_token is None
-    writer.write(4)  # two tokens untimed, one timed, and each look at the clock is a second later
-    writer.write(7)
-    assert writer.tokens == [1, 2, 3, 4, 5, 6, 7] and writer.timed == 2
-    assert writer.ms_a_token == 1000
-
-
-def test_a_speculation_is_compared_with_its_own_plain_text() -> None:
-    plain = Writer("a", "plain", 1e6, stepping([1], [2], [3], [4]))
-    same = Writer("a", "same", 1e6, stepping([1, 2], [3, 4, 5]), plain)
-    other = Writer("a", "other", 1e6, stepping([1], [2, 9], [4]), plain)
-    for writer in (plain, same, other):
-        writer.write(4)
-    rows = [writer.row(1e9, 4, [1, 2, 3, 7]) for writer in (plain, same, other)]
-    assert [row["same_as_own_plain"] for row in rows] == [None, True, False]
-    assert [row["first_divergence"] for row in rows] == [None, None, 2]
-    assert [row["like_ours_until"] for row in rows] == [3, 3, 2]
-    assert rows[0]["share_of_memory_limit"] > 0 and rows[1]["share_of_memory_limit"] is None
-
-
-def test_a_peer_that_fails_has_a_row_that_says_so() -> None:
-    writer = Writer("a", "b", 1.0, stepping([1], ValueError("cannot\ndo this")))
-    writer.write(5)
-    writer.write(9)
-    row = writer.row(1e9, 5, None)
-    assert row["note"] == "ValueError: cannot do this" and row["ms_a_token"] is None
-    assert Writer("a", "b", 1.0, note="none here").row(1e9, 5, None)["same_as_own_plain"] is None
-
-
-class Generating:
-    """Calls its streamer as transformers' generate does, and draws from torch's own generator."""
-
-    def generate(self, ids: torch.Tensor, streamer: Any, fails: bool = False) -> None:
-        streamer.put(ids)
-        for _ in range(3):
-            streamer.put(torch.randint(0, 1000, (2,)))
-        if fails:
-            raise RuntimeError("no more")
-        streamer.end()
-
-
-def test_generate_stands_still_between_steps_and_keeps_its_own_draws() -> None:
-    task = Task(argparse.Namespace(seed=3, threads=1), [1, 2], {})
-    alone = Paused(Generating(), task, {})
-    texts = [alone.step() for _ in range(4)]
-    assert [len(text) for text in texts] == [2, 2, 2, 0]
-    pair = [Paused(Generating(), task, {}) for _ in range(2)]
-    together = [[one.step() for one in pair] for _ in range(4)]
-    assert together == [[text, text] for text in texts]
-    failing = Paused(Generating(), task, {"fails": True})
-    assert [failing.step() for _ in range(3)] == texts[:3]
-    with pytest.raises(RuntimeError, match="no more"):
-        failing.step()
-    assert threading.active_count() < 20
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -46,11 +46,13 @@ from tokenswift_py.sampling.reference import Sampler
 LAYERS, KV_HEADS, GROUP, HEAD_DIM = 2, 3, 2, 16
 FOLDER = "tokenswift_py.kvcache.policies"
 NAMES = registry.names(FOLDER)
-LEARNING = [name for name in NAMES if name != "recent"]
 
 
 def create(name: str, **settings: Any) -> Any:
     return registry.create(FOLDER, "POLICY", "draft_policy", name, **settings)
+
+
+LEARNING = [name for name in NAMES if create(name).needs]
 
 
 class Text:
@@ -372,7 +374,7 @@ def test_a_selection_is_the_best_pages_of_equals_the_later(pages: int, budget: i
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_old_page_that_gets_all_the_attention_is_kept_by_all_but_recent(name: str) -> None:
+def test_an_old_page_that_gets_all_the_attention_is_kept_by_all_that_learn(name: str) -> None:
     text = Text(0, 40 * PAGE_SIZE)
     text.mass *= 0.2
     text.mass[:, 8 * PAGE_SIZE :, :, 7] = 0.8 * GROUP
@@ -384,7 +386,38 @@ def test_an_old_page_that_gets_all_the_attention_is_kept_by_all_but_recent(name:
     chosen = select(policy, text.stats(text.count), 512)
     assert (chosen[..., 0] == 0).all()
     assert (chosen[..., -2:] == [38, 39]).all()
-    assert (chosen == 7).any(-1).all() == (name != "recent")
+    assert (chosen == 7).any(-1).all() == (name in LEARNING)
+
+
+def test_learning_are_all_that_do_not_choose_by_place() -> None:
+    assert set(NAMES) - set(LEARNING) == {"block", "local", "recent"}
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 13, 16, 40])
+@pytest.mark.parametrize("pages", [1, 7, 40, 64, 131])
+def test_block_is_every_sth_page_and_the_latest_of_those_between(pages: int, count: int) -> None:
+    """The always chosen ones apart, by the plain rule: all multiples of the least power of two of which all fit, then
+    the latest multiples of half of it."""
+    chosen = select_from("block", Text(0, 1), count * PAGE_SIZE, pages)
+    count = min(count, pages)
+    recent = min(count, max(1, min(RECENT_PAGES, count // 4)))
+    kept = set(range(pages - recent, pages)) | ({0} if count > recent else set())
+    left, stride = count - len(kept), 1
+    while left and len(set(range(0, pages, stride)) - kept) > left:
+        stride *= 2
+    kept |= set(range(0, pages, stride)) if left else set()
+    between = sorted(set(range(0, pages, max(1, stride // 2))) - kept)
+    expected = sorted(kept | set(between[len(between) - (count - len(kept)) :]))
+    assert (chosen == expected).all()
+
+
+def test_local_takes_as_many_pages_at_each_doubling_of_the_distance() -> None:
+    chosen = select_from("local", Text(0, 1), 44 * PAGE_SIZE, 1024)
+    distances = 1024 - chosen[0, 0]
+    assert (chosen == chosen[0, 0]).all()
+    counts = [int(((distances > 2**n) & (distances <= 2 ** (n + 1))).sum()) for n in range(3, 10)]
+    assert max(counts) - min(counts) <= 1 and min(counts) >= 4
+    assert set(range(1, 9)) <= set(distances.tolist()) and 1024 in distances
 
 
 def test_mass_and_snapkv_forget_and_h2o_remembers() -> None:
@@ -397,11 +430,13 @@ def test_mass_and_snapkv_forget_and_h2o_remembers() -> None:
     assert kept == {"mass": False, "snapkv": False, "h2o": True}
 
 
-def select_from(name: str, text: Text, budget: int) -> np.ndarray:
+def select_from(name: str, text: Text, budget: int, pages: int | None = None) -> np.ndarray:
+    """Returns the pages that a policy chooses after a text. pages: how many there are, if not those of the text."""
     policy = create(name)
     for rows in text.passes([64]):
         policy.observe(rows)
-    return select(policy, text.stats(text.start + text.count), budget)
+    stats = text.stats(text.start + text.count)
+    return select(policy, PageStats(pages, LAYERS, KV_HEADS) if pages else stats, budget)
 
 
 def test_what_has_decayed_is_swept_away() -> None:

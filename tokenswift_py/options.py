@@ -168,7 +168,7 @@ class Options(Asked):
     draft_tokens: int | None = drafting(None, Whole(1, 511, optional=True), "draft so many in every tree", "what pays")
     draft_policy: str = drafting(
         "mass", Choice(package=POLICIES),
-        "whose pages a partial cache has: clusters, h2o, importance, mass, quest, recent, snapkv",
+        "whose pages a partial cache has: block, clusters, h2o, importance, local, mass, quest, recent, snapkv",
     )  # fmt: skip
     draft_budget: int | None = drafting(
         None, Whole(64, optional=True, unit=" tokens, one page"),

@@ -45,6 +45,36 @@ class PerPage:
         return held[..., : shape[-1]]
 
 
+class ByPlace:
+    """A policy that scores a page by where it stands, and looks at no row. It begins with the first row, as all do."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self._began = False
+
+    def observe(self, committed: Committed) -> None:
+        self._began = True
+
+    def score(self, stats: PageStats) -> FloatArray:
+        pages = np.arange(stats.pages)
+        scores = self.worth(pages, strides(pages)) if self._began else np.zeros(stats.pages)
+        return np.broadcast_to(scores.astype(np.float32), (stats.layers, stats.kv_heads, stats.pages))
+
+    def worth(self, pages: Array, stride: Array) -> Array:
+        """Returns the scores of `pages`, [pages]. stride: what `strides` says of them."""
+        raise NotImplementedError
+
+
+def strides(pages: Array) -> Array:
+    """Returns the greatest power of two that divides a page's number, infinite for the first page. [pages] float64.
+
+    The pages whose stride is at least s are every s-th one. The larger it is, the fewer these are, and they are among
+    those of every smaller s. So a view stays evenly spread whatever its budget, and hardly changes as the text grows.
+    """
+    return np.where(pages > 0, pages & -pages, np.inf)
+
+
 class LastQueries:
     """A policy that scores every page by the queries of the last committed row and the page's keys."""
 
