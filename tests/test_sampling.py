@@ -172,6 +172,12 @@ def test_token_ids_the_model_does_not_have_are_refused(field: str, value: Any) -
         Sampler(SamplingParams(**{field: value}), 3)
 
 
+def test_an_end_of_text_that_no_vocabulary_has_bans_nothing() -> None:
+    """Checkpoints write -1, or an id of a larger vocabulary, where no token ends a text."""
+    sampler = Sampler(SamplingParams(), 4, eos=[-1, 4, 7], first_end=5)
+    assert sampler.choose(torch.tensor([0.0, 1.0, 2.0, 3.0]), History([0])) == 3
+
+
 def test_no_end_of_sequence_before_the_first_position_it_is_allowed_at() -> None:
     sampler = Sampler(SamplingParams(), 4, eos=[3, 1], first_end=5)
     row = torch.tensor([0.0, 2.0, 1.0, 3.0])

@@ -8,7 +8,7 @@ Those between are called once for every token, by transformers' own rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 
 from tokenswift_py.checkpoints.generation_defaults import NEUTRAL, UNREAD
 from tokenswift_py.core import SamplingParams
-from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.hf.held import EngineSettings
 from tokenswift_py.options import Options, described_options
-from tokenswift_py.sampling.processors import TRANSFORMERS, is_pure
+from tokenswift_py.sampling.processors import TRANSFORMERS
 
 # These fields of GenerationConfig are read here, or have become processors, stopping criteria and inputs before we are
 # called.
@@ -36,12 +35,8 @@ MADE = frozenset(
     )
 )  # fmt: skip
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# These processors are made for the whole batch at once, or keep what belongs to one row of it.
-OF_A_BATCH = frozenset(
-    f"{name}LogitsProcessor"
-    for name in ("EncoderRepetitionPenalty", "EncoderNoRepeatNGram", "PrefixConstrained",
-                 "UnbatchedClassifierFreeGuidance", "SynthIDTextWatermark")
-)  # fmt: skip
+# With this field, transformers' drafts change the text.
+LOSSY = ("assistant_ensemble_weight",)
 # The processors at the tail are here in the order of transformers and of the sampler: class, its attribute, option. If
 # the option is missing, or the sampler does not take its value, the class is left to transformers.
 WARPERS = (
@@ -76,6 +71,24 @@ class Asked:
     processors: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a batch, as far as processors know them.
+
+    length: ids of each, padding included. padding: how many of them are padding, for each row. eos: tokens that end a
+    text. vocab: number of tokens the model knows. transformers takes ids of others, which change nothing.
+    """
+
+    length: int
+    padding: Sequence[int]
+    eos: Sequence[int]
+    vocab: int
+
+    def known(self, tokens: Iterable[Any]) -> list[int]:
+        """Returns the ids that the model knows, each once, in order."""
+        return sorted({int(token) for token in tokens if 0 <= int(token) < self.vocab})
+
+
 def own_settings(settings: Mapping[str, Any] | None) -> tuple[EngineSettings, dict[str, Any]]:
     """Returns the argument `tokenswift` split in engine settings and options, `tokenizer` among these. Raises
     UserError."""
@@ -92,7 +105,8 @@ def check_config(config: Any) -> None:
     """Raises UserError for a field of the config that asks for something that is not done here."""
     defaults = config._get_default_generation_params()
     for name, value in config.to_dict().items():
-        if name not in MADE and name not in UNREAD and not name.startswith("_"):
+        read = name in MADE or (name in UNREAD and name not in LOSSY)
+        if not read and not name.startswith("_"):
             neutral = value in (None, False, defaults.get(name)) or value in NEUTRAL.get(name, ())
             check(neutral, name, value, "tokenswift_py has nothing for it; leave it out")
     if config.return_dict_in_generate:
@@ -100,17 +114,11 @@ def check_config(config: Any) -> None:
             check(not getattr(config, name, None), name, True, "sequences alone are returned; leave it out")
 
 
-def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence[int], rows: int) -> Asked:
-    """Reads a prepared list of processors.
-
-    length: length of the prompts, padding included. eos: tokens that end a text. rows: texts to write.
-    """
+def asked(processors: Sequence[Any], do_sample: bool, prompts: Prompts) -> Asked:
+    """Reads a prepared list of processors."""
     left = list(processors)
-    for processor in left:
-        alone = rows == 1 or class_name(processor) not in OF_A_BATCH
-        check(alone, class_name(processor), rows, "with one sequence only: rows are written one after the other")
     options: dict[str, Any] = {"temperature": 1.0 if do_sample else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    while left and (found := at_head(left[0], length, eos, options)) is not None:
+    while left and (found := at_head(left[0], prompts, options)) is not None:
         options |= found
         del left[0]
     if do_sample:
@@ -124,31 +132,30 @@ def asked(processors: Sequence[Any], do_sample: bool, length: int, eos: Sequence
     return Asked(options, tuple(left))
 
 
-def at_head(processor: Any, length: int, eos: Sequence[int], before: Mapping[str, Any]) -> dict[str, Any] | None:
+def at_head(processor: Any, prompts: Prompts, before: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the options that do what this processor does, the first that is left; None leaves it. before: options of
     the processors in front of it."""
     kind = class_name(processor)
     if kind == "RepetitionPenaltyLogitsProcessor" and "repetition_penalty" not in before:
-        return repetition(processor)
-    if kind == "NoRepeatNGramLogitsProcessor" and "no_repeat_ngram_size" in OPTIONS:
-        return {"no_repeat_ngram_size": int(processor.ngram_size)}
+        return repetition(processor, prompts.padding)
+    if kind == "NoRepeatNGramLogitsProcessor" and "no_repeat_ngram_size" in OPTIONS and not any(prompts.padding):
+        return {"no_repeat_ngram_size": int(processor.ngram_size)}  # transformers counts n-grams of padding, too
     if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
-        if sorted(processor.eos_token_id.tolist()) != sorted(eos):
+        if prompts.known(processor.eos_token_id) != prompts.known(prompts.eos):
             return None
-        new = processor.min_length - length if kind.startswith("MinLength") else processor.min_new_tokens
+        new = processor.min_length - prompts.length if kind.startswith("MinLength") else processor.min_new_tokens
         return {"min_new_tokens": max(int(new), before.get("min_new_tokens", 0))}
     if kind == "SuppressTokensLogitsProcessor" and "ban" not in before:
-        return {"ban": sorted({int(token) for token in processor.suppress_tokens})}
+        return {"ban": prompts.known(processor.suppress_tokens)}
     return None
 
 
-def repetition(processor: Any) -> dict[str, Any] | None:
-    """Returns the option of a repetition penalty over prompt and text, which is ours, too. Padding is no part of either
-    here."""
-    penalty = float(processor.penalty)
-    if isinstance(processor.prompt_ignore_length, int) or not fits("repetition_penalty", penalty):
-        return None
-    return {"repetition_penalty": penalty}
+def repetition(processor: Any, padding: Sequence[int]) -> dict[str, Any] | None:
+    """Returns the option of a repetition penalty over prompt and text, but not over padding, which is ours, too."""
+    penalty, ignored = float(processor.penalty), processor.prompt_ignore_length
+    ignored = ignored.tolist() if isinstance(ignored, torch.Tensor) else ignored
+    plain = ignored == list(padding) or (ignored is None and not any(padding))
+    return {"repetition_penalty": penalty} if plain and fits("repetition_penalty", penalty) else None
 
 
 def at_tail(processor: Any, place: int) -> tuple[int, str, Any] | None:
@@ -177,42 +184,3 @@ def class_name(processor: Any) -> str:
     """Returns the name of one of transformers' own classes. A class derived from it may do anything."""
     kind = type(processor)
     return kind.__name__ if kind.__module__ == TRANSFORMERS else ""
-
-
-class AsInTransformers:
-    """A processor, called in the way of `generate`: with ids of the whole row, padding included, and fp32 scores, both
-    on the device of the inputs.
-
-    padding: [n] ids in front of the prompt.
-    """
-
-    def __init__(self, processor: Any, padding: torch.Tensor, row: int):
-        self._processor, self._padding = processor, padding
-        self.pure = is_pure(processor)
-        self.__name__ = str(getattr(processor, "__name__", type(processor).__name__))
-        ignored = getattr(processor, "prompt_ignore_length", None)
-        if class_name(processor) == "RepetitionPenaltyLogitsProcessor" and isinstance(ignored, torch.Tensor):
-            self._processor = type(processor)(processor.penalty, ignored[row : row + 1])
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        device = self._padding.device
-        whole = torch.cat([self._padding, ids[0].to(device)])[None]
-        given: torch.Tensor = self._processor(whole, scores.to(device, torch.float32))
-        return given
-
-
-class Criteria:
-    """transformers' stopping criteria, asked after each token in the way of `generate`: about the ids so far, padding
-    included, without scores.
-
-    prompt: [n] ids, padding included, `padding` of them. room: for so many more.
-    """
-
-    def __init__(self, criteria: Any, prompt: torch.Tensor, padding: int, room: int):
-        self._criteria, self._padding = criteria, padding
-        self._ids = torch.cat([prompt, prompt.new_zeros(room)])[None]
-
-    def __call__(self, history: History) -> bool:
-        length = self._padding + len(history)
-        self._ids[0, length - 1] = history[-1]
-        return bool(torch.as_tensor(self._criteria(self._ids[:, :length], None)).any())

@@ -88,7 +88,7 @@ class Sampler:
         self.grammar: Follower | None = None
         self._forced: list[tuple[int, int]] = []  # [start, stop) of forced tokens, the prompt first
         self.processors = tuple(processors)
-        self._eos = np.array(sorted(token for token in eos if token < vocab_size), np.int64)
+        self._eos = np.array(sorted(token for token in eos if 0 <= token < vocab_size), np.int64)
         self._ban = np.array(params.ban, np.int64)
         self._bias_ids = np.array(list(params.logit_bias), np.int64)
         self._bias = np.array(list(params.logit_bias.values()), np.float64)
