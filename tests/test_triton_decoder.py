@@ -30,7 +30,7 @@ from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.executors import choose_attention, choose_ops
+from tokenswift_py.models.devices import choose_attention, choose_ops
 from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables

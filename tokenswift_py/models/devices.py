@@ -1,17 +1,28 @@
-"""Devices, cores and types of numbers, under the names that users give them."""
+"""Devices, cores, types of numbers and kernels, under the names that users give them."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.errors import check
+from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.spec import ModelSpec, caps
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.sampling.triton import TritonSampler
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
+DETERMINISTIC = ("auto", "on", "off")
+# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
+GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 WEIGHT_FORMATS = (*DTYPES, "int8", "gguf")  # int8 and gguf are blocks of integers with scales
 
 
@@ -73,3 +84,52 @@ def check_draft_kv(kv: str) -> None:
 def check_torch_draft_weights(weights: str) -> None:
     check_draft_weights(weights)
     check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+
+
+def choose_attention(device: torch.device, spec: ModelSpec) -> str:
+    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and caps scores
+    where this model does, else PyTorch's own."""
+    if device.type == "cuda":
+        for backend, package in GPU_ATTENTION:
+            if caps(spec, backend) and importlib.util.find_spec(package) is not None:
+                return backend
+    return "sdpa"
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
+    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
+    check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
+
+
+def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
+    """Makes the operations that go with an attention backend: its own, else torch's."""
+    if attention in OWN_KERNELS:
+        return OWN_KERNELS[attention].ops(device, deterministic)
+    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
+    check(deterministic != "on", "deterministic", deterministic, allowed)
+    return TorchOps()
+
+
+def triton_ops(device: torch.device, deterministic: str) -> Ops:
+    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
+    from tokenswift_py.kernels.triton.ops import TritonOps
+    from tokenswift_py.kernels.triton.runtime import check_device
+
+    check_device(device)
+    return TritonOps(deterministic != "off")
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """The kernels that a backend's folder has beside attention.
+
+    ops:     makes a layer's operations for a device and the option `deterministic`.
+    sampler: chooses tokens where the logits lie.
+    """
+
+    ops: Callable[[torch.device, str], Ops]
+    sampler: type[Sampler]
+
+
+OWN_KERNELS = {"triton": OwnKernels(triton_ops, TritonSampler)}  # keys: the attention they go with

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,28 +17,29 @@ from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.devices import (
+    DETERMINISTIC,
     DTYPES,
     KV_DTYPES,
+    OWN_KERNELS,
+    check_attention,
     check_draft_kv,
     check_draft_weights,
     check_torch_draft_weights,
+    choose_attention,
+    choose_ops,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
-from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.rope import RopeTables
-from tokenswift_py.models.spec import ModelSpec, caps, check_caps
+from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.sampling.native import NativeSampler
 from tokenswift_py.sampling.reference import Sampler
-from tokenswift_py.sampling.triton import TritonSampler
 
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
-DETERMINISTIC = ("auto", "on", "off")
-# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
-GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
@@ -252,55 +251,6 @@ class NativeExecutor:
                 self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
             )
         return self._draft_weights
-
-
-def choose_attention(device: torch.device, spec: ModelSpec) -> str:
-    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and caps scores
-    where this model does, else PyTorch's own."""
-    if device.type == "cuda":
-        for backend, package in GPU_ATTENTION:
-            if caps(spec, backend) and importlib.util.find_spec(package) is not None:
-                return backend
-    return "sdpa"
-
-
-def check_attention(attention: str, device: torch.device) -> None:
-    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
-    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
-    check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
-
-
-def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
-    """Makes the operations that go with an attention backend: its own, else torch's."""
-    if attention in OWN_KERNELS:
-        return OWN_KERNELS[attention].ops(device, deterministic)
-    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
-    check(deterministic != "on", "deterministic", deterministic, allowed)
-    return TorchOps()
-
-
-def triton_ops(device: torch.device, deterministic: str) -> Ops:
-    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
-    from tokenswift_py.kernels.triton.ops import TritonOps
-    from tokenswift_py.kernels.triton.runtime import check_device
-
-    check_device(device)
-    return TritonOps(deterministic != "off")
-
-
-@dataclass(frozen=True)
-class OwnKernels:
-    """The kernels that a backend's folder has beside attention.
-
-    ops:     makes a layer's operations for a device and the option `deterministic`.
-    sampler: chooses tokens where the logits lie.
-    """
-
-    ops: Callable[[torch.device, str], Ops]
-    sampler: type[Sampler]
-
-
-OWN_KERNELS = {"triton": OwnKernels(triton_ops, TritonSampler)}  # keys: the attention they go with
 
 
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
