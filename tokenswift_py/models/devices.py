@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +13,19 @@ import torch
 
 from tokenswift_py import registry
 from tokenswift_py.errors import check
-from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.captured import recorder_for
+from tokenswift_py.models.ops import MatrixShape, Ops, TorchOps
 from tokenswift_py.models.spec import ModelSpec, caps
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
 from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 
+logger = logging.getLogger("tokenswift")
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
-DETERMINISTIC = ("auto", "on", "off")
+DETERMINISTIC = ("auto", "on", "blocks", "off")
+ASKED = ("cuda",)  # devices whose library `auto` asks; on a CPU, Triton's interpreter is there to check its kernels
 # Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 WEIGHT_FORMATS = (*DTYPES, "int8", "gguf")  # int8 and gguf are blocks of integers with scales
@@ -102,33 +107,62 @@ def check_attention(attention: str, device: torch.device) -> None:
     check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
 
 
-def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
-    """Makes the operations that go with an attention backend: its own, else torch's."""
+def choose_ops(
+    attention: str,
+    device: torch.device,
+    deterministic: str,
+    matrices: Sequence[MatrixShape] | None = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Ops:
+    """Makes the operations that go with an attention backend: its own, else torch's.
+
+    matrices: those that the model multiplies by, in `dtype`. None where several ranks hold parts of them.
+    """
     if attention in OWN_KERNELS:
-        return OWN_KERNELS[attention].ops(device, deterministic)
+        return OWN_KERNELS[attention].ops(device, deterministic, matrices, dtype)
     allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
-    check(deterministic != "on", "deterministic", deterministic, allowed)
+    check(deterministic not in ("on", "blocks"), "deterministic", deterministic, allowed)
     return TorchOps()
 
 
-def triton_ops(device: torch.device, deterministic: str) -> Ops:
-    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
+def triton_ops(
+    device: torch.device, deterministic: str, matrices: Sequence[MatrixShape] | None, dtype: torch.dtype
+) -> Ops:
+    """Makes Triton's operations, with the products that `deterministic` asks for.
+
+    `auto` is blocks where the row test holds, and else tiles, which keep law 1 on any device. Parts of matrices that
+    ranks share are tiles too: at the edges of tiles, they have the bits of the whole.
+    """
     from tokenswift_py.kernels.triton.ops import TritonOps
+    from tokenswift_py.kernels.triton.products import LIBRARY, blocks_on
+    from tokenswift_py.kernels.triton.row_test import Matrix
     from tokenswift_py.kernels.triton.runtime import check_device
 
     check_device(device)
-    return TritonOps(deterministic != "off")
+    allowed = "one process, or stages of one process each; ranks that share matrices take on"
+    check(matrices is not None or deterministic != "blocks", "deterministic", deterministic, allowed)
+    if deterministic == "off":
+        return TritonOps(LIBRARY)
+    if matrices is None or not (deterministic == "blocks" or (deterministic == "auto" and device.type in ASKED)):
+        return TritonOps()
+    blocks = blocks_on(tuple(Matrix(*matrix) for matrix in matrices), dtype, device, recorder_for=recorder_for)
+    if blocks.verdict.faults:
+        told = "the text is measured" if deterministic == "blocks" else "Triton's tiles do, and are taken"
+        logger.warning("the GPU's library does not keep a row's bits (%s); %s", blocks.verdict.faults[0], told)
+        if deterministic == "auto":
+            return TritonOps()
+    return TritonOps(blocks)
 
 
 @dataclass(frozen=True)
 class OwnKernels:
     """The kernels that a backend's folder has beside attention.
 
-    ops:     makes a layer's operations for a device and the option `deterministic`.
+    ops:     makes a layer's operations for a device, the option `deterministic`, matrices and their type.
     sampler: chooses tokens where the logits lie.
     """
 
-    ops: Callable[[torch.device, str], Ops]
+    ops: Callable[[torch.device, str, Sequence[MatrixShape] | None, torch.dtype], Ops]
     sampler: type[Sampler]
 
 

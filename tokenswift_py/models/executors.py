@@ -29,7 +29,7 @@ from tokenswift_py.models.devices import (
     choose_ops,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
-from tokenswift_py.models.ops import TorchOps
+from tokenswift_py.models.ops import TorchOps, join_weights, matrices_of
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
@@ -52,6 +52,7 @@ class Executor(Protocol):
     ranks: the processes that hold the model.
     remembers: whether its attention can be joined with a memory of evicted rows.
     layers: number of layers whose keys and values one process holds at the most. kinds: types of packed matrices.
+    products: names the kernels beside attention, in which all stages of a pipeline must be alike.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Executor(Protocol):
     remembers: bool
     layers: int
     kinds: set[str]
+    products: str
 
     @property
     def threads(self) -> int: ...
@@ -126,7 +128,9 @@ class TorchExecutor:
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self.remembers = getattr(self._attention, "reports_lse", False)
-        self._ops = choose_ops(backend, device, deterministic)
+        matrices = None if ranks.world > 1 else matrices_of(checkpoint.spec, apart=checkpoint.borrowed)
+        self._ops = choose_ops(backend, device, deterministic, matrices, DTYPES[dtype])
+        self.products = self._ops.label
         check_caps(checkpoint.spec, backend)
         int8 = reads_int8(self._attention, self._ops)
         allowed = f"with engine torch and attention {backend} only that of the weights ({dtype})"
@@ -140,6 +144,8 @@ class TorchExecutor:
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
         self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
+        if self._ops.joins and not checkpoint.borrowed:
+            join_weights(self._weights, self._spec)
 
     @property
     def threads(self) -> int:
@@ -182,7 +188,7 @@ class TorchExecutor:
 
 
 class NativeExecutor:
-    name = "native"
+    name, products = "native", ""
     sampler = NativeSampler
     ranks = ALONE
     remembers = True
@@ -290,7 +296,7 @@ def load(
     the whole model."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
-        check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
+        check(deterministic in ("auto", "on"), "deterministic", deterministic, "the native engine always is")
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
         return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads, spec=spec)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")

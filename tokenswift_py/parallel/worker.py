@@ -90,7 +90,8 @@ class Worker:
         checkpoint = open_checkpoint(source["model"], source["revision"], settings["dtype"])
         executor = load_stage(self.place, checkpoint, device, settings)
         self.held[words["number"]] = checkpoint, executor
-        return {"kinds": sorted(executor.kinds), "multiplied": executor.multiplied_nbytes}, []
+        found = {"kinds": sorted(executor.kinds), "multiplied": executor.multiplied_nbytes}
+        return {**found, "products": executor.products}, []
 
     def model(self, words: Words, _: list[Array]) -> Found:
         checkpoint, executor = self.held[words["executor"]]
