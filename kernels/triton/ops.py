@@ -59,7 +59,8 @@ class TritonOps:
     ) -> torch.Tensor:
         if self.products.tiled:
             return projections.gated(x, gate, up, biases, activation)
-        return fused.glu(*self.products.several(x, (gate, up), biases), activation)
+        opened, wide = self.products.several(x, (gate, up), biases)
+        return fused.glu(opened, wide, activation)
 
     def route(self, scores: torch.Tensor, mixture: Any) -> experts.Routes:
         return experts.route(scores, mixture.chosen, mixture.normalised)

@@ -90,7 +90,7 @@ class Blocks:
         self.guarantee = MEASURED if verdict.faults else "bitwise by the row test, unverified on hardware"
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        matrix = Matrix(*weight.shape, bias is not None)
+        matrix = Matrix(len(weight), weight.shape[1], bias is not None)
         if matrix not in self.matrices or x.dtype != self.dtype:
             raise ValueError(f"a product that the row test has not seen: {matrix} in {x.dtype}")
         return in_blocks(x, weight, bias, self.library)
@@ -100,7 +100,7 @@ class Blocks:
         weight, bias = joined(weights), None if biases is None else joined(biases)
         if weight is None or (bias is None) != (biases is None):
             return each(self, x, weights, biases)
-        return self.linear(x, weight, bias).split([len(part) for part in weights], 1)
+        return tuple(self.linear(x, weight, bias).split([len(part) for part in weights], 1))
 
 
 @cache
@@ -159,7 +159,8 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
 def each(
     products: Products, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases
 ) -> tuple[torch.Tensor, ...]:
-    return tuple(products.linear(x, weight, biases and biases[i]) for i, weight in enumerate(weights))
+    added = [None] * len(weights) if biases is None else biases
+    return tuple(products.linear(x, weight, bias) for weight, bias in zip(weights, added, strict=True))
 
 
 TILES, LIBRARY = Tiles(), Library()

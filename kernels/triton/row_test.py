@@ -40,7 +40,7 @@ class Matrix(NamedTuple):
 class Verdict:
     """The outcome of a row test.
 
-    faults: what has changed a row's bits, by the names of `trials`. None has where there are no names.
+    faults: names of the trials in which a row's bits have changed.
     bits:   eight hexadecimal digits of a hash of the results. Inputs are the same on every machine, so another kernel
             has other digits.
     """

@@ -66,12 +66,12 @@ TOGETHER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 def groups_of(spec: ModelSpec) -> list[tuple[str, ...]]:
     """Returns the names of the matrices that rows are multiplied by, those of one input together, without experts."""
     groups: dict[str, tuple[str, ...]] = {}
-    for name, shape in spec.shapes().items():
-        at, _, last = name.removesuffix(".weight").rpartition(".")
-        multiplied = spec.tied or last != "embed_tokens"
-        if len(shape) == 2 and multiplied and ".experts." not in name:
-            first = f"{at}.{TOGETHER.get(last, last)}"
-            groups[first] = (*groups.get(first, ()), f"{at}.{last}")
+    for tensor, shape in spec.shapes().items():
+        name = tensor.removesuffix(".weight")
+        last = name.split(".")[-1]
+        if len(shape) == 2 and (spec.tied or last != "embed_tokens") and ".experts." not in name:
+            first = name.removesuffix(last) + TOGETHER.get(last, last)
+            groups[first] = (*groups.get(first, ()), name)
     return list(groups.values())
 
 

@@ -50,13 +50,8 @@ class PipelineExecutor:
             answers = line.answers()
         self.products = self._own.products
         for words, _ in answers:
-            alike = words["products"] == self.products
-            check(
-                alike,
-                "deterministic",
-                words["products"],
-                f"as the first stage's, {self.products!r}: --deterministic on",
-            )
+            found, allowed = words["products"], f"as the first stage's, {self.products!r}: --deterministic on"
+            check(found == self.products, "deterministic", found, allowed)
             self._own.kinds.update(words["kinds"])  # numerics name the types of all layers
         self._multiplied: int = self._own.multiplied_nbytes + sum(words["multiplied"] for words, _ in answers)
         self.name, self.dtype, self.kv_dtype = self._own.name, self._own.dtype, self._own.kv_dtype
