@@ -253,8 +253,7 @@ def test_it_computes_what_hugging_face_does(family: str) -> None:
 def test_every_pass_has_the_bits_of_plain_decoding(
     family: str, dtype: torch.dtype, kv_dtype: torch.dtype | None
 ) -> None:
-    """A prompt of more rows than a block, the same in other chunks, a tree in company of another text, and tokens one by
-    one."""
+    """A prompt of more rows than a block, the same in other chunks, a tree beside another text, and single tokens."""
     decoder = blocks_decoder(family, dtype, kv_dtype)
     tokens = np.random.default_rng(0).integers(0, 61, 70).astype(np.int32)
     pool = decoder.new_pool(12)
