@@ -78,12 +78,12 @@ def groups_of(spec: ModelSpec) -> list[tuple[str, ...]]:
 def matrices_of(spec: ModelSpec, apart: bool) -> tuple[MatrixShape, ...]:
     """Returns the shapes of the products that a model takes, each once. apart: whether those of one input may be
     computed one by one, too."""
-    shapes, found = spec.shapes(), set()
+    shapes, found = spec.shapes(), set[MatrixShape]()
     for group in groups_of(spec):
         bias = f"{group[0]}.bias" in shapes
         sizes = [shapes[f"{name}.weight"] for name in group]
         found.add((sum(size[0] for size in sizes), sizes[0][1], bias))
-        found |= {(*size, bias) for size in sizes} if apart else set()
+        found |= {(size[0], size[1], bias) for size in sizes} if apart else set()
     return tuple(sorted(found))
 
 
