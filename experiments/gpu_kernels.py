@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,10 +27,13 @@ from tokenswift_py.kernels.triton import attention
 from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.configs import SWEPT, Config
 from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.products import in_blocks
+from tokenswift_py.kernels.triton.row_test import Matrix, row_test
 from tokenswift_py.kernels.triton.runtime import launch_options
 from tokenswift_py.kernels.triton.sampling import gumbel
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
+from tokenswift_py.models.captured import recorder_for
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.sampling import noise
 from tokenswift_py.sampling.reference import Sampler
@@ -124,7 +128,8 @@ def row_law(stage: Stage) -> Iterator[Row]:
     """Checks law 1 on two layers.
 
     A row of a tree must have the bits that it has alone, in a causal chunk, with and without page masses, under a view
-    of all pages, launched and replayed. It is also checked over int8 keys and values, and with moved queries.
+    of all pages, launched and replayed. It is also checked over int8 keys and values, with moved queries, and with the
+    library's products in blocks, which must keep it where step 4 finds that their rows do.
     """
     contexts = stage.pick((63, 64, 4095, 32_767, 100_000), (63, 128))
     counts = stage.pick((1, 2, 7, 16, 17, 64), (3,))
@@ -133,6 +138,7 @@ def row_law(stage: Stage) -> Iterator[Row]:
         "plain": (Parts(stage, longest, layers=2), {}),
         "int8": (Parts(stage, longest, layers=2), {"kv_dtype": torch.int8}),
         "moved": (Parts(stage, longest, layers=2, trained=stage.pick(8192, 160)), {"positions": "self-extend"}),
+        "blocks": (Parts(stage, longest, layers=2), {"products": "blocks"}),
     }
     for name, (parts, options) in kinds.items():
         model, launched = parts.decoder(**options), parts.decoder(graphs=False, **options)
@@ -144,7 +150,8 @@ def row_law(stage: Stage) -> Iterator[Row]:
                 wrong = differences(model, launched, base, tree)
                 base.release()
                 differs = ", ".join(sorted(wrong))
-                yield {"keys": name, "context": length, "rows": count, "ok": not wrong, "differs": differs}
+                kept = name != "blocks" or not parts.blocks.verdict.faults
+                yield {"keys": name, "context": length, "rows": count, "ok": not (wrong and kept), "differs": differs}
 
 
 def differences(model: TorchDecoder, launched: TorchDecoder, base: KVCache, tree: DraftTree) -> set[str]:
@@ -185,23 +192,27 @@ def same(output: Output, together: Output, node: int | None = None) -> bool:
 
 
 def products(stage: Stage) -> Iterator[Row]:
-    """Checks whether cuBLAS keeps a row's bits in blocks of 64 rows, and times it beside the fixed tiles."""
+    """Runs the row test on the library's products in blocks of 64 rows, as at the start of a run, and times them beside
+    the fixed tiles."""
     hidden, ffn, kv, vocab = stage.pick((4096, 14_336, 1024, 128_256), (32, 48, 16, 61))
-    shapes = {"q, o": (hidden, hidden), "k, v": (kv, hidden), "gate, up": (ffn, hidden), "down": (hidden, ffn),
-              "head": (vocab, hidden)}  # fmt: skip
+    shapes = {"q, k, v": (hidden + 2 * kv, hidden), "o": (hidden, hidden), "gate, up": (2 * ffn, hidden),
+              "down": (hidden, ffn), "head": (vocab, hidden)}  # fmt: skip
     torch.manual_seed(0)
     for name, (columns, depth) in shapes.items():
+        began = time.monotonic()
+        found = row_test(in_blocks, Matrix(columns, depth), stage.dtype, stage.device, recorder_for)
+        seconds = time.monotonic() - began
         x = torch.randn(64, depth, device=stage.device, dtype=stage.dtype)
         weight = torch.randn(columns, depth, device=stage.device, dtype=stage.dtype) * depth**-0.5
-        together, order = F.linear(x, weight), torch.randperm(64, device=stage.device)
-        moved = torch.equal(F.linear(x[order], weight), together[order])
-        other = torch.randn_like(x)
-        other[:7] = x[:7]
-        neighbours = torch.equal(F.linear(other, weight)[:7], together[:7])
-        timed = {"cublas us": (F.linear, x), "tiles us": (linear, x), "tiles us, one row": (linear, x[:1].contiguous())}
-        us = {kind: 1e3 * stage.ms(partial(run, rows, weight)) for kind, (run, rows) in timed.items()}
+        timed = {
+            "blocks us": (in_blocks, x),
+            "tiles us": (linear, x),
+            "tiles us, one row": (linear, x[:1].contiguous()),
+        }
+        us = {kind: 1e3 * stage.ms(partial(run, rows, weight, None)) for kind, (run, rows) in timed.items()}
         floor = 1e6 * weight.nbytes / stage.bandwidth
-        yield {"product": name, "permuted alike": moved, "neighbours alike": neighbours, **us, "floor us": floor}
+        yield {"product": name, "rows keep their bits": not found.faults, "faults": ", ".join(found.faults),
+               "bits": found.bits, "test s": seconds, **us, "floor us": floor}  # fmt: skip
 
 
 def attention_variants(stage: Stage) -> Iterator[Row]:

@@ -40,18 +40,18 @@ def passes(stage: Stage) -> Iterator[Row]:
     contexts, counts = stage.pick((4096, 32_768, 100_000), (100,)), stage.pick((1, 8, 32, 64), (1, 2))
     parts = Parts(stage, contexts[-1] + 256)
     pool = None
-    for deterministic in (True, False):
-        model = parts.decoder(deterministic)
+    for products in ("tiles", "blocks", "library"):
+        model = parts.decoder(products)
         pool = pool or drawn_pool(model)
-        for length in contexts if deterministic else contexts[-1:]:
+        for length in contexts[-1:] if products == "library" else contexts:
             for count in counts:
                 cache = drawn_cache(pool, model.context, length)
                 ms = stage.ms(lambda: one_pass(model, cache, count))  # noqa: B023
                 cache.release()
                 floor = 1e3 * (parts.weight_bytes + parts.token_bytes * (length + count)) / stage.bandwidth
-                yield {"deterministic": deterministic, "context": length, "rows": count, "ms": ms, "floor ms": floor,
+                yield {"products": products, "context": length, "rows": count, "ms": ms, "floor ms": floor,
                        "share": floor / ms}  # fmt: skip
-        if deterministic:
+        if products == "blocks":
             yield from profiled(stage, model, drawn_cache(pool, model.context, contexts[-1]), counts[1])
 
 
@@ -109,12 +109,13 @@ def loop(stage: Stage) -> Iterator[Row]:
     """
     length, rounds = stage.pick(100_000, 130), stage.pick(40, 3)
     parts = Parts(stage, length + stage.pick(2048, 64))
-    model, drafting = parts.decoder(), parts.decoder(draft=True)
+    products = "tiles" if parts.blocks.verdict.faults else "blocks"  # as `--deterministic auto` chooses
+    model, drafting = parts.decoder(products), parts.decoder(products, draft=True)
     pool, vocab = drawn_pool(model, 64), parts.spec.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab, length).tolist()
     base = drawn_cache(pool, model.context, length - 1)
     plain, row = written(stage, model, drafting, base, prompt, create("none"), 6 * rounds)
-    yield {"drafter": "none", **row}
+    yield {"drafter": "none", "products": products, **row}
     views = stage.pick((1024, 4096), (64,))
     drafters: dict[str, Drafter] = {
         "ngram": create("ngram"),

@@ -15,16 +15,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from tokenswift_py.core import DraftTree, TreeBuilder
 from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks, Products, blocks_on
+from tokenswift_py.kernels.triton.row_test import Matrix
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
-from tokenswift_py.models.captured import Recorder
+from tokenswift_py.models.captured import Recorder, recorder_for
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.ops import join_weights, matrices_of
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -106,6 +110,14 @@ class Parts:
         self.spec = ModelSpec.from_config(self.config)
         torch.manual_seed(0)
         self.weights = {name: self._drawn(shape) for name, shape in self.spec.shapes().items()}
+        join_weights(self.weights, self.spec)
+
+    @property
+    def blocks(self) -> Blocks:
+        """The library's products in blocks, with the row test's verdict on this model's matrices."""
+        matrices = tuple(Matrix(*matrix) for matrix in matrices_of(self.spec, apart=False))
+        library = self.stage.pick(F.linear, summed)
+        return blocks_on(matrices, self.stage.dtype, self.stage.device, library, recorder_for)
 
     def _drawn(self, shape: tuple[int, ...]) -> torch.Tensor:
         made = torch.empty(shape, dtype=self.stage.dtype, device=self.stage.device)
@@ -113,15 +125,16 @@ class Parts:
 
     def decoder(
         self,
-        deterministic: bool = True,
+        products: str = "tiles",
         kv_dtype: torch.dtype | None = None,
         positions: str = "trained",
         graphs: bool = True,
         draft: bool = False,
     ) -> TorchDecoder:
+        """Makes a decoder. products: tiles, blocks or library."""
         rope = rope_tables(self.config, self.context, Positions(positions))
-        parts = self.spec, self.weights, rope, TritonAttention(), TritonOps(deterministic), draft, kv_dtype
-        decoder = TorchDecoder(*parts)
+        chosen: Products = self.blocks if products == "blocks" else {"tiles": TILES, "library": LIBRARY}[products]
+        decoder = TorchDecoder(self.spec, self.weights, rope, TritonAttention(), TritonOps(chosen), draft, kv_dtype)
         if not graphs:
             decoder.recorder = Recorder(None)
         return decoder
@@ -135,6 +148,12 @@ class Parts:
     def token_bytes(self) -> int:
         """The bytes of a token's keys and values."""
         return 2 * self.spec.layers * self.spec.kv_heads * self.spec.head_dim * self.stage.dtype.itemsize
+
+
+def summed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Stands in for a GPU's library where there is none. Sums each element by itself."""
+    total = (x[:, None] * weight).sum(-1)
+    return total if bias is None else total + bias
 
 
 def drawn_pool(decoder: TorchDecoder, spare: int = 8) -> TorchPagePool:

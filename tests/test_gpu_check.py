@@ -41,7 +41,7 @@ def test_every_step_runs_in_tiny(tmp_path: Path, steps: str, capsys: pytest.Capt
         assert number in ("0", "4", "6") or any(row.get("ok") for row in step["rows"]), "says whether it held"
     if steps == "0-5":
         law = [(row["keys"], row["context"]) for row in record["steps"]["3"]["rows"]]
-        assert law == [("plain", 63), ("plain", 128), ("int8", 128), ("moved", 128)]
+        assert law == [("plain", 63), ("plain", 128), ("int8", 128), ("moved", 128), ("blocks", 128)]
     if steps == "8,9":
         said = [row.get("what") or row["drafter"] for row in record["steps"]["8"]["rows"]]
         assert said == ["killed and resumed", "audit", "none, no graphs", "auto, int8 KV", "none", "ngram"]

@@ -202,7 +202,7 @@ def triton_decoder(make: Callable[..., Any], family: str, dtype: torch.dtype, **
     from tokenswift_py.kernels.triton.ops import TritonOps
 
     model = tiny_model(tiny_config(family, **TRITON), dtype).to(DEVICE)
-    return make(model, attention="triton", ops=TritonOps(True), **more)
+    return make(model, attention="triton", ops=TritonOps(), **more)
 
 
 def triton_passes(family: str, dtype: torch.dtype) -> tuple[torch.Tensor, str]:

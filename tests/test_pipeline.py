@@ -166,13 +166,13 @@ def test_a_stage_of_triton_kernels_begins_where_the_other_has_left() -> None:
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
              "hidden_size": 64, "intermediate_size": 128}  # fmt: skip
     model = tiny_model(tiny_config("qwen3", **sizes), torch.bfloat16).to(DEVICE)
-    whole = decoder_of(model, attention="triton", ops=TritonOps(True))
+    whole = decoder_of(model, attention="triton", ops=TritonOps())
     weights, rope = weights_of(model), rope_tables(model.config, 512)
     backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", "triton")
     stages = []
     for spec in stage_specs(whole.spec, 2):
         own = {name: weights[name] for name in spec.shapes()}
-        stages.append(TorchDecoder(spec, own, rope, backend, TritonOps(True)))
+        stages.append(TorchDecoder(spec, own, rope, backend, TritonOps()))
     segment = Segment(DraftTree.chain(np.array(TOKENS[:5]) % 61), whole.new_cache(), causal=True)
     expected = whole.forward([segment], [1, 4])
     rows = lay_out([Segment(segment.tree, whole.new_cache(), causal=True)])

@@ -18,7 +18,7 @@ from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.errors import UserError
 from tokenswift_py.kernels import flash, xformers
 from tokenswift_py.kernels._prefix import PrefixAndTail, merge
-from tokenswift_py.models.executors import check_attention
+from tokenswift_py.models.devices import check_attention
 
 
 def documented(

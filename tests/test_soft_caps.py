@@ -23,7 +23,7 @@ from tokenswift_py.errors import UserError
 from tokenswift_py.kernels import xformers
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.executors import choose_attention
+from tokenswift_py.models.devices import choose_attention
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables

@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 from conftest import decoder_of, tiny_config, tiny_model
 from interpreter import DEVICE, INTERPRETED
 from recording import Tape, record
+from row_products import stand_in_blocks
 from scripted import Scripted, write
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
@@ -27,12 +28,16 @@ from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.kernels.base import AttentionSegment, Room
 from tokenswift_py.kernels.triton.items import EVERYTHING, NEAR, Heads, splits
 from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks
+from tokenswift_py.kernels.triton.row_test import Matrix, Verdict
 from tokenswift_py.kernels.triton.tables import FixedTables
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.captured import Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.ops import join_weights, matrices_of
 from tokenswift_py.models.rows import lay_out
+from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.sampling.triton import TritonSampler
 from tokenswift_py.serving.scheduler import Scheduler
 from tokenswift_py.serving.sharing import OwnTime
@@ -60,11 +65,19 @@ TREES = {
 CHAIN, BUSH = DraftTree.chain(range(8)), DraftTree(range(8), [-1, 0, 0, 1, 1, 2, 2, 3])
 
 
-def new_decoder(family: str = "qwen3", deterministic: bool = True, **changes: Any) -> TorchDecoder:
+def new_decoder(family: str = "qwen3", way: str = "tiles", **changes: Any) -> TorchDecoder:
     """Norms of queries and keys, and one layer with a window of 70 beside one without."""
     changes = {"sliding_window": 70, "use_sliding_window": True, "max_window_layers": 1, **changes}
     config = tiny_config(family, **SMALL, **(changes if family != "llama" else {}))
-    return decoder_of(tiny_model(config, torch.float32), context=8192, attention="triton", ops=TritonOps(deterministic))
+    products: Any = {"tiles": TILES, "library": LIBRARY}.get(way)
+    ops = TritonOps(products or stand_in_blocks(ModelSpec.from_config(config), torch.float32))
+    return decoder_of(tiny_model(config, torch.float32), context=8192, attention="triton", ops=ops)
+
+
+def one_launch_blocks(spec: ModelSpec) -> Blocks:
+    """Blocks of torch's own product, which is one launch."""
+    matrices = [Matrix(*matrix) for matrix in matrices_of(spec, apart=False)]
+    return Blocks(matrices, torch.float32, Verdict((), "00000000"))
 
 
 def drawn_cache(decoder: TorchDecoder, length: int, pool: Any = None) -> KVCache:
@@ -118,14 +131,12 @@ def without_steps(
         return decoder.forward(segments, **wants)
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_a_step_recorded_once_serves_every_text_of_its_shape(
-    deterministic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", ["tiles", "blocks", "library"])
+def test_a_step_recorded_once_serves_every_text_of_its_shape(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records the launches of one shape, changes the memory they read, launches them again, and compares with a step
     that nothing was recorded of. With torch's own products too: on a GPU they are cuBLAS's, and recorded as well."""
     monkeypatch.setattr("tokenswift_py.models.captured.ROWS", (4,))
-    decoder = new_decoder(deterministic=deterministic)
+    decoder = new_decoder(way=way)
     tapes = []
 
     def noted(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
@@ -138,7 +149,7 @@ def test_a_step_recorded_once_serves_every_text_of_its_shape(
     fresh = decoder.new_pool(80)
     decoder.steps_over(cache.pool).recorder = Recorder(noted)
     passes = ((62, "three nodes"), (62, "four nodes"), (65, "a chain"), (130, "three nodes"), (700, "four nodes"))
-    for length, name in passes if deterministic else passes[1:4]:
+    for length, name in passes if way == "tiles" else passes[1:4]:
         cache.release()
         cache = drawn_cache(decoder, length, cache.pool)
         again = drawn_cache(decoder, length, fresh)
@@ -283,25 +294,32 @@ def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "wanted"),
+    ("family", "way", "wanted"),
     [
-        ("llama", {False: 8, True: 9}),
-        ("gemma3_text", {False: 11}),
-        ("mixtral", {False: 12}),
-        ("qwen2_moe", {False: 15}),
+        ("llama", "tiles", {False: 8, True: 9}),
+        ("llama", "blocks", {False: 10}),
+        ("gemma3_text", "tiles", {False: 11}),
+        ("mixtral", "tiles", {False: 12}),
+        ("qwen2_moe", "tiles", {False: 15}),
     ],
 )
-def test_launches_of_a_layer(record_property: Any, family: str, wanted: dict[bool, int]) -> None:
-    """How many nodes of a graph a layer costs, page masses wanted or not: the difference of one layer more."""
+def test_launches_of_a_layer(
+    record_property: Any, monkeypatch: pytest.MonkeyPatch, family: str, way: str, wanted: dict[bool, int]
+) -> None:
+    """How many nodes of a graph a layer costs, page masses wanted or not: the difference of one layer more. Blocks copy
+    no rows."""
     counts = {}
+    monkeypatch.setattr("tokenswift_py.kernels.triton.products.ALIGNED", 4)  # a CPU's memory is aligned less
     for mass in wanted:
         names = []
         for layers in (1, 2):
             config = tiny_config(family, **{**SMALL, "num_hidden_layers": layers, "layer_types": None})
-            decoder = decoder_of(
-                tiny_model(config, torch.float32),
-                context=256, attention="triton", ops=TritonOps(True),
-            )  # fmt: skip
+            spec, model = ModelSpec.from_config(config), tiny_model(config, torch.float32)
+            ops = TritonOps(one_launch_blocks(spec) if way == "blocks" else TILES)
+            decoder = decoder_of(model, context=256, attention="triton", ops=ops)
+            if ops.joins:
+                join_weights(decoder.weights, spec)
+                decoder._heads = [decoder._head_weights(f"{spec.at(layer)}self_attn.") for layer in range(layers)]
             cache = decoder.new_cache()
             step, rows = step_of(decoder, Segment(TREES["a chain"], cache), mass=mass)
             step.run(rows)
@@ -309,8 +327,10 @@ def test_launches_of_a_layer(record_property: Any, family: str, wanted: dict[boo
                 step.replayed.run()
             names.append([launch.name for launch in tape.launches])
         counts[mass] = len(names[1]) - len(names[0])
-        print(f"launches of a layer of {family}, page masses {'wanted' if mass else 'not wanted'}: {counts[mass]}")
-        record_property(f"launches of a layer of {family}, mass {mass}", counts[mass])
+        print(
+            f"launches of a layer of {family}, {way}, page masses {'wanted' if mass else 'not wanted'}: {counts[mass]}"
+        )
+        record_property(f"launches of a layer of {family}, {way}, mass {mass}", counts[mass])
     assert counts == wanted
 
 

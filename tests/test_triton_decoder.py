@@ -28,9 +28,10 @@ from tokenswift_py.kernels.base import architecture
 from tokenswift_py.kernels.triton.configs import Config, Tiles
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Products
 from tokenswift_py.kvcache.pages import pages_for
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.executors import choose_attention, choose_ops
+from tokenswift_py.models.devices import choose_attention, choose_ops
 from tokenswift_py.models.ops import TorchOps
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
@@ -49,12 +50,12 @@ FOUR_TOKENS = dict.fromkeys((3, 14, 15, 9), 30.0)  # a text that repeats itself
 
 def triton_decoder(
     dtype: torch.dtype = torch.float32,
-    deterministic: bool = True,
+    products: Products = TILES,
     family: str = "llama",
     kv_dtype: torch.dtype | None = None,
 ) -> Any:
     model = tiny_model(tiny_config(family, **SMALL, **OWN.get(family, {})), dtype).to(DEVICE)
-    return decoder_of(model, attention="triton", ops=TritonOps(deterministic), kv_dtype=kv_dtype), model
+    return decoder_of(model, attention="triton", ops=TritonOps(products), kv_dtype=kv_dtype), model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -91,7 +92,7 @@ def test_soft_caps_are_those_of_the_textbook() -> None:
     spec = replace(ModelSpec.from_config(model.config), attention_cap=1.5, logit_cap=2.0)
     tables, ids = rope_tables(model.config, 128), DraftTree.chain(np.array(PROMPT, np.int32))
     found = []
-    for attention, ops in (("triton", TritonOps(True)), ("naive", TorchOps())):
+    for attention, ops in (("triton", TritonOps()), ("naive", TorchOps())):
         backend = registry.create("tokenswift_py.kernels", "BACKEND", "attention", attention)
         decoder = TorchDecoder(spec, weights_of(model), tables, backend, ops)
         cache = decoder.new_cache()
@@ -148,7 +149,7 @@ def test_far_keys_are_met_by_moved_queries(block: int, dtype: torch.dtype, kv_dt
     config = tiny_config(**SMALL, max_position_embeddings=320)
     model = tiny_model(config, dtype).to(DEVICE)
     tables = rope_tables(config, 640, Positions("self-extend", block, block))
-    decoder = decoder_of(model, attention="triton", ops=TritonOps(True), kv_dtype=kv_dtype, rope=tables)
+    decoder = decoder_of(model, attention="triton", ops=TritonOps(), kv_dtype=kv_dtype, rope=tables)
     cache = decoder.new_cache()
     for layer in range(2):
         cache.pool.write(layer, torch.arange(574), *(3 * torch.randn(2, 574, 1, 16)).to(DEVICE, dtype))
@@ -187,7 +188,7 @@ def test_drafting_changes_no_token(family: str, temperature: float) -> None:
 def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
     """Every drafter there is, with heads and a draft model of random weights; and one that is mostly right."""
     beside = tiny_model(tiny_config("qwen2", **{**SMALL, "num_hidden_layers": 1}), torch.float32, seed=1).to(DEVICE)
-    small = decoder_of(beside, attention="triton", ops=TritonOps(True), kv_dtype=torch.int8)
+    small = decoder_of(beside, attention="triton", ops=TritonOps(), kv_dtype=torch.int8)
     embedding = model.state_dict()["model.embed_tokens.weight"]
     return [
         Scripted(PROMPT + truth, 61, 0.8, width=2),
@@ -260,7 +261,7 @@ def test_the_contract_names_the_gpu_and_how_kernels_are_compiled(monkeypatch: py
     assert f"/{architecture(DEVICE)}/" in plain.numerics
     monkeypatch.setattr("tokenswift_py.models.decoder.architecture", lambda device: "cuda-sm_90")
     assert "/cuda-sm_90/" in triton_decoder()[0].numerics
-    labels = {TritonOps(True).label, TritonOps(False).label}
+    labels = {TritonOps().label, TritonOps(LIBRARY).label}
     changes: list[tuple[str, Any]] = [
         ("matmul.tiles", lambda *args: Tiles(64, 32, 32, 4, 4)),
         ("matmul.tiles", lambda *args: Tiles(64, 32, 64, 8, 4)),
@@ -272,13 +273,13 @@ def test_the_contract_names_the_gpu_and_how_kernels_are_compiled(monkeypatch: py
     for name, value in changes:
         with monkeypatch.context() as patch:
             patch.setattr(f"tokenswift_py.kernels.triton.{name}", value)
-            labels.add(TritonOps(True).label)
+            labels.add(TritonOps().label)
     assert len(labels) == 2 + len(changes)
-    assert TritonOps(True).label in labels
+    assert TritonOps().label in labels
 
 
 def test_cublas_is_labelled_measured() -> None:
-    decoder, _ = triton_decoder(deterministic=False)
+    decoder, _ = triton_decoder(products=LIBRARY)
     assert decoder.guarantee == "measured"
     assert "fixed-tiles" not in decoder.numerics and "triton" in decoder.numerics
 

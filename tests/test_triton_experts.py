@@ -76,11 +76,11 @@ def test_a_mixture_is_torchs_and_a_rows_bits_are_its_own(
     x, scores = torch.randn(rows, HIDDEN).to(dtype), torch.randn(rows, COUNT).to(dtype)
     scores[3:40] = scores[3]
     shared: Any = (torch.randn(rows, 1).to(dtype), torch.randn(rows, HIDDEN).to(dtype)) if with_shared else None
-    together = mixed(TritonOps(True), x, scores, own, shared)
+    together = mixed(TritonOps(), x, scores, own, shared)
     torch.testing.assert_close(together, mixed(TorchOps(), x, scores, own, shared), rtol=tolerance, atol=tolerance)
     for part in (slice(0, 1), slice(5, 6), slice(5, 9), slice(69, 70), slice(2, 43)):
         few = None if shared is None else (shared[0][part], shared[1][part])
-        assert torch.equal(mixed(TritonOps(True), x[part], scores[part], own, few), together[part])
+        assert torch.equal(mixed(TritonOps(), x[part], scores[part], own, few), together[part])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,8 +88,8 @@ def test_products_have_the_bits_of_an_expert_alone(dtype: torch.dtype) -> None:
     own, x = weights(dtype), torch.randn(5, HIDDEN).to(dtype)
     scores = torch.randn(5, COUNT)
     chosen, routes = TorchOps().route(scores, MIXTURE).experts, experts.route(scores, CHOSEN, False)
-    opened = TritonOps(True).gated_experts(x, routes, own, "silu")
-    closed = TritonOps(True).linear_experts(opened, routes, own)
+    opened = TritonOps().gated_experts(x, routes, own, "silu")
+    closed = TritonOps().linear_experts(opened, routes, own)
     for pair, expert in enumerate(chosen.flatten().tolist()):
         row = x[pair // CHOSEN][None]
         alone = projections.gated(row, own.gates[expert], own.ups[expert])
@@ -100,7 +100,7 @@ def test_products_have_the_bits_of_an_expert_alone(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="records launches in the interpreter; test_triton_gpu.py replays")
 def test_recorded_launches_serve_whatever_rows_choose() -> None:
     """The host is asked nothing: launched again over other rows, they compute those."""
-    own, ops = weights(torch.float32), TritonOps(True)
+    own, ops = weights(torch.float32), TritonOps()
     x, scores = torch.randn(8, HIDDEN, device=DEVICE), torch.randn(8, COUNT)
     with Tape() as tape:
         out = mixed(ops, x, scores, own)

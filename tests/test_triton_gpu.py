@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +22,27 @@ from tokenswift_py.drafters.base import create
 from tokenswift_py.kernels.naive import Naive
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
+from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks, blocks_on
+from tokenswift_py.kernels.triton.row_test import Matrix
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool
-from tokenswift_py.models.captured import ROWS, Recorder
+from tokenswift_py.models.captured import ROWS, Recorder, recorder_for
+from tokenswift_py.models.ops import matrices_of
+from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 from triton_scenes import TRITON, as_if_committed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(INTERPRETED, reason="needs a GPU")]
+
+
+def library_blocks(model: Any) -> Blocks:
+    """The card's own library in blocks, for a model in bf16. A library that computes graphs otherwise is not taken."""
+    matrices = tuple(Matrix(*matrix) for matrix in matrices_of(ModelSpec.from_config(model.config), apart=True))
+    blocks = blocks_on(matrices, torch.bfloat16, torch.device("cuda"), recorder_for=recorder_for)
+    if any("capture" in fault for fault in blocks.verdict.faults):
+        pytest.skip(f"the row test refuses this library: {blocks.verdict.faults}")
+    return blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -65,11 +79,14 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
         assert torch.equal(linear(x[-rows:], weight), together[-rows:])
 
 
-@pytest.mark.parametrize(("deterministic", "kv_dtype"), [(True, None), (False, None), (True, torch.int8)])
-def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool, kv_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("way", "kv_dtype"), [("tiles", None), ("library", None), ("blocks", None), ("tiles", torch.int8)]
+)
+def test_a_captured_step_gives_the_bits_of_one_that_is_not(way: str, kv_dtype: torch.dtype | None) -> None:
     """It runs after texts of other lengths and for other trees of its shape, and the host never waits for the GPU."""
     model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
-    made = {"attention": "triton", "ops": TritonOps(deterministic), "kv_dtype": kv_dtype}
+    products: Any = {"tiles": TILES, "library": LIBRARY}.get(way) or library_blocks(model)
+    made = {"attention": "triton", "ops": TritonOps(products), "kv_dtype": kv_dtype}
     captured, plain = (decoder_of(model, **made) for _ in range(2))
     plain.recorder = Recorder(None)
     caches = [decoder.new_cache() for decoder in (captured, plain)]
@@ -94,7 +111,7 @@ def test_a_captured_step_gives_the_bits_of_one_that_is_not(deterministic: bool, 
 def test_a_captured_pass_of_several_texts_has_the_bits_of_each_alone() -> None:
     """Law 9 in a replay, whatever the mixture: the same graph serves three texts and then two others."""
     model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
-    decoder = decoder_of(model, attention="triton", ops=TritonOps(True))
+    decoder = decoder_of(model, attention="triton", ops=TritonOps())
     pool, rng = decoder.new_pool(60), np.random.default_rng(0)
     caches = []
     for length in (5, 64, 190, 300):
@@ -152,7 +169,7 @@ def test_a_model_on_another_gpu_than_the_current_one() -> None:
     texts = []
     for device in ("cuda:0", "cuda:1"):
         model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to(device)
-        decoder = decoder_of(model, attention="triton", ops=TritonOps(True))
+        decoder = decoder_of(model, attention="triton", ops=TritonOps())
         sampler = TritonSampler(SamplingParams(temperature=0.9, seed=1), 61)
         loop = DecodeLoop(decoder, create("ngram", shortest=1), sampler, Stops(80, ()), draft_tokens=4)
         texts.append([token for step in loop.run([3, 14, 15, 9, 26]) for token in step.tokens])

@@ -70,7 +70,9 @@ class TokenSwift(LoadedModel):
         device:    auto (cuda where there is one, else cpu) or a torch device.
         threads:   CPU threads; None is the number that the machine gives this process.
         deterministic: with on, a row's bits do not depend on its company (native always; torch with attention triton).
-                       With off, matrix products are cuBLAS's and the guarantee is measured. auto is on where it can be.
+                       With blocks, matrix products are cuBLAS's in blocks of 64 rows: as on where a test at the start
+                       finds that rows keep their bits, else measured. With off, they are cuBLAS's as it likes, and the
+                       guarantee is measured. auto is blocks on a GPU where the test holds, else on where it can be.
         pipeline_parallel_size: number of stages over which the layers are spread. It must divide the processes.
 
         Under torchrun (WORLD_SIZE above 1) the processes hold the model together, each its share of heads and weights,

@@ -33,6 +33,7 @@ from tokenswift_py.kernels.triton.runtime import (
     Variant,
     check_device,
     launch_options,
+    new_rows,
     padded,
     precision,
 )
@@ -294,7 +295,7 @@ class TritonAttention:
         heads = Heads(kv_heads, group, width, chosen.tile, 4 * kv_heads * group * depth, min(LAST_LEVEL, block_pages))
         tables = plan.table(heads)
         q = (q if far is None else far.q).contiguous()
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = new_rows(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         positions, ranges, lists = (tables.buffer[place:] for place in tables.places)
         turns = (lse, lse, positions) if far is None else (far.cos, far.sin, far.table)
@@ -341,8 +342,7 @@ def variants(target: str) -> Iterator[Variant]:
                 chosen = config(dtype, head_dim, int8, target)
                 constants = {
                     **shape, "TILE": chosen.tile, "PAGE": PAGE_SIZE, "FIELDS": FIELDS, "NEAR": NEAR, "INT8": int8,
-                    "FAR": far, "CAPPED": capped,
-                    "PRECISION": precision(target),
+                    "FAR": far, "CAPPED": capped, "PRECISION": precision(target),
                 }  # fmt: skip
                 pool = dict.fromkeys(("keys", "values"), "*i8" if int8 else data)
                 kinds = {"q": data, **pool, "scale": "fp32", "cap": "fp32"}

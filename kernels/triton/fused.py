@@ -13,7 +13,7 @@ import torch
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options
+from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options, new_rows
 
 BLOCK = 1024
 ROW_BYTES = 64  # bytes of a row that a program copies at a time
@@ -72,7 +72,7 @@ def norm_kernel(
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Computes RMSNorm over the last dimension. weight: of x's type, or fp32, which is not rounded to x's."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = new_rows(x)
     width = x.shape[-1]
     norm_kernel[(x.numel() // width,)](
         x, x, weight, x, out, eps, WIDTH=width, ADD=False, BLOCK=BLOCK, **launch_options(4, 1)
@@ -82,7 +82,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def add_norm(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns x + y and its RMSNorm. x, y: [R, width], contiguous."""
-    total, out = torch.empty_like(x), torch.empty_like(x)
+    total, out = torch.empty_like(x), new_rows(x)
     norm_kernel[(len(x),)](
         x, y, weight, total, out, eps, WIDTH=x.shape[1], ADD=True, BLOCK=BLOCK, **launch_options(4, 1)
     )  # fmt: skip
@@ -103,20 +103,31 @@ def activated(x: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def glu_kernel(
-    gate: tl.tensor, up: tl.tensor, out: tl.tensor, count: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
+    gate: tl.tensor,  # [R, columns], whose rows lie `stride` apart
+    up: tl.tensor,
+    out: tl.tensor,  # [R, columns]
+    columns: tl.tensor,
+    stride: tl.tensor,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate + at, mask=at < count, other=0.0)
-    u = tl.load(up + at, mask=at < count, other=0.0)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    g = tl.load(gate + row * stride + column, mask=inside, other=0.0)
+    u = tl.load(up + row * stride + column, mask=inside, other=0.0)
     opened = activated(g.to(tl.float32), GELU).to(g.dtype)
-    tl.store(out + at, (opened.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=at < count)
+    tl.store(out + row * columns + column, (opened.to(tl.float32) * u.to(tl.float32)).to(g.dtype), mask=inside)
 
 
 def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch.Tensor:
-    """Computes act(gate) * up. Both are contiguous and of one shape. activation: silu, or gelu by its tanh."""
-    out = torch.empty_like(gate)
-    grid = (triton.cdiv(gate.numel(), BLOCK),)
-    glu_kernel[grid](gate, up, out, gate.numel(), GELU=activation == "gelu", BLOCK=BLOCK, **launch_options(4, 1))
+    """Computes act(gate) * up. Both are [R, columns] with contiguous rows, which lie as far apart in the one as in the
+    other. activation: silu, or gelu by its tanh."""
+    rows, columns = gate.shape
+    out = new_rows(gate)
+    grid = (rows, triton.cdiv(columns, BLOCK))
+    glu_kernel[grid](
+        gate, up, out, columns, gate.stride(0), GELU=activation == "gelu", BLOCK=BLOCK, **launch_options(4, 1)
+    )
     return out
 
 
@@ -163,8 +174,8 @@ def normed(x: tl.tensor, scale: tl.tensor, weight: tl.tensor, inside: tl.tensor,
 
 @triton.jit(do_not_specialize=["heads", "kv_heads", "pool_pages"])
 def rope_kernel(
-    q: tl.tensor,  # [R, heads, HEAD_DIM]
-    k: tl.tensor,  # [R, kv_heads, HEAD_DIM]
+    q: tl.tensor,  # [R, heads, HEAD_DIM], whose rows lie `q_stride` apart
+    k: tl.tensor,  # [R, kv_heads, HEAD_DIM], as v, whose rows lie `kv_stride` apart
     v: tl.tensor,
     cos: tl.tensor,  # [R, HEAD_DIM / 2]
     sin: tl.tensor,
@@ -180,6 +191,8 @@ def rope_kernel(
     heads: tl.tensor,
     kv_heads: tl.tensor,
     pool_pages: tl.tensor,
+    q_stride: tl.tensor,
+    kv_stride: tl.tensor,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
@@ -198,9 +211,9 @@ def rope_kernel(
     c = tl.load(cos + angle, mask=inside, other=0.0)
     s = tl.load(sin + angle, mask=inside, other=0.0)
     if head < heads:
-        source = q + (row * heads + head).to(tl.int64) * HEAD_DIM
+        source = q + row.to(tl.int64) * q_stride + head * HEAD_DIM
     else:
-        source = k + (row * kv_heads + head - heads).to(tl.int64) * HEAD_DIM
+        source = k + row.to(tl.int64) * kv_stride + (head - heads) * HEAD_DIM
     first = tl.load(source + lane, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + HEAD_DIM // 2 + lane, mask=inside, other=0.0).to(tl.float32)
     if NORM:
@@ -219,7 +232,7 @@ def rope_kernel(
         slot = tl.load(slots + row)
         if slot >= 0:
             at = (head - heads).to(tl.int64) * pool_pages * PAGE + slot
-            from_value = v + (row * kv_heads + head - heads).to(tl.int64) * HEAD_DIM + lane
+            from_value = v + row.to(tl.int64) * kv_stride + (head - heads) * HEAD_DIM + lane
             first = tl.load(from_value, mask=inside, other=0.0).to(tl.float32)
             second = tl.load(from_value + HEAD_DIM // 2, mask=inside, other=0.0).to(tl.float32)
             store_head(keys + at * HEAD_DIM, key_scales + at, turned, other, HEAD_DIM, HALF, INT8)
@@ -241,16 +254,19 @@ def rope_write(
 ) -> torch.Tensor:
     """Returns q rotated, and writes k rotated and v to their slots of one layer's pages.
 
-    q: [R, heads, head_dim]. k, v: [R, kv_heads, head_dim]. cos, sin: [R, head_dim / 2] fp32. slots: [R] int64; rows of
-    slot -1 are not written. keys, values: [kv_heads, pages, PAGE_SIZE, head_dim]. scales: [kv_heads, pages, PAGE_SIZE]
-    fp32 each, for int8 pages. norms: [head_dim] each, the weights of RMSNorm by which q and k are normed first.
+    q: [R, heads, head_dim]. k, v: [R, kv_heads, head_dim]. Their rows may lie apart. cos, sin: [R, head_dim / 2] fp32.
+    slots: [R] int64, -1 for rows that are not written. keys, values: [kv_heads, pages, PAGE_SIZE, head_dim]. scales:
+    [kv_heads, pages, PAGE_SIZE] fp32, for int8 pages. norms: weights [head_dim] of RMSNorms of q and k that come first.
     """
     rows, heads, head_dim = q.shape
     kv_heads, pool_pages, page, _ = keys.shape
     rotated = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, k, v = (part if part.stride()[1:] == (head_dim, 1) else part.contiguous() for part in (q, k, v))
+    if k.stride(0) != v.stride(0):
+        k, v = k.contiguous(), v.contiguous()
     rope_kernel[(rows, heads + kv_heads)](
-        q.contiguous(), k.contiguous(), v.contiguous(), cos, sin, slots, rotated, keys, values,
-        *(scales or (cos, cos)), *(norms or (q, q)), eps, heads, kv_heads, pool_pages, HEAD_DIM=head_dim,
+        q, k, v, cos, sin, slots, rotated, keys, values, *(scales or (cos, cos)), *(norms or (q, q)), eps, heads,
+        kv_heads, pool_pages, q.stride(0), k.stride(0), HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2), PAGE=page, INT8=scales is not None, NORM=norms is not None,
         **launch_options(1, 1),
     )  # fmt: skip
@@ -317,7 +333,7 @@ def variants(target: str) -> Iterator[Variant]:
         kinds = dict.fromkeys(("gate", "up", "out"), data)
         for gelu in (False, True):
             name, constants = "geglu" if gelu else "swiglu", {"GELU": gelu, "BLOCK": BLOCK}
-            yield Variant(name, glu_kernel, dtype, None, kinds, constants, 4, 1)
+            yield Variant(name, glu_kernel, dtype, None, kinds, constants, 4, 1, ("columns", "stride"))
         for head_dim in HEAD_DIMS:
             half = triton.next_power_of_2(head_dim // 2)
             for int8, norm in product((False, True), ("", "+norm", "+wide")[: 1 + len(wider)]):
@@ -327,7 +343,7 @@ def variants(target: str) -> Iterator[Variant]:
                 kinds = {**whole, **norms, **pool, "slots": "*i64", "eps": "fp32"}
                 constants = {"HEAD_DIM": head_dim, "HALF": half, "PAGE": 64, "INT8": int8, "NORM": bool(norm)}
                 name = f"rope_write{norm}{'+int8' * int8}"
-                yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1)
+                yield Variant(name, rope_kernel, dtype, head_dim, kinds, constants, 1, 1, ("q_stride", "kv_stride"))
         for rows in (16, 64, 512):  # for the commit of a small tree, a fork, and the deepest chain
             constants = {"HEAD_DIM": 128, "ROWS": rows, "COLUMNS": ROW_BYTES // dtype.itemsize}
             kinds = {"keys": data, "values": data, "source": "*i64", "target": "*i64"}

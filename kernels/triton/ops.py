@@ -6,12 +6,11 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 import triton
 from tokenswift_py.kernels.base import PAGE_SIZE
 from tokenswift_py.kernels.triton import attention, configs, experts, fused, items, matmul, merge, projections
-from tokenswift_py.kernels.triton.matmul import linear
+from tokenswift_py.kernels.triton.products import TILES, Products
 
 
 def configurations() -> str:
@@ -30,21 +29,17 @@ def configurations() -> str:
 
 
 class TritonOps:
-    """`Ops` by Triton's kernels.
-
-    deterministic: whether matrix products keep law 1 too. Else they are cuBLAS's.
-    """
+    """`Ops` by Triton's kernels, apart from matrix products, which can be the library's."""
 
     pads = True
 
-    def __init__(self, deterministic: bool):
-        self.deterministic = deterministic
-        self.guarantee = "bitwise, unverified on hardware" if deterministic else "measured"
+    def __init__(self, products: Products = TILES):
+        self.products, self.guarantee, self.joins = products, products.guarantee, products.joins
         kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
-        self.label = f"{kernels}/fixed-tiles" if deterministic else kernels
+        self.label = f"{kernels}/{products.label}" if products.label else kernels
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, weight, bias) if self.deterministic else F.linear(x, weight, bias)
+        return self.products.linear(x, weight, bias)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return fused.norm(x, weight, eps)
@@ -62,16 +57,16 @@ class TritonOps:
         biases: tuple[torch.Tensor, torch.Tensor] | None,
         activation: str,
     ) -> torch.Tensor:
-        if self.deterministic:
+        if self.products.tiled:
             return projections.gated(x, gate, up, biases, activation)
-        opened, wide = (F.linear(x, weight, biases and biases[i]) for i, weight in enumerate((gate, up)))
+        opened, wide = self.products.several(x, (gate, up), biases)
         return fused.glu(opened, wide, activation)
 
     def route(self, scores: torch.Tensor, mixture: Any) -> experts.Routes:
         return experts.route(scores, mixture.chosen, mixture.normalised)
 
     def gated_experts(self, x: torch.Tensor, routes: experts.Routes, own: Any, activation: str) -> torch.Tensor:
-        """Multiplies in fixed tiles, deterministic or not: cuBLAS would have to be told how many rows an expert has."""
+        """Multiplies in fixed tiles in any case: the library would have to be told how many rows an expert has."""
         return experts.multiplied(x, own.addresses[:2], routes, len(own.gates[0]), True, activation)
 
     def linear_experts(self, x: torch.Tensor, routes: experts.Routes, own: Any) -> torch.Tensor:
@@ -89,10 +84,9 @@ class TritonOps:
         return q, k, v
 
     def _projected(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.deterministic:
+        if self.products.tiled:
             return projections.qkv(x, own.weights, own.biases, own.head_dim)
-        biases = own.biases or (None, None, None)
-        q, k, v = (F.linear(x, w, b).unflatten(1, (-1, own.head_dim)) for w, b in zip(own.weights, biases, strict=True))
+        q, k, v = (part.unflatten(1, (-1, own.head_dim)) for part in self.products.several(x, own.weights, own.biases))
         return q, k, v
 
     def qkv_rope_write(
@@ -107,7 +101,7 @@ class TritonOps:
     ) -> torch.Tensor:
         """Takes one launch where the products are this backend's, and no whole head is needed to go on."""
         keys, values, scales = pool.keys[layer], pool.values[layer], pool.scales_of(layer)
-        if self.deterministic and own.norms is None and scales is None:
+        if self.products.tiled and own.norms is None and scales is None:
             return projections.qkv_rope_write(x, own.weights, own.biases, cos, sin, slots, keys, values)
         q, k, v = self._projected(x, own)
         return fused.rope_write(q, k, v, cos, sin, slots, keys, values, scales, own.norms, own.eps)

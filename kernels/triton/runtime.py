@@ -16,6 +16,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 AMD = torch.version.hip is not None
 
+BLOCK_ROWS = 64  # rows of each product that the GPU's library computes; see products.py
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 HEAD_DIMS = (64, 80, 96, 128, 256)  # head sizes that are compiled ahead of time; others run too
@@ -63,6 +65,17 @@ def check_device(device: torch.device) -> None:
 def launch_options(warps: int, stages: int) -> dict[str, Any]:
     """Returns the options of a launch. They forbid to fuse a product with a sum, which would differ between kernels."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+
+
+def blocked(rows: int) -> int:
+    """Returns the least number of rows, whole blocks of BLOCK_ROWS, that holds `rows`."""
+    return -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+
+
+def new_rows(x: torch.Tensor) -> torch.Tensor:
+    """Returns empty rows of x's shape, [R, ...]. Memory goes on behind them to the end of a block, so that a product in
+    blocks need not copy them."""
+    return x.new_empty(blocked(len(x)), *x.shape[1:])[: len(x)]
 
 
 def padded(size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,7 @@ class Checkpoint:
     defaults: dict[str, Any]
     eos: tuple[int, ...]
     gguf: GgufIndex | None = None
+    borrowed: ClassVar[bool] = False  # whether tensors in memory are another model's, and stay as they are
 
     def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
         """Returns the weights as they lie on disk. Blocks of a GGUF file are dequantised in fp32, rounded to `dtype`.

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -224,10 +225,19 @@ def check_out(folder: Path | None) -> None:
 
 def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of `from_pretrained`: the recorded ones, replaced by those that were given. Another engine
-    goes without the settings that are the recorded one's own."""
+    goes without the settings that are the recorded one's own. The products are those that the contract names, whatever
+    `auto` would choose now."""
     given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
     recorded = dict(record.header["origin"])
+    recorded["deterministic"] = recorded_products(record.header["numerics"]) or recorded["deterministic"]
     if {"engine", "dtype", "attention", "device"} & given.keys():
         recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
     return {**recorded, **given}
+
+
+def recorded_products(numerics: str) -> str | None:
+    """Returns the value of `deterministic` that takes the products which a numerics contract names; None where it names
+    none, because its kernels leave no choice."""
+    found = re.search(r"/kernels-[0-9a-f]{8}(?:/(fixed-tiles|blocks-\d+-[0-9a-f]{8}))?(?=/|$)", numerics)
+    return found and {"f": "on", "b": "blocks", "": "off"}[(found[1] or "")[:1]]

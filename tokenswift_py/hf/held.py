@@ -52,6 +52,7 @@ class HeldCheckpoint(Checkpoint):
     """A checkpoint whose weights are in memory. It has no folder."""
 
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    borrowed = True
 
     def tensors(self, part: Part | None = None, dtype: torch.dtype = torch.float32) -> Tensors:
         """Returns the model's own tensors. Raises ValueError where a part is asked for, because one process holds the

@@ -1,17 +1,33 @@
-"""Devices, cores and types of numbers, under the names that users give them."""
+"""Devices, cores, types of numbers and kernels, under the names that users give them."""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tokenswift_py import registry
 from tokenswift_py.errors import check
+from tokenswift_py.models.captured import recorder_for
+from tokenswift_py.models.ops import MatrixShape, Ops, TorchOps
+from tokenswift_py.models.spec import ModelSpec, caps
 from tokenswift_py.options import DRAFT_KV, DRAFT_WEIGHTS
+from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.sampling.triton import TritonSampler
+
+logger = logging.getLogger("tokenswift")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
+DETERMINISTIC = ("auto", "on", "blocks", "off")
+ASKED = ("cuda",)  # devices whose library `auto` asks; on a CPU, Triton's interpreter is there to check its kernels
+# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
+GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 WEIGHT_FORMATS = (*DTYPES, "int8", "gguf")  # int8 and gguf are blocks of integers with scales
 
 
@@ -73,3 +89,81 @@ def check_draft_kv(kv: str) -> None:
 def check_torch_draft_weights(weights: str) -> None:
     check_draft_weights(weights)
     check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+
+
+def choose_attention(device: torch.device, spec: ModelSpec) -> str:
+    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and caps scores
+    where this model does, else PyTorch's own."""
+    if device.type == "cuda":
+        for backend, package in GPU_ATTENTION:
+            if caps(spec, backend) and importlib.util.find_spec(package) is not None:
+                return backend
+    return "sdpa"
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
+    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
+    check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
+
+
+def choose_ops(
+    attention: str,
+    device: torch.device,
+    deterministic: str,
+    matrices: Sequence[MatrixShape] | None = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Ops:
+    """Makes the operations that go with an attention backend: its own, else torch's.
+
+    matrices: those that the model multiplies by, in `dtype`. None where several ranks hold parts of them.
+    """
+    if attention in OWN_KERNELS:
+        return OWN_KERNELS[attention].ops(device, deterministic, matrices, dtype)
+    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
+    check(deterministic not in ("on", "blocks"), "deterministic", deterministic, allowed)
+    return TorchOps()
+
+
+def triton_ops(
+    device: torch.device, deterministic: str, matrices: Sequence[MatrixShape] | None, dtype: torch.dtype
+) -> Ops:
+    """Makes Triton's operations, with the products that `deterministic` asks for.
+
+    `auto` is blocks where the row test holds, and else tiles, which keep law 1 on any device. Parts of matrices that
+    ranks share are tiles too: at the edges of tiles, they have the bits of the whole.
+    """
+    from tokenswift_py.kernels.triton.ops import TritonOps
+    from tokenswift_py.kernels.triton.products import LIBRARY, blocks_on
+    from tokenswift_py.kernels.triton.row_test import Matrix
+    from tokenswift_py.kernels.triton.runtime import check_device
+
+    check_device(device)
+    allowed = "one process, or stages of one process each; ranks that share matrices take on"
+    check(matrices is not None or deterministic != "blocks", "deterministic", deterministic, allowed)
+    if deterministic == "off":
+        return TritonOps(LIBRARY)
+    if matrices is None or not (deterministic == "blocks" or (deterministic == "auto" and device.type in ASKED)):
+        return TritonOps()
+    blocks = blocks_on(tuple(Matrix(*matrix) for matrix in matrices), dtype, device, recorder_for=recorder_for)
+    if blocks.verdict.faults:
+        told = "the text is measured" if deterministic == "blocks" else "Triton's tiles do, and are taken"
+        logger.warning("the GPU's library does not keep a row's bits (%s); %s", blocks.verdict.faults[0], told)
+        if deterministic == "auto":
+            return TritonOps()
+    return TritonOps(blocks)
+
+
+@dataclass(frozen=True)
+class OwnKernels:
+    """The kernels that a backend's folder has beside attention.
+
+    ops:     makes a layer's operations for a device, the option `deterministic`, matrices and their type.
+    sampler: chooses tokens where the logits lie.
+    """
+
+    ops: Callable[[torch.device, str, Sequence[MatrixShape] | None, torch.dtype], Ops]
+    sampler: type[Sampler]
+
+
+OWN_KERNELS = {"triton": OwnKernels(triton_ops, TritonSampler)}  # keys: the attention they go with

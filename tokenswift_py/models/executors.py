@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -19,28 +17,29 @@ from tokenswift_py.memory import check_memory
 from tokenswift_py.models.blocks import Blocks
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.devices import (
+    DETERMINISTIC,
     DTYPES,
     KV_DTYPES,
+    OWN_KERNELS,
+    check_attention,
     check_draft_kv,
     check_draft_weights,
     check_torch_draft_weights,
+    choose_attention,
+    choose_ops,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
-from tokenswift_py.models.ops import Ops, TorchOps
+from tokenswift_py.models.ops import TorchOps, join_weights, matrices_of
 from tokenswift_py.models.rope import RopeTables
-from tokenswift_py.models.spec import ModelSpec, caps, check_caps
+from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
 from tokenswift_py.sampling.native import NativeSampler
 from tokenswift_py.sampling.reference import Sampler
-from tokenswift_py.sampling.triton import TritonSampler
 
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
-DETERMINISTIC = ("auto", "on", "off")
-# Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
-GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
 EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
@@ -53,6 +52,7 @@ class Executor(Protocol):
     ranks: the processes that hold the model.
     remembers: whether its attention can be joined with a memory of evicted rows.
     layers: number of layers whose keys and values one process holds at the most. kinds: types of packed matrices.
+    products: names the kernels beside attention, in which all stages of a pipeline must be alike.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Executor(Protocol):
     remembers: bool
     layers: int
     kinds: set[str]
+    products: str
 
     @property
     def threads(self) -> int: ...
@@ -127,7 +128,9 @@ class TorchExecutor:
         check_attention(backend, device)
         self._attention = registry.create("tokenswift_py.kernels", "BACKEND", "attention", backend)
         self.remembers = getattr(self._attention, "reports_lse", False)
-        self._ops = choose_ops(backend, device, deterministic)
+        matrices = None if ranks.world > 1 else matrices_of(checkpoint.spec, apart=checkpoint.borrowed)
+        self._ops = choose_ops(backend, device, deterministic, matrices, DTYPES[dtype])
+        self.products = self._ops.label
         check_caps(checkpoint.spec, backend)
         int8 = reads_int8(self._attention, self._ops)
         allowed = f"with engine torch and attention {backend} only that of the weights ({dtype})"
@@ -141,6 +144,8 @@ class TorchExecutor:
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
         self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
+        if self._ops.joins and not checkpoint.borrowed:
+            join_weights(self._weights, self._spec)
 
     @property
     def threads(self) -> int:
@@ -183,7 +188,7 @@ class TorchExecutor:
 
 
 class NativeExecutor:
-    name = "native"
+    name, products = "native", ""
     sampler = NativeSampler
     ranks = ALONE
     remembers = True
@@ -254,55 +259,6 @@ class NativeExecutor:
         return self._draft_weights
 
 
-def choose_attention(device: torch.device, spec: ModelSpec) -> str:
-    """Returns the backend that `auto` means: on a GPU the first of GPU_ATTENTION that is installed and caps scores
-    where this model does, else PyTorch's own."""
-    if device.type == "cuda":
-        for backend, package in GPU_ATTENTION:
-            if caps(spec, backend) and importlib.util.find_spec(package) is not None:
-                return backend
-    return "sdpa"
-
-
-def check_attention(attention: str, device: torch.device) -> None:
-    """Raises UserError for a backend whose file says that it needs a GPU, on another device."""
-    needs_gpu = registry.says("tokenswift_py.kernels", "attention", attention, "NEEDS_GPU", False)
-    check(device.type == "cuda" or not needs_gpu, "attention", attention, f"its kernels need a GPU, not {device.type}")
-
-
-def choose_ops(attention: str, device: torch.device, deterministic: str) -> Ops:
-    """Makes the operations that go with an attention backend: its own, else torch's."""
-    if attention in OWN_KERNELS:
-        return OWN_KERNELS[attention].ops(device, deterministic)
-    allowed = f"only with attention {' or '.join(OWN_KERNELS)}; {attention} rounds by the number of rows"
-    check(deterministic != "on", "deterministic", deterministic, allowed)
-    return TorchOps()
-
-
-def triton_ops(device: torch.device, deterministic: str) -> Ops:
-    """Makes Triton's operations. `auto` is on, for Triton's attention keeps law 1."""
-    from tokenswift_py.kernels.triton.ops import TritonOps
-    from tokenswift_py.kernels.triton.runtime import check_device
-
-    check_device(device)
-    return TritonOps(deterministic != "off")
-
-
-@dataclass(frozen=True)
-class OwnKernels:
-    """The kernels that a backend's folder has beside attention.
-
-    ops:     makes a layer's operations for a device and the option `deterministic`.
-    sampler: chooses tokens where the logits lie.
-    """
-
-    ops: Callable[[torch.device, str], Ops]
-    sampler: type[Sampler]
-
-
-OWN_KERNELS = {"triton": OwnKernels(triton_ops, TritonSampler)}  # keys: the attention they go with
-
-
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
     """Returns native or torch. Raises UserError where native was asked for and cannot be. `auto` is native on a CPU,
     unless an attention backend of torch's was asked for or several processes share the model."""
@@ -340,7 +296,7 @@ def load(
     the whole model."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")
     if engine == "native":
-        check(deterministic != "off", "deterministic", deterministic, "the native engine always is")
+        check(deterministic in ("auto", "on"), "deterministic", deterministic, "the native engine always is")
         kv = kv_dtype or (dtype if dtype in DTYPES else "bf16")
         return NativeExecutor(checkpoint, dtype, KV_DTYPES[kv], threads, spec=spec)
     check(dtype in DTYPES, "dtype", dtype, f"with engine torch one of {', '.join(DTYPES)}; engine native has {dtype}")

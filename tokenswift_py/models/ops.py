@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 from tokenswift_py.models.families.base import Experts
+from tokenswift_py.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,45 @@ def readable(weight: torch.Tensor) -> torch.Tensor:
     return weight.clone() if weight.data_ptr() % 16 else weight
 
 
+MatrixShape = tuple[int, int, bool]  # outputs, inputs, and whether a bias is added
+# Matrices of one input, of which one product can compute all. The others are known by the first one's name.
+TOGETHER = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+def groups_of(spec: ModelSpec) -> list[tuple[str, ...]]:
+    """Returns the names of the matrices that rows are multiplied by, those of one input together, without experts."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for tensor, shape in spec.shapes().items():
+        name = tensor.removesuffix(".weight")
+        last = name.split(".")[-1]
+        if len(shape) == 2 and (spec.tied or last != "embed_tokens") and ".experts." not in name:
+            first = name.removesuffix(last) + TOGETHER.get(last, last)
+            groups[first] = (*groups.get(first, ()), name)
+    return list(groups.values())
+
+
+def matrices_of(spec: ModelSpec, apart: bool) -> tuple[MatrixShape, ...]:
+    """Returns the shapes of the products that a model takes, each once. apart: whether those of one input may be
+    computed one by one, too."""
+    shapes, found = spec.shapes(), set[MatrixShape]()
+    for group in groups_of(spec):
+        bias = f"{group[0]}.bias" in shapes
+        sizes = [shapes[f"{name}.weight"] for name in group]
+        found.add((sum(size[0] for size in sizes), sizes[0][1], bias))
+        found |= {(size[0], size[1], bias) for size in sizes} if apart else set()
+    return tuple(sorted(found))
+
+
+def join_weights(weights: dict[str, torch.Tensor], spec: ModelSpec) -> None:
+    """Lays matrices of one input, and their biases, side by side in memory, where one product can read them all."""
+    for group in groups_of(spec):
+        for kind in ("weight", "bias"):
+            parts = [weights[f"{name}.{kind}"] for name in group if f"{name}.{kind}" in weights]
+            if len(parts) > 1:
+                joined = torch.cat(parts).split([len(part) for part in parts])
+                weights.update((f"{name}.{kind}", part) for name, part in zip(group, joined, strict=True))
+
+
 class Ops(Protocol):
     """The operations of a layer, on R rows at a time.
 
@@ -64,11 +104,13 @@ class Ops(Protocol):
     label:     part of the numerics contract.
     pads:      whether `rope_write` skips rows of slot -1, which pad a pass to a fixed shape, and writes the scales of
                int8 pages too.
+    joins:     whether it is for matrices that `join_weights` has laid side by side.
     """
 
     guarantee: str
     label: str
     pads: bool
+    joins: bool
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Computes x @ weight.T + bias. x: [R, in]. weight: [out, in]."""
@@ -199,7 +241,7 @@ class TorchOps:
 
     guarantee = "measured"
     label = ""
-    pads = False
+    pads = joins = False
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)

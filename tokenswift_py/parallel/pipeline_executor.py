@@ -11,6 +11,7 @@ import torch
 from tokenswift_py.checkpoints import checkpoint as files
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
+from tokenswift_py.errors import check
 from tokenswift_py.models.executors import Executor
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.parallel.column import Column, column
@@ -44,7 +45,10 @@ class PipelineExecutor:
             [told] * len(others), [[]] * len(others), lambda: load_stage(line.place, checkpoint, device, settings)
         )
         self._own: Executor = own
+        self.products = own.products
         for words, _ in answers:
+            found, allowed = words["products"], f"as the first stage's, {self.products!r}: --deterministic on"
+            check(found == self.products, "deterministic", found, allowed)
             self._own.kinds.update(words["kinds"])  # numerics name the types of all layers
         self._multiplied: int = self._own.multiplied_nbytes + sum(words["multiplied"] for words, _ in answers)
         self.name, self.dtype, self.kv_dtype = self._own.name, self._own.dtype, self._own.kv_dtype

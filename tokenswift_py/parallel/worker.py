@@ -107,7 +107,8 @@ class Worker:
             raise RanksError(f"the model's files differ from the first stage's: {checkpoint.folder}")
         executor = load_stage(self.place, checkpoint, device, settings)
         self.held[words["number"]] = checkpoint, executor
-        return {"kinds": sorted(executor.kinds), "multiplied": executor.multiplied_nbytes}, []
+        found = {"kinds": sorted(executor.kinds), "multiplied": executor.multiplied_nbytes}
+        return {**found, "products": executor.products}, []
 
     def model(self, words: Words, _: list[Array]) -> Found:
         checkpoint, executor = self.held[words["executor"]]
