@@ -54,11 +54,13 @@ class Resources:
 
     second_model: the `model` and `vocab_sizes` of a drafter with a model of its own, which DraftModel takes.
     draft_cost:   cost of draft passes. Texts in company learn it together.
+    kept:         what drafters of the same model have read before, by a name. Texts in company share it.
     """
 
     checkpoint: Checkpoint
     second_model: Mapping[str, Any] = field(default_factory=dict)
     draft_cost: PassCost | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 class Drafter:
@@ -71,6 +73,8 @@ class Drafter:
     runs_target: whether it makes passes of the target with the draft's weights, or products with its LM head.
     sees_views: whether these see views of the target's cache, of which an engine may keep copies.
     has_second_model: whether it drafts with a model of its own, which of several ranks rank 0 alone holds.
+    taps: layers, ascending, of which the passes whose output it sees report what enters them.
+    window: how many of a text's latest rows it wants these of, beside those that `prefill` shows it.
     """
 
     name: str
@@ -78,6 +82,8 @@ class Drafter:
     runs_target = False
     sees_views = False
     has_second_model = False
+    taps: tuple[int, ...] = ()
+    window = 0
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -92,6 +98,12 @@ class Drafter:
         for which other texts would wait.
 
         tokens: all of them up to the last row that was committed.
+        """
+
+    def read_rows(self, output: Output, start: int, following: IntArray) -> None:
+        """Takes in rows of its window that were committed while the beginning of a text was computed.
+
+        output: output of these rows, with its taps. start: position of the first. following: the token after each.
         """
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenswift_py.drafters.base import Resources, width_of
-from tokenswift_py.drafters.heads import Heads
+from tokenswift_py.drafters.base import Drafter, Resources, width_of
+from tokenswift_py.drafters.heads import Heads, with_own_layers
 from tokenswift_py.drafters.heads import for_checkpoint as heads_for
 from tokenswift_py.drafters.ngram import NGram
 from tokenswift_py.drafters.partial import Partial
+from tokenswift_py.errors import check
 from tokenswift_py.options import Options
 
 
@@ -26,10 +27,17 @@ class Cascade(Partial):
         super().__init__(**settings, reuse=NGram(shortest), heads=heads)
 
 
-def create(options: Options, resources: Resources) -> Cascade:
+def create(options: Options, resources: Resources) -> Drafter:
     """Makes the drafter, with heads where they are asked for. Those of the default model do not pay beside the other
-    tiers (`results/ablations.md`). Raises UserError where there are no such heads."""
+    tiers (`results/ablations.md`). A draft with layers of its own is another drafter, which
+    auto then means.
+
+    Raises UserError where there are no such heads.
+    """
     named = options.draft_heads
+    if (other := with_own_layers(options, resources)) is not None:
+        check(options.drafter == "auto", "draft_heads", named, f"this draft is for drafter {other.name}, heads or auto")
+        return other
     heads = None if named is None else heads_for(resources.checkpoint, named)
     settings = {"policy": options.draft_policy, "view_tokens": options.draft_budget, **width_of(options)}
     return Cascade(heads=heads, cost=resources.draft_cost, **settings)

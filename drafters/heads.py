@@ -7,7 +7,7 @@ of the model. Head i = 1 .. K guesses the i-th token after the pending one. `hea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,7 +17,9 @@ import torch
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.decoding.passes import without_passes
+from tokenswift_py.drafters import dflash, eagle
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
+from tokenswift_py.drafters.draft_folders import drafter_of
 from tokenswift_py.drafters.head_files import find_heads
 from tokenswift_py.drafters.head_weights import HeadWeights
 from tokenswift_py.options import Options
@@ -271,7 +273,21 @@ def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
     return Heads(weights, checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"])
 
 
-def create(options: Options, resources: Resources) -> Heads:
+def with_own_layers(options: Options, resources: Resources) -> Drafter | None:
+    """Makes the drafter that the folder of `draft_heads` is for, None where it is not a folder of such a draft."""
+    drafter = drafter_of(options.draft_heads)
+    return None if drafter is None else OWN_LAYERS[drafter](options, resources)
+
+
+OWN_LAYERS: Mapping[str, Callable[[Options, Resources], Drafter]] = {
+    "eagle": eagle.for_checkpoint,
+    "dflash": dflash.for_checkpoint,
+}
+
+
+def create(options: Options, resources: Resources) -> Drafter:
+    if (other := with_own_layers(options, resources)) is not None:
+        return other
     return for_checkpoint(resources.checkpoint, options.draft_heads)
 
 

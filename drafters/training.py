@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
-from tokenswift_py.core import DraftTree, Model, Segment
+from tokenswift_py.core import DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.drafters.head_files import fingerprint, heads_file, write_heads
 from tokenswift_py.drafters.head_weights import FORMS, RANKS, HeadWeights, Table, rms_norm
@@ -51,6 +52,12 @@ PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 TEACHER = 32  # how many tokens of the model's distribution heads learn from
 
 
+class Reader(Protocol):
+    """Says what is kept of a row, as heads do."""
+
+    def reads(self, output: Output, row: int) -> torch.Tensor: ...
+
+
 class Text:
     """A text being written, and the data that the heads will learn from."""
 
@@ -77,7 +84,7 @@ class Text:
 
 def write(
     model: Model,
-    weights: HeadWeights,
+    weights: Reader,
     prompts: Iterator[list[int]],
     sampler_of: Callable[[int], Sampler],
     wanted: int,

@@ -175,7 +175,13 @@ def main() -> None:
     parser.add_argument("--cuts", type=int, default=1, help=f"places in the text, {CUT} tokens apart")
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--slice", type=int, default=32)
-    parser.add_argument("--drafters", default="auto", help="auto, ngram, partial:1024:4 (view, chain), ...")
+    parser.add_argument("--drafters", default="auto", help="auto, ngram, partial:1024:4 (view, chain), eagle:1024, ...")
+    parser.add_argument(
+        "--seen",
+        type=int,
+        default=SEEN_ROWS,
+        help="rows before the race that each reads itself, as eagle's window needs",
+    )
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--min-p", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
@@ -234,7 +240,7 @@ class Text:
         else:
             tokens = continuation(self.name, swift.tokenizer, self.last).tokens
         kept = args.kept and args.kept / f"{self.name}-{self.length}"
-        return Prefix(swift, tokens, self.last + args.new, self.forks, args.new, kept)
+        return Prefix(swift, tokens, self.last + args.new, self.forks, args.new + args.seen, kept)
 
     def run(self, cut: int) -> Run:
         if isinstance(self.source, Written):
@@ -255,7 +261,7 @@ class Text:
 
 def rows(text: Text, cut: int) -> Iterator[Row]:
     """Yields a row for each drafter."""
-    text.source.read(cut - (0 if text.source.written else SEEN_ROWS))
+    text.source.read(cut - (0 if text.source.written else max(SEEN_ROWS, min(text.args.seen, cut - 1))))
     trace = f"{text.args.trace}-{text.name}" if text.args.trace else ""
     found = race(text.swift, text.args, text.run(cut), text.source, contenders(text.args.drafters), trace)
     common = {name: value for name, value in found.items() if name != "drafters"}

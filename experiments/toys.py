@@ -176,6 +176,7 @@ class MarkovModel:
         logit_rows: Sequence[int] | None = None,
         want_mass: bool = False,
         want_queries: bool = False,
+        taps: Sequence[int] = (),
     ) -> Output:
         logits = self.table[torch.from_numpy(lay_out(segments).tokens.astype(np.int64))]
         return Output(logits, logits if logit_rows is None else logits[list(logit_rows)])

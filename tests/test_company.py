@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
+from random_eagle import random_eagle
 from random_heads import random_heads
 from tokenswift_py import TokenSwift
+from tokenswift_py.drafters.eagle_files import write_eagle
 from tokenswift_py.drafters.head_files import write_heads
 from tokenswift_py.kvcache.pages import ROUND_PAGES
 from tokenswift_py.options import Options
@@ -45,7 +47,7 @@ settings_of_a_text = st.fixed_dictionaries(
     {
         "max_new_tokens": st.sampled_from([1, 2, 17, 40, 70, 110]),
         "seed": st.integers(0, 2**53),
-        "drafter": st.sampled_from(["none", "ngram", "partial", "cascade", "heads"]),
+        "drafter": st.sampled_from(["none", "ngram", "partial", "cascade", "heads", "eagle"]),
         "form": st.sampled_from(FORMS),
         "priority": st.sampled_from([0.0, 0.0, 1.0, 5.0]),
         "prompt": st.sampled_from(PROMPTS),
@@ -84,10 +86,13 @@ def swift(tiny_folder: Path) -> TokenSwift:
 
 
 @pytest.fixture(scope="module")
-def heads(swift: TokenSwift, tmp_path_factory: pytest.TempPathFactory) -> str:
-    file = tmp_path_factory.mktemp("heads") / "heads.safetensors"
-    write_heads(random_heads("recurrent", vocab=swift.checkpoint.spec.vocab_size), file)
-    return str(file)
+def heads(swift: TokenSwift, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A file or folder for each drafter that needs one."""
+    made, checkpoint = tmp_path_factory.mktemp("heads"), swift.checkpoint
+    write_heads(random_heads("recurrent", vocab=checkpoint.spec.vocab_size), made / "heads.safetensors")
+    layer = random_eagle(checkpoint.tensors()["model.embed_tokens.weight"])
+    write_eagle(layer, made / "eagle", checkpoint.spec.layers, {})
+    return {"heads": str(made / "heads.safetensors"), "eagle": str(made / "eagle")}
 
 
 @pytest.fixture(scope="module")
@@ -136,15 +141,15 @@ def alone(swift: TokenSwift) -> Alone:
     return Alone(swift)
 
 
-def asked_for(drawn: dict[str, Any], heads: str) -> dict[str, Any]:
+def asked_for(drawn: dict[str, Any], heads: dict[str, str]) -> dict[str, Any]:
     options = {name: value for name, value in drawn.items() if name not in ("form", "priority", "prompt")}
     options = {"raw": True, **options, **drawn["form"]}
     if "min_new_tokens" in options:
         options["min_new_tokens"] = min(options["min_new_tokens"], options["max_new_tokens"])
     if LANGUAGES & options.keys():  # these say where a text ends
         options = {name: value for name, value in options.items() if name not in ("min_new_tokens", "ignore_eos")}
-    if drawn["drafter"] == "heads":
-        options["draft_heads"] = heads
+    if drawn["drafter"] in heads:
+        options["draft_heads"] = heads[drawn["drafter"]]
     prompt = "the cat and the dog" if "chapters" in options else drawn["prompt"]
     return {"prompt": prompt, "settings": options}
 
@@ -157,7 +162,7 @@ def brought(text: Text) -> list[int]:
 def in_company(
     company: Company,
     alone: Alone,
-    heads: str,
+    heads: dict[str, str],
     drawn: list[dict[str, Any]],
     seed: int,
     pages: int,
@@ -220,11 +225,13 @@ QUICK = settings(max_examples=8, derandomize=True, phases=(Phase.generate,), sup
 
 @QUICK
 @given(**schedules)
-def test_sixteen_texts_of_every_kind(company: Company, alone: Alone, heads: str, **schedule: Any) -> None:
+def test_sixteen_texts_of_every_kind(company: Company, alone: Alone, heads: dict[str, str], **schedule: Any) -> None:
     in_company(company, alone, heads, **schedule)
 
 
-def test_trees_are_cut_anywhere(company: Company, alone: Alone, heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_are_cut_anywhere(
+    company: Company, alone: Alone, heads: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every text drafts as much as it may, and any number of the guesses is verified, none and all among them."""
     rng, cuts = random.Random(0), list[int]()
 
@@ -250,5 +257,7 @@ def test_trees_are_cut_anywhere(company: Company, alone: Alone, heads: str, monk
 @pytest.mark.soak
 @settings(max_examples=400, suppress_health_check=list(HealthCheck))
 @given(**schedules)
-def test_sixteen_texts_in_many_schedules(company: Company, alone: Alone, heads: str, **schedule: Any) -> None:
+def test_sixteen_texts_in_many_schedules(
+    company: Company, alone: Alone, heads: dict[str, str], **schedule: Any
+) -> None:
     in_company(company, alone, heads, **schedule)

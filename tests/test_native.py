@@ -419,6 +419,13 @@ BAD = {
     "wide shifts": ("shifts", (64, np.zeros(CONTEXT, np.int64), 64)),
     "strided shifts": ("shifts", (64, np.zeros(2 * CONTEXT, np.int32)[::2], 64)),
     "double queries": ("queries", np.zeros((2, 3, 6, 8))),
+    "tapped layer": ("taps", (np.array([0, 3], np.int32), np.zeros((2, 2, 48), np.float32))),
+    "negative tapped layer": ("taps", (np.array([-1], np.int32), np.zeros((2, 1, 48), np.float32))),
+    "a layer tapped twice": ("taps", (np.array([1, 1], np.int32), np.zeros((2, 2, 48), np.float32))),
+    "taps' rows": ("taps", (np.array([1], np.int32), np.zeros((1, 1, 48), np.float32))),
+    "taps' layers": ("taps", (np.array([1], np.int32), np.zeros((2, 2, 48), np.float32))),
+    "taps' width": ("taps", (np.array([1], np.int32), np.zeros((2, 1, 47), np.float32))),
+    "double taps": ("taps", (np.array([1], np.int32), np.zeros((2, 1, 48)))),
 }
 
 

@@ -256,7 +256,9 @@ def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
         (["--out", "heads.pt"], "out: 'heads.pt'"),
         (["--out", "nowhere/heads.safetensors"], "out: 'nowhere/heads.safetensors'"),
         (["--prompts", "nowhere.txt"], "prompts: 'nowhere.txt'"),
-        (["--form", "eagle"], "form: 'eagle'"),
+        (["--form", "hydra"], "form: 'hydra'"),
+        (["--form", "eagle", "--out", "heads.safetensors"], "out: 'heads.safetensors'"),
+        (["--form", "eagle", "--draft-vocab", "9"], "draft_vocab: 9"),
         (["--model", "nothing here"], "model: 'nothing here'"),
     ],
 )

@@ -192,6 +192,8 @@ class Output:
     queries:   [R, layers, heads, head_dim] fp32, rotated (and normed, in families that do so) but not scaled; None
                unless asked for.
     turns:     the way in which these queries meet far keys; None where they meet them unchanged.
+    taps:      [R, n, hidden_size] the residual stream that enters each of the n layers that were asked for; None unless
+               any were.
     """
 
     hidden: torch.Tensor
@@ -200,6 +202,7 @@ class Output:
     queries: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     turns: QueryTurns | None = None
+    taps: torch.Tensor | None = None
 
 
 class Model(Protocol):
@@ -222,10 +225,12 @@ class Model(Protocol):
         logit_rows: Sequence[int] | None = None,
         want_mass: bool = False,
         want_queries: bool = False,
+        taps: Sequence[int] = (),
     ) -> Output:
         """Computes all rows, and writes each row's KV into provisional slots after its cache's length.
 
         logit_rows: the rows whose logits are wanted (indices into all rows); None is all.
+        taps: layers, ascending, of which `Output.taps` is wanted.
         """
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ class LoadedModel:
     """A checkpoint, its tokenizer and an executor that holds the weights.
 
     origin: the arguments of `TokenSwift.from_pretrained` that load it again, as a journal records them.
+    kept:   what drafters have read beside the model, by a name, for the next text.
     """
 
     prefill_chunk = 512  # the rows of a pass that reads a prompt
@@ -38,6 +39,7 @@ class LoadedModel:
         self.executor = executor
         self._draft: tuple[tuple[str, str], LoadedModel] | None = None  # the last one, and how it was asked for
         self.origin = origin
+        self.kept: dict[str, Any] = {}
 
     @cached_property
     def vocabulary(self) -> Vocabulary:

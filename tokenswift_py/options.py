@@ -163,7 +163,7 @@ class Options(Asked):
     )  # fmt: skip
     drafter: str = drafting(
         "auto", Choice(("auto",), DRAFTERS),
-        "auto (cascade), none, ngram, partial, heads, cascade or draft_model",
+        "auto (cascade), none, ngram, partial, heads, eagle, dflash, cascade or draft_model",
     )  # fmt: skip
     draft_tokens: int | None = drafting(None, Whole(1, 511, optional=True), "draft so many in every tree", "what pays")
     draft_policy: str = drafting(
@@ -172,7 +172,8 @@ class Options(Asked):
     )  # fmt: skip
     draft_budget: int | None = drafting(
         None, Whole(64, optional=True, unit=" tokens, one page"),
-        "tokens of the cache that a partial cache, or a draft model, sees", "what pays; of a draft model: all",
+        "tokens of the cache that a partial cache, a draft model, eagle or dflash sees",
+        "what pays; of a draft model: all; of eagle and dflash: 1024",
     )  # fmt: skip
     draft_weights: str = drafting(
         "auto", Choice(DRAFT_WEIGHTS),
@@ -187,7 +188,8 @@ class Options(Asked):
     )
     draft_heads: str | None = drafting(
         None, Named("an existing file or folder, or auto", exists=True),
-        "a file or folder of draft heads, or auto: those made for the model", "auto for drafter heads, else none",
+        "a file or folder of draft heads, a folder of an EAGLE-3 or DFlash draft, or auto: those made for the model",
+        "auto for drafters heads and eagle, else none",
     )  # fmt: skip
     trace: str | None = option(
         None, "output", Named("a file"), "a file that gets a JSON line for every round", "none", changes_text=False

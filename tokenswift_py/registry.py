@@ -8,7 +8,11 @@ from typing import Any
 
 from tokenswift_py.errors import check
 
-SHARED = ("base", "chain", "head_files", "head_weights", "training", "views")  # what implementations have in common
+# The files that implementations have in common.
+SHARED = (
+    "base", "chain", "dflash_layers", "draft_folders", "eagle_files", "eagle_layer", "eagle_training", "head_files",
+    "head_weights", "own_layers", "training", "views",
+)  # fmt: skip
 
 
 def names(package: str) -> list[str]:

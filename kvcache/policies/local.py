@@ -16,7 +16,8 @@ class Local(ByPlace):
     name = "local"
 
     def worth(self, pages: Array, stride: Array) -> Array:
-        return stride / (len(pages) - pages)
+        worth: Array = stride / (len(pages) - pages)
+        return worth
 
 
 POLICY = Local

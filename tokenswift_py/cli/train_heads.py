@@ -7,7 +7,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--device", default="auto", help="auto, cpu, cuda, ...: where the model writes")
     root.add_argument("--threads", type=whole, help="CPU threads")
     root.add_argument("--prompts", type=named_path, metavar="FILE", help="a prompt a line (default: built in)")
-    root.add_argument("--form", default="recurrent", help="recurrent, tokenswift or medusa")
+    root.add_argument("--form", default="recurrent", help="recurrent, tokenswift, medusa or eagle")
     root.add_argument("--heads", type=whole, default=3, help="how many tokens ahead")
     root.add_argument("--tokens", type=whole, default=60_000, help="tokens the model writes to learn from")
     root.add_argument("--held-out", type=whole, default=6_000, help="tokens it writes to others, for the figures")
@@ -47,10 +47,13 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--temperature", type=number, default=0.8, help="of the writing")
     root.add_argument("--min-p", type=number, default=0.05, help="of the writing")
     root.add_argument("--epochs", type=number, default=2.0, help="how often the heads see each token")
-    root.add_argument("--rate", type=number, default=2e-3, help="peak learning rate")
+    root.add_argument("--rate", type=number, help="peak learning rate (default: 0.002, of eagle 0.0005)")
+    root.add_argument("--draft-vocab", type=whole, default=8192, help="of eagle: the tokens that it can guess")
     root.add_argument("--minutes", type=number, help="stop by then, with what there is; such a run is not repeatable")
     root.add_argument("--seed", type=whole, default=0, help="of the noise and of the training")
-    root.add_argument("--out", type=named_path, metavar="FILE", help="a .safetensors file (default: in the cache)")
+    root.add_argument(
+        "--out", type=named_path, metavar="FILE", help="a .safetensors file, of eagle a folder (default: in the cache)"
+    )
     root.add_argument("--quiet", action="store_true", help="no bars, no figures")
     return root
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.checkpoints.cache import cache_folder
     from tokenswift_py.core import SamplingParams
-    from tokenswift_py.drafters import training
+    from tokenswift_py.drafters import eagle_training, training
     from tokenswift_py.drafters.head_files import fingerprint, heads_file
     from tokenswift_py.models.rope import rope_tables
 
@@ -80,13 +83,17 @@ def main(arguments: Sequence[str]) -> int:
         threads=args.threads,
     )  # fmt: skip
     checkpoint, executor, spec = swift.checkpoint, swift.executor, swift.checkpoint.spec
-    target = args.out or heads_file(cache_folder(), fingerprint(checkpoint))
-    check_kept("out", target)
+    eagle = args.form == "eagle"
+    usual = eagle_training.own_folder(checkpoint) if eagle else heads_file(cache_folder(), fingerprint(checkpoint))
+    check_kept("out", args.out or usual)
     stored = checkpoint.tensors(dtype=torch.bfloat16)
     embedding = stored["model.embed_tokens.weight"]
     lm_head = embedding if spec.tied else stored["lm_head.weight"]
-    final_norm = spec.folded("model.norm.weight", stored["model.norm.weight"])
-    fresh = training.new_heads(args.form, args.heads, final_norm, spec.norm_eps)
+    rate = args.rate if args.rate is not None else 5e-4 if eagle else 2e-3
+    fresh: Any = eagle_training.Nothing()
+    if not eagle:
+        final_norm = spec.folded("model.norm.weight", stored["model.norm.weight"])
+        fresh = training.new_heads(args.form, args.heads, final_norm, spec.norm_eps)
     longest = max(len(prompt) for lines in (training_lines, held_lines) for prompt in encode(swift, lines))
     model = executor.model(rope_tables(checkpoint.config, longest + args.length))
 
@@ -100,15 +107,8 @@ def main(arguments: Sequence[str]) -> int:
         )  # fmt: skip
 
     held, held_texts = write(held_lines, HELD_OUT, args.held_out, began + 0.2 * WRITING * limit)
-    rows, _ = write(training_lines, 0, args.tokens, began + WRITING * limit)
-    heads, losses = training.train(
-        training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, args.rate,
-        deadline=began + 0.95 * limit, quiet=args.quiet, cap=spec.logit_cap,
-    )  # fmt: skip
-    heads = replace(heads, tensors={name: tensor.to(torch.bfloat16) for name, tensor in heads.tensors.items()})
-    used = heads.to(torch.device("cpu"))  # fp32, rounded as they are kept
-    figures = training.accuracy(used, held, lm_head, embedding)
-    provenance = {
+    rows, texts = write(training_lines, 0, args.tokens, began + WRITING * limit)
+    told = {
         "command": shlex.join(["tokenswift", "train-heads", *arguments]),
         "version": __version__,
         "model": checkpoint.name,
@@ -116,20 +116,35 @@ def main(arguments: Sequence[str]) -> int:
         "seed": args.seed,
         "tokens": len(rows),
         "held_out_tokens": len(held),
-        "steps": len(losses),
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        **figures,
     }
-    heads = replace(
-        heads,
-        acceptance=training.acceptance(
+
+    def provenance(losses: Sequence[float], figures: Mapping[str, Any]) -> dict[str, Any]:
+        return {**told, "steps": len(losses), "minutes": round((time.monotonic() - began) / 60, 1), **figures}
+
+    late = began + 0.95 * limit
+    if eagle:
+        layer, losses, figures = eagle_training.learn(
+            model, checkpoint, stored, (rows, texts), (held, held_texts), args.heads, args.draft_vocab, args.epochs,
+            args.seed, rate, late, args.quiet,
+        )  # fmt: skip
+        record, shown = provenance(losses, figures), table(figures)
+        target = eagle_training.keep(layer, checkpoint, record, args.out)
+    else:
+        heads, losses = training.train(
+            training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, rate,
+            deadline=late, quiet=args.quiet, cap=spec.logit_cap,
+        )  # fmt: skip
+        heads = replace(heads, tensors={name: tensor.to(torch.bfloat16) for name, tensor in heads.tensors.items()})
+        used = heads.to(torch.device("cpu"))  # fp32, rounded as they are kept
+        figures = training.accuracy(used, held, lm_head, embedding)
+        record = provenance(losses, figures)
+        accepted = training.acceptance(
             used, held, held_texts, sampler_of(HELD_OUT), lm_head, embedding, cap=spec.logit_cap
-        ),
-        provenance=provenance,
-    )
-    training.keep(heads, checkpoint, target)
+        )
+        target = training.keep(replace(heads, acceptance=accepted, provenance=record), checkpoint, args.out)
+        shown = table(figures, accepted)
     if not args.quiet:
-        print(f"{target}\n{json.dumps(provenance, indent=1)}\n{table(heads, figures)}")
+        print(f"{target}\n{json.dumps(record, indent=1)}\n{shown}")
     return 0
 
 
@@ -140,13 +155,15 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(args.heads <= 16, "heads", args.heads, "at most 16")
     check(args.length > args.heads + 1, "length", args.length, f"more than heads + 1 ({args.heads + 1})")
     check(0 < args.epochs < math.inf, "epochs", args.epochs, "above 0")
-    check(0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
+    check(args.rate is None or 0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
+    check(args.draft_vocab >= 64, "draft_vocab", args.draft_vocab, "at least 64")
     check(args.minutes is None or args.minutes > 0, "minutes", args.minutes, "above 0")
     check(0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
     if args.out is not None:
-        check(args.out.suffix == ".safetensors", "out", str(args.out), "a new file that ends in .safetensors")
+        kind = "a new folder, for form eagle" if args.form == "eagle" else "a new file that ends in .safetensors"
+        check((args.out.suffix == ".safetensors") == (args.form != "eagle"), "out", str(args.out), kind)
         check_new("out", args.out)
-        check_new("out", args.out.with_suffix(".json"))  # where its figures go
+        check_new("out", args.out.with_suffix(".json"))  # where the figures of heads go
 
 
 def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
@@ -186,8 +203,10 @@ def endless(prompts: list[list[int]], seed: int) -> Iterator[list[int]]:
             yield prompts[i]
 
 
-def table(heads: Any, figures: dict[str, list[float]]) -> str:
-    lines = ["head   top-1   top-3   accepted as best, as one of the best three"]
-    for i, (top1, top3, ranks) in enumerate(zip(figures["top1"], figures["top3"], heads.acceptance, strict=True)):
-        lines.append(f"{i + 1:4}   {top1:5.3f}   {top3:5.3f}   {ranks[0]:5.3f}   {sum(ranks[:3]):5.3f}")
+def table(figures: Mapping[str, Any], accepted: Any = None) -> str:
+    """Returns the figures of each head, or of each token ahead. accepted: [heads, ranks] how often each was written."""
+    lines = ["head   top-1   top-3" + ("" if accepted is None else "   accepted as best, as one of the best three")]
+    for i, (top1, top3) in enumerate(zip(figures["top1"], figures["top3"], strict=True)):
+        line = f"{i + 1:4}   {top1:5.3f}   {top3:5.3f}"
+        lines.append(line if accepted is None else f"{line}   {accepted[i][0]:5.3f}   {sum(accepted[i][:3]):5.3f}")
     return "\n".join(lines)

@@ -82,14 +82,9 @@ class DecodeLoop:
         self.cache = eviction.new_cache(model, cache) if eviction else cache or model.new_cache()
         self.timer = timer or Timer()
         self._context = Context(
-            self.history,
-            self.cache,
-            model,
-            sampler.guessing(),
-            self_draft or model,
-            timer=self.timer,
+            self.history, self.cache, model, sampler.guessing(), self_draft or model, timer=self.timer,
             agreed=lambda ms: ranks.first_times([ms])[0],
-        )
+        )  # fmt: skip
         self.trace, self.stats = trace, GenerationStats()
         self.keep: Callable[[], None] | None = None  # called before the cache gives its pages back
         self._untold: set[int] = set()  # positions of replayed choices that processors were not called for yet
@@ -277,7 +272,10 @@ class DecodeLoop:
         chunk = self.prefill_chunk if told else min(self.prefill_chunk, SEEN_ROWS)  # told: all logits are needed
         while (missing := stop - self.cache.length) > min(SEEN_ROWS, self.room):
             count = min(chunk, self.room, missing - SEEN_ROWS if missing > SEEN_ROWS else missing)
-            yield from self.read(count, [], seen=False)
+            known, near = self.cache.length, missing - count < self.drafter.window
+            output = yield from self.read(count, [], seen=near)
+            if near:
+                self.drafter.read_rows(output, known, self.history.tokens[known + 1 :][:count])
             self.drafter.read_ahead(self.history.tokens[: self.cache.length])
             progress(count)
         output = yield from self.read(missing, [missing - 1])
@@ -318,7 +316,8 @@ class DecodeLoop:
     def ask(self, segment: Segment, logit_rows: Sequence[int] | None = None, seen: bool = True) -> Pass:
         """Makes a pass of the target. seen: whether the drafter sees its output, and may need more than logits."""
         needs = (self.drafter.needs if seen else frozenset()) | (self.eviction.needs if self.eviction else frozenset())
-        asked = Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs)
+        taps = self.drafter.taps if seen else ()
+        asked = Pass(self.model, segment, logit_rows, "mass" in needs, "queries" in needs, taps=taps)
         return asked if isinstance(self.planner, FixedPlanner) else replace(asked, chances=segment.tree.chances)
 
     @contextmanager

@@ -26,6 +26,7 @@ class Pass:
 
     chances: [rows] of being emitted. Where they are given, who computes the pass may leave out rows at the end, down to
              the first: the output has as many as were computed.
+    taps:    layers of which the output reports what enters them, ascending.
     """
 
     model: Model
@@ -34,6 +35,7 @@ class Pass:
     want_mass: bool = False
     want_queries: bool = False
     chances: Sequence[float] | None = None
+    taps: Sequence[int] = ()
 
     def first(self, rows: int) -> Pass:
         """Returns the pass of the first so many rows, of one that may be cut."""
@@ -41,7 +43,7 @@ class Pass:
 
     def compute(self) -> Output:
         return self.model.forward(
-            [self.segment], self.logit_rows, want_mass=self.want_mass, want_queries=self.want_queries
+            [self.segment], self.logit_rows, want_mass=self.want_mass, want_queries=self.want_queries, taps=self.taps
         )
 
 

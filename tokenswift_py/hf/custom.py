@@ -101,9 +101,10 @@ def told_by(configs: Sequence[Any], name: str) -> Any:
 def with_strings(criteria: Sequence[Any], tokenizer: Any, strings: str | Sequence[str]) -> StoppingCriteriaList:
     """Returns the criteria and the one of stop strings, which transformers does not make where it calls another's
     function."""
-    for string in [strings] if isinstance(strings, str) else strings:
+    wanted = [strings] if isinstance(strings, str) else list(strings)
+    for string in wanted:
         check_text(STRINGS, string)
-    return StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    return StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, wanted)])
 
 
 def healed(model: Any, tokenizer: Any, given: Mapping[str, Any]) -> dict[str, Any]:

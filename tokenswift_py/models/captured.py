@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -114,12 +114,13 @@ class Replayed(Generic[T]):
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a pass. logits: whether logits of all rows are computed, or of none."""
+    """The shape of a pass. logits: whether logits of all rows are computed, or of none. taps: layers."""
 
     room: Room
     logits: bool
     mass: bool
     queries: bool
+    taps: tuple[int, ...] = ()
 
     @property
     def kind(self) -> Shape:
@@ -145,6 +146,8 @@ class Decoder(Protocol):
         logit_rows: slice | torch.Tensor,
         mass_pages: int | None,
         want_queries: bool,
+        *,
+        taps: Sequence[int] = (),
     ) -> Output: ...
 
 
@@ -156,7 +159,7 @@ class Step:
         self.places = torch.empty((3, shape.room.rows), dtype=torch.int64, device=decoder.device)
         logits, pages = slice(None if shape.logits else 0), shape.room.pages if shape.mass else None
         self.replayed = Replayed(
-            lambda: decoder.compute(pool, plan, self.places, logits, pages, shape.queries), recorder
+            lambda: decoder.compute(pool, plan, self.places, logits, pages, shape.queries, taps=shape.taps), recorder
         )
 
     def record(self, rows: Rows) -> None:
@@ -193,6 +196,7 @@ def cut(output: Output, rows: int, pages: int) -> Output:
         None if queries is None else queries[:rows].clone(),
         None if residual is None else residual[:rows].clone(),
         output.turns,
+        None if output.taps is None else output.taps[:rows].clone(),
     )
 
 
@@ -203,7 +207,7 @@ class Steps:
         self.decoder, self.pool, self.recorder = decoder, pool, recorder
         self.steps: dict[Shape, Step | None] = {}
 
-    def find(self, rows: Rows, logits: bool, mass: bool, queries: bool) -> Step | None:
+    def find(self, rows: Rows, logits: bool, mass: bool, queries: bool, taps: tuple[int, ...] = ()) -> Step | None:
         """Returns the step that can run a pass. None for a prefill, or a large pass."""
         count = len(rows.tokens)
         if count > ROWS[-1] or any(segment.causal for segment in rows.segments):
@@ -218,7 +222,7 @@ class Steps:
         )
         if any(segment.tail.shape[1] > room.tail for segment in rows.segments):
             return None
-        shape = Shape(room, logits, mass, queries)
+        shape = Shape(room, logits, mass, queries, taps)
         if shape not in self.steps:
             self.decoder.clock.spoil()
             self.steps[shape] = self.made(shape)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
@@ -126,22 +127,19 @@ class TorchDecoder:
 
     @torch.inference_mode()
     def forward(
-        self,
-        segments: Sequence[Segment],
-        logit_rows: Sequence[int] | None = None,
-        want_mass: bool = False,
-        want_queries: bool = False,
-    ) -> Output:
+        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False,
+        want_queries: bool = False, taps: Sequence[int] = (),
+    ) -> Output:  # fmt: skip
         rows = lay_out(segments, target_weights=not self.draft)
         pool = shared_pool(segments, TorchPagePool)
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
         with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
-            step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries)
+            step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries, tuple(taps))
             recalls = recalls_of(segments, rows)
             if step is None or recalls:
                 plan = self.attention.prepare(rows.segments, self.device)
                 places, pages = on_device(rows.places, self.device), rows.pages if want_mass else None
-                return self.compute(pool, plan, places, wanted, pages, want_queries, recalls)
+                return self.compute(pool, plan, places, wanted, pages, want_queries, recalls, taps)
             output = step.run(rows)
             return output if logit_rows is None else replace(output, logits=self._project(output.hidden[wanted]))
 
@@ -152,26 +150,22 @@ class TorchDecoder:
         return self._steps[pool]
 
     def compute(
-        self,
-        pool: TorchPagePool,
-        plan: Any,
-        places: torch.Tensor,
-        logit_rows: slice | torch.Tensor,
-        mass_pages: int | None,
-        want_queries: bool,
-        recalls: Sequence[Recall] = (),
-    ) -> Output:
+        self, pool: TorchPagePool, plan: Any, places: torch.Tensor, logit_rows: slice | torch.Tensor,
+        mass_pages: int | None, want_queries: bool, recalls: Sequence[Recall] = (), taps: Sequence[int] = (),
+    ) -> Output:  # fmt: skip
         """Computes a pass. Its launches depend on shapes alone, not on the contents of memory.
 
         plan: the attention's plan.
         places: [3, R] int64 tokens, positions, slots.
         mass_pages: number of pages whose attention mass is reported; None reports none.
-        recalls: rows that read a memory of evicted rows too.
+        recalls: rows that read a memory of evicted rows too. taps: layers whose inputs are reported.
         """
         x = self._first_stream(places[0])
-        x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries, recalls)
+        states = x.new_empty(len(x), len(taps), self.spec.hidden_size) if taps else None
+        seen = {layer: states[:, i] for i, layer in enumerate(taps)} if states is not None else {}
+        x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries, recalls, seen)
         stream, hidden = self._add_norm(x, added, "model.norm")
-        return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns)
+        return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns, states)
 
     @torch.inference_mode()
     def advance(
@@ -197,10 +191,12 @@ class TorchDecoder:
     def _layers(
         self, pool: TorchPagePool, plan: Any, places: torch.Tensor, x: torch.Tensor, added: torch.Tensor | None,
         mass_pages: int | None, want_queries: bool, recalls: Sequence[Recall] = (),
+        taps: Mapping[int, torch.Tensor] = MappingProxyType({}),
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
         """Takes rows through the layers. Returns x, page masses and queries.
 
         x: [R, hidden] residual stream. added: what the last block adds to it, None at first.
+        taps: where to write the residual stream that enters a layer, by its number.
         """
         spec = self.spec
         tokens, positions, slots = places.unbind()
@@ -210,6 +206,8 @@ class TorchDecoder:
         for layer, kind in enumerate(spec.layer_specs):
             at = spec.at(layer)
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
+            if layer in taps:
+                taps[layer].copy_(x)
             options: dict[str, Any] = {}
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
             recalled = [(some, memory) for some, memory in recalls if memory.shape.keeps[layer]]

@@ -267,17 +267,14 @@ class NativeDecoder:
         return NativeMemory(plain, kind, partial(_native.Memory, engine), engine, (self._cos, self._sin, self._local))
 
     def forward(
-        self,
-        segments: Sequence[Segment],
-        logit_rows: Sequence[int] | None = None,
-        want_mass: bool = False,
-        want_queries: bool = False,
-    ) -> Output:
+        self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False,
+        want_queries: bool = False, taps: Sequence[int] = (),
+    ) -> Output:  # fmt: skip
         pool = shared_pool(segments, NativePool)
         rows = lay_out(segments, target_weights=not self.draft)
         memories = [engine_memory(segment.cache.memory) for segment in segments]
         pages = rows.pages if want_mass else None
-        return self._compute(pool, rows, None, logit_rows, pages, want_queries, memories)
+        return self._compute(pool, rows, None, logit_rows, pages, want_queries, memories, taps)
 
     def advance(
         self, pool: NativePool, rows: Rows, stream: torch.Tensor | None, mass_pages: int | None, want_queries: bool
@@ -301,13 +298,14 @@ class NativeDecoder:
 
     def _compute(
         self, pool: NativePool, rows: Rows, stream: torch.Tensor | None, logit_rows: Sequence[int] | None,
-        mass_pages: int | None, want_queries: bool, memories: Sequence[Any] = (),
+        mass_pages: int | None, want_queries: bool, memories: Sequence[Any] = (), taps: Sequence[int] = (),
     ) -> Output:  # fmt: skip
         count, spec = len(rows.tokens), self.spec
         wanted = chosen_rows(logit_rows, count)
         hidden, residual, logits = self._room(count, len(wanted))
         mass = None if mass_pages is None else self._room_for_mass(count, mass_pages)
         queries = np.empty((count, spec.layers, spec.heads, spec.head_dim), np.float32) if want_queries else None
+        states = np.empty((count, len(taps), spec.hidden_size), np.float32) if taps else None
         self.weights.native.forward(
             pool=pool.native,
             tokens=native_ints(rows.tokens if stream is None else np.zeros(count)),
@@ -327,10 +325,12 @@ class NativeDecoder:
             int8_pages=self.int8_pages,
             memories=list(memories),
             stream=None if stream is None else stream[0].numpy(),
+            taps=None if states is None else (native_ints(np.array(taps)), states),
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :mass_pages]
         asked = None if queries is None else torch.from_numpy(queries)
-        rest = (page_mass, asked, torch.from_numpy(residual), self._turns)
+        tapped = None if states is None else torch.from_numpy(states)
+        rest = (page_mass, asked, torch.from_numpy(residual), self._turns, tapped)
         return Output(torch.from_numpy(hidden), torch.from_numpy(logits), *rest)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:

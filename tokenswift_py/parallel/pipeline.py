@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from tokenswift_py.core import Output, Segment
+from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionSegment
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import pages_for
@@ -139,8 +140,9 @@ class PipelineModel:
         logit_rows: Sequence[int] | None = None,
         want_mass: bool = False,
         want_queries: bool = False,
+        taps: Sequence[int] = (),
     ) -> Output:
-        return self.begin(segments, logit_rows, want_mass, want_queries).wait()
+        return self.begin(segments, logit_rows, want_mass, want_queries, taps).wait()
 
     def begin(
         self,
@@ -148,8 +150,10 @@ class PipelineModel:
         logit_rows: Sequence[int] | None = None,
         want_mass: bool = False,
         want_queries: bool = False,
+        taps: Sequence[int] = (),
     ) -> Flight:
         """Begins a pass and does not wait for the other stages. Passes end in the order in which they began."""
+        check(not taps, "drafter", "eagle or dflash", "a pipeline of stages does not report the layers that it reads")
         agree_on_pass(self.ranks, self.own.draft, segments, logit_rows)
         pool = shared_pool(segments, StagedPool)
         rows = lay_out(segments, target_weights=not self.own.draft)

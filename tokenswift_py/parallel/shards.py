@@ -122,10 +122,11 @@ class ParallelDecoder(TorchDecoder):
         logit_rows: Sequence[int] | None = None,
         want_mass: bool = False,
         want_queries: bool = False,
+        taps: Sequence[int] = (),
     ) -> Output:
         """Computes a pass. Raises RanksError where ranks would not compute the same rows."""
         agree_on_pass(self.ranks, self.draft, segments, logit_rows)
-        return super().forward(segments, logit_rows, want_mass, want_queries)
+        return super().forward(segments, logit_rows, want_mass, want_queries, taps)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         weight = self.weights["model.embed_tokens.weight"]

@@ -30,13 +30,18 @@ def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
     return parted(passes, model.forward(*joined(passes)))
 
 
-def joined(passes: Sequence[Pass]) -> tuple[list[Segment], list[int] | None, bool, bool]:
+def joined(passes: Sequence[Pass]) -> tuple[list[Segment], list[int] | None, bool, bool, list[int]]:
     """Returns the arguments of the forward pass that computes these passes."""
     starts, wanted = places(passes)
     every = all(asked.logit_rows is None for asked in passes)
     rows = None if every else [start + row for start, rows in zip(starts, wanted, strict=True) for row in rows]
     mass, queries = any(asked.want_mass for asked in passes), any(asked.want_queries for asked in passes)
-    return [asked.segment for asked in passes], rows, mass, queries
+    return [asked.segment for asked in passes], rows, mass, queries, tapped(passes)
+
+
+def tapped(passes: Sequence[Pass]) -> list[int]:
+    """Returns the layers that any of these passes reports."""
+    return sorted({layer for asked in passes for layer in asked.taps})
 
 
 def places(passes: Sequence[Pass]) -> tuple[list[int], list[Sequence[int]]]:
@@ -51,7 +56,7 @@ def places(passes: Sequence[Pass]) -> tuple[list[int], list[Sequence[int]]]:
 
 def parted(passes: Sequence[Pass], whole: Output) -> list[Output]:
     """Returns the output of each pass that was computed in one forward pass."""
-    outputs, logits = [], 0
+    outputs, logits, layers = [], 0, tapped(passes)
     for asked, start, rows in zip(passes, *places(passes), strict=True):
         own = slice(start, start + len(asked.segment.tree))
         outputs.append(
@@ -62,6 +67,7 @@ def parted(passes: Sequence[Pass], whole: Output) -> list[Output]:
                 whole.queries[own] if whole.queries is not None and asked.want_queries else None,
                 whole.residual[own] if whole.residual is not None else None,
                 whole.turns,
+                whole.taps[own][:, [layers.index(layer) for layer in asked.taps]] if asked.taps else None,
             )
         )
         logits += len(rows)

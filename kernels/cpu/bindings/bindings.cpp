@@ -25,7 +25,8 @@ namespace {
 
 // (positions of a block, shifts [blocks], trained distances)
 using ShiftArrays = std::tuple<int, Ints, int>;
-using LocalTables = std::tuple<Table, Table>;  // cos and sin of layers with their own RoPE base
+using LocalTables = std::tuple<Table, Table>;    // cos and sin of layers with their own RoPE base
+using Taps = std::tuple<Ints, Array<float, 3>>;  // layers, and [rows, layers, hidden_size] of what enters them
 
 // (positions [rows], full pages, view [layers, kv_heads, n] or None, tail [rows or 1, n])
 using SegmentArrays = std::tuple<Ints, Ints, std::optional<Array<const int32_t, 3>>, Array<const int32_t, 2>>;
@@ -210,7 +211,8 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
              const std::optional<ShiftArrays>& shifts, const Array<float, 2>& hidden, const Array<float, 2>& residual,
              const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass,
              const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local,
-             const std::vector<const Recall*>& memories, const std::optional<Table>& stream) {
+             const std::vector<const Recall*>& memories, const std::optional<Table>& stream,
+             const std::optional<Taps>& taps) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.int8_pages = int8_pages;
@@ -266,6 +268,19 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
                 size(*queries, 3) == shape.head_dim,
             "queries is [rows, layers, heads, head_dim]");
     pass.queries = queries->data();
+  }
+  if (taps) {
+    const auto& [layers, states] = *taps;
+    require(size(states, 0) == pass.rows && size(states, 1) == size(layers) && size(states, 2) == shape.hidden,
+            "taps is [rows, tapped layers, hidden_size]");
+    for (int i = 0; i < size(layers); ++i) {
+      const int layer = layers.data()[i];
+      require(layer >= 0 && layer < shape.layers, "tapped layer ", layer, " of ", shape.layers);
+      require(i == 0 || layers.data()[i - 1] < layer, "tapped layers ascend");
+    }
+    pass.tapped = layers.data();
+    pass.tap_count = size(layers);
+    pass.taps = states.data();
   }
   const nb::gil_scoped_release release;
   decoder.forward(pass, pool);
@@ -385,7 +400,7 @@ NB_MODULE(_native, m) {
            "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(),
            "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a,
            "local"_a.noconvert().none() = nb::none(), "memories"_a = std::vector<const Recall*>(),
-           "stream"_a.noconvert().none() = nb::none())
+           "stream"_a.noconvert().none() = nb::none(), "taps"_a.noconvert().none() = nb::none())
       .def("close", &close_pass, "stream"_a.noconvert(), "logit_rows"_a.noconvert(), "hidden"_a.noconvert(),
            "residual"_a.noconvert(), "logits"_a.noconvert(),
            "What follows the layers of a pass, from the residual stream that they left.")

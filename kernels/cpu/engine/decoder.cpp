@@ -266,6 +266,7 @@ void Decoder::forward(const Pass& pass, Pool& pool) {
   pass.stream ? load(pass) : embed(pass);
   for (int i = 0; i < shape_.layers; ++i) {
     const Layer& layer = layers_[i];
+    tap(pass, i);
     normalise(layer.input_norm.data(), pass.rows);
     project_qkv(layer, pass.rows);
     rotate_and_store(layer, i, pass, pool);
@@ -326,6 +327,17 @@ void Decoder::load(const Pass& pass) {
     float* x = buffers_.x.data() + row * hidden_stride_;
     std::copy_n(pass.stream + size_t(row) * shape_.hidden, shape_.hidden, x);
     std::fill(x + shape_.hidden, x + hidden_stride_, 0.0f);
+  }
+}
+
+// Copies the residual stream that enters a layer to the pass's taps, if that layer is one of them.
+void Decoder::tap(const Pass& pass, int layer) const {
+  const int32_t* const end = pass.tapped + pass.tap_count;
+  const int32_t* const found = std::find(pass.tapped, end, layer);
+  if (found == end) return;
+  for (int row = 0; row < pass.rows; ++row) {
+    const size_t place = size_t(row) * pass.tap_count + (found - pass.tapped);
+    std::copy_n(buffers_.x.data() + row * hidden_stride_, shape_.hidden, pass.taps + place * shape_.hidden);
   }
 }
 

@@ -57,7 +57,10 @@ struct Pass {
   float* logits = nullptr;    // [logit_count][vocab]
   float* mass = nullptr;      // [layers][rows][kv_heads][mass_pages], zeros at first; null when not wanted
   int mass_pages = 0;
-  float* queries = nullptr;  // [rows][layers][heads][head_dim] as attention takes them; null when not wanted
+  float* queries = nullptr;         // [rows][layers][heads][head_dim] as attention takes them; null when not wanted
+  const int32_t* tapped = nullptr;  // [tap_count] layers, ascending
+  int tap_count = 0;
+  float* taps = nullptr;  // [rows][tap_count][hidden] residual stream that enters each of these layers
 };
 
 // A decoder with its packed weights. The residual stream, norms, scores and sums are fp32. The other factor of a bf16
@@ -173,6 +176,7 @@ class Decoder {
   void round(const float* x, int columns, int row) { arithmetic_.round(x, columns, operands(row)); }
   void embed(const Pass& pass);
   void load(const Pass& pass);
+  void tap(const Pass& pass, int layer) const;
   void normalise(const float* weight, int rows);
   void add_normalised(const std::vector<float>& weight, int rows);
   void round_rows(const float* x, size_t stride, int columns, int rows);
