@@ -25,6 +25,7 @@ from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.captured import Recorder
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.decoder import TorchDecoder
+from tokenswift_py.models.ops import four_bit_parts
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -118,10 +119,13 @@ class Parts:
         positions: str = "trained",
         graphs: bool = True,
         draft: bool = False,
+        four_bits: bool = False,
     ) -> TorchDecoder:
         rope = rope_tables(self.config, self.context, Positions(positions))
         parts = self.spec, self.weights, rope, TritonAttention(), TritonOps(deterministic), draft, kv_dtype
         decoder = TorchDecoder(*parts)
+        if four_bits:
+            decoder.ops = TritonOps(deterministic).four_bits(list(four_bit_parts(self.spec, self.weights)))
         if not graphs:
             decoder.recorder = Recorder(None)
         return decoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenswift_py.kernels.base import rotate
 from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
 from tokenswift_py.models.families.base import Experts
+from tokenswift_py.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,15 @@ def readable(weight: torch.Tensor) -> torch.Tensor:
     """Returns a contiguous weight that begins at a multiple of 16 bytes."""
     weight = weight.contiguous()
     return weight.clone() if weight.data_ptr() % 16 else weight
+
+
+def four_bit_parts(
+    spec: ModelSpec, weights: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
+    """Yields the weights that drafts have in 4 bits, and their biases or None. Those that are used as one are one."""
+    for names in spec.products():
+        biases = tuple(weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights)
+        yield tuple(weights[f"{name}.weight"] for name in names), biases or None
 
 
 class Ops(Protocol):
