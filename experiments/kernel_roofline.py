@@ -237,6 +237,9 @@ def choice_works(shape: Shape, rows: int) -> Iterator[Work]:
         yield Work(f"{name}, best merge", rows, None, scores + best, best + chosen, scores, flops * rows * shape.vocab)
     yield Work("nucleus mass", rows, None, scores, scores, 2 * scores, 30 * rows * shape.vocab)
     yield Work("nucleus digit", rows, None, scores, 0, scores, 3 * rows * shape.vocab)
+    yield Work("weights", rows, None, scores, scores, 2 * scores, 30 * rows * shape.vocab)
+    yield Work("sigmas", rows, None, 5 * rows * FP64, rows * FP64, 5 * rows * FP64, 5 * rows)
+    yield Work("halving", rows, None, scores, rows * FP64, scores, rows * shape.vocab)
     yield Work("nucleus edge", rows, None, 2 * scores, 0, 2 * scores, 3 * rows * shape.vocab)
 
 
