@@ -110,7 +110,11 @@ def loop(stage: Stage) -> Iterator[Row]:
     length, rounds = stage.pick(100_000, 130), stage.pick(40, 3)
     parts = Parts(stage, length + stage.pick(2048, 64))
     products = "tiles" if parts.blocks.verdict.faults else "blocks"  # as `--deterministic auto` chooses
-    model, drafting = parts.decoder(products), parts.decoder(products, draft=True)
+    model, drafting, in_four_bits = (
+        parts.decoder(products),
+        parts.decoder(products, draft=True),
+        parts.decoder(products, draft=True, four_bits=True),
+    )
     pool, vocab = drawn_pool(model, 64), parts.spec.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab, length).tolist()
     base = drawn_cache(pool, model.context, length - 1)
@@ -120,12 +124,14 @@ def loop(stage: Stage) -> Iterator[Row]:
     drafters: dict[str, Drafter] = {
         "ngram": create("ngram"),
         **{f"partial, view {view}": create("partial", view_tokens=view) for view in views},
+        f"partial, view {views[-1]}, int4": create("partial", view_tokens=views[-1]),
         "auto": create("cascade"),
         **{f"right {right}": Planted(prompt + plain, right, stage.pick(8, 2), vocab) for right in (0.7, 0.9)},
     }
     for name, drafter in drafters.items():
         fixed = drafter.length if isinstance(drafter, Planted) else None
-        tokens, row = written(stage, model, drafting, base, prompt, drafter, rounds, fixed)
+        own = in_four_bits if name.endswith("int4") else drafting
+        tokens, row = written(stage, model, own, base, prompt, drafter, rounds, fixed)
         shared = min(len(tokens), len(plain))
         yield {"drafter": name, "ok": shared > 0 and tokens[:shared] == plain[:shared], **row}
 

@@ -28,7 +28,7 @@ from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.captured import Recorder, recorder_for
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.ops import join_weights, matrices_of
+from tokenswift_py.models.ops import four_bit_parts, join_weights, matrices_of
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -130,11 +130,14 @@ class Parts:
         positions: str = "trained",
         graphs: bool = True,
         draft: bool = False,
+        four_bits: bool = False,
     ) -> TorchDecoder:
         """Makes a decoder. products: tiles, blocks or library."""
         rope = rope_tables(self.config, self.context, Positions(positions))
         chosen: Products = self.blocks if products == "blocks" else {"tiles": TILES, "library": LIBRARY}[products]
         decoder = TorchDecoder(self.spec, self.weights, rope, TritonAttention(), TritonOps(chosen), draft, kv_dtype)
+        if four_bits:
+            decoder.ops = TritonOps(chosen).four_bits(list(four_bit_parts(self.spec, self.weights)))
         if not graphs:
             decoder.recorder = Recorder(None)
         return decoder

@@ -35,6 +35,7 @@ from tokenswift_py.models.rows import lay_out
 ITEM = 2  # the bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
+INT4 = 5 / 8  # a weight of a draft in 4 bits, with its part of a scale and a minimum of 16 bits for 32 weights
 CAP_FLOPS = 4  # the capping of a score: an exponential, a sum, a quotient and a difference
 CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
@@ -157,6 +158,13 @@ def token_bytes(shape: Shape, int8: bool) -> int:
     return 2 * shape.kv_heads * (shape.head_dim + FP32 if int8 else shape.head_dim * ITEM)
 
 
+def drafted(names: str) -> str:
+    """Returns the kernels that do the same with the 4-bit weights of drafts."""
+    return ", ".join(
+        name.replace("matmul", "int4") if name.startswith("matmul") else f"int4_{name}" for name in names.split(", ")
+    )
+
+
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
     """Yields the work of a layer except attention, and that of the LM head."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -170,16 +178,19 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         *(() if shape.mixture else feed_forward),
         ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
-        read, written = (columns * depth + rows * depth) * ITEM, rows * outputs * ITEM
-        yield Work(name, rows, None, read, written, read + written, 2 * rows * columns * depth)
+        moved, written = rows * depth * ITEM, rows * outputs * ITEM
+        for said, weight in ((name, ITEM), (drafted(name), INT4)):
+            read = int(columns * depth * weight) + moved
+            yield Work(said, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
     for more, weight in (("", shape.hidden * ITEM), ("+wide", shape.hidden * FP32)):
         yield Work(f"norm{more}", rows, None, 2 * row + weight, row, 2 * row, 4 * rows * shape.hidden)
         yield Work(f"add_norm{more}", rows, None, 4 * row + weight, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
     angles = rows * shape.head_dim * FP32
-    read = (q + 2 * kv + rows) * shape.hidden * ITEM + angles
-    yield Work("qkv_rope", rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
+    for name, weight in (("qkv_rope", ITEM), (drafted("qkv_rope"), INT4)):
+        read = int((q + 2 * kv) * shape.hidden * weight) + rows * shape.hidden * ITEM + angles
+        yield Work(name, rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
     for norm, int8 in product(("", "+norm", "+wide"), (False, True)):
         stored = rows * (q * ITEM + token_bytes(shape, int8))
         flops = (7 if norm else 3) * heads + (8 * rows * kv if int8 else 0)
@@ -226,6 +237,9 @@ def choice_works(shape: Shape, rows: int) -> Iterator[Work]:
         yield Work(f"{name}, best merge", rows, None, scores + best, best + chosen, scores, flops * rows * shape.vocab)
     yield Work("nucleus mass", rows, None, scores, scores, 2 * scores, 30 * rows * shape.vocab)
     yield Work("nucleus digit", rows, None, scores, 0, scores, 3 * rows * shape.vocab)
+    yield Work("weights", rows, None, scores, scores, 2 * scores, 30 * rows * shape.vocab)
+    yield Work("sigmas", rows, None, 5 * rows * FP64, rows * FP64, 5 * rows * FP64, 5 * rows)
+    yield Work("halving", rows, None, scores, rows * FP64, scores, rows * shape.vocab)
     yield Work("nucleus edge", rows, None, 2 * scores, 0, 2 * scores, 3 * rows * shape.vocab)
 
 

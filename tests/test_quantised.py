@@ -16,10 +16,12 @@ from block_products import VOCAB, Floats, assert_product, decoder_with, dequanti
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
-from tokenswift_py.models.blocks import FORMATS, Blocks
+from tokenswift_py.models.blocks import FORMATS, Blocks, FourBits
+from tokenswift_py.models.executors import NativeExecutor
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
+from toys import save_tiny
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the native engine is not built")
 
@@ -273,6 +275,38 @@ def test_int8_drafts_that_cannot_fit_are_refused(tiny_folder: Path, monkeypatch:
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"memory: .* int8 weights for drafts"):
         swift.executor.self_draft(tables(tiny_config()), "int8")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_int4_drafts_are_blocks_of_four_bits(tmp_path: Path, family: str) -> None:
+    """By the gguf package no weight is off by more than half a step, a thirtieth of what its group spans. Routers, and
+    an embedding of which only rows are read, stay."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32}
+    save_tiny(tmp_path / "model", family, **sizes, shared_expert_intermediate_size=32, tie_word_embeddings=False)
+    executor = TokenSwift.from_pretrained(str(tmp_path / "model"), engine="native", dtype="fp32").executor
+    assert isinstance(executor, NativeExecutor)
+    rope = tables(executor._checkpoint.config)
+    draft, again = (executor.self_draft(rope, "int4", "own") for _ in range(2))
+    assert isinstance(draft, NativeDecoder) and isinstance(again, NativeDecoder)
+    assert again.weights is draft.weights and draft.weights.kinds == {"q4", "q8"}
+    tensors = executor._checkpoint.tensors()
+    found = FourBits(tensors, draft.spec)
+    for name, shape in draft.spec.shapes().items():
+        part, stay = found[name], ("mlp.gate.weight", "expert_gate.weight", "embed_tokens.weight")
+        assert isinstance(part, Blocks) == (len(shape) == 2 and not name.endswith(stay))
+        if isinstance(part, Blocks):
+            groups = tensors[name].unflatten(1, (-1, 32))
+            half = (groups.amax(2) - groups.amin(2)) / 30
+            error = torch.from_numpy(dequantised(part)).unflatten(1, (-1, 32)) - groups
+            assert (error.abs().amax(2) <= 1.05 * half).all()
+    target, rows = executor.model(rope), DraftTree.chain(range(9))
+    cache = target.new_cache()
+    expected = target.forward([Segment(rows, cache)]).logits
+    cache.drop_tail()
+    drafted = draft.forward([Segment(rows, cache)]).logits
+    assert 0 < (drafted - expected).abs().max() < 0.5 * expected.abs().max()
+    beside = executor.beside(executor._checkpoint, "int4")
+    assert beside.kinds == draft.weights.kinds
 
 
 def test_an_int8_target_drafts_with_its_own_weights(tiny_folder: Path) -> None:

@@ -19,7 +19,9 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
+from tokenswift_py.kernels._four_bits import quantise
 from tokenswift_py.kernels.naive import Naive
+from tokenswift_py.kernels.triton import int4
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks, blocks_on
@@ -77,6 +79,18 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
     for rows in (1, 16, 65):
         assert torch.equal(linear(x[:rows], weight), together[:rows])
         assert torch.equal(linear(x[-rows:], weight), together[-rows:])
+
+
+@pytest.mark.parametrize(("columns", "depth"), [(4096, 4096), (28_672, 4096), (576, 1500)])
+def test_products_with_weights_of_four_bits(columns: int, depth: int) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, depth, device="cuda").bfloat16() for n in (64, columns))
+    packed = int4.pack(weight)
+    exact = x.double() @ quantise(weight).widened()[:, :depth].double().T
+    for rows in (1, 16, 64):
+        got = int4.linear(x[:rows], packed)
+        assert ((got.double() - exact[:rows]).abs().max() / exact.abs().max()) < 1e-2
+        assert torch.equal(int4.linear(x[:rows], packed), got)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.triton.nucleus import exp_polynomial, nucleus_floors
 from tokenswift_py.kernels.triton.runtime import launch_options
 from tokenswift_py.kernels.triton.sampling import BLOCK, best, log_polynomial, noise_key
+from tokenswift_py.kernels.triton.shapes import ceilings, sigma_floors, typical
 from tokenswift_py.sampling import noise
-from tokenswift_py.sampling.filters import NEGLIGIBLE, nucleus_floor
+from tokenswift_py.sampling.filters import NEGLIGIBLE, nucleus_floor, sigma_floor, typical_excess, xtc_ceiling
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 from transfers import Transfers
@@ -150,6 +151,72 @@ def test_the_nucleus_of_a_row_of_several_blocks(spread: float) -> None:
         assert found.tolist() == [nucleus_floor(row[row >= row.max() + NEGLIGIBLE], top_p) for row in scores]
 
 
+# top-n-sigma, typical-p and XTC
+
+
+def drawn_rows(depths: list[float], shift: float) -> tuple[Any, torch.Tensor]:
+    scores = np.array([depths, sorted(depths), depths[::-1]]) + shift
+    return scores, torch.from_numpy(scores).to(DEVICE)
+
+
+DEPTHS = st.lists(st.one_of(PARTS, st.floats(-30, 0)), min_size=1, max_size=60)
+SHIFTS = st.sampled_from([0.0, 1e3, -1e-3])
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@settings(max_examples=30)
+@given(DEPTHS, st.sampled_from([1e-12, 0.5, 1.0, 3.0]), SHIFTS)
+@example([-1.0] * 7, 1.0, 0.0)
+@example([0.0, -np.inf], 1.0, 1e3)
+def test_deviations_are_those_of_the_reference(depths: list[float], sigmas: float, shift: float) -> None:
+    scores, rows = drawn_rows(depths, shift)
+    if scores.max() > -np.inf:
+        found = sigma_floors(rows, rows.amax(1), number(sigmas))
+        assert found.tolist() == [sigma_floor(row, sigmas) for row in scores]
+
+
+@settings(max_examples=30)
+@given(DEPTHS, st.sampled_from([1e-12, 0.2, 0.9, 0.999999999]), st.sampled_from([-np.inf, -5.0, -0.7, 0.0]), SHIFTS)
+@example([0.0, -800.0, -699.0, -1e4], 0.9, -np.inf, 0.0)
+def test_the_typical_set_is_the_references(depths: list[float], mass: float, floor: float, shift: float) -> None:
+    scores, rows = drawn_rows(depths, shift)
+    if scores.max() == -np.inf:
+        return
+    tops = rows.amax(1)
+    found = typical(rows, tops, tops + floor, number(mass)).cpu().numpy()
+    for row, inside in zip(scores, found, strict=True):
+        kept = (row >= row.max() + floor) & (row > -np.inf)
+        assert (inside[kept] == (typical_excess(row[kept], mass) <= 0)).all()
+
+
+@settings(max_examples=30)
+@given(DEPTHS, st.sampled_from([0.0, 0.01, 0.1, 0.5]), SHIFTS)
+@example([0.0, 0.0], 0.5, 0.0)
+def test_the_choices_that_xtc_leaves_out_are_the_references(
+    depths: list[float], threshold: float, shift: float
+) -> None:
+    scores, rows = drawn_rows(depths, shift)
+    if scores.max() > -np.inf:
+        wanted = [xtc_ceiling(row[row > -np.inf], threshold) for row in scores]
+        assert ceilings(rows, number(threshold)).tolist() == wanted
+
+
+def test_sums_of_a_row_of_several_blocks_are_the_references() -> None:
+    scores = 3 * np.random.default_rng(0).standard_normal((2, 5000))
+    scores[:, ::7] = -np.inf
+    rows = torch.from_numpy(scores).to(DEVICE)
+    tops = rows.amax(1)
+    assert sigma_floors(rows, tops, number(1.5)).tolist() == [sigma_floor(row, 1.5) for row in scores]
+    found = typical(rows, tops, tops - 9, number(0.6)).cpu().numpy()
+    for row, inside in zip(scores, found, strict=True):
+        kept = row >= row.max() - 9
+        assert (inside[kept] == (typical_excess(row[kept], 0.6) <= 0)).all()
+    assert ceilings(rows, number(0.02)).tolist() == [xtc_ceiling(row[row > -np.inf], 0.02) for row in scores]
+
+
 # The sampler
 
 RULES = st.builds(
@@ -170,7 +237,10 @@ RULES = st.builds(
     ban_words=st.sampled_from([(), ((1, 2), (0,), (2, 2, 1))]),
     ban=st.sampled_from([(), (1,)]),
     logit_bias=st.sampled_from([{}, {0: 2.5, 2: -1.0}]),
-    top_n_sigma=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
+    top_n_sigma=st.sampled_from([0.0, 0.0, 1.0]),
+    typical_p=st.sampled_from([1.0, 1.0, 0.9, 0.2]),
+    xtc_probability=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    xtc_threshold=st.sampled_from([0.01, 0.1]),
     seed=st.integers(0, 2**64 - 1),
     stream=st.integers(0, 2),
 )
@@ -228,7 +298,8 @@ def drawn_tree(rng: np.random.Generator) -> DraftTree:
 EVERYTHING = SamplingParams(
     temperature=0.8, seed=3, top_k=400, top_p=0.9, min_p=0.001, penalty=1.2, penalty_window=30, repetition_penalty=1.1,
     frequency_penalty=0.1, presence_penalty=0.2, dry_multiplier=0.8, dry_breakers=(11,), no_repeat_ngram_size=4,
-    ban_words=((5, 6),), ban=(9,), logit_bias={3: 1.5},
+    ban_words=((5, 6),), ban=(9,), logit_bias={3: 1.5}, top_n_sigma=3.0, typical_p=0.95, xtc_probability=0.5,
+    xtc_threshold=0.05,
 )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from tokenswift_py.text import Chat, token_of, tokens_containing, word_ids
 MOST_LOGPROBS = 1000  # the most log-probabilities for one token
 AUTO_DRAFTER = "cascade"  # under the planner, which leaves out what does not pay
 AUTO_WITH_MODEL = "draft_model"  # if a second model is named
-DRAFT_WEIGHTS = ("auto", "bf16", "int8")
+DRAFT_WEIGHTS = ("auto", "bf16", "int8", "int4")
 LANGUAGES = ("json_schema", "grammar", "regex")  # only one of them may be set
 DRAFT_KV = ("auto", "own", "int8")
 PARAMETERS = described_parameters()
@@ -177,7 +177,7 @@ class Options(Asked):
     )  # fmt: skip
     draft_weights: str = drafting(
         "auto", Choice(DRAFT_WEIGHTS),
-        "bf16 or int8, of a partial cache's or a draft model's; auto is int8 on native",
+        "bf16, int8 (native) or int4, of a partial cache's or a draft model's; auto is int8 on native",
     )  # fmt: skip
     draft_kv: str = drafting(
         "auto", Choice(DRAFT_KV),

@@ -36,7 +36,19 @@ SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120"
 # Shared memory of a multiprocessor, of which every block takes 1024 bytes more than its own (the same guide).
 SHARED_OF_SM = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "sm_120": 102_400}
 REGISTERS_OF_SM, THREADS_OF_SM, WARP = 65_536, {"sm_120": 1536}, 32
-MODULES = ("attention", "experts", "fused", "matmul", "merge", "nucleus", "projections", "sampling", "scores")
+MODULES = (
+    "attention",
+    "experts",
+    "fused",
+    "int4",
+    "matmul",
+    "merge",
+    "nucleus",
+    "projections",
+    "sampling",
+    "scores",
+    "shapes",
+)
 # Kernels that are right but slow where they spill. fp32 is for checks.
 MAY_SPILL: set[tuple[str, str, int | None]] = {
     *((f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far", "+cap", "+int8+far+cap")),
@@ -44,8 +56,8 @@ MAY_SPILL: set[tuple[str, str, int | None]] = {
     *(("experts+gated", dtype, None) for dtype in ("bfloat16", "float16", "float32")),  # up to 24 bytes on sm_120
 }
 
-# These kernels take a logarithm, whose own steps are fused multiply-adds.
-MAY_FUSE = {"mass", "merge"}
+# These kernels take a logarithm, whose own steps are fused multiply-adds, or widen 4-bit weights by exact products.
+MAY_FUSE = ("mass", "merge", "int4")
 
 
 @dataclass(frozen=True)
@@ -92,7 +104,9 @@ class Compiled:
         may_spill = (self.name, self.dtype, self.head_dim) in MAY_SPILL
         found = [f"{self.spills} bytes spill"] if self.spills and not may_spill else []
         found += [f"{self.shared} bytes of shared memory, of {limit}"] if self.shared > limit else []
-        return found + ([f"{self.fused} products fused with sums"] if self.fused and self.name not in MAY_FUSE else [])
+        return found + (
+            [f"{self.fused} products fused with sums"] if self.fused and not self.name.startswith(MAY_FUSE) else []
+        )
 
     def __str__(self) -> str:
         head = "" if self.head_dim is None else self.head_dim

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import triton
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kernels.triton import attention, configs, experts, fused, items, matmul, merge, projections
+from tokenswift_py.kernels.triton import attention, configs, experts, fused, int4, items, matmul, merge, projections
 from tokenswift_py.kernels.triton.products import TILES, Products
 
 
@@ -28,6 +29,10 @@ def configurations() -> str:
     return hashlib.sha256(repr((chosen, splits)).encode()).hexdigest()[:8]
 
 
+# Weights by which the same rows are multiplied, [columns, depth] each, and their biases.
+Part = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]
+
+
 class TritonOps:
     """`Ops` by Triton's kernels, apart from matrix products, which can be the library's."""
 
@@ -37,6 +42,10 @@ class TritonOps:
         self.products, self.guarantee, self.joins = products, products.guarantee, products.joins
         kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
         self.label = f"{kernels}/{products.label}" if products.label else kernels
+
+    def four_bits(self, parts: Sequence[Part]) -> FourBitOps:
+        """Packs these weights to 4 bits, and returns the operations that multiply by them in place of the weights."""
+        return FourBitOps(self, parts)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.products.linear(x, weight, bias)
@@ -121,3 +130,58 @@ class TritonOps:
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         fused.move_rows(keys, values, source, target)
+
+
+class FourBitOps(TritonOps):
+    """`Ops` for drafts. Products with a weight that was packed are of its 4 bits; the others are those of `own`.
+
+    parts: queries, keys and values of a layer are one, its gate and up another. The weights are kept as they are.
+    """
+
+    def __init__(self, own: TritonOps, parts: Sequence[Part]):
+        vars(self).update(vars(own))
+        self.label += "/int4"
+        self._packed = {
+            weights: (int4.pack(*weights), None if biases is None else torch.cat(biases)) for weights, biases in parts
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Returns the bytes of the packed weights."""
+        return sum(packed.nbytes for packed, _ in self._packed.values())
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        found = self._packed.get((weight,))
+        return super().linear(x, weight, bias) if found is None else int4.linear(x, found[0], bias)
+
+    def gated(
+        self,
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        biases: tuple[torch.Tensor, torch.Tensor] | None,
+        activation: str,
+    ) -> torch.Tensor:
+        found = self._packed.get((gate, up))
+        return super().gated(x, gate, up, biases, activation) if found is None else int4.gated(x, *found, activation)
+
+    def _projected(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        found = self._packed.get(own.weights)
+        if found is None:
+            return super()._projected(x, own)
+        return int4.qkv(x, *found, len(own.weights[0]) // own.head_dim, own.head_dim)
+
+    def qkv_rope_write(
+        self,
+        pool: Any,
+        layer: int,
+        x: torch.Tensor,
+        own: Any,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        found = self._packed.get(own.weights)
+        if found is None or own.norms is not None or pool.scales_of(layer) is not None:
+            return super().qkv_rope_write(pool, layer, x, own, cos, sin, slots)
+        return int4.qkv_rope_write(x, *found, (cos, sin, slots), pool.keys[layer], pool.values[layer])

@@ -94,6 +94,66 @@ def gated(
     return out
 
 
+@triton.jit
+def store_heads(
+    acc: tl.tensor,  # [BLOCK_M, BLOCK_N] fp32, both halves of some of a head's pairs, side by side
+    q: tl.tensor,  # from here to `slots`: see `heads_kernel`
+    k: tl.tensor,
+    v: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    row: tl.tensor,  # [BLOCK_M]
+    kept: tl.tensor,  # [BLOCK_M] whether there is such a row
+    which: tl.tensor,  # number of the head among those of queries, keys and values
+    part: tl.tensor,  # number of the tile in the head
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    pool_pages: tl.tensor,
+    ROPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """Stores a tile of a query, a key or a value where it belongs, with ROPE after the rotation."""
+    half: tl.constexpr = HEAD_DIM // 2
+    pairs: tl.constexpr = BLOCK_N // 2
+    kind = q.dtype.element_ty
+    is_q = which < heads
+    is_v = which >= heads + kv_heads
+    head = tl.where(is_q, which, tl.where(is_v, which - heads - kv_heads, which - heads))
+    lane = tl.arange(0, BLOCK_N)
+    pair = part * pairs + lane // 2
+    column = pair + lane % 2 * half
+    result = acc.to(kind)
+    mask = kept[:, None] & (pair < half)[None, :]
+    if ROPE:
+        # Values are not rotated. The rotation is computed for them too, but `tl.where` does not choose it.
+        first, second = tl.split(tl.reshape(result.to(tl.float32), [BLOCK_M, pairs, 2]))
+        turn = part * pairs + tl.arange(0, pairs)
+        angle = row.to(tl.int64)[:, None] * half + turn[None, :]
+        shown = kept[:, None] & (turn < half)[None, :]
+        c = tl.load(cos + angle, mask=shown, other=0.0)
+        s = tl.load(sin + angle, mask=shown, other=0.0)
+        turned = tl.join(first * c - second * s, second * c + first * s)
+        result = tl.where(is_v, result, tl.reshape(turned, [BLOCK_M, BLOCK_N]).to(kind))
+    at_q = (row.to(tl.int64) * heads + head) * HEAD_DIM
+    if ROPE:
+        slot = tl.load(slots + row, mask=kept, other=-1)
+        at_kv = (head.to(tl.int64) * pool_pages * PAGE + slot) * HEAD_DIM
+        written = mask & (slot >= 0)[:, None]
+    else:
+        at_kv = (row.to(tl.int64) * kv_heads + head) * HEAD_DIM
+        written = mask
+    if is_q:
+        tl.store(q + at_q[:, None] + column[None, :], result, mask=mask)
+    elif is_v:
+        tl.store(v + at_kv[:, None] + column[None, :], result, mask=written)
+    else:
+        tl.store(k + at_kv[:, None] + column[None, :], result, mask=written)
+
+
 @triton.jit(do_not_specialize=["rows", "heads", "kv_heads", "pool_pages", "programs"])
 def heads_kernel(
     x: tl.tensor,  # [rows, depth]
@@ -131,7 +191,6 @@ def heads_kernel(
     half: tl.constexpr = HEAD_DIM // 2
     pairs: tl.constexpr = BLOCK_N // 2
     parts: tl.constexpr = (half + pairs - 1) // pairs
-    kind = q.dtype.element_ty
     row_tiles = tl.cdiv(rows, BLOCK_M)
     lane = tl.arange(0, BLOCK_N)
     for tile in range(tl.program_id(0), row_tiles * (heads + 2 * kv_heads) * parts, programs):
@@ -156,32 +215,10 @@ def heads_kernel(
         acc = product(x, weight, row, from_weight, kept, there, depth, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         if BIAS:
             acc += tl.load(bias + from_weight, mask=there, other=0.0).to(tl.float32)[None, :]
-        result = acc.to(kind)
-        mask = kept[:, None] & there[None, :]
-        if ROPE:
-            # Values are not rotated. The rotation is computed for them too, but `tl.where` does not choose it.
-            first, second = tl.split(tl.reshape(result.to(tl.float32), [BLOCK_M, pairs, 2]))
-            turn = part * pairs + tl.arange(0, pairs)
-            angle = row.to(tl.int64)[:, None] * half + turn[None, :]
-            shown = kept[:, None] & (turn < half)[None, :]
-            c = tl.load(cos + angle, mask=shown, other=0.0)
-            s = tl.load(sin + angle, mask=shown, other=0.0)
-            turned = tl.join(first * c - second * s, second * c + first * s)
-            result = tl.where(is_v, result, tl.reshape(turned, [BLOCK_M, BLOCK_N]).to(kind))
-        at_q = (row.to(tl.int64) * heads + head) * HEAD_DIM
-        if ROPE:
-            slot = tl.load(slots + row, mask=kept, other=-1)
-            at_kv = (head.to(tl.int64) * pool_pages * PAGE + slot) * HEAD_DIM
-            written = mask & (slot >= 0)[:, None]
-        else:
-            at_kv = (row.to(tl.int64) * kv_heads + head) * HEAD_DIM
-            written = mask
-        if is_q:
-            tl.store(q + at_q[:, None] + column[None, :], result, mask=mask)
-        elif is_v:
-            tl.store(v + at_kv[:, None] + column[None, :], result, mask=written)
-        else:
-            tl.store(k + at_kv[:, None] + column[None, :], result, mask=written)
+        store_heads(
+            acc, q, k, v, cos, sin, slots, row, kept, which, part, heads, kv_heads, pool_pages, ROPE, HEAD_DIM, PAGE,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
 
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from tokenswift_py.kernels._four_bits import quantise
+from tokenswift_py.models.spec import ModelSpec, part_of
+
+FP32 = ("router", "shared_gate")  # these matrices are never in blocks
 BLOCK = 32  # how many weights share a scale, and how many activations are rounded together
 
 
@@ -38,6 +44,7 @@ FORMATS = {
     "iq4_xs": BlockFormat(256, 136, 138, (0,)),
 }
 INT8_BYTES = FORMATS["q8"].packed / BLOCK  # the bytes of one weight
+INT4_BYTES = FORMATS["q4"].packed / BLOCK
 
 
 @dataclass(frozen=True)
@@ -63,3 +70,30 @@ class Blocks:
         return all(
             bool(np.isfinite(blocks[:, at : at + 2].copy().view(np.float16)).all()) for at in FORMATS[self.kind].halves
         )
+
+
+def in_four_bits(matrix: torch.Tensor) -> Blocks:
+    """Rounds a matrix, whose rows are whole blocks, to blocks of q4."""
+    found = quantise(matrix)
+    halves = torch.stack((found.scales, found.minima), 2).view(torch.uint8)
+    low, high = found.quants.chunk(2, 2)
+    return Blocks("q4", torch.cat((halves, low | high << 4), 2).flatten(1).numpy())
+
+
+class FourBits(Mapping[str, torch.Tensor | Blocks]):
+    """Tensors of a model, whose matrices are rounded to blocks of 4 bits as they are read. Routers, an embedding of
+    which only rows are read, and matrices whose rows are not whole blocks stay."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], spec: ModelSpec):
+        self._tensors, self._spec = tensors, spec
+
+    def __getitem__(self, name: str) -> torch.Tensor | Blocks:
+        tensor, (part, _) = self._tensors[name], part_of(name, self._spec)
+        stays = tensor.ndim == 1 or part in FP32 or (part == "embed" and not self._spec.tied)
+        return tensor if stays or tensor.shape[1] % BLOCK else in_four_bits(tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

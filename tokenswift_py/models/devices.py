@@ -86,9 +86,12 @@ def check_draft_kv(kv: str) -> None:
     check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
 
 
-def check_torch_draft_weights(weights: str) -> None:
+def check_torch_draft_weights(weights: str, int4: bool, attention: str) -> None:
+    """Raises UserError for weights that engine torch has not. int4: whether it has those, with this attention."""
     check_draft_weights(weights)
-    check(weights != "int8", "draft_weights", weights, "with engine torch only bf16; engine native has int8")
+    allowed = "bf16 or int4" if int4 else f"bf16 alone with attention {attention}, and int4 with triton"
+    fine = weights in ("auto", "bf16") or (int4 and weights == "int4")
+    check(fine, "draft_weights", weights, f"engine torch has {allowed}; engine native has int8")
 
 
 def choose_attention(device: torch.device, spec: ModelSpec) -> str:

@@ -14,7 +14,7 @@ from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
-from tokenswift_py.models.blocks import Blocks
+from tokenswift_py.models.blocks import INT4_BYTES, INT8_BYTES, Blocks, FourBits
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.devices import (
     DETERMINISTIC,
@@ -29,7 +29,7 @@ from tokenswift_py.models.devices import (
     choose_ops,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
-from tokenswift_py.models.ops import TorchOps, join_weights, matrices_of
+from tokenswift_py.models.ops import Ops, TorchOps, four_bit_parts, join_weights, matrices_of
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
@@ -87,7 +87,7 @@ class Executor(Protocol):
         """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
         weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
-                 bits where the target's are no finer. auto is int8 where the engine has it.
+                 bits where the target's are no finer. int4 is blocks of 4 bits. auto is int8 where the engine has it.
         kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
 
@@ -110,16 +110,9 @@ class TorchExecutor:
     name = "torch"
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str,
-        kv_dtype: str,
-        device: torch.device,
-        attention: str,
-        deterministic: str,
-        ranks: Ranks = ALONE,
-        spec: ModelSpec | None = None,
-    ):
+        self, checkpoint: Checkpoint, dtype: str, kv_dtype: str, device: torch.device, attention: str,
+        deterministic: str, ranks: Ranks = ALONE, spec: ModelSpec | None = None,
+    ):  # fmt: skip
         self.dtype, self.kv_dtype = dtype, KV_DTYPES[kv_dtype]
         self.device, self.ranks = device, ranks
         self._spec = spec or checkpoint.spec  # of the layers that this process holds
@@ -143,6 +136,7 @@ class TorchExecutor:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
+        self._draft_ops: Ops | None = None  # those of 4 bits, once they were asked for
         self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
         if self._ops.joins and not checkpoint.borrowed:
             join_weights(self._weights, self._spec)
@@ -166,25 +160,37 @@ class TorchExecutor:
         check_moves_queries(self._attention, rope)
 
     def model(self, rope: RopeTables) -> Model:
-        return self._decoder(rope, draft=False)
+        return self._decoder(rope, self._ops, draft=False)
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        check_torch_draft_weights(weights)
+        check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
         check_draft_kv(kv)
         check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
-        return self._decoder(rope, draft=True)
+        return self._decoder(rope, self._four_bits() if weights == "int4" else self._ops, draft=True)
 
     def reads_copies(self, kv: str) -> bool:
         return False
 
-    def _decoder(self, rope: RopeTables, draft: bool) -> Model:
-        parts = (self._spec, self._weights, rope, self._attention, self._ops, draft, self.kv_dtype)
+    def _decoder(self, rope: RopeTables, ops: Ops, draft: bool) -> Model:
+        parts = (self._spec, self._weights, rope, self._attention, ops, draft, self.kv_dtype)
         return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts)
 
+    def _four_bits(self) -> Ops:
+        """Returns operations with 4-bit weights, which are packed at the first use beside the others."""
+        if self._draft_ops is None:
+            parts = list(four_bit_parts(self._spec, self._weights))
+            numbers = sum(weight.numel() for weights, _ in parts for weight in weights)
+            check_memory(int(numbers * INT4_BYTES), self.device, "int4 weights for drafts")
+            packing: Any = self._ops
+            self._draft_ops = packing.four_bits(parts)
+        return self._draft_ops
+
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        check_torch_draft_weights(weights)
+        check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
         checkpoint.check_memory_for_drafts(self.dtype, self.device)
-        return TorchExecutor(checkpoint, self.dtype, *self._kernels)
+        beside = TorchExecutor(checkpoint, self.dtype, *self._kernels)
+        beside._ops = beside._four_bits() if weights == "int4" else beside._ops
+        return beside
 
 
 class NativeExecutor:
@@ -195,7 +201,7 @@ class NativeExecutor:
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, kv_dtype: torch.dtype, threads: int | None = None, team: Any = None,
-        spec: ModelSpec | None = None,
+        spec: ModelSpec | None = None, four_bits: bool = False,
     ):  # fmt: skip
         self.dtype, self.kv_dtype = dtype, kv_dtype
         self.device = torch.device("cpu")
@@ -208,9 +214,10 @@ class NativeExecutor:
             tensors.tell_rounded()
         else:
             tensors = checkpoint.tensors(dtype=DTYPES.get(dtype, torch.float32))
+            tensors = FourBits(tensors, self._spec) if four_bits else tensors
         self._weights = NativeWeights(self._spec, tensors, packed, threads, team)
         self.kinds = self._weights.kinds
-        self._draft_weights: NativeWeights | None = self._weights if packed == torch.int8 else None
+        self._draft_weights = {"int8": self._weights} if packed == torch.int8 and not four_bits else {}
 
     @property
     def threads(self) -> int:
@@ -234,7 +241,7 @@ class NativeExecutor:
         check_draft_kv(kv)
         copies = self.reads_copies(kv)
         check(copies or kv != "int8", "draft_kv", kv, "copies are made of a bf16 cache only (kv_dtype)")
-        chosen = self._weights if weights == "bf16" else self._int8_weights()
+        chosen = self._weights if weights == "bf16" else self._in_blocks("int4" if weights == "int4" else "int8")
         return NativeDecoder(chosen, rope, self.kv_dtype, draft=True, int8_pages=copies)
 
     def reads_copies(self, kv: str) -> bool:
@@ -245,18 +252,20 @@ class NativeExecutor:
         own = self.dtype if self.dtype in DTYPES else "bf16"
         dtype = own if weights == "bf16" else "int8"
         checkpoint.check_memory_for_drafts(dtype, self.device)
-        return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=self._weights.team)
+        team = self._weights.team
+        return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=team, four_bits=weights == "int4")
 
-    def _int8_weights(self) -> NativeWeights:
-        if self._draft_weights is None:
-            checkpoint = self._checkpoint
-            needed = checkpoint.weight_bytes("int8") * self._spec.parameters // checkpoint.spec.parameters
-            check_memory(needed, self.device, "int8 weights for drafts")
-            tensors = checkpoint.tensors()
-            self._draft_weights = NativeWeights(
-                self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=True
+    def _in_blocks(self, kind: str) -> NativeWeights:
+        """Returns int8 or int4 weights for drafts, which are packed at the first use."""
+        if kind not in self._draft_weights:
+            checkpoint, each = self._checkpoint, {"int8": INT8_BYTES, "int4": INT4_BYTES}[kind]
+            check_memory(int(each * self._spec.parameters), self.device, f"{kind} weights for drafts")
+            tensors: Mapping[str, Any] = checkpoint.tensors()
+            tensors = FourBits(tensors, self._spec) if kind == "int4" else tensors
+            self._draft_weights[kind] = NativeWeights(
+                self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=kind == "int8"
             )
-        return self._draft_weights
+        return self._draft_weights[kind]
 
 
 def choose_engine(engine: str, device: torch.device, attention: str, world: int = 1) -> str:
@@ -281,17 +290,9 @@ def choose_engine(engine: str, device: torch.device, attention: str, world: int 
 
 
 def load(
-    checkpoint: Checkpoint,
-    engine: str,
-    dtype: str,
-    kv_dtype: str | None,
-    device: torch.device,
-    attention: str,
-    threads: int | None,
-    deterministic: str = "auto",
-    ranks: Ranks = ALONE,
-    spec: ModelSpec | None = None,
-) -> Executor:
+    checkpoint: Checkpoint, engine: str, dtype: str, kv_dtype: str | None, device: torch.device, attention: str,
+    threads: int | None, deterministic: str = "auto", ranks: Ranks = ALONE, spec: ModelSpec | None = None,
+) -> Executor:  # fmt: skip
     """Reads the weights into the chosen executor. `engine` is native or torch. spec: that of a stage's layers; None is
     the whole model."""
     check(deterministic in DETERMINISTIC, "deterministic", deterministic, f"one of {', '.join(DETERMINISTIC)}")

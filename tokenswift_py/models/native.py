@@ -21,7 +21,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.memories._engine import NativeMemory, engine_memory
 from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
-from tokenswift_py.models.blocks import BLOCK, Blocks
+from tokenswift_py.models.blocks import BLOCK, FP32, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
 from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
@@ -40,7 +40,6 @@ from tokenswift_py.version import __version__
 
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
 
-FP32 = ("router", "shared_gate")  # whatever the type of the other matrices
 ROPES = {GLOBAL: 0, LOCAL: 1, None: -1}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -95,6 +95,15 @@ def join_weights(weights: dict[str, torch.Tensor], spec: ModelSpec) -> None:
             if len(parts) > 1:
                 joined = torch.cat(parts).split([len(part) for part in parts])
                 weights.update((f"{name}.{kind}", part) for name, part in zip(group, joined, strict=True))
+
+
+def four_bit_parts(
+    spec: ModelSpec, weights: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
+    """Yields the weights that drafts have in 4 bits, and their biases or None. Those that are used as one are one."""
+    for names in spec.products():
+        biases = tuple(weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights)
+        yield tuple(weights[f"{name}.weight"] for name in names), biases or None
 
 
 class Ops(Protocol):

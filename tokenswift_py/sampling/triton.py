@@ -16,6 +16,7 @@ import torch
 from tokenswift_py.core import DraftTree, IntArray, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import on_device
+from tokenswift_py.sampling import noise
 from tokenswift_py.sampling.device_text import DeviceText, ends_of, paths_of, uploaded
 from tokenswift_py.sampling.penalties import DRY_LONGEST, finished_words
 from tokenswift_py.sampling.processors import LARGEST
@@ -31,19 +32,24 @@ MOST_RANKED = 64  # the reference makes longer rankings
 
 @dataclass
 class Placed:
-    """Values that stay on a device. key: the noise's key. top_p: [1] fp64. breakers: [n] int64, of DRY."""
+    """Values that stay on a device.
+
+    key: the noise's key. top_p: [1] fp64. shape: [3] fp64, top_n_sigma, typical_p and xtc_threshold. breakers: [n]
+    int64, of DRY.
+    """
 
     params: SamplingParams
     rules: Rules
     key: torch.Tensor | None
     top_p: torch.Tensor
+    shape: torch.Tensor
     breakers: torch.Tensor
     text: DeviceText = field(repr=False)
 
 
 class TritonSampler(Sampler):
-    """All rows of a tree at once, which the host waits for once. Hugging Face's processors, and top-n-sigma, typical-p
-    and XTC, whose sums are of the reference's own, go the way of the reference."""
+    """All rows of a tree at once, which the host waits for once. Hugging Face's processors go the way of the
+    reference."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
@@ -52,8 +58,7 @@ class TritonSampler(Sampler):
     @property
     def exact(self) -> bool:
         """Says whether the device knows all of the rules that are asked for."""
-        params = self.params
-        return not (params.shaped or self.processors or (params.top_n_sigma > 0 and params.temperature > 0))
+        return not self.processors
 
     def ranked(self, logits: torch.Tensor, history: History, count: int) -> Ranked:
         if not self.exact or count > MOST_RANKED:
@@ -112,24 +117,53 @@ class TritonSampler(Sampler):
 
         placed = self._on(logits.device)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        rows, marks = self._texts(placed, tree, history, positions, masks, logits, settled)
+        rows, marks, acting = self._texts(placed, tree, history, positions, masks, logits, settled)
         scores, tops, highest = scores_of(logits, placed.rules, rows, marks)
-        floors = None if placed.key is None else self._floors(scores, tops.amax(1), placed)
+        top = tops.amax(1)
+        floors = None if placed.key is None else self._floors(scores, top, placed)
+        if self.params.shaped:
+            scores, floors = self._shaped(scores, top, floors, acting > 0, placed), None
         return best(scores, rows.lengths, placed.key, floors, count, highest)
 
     def _floors(self, scores: torch.Tensor, tops: torch.Tensor, placed: Placed) -> torch.Tensor | None:
-        """Returns [rows] the floors that top-k, top-p and min-p set."""
+        """Returns [rows] the floors that top-n-sigma, top-k, top-p and min-p set."""
         from tokenswift_py.kernels.triton.nucleus import nucleus_floors
+        from tokenswift_py.kernels.triton.shapes import sigma_floors
 
         params, floors = self.params, None
+        if params.top_n_sigma > 0:
+            floors = sigma_floors(scores, tops, placed.shape[0])
         if 0 < params.top_k < scores.shape[1]:
-            floors = torch.topk(scores, params.top_k, sorted=False).values.amin(1)
+            least = torch.topk(scores, params.top_k, sorted=False).values.amin(1)
+            floors = least if floors is None else torch.maximum(floors, least)
         if params.top_p < 1:
             floors = nucleus_floors(scores, tops, placed.top_p, floors)
         if params.min_p > 0:
             least = tops + self._log_min_p
             floors = least if floors is None else torch.maximum(floors, least)
         return floors
+
+    def _shaped(
+        self,
+        scores: torch.Tensor,
+        tops: torch.Tensor,
+        floors: torch.Tensor | None,
+        acting: torch.Tensor,
+        placed: Placed,
+    ) -> torch.Tensor:
+        """Returns the scores of the tokens that floors, typical-p and XTC leave, -inf for the others. acting: [rows]
+        whether XTC acts."""
+        from tokenswift_py.kernels.triton.shapes import ceilings, typical
+
+        floors = torch.full_like(tops, -torch.inf) if floors is None else floors
+        kept = scores >= floors[:, None]
+        if self.params.typical_p < 1:
+            kept &= typical(scores, tops, floors, placed.shape[1])
+        scores = torch.where(kept, scores, -torch.inf)
+        if self.params.xtc_probability > 0:
+            most = torch.where(acting, ceilings(scores, placed.shape[2]), torch.inf)
+            scores = torch.where(scores <= most[:, None], scores, -torch.inf)
+        return scores
 
     def _on(self, device: torch.device) -> Placed:
         """Returns the values that stay on the device for all rounds."""
@@ -167,7 +201,9 @@ class TritonSampler(Sampler):
         )  # fmt: skip
         key = None if greedy else noise_key(params.seed, params.stream, device)
         breakers = on_device(self._breakers.astype(np.int64), device)
-        return Placed(params, rules, key, there(params.top_p), breakers, DeviceText(self.vocab_size, device))
+        shape = there(params.top_n_sigma, params.typical_p, params.xtc_threshold)
+        text = DeviceText(self.vocab_size, device)
+        return Placed(params, rules, key, there(params.top_p), shape, breakers, text)
 
     def _texts(
         self,
@@ -178,9 +214,9 @@ class TritonSampler(Sampler):
         masks: Masks | None,
         logits: torch.Tensor,
         settled: bool,
-    ) -> tuple[Rows, torch.Tensor | None]:
-        """Returns the rows' texts on the device, and marks of repeats and of what is excluded; None where there are
-        none of them."""
+    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor]:
+        """Returns the rows' texts on the device, and marks of repeats and of what is excluded, None where there are
+        none of them; and [rows] 1 where XTC acts."""
         from tokenswift_py.kernels.triton.scores import OUT, Rows, mark_repeats
 
         params, text, base, before = self.params, placed.text, 0, history.tokens[:0]
@@ -195,12 +231,13 @@ class TritonSampler(Sampler):
         unbroken = np.where(np.isin(unbroken, self._breakers).cumsum(1) > 0, -2, unbroken)
         out = self._excluded(ends, positions)
         paths = paths_of(tree, before) if looked_at else np.zeros((len(tree), 0), np.int32)
-        lengths, paths_there, unbroken_there, ends_there, out_there = uploaded(
-            [positions, paths, unbroken.astype(np.int32), ends[:, : max(ngram - 1, 0)], out], logits.device
+        lengths, paths_there, unbroken_there, ends_there, out_there, acting = uploaded(
+            [positions, paths, unbroken.astype(np.int32), ends[:, : max(ngram - 1, 0)], out, self._acting(positions)],
+            logits.device,
         )
         rows = Rows(text.tokens, text.last, text.written, base, lengths, paths_there)
         if not (dry or ngram or out.size or masks is not None):
-            return rows, None
+            return rows, None, acting
         marks = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
         if dry:
             mark_repeats(marks, rows, unbroken_there, params.dry_length, exclude=False)
@@ -211,7 +248,15 @@ class TritonSampler(Sampler):
             marks.index_put_(tuple(out_there.long().unbind()), marks.new_full((), OUT.value))
         if masks is not None:
             marks.masked_fill_(outside(masks, logits), OUT.value)
-        return rows, marks
+        return rows, marks, acting
+
+    def _acting(self, positions: IntArray) -> IntArray:
+        """Returns [rows] 1 where XTC acts on the choice at a position."""
+        params, probability = self.params, self.params.xtc_probability
+        coins = [
+            noise.coin(params.seed, at, params.stream, noise.XTC_DOMAIN) for at in positions.tolist() if probability
+        ]
+        return np.array([coin < probability for coin in coins], np.int32)
 
     def _excluded(self, ends: IntArray, positions: IntArray) -> IntArray:
         """Returns [2, n] rows and the tokens that they may not choose: the last ones of words, and ends of the text

@@ -1,0 +1,381 @@
+"""Products of few rows with weights of 4 bits, for drafts: a pass of few rows takes as long as its weights are read.
+
+Weights are packed once (`pack`), and widened in registers: the bits of a quant become an fp32 number, and scale and
+minimum make a weight of x's type of it in one multiply-add. An element is summed over k in
+ascending order, so that a product gives the same bits every time. But tiles grow with the number of rows, and nothing
+that a draft's row computes is promised to a row of another pass (law 1 binds the target alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import triton
+import triton.language as tl
+from tokenswift_py.kernels._four_bits import GROUP as GROUP_SIZE
+from tokenswift_py.kernels._four_bits import quantise
+from tokenswift_py.kernels.triton.configs import WIDE, Tiles, int4_tiles
+from tokenswift_py.kernels.triton.matmul import processors
+from tokenswift_py.kernels.triton.projections import opened, store_heads
+from tokenswift_py.kernels.triton.runtime import (
+    DTYPES,
+    HEAD_DIMS,
+    POINTERS,
+    PRECISION,
+    Variant,
+    launch_options,
+    precision,
+)
+
+GROUP = tl.constexpr(GROUP_SIZE)
+IN_WORD = tl.constexpr(8)  # how many quants a word holds, each of another group
+STEP = GROUP_SIZE * 8  # the weights of a row that are read together
+PACKED_ROWS = 512  # how many rows are rounded at a time, which bounds the memory that it takes
+
+
+@dataclass(frozen=True, eq=False)
+class Int4:
+    """A matrix of 4-bit weights, packed along k in steps of 8 groups of 32, the last one filled with zeros.
+
+    words:  [columns, steps * 32] int32. Bits 4 i to 4 i + 3 of word j of a step are weight j of its group i.
+    scales: [steps * 8, columns] int32. The low half is a group's fp16 scale, the high half its fp16 minimum.
+    depth:  the weights of a row.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    depth: int
+
+    @property
+    def columns(self) -> int:
+        return len(self.words)
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes
+
+
+def pack(*matrices: torch.Tensor) -> Int4:
+    """Rounds matrices [columns, depth] of one depth to 4 bits and packs them as one, one behind the other."""
+    device, depth = matrices[0].device, matrices[0].shape[1]
+    columns, steps = sum(map(len, matrices)), triton.cdiv(depth, STEP)
+    words = torch.empty((columns, steps * GROUP_SIZE), dtype=torch.int32, device=device)
+    scales = torch.empty((steps * 8, columns), dtype=torch.int32, device=device)
+    first = 0
+    for matrix in matrices:
+        for part in matrix.split(PACKED_ROWS):
+            found = quantise(F.pad(part, (0, steps * STEP - depth)))
+            own = slice(first, first + len(part))
+            shifts = torch.arange(0, 32, 4, device=device)[:, None]
+            quants = found.quants.unflatten(1, (steps, 8)).long() << shifts
+            words[own] = quants.sum(2).to(torch.int32).flatten(1)
+            scales[:, own] = torch.stack((found.scales, found.minima), 2).view(torch.int32).squeeze(2).T
+            first = own.stop
+    return Int4(words, scales, depth)
+
+
+@triton.jit
+def half_of(bits: tl.tensor) -> tl.tensor:
+    """Returns the fp16 number in the low half of a word, in fp32."""
+    return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def widened(words: tl.tensor, scales: tl.tensor, number: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
+    """Returns [GROUP, BLOCK_N] the weights of a step's group of this number, in `kind`.
+
+    A quant is moved to bits 12 or 16 of fp32, below the exponent of 2^11 or 2^7, whose last mantissa bits are worth so
+    much that this is the number 2^11 + quant or 2^7 + quant. Two groups share a shift. The numbers have at most 12 bits
+    and a scale has 11, so their product is exact, and the sum is rounded once.
+    """
+    pair: tl.constexpr = number // 2
+    bit: tl.constexpr = 12 + 4 * (number % 2)
+    power: tl.constexpr = 2 ** (23 - bit)
+    moved = words << (12 - 8 * pair) if pair < 2 else words >> (8 * pair - 12)
+    raised = (moved & (15 << bit)) | ((150 - bit) << 23)
+    scale = half_of(scales)
+    offset = half_of(scales >> 16) - power * scale
+    return tl.fma(raised.to(tl.float32, bitcast=True), scale[None, :], offset[None, :]).to(kind)
+
+
+@triton.jit
+def quartered(
+    x: tl.tensor,  # [rows, depth]
+    words: tl.tensor,  # [all columns, steps * GROUP] int32
+    scales: tl.tensor,  # [steps * 8, all columns] int32
+    row: tl.tensor,  # [BLOCK_M]
+    column: tl.tensor,  # [BLOCK_N] rows of the weight, in any order
+    kept: tl.tensor,  # [BLOCK_M] whether there is such a row of x
+    there: tl.tensor,  # [BLOCK_N] whether there is such a row of the weight
+    columns: tl.tensor,  # how many the weight has
+    depth: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the depth is a number of whole steps
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Returns a tile of x @ weight.T in fp32, like `product` of matmul.py."""
+    lane = tl.arange(0, GROUP)
+    steps = tl.cdiv(depth, IN_WORD * GROUP)
+    left = x + row.to(tl.int64)[:, None] * depth + lane[None, :]
+    right = words + column.to(tl.int64)[None, :] * (steps * GROUP) + lane[:, None]
+    acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    for step in range(0, steps):
+        packed = tl.load(right + step * GROUP, mask=there[None, :], other=0)
+        for number in tl.static_range(IN_WORD):
+            group = step * IN_WORD + number
+            scale = tl.load(scales + group * columns + column, mask=there, other=0)
+            if WHOLE:
+                a = tl.load(left + group * GROUP, mask=kept[:, None], other=0.0)
+            else:
+                inside = group * GROUP + lane < depth
+                a = tl.load(left + group * GROUP, mask=kept[:, None] & inside[None, :], other=0.0)
+            b = widened(packed, scale, number, x.dtype.element_ty)
+            if PRECISION == "interpret":
+                acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "programs"])
+def int4_kernel(
+    x: tl.tensor,  # [rows, depth]
+    words: tl.tensor,
+    scales: tl.tensor,
+    bias: tl.tensor,  # [columns]; unused without BIAS
+    out: tl.tensor,  # [rows, columns]
+    rows: tl.tensor,
+    columns: tl.tensor,
+    depth: tl.tensor,
+    programs: tl.tensor,
+    BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    for tile in range(tl.program_id(0), row_tiles * tl.cdiv(columns, BLOCK_N), programs):
+        row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        column = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        kept, there = row < rows, column < columns
+        acc = quartered(x, words, scales, row, column, kept, there, columns, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION)
+        if BIAS:
+            acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+        target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(target, acc.to(out.dtype.element_ty), mask=kept[:, None] & there[None, :])
+
+
+def linear(x: torch.Tensor, weight: Int4, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes x @ weight.T + bias in x's type, accumulated in fp32. x: [R, depth]."""
+    out = x.new_empty(len(x), weight.columns)
+    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(weight.columns, chosen.columns)
+    if count:
+        programs = min(count, processors(x.device))
+        int4_kernel[(programs,)](
+            x.contiguous(), weight.words, weight.scales, x if bias is None else bias, out, len(x), weight.columns,
+            weight.depth, programs, BIAS=bias is not None, **compiled_with(chosen, weight),
+        )  # fmt: skip
+    return out
+
+
+def compiled_with(chosen: Tiles, weight: Int4) -> dict[str, object]:
+    """Returns the constants and options that all launches here have."""
+    return {
+        "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": weight.depth % STEP == 0, "PRECISION": PRECISION,
+        **launch_options(chosen.warps, chosen.stages),
+    }  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "programs"])
+def int4_gated_kernel(
+    x: tl.tensor,  # [rows, depth]
+    words: tl.tensor,  # those of gate, then of up
+    scales: tl.tensor,
+    bias: tl.tensor,  # [2 * columns]; unused without BIAS
+    out: tl.tensor,  # [rows, columns]
+    rows: tl.tensor,
+    columns: tl.tensor,
+    depth: tl.tensor,
+    programs: tl.tensor,
+    BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Computes act(x @ gate.T) * (x @ up.T), with both products rounded to x's type first.
+
+    A tile has columns of the gate and of up side by side.
+    """
+    pairs: tl.constexpr = BLOCK_N // 2
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    for tile in range(tl.program_id(0), row_tiles * tl.cdiv(columns, pairs), programs):
+        row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        pair = tile // row_tiles * pairs + lane // 2
+        column = pair + lane % 2 * columns
+        kept, there = row < rows, pair < columns
+        acc = quartered(
+            x, words, scales, row, column, kept, there, 2 * columns, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION
+        )
+        if BIAS:
+            acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+        gate, up = tl.split(tl.reshape(acc, [BLOCK_M, pairs, 2]))
+        place = tile // row_tiles * pairs + tl.arange(0, pairs)
+        target = out + row.to(tl.int64)[:, None] * columns + place[None, :]
+        mask = kept[:, None] & (place < columns)[None, :]
+        tl.store(target, opened(gate, up, out.dtype.element_ty, GELU), mask=mask)
+
+
+def gated(x: torch.Tensor, weight: Int4, bias: torch.Tensor | None = None, activation: str = "silu") -> torch.Tensor:
+    """Computes act(x @ gate.T) * (x @ up.T) in x's type. weight, bias: those of gate, then of up."""
+    columns = weight.columns // 2
+    out = x.new_empty(len(x), columns)
+    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(columns, chosen.columns // 2)
+    if count:
+        programs = min(count, processors(x.device))
+        int4_gated_kernel[(programs,)](
+            x.contiguous(), weight.words, weight.scales, x if bias is None else bias, out, len(x), columns,
+            weight.depth, programs, BIAS=bias is not None, GELU=activation == "gelu", **compiled_with(chosen, weight),
+        )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "kv_heads", "pool_pages", "programs"])
+def int4_heads_kernel(
+    x: tl.tensor,  # [rows, depth]
+    words: tl.tensor,  # those of queries, then of keys, then of values
+    scales: tl.tensor,
+    bias: tl.tensor,  # [(heads + 2 * kv_heads) * HEAD_DIM]; unused without BIAS
+    q: tl.tensor,  # these are the same as in `heads_kernel`
+    k: tl.tensor,
+    v: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    slots: tl.tensor,
+    rows: tl.tensor,
+    heads: tl.tensor,
+    kv_heads: tl.tensor,
+    depth: tl.tensor,
+    pool_pages: tl.tensor,
+    programs: tl.tensor,
+    BIAS: tl.constexpr,
+    ROPE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Computes queries, keys and values like `heads_kernel` of projections.py."""
+    half: tl.constexpr = HEAD_DIM // 2
+    pairs: tl.constexpr = BLOCK_N // 2
+    parts: tl.constexpr = (half + pairs - 1) // pairs
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    lane = tl.arange(0, BLOCK_N)
+    every = (heads + 2 * kv_heads) * HEAD_DIM
+    for tile in range(tl.program_id(0), row_tiles * (heads + 2 * kv_heads) * parts, programs):
+        row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        part = tile // row_tiles % parts
+        which = tile // row_tiles // parts
+        pair = part * pairs + lane // 2
+        column = which * HEAD_DIM + pair + lane % 2 * half
+        kept, there = row < rows, pair < half
+        acc = quartered(x, words, scales, row, column, kept, there, every, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION)
+        if BIAS:
+            acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
+        store_heads(
+            acc, q, k, v, cos, sin, slots, row, kept, which, part, heads, kv_heads, pool_pages, ROPE, HEAD_DIM, PAGE,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+def qkv(
+    x: torch.Tensor, weight: Int4, bias: torch.Tensor | None, heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns queries [R, heads, head_dim], keys and values [R, kv_heads, head_dim]. weight: theirs, in this order."""
+    kv_heads = (weight.columns // head_dim - heads) // 2
+    q, k, v = (x.new_empty(len(x), count, head_dim) for count in (heads, kv_heads, kv_heads))
+    launch_heads(x, weight, bias, (q, k, v), None, 0, 1)
+    return q, k, v
+
+
+def qkv_rope_write(
+    x: torch.Tensor,
+    weight: Int4,
+    bias: torch.Tensor | None,
+    turns: Sequence[torch.Tensor],
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Returns rotated queries, and writes rotated keys and values to pages.
+
+    turns: cos, sin [R, head_dim / 2] fp32 and slots [R]. keys, values: [kv_heads, pages, PAGE_SIZE, head_dim].
+    """
+    kv_heads, pool_pages, page, head_dim = keys.shape
+    q = x.new_empty(len(x), weight.columns // head_dim - 2 * kv_heads, head_dim)
+    launch_heads(x, weight, bias, (q, keys, values), turns, pool_pages, page)
+    return q
+
+
+def launch_heads(
+    x: torch.Tensor,
+    weight: Int4,
+    bias: torch.Tensor | None,
+    targets: Sequence[torch.Tensor],
+    turns: Sequence[torch.Tensor] | None,
+    pool_pages: int,
+    page: int,
+) -> None:
+    _, heads, head_dim = targets[0].shape
+    kv_heads = (weight.columns // head_dim - heads) // 2
+    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    parts = triton.cdiv(head_dim // 2, chosen.columns // 2)
+    count = triton.cdiv(len(x), chosen.rows) * (heads + 2 * kv_heads) * parts
+    if not count:
+        return
+    programs = min(count, processors(x.device))
+    int4_heads_kernel[(programs,)](
+        x.contiguous(), weight.words, weight.scales, x if bias is None else bias, *targets, *(turns or (x, x, x)),
+        len(x), heads, kv_heads, weight.depth, pool_pages, programs, BIAS=bias is not None, ROPE=turns is not None,
+        HEAD_DIM=head_dim, PAGE=page, **compiled_with(chosen, weight),
+    )  # fmt: skip
+
+
+def variants(target: str) -> Iterator[Variant]:
+    """Yields the kernels for few rows, then those for few rows of many columns and for many rows, without biases and
+    GELU, which change little. Only the plain product is compiled for depths of no whole steps, too."""
+    tables = {"words": "*i32", "scales": "*i32"}
+    for dtype in DTYPES:
+        data = POINTERS[dtype]
+        for end, rows, columns in (("", 1, 1), (" x16 wide", 16, WIDE), (" x64", 64, 1)):
+            chosen = int4_tiles(dtype, rows, columns, target)
+            shape = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": True, "PRECISION": precision(target)}
+            launch, few = (chosen.warps, chosen.stages, ("depth",)), not end
+            kinds = {**tables, **dict.fromkeys(("x", "bias", "out"), data)}
+            for more, own in (("", {}), *((" x1 cut", {"WHOLE": False}), ("+bias", {"BIAS": True}))[: 2 * few]):
+                constants = {"BIAS": False, **shape, **own}
+                yield Variant(f"int4{end}{more}", int4_kernel, dtype, None, kinds, constants, *launch)
+            for gelu in (False, True)[: 1 + few]:
+                name, constants = f"int4_gated{'+gelu' * gelu}{end}", {"BIAS": False, "GELU": gelu, **shape}
+                yield Variant(name, int4_gated_kernel, dtype, None, kinds, constants, *launch)
+            if columns == WIDE:
+                continue  # no model has so many heads
+            kinds = {**tables, **dict.fromkeys(("x", "bias", "q", "k", "v"), data), "slots": "*i64"}
+            for head_dim in HEAD_DIMS:
+                constants = {"BIAS": False, **shape, "HEAD_DIM": head_dim, "ROPE": True, "PAGE": 64}
+                yield Variant(f"int4_qkv_rope{end}", int4_heads_kernel, dtype, head_dim, kinds, constants, *launch)
+            if few:
+                kinds = {**kinds, **dict.fromkeys(("cos", "sin", "slots"), data)}
+                constants = {"BIAS": False, **shape, "HEAD_DIM": 128, "ROPE": False, "PAGE": 1}
+                yield Variant("int4_qkv", int4_heads_kernel, dtype, 128, kinds, constants, *launch)
