@@ -153,8 +153,8 @@ def test_queries_keys_and_values(dtype: torch.dtype, head_dim: int, kv_heads: in
 
 def drafting(model: Any, **options: Any) -> Any:
     """A decoder for drafts with the model's weights in 4 bits."""
-    decoder = decoder_of(model, attention="triton", ops=TritonOps(True), draft=True, **options)
-    decoder.ops = TritonOps(True).four_bits(list(four_bit_parts(decoder.spec, decoder.weights)))
+    decoder = decoder_of(model, attention="triton", ops=TritonOps(), draft=True, **options)
+    decoder.ops = TritonOps().four_bits(list(four_bit_parts(decoder.spec, decoder.weights)))
     return decoder
 
 
@@ -181,7 +181,7 @@ def test_a_draft_pass_is_that_of_the_rounded_weights(family: str) -> None:
 def test_what_a_draft_pass_launches_and_reads(reads: Reads) -> None:
     """As many launches as a pass of the target, and every packed matrix is read once."""
     model = tiny_model(tiny_config(**{**SMALL, "tie_word_embeddings": False}), torch.bfloat16).to(DEVICE)
-    decoders = [drafting(model), decoder_of(model, attention="triton", ops=TritonOps(True))]
+    decoders = [drafting(model), decoder_of(model, attention="triton", ops=TritonOps())]
     names = []
     packed = [packed for packed, _ in decoders[0].ops._packed.values()]
     reads.spans = Reads(*(part for each in packed for part in (each.words, each.scales))).spans
@@ -201,7 +201,7 @@ def test_what_a_draft_pass_launches_and_reads(reads: Reads) -> None:
 def test_drafting_with_four_bits_over_int8_keys_changes_no_token() -> None:
     kv_dtype = torch.int8
     model = tiny_model(tiny_config("qwen3", **SMALL), torch.float32).to(DEVICE)
-    decoder = decoder_of(model, attention="triton", ops=TritonOps(True), kv_dtype=kv_dtype)
+    decoder = decoder_of(model, attention="triton", ops=TritonOps(), kv_dtype=kv_dtype)
     params = SamplingParams(temperature=0.9, seed=1)
     plain, _, _ = write(decoder, PROMPT, 4, params)
     draft = drafting(model, kv_dtype=kv_dtype)
