@@ -6,6 +6,8 @@ The layers attend to a text's latest rows, for the reason that `eagle` does.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tokenswift_py.core import DraftTree
@@ -72,10 +74,8 @@ class DFlash(Windowed):
         logits = context.self_draft.project(states[forced : forced + count])
         ranks = self._confidence.ranks
         for row in logits:
-            token = self._chain.guess(
-                self._confidence, context, lambda row=row: context.sampler.ranked(row, context.history, ranks)
-            )
-            if token is None:
+            ranked = partial(context.sampler.ranked, row, context.history, ranks)
+            if self._chain.guess(self._confidence, context, ranked) is None:
                 break
         lap.stop()
         self._cost.observe(count, len(self.windows[0]), context.agreed(lap.ms))

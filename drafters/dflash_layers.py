@@ -152,6 +152,7 @@ def shape_of(config: Mapping[str, Any], spec: ModelSpec) -> DFlashShape:
     mask = own.get("mask_token_id")
     fine = isinstance(mask, int) and 0 <= mask < spec.vocab_size
     check(fine, f"{FIELD}: mask_token_id", mask, f"a token of 0 to {spec.vocab_size - 1}")
+    assert mask is not None
     ids = own.get("target_layer_ids") or usual_ids(whole(config, "num_target_layers", spec.layers), layers)
     check(isinstance(ids, list) and all(isinstance(i, int) for i in ids), f"{FIELD}: target_layer_ids", ids, "layers")
     taps = checked_taps(tuple(i + 1 for i in ids), len(ids), spec.layers)  # they name what leaves a layer

@@ -115,7 +115,8 @@ class EagleLayer(OwnLayers):
 
     def queries(self, joined: torch.Tensor) -> torch.Tensor:
         """Returns [R, heads, head_dim], not rotated."""
-        return self.linear(joined, "midlayer.self_attn.q_proj").unflatten(1, (self.shape.heads, -1))
+        queries: torch.Tensor = self.linear(joined, "midlayer.self_attn.q_proj").unflatten(1, (self.shape.heads, -1))
+        return queries
 
     def keys_values(self, joined: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns keys, not rotated, and values, [R, kv_heads, head_dim] each."""
@@ -126,7 +127,8 @@ class EagleLayer(OwnLayers):
         """Returns the scaled scores [kv_heads, group, Q, K] of rotated queries [Q, heads, head_dim] and keys [K,
         kv_heads, head_dim], in fp32."""
         grouped = queries.unflatten(1, (self.shape.kv_heads, -1)).permute(1, 2, 0, 3)
-        return (grouped @ keys.permute(1, 2, 0)[:, None]).float() * self.shape.head_dim**-0.5
+        scores: torch.Tensor = (grouped @ keys.permute(1, 2, 0)[:, None]).float() * self.shape.head_dim**-0.5
+        return scores
 
     def attended(self, shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns [Q, heads head_dim]: values [K, kv_heads, head_dim] by shares [kv_heads, group, Q, K]."""

@@ -67,11 +67,16 @@ def parted(passes: Sequence[Pass], whole: Output) -> list[Output]:
                 whole.queries[own] if whole.queries is not None and asked.want_queries else None,
                 whole.residual[own] if whole.residual is not None else None,
                 whole.turns,
-                whole.taps[own][:, [layers.index(layer) for layer in asked.taps]] if asked.taps else None,
+                own_taps(whole.taps, own, [layers.index(layer) for layer in asked.taps]),
             )
         )
         logits += len(rows)
     return outputs
+
+
+def own_taps(taps: torch.Tensor | None, own: slice, asked: list[int]) -> torch.Tensor | None:
+    """Returns [rows, asked, hidden_size] of one segment's rows. asked: places of the layers that it asked for."""
+    return None if taps is None or not asked else taps[own][:, asked]
 
 
 def own_mass(mass: torch.Tensor | None, own: slice, asked: Pass) -> torch.Tensor | None:
