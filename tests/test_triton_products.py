@@ -311,7 +311,20 @@ def test_a_run_goes_on_and_is_proven_with_the_products_it_began_with(
 ) -> None:
     """Whatever `auto` would choose by then."""
     model = ["--dtype", "fp32", "--device", "cpu", "--attention", "triton"]
-    begin = ["--model", str(tiny_folder), "--prompt", "the cat", "--raw", "--quiet", "--context", "40", *model]
+    begin = [
+        "--model",
+        str(tiny_folder),
+        "--prompt",
+        "the cat",
+        "--raw",
+        "--quiet",
+        "--context",
+        "40",
+        "--seed",
+        "1",
+        "--ignore-eos",
+        *model,
+    ]
     texts = {}
     for name, library, label in (("blocks", row_by_row, "/blocks-64-"), ("tiles", by_place, "/fixed-tiles")):
         whole, cut = tmp_path / name / "whole", tmp_path / name / "cut"
