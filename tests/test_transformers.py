@@ -225,8 +225,9 @@ def distribution(model: Any, token: int, **settings: Any) -> Any:
         {"temperature": 0.8, "top_k": 5, "top_p": 0.93, "min_p": 0.02},
         {"temperature": 1.3, "top_k": 0, "typical_p": 0.8},
         {"temperature": 0.9, "top_k": 6, "epsilon_cutoff": 0.05, "renormalize_logits": True},
+        {"temperature": 1.2, "top_k": 0, "top_h": 0.8},
     ],
-    ids=["filters", "typical", "epsilon"],
+    ids=["filters", "typical", "epsilon", "entropy"],
 )
 def test_samples_have_the_distribution_of_transformers(settings: dict[str, Any]) -> None:
     """Without attention a token depends on the one before it alone: a text is many samples, most of them drafted."""

@@ -225,15 +225,20 @@ def check_out(folder: Path | None) -> None:
 
 def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of `from_pretrained`: the recorded ones, replaced by those that were given. Another engine
-    goes without the settings that are the recorded one's own. The products are those that the contract names, whatever
-    `auto` would choose now."""
+    goes without the settings that are the recorded one's own."""
     given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
-    recorded = dict(record.header["origin"])
-    recorded["deterministic"] = recorded_products(record.header["numerics"]) or recorded["deterministic"]
+    recorded = recorded_origin(record)
     if {"engine", "dtype", "attention", "device"} & given.keys():
         recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
     return {**recorded, **given}
+
+
+def recorded_origin(record: Record) -> dict[str, Any]:
+    """Returns the recorded arguments of `from_pretrained`. The products are those that the contract names, whatever
+    `auto` would choose now."""
+    products = recorded_products(record.header["numerics"])
+    return {**record.header["origin"], **({"deterministic": products} if products else {})}
 
 
 def recorded_products(numerics: str) -> str | None:

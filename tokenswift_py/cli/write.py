@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tokenswift_py.cli.flags import MODEL
-from tokenswift_py.cli.inputs import check_trace, read_input, read_options, shared_input, shared_journal
+from tokenswift_py.cli.inputs import (
+    check_trace,
+    read_input,
+    read_options,
+    recorded_origin,
+    shared_input,
+    shared_journal,
+)
 from tokenswift_py.cli.terminal import CtrlC, LogLines, Output, no_bar, note
 from tokenswift_py.errors import check
 from tokenswift_py.parallel.processes import tensor_ranks
@@ -64,7 +71,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     from tokenswift_py.api import TokenSwift
     from tokenswift_py.runs.progress import work_bar
 
-    origin = {name: given.get(name, value) for name, value in record.header["origin"].items()}
+    origin = {name: given.get(name, value) for name, value in recorded_origin(record).items()}
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads, pipeline_parallel_size=stages)
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)

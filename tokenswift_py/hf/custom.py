@@ -98,7 +98,7 @@ def told_by(configs: Sequence[Any], name: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def with_strings(criteria: Sequence[Any], tokenizer: Any, strings: str | Sequence[str]) -> StoppingCriteriaList:
+def with_strings(criteria: Sequence[Any], tokenizer: Any, strings: str | list[str]) -> StoppingCriteriaList:
     """Returns the criteria and the one of stop strings, which transformers does not make where it calls another's
     function."""
     wanted = [strings] if isinstance(strings, str) else list(strings)
