@@ -100,8 +100,11 @@ def join_weights(weights: dict[str, torch.Tensor], spec: ModelSpec) -> None:
 def four_bit_parts(
     spec: ModelSpec, weights: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
-    """Yields the weights that drafts have in 4 bits, and their biases or None. Those that are used as one are one."""
-    for names in spec.products():
+    """Yields the weights that drafts have in 4 bits, and their biases or None. Those that are used as one are one.
+    Routers and the gates of shared experts stay: they are small, and choose."""
+    for names in groups_of(spec):
+        if names[0].endswith("gate"):
+            continue
         biases = tuple(weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights)
         yield tuple(weights[f"{name}.weight"] for name in names), biases or None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -179,22 +178,6 @@ class ModelSpec:
             found |= gated("mlp.shared_expert.", self.experts.shared, False)
             found["mlp.shared_expert_gate"] = (1, hidden, False)
         return found
-
-    def products(self) -> Iterator[tuple[str, ...]]:
-        """Yields the names (without .weight) of the matrices that a pass multiplies by, but for routers and experts.
-        Those that multiply the same rows and are used as one are together."""
-        for layer, kind in enumerate(self.layer_specs):
-            at = self.at(layer)
-            yield tuple(f"{at}self_attn.{name}_proj" for name in "qkv")
-            yield (f"{at}self_attn.o_proj",)
-            experts = self.experts if kind.experts else None
-            if experts is not None and not experts.shared:
-                continue
-            part = f"{at}mlp" if experts is None else f"{at}mlp.shared_expert"
-            yield f"{part}.gate_proj", f"{part}.up_proj"
-            yield (f"{part}.down_proj",)
-        if self.vocabulary:
-            yield ("model.embed_tokens" if self.tied else "lm_head",)
 
     def folded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a norm's weight with its offset and scale applied, in fp32 or better where it has any. Any other
