@@ -377,11 +377,15 @@ def acceptance(
     return hits / max(1, seen)
 
 
+def own_file(checkpoint: Checkpoint) -> Path:
+    """Returns the place where the drafter looks for heads of this model."""
+    return heads_file(cache_folder(), fingerprint(checkpoint))
+
+
 def keep(weights: HeadWeights, checkpoint: Checkpoint, file: Path | None = None) -> Path:
     """Writes heads for this model to a file, or where the drafter looks for them, with their origin and figures beside
     them."""
-    key = fingerprint(checkpoint)
-    target = file or heads_file(cache_folder(), key)
-    write_heads(replace(weights, model=key), target)
+    target = file or own_file(checkpoint)
+    write_heads(replace(weights, model=fingerprint(checkpoint)), target)
     target.with_suffix(".json").write_text(json.dumps(dict(weights.provenance), indent=1) + "\n", encoding="utf-8")
     return target

@@ -71,10 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from tokenswift_py.api import TokenSwift
-    from tokenswift_py.checkpoints.cache import cache_folder
     from tokenswift_py.core import SamplingParams
     from tokenswift_py.drafters import eagle_training, training
-    from tokenswift_py.drafters.head_files import fingerprint, heads_file
     from tokenswift_py.models.rope import rope_tables
 
     params = SamplingParams(temperature=args.temperature, min_p=args.min_p, seed=args.seed)
@@ -84,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     checkpoint, executor, spec = swift.checkpoint, swift.executor, swift.checkpoint.spec
     eagle = args.form == "eagle"
-    usual = eagle_training.own_folder(checkpoint) if eagle else heads_file(cache_folder(), fingerprint(checkpoint))
+    usual = eagle_training.own_folder(checkpoint) if eagle else training.own_file(checkpoint)
     check_kept("out", args.out or usual)
     stored = checkpoint.tensors(dtype=torch.bfloat16)
     embedding = stored["model.embed_tokens.weight"]
