@@ -408,7 +408,7 @@ def test_shapes_are_recorded_before_they_are_needed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tokenswift_py.models.captured.MOST_DRAFT_ROWS", 2)
     decoder, recorded, computed = new_decoder("llama"), [], []
 
-    def compute(pool: Any, plan: Any, places: torch.Tensor, *rest: Any) -> Output:
+    def compute(pool: Any, plan: Any, places: torch.Tensor, *rest: Any, taps: Any = ()) -> Output:
         computed.append(places.shape[1])
         return Output(torch.zeros(places.shape[1], 32), torch.zeros(places.shape[1], 61))
 

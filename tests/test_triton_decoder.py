@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[t
 
 from conftest import decoder_of, tiny_config, tiny_model, weights_of
 from interpreter import DEVICE
+from random_dflash import random_dflash
+from random_eagle import random_eagle
 from random_heads import random_heads
 from scripted import Scripted, write
 from tokenswift_py import TokenSwift, registry
@@ -22,6 +24,8 @@ from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.drafters.base import create
 from tokenswift_py.drafters.cascade import Cascade
+from tokenswift_py.drafters.dflash import DFlash
+from tokenswift_py.drafters.eagle import Eagle
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import UserError
 from tokenswift_py.kernels.base import architecture
@@ -196,6 +200,8 @@ def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
         create("partial", view_tokens=64),
         Cascade(view_tokens=64, heads=Heads(random_heads("tokenswift", hidden=32, vocab=61), embedding)),
         Heads(random_heads("recurrent", hidden=32, vocab=61), embedding),
+        Eagle(random_eagle(embedding, (0, 1, 1), heads=4), 100, width=2),
+        DFlash(random_dflash(embedding, (0, 1)), 100, width=2),
         create("draft_model", model=small),
     ]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,13 +350,13 @@ def test_stages_of_a_pipeline_have_the_same_products(monkeypatch: pytest.MonkeyP
     spec = ModelSpec.from_config(tiny_config("llama", **SMALL))
     own = SimpleNamespace(products="a/blocks-64-00000000", kinds=set(), multiplied_nbytes=0, name="torch", dtype="fp32",
                           kv_dtype=torch.float32, device=CPU, ranks=None)  # fmt: skip
-    monkeypatch.setattr(pipeline_executor, "load_stage", lambda *_: own)
+    monkeypatch.setattr("tokenswift_py.checkpoints.checkpoint.fingerprint", lambda _: "0123")
     answers = [
         ({"kinds": [], "multiplied": 0, "products": products}, ()) for products in (own.products, "a/fixed-tiles")
     ]
     for told in (answers[:1], answers):
-        line: Any = SimpleNamespace(place=SimpleNamespace(stages=2), number=lambda _: 0, lock=nullcontext(),
-                                    tell=lambda _: None, answers=lambda told=told: told)  # fmt: skip
+        line: Any = SimpleNamespace(place=SimpleNamespace(stages=2), number=lambda _: 0, others=[1],
+                                    beside=lambda *_, told=told: (own, told))  # fmt: skip
         made = partial(pipeline_executor.PipelineExecutor, line, SimpleNamespace(spec=spec), CPU, {}, {})
         if told is answers:
             with pytest.raises(UserError, match="deterministic: 'a/fixed-tiles' is not allowed; as the first stage's"):

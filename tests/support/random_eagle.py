@@ -16,12 +16,14 @@ HEADS, KV_HEADS, FFN, DRAFT_VOCAB = 6, 2, 40, 45
 ROPE = {"max_position_embeddings": 512, "rope_theta": 5000.0}
 
 
-def random_eagle(embedding: torch.Tensor, taps: tuple[int, ...] = (0, 1, 2), seed: int = 0, **rules: Any) -> EagleLayer:
+def random_eagle(
+    embedding: torch.Tensor, taps: tuple[int, ...] = (0, 1, 2), seed: int = 0, heads: int = HEADS, **rules: Any
+) -> EagleLayer:
     """A draft for a model with this embedding. The tokens that it can guess are scattered over the vocabulary."""
     draw = torch.Generator().manual_seed(seed)
     vocab, hidden = embedding.shape
-    rope = rope_config({"hidden_size": hidden, "num_attention_heads": HEADS, **ROPE})
-    sizes = (hidden, hidden, HEADS, KV_HEADS, hidden // HEADS, FFN, vocab, DRAFT_VOCAB)
+    rope = rope_config({"hidden_size": hidden, "num_attention_heads": heads, **ROPE})
+    sizes = (hidden, hidden, heads, KV_HEADS, hidden // heads, FFN, vocab, DRAFT_VOCAB)
     shape = EagleShape(*sizes, 1e-5, taps, rope, **rules)
     tensors = {}
     for name, size in shape.shapes().items():
