@@ -83,9 +83,9 @@ class Blocks:
     tiled, joins = False, True
 
     def __init__(
-        self, matrices: Sequence[Matrix], dtype: torch.dtype, verdict: Verdict, library: Product = F.linear
+        self, matrices: Sequence[Matrix], dtype: torch.dtype, verdict: Verdict, product: Product = F.linear
     ) -> None:
-        self.matrices, self.dtype, self.verdict, self.library = frozenset(matrices), dtype, verdict, library
+        self.matrices, self.dtype, self.verdict, self.product = frozenset(matrices), dtype, verdict, product
         self.label = f"blocks-{BLOCK_ROWS}-{verdict.bits}"
         self.guarantee = MEASURED if verdict.faults else "bitwise by the row test, unverified on hardware"
 
@@ -93,7 +93,7 @@ class Blocks:
         matrix = Matrix(len(weight), weight.shape[1], bias is not None)
         if matrix not in self.matrices or x.dtype != self.dtype:
             raise ValueError(f"a product that the row test has not seen: {matrix} in {x.dtype}")
-        return in_blocks(x, weight, bias, self.library)
+        return in_blocks(x, weight, bias, self.product)
 
     def several(self, x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Biases) -> tuple[torch.Tensor, ...]:
         """Takes one product for weights, and their biases, that lie one behind the other in memory."""
