@@ -14,7 +14,7 @@ from tokenswift_py.core import DraftTree
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Resources, width_of
 from tokenswift_py.drafters.dflash_layers import DFlashLayers, read_dflash
-from tokenswift_py.drafters.draft_folders import FIELD, folder_for, key_of
+from tokenswift_py.drafters.draft_folders import FIELD, folder_for, shared
 from tokenswift_py.drafters.own_layers import Windowed
 from tokenswift_py.errors import check
 from tokenswift_py.options import Options
@@ -87,10 +87,7 @@ def for_checkpoint(options: Options, resources: Resources) -> DFlash:
     check(named not in (None, "auto"), FIELD, named, "for drafter dflash the folder of a DFlash draft")
     assert named is not None
     folder = folder_for("dflash", named)
-    key = f"dflash {key_of(folder)}"
-    if key not in resources.kept:
-        resources.kept[key] = read_dflash(folder, resources.checkpoint)
-    return DFlash(resources.kept[key], options.draft_budget, **width_of(options))
+    return DFlash(shared("dflash", folder, resources, read_dflash), options.draft_budget, **width_of(options))
 
 
 create = for_checkpoint

@@ -6,13 +6,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
 
+from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.stored_tensors import STORED
+from tokenswift_py.drafters.base import Resources
 from tokenswift_py.errors import check, one_line
+
+T = TypeVar("T")
 
 FIELD = "draft_heads"
 NAMED = {"eagle": re.compile(r"eagle-?3", re.IGNORECASE), "dflash": re.compile(r"DFlashDraftModel")}
@@ -54,6 +58,15 @@ def folder_for(drafter: str, path: str) -> Path:
 def key_of(folder: Path) -> str:
     """Returns a name for a folder's contents, which is another when a file has changed."""
     return str(sorted((str(file), file.stat().st_mtime_ns) for file in folder.iterdir()))
+
+
+def shared(drafter: str, folder: Path, resources: Resources, read: Callable[[Path, Checkpoint], T]) -> T:
+    """Returns what `read` makes of a drafter's folder. Texts of one model share it."""
+    key = f"{drafter} {key_of(folder)}"
+    if key not in resources.kept:
+        resources.kept[key] = read(folder, resources.checkpoint)
+    found: T = resources.kept[key]
+    return found
 
 
 def whole(fields: Mapping[str, Any], name: str, default: int | None = None) -> int:

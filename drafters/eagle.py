@@ -14,7 +14,7 @@ import torch
 from tokenswift_py.core import DraftTree
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Resources, width_of
-from tokenswift_py.drafters.draft_folders import key_of
+from tokenswift_py.drafters.draft_folders import shared
 from tokenswift_py.drafters.eagle_files import find_folder, read_eagle
 from tokenswift_py.drafters.eagle_layer import Ahead, EagleLayer
 from tokenswift_py.drafters.own_layers import Window, Windowed
@@ -104,10 +104,7 @@ class Guessing:
 def for_checkpoint(options: Options, resources: Resources) -> Eagle:
     """Makes the drafter of the folder that `draft_heads` names. Texts of one model share its layer."""
     folder = find_folder(resources.checkpoint, options.draft_heads)
-    key = f"eagle {key_of(folder)}"
-    if key not in resources.kept:
-        resources.kept[key] = read_eagle(folder, resources.checkpoint)
-    return Eagle(resources.kept[key], options.draft_budget, **width_of(options))
+    return Eagle(shared("eagle", folder, resources, read_eagle), options.draft_budget, **width_of(options))
 
 
 create = for_checkpoint

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from conftest import tiny_config, tiny_model
 from random_dflash import BLOCK, KV_HEADS, MASK, ROPE, config_for, random_dflash
 from random_eagle import save_eagle
+from recorded_drafts import Recorded
 from samplings import PROMPT, samplers
 from scripted import write
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.loading import open_checkpoint
-from tokenswift_py.core import DraftTree, SamplingParams
+from tokenswift_py.core import SamplingParams
 from tokenswift_py.decoding.history import History
-from tokenswift_py.decoding.passes import Passes
-from tokenswift_py.drafters.base import Context, Resources, for_run
+from tokenswift_py.drafters.base import Resources, for_run
 from tokenswift_py.drafters.dflash import DFlash
 from tokenswift_py.drafters.dflash_layers import DFlashLayers, read_dflash, usual_ids
 from tokenswift_py.options import Options
@@ -77,18 +77,8 @@ def dense(layers: DFlashLayers, model: Any, text: Sequence[int], window: int) ->
     return norm(x[1:], "norm") @ model.lm_head.weight.double().T
 
 
-class Recorded(DFlash):
-    """Keeps every proposal, with the text before it."""
-
-    def __init__(self, *settings: Any, **named: Any):
-        super().__init__(*settings, **named)
-        self.seen: list[tuple[list[int], list[int]]] = []
-
-    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        text = context.history.tokens.tolist()
-        tree = yield from super().propose(context, budget)
-        self.seen.append((text, tree.tokens.tolist()))
-        return tree
+class RecordedDFlash(Recorded, DFlash):
+    pass
 
 
 @pytest.mark.parametrize("window", [1000, 24])
@@ -96,7 +86,7 @@ class Recorded(DFlash):
 def test_blocks_are_those_of_the_published_rules(tiny_decoder: Any, hugging_face: Any, window: int) -> None:
     """Every block of a text: after the prompt, which is read in chunks, after accepted rows and after dropped ones."""
     layers = random_dflash(embedding_of(tiny_decoder))
-    drafter = Recorded(layers, window, width=1)
+    drafter = RecordedDFlash(layers, window, width=1)
     params = SamplingParams(temperature=3.0, seed=3)
     _, loop, _ = write(tiny_decoder, PROMPT, 100, params, drafter, draft_tokens=9, prefill_chunk=7)
     assert 10 < loop.stats.num_accepted_draft_tokens < loop.stats.num_draft_tokens - 10

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from conftest import tiny_config, tiny_model, weights_of
 from dense_eagle import dense
 from random_eagle import KV_HEADS, config_for, random_eagle, save_eagle, stored
+from recorded_drafts import Recorded
 from samplings import PROMPT, samplers
 from scripted import write
 from tokenswift_py import TokenSwift, UserError
@@ -21,8 +22,8 @@ from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
-from tokenswift_py.decoding.passes import Pass, Passes
-from tokenswift_py.drafters.base import Context, Resources, for_run
+from tokenswift_py.decoding.passes import Pass
+from tokenswift_py.drafters.base import Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.draft_folders import drafter_of
 from tokenswift_py.drafters.eagle import Eagle
@@ -63,18 +64,8 @@ def embedding_of(model: Any) -> torch.Tensor:
     return model.weights["model.embed_tokens.weight"]
 
 
-class Recorded(Eagle):
-    """Keeps every proposal, with the text before it."""
-
-    def __init__(self, *settings: Any, **named: Any):
-        super().__init__(*settings, **named)
-        self.seen: list[tuple[list[int], list[int]]] = []
-
-    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        text = context.history.tokens.tolist()
-        tree = yield from super().propose(context, budget)
-        self.seen.append((text, tree.tokens.tolist()))
-        return tree
+class RecordedEagle(Recorded, Eagle):
+    pass
 
 
 @pytest.mark.parametrize("window", [1000, 24])
@@ -84,7 +75,7 @@ def test_drafts_are_those_of_the_published_rules(tiny_decoder: Any, hugging_face
     """Every draft of a text whose drafts are partly right: after the prompt, which is read in chunks, after accepted
     rows and after dropped ones. A window of 24 is that of the latest rows."""
     layer = random_eagle(embedding_of(tiny_decoder), **RULES[rules])
-    drafter = Recorded(layer, window, width=1)
+    drafter = RecordedEagle(layer, window, width=1)
     params = SamplingParams(temperature=3.0, seed=3)
     _, loop, _ = write(tiny_decoder, PROMPT, 100, params, drafter, draft_tokens=4, prefill_chunk=7)
     assert 10 < loop.stats.num_accepted_draft_tokens < loop.stats.num_draft_tokens - 10
@@ -135,7 +126,7 @@ def test_chapters_and_accepted_drafts(tiny_decoder: Any, hugging_face: Any) -> N
     eos, turn = plain[12], [5, 6, 7, 8]
     whole, _, _ = write(tiny_decoder, PROMPT, 120, params, eos=[eos], turns=[turn, turn])
     layer = random_eagle(embedding_of(tiny_decoder))
-    drafter = Recorded(layer, width=1)
+    drafter = RecordedEagle(layer, width=1)
     drafted, _, _ = write(tiny_decoder, PROMPT, 120, params, drafter, eos=[eos], turns=[turn, turn], draft_tokens=3)
     assert drafted == whole
     text, guesses = next(seen for seen in drafter.seen if seen[0][-5:-1] == turn)
