@@ -6,7 +6,8 @@ The run is an ordinary one with a journal. If it is interrupted, the same comman
 pauses, and a fork of its cache goes on by plain decoding for a window of tokens. These tokens are compared one by one
 with those that the run then writes there. Their milliseconds are fitted as a + b context, and the fit is summed over
 the contexts of the whole run. The sum is the time that plain decoding would have taken. Both are measured in the same
-minutes of the same process.
+minutes of the same process. On a machine that others need in between, `--pause FILE` keeps the run waiting between two
+marks, outside all times, for as long as the file is there.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True, help="the run's own folder")
+    parser.add_argument("--pause", type=Path, metavar="FILE", help="wait between marks while this file is there")
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                         help="gets a folder of the same name: report, picture, sample")  # fmt: skip
     args = parser.parse_args()
@@ -150,6 +152,8 @@ def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace)
                 left.pop(0)
                 log.append(spot(swift, stream, args.window))
                 print(json.dumps({k: v for k, v in log.lines[-1].items() if k not in ("tokens", "ms")}), flush=True)
+            while args.pause and args.pause.exists():
+                time.sleep(0.2)
             clock = time.perf_counter()
 
 

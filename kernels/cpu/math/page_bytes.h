@@ -94,16 +94,24 @@ struct Steps {
   int factor_stride, factors_apart;
 };
 
-// sums[i][j] += the products of the bytes of vector j of the columns with the factors of row i, four in each step. A
-// visit of one tile prefetches the next page. Each pair of steps asks for as many lines as it reads, and what is left
-// is asked for between scores and values. So the requests are spread, because a core can wait for few lines at once.
+// Which lines of the next page a tile prefetches while it computes with this one: those from `next` on, before `end`.
+struct LinesAhead {
+  uintptr_t next, end;
+};
+
+// sums[i][j] += the products of the bytes of vector j of the columns with the factors of row i, four in each step.
+// Requests for the next page are spread over the steps of all tiles of a visit, because a core can wait for few lines
+// at once: asked for in a burst, they are waited for. A pair of steps of the only tile asks for as many lines as it
+// reads. Of two or three tiles each asks for its share, half as many lines a pair, until it has it. Of more tiles none
+// asks in its steps (parts of 0): they compute for longer than the memory takes, and each step would pay for the
+// question.
 constexpr int lines_a_pair(int vectors) { return vectors * Isa::lanes * 8 / line_bytes; }
 
-template <class Products, bool ask, int M, int V, class FactorsOf>
+template <class Products, int parts, int M, int V, class FactorsOf>
 inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V], const uint8_t* columns,
-                                                        const Steps& steps, uintptr_t& ahead,
+                                                        const Steps& steps, LinesAhead& ahead,
                                                         const FactorsOf& factors_of) {
-  constexpr int lines = lines_a_pair(V), width = Isa::lanes * 4;
+  constexpr int lines = parts ? lines_a_pair(V) / parts : 0, width = Isa::lanes * 4;
   for (int pair = 0; pair < steps.pairs; ++pair, columns += steps.stride) {
     Isa::Bytes first[V], second[V];
 #pragma GCC unroll 4
@@ -111,9 +119,11 @@ inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V
       first[j] = Isa::load_bytes(columns + j * width);
       second[j] = Isa::load_bytes(columns + steps.apart + j * width);
     }
+    if (lines && (parts == 1 || ahead.next < ahead.end)) {
 #pragma GCC unroll 4
-    for (int j = 0; ask && j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead + j * line_bytes));
-    ahead += lines * line_bytes;
+      for (int j = 0; j < lines; ++j) Isa::prefetch(reinterpret_cast<const void*>(ahead.next + j * line_bytes));
+      ahead.next += lines * line_bytes;
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       const auto* row = factors_of(i) + pair * steps.factor_stride;
@@ -127,8 +137,8 @@ inline __attribute__((always_inline)) void add_products(Isa::Wholes (&sums)[M][V
   }
 }
 
-template <int M, bool ask>
-inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, int query, uintptr_t& ahead,
+template <int M, int parts>
+inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, int query, LinesAhead& ahead,
                                                        Vec (&s)[M][score_vectors]) {
   constexpr int V = Isa::page_vectors;
   const int blocks = BytePage::query_blocks(visit);
@@ -143,7 +153,7 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
       Isa::Wholes sums[M][V];
       each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(part[i * blocks].start); });
       const Steps steps{(rest < query_block ? rest : query_block) / 8, page_size * 8, page_size * 4, 8, 4};
-      add_products<KeyProducts, ask>(sums, columns, steps, ahead, [&](int i) { return part[i * blocks].quants; });
+      add_products<KeyProducts, parts>(sums, columns, steps, ahead, [&](int i) { return part[i * blocks].quants; });
       each<M, V>([&](int i, int j) {
         acc[i][j] = Isa::fma(Isa::splat(part[i * blocks].scale), Isa::to_floats(sums[i][j]), acc[i][j]);
       });
@@ -153,15 +163,15 @@ inline __attribute__((always_inline)) void score_bytes(const PageVisit& visit, i
 }
 
 // Adds the weighted values to the states, in V vectors of columns from `column` on.
-template <int M, int V, bool ask>
+template <int M, int V, int parts>
 inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visit, int query, int column,
                                                            const BytePage::Weights (&weights)[M],
-                                                           const Vec (&rescale)[M], uintptr_t& ahead) {
+                                                           const Vec (&rescale)[M], LinesAhead& ahead) {
   Isa::Wholes sums[M][V];
   each<M, V>([&](int i, int j) { sums[i][j] = Isa::wholes(0); });
   const uint8_t* columns = BytePage::values(visit) + column * 4;
   const Steps steps{page_size / 8, size_t(visit.head_dim) * 4, size_t(visit.head_dim) * 32, 4, 32};
-  add_products<ValueProducts, ask>(sums, columns, steps, ahead, [&](int i) { return weights[i].quants; });
+  add_products<ValueProducts, parts>(sums, columns, steps, ahead, [&](int i) { return weights[i].quants; });
   const size_t stride = state_floats(visit.head_dim);
   float* state = visit.state + query * stride + column;
   each<M, V>([&](int i, int j) {
@@ -173,27 +183,26 @@ inline __attribute__((always_inline)) void add_byte_values(const PageVisit& visi
 
 inline int lines_of(int head_dim) { return (page_size * head_dim + page_size * int(sizeof(float))) * 2 / line_bytes; }
 
-// Returns how many lines of a page no step of a visit of one tile asks for.
-inline int lines_between(int head_dim) {
+// Returns how many lines the steps of a tile ask for.
+template <int parts>
+int lines_in_steps(int head_dim) {
   constexpr int V = Isa::page_vectors, width = V * Isa::lanes;
-  const int keys = head_dim / 8 * (score_vectors / V) * lines_a_pair(V);
-  const int columns = head_dim / width * lines_a_pair(V) + head_dim % width / Isa::lanes * lines_a_pair(1);
-  return lines_of(head_dim) - keys - page_size / 8 * columns;
+  constexpr int wide = parts ? lines_a_pair(V) / parts : 0, narrow = parts ? lines_a_pair(1) / parts : 0;
+  const int columns = head_dim / width * wide + head_dim % width / Isa::lanes * narrow;
+  return head_dim / 8 * (score_vectors / V) * wide + page_size / 8 * columns;
 }
 
-// alone: whether the visit has no other tile. Else each query asks for its share of the next page's lines.
-template <class Page, int M, bool alone>
-void visit_byte_tile(const PageVisit& visit, int query) {
+template <class Page, int M, int parts>
+void visit_byte_tile(const PageVisit& visit, int query, LinesAhead ahead) {
   alignas(64) BytePage::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
-  uintptr_t ahead = reinterpret_cast<uintptr_t>(visit.next);
-  score_bytes<M, alone>(visit, query, ahead, s);
-  const int lines = alone ? (lines_between(visit.head_dim) + M - 1) / M
-                          : (lines_of(visit.head_dim) + visit.queries - 1) / visit.queries;
-  if (!alone) ahead = reinterpret_cast<uintptr_t>(visit.next) + size_t(query) * lines * line_bytes;
+  const int lines = int(ahead.end - ahead.next) / line_bytes - lines_in_steps<parts>(visit.head_dim);
+  score_bytes<M, parts>(visit, query, ahead, s);
 #pragma GCC unroll 4
   for (int i = 0; i < M; ++i) {
-    for (int j = 0; j < lines; ++j, ahead += line_bytes) Isa::prefetch(reinterpret_cast<const void*>(ahead));
+    for (int j = i; j < lines; j += M, ahead.next += line_bytes) {  // those that no step asks for
+      Isa::prefetch(reinterpret_cast<const void*>(ahead.next));
+    }
     rescale[i] = softmax<Page>(visit, query + i, s[i]);
   }
   // Apart from the loop above, so that a core computes with all rows while it waits for their maxima.
@@ -202,29 +211,37 @@ void visit_byte_tile(const PageVisit& visit, int query) {
   constexpr int block = Isa::page_vectors * Isa::lanes;
   int column = 0;
   for (; column + block <= visit.head_dim; column += block) {
-    add_byte_values<M, Isa::page_vectors, alone>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, Isa::page_vectors, parts>(visit, query, column, weights, rescale, ahead);
   }
   for (; column < visit.head_dim; column += Isa::lanes) {
-    add_byte_values<M, 1, alone>(visit, query, column, weights, rescale, ahead);
+    add_byte_values<M, 1, parts>(visit, query, column, weights, rescale, ahead);
   }
 }
 
-template <class Page, bool alone>
-void visit_byte_queries(const PageVisit& visit, int query) {
-  switch (visit.queries - query) {
-    case 1:
-      return visit_byte_tile<Page, 1, alone>(visit, query);
-    case 2:
-      return visit_byte_tile<Page, 2, alone>(visit, query);
-    default:
-      return visit_byte_tile<Page, BytePage::rows, alone>(visit, query);
+template <class Page, int parts>
+void visit_byte_tiles(const PageVisit& visit) {
+  const int tiles = (visit.queries + BytePage::rows - 1) / BytePage::rows, lines = lines_of(visit.head_dim);
+  const auto next = reinterpret_cast<uintptr_t>(visit.next);
+  for (int tile = 0, query = 0; tile < tiles; ++tile, query += BytePage::rows) {
+    const LinesAhead ahead{next + lines * tile / tiles * line_bytes, next + lines * (tile + 1) / tiles * line_bytes};
+    switch (visit.queries - query) {
+      case 1:
+        visit_byte_tile<Page, 1, parts>(visit, query, ahead);
+        break;
+      case 2:
+        visit_byte_tile<Page, 2, parts>(visit, query, ahead);
+        break;
+      default:
+        visit_byte_tile<Page, BytePage::rows, parts>(visit, query, ahead);
+    }
   }
 }
 
 template <class Page>
 void visit_byte_page(const PageVisit& visit) {
-  if (visit.queries <= BytePage::rows) return visit_byte_queries<Page, true>(visit, 0);
-  for (int query = 0; query < visit.queries; query += BytePage::rows) visit_byte_queries<Page, false>(visit, query);
+  if (visit.queries <= BytePage::rows) return visit_byte_tiles<Page, 1>(visit);
+  if (visit.queries <= 3 * BytePage::rows) return visit_byte_tiles<Page, 2>(visit);
+  visit_byte_tiles<Page, 0>(visit);
 }
 
 inline void visit_bytes(const PageVisit& visit) {
@@ -233,8 +250,9 @@ inline void visit_bytes(const PageVisit& visit) {
 
 inline float best_byte_score(const PageVisit& visit) {
   Vec s[1][score_vectors];
-  uintptr_t ahead = reinterpret_cast<uintptr_t>(visit.next);
-  score_bytes<1, true>(visit, 0, ahead, s);
+  const auto next = reinterpret_cast<uintptr_t>(visit.next);
+  LinesAhead ahead{next, next + lines_of(visit.head_dim) * line_bytes};
+  score_bytes<1, 1>(visit, 0, ahead, s);
   multiply(s[0], BytePage::key_scales(visit));
   return greatest(s[0]);
 }
