@@ -63,6 +63,7 @@ class DraftModel(Drafter):
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
         plan, history = context.plan, context.history
+        self._cost.load = plan.load
         self._chain, self._text = Chain(history[-1], budget), len(history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         self.cache.drop_tail()

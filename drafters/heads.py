@@ -207,6 +207,7 @@ class Heads(Drafter):
         chance: chance that the text comes to that node, and goes on with a token that the drafter does not know
                 otherwise.
         """
+        self.cost.load = context.plan.load
         if not self.cost.measured:
             return True
         ms = self.cost(1, 0)

@@ -162,6 +162,7 @@ class Windowed(Drafter):
 
     def begin(self, context: Context, budget: int) -> bool:
         """Begins a proposal. Returns whether all rows before the pending token are known, so that it can guess."""
+        self._cost.load = context.plan.load
         self._chain, self._text = Chain(context.history[-1], budget), len(context.history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
         return len(self.windows[0]) > 0 and self._next == len(context.history) - 1

@@ -69,6 +69,7 @@ class Views:
         """
         self.look(context)
         self._round += 1
+        self.cost.load = context.plan.load
         if self._alone:
             self.cost.shapes = tuple(context.self_draft.row_shapes)
         for size in self.sizes:

@@ -3,12 +3,13 @@
     python experiments/serving.py --texts 1,2,4,8,16 --lengths 512,4096
     python experiments/serving.py --dtype bf16,gguf --peers llamacpp --first-token
 
-Each text goes on from a place of its own in a real prefix that was read before. Every way of writing them is run in
-turn, several times. All ways must write the same tokens: company changes nothing. tokens_per_s is that of the fastest
-run, over the whole time until all texts are there. Drafted texts have speeds of their own, so few are left at the end
-of such a run, which a server with a queue never sees. tokens_per_s_full is the median of the runs, over the time while
-all texts are being written: from when all prompts are read until the first text ends. The spreads are those of the
-runs.
+Each text goes on from a place of its own in a real prefix that was read before. All ways of writing them take turns of
+--slice tokens a text, so that a burst on a busy machine hits all of them, and each has a clock that stands still
+meanwhile. All ways must write the same tokens: company changes nothing. tokens_per_s is that of the fastest run, over
+the whole time until all texts are there. Drafted texts have speeds of their own, so few are left at the end of such a
+run, which a server with a queue never sees. tokens_per_s_full is the median of the runs, over the time while all texts
+are being written: from when all prompts are read until the first text ends. The spreads are those of the runs. What one
+way is over another is the median of their ratios, run by run.
 
 --peers llamacpp has llama.cpp write as many texts with a slot for each. --first-token measures how long a short
 request waits beside long texts, with priority and without.
@@ -17,6 +18,7 @@ request waits beside long texts, with priority and without.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -35,9 +37,10 @@ from tokenswift_py import TokenSwift
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.decoding.loop import SEEN_ROWS, DecodeLoop
-from tokenswift_py.decoding.statistics import GenerationStats, distinct_n, find_loop, memory_bandwidth
+from tokenswift_py.decoding.statistics import distinct_n, find_loop, memory_bandwidth
 from tokenswift_py.decoding.step import Step
 from tokenswift_py.errors import check, need_extra
+from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.models.devices import available_threads
 from tokenswift_py.options import Options
@@ -62,7 +65,8 @@ Marks = list[tuple[float, list[int]]]  # times in seconds, and how many tokens e
 
 @dataclass
 class Speed:
-    """The runs of one way. seconds: until all texts are there. full: tokens a second while all are being written."""
+    """The runs of one way. seconds: until all texts are there. full: tokens a second while all are being written, NaN
+    where they never all were."""
 
     seconds: list[float] = field(default_factory=list)
     full: list[float] = field(default_factory=list)
@@ -71,21 +75,30 @@ class Speed:
         """Takes in a run: the marks of texts that were written together, group after group."""
         self.seconds.append(sum(marks[-1][0] - marks[0][0] for marks in groups))
         tokens, seconds = map(sum, zip(*(while_full(marks, new) for marks in groups), strict=True))
-        if seconds:
-            self.full.append(tokens / seconds)
+        self.full.append(tokens / seconds if seconds else math.nan)
 
     def row(self, tokens: int) -> Row:
         return {
             "tokens_per_s": round(tokens / min(self.seconds), 1),
             "spread": round(max(self.seconds) / min(self.seconds) - 1, 3),
-            "tokens_per_s_full": round(median(self.full), 1) if self.full else None,
-            "spread_full": round(max(self.full) / min(self.full) - 1, 3) if self.full else None,
+            "tokens_per_s_full": rounded(self.full, 1),
+            "spread_full": round(max(self.full) / min(self.full) - 1, 3) if finite(self.full) else None,
         }
 
     def over(self, base: Speed) -> tuple[float, float | None]:
         """Returns how many times as fast this is as `base`, over the whole time and while all texts are in work."""
-        full = round(median(self.full) / median(base.full), 3) if self.full and base.full else None
-        return round(min(base.seconds) / min(self.seconds), 3), full
+        full = [own / other for own, other in zip(self.full, base.full, strict=True)]
+        whole = [other / own for own, other in zip(self.seconds, base.seconds, strict=True)]
+        return round(median(whole), 3), rounded(full, 3)
+
+
+def finite(values: Sequence[float]) -> bool:
+    return all(map(math.isfinite, values))
+
+
+def rounded(values: Sequence[float], digits: int) -> float | None:
+    """Returns the median, None where a run has no such figure."""
+    return round(median(values), digits) if finite(values) else None
 
 
 def while_full(marks: Marks, new: int) -> tuple[int, float]:
@@ -110,86 +123,142 @@ class Writing(LoopWork):
         assert error is None, error
 
 
-class Texts:
-    """Several texts that go on from cuts of one prefix, which is read once."""
+class TurnClock:
+    """A clock that stands still while other ways have their turns."""
 
-    def __init__(self, swift: TokenSwift, args: argparse.Namespace, count: int, length: int):
-        self.args, self.count = args, count
-        context = length + args.new + 64
-        self.company = Company(swift, context, kv_tokens=count * (length + args.new + 2048), most_running=count)
-        # All runs share one, as in a server. It keeps pages of the prefix, and learns what passes cost.
-        self.scheduler = Scheduler(self.company.target, self.company.pool, perf_counter, count)
-        self.tokens = continuation("docs", swift.tokenizer, length).tokens
-        self.cuts = cuts(count, length)
-        prefix = KVCache(self.company.pool, context)
-        self.forks: dict[int, KVCache] = {}
-        for cut in sorted(set(self.cuts)):
-            while (missing := cut - SEEN_ROWS - prefix.length) > 0:
-                chunk = self.tokens[prefix.length :][: min(512, missing)]
-                self.company.target.forward([Segment(DraftTree.chain(chunk), prefix, causal=True)], [])
-                prefix.commit(range(len(chunk)))
-            self.forks[cut] = prefix.fork()
+    def __init__(self) -> None:
+        self._lost, self._left = 0.0, perf_counter()
 
-    def writings(self, drafter: str) -> list[Writing]:
-        options = Options.of(
-            **{
-                "raw": True, "max_new_tokens": self.args.new, "context": self.company.context, "on_loop": "ignore",
-                "ignore_eos": True, "temperature": self.args.temperature, "min_p": self.args.min_p, "drafter": drafter,
-            }
-        )  # fmt: skip
-        found = []
-        for i, cut in enumerate(self.cuts):
-            run = prepare(self.company, self.tokens[:cut], replace(options, seed=i), in_pool=True)
-            own = OwnTime(perf_counter)
-            loop = decode_loop(self.company, run, cache=self.forks[cut].fork(), timer=own)
-            found.append(Writing(loop, run.prompt, own))
-        return found
+    def __call__(self) -> float:
+        return perf_counter() - self._lost
 
-    def write(self, drafter: str, together: bool) -> tuple[list[Marks], list[Writing]]:
-        """Writes all texts, the rest of their prompts included. Returns the marks of each group that was together."""
-        writings = self.writings(drafter)
-        groups = [writings] if together else [[writing] for writing in writings]
-        found = []
+    def resume(self) -> None:
+        self._lost += perf_counter() - self._left
+
+    def suspend(self) -> None:
+        self._left = perf_counter()
+
+
+class Way:
+    """One way of writing the texts. Its company and scheduler are the same in all runs, as in a server: they keep pages
+    of the prefix, and learn what passes cost.
+
+    runs: what each run wrote. writings: those of the latest run.
+    """
+
+    def __init__(self, texts: Texts, drafter: str, together: bool):
+        self.texts, self.drafter, self.together = texts, drafter, together
+        self.clock, self.speed = TurnClock(), Speed()
+        self.company = Company(texts.swift, texts.context, texts.kv_tokens, texts.count if together else 1)
+        self.forks = texts.forks(self.company)
+        self.scheduler = Scheduler(self.company.target, self.company.pool, self.clock, texts.count)
+        self.runs: list[list[list[int]]] = []
+        self.writings: list[Writing] = []
+
+    def steps(self) -> Iterator[int]:
+        """Writes all texts once, the rest of their prompts included. Yields how many tokens there are after each
+        step."""
+        self.writings = writings = list(self.begin())
+        groups = [writings] if self.together else [[writing] for writing in writings]
+        marked = []
         for group in groups:
-            marks = [(perf_counter(), [0] * len(group))]
+            marks = [(self.clock(), [0] * len(group))]
             for writing in group:
                 self.scheduler.add(writing)
             more = True
             while more:
                 more = self.scheduler.step()
-                marks.append((perf_counter(), [len(writing.tokens_written) for writing in group]))
-            self.scheduler.prefixes.make_room(self.company.pool.pages)
-            found.append(marks)
-        return found, writings
+                marks.append((self.clock(), [len(writing.tokens_written) for writing in group]))
+                yield sum(len(writing.tokens_written) for writing in writings)
+            marked.append(marks)
+        self.scheduler.prefixes.make_room(self.company.pool.pages)
+        self.speed.add(marked, self.texts.args.new)
+        self.runs.append([writing.tokens_written for writing in writings])
+
+    def begin(self) -> Iterator[Writing]:
+        args = self.texts.args
+        options = Options.of(
+            **{
+                "raw": True, "max_new_tokens": args.new, "context": self.company.context, "on_loop": "ignore",
+                "ignore_eos": True, "temperature": args.temperature, "min_p": args.min_p, "drafter": self.drafter,
+            }
+        )  # fmt: skip
+        for i, cut in enumerate(self.texts.cuts):
+            run = prepare(self.company, self.texts.tokens[:cut], replace(options, seed=i), in_pool=True)
+            own = OwnTime(self.clock)
+            yield Writing(decode_loop(self.company, run, cache=self.forks[cut].fork(), timer=own), run.prompt, own)
+
+
+class Texts:
+    """Several texts that go on from cuts of one prefix, which is read once."""
+
+    def __init__(self, swift: TokenSwift, args: argparse.Namespace, count: int, length: int):
+        self.swift, self.args, self.count = swift, args, count
+        self.context = length + args.new + 64
+        self.kv_tokens = self.context + count * (APART + args.new + 2048)
+        self.tokens = continuation("docs", swift.tokenizer, length).tokens
+        self.cuts = cuts(count, length)
+        self._pages: np.ndarray | None = None
+
+    def forks(self, company: Company) -> dict[int, KVCache]:
+        """Returns a cache in a company's pool for each cut, filled but for the rows that a text reads by itself. The
+        first company reads the prefix, and the others take over its pages."""
+        prefix = KVCache(company.pool, self.context)
+        if self._pages is not None:
+            prefix.adopt(self._pages)
+        found = {}
+        for cut in sorted(set(self.cuts)):
+            while (missing := cut - SEEN_ROWS - prefix.length) > 0:
+                chunk = self.tokens[prefix.length :][: min(512, missing)]
+                company.target.forward([Segment(DraftTree.chain(chunk), prefix, causal=True)], [])
+                prefix.commit(range(len(chunk)))
+            found[cut] = prefix.fork()
+        if self._pages is None:
+            common = prefix.pages[: (min(self.cuts) - SEEN_ROWS) // PAGE_SIZE]
+            self._pages = np.stack([company.pool.dump(int(page)) for page in common])
+        return found
+
+
+def in_turns(ways: Sequence[Way], tokens: int) -> None:
+    """Lets each way write all texts once, all of them in turns of so many tokens."""
+    left = [(way, way.steps()) for way in ways]
+    due = 0
+    while left:
+        due += tokens
+        left = [(way, steps) for way, steps in left if written_until(way, steps, due)]
+
+
+def written_until(way: Way, steps: Iterator[int], due: int) -> bool:
+    """Lets a way write until it has so many tokens. Returns whether any are left."""
+    way.clock.resume()
+    more = any(written >= due for written in steps)
+    way.clock.suspend()
+    return more
 
 
 def ours(swift: TokenSwift, args: argparse.Namespace, count: int, length: int) -> list[Row]:
-    texts, speeds = Texts(swift, args, count, length), {name: Speed() for name, *_ in WAYS}
-    stats: dict[str, list[GenerationStats]] = {}
-    written: dict[str, list[list[list[int]]]] = {name: [] for name in speeds}  # way -> run -> text -> tokens
+    texts = Texts(swift, args, count, length)
+    ways = {name: Way(texts, drafter, together) for name, drafter, together in WAYS}
     for _ in range(args.repeats):
-        for name, drafter, together in WAYS:
-            groups, writings = texts.write(drafter, together)
-            speeds[name].add(groups, args.new)
-            written[name].append([writing.tokens_written for writing in writings])
-            stats[name] = [writing.loop.stats for writing in writings]
-    plain, bandwidth = written["plain"][0], memory_bandwidth(threads=args.threads)
+        in_turns(list(ways.values()), args.slice * count)
+    plain, bandwidth = ways["plain"].runs[0], memory_bandwidth(threads=args.threads)
     found = []
-    for name, *_ in WAYS:
+    for name, way in ways.items():
         base = name.removesuffix(" together")
-        one_by_one, one_by_one_full = speeds[name].over(speeds[base])
-        plain_here, plain_here_full = speeds[name].over(speeds["plain" + name[len(base) :]])
-        passes = sum(each.num_spec_steps for each in stats[name])
+        one_by_one, one_by_one_full = way.speed.over(ways[base].speed)
+        plain_here, plain_here_full = way.speed.over(ways["plain" + name[len(base) :]].speed)
+        stats = [writing.loop.stats for writing in way.writings]
+        passes = sum(each.num_spec_steps for each in stats)
         found.append(
             {
                 "way": name,
-                **speeds[name].row(count * args.new),
+                **way.speed.row(count * args.new),
                 "over_one_by_one": one_by_one,
                 "over_one_by_one_full": one_by_one_full,
                 "over_plain_here": plain_here,
                 "over_plain_here_full": plain_here_full,
-                "identical": all(run == plain for run in written[name]),
-                "tokens_a_pass": round(sum(each.step_tokens for each in stats[name]) / max(1, passes), 2),
+                "identical": all(run == plain for run in way.runs),
+                "tokens_a_pass": round(sum(each.step_tokens for each in stats) / max(1, passes), 2),
                 **looks(plain),
                 "bandwidth_gb_s": round(bandwidth / 1e9, 1),
                 "note": None,
@@ -269,6 +338,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,4096", metavar="LIST", help="tokens that stand before each text")
     parser.add_argument("--new", type=int, default=128, help="tokens of each text")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each way")
+    parser.add_argument("--slice", type=int, default=8, help="tokens of each text in a way's turn")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--min-p", type=float, default=0.05)
     parser.add_argument("--model", default="smollm2-135m")

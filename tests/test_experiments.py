@@ -142,11 +142,28 @@ def test_a_speed_while_all_write_leaves_out_prompts_and_the_end() -> None:
     together, one_by_one = serving.Speed(), serving.Speed()
     together.add([marks], 10)
     together.add([[(2 * time, counts) for time, counts in marks]], 10)
-    one_by_one.add([[(0.0, [0]), (1.0, [1]), (10.0, [10])], [(10.0, [0]), (11.0, [2]), (15.0, [10])]], 10)
+    for _ in range(2):
+        one_by_one.add([[(0.0, [0]), (1.0, [1]), (10.0, [10])], [(10.0, [0]), (11.0, [2]), (15.0, [10])]], 10)
     row = together.row(20)
     assert (row["tokens_per_s"], row["spread"]) == (1.0, 1.0)
     assert (row["tokens_per_s_full"], row["spread_full"]) == (3.8, 1.0)  # of 5 and 2.5 the median, rounded
-    assert one_by_one.full == [17 / 13] and together.over(one_by_one) == (0.75, round(3.75 * 13 / 17, 3))
+    assert one_by_one.full == [17 / 13] * 2
+    assert together.over(one_by_one) == (0.562, round(3.75 * 13 / 17, 3))  # of 15 / 20 and 15 / 40, rounded
+
+
+def test_the_clock_of_a_way_stands_still_in_the_turns_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(serving, "perf_counter", lambda: now)
+    clock = serving.TurnClock()
+    turns = [(5.0, 1.0), (2.0, 0.5), (0.0, 4.0)]  # seconds of others, then its own
+    began = clock()
+    for others, own in turns:
+        now += others
+        clock.resume()
+        now += own
+        clock.suspend()
+    clock.resume()
+    assert clock() - began == 5.5
 
 
 def test_texts_together_and_requests_between_them_are_what_they_are_alone(

@@ -55,11 +55,12 @@ def fitted(seed: int = 0, passes: int = 600) -> PassCost:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
-    """Costs are right at contexts and row counts that were measured, and at others between them."""
+    """Costs under the usual load are right at contexts and row counts that were measured, and at others between
+    them."""
     cost = fitted(seed)
     for rows in (1, 2, 4, 6, 9, 16, 24):
         for context in (*CONTEXTS, 600, 12_000):
-            assert cost(rows, context) == pytest.approx(true_cost(rows, context), rel=0.12)
+            assert cost(rows, context) / cost.load.factor == pytest.approx(true_cost(rows, context), rel=0.12)
 
 
 def test_one_row_may_cost_far_less_than_two() -> None:
@@ -70,8 +71,8 @@ def test_one_row_may_cost_far_less_than_two() -> None:
         rows, context = int(rng.choice(list(ms))), int(rng.choice((10_000, 20_000, 40_000)))
         cost.observe(rows, context, noisy(rng, ms[rows] * (0.25 + 0.75 * context / 20_000)))
     for rows, true in ms.items():
-        assert cost(rows, 20_000) == pytest.approx(true, rel=0.08)
-        assert cost(rows, 40_000) == pytest.approx(1.75 * true, rel=0.08)
+        assert cost(rows, 20_000) / cost.load.factor == pytest.approx(true, rel=0.08)
+        assert cost(rows, 40_000) / cost.load.factor == pytest.approx(1.75 * true, rel=0.08)
 
 
 def test_plain_decoding_is_measured_again_though_drafting_seems_to_pay() -> None:
@@ -89,8 +90,8 @@ def test_plain_decoding_is_measured_again_though_drafting_seems_to_pay() -> None
             planner.observe(context, rows, rows - 1, phases(4.5 * (rows - 1), verify))
         if number == 200:
             assert planner.at(context).target_ms(1) == pytest.approx(13.0, rel=0.05)
-    assert 2000 / 64 - 2 < len(plain) < 2000 / 64 + 8
-    assert max(after - before for before, after in pairwise(plain)) <= 65
+    assert 2000 / 32 - 2 < len(plain) < 2000 / 32 + 8
+    assert max(after - before for before, after in pairwise(plain)) <= 33
 
 
 def test_a_plain_round_that_would_lose_much_is_rare() -> None:
@@ -120,7 +121,7 @@ def test_a_company_is_plain_together() -> None:
             planner.observe(1000, 1 if one else 4, 1 if one else 4, phases(0.0 if one else 1.0, 30.0))
     together = sum(map(all, plain))
     assert sum(map(any, plain)) == together
-    assert 400 / 64 - 2 <= together <= 400 / 64 + 8
+    assert 400 / 100 <= together <= 400 / 32 + 8  # they lose 22 of 30 ms, so a hundredth of the time is the bound
 
 
 def test_a_company_whose_guesses_never_pay_rests() -> None:
@@ -272,7 +273,7 @@ def test_what_is_expected_counts_beside_what_rounds_tell() -> None:
     assert plan.rate < 1.6 * plain, "rounds that bring less have their say"
     for _ in range(300):
         planner.observe(5000, 1, 1, phases(0.0, true_cost(1, 5000)))
-    assert plan.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.02), "most of it, but never all"
+    assert plan.rate == pytest.approx((48 + 8 * 3) / (48 + 8) * plain, rel=0.03), "most of it, but never all"
     plan.expect_rate(0.1 * plain)
     assert plan.rate == pytest.approx(plain, rel=0.05), "nothing expected is plain decoding's rate"
 
@@ -391,22 +392,35 @@ def test_the_fit_is_the_least_squares_with_no_negative_coefficient() -> None:
         assert errors[0] == pytest.approx(errors[1], abs=2e-6)
 
 
-def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = None, seed: int = 0) -> float:
+Load = Callable[[float, int], float]
+
+
+def simulate(
+    chance: float,
+    draft_ms: float,
+    tokens: int,
+    length: int | None = None,
+    seed: int = 0,
+    cost: Cost = true_cost,
+    load: Load = lambda ms, rows: 1.0,
+) -> float:
     """Returns milliseconds a token of a text whose guesses are all right with one chance and cost one draft pass each.
 
     length: number of guesses to draft always. None asks the planner before every guess.
+    load:   how many times as long a pass takes, by the time and its rows.
     """
     rng, planner, draft, odds = np.random.default_rng(seed), Planner(), PassCost(), Odds(0.9)
-    plan = planner.at(5000)
     written, total = 0, 0.0
     while written < tokens:
+        plan = planner.at(5000)
+        draft.load = plan.load
         guesses, spent, path = 0, 0.0, 1.0
         while guesses < (plan.rows_at_most - 1 if length is None else length):
             ms = plan.draft_ms(draft, 1, 1000) + plan.row_ms(1 + guesses)
             path *= odds.chance
             if length is None and not plan.worth(path, ms) and (guesses or not plan.may_probe(ms)):
                 break
-            measured = noisy(rng, draft_ms)
+            measured = noisy(rng, draft_ms * load(total + spent, 1))
             draft.observe(1, 1000, measured)
             spent, guesses = spent + measured, guesses + 1
         right = 0
@@ -414,7 +428,7 @@ def simulate(chance: float, draft_ms: float, tokens: int, length: int | None = N
             right += 1
         for i in range(min(right + 1, guesses)):
             odds.learn(i < right)
-        verify = noisy(rng, true_cost(1 + guesses, 5000))
+        verify = noisy(rng, cost(1 + guesses, 5000) * load(total + spent, 1 + guesses))
         planner.observe(5000, 1 + guesses, right + 1, phases(spent, verify))
         written, total = written + right + 1, total + spent + verify + 0.3
     return total / written
@@ -433,6 +447,32 @@ def test_drafting_that_pays_comes_near_the_best_length(chance: float, draft_ms: 
     best = min(simulate(chance, draft_ms, 3000, length=length, seed=7) for length in range(16))
     assert best < 0.8 * simulate(chance, draft_ms, 3000, length=0, seed=7)
     assert best / simulate(chance, draft_ms, 3000, seed=7) > 0.9
+
+
+def busy_cost(rows: int, context: int) -> float:
+    """The time of a pass of AVX2 after 20 000 tokens: a row waits for memory, more are bound by arithmetic."""
+    return 16.4 if rows == 1 else 21.4 + 5.5 * (rows - 2)
+
+
+def busy(calm: float, burst: float, seed: int) -> Load:
+    """Others take half of the memory for `burst` seconds at a time, `calm` seconds apart, both drawn. What is bound by
+    arithmetic suffers less."""
+    rng = np.random.default_rng(seed)
+    ends = np.cumsum(np.stack([rng.exponential(1e3 * calm, 2000), rng.exponential(1e3 * burst, 2000)], axis=1).ravel())
+    return lambda ms, rows: 1 + np.searchsorted(ends, ms) % 2 * 16.4 / busy_cost(rows, 0)
+
+
+@pytest.mark.parametrize(("chance", "least"), [(0.5, 0.97), (0.75, 1.03), (0.9, 1.08)])
+@pytest.mark.parametrize(("calm", "burst"), [(3, 0.5), (5, 2), (40, 20)])
+def test_bursts_of_other_work_mislead_no_text(calm: float, burst: float, chance: float, least: float) -> None:
+    """A plain pass that was slow only because others worked just then must not make drafting look worth it."""
+    took = {
+        length: np.mean(
+            [simulate(chance, 4.5, 2000, length, seed, busy_cost, busy(calm, burst, seed)) for seed in range(2)]
+        )
+        for length in (0, None)
+    }
+    assert took[0] / took[None] > least
 
 
 STEP = {"step", "position", "tree", "path", "tokens", "ending", "ms", "planner", "drafter"}

@@ -5,11 +5,39 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
+
+
+LOAD_PASSES = 5
+LOAD_TRUST = 0.85
+
+
+class Load:
+    """How many times as long passes take now as they usually do, because others use the machine as well.
+
+    It is the median of what the latest passes took over what they usually take, which one slow pass does not move. All
+    passes of one machine share it: those of the target tell what those of the draft will take, which have perhaps not
+    been made for a while.
+
+    What passes usually take is measured by the load, too, and both could drift apart for ever. So the median counts a
+    little less, and usual times follow a load that stays.
+
+    passes: how many are the latest.
+    """
+
+    def __init__(self, passes: int = LOAD_PASSES) -> None:
+        self._ratios: deque[float] = deque([1.0], maxlen=passes)
+        self.factor = 1.0
+
+    def observe(self, ratio: float) -> None:
+        """Takes in what a pass took over what it usually takes."""
+        self._ratios.append(ratio)
+        self.factor = median(self._ratios) ** LOAD_TRUST
 
 
 class PassCost:
@@ -19,16 +47,22 @@ class PassCost:
     rows never cost less, and from the third on each costs no less than the one before: a few rows hide behind the
     memory that any pass reads, many are bound by arithmetic. The second row alone may cost more than the third: one row
     of attention on AVX2 waits for memory, two are bound by arithmetic (13, 22, 27 and 33 ms for 1 to 4 rows after
-    22 831 tokens, int8 KV). The coefficients are fitted to the latest passes by least absolute relative deviations,
-    which a burst on a busy machine moves little.
+    22 831 tokens, int8 KV). The coefficients are fitted to the latest passes by least absolute relative deviations.
+
+    What is fitted is the time of a pass over the machine's load when it was made, and what is told is the fit times the
+    load now. Passes of few rows may come hundreds of rounds apart. Where they had been slow because of what others did
+    just then, drafting was weighed against a plain decoding that was long fast again: a story was drafted on for 1 000
+    tokens at 0.64 of plain decoding's speed.
 
     shapes:  numbers of rows that passes are padded to, ascending: a row costs nothing until it takes the next of them.
         Passes that are larger than all of these are not padded.
+    load:    of the machine, see `Load`.
     largest: rows of the largest pass measured. The cost of far larger ones is a guess, and not to be trusted.
     """
 
-    def __init__(self, shapes: Sequence[int] = ()) -> None:
+    def __init__(self, shapes: Sequence[int] = (), load: Load | None = None) -> None:
         self.shapes = tuple(shapes)
+        self.load = load or Load()
         self._samples: dict[int, deque[tuple[int, int, float]]] = {}
         self._coefficients = [0.0] * COEFFICIENTS
         self._count = self._due = 0
@@ -48,20 +82,26 @@ class PassCost:
         if math.isnan(ms):
             return
         rows = self.padded(rows)
+        expected = self._usual(rows, context) if self._count >= FIRST_PASSES else 0.0
         group = rows if rows <= 16 else 16 + (rows - 13) // 4
-        self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms))
+        self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms / self.load.factor))
+        if expected:
+            self.load.observe(ms / expected)
         if rows > self.largest:
             self.largest, self._due = rows, self._count
         self._count += 1
 
     def __call__(self, rows: int, context: int) -> float:
         """Returns the expected milliseconds of a pass; 0 before anything was measured."""
+        return self._usual(self.padded(rows), context) * self.load.factor
+
+    def _usual(self, rows: int, context: int) -> float:
+        """Returns the milliseconds that a pass of so many rows, padding included, usually takes."""
         if self._count > self._due:
             self._fit()
             self._due = self._count + min(REFIT, self._count // 4)
         # These are scalars, because this is asked for each candidate of each round.
         a, b, c, d, e, f, g, h = self._coefficients
-        rows = self.padded(rows)
         extra, several = max(0, rows - KNEE), rows > 1
         return a + b * rows + c * extra + g * several + context * (d + e * rows + f * extra + h * several)
 
@@ -89,7 +129,8 @@ class PassCost:
 
 SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or none
 KNEE = 4
-SAMPLES = 12  # how many passes are kept of each number of rows
+SAMPLES = 48  # how many passes are kept of each number of rows
+FIRST_PASSES = 8  # the number of passes before which none tells the load
 REFIT = 64  # how many passes are between two fits
 COEFFICIENTS = 8
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tokenswift_py.planning.costs import SHORTEST, PassCost
+from tokenswift_py.planning.costs import SHORTEST, Load, PassCost
 from tokenswift_py.planning.rounds import Probes, Rounds
 
 Gain = Callable[[float, int], float]  # (a node's chance of being emitted, rows before it) -> milliseconds that it saves
@@ -37,7 +37,7 @@ class Planner:
         self.most = most
         self.target = target or PassCost(shapes)
         self.probes = probes or Probes()
-        self.rounds = Rounds()
+        self.rounds = Rounds(self.target.load)
 
     def at(self, context: int) -> Plan:
         """Returns the plan of a round that begins with so many tokens in the target's cache."""
@@ -94,6 +94,11 @@ class Plan:
         return self._target.fitting(min(self._most + 1, 1 + 2 * self._target.largest))
 
     @property
+    def load(self) -> Load:
+        """The machine's load, which costs of draft passes share."""
+        return self._target.load
+
+    @property
     def rests(self) -> bool:
         """Whether no guesses are to be looked for in this round, see `Probes.rests`."""
         return self._probes.rests
@@ -109,7 +114,7 @@ class Plan:
 
     def expect_rate(self, rate: float) -> None:
         """Takes in that the drafter expects to write so many tokens per millisecond."""
-        self._rounds.expected_rate = rate
+        self._rounds.expect(rate)
 
     def token_ms(self, chance: float) -> float:
         """Returns the milliseconds that a token takes at the present rate, times this chance; without bound before any

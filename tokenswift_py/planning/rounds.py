@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenswift_py.planning.costs import SHORTEST
+from tokenswift_py.planning.costs import SHORTEST, Load
 
 
 class Probes:
@@ -62,15 +62,23 @@ class Probes:
 
 
 class Rounds:
-    """Statistics of the rounds of one text.
+    """Statistics of the rounds of one text. Their milliseconds are kept as they would be under the usual load, and told
+    as they are under the load now, as `PassCost` does.
 
     overhead_ms:   milliseconds of a round in which neither model computes.
-    expected_rate: tokens per millisecond that the drafter expects to write; 0 where it expects nothing.
+    expected_rate: tokens per millisecond that the drafter expects to write under the usual load; 0 where it expects
+                   nothing.
+    load:          of the machine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, load: Load) -> None:
+        self.load = load
         self.overhead_ms = self.expected_rate = 0.0
         self._tokens = self._ms = 0.0  # the latest rounds count most
+
+    def expect(self, rate: float) -> None:
+        """Takes in how many tokens per millisecond the drafter expects to write."""
+        self.expected_rate = rate * self.load.factor
 
     def observe(self, tokens: int, draft: float, verify: float, others: float, expected: float) -> None:
         """Takes in one round: its tokens, and milliseconds of its phases.
@@ -81,7 +89,7 @@ class Rounds:
         self.overhead_ms += (min(expected, others) - self.overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens
-        self._ms = self._ms * keep + min(draft, 4 * expected) + expected + self.overhead_ms
+        self._ms = self._ms * keep + (min(draft, 4 * expected) + expected + self.overhead_ms) / self.load.factor
 
     def rate(self, plain_ms: float) -> float:
         """Returns the tokens per millisecond of the latest rounds, but no less than plain decoding would give, whose
@@ -91,17 +99,17 @@ class Rounds:
         alone, the first trees would hold guesses that do not pay. It never fades; where it did, texts were written 1 %
         slower.
         """
-        plain = plain_ms + self.overhead_ms
+        plain = (plain_ms + self.overhead_ms) / self.load.factor
         if not plain:
             return 0.0
         expected = EXPECTED_ROUNDS * plain if self.expected_rate else 0.0
         rounds = (self._tokens + expected * self.expected_rate) / max(self._ms + expected, SHORTEST)
-        return max(1 / plain, rounds)
+        return max(1 / plain, rounds) / self.load.factor
 
 
 PROBES = 0.01
 FREE_PROBES = 8
-PLAIN_ROUNDS = 64  # the rounds of each text after which a plain one is due
+PLAIN_ROUNDS = 32  # the rounds of each text after which a plain one is due
 IDLE_ROUNDS = 8  # the rounds of each text without a verified guess, after which its company rests
 REST_ROUNDS, LOOK_ROUNDS = 34, 2  # the rounds of each text from one rest to the next, and of the look between them
 ROUNDS = 48  # the number of rounds after which a round counts 1/e in the rate

@@ -13,7 +13,7 @@ from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, RopeTables
-from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.costs import LOAD_PASSES, Load, PassCost
 from tokenswift_py.planning.rounds import Probes
 
 
@@ -62,6 +62,7 @@ class Company(LoadedModel):
         check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
         super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
         self._costs: dict[str, PassCost] = {}
+        self._load = Load(LOAD_PASSES * most_running)  # each pass is told by every text that travelled in it
         self._probes = Probes(burst=most_running)
         self.alone = loaded
         self.context = context or loaded.checkpoint.spec.trained_context
@@ -88,7 +89,7 @@ class Company(LoadedModel):
     def pass_cost(self, kind: str) -> PassCost:
         """Returns what all texts have learned together, so that the next text need not learn it again. It knows no
         shapes, because rows of several texts fill a pass; see `sharing.Width`."""
-        return self._costs.setdefault(kind, PassCost())
+        return self._costs.setdefault(kind, PassCost(load=self._load))
 
     def probes(self) -> Probes:
         """Returns the probes that all texts share. If few texts know that something does not pay, the others do not try
