@@ -15,6 +15,7 @@ Doubles = npt.NDArray[np.float64]
 
 LOAD_PASSES = 5
 LOAD_TRUST = 0.85
+LOAD_MOST = 4.0  # a pass that took longer still tells no more
 
 
 class Load:
@@ -27,7 +28,7 @@ class Load:
     What passes usually take is measured by the load, too, and both could drift apart for ever. So the median counts a
     little less, and usual times follow a load that stays.
 
-    passes: how many are the latest.
+    passes: how many are the latest; 0 takes no load into account.
     """
 
     def __init__(self, passes: int = LOAD_PASSES) -> None:
@@ -36,8 +37,8 @@ class Load:
 
     def observe(self, ratio: float) -> None:
         """Takes in what a pass took over what it usually takes."""
-        self._ratios.append(ratio)
-        self.factor = median(self._ratios) ** LOAD_TRUST
+        self._ratios.append(min(LOAD_MOST, max(1 / LOAD_MOST, ratio)))
+        self.factor = median(self._ratios or [1.0]) ** LOAD_TRUST
 
 
 class PassCost:

@@ -9,7 +9,7 @@ import numpy as np
 from tokenswift_py.core import Model
 from tokenswift_py.decoding.passes import Pass, Timer
 from tokenswift_py.models.clock import Lap
-from tokenswift_py.planning.costs import SHORTEST, PassCost
+from tokenswift_py.planning.costs import SHORTEST, Load, PassCost
 
 
 class OwnTime(Timer):
@@ -61,11 +61,11 @@ class GroupCost:
     passes from the fit.
 
     Products are made in tiles of rows, so a row may cost nothing, or as much as four rows. A fit alone rises evenly,
-    and would fill the wrong tiles.
+    and would fill the wrong tiles. What sets a size apart from the fit is not to be taken for the machine's load.
     """
 
     def __init__(self) -> None:
-        self._cost = PassCost()
+        self._cost = PassCost(load=Load(0))
         self._ratios: dict[int, float] = {}  # rows -> measured over fitted milliseconds
 
     def observe(self, rows: int, keys: int, ms: float) -> None:
