@@ -50,7 +50,7 @@ serve: install
 	$(BIN)/tokenswift serve $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: install
 	$(BIN)/python -m pytest -m soak $(ARGS)

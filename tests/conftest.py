@@ -26,6 +26,19 @@ from toys import weights_of as weights_of
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")  # families of one kind of layer; test_families.py has the others
 
+# The longest come first, so that none is left to one worker at the end. xdist would begin with those of most tests.
+LONGEST = (
+    "test_model", "test_identity", "test_parallel", "test_gpu_check", "test_triton_decoder", "test_api",
+    "test_triton_sampling", "test_pipeline", "test_distribution", "test_policies", "test_quality", "test_heads",
+    "test_abuse", "test_cli", "test_steps", "test_triton", "test_triton_products", "test_docs", "test_eviction",
+    "test_output_law", "test_journal", "test_company",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")  # how long one example takes says nothing while the machine is busy

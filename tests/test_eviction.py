@@ -161,7 +161,7 @@ def test_drafting_changes_no_token(
     assert_same_text(in_float64, params, drafter, size, chunk, budget, policy, length, 140)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     temperature=st.sampled_from([0.0, 0.9]),
     drafter=drafters,
@@ -180,7 +180,7 @@ def test_drafting_changes_no_bit_on_the_native_engine(
     assert_same_text(native, params, drafter, size, chunk, budget, policy, length, count)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cut=st.integers(1, 399), budget=budgets, policy=st.sampled_from(sorted(BITWISE)))
 def test_a_text_goes_on_as_it_would_have_from_any_point(native: Any, cut: int, budget: Any, policy: str) -> None:
     """Evictions are a function of the tokens: prefilling the text up to a point evicts the same pages."""

@@ -221,7 +221,7 @@ def shares(drafter: Heads) -> list[list[float]]:
     return [[odds.chance for odds in ranks] for ranks in drafter.odds]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     params=samplers,
     form=st.sampled_from(FORMS),
@@ -240,7 +240,7 @@ def test_heads_change_no_token(
     assert engine.cache.pool.in_use == 0
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(params=samplers, form=st.sampled_from(FORMS), size=st.integers(1, 12))
 def test_heads_change_no_token_on_the_native_engine(native: Any, params: SamplingParams, form: str, size: int) -> None:
     decoder, tensors = native
@@ -249,7 +249,7 @@ def test_heads_change_no_token_on_the_native_engine(native: Any, params: Samplin
     assert write(decoder, PROMPT, 80, params, drafter, draft_tokens=size)[0] == plain
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     params=samplers,
     form=st.sampled_from(FORMS),
@@ -562,7 +562,7 @@ def test_packaged_heads_guess_what_the_default_model_writes(default_model: Token
     checkpoint = default_model.checkpoint
     packaged = heads_file(PACKAGED, fingerprint(checkpoint))
     swift = TokenSwift.from_pretrained(engine="native")
-    settings: dict[str, Any] = {"max_new_tokens": 300, "temperature": 0.8, "min_p": 0.05, "seed": 3, "ignore_eos": True}
+    settings: dict[str, Any] = {"max_new_tokens": 150, "temperature": 0.8, "min_p": 0.05, "seed": 3, "ignore_eos": True}
     prompt = "Write a story about two sisters who build a boat in the attic."
     plain = swift.generate(prompt, drafter="none", **settings)
     drafted = swift.generate(prompt, drafter="heads", draft_heads=str(packaged), draft_tokens=8, **settings)

@@ -34,8 +34,8 @@ from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.planning.costs import PassCost
 
-CONTEXT, COUNT = 1024, 80
-PROMPT = [int(t) for t in np.random.default_rng(6).integers(0, 61, 500)]  # the text fills pages at 512 and 576
+CONTEXT, COUNT = 1024, 70
+PROMPT = [int(t) for t in np.random.default_rng(6).integers(0, 61, 509)]  # the text fills pages at 512 and 576
 PARAMS = {
     "greedy": SamplingParams(),
     "sampled": SamplingParams(
@@ -70,12 +70,14 @@ SETUPS = {
     "native, int8 drafts and KV, windows": Setup("native", "mistral", "int8", torch.int8),
     "native, int8 drafts, self-extend": Setup("native", "qwen3", "int8", trained=200),
 }
-SOME = {  # slower than the others: some of the cases
-    "torch, windows": (("greedy", "planned trees"), ("sampled", "fixed trees")),
-    "torch, self-extend": (("sampled", "planned trees"),),
-}
+WHOLE = ("torch", "native")  # these in all cases, the others in two that differ in both
+DIAGONALS = ((("greedy", "fixed trees"), ("sampled", "planned trees")),
+             (("greedy", "planned trees"), ("sampled", "fixed trees")))  # fmt: skip
+SOME = {setup: DIAGONALS[at % 2] for at, setup in enumerate(SETUPS) if setup not in WHOLE}
+SOME["torch, self-extend"] = (("sampled", "planned trees"),)  # slower than the others
 CASES = [case for case in product(SETUPS, PARAMS, SIZES) if case[0] not in SOME or case[1:] in SOME[case[0]]]
-VIEWS = [*product(("partial", "cascade"), NAMES, (192,)), ("partial", "mass", 64), ("cascade", "mass", 128)]
+TIERS = ("partial", "cascade")
+VIEWS = [*product(TIERS, NAMES, (192,)), ("partial", "mass", 64), ("cascade", "mass", 128)]
 
 
 @dataclass(frozen=True)
@@ -171,11 +173,19 @@ def draft(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Drafted]:
     return drafted
 
 
+def views_of(setup: str, params: str) -> list[tuple[str, str, int]]:
+    """All views; or every other one, where the other case of the setup, or another setup like it, has the rest."""
+    if setup in WHOLE:
+        return VIEWS
+    first = list(PARAMS).index(params)
+    return [view for view in VIEWS if (first + TIERS.index(view[0]) + list(NAMES).index(view[1])) % 2]
+
+
 @pytest.mark.parametrize(("setup", "params", "size"), CASES)
 def test_no_view_changes_a_token(draft: Callable[..., Drafted], setup: str, params: str, size: str) -> None:
     """Drafts under views are right and wrong, and no two policies show them the same pages."""
     drafting, found = models_of(SETUPS[setup]).drafting, {}
-    for tier, policy, tokens in VIEWS:
+    for tier, policy, tokens in views_of(setup, params):
         drafter = create(tier, policy=policy, view_tokens=tokens, width=2)
         result = draft(SETUPS[setup], params, SIZES[size], drafter, Paced(drafting, 1.0))
         assert {view.shape[-1] for view in result.views} == result.told == {tokens // PAGE_SIZE}

@@ -618,9 +618,7 @@ def forks() -> Iterator[Callable[[list[str], float | None], int]]:
     server.wait(timeout=60)
 
 
-@pytest.mark.parametrize(
-    ("kills", "tokens"), [(4, 1500), pytest.param(50, 3000, marks=pytest.mark.soak, id="50 kills")]
-)
+@pytest.mark.parametrize(("kills", "tokens"), [(4, 800), pytest.param(50, 3000, marks=pytest.mark.soak, id="50 kills")])
 def test_killed_at_random_moments(
     cli: list[str], tmp_path: Path, forks: Callable[[list[str], float | None], int], kills: int, tokens: int
 ) -> None:

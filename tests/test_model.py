@@ -30,7 +30,7 @@ STORY = "Write a long story about a lighthouse keeper who finds a letter."
 
 @pytest.fixture(scope="module")
 def text(default_model: TokenSwift) -> list[int]:
-    """Some hundred tokens that the model would really see."""
+    """More than a hundred tokens that the model would really see."""
     words = " ".join(f"The {name} has many parts, and each of them is older than it looks." for name in NAMES)
     return list(default_model.tokenizer(words).input_ids)
 
@@ -50,7 +50,7 @@ def native(dtype: str, kv_dtype: str | None = None) -> TokenSwift:
     return TokenSwift.from_pretrained(dtype=dtype, kv_dtype=kv_dtype, engine="native")
 
 
-NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower") * 2
+NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower")
 
 
 @pytest.mark.parametrize("context", [1000, 16384], ids=["trained", "yarn"])
@@ -66,7 +66,7 @@ def test_logits_equal_hugging_face(default_model: TokenSwift, text: list[int], c
         reference.load_state_dict(weights)
     with torch.inference_mode():
         expected = reference(torch.tensor([text])).logits[0]
-    assert len(text) > 250
+    assert len(text) > 128, "three pages, in chunks of 100"
     for swift, bound in [(default_model, 1e-3), (native("fp32"), 2e-3)]:
         assert (chunked(swift, text, context) - expected).abs().max() < bound
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def perplexity(logits: torch.Tensor, text: list[int]) -> float:
     "sampling",
     [
         {"temperature": 0.0},
-        {"temperature": 0.8, "min_p": 0.05, "penalty": 1.1, "penalty_window": 256, "dry_multiplier": 0.8, "seed": 17},
+        {"temperature": 0.8, "min_p": 0.05, "penalty": 1.1, "penalty_window": 64, "dry_multiplier": 0.8, "seed": 17},
     ],
     ids=["greedy", "sampled"],
 )
@@ -135,12 +135,12 @@ def perplexity(logits: torch.Tensor, text: list[int]) -> float:
 def test_no_drafter_changes_the_text(default_model: TokenSwift, engine: str, sampling: dict[str, Any]) -> None:
     """On the torch executor in fp32, where nothing is close enough to flip; on the native one in any type, by law 1."""
     swift = default_model if engine == "torch" else native(engine)
-    length = 130 if engine == "torch" else 310
+    length = 60 if engine == "torch" else 110
     settings = {"max_new_tokens": length, "ignore_eos": True, **sampling}
     plain = swift.generate(STORY, drafter="none", **settings)
     assert len(plain.tokens) == length
     ngram = swift.generate(STORY, drafter="ngram", **settings)
-    partial = swift.generate(STORY, drafter="partial", draft_budget=128, draft_tokens=5, **settings)
+    partial = swift.generate(STORY, drafter="partial", draft_budget=64, draft_tokens=5, **settings)
     assert ngram.tokens == plain.tokens
     assert partial.tokens == plain.tokens
     assert partial.report["mean_acceptance_length"] > 1.5
@@ -149,11 +149,11 @@ def test_no_drafter_changes_the_text(default_model: TokenSwift, engine: str, sam
 
 def test_no_drafter_changes_the_text_over_an_int8_cache() -> None:
     swift = native("bf16", "int8")
-    settings: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.8, "min_p": 0.05, "seed": 17}
+    settings: dict[str, Any] = {"max_new_tokens": 100, "temperature": 0.8, "min_p": 0.05, "seed": 17}
     plain = swift.generate(STORY, drafter="none", ignore_eos=True, **settings)
     assert plain.report["kv_dtype"] == "int8" and "/bf16/kv-int8-products/" in plain.report["numerics"]
     for drafter in ("ngram", "partial", "cascade"):
-        drafted = swift.generate(STORY, drafter=drafter, draft_budget=128, draft_tokens=5, ignore_eos=True, **settings)
+        drafted = swift.generate(STORY, drafter=drafter, draft_budget=64, draft_tokens=5, ignore_eos=True, **settings)
         assert drafted.tokens == plain.tokens
         assert drafted.report["num_accepted_draft_tokens"] > 0
 

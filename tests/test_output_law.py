@@ -33,7 +33,7 @@ drafters = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     params=samplers,
     drafter=drafters,
@@ -55,7 +55,7 @@ def test_drafting_changes_no_token(
     assert engine.cache.pool.in_use == 0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     params=samplers,
     right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),

@@ -89,7 +89,7 @@ def texts(config: Any, params: SamplingParams, truth: list[int]) -> list[list[in
                *((Heads(random_heads(form), embedding), {"draft_tokens": 7}) for form in FORMS),
                (Cascade(heads=Heads(random_heads("recurrent"), embedding)), {}),
                (Cascade(heads=Heads(random_heads("medusa"), embedding)), {"draft_tokens": 9})]  # fmt: skip
-    return [write(decoder, LONG_PROMPT, 40, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
+    return [write(decoder, LONG_PROMPT, 24, params, d, prefill_chunk=64, ranks=ranks, **more)[0] for d, more in drafted]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_every_drafter_writes_what_one_process_does(pair: Pair, family: str, tem
     With few trained positions most of the text is met by Self-Extend."""
     config = tiny_config(family, max_position_embeddings=trained)
     params = SamplingParams(temperature=temperature, seed=5, penalty=1.1, min_p=0.02)
-    alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 40, params)
+    alone, _, _ = write(decoder_of(tiny_model(config)), LONG_PROMPT, 24, params)
     for by_rank in pair(texts, config, params, alone):
         assert by_rank == [alone] * 11
 

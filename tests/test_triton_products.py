@@ -49,6 +49,7 @@ from tokenswift_py.models.ops import TorchOps, groups_of, join_weights, matrices
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
 from tokenswift_py.parallel import pipeline_executor
+from toys import save_tiny
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="stand-ins on the CPU; make gpu asks the card's own library")
 
@@ -306,24 +307,13 @@ def test_auto_trusts_a_library_by_its_rows(monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_a_run_goes_on_and_is_proven_with_the_products_it_began_with(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever `auto` would choose by then."""
     model = ["--dtype", "fp32", "--device", "cpu", "--attention", "triton"]
-    begin = [
-        "--model",
-        str(tiny_folder),
-        "--prompt",
-        "the cat",
-        "--raw",
-        "--quiet",
-        "--context",
-        "40",
-        "--seed",
-        "1",
-        "--ignore-eos",
-        *model,
-    ]
+    save_tiny(tmp_path / "model", **SMALL)
+    begin = ["--model", str(tmp_path / "model"), "--prompt", "the cat", "--raw", "--quiet", "--context", "40", "--seed",
+             "1", "--ignore-eos", *model]  # fmt: skip
     texts = {}
     for name, library, label in (("blocks", row_by_row, "/blocks-64-"), ("tiles", by_place, "/fixed-tiles")):
         whole, cut = tmp_path / name / "whole", tmp_path / name / "cut"

@@ -35,8 +35,9 @@ def processes(world: int, then: Callable[[], None] | None = None) -> Iterator[Gr
 
     then: what every process does first.
     """
-    port = free_port()
-    pools = [ProcessPoolExecutor(1, get_context("spawn"), begin, (rank, world, port, then)) for rank in range(world)]
+    port, context = free_port(), get_context("forkserver")
+    context.set_forkserver_preload(["tokenswift_py.api"])  # imported once for all processes, which are forks of one
+    pools = [ProcessPoolExecutor(1, context, begin, (rank, world, port, then)) for rank in range(world)]
 
     def run(function: Callable[..., Any], *arguments: Any, **settings: Any) -> list[Any]:
         waiting = [pool.submit(function, *arguments, **settings) for pool in pools]
