@@ -20,9 +20,9 @@ class PageView:
 
     def __init__(self, pages: IntArray | torch.Tensor):
         self.there = pages if isinstance(pages, torch.Tensor) else None
-        self.shape = tuple(pages.shape)
         if not isinstance(pages, torch.Tensor):
-            self.pages = checked(pages)
+            self.pages = pages = checked(pages)
+        self.shape: tuple[int, ...] = tuple(pages.shape)
 
     @cached_property
     def pages(self) -> IntArray:
