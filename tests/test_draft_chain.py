@@ -106,7 +106,7 @@ def check_alike(one: Drafts, other: Drafts, draft_tokens: int) -> DraftTree:
     return tree
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     params=st.sampled_from(SAMPLERS),
     length=st.one_of(st.integers(1, 70), st.integers(120, 135), st.integers(185, 193)),
