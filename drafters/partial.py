@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.core import Acceptance, DraftTree, IntArray, Output, Segment
+from tokenswift_py.core import Acceptance, Chooser, DraftTree, IntArray, Output, Segment
 from tokenswift_py.decoding.passes import Pass, Passes, without_passes
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources, width_of
 from tokenswift_py.drafters.chain import Chain, Ranked
@@ -17,7 +17,7 @@ from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.ngram import Match, NGram
 from tokenswift_py.drafters.views import Views
 from tokenswift_py.errors import check
-from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy
+from tokenswift_py.kvcache.base import MOST_LINKS, PAGE_SIZE, EvictionPolicy
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.options import POLICIES, Options
@@ -147,7 +147,13 @@ class Partial(Drafter):
                 return
             self._ask_heads(context, chain, ahead)
             self._idle = 0
-            if not (yield from self._draft_pass(context, chain, ahead, unread[:-1], longest)):
+            links = self._links(context, chain, ms, min(room, longest - len(chain)))
+            chooser = self._chooser(context) if links > 1 and len(ahead) == len(unread) == 1 else None
+            if chooser is not None:
+                going = yield from self._draft_chain(context, chain, links, chooser)
+            else:
+                going = yield from self._draft_pass(context, chain, ahead, unread[:-1], longest)
+            if not going:
                 return
 
     def _force(self, context: Context, chain: OwnChain) -> None:
@@ -178,6 +184,26 @@ class Partial(Drafter):
             ms += reached * plan.shared_row_ms(rows + depth)
         free = self._repeats(context, chain).chances[1:]
         return plan.worth(tokens, ms, sum(plan.gain_ms(chain.chance * c, rows + i) for i, c in enumerate(free)))
+
+    def _links(self, context: Context, chain: OwnChain, ms: float, most: int) -> int:
+        """Returns how many draft passes of one row, the next one included, are likely to pay for their time.
+
+        ms: milliseconds of a pass. most: guesses that the chain has room for.
+        """
+        plan, rows, chance = context.plan, len(chain.draft), self.views.now.next
+        most, links = min(most, MOST_LINKS, PAGE_SIZE - len(chain.tail)), 1
+        while links < most and plan.worth(chain.chance * chance ** (1 + links), ms + plan.shared_row_ms(rows + links)):
+            links += 1
+        return links
+
+    def _chooser(self, context: Context) -> Chooser | None:
+        """Returns what chooses the tokens of draft passes where their logits lie, so that the host is asked nothing
+        between them. None where the host is needed: passes of several texts travel together, rows read a memory of
+        evicted ones, or the executor or the sampler cannot do without (see `Model` and `Sampler.chain`)."""
+        model: Any = context.self_draft
+        if not (context.timer.alone and getattr(model, "chains", False) and context.cache.memory is None):
+            return None
+        return context.sampler.chain(context.history, self.views.now.ranks, model.device)
 
     def _repeats(self, context: Context, chain: OwnChain) -> Draft:
         """Returns the repeats after the chain's end that are worth the target's rows without a draft pass."""
@@ -225,6 +251,23 @@ class Partial(Drafter):
         ahead.learn(taken)
         self._see(output, len(unread) + taken.path[-1])
         self.views.timed(len(tree), lap, context.agreed)  # this includes the guesses, which cost as much every time
+        return True
+
+    def _draft_chain(self, context: Context, chain: OwnChain, links: int, chooser: Chooser) -> Passes[bool]:
+        """Computes the chain's last token and the guesses after it in as many draft passes, between which the host is
+        asked nothing, and grows the chain by them. Returns whether it may go on."""
+        model, cache = context.self_draft, context.cache
+        lap, first = context.timer.start(model), cache.tail_length
+        tree = DraftTree.chain([context.history[-1]] + [0] * (links - 1))
+        output = yield Pass(model, Segment(tree, cache, self.views.pages(cache), chain.tail), chooser=chooser)
+        ranked = chooser.read(links)
+        self._see(output, -1)
+        for link in range(links):
+            if self._guess(context, chain, partial(ranked, link)) is None:
+                self._row = None
+                return False
+            chain.tail = (*chain.tail, first + link)
+        self.views.timed(1, lap, context.agreed, links)
         return True
 
     def _follow(

@@ -8,7 +8,7 @@ from typing import Any
 from tokenswift_py.core import Acceptance, Output
 from tokenswift_py.drafters.base import VIEWS, Context, show
 from tokenswift_py.drafters.chain import Chain, Confidence, Experience
-from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, select
+from tokenswift_py.kvcache.base import PAGE_SIZE, EvictionPolicy, select, select_there
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
 from tokenswift_py.models.clock import Lap
@@ -114,7 +114,9 @@ class Views:
         full, length = cache.full_pages, cache.length
         old = self._missed or full != self._chosen_at[0] or length >= self._chosen_at[1] + self.refresh
         if self._chosen is None or old:
-            self._chosen = PageView(select(self.policy, cache.page_stats(), self.now.tokens))
+            stats, budget = cache.page_stats(), self.now.tokens
+            there = select_there(self.policy, stats, budget)
+            self._chosen = PageView(select(self.policy, stats, budget) if there is None else there)
             self._chosen_at, self._missed = (full, length), False
         return self._chosen
 
@@ -126,15 +128,15 @@ class Views:
         """Returns the gain of one more row of a draft pass, whose guess saves so many milliseconds if it is right."""
         return lambda chance, rows: chance * saved_ms - self.cost.row_ms(rows, self.keys)
 
-    def timed(self, rows: int, lap: Lap, agreed: Callable[[float], float]) -> None:
-        """Ends the lap of a draft pass and learns its cost. The first pass of a size tells nothing, because it may have
-        had many pages to copy.
+    def timed(self, rows: int, lap: Lap, agreed: Callable[[float], float], passes: int = 1) -> None:
+        """Ends the lap of draft passes and learns the cost of one. The first pass of a size tells nothing, because it
+        may have had many pages to copy.
 
         agreed: see `Context`.
         """
         if self._passed == self.now.tokens:
             lap.stop()
-            self.cost.observe(rows, self.keys, agreed(lap.ms))
+            self.cost.observe(rows, self.keys, agreed(lap.ms / passes))
         self._passed = self.now.tokens
 
     def observe(self, chain: Chain, taken: Acceptance, output: Output) -> None:
@@ -150,7 +152,7 @@ class Views:
         chosen = self._chosen
         return {
             "view_tokens": self.now.tokens,
-            "view_pages": 0 if chosen is None else int(chosen.pages.shape[-1]),
+            "view_pages": 0 if chosen is None else chosen.shape[-1],
             "view_age": None if chosen is None else self._length - self._chosen_at[1],
         }
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 PAGE_SIZE = 64
+MOST_LINKS = 16  # passes of a chain that a device computes at most without the host
 
 IntArray = npt.NDArray[np.int32]
 
@@ -164,6 +165,7 @@ class AttentionSegment:
     tail:      [n, t] the pool's slots of positions full * PAGE_SIZE ... positions[i], in this order, then -1.
                A causal segment has the last row's only ([1, t]), and row i attends to its beginning.
     causal:    whether the rows are a chain.
+    there:     the view on the device, int32, for a backend whose `views_there` is true; then `view` is None.
     """
 
     rows: slice
@@ -172,6 +174,13 @@ class AttentionSegment:
     view: IntArray | None
     tail: IntArray
     causal: bool
+    there: torch.Tensor | None = None
+
+    @property
+    def viewed(self) -> int | None:
+        """The pages of the view of a layer and KV head. None is no view."""
+        view = self.there if self.view is None else self.view
+        return None if view is None else int(view.shape[-1])
 
     @property
     def boundary(self) -> int:
@@ -216,6 +225,15 @@ class FixedPlan(Protocol):
     def fill(self, segments: Sequence[AttentionSegment]) -> None:
         """Prepares the next pass. The segments, one row after another, must fit the room, lengths of tails included."""
 
+    def fill_chain(self, segment: AttentionSegment, link: torch.Tensor) -> None:
+        """Prepares passes of one row each, the rows of a chain of up to MOST_LINKS. The last one's must fit the room.
+
+        link: [1] int64 on the device, read by `move`: the number of the next pass.
+        """
+
+    def move(self) -> None:
+        """Goes to the next pass of the chain."""
+
 
 class AttentionBackend(Protocol):
     """The attention of one backend, which is one file. `prepare` runs once a pass, `attend` once a layer.
@@ -225,6 +243,7 @@ class AttentionBackend(Protocol):
       that the room is too large.
     - A true `reads_int8` says that it takes int8 keys and values, with `scales=(of keys, of values)`, each
       [kv_heads, pages, PAGE_SIZE] fp32.
+    - A true `views_there` says that it takes views that lie on the device.
     - A true `moves_queries` says that it takes `far=FarQueries`, whose queries it uses instead of q.
     - A true `reports_lse` says that it takes `lse`, [R, heads] fp32 or better, and fills it with the natural logarithm
       of each row's sum of exp(score), unless `far` is given too.

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tokenswift_py.kernels.base import MOST_LINKS as MOST_LINKS
 from tokenswift_py.kernels.base import PAGE_SIZE as PAGE_SIZE
-from tokenswift_py.kernels.base import QueryTurns
+from tokenswift_py.kernels.base import QueryTurns, on_device
 
 IntArray = npt.NDArray[np.int32]
 Bytes = npt.NDArray[np.uint8]
@@ -170,19 +171,34 @@ def select(policy: EvictionPolicy, stats: PageStats, budget: int) -> IntArray:
     others, and of equal scores the later page wins. n * PAGE_SIZE <= budget, except that one page is always kept where
     there is one.
     """
-    held = stats.held
-    count = min(max(1, budget // PAGE_SIZE), len(held))
-    there = policy.score_there(stats) if isinstance(policy, OnDevice) else None
+    there = select_there(policy, stats, budget)
     if there is not None:
-        if len(held) < stats.pages:
-            there = there[..., torch.from_numpy(held).to(there.device)]
-        places: IntArray = best_there(there, count).cpu().numpy()  # this is the only wait for the device
-        return places if len(held) == stats.pages else held[places]
-    scores = policy.score(stats)
+        pages: IntArray = there.cpu().numpy()  # this is the only wait for the device
+        return pages
+    held, scores = stats.held, policy.score(stats)
+    count = chosen_of(budget, len(held))
     if len(held) == stats.pages:
         return best(scores, count)
     chosen: IntArray = held[best(scores[..., held], count)]
     return chosen
+
+
+def select_there(policy: EvictionPolicy, stats: PageStats, budget: int) -> torch.Tensor | None:
+    """Returns what `select` returns, on the device on which the policy scores, and without a wait for it. None where it
+    scores on the host."""
+    there = policy.score_there(stats) if isinstance(policy, OnDevice) else None
+    if there is None:
+        return None
+    held = stats.held
+    if len(held) == stats.pages:
+        return best_there(there, chosen_of(budget, len(held)))
+    kept = on_device(held, there.device)
+    return kept[best_there(there[..., kept.long()], chosen_of(budget, len(held))).long()]
+
+
+def chosen_of(budget: int, pages: int) -> int:
+    """Returns how many of so many pages a view of `budget` tokens has."""
+    return min(max(1, budget // PAGE_SIZE), pages)
 
 
 def best(scores: FloatArray, count: int) -> IntArray:

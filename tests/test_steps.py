@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
 
 from conftest import decoder_of, tiny_config, tiny_model
+from drawn import SMALL, drawn_cache, new_decoder
 from interpreter import DEVICE, INTERPRETED
 from recording import Tape, record
-from row_products import stand_in_blocks
 from scripted import Scripted, write
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.loop import DecodeLoop
@@ -28,7 +28,7 @@ from tokenswift_py.drafters.none import NoDraft
 from tokenswift_py.kernels.base import AttentionSegment, Room
 from tokenswift_py.kernels.triton.items import EVERYTHING, NEAR, Heads, splits
 from tokenswift_py.kernels.triton.ops import TritonOps
-from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks
+from tokenswift_py.kernels.triton.products import TILES, Blocks
 from tokenswift_py.kernels.triton.row_test import Matrix, Verdict
 from tokenswift_py.kernels.triton.tables import FixedTables
 from tokenswift_py.kvcache.cache import KVCache
@@ -52,10 +52,6 @@ pytestmark = pytest.mark.skipif(
     not INTERPRETED, reason="records launches in the interpreter; test_triton_gpu.py replays"
 )
 
-SMALL = {
-    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32,
-    "intermediate_size": 32, "vocab_size": 61,
-}  # fmt: skip
 TREES = {
     "three nodes": DraftTree([9, 8, 7], [-1, 0, 0]),
     "four nodes": DraftTree([1, 5, 6, 7], [-1, 0, 1, 1]),
@@ -65,32 +61,10 @@ TREES = {
 CHAIN, BUSH = DraftTree.chain(range(8)), DraftTree(range(8), [-1, 0, 0, 1, 1, 2, 2, 3])
 
 
-def new_decoder(family: str = "qwen3", way: str = "tiles", **changes: Any) -> TorchDecoder:
-    """Norms of queries and keys, and one layer with a window of 70 beside one without."""
-    changes = {"sliding_window": 70, "use_sliding_window": True, "max_window_layers": 1, **changes}
-    config = tiny_config(family, **SMALL, **(changes if family != "llama" else {}))
-    products: Any = {"tiles": TILES, "library": LIBRARY}.get(way)
-    ops = TritonOps(products or stand_in_blocks(ModelSpec.from_config(config), torch.float32))
-    return decoder_of(tiny_model(config, torch.float32), context=8192, attention="triton", ops=ops)
-
-
 def one_launch_blocks(spec: ModelSpec) -> Blocks:
     """Blocks of torch's own product, which is one launch."""
     matrices = [Matrix(*matrix) for matrix in matrices_of(spec, apart=False)]
     return Blocks(matrices, torch.float32, Verdict((), "00000000"))
-
-
-def drawn_cache(decoder: TorchDecoder, length: int, pool: Any = None) -> KVCache:
-    """Committed rows whose keys and values are drawn, which costs nothing; what nobody attends to is NaN."""
-    pool = pool or decoder.new_pool(80)
-    cache = KVCache(pool, 8192)
-    slots = cache.append(np.arange(length, dtype=np.int32), True)
-    cache.commit(range(length))
-    noise = torch.Generator().manual_seed(0)
-    for part in (pool.keys, pool.values):
-        part.fill_(torch.nan)
-        part.flatten(2, 3)[:, :, slots] = torch.randn(2, 1, length, part.shape[-1], generator=noise)
-    return cache
 
 
 def drawn_caches(decoder: TorchDecoder, lengths: list[int], pool: Any) -> list[KVCache]:
@@ -355,15 +329,18 @@ def test_views_and_tails_of_draft_passes(monkeypatch: pytest.MonkeyPatch) -> Non
     """Each layer and head has pages of its own, after provisional rows."""
     decoder = new_decoder()
     outputs = []
-    view = PageView(np.array([[[0, 2, 3]], [[0, 1, 3]]]))
-    for run in (decoder.forward, lambda *a: without_steps(decoder, *a, monkeypatch)):
+    pages = np.array([[[0, 2, 3]], [[0, 1, 3]]], np.int32)
+    padded, unpadded = decoder.forward, lambda *a: without_steps(decoder, *a, monkeypatch)
+    there = PageView(torch.from_numpy(pages).to(DEVICE))
+    for run, view in ((padded, PageView(pages)), (unpadded, PageView(pages)), (padded, there), (unpadded, there)):
         cache = drawn_cache(decoder, 300)
         run([Segment(DraftTree.chain([4, 5]), cache, view)])
         outputs.append(run([Segment(DraftTree.chain([6]), cache, view, (0, 1))]))
         shapes = decoder.steps_over(cache.pool).steps
-        assert len(shapes) == (2 if len(outputs) == 1 else 0)
+        assert len(shapes) == (2 if run is padded else 0)
         assert all(shape.room.viewed == 16 for shape in shapes)
-    assert_same(*outputs)
+        assert_same(outputs[0], outputs[-1])
+    assert "pages" not in vars(there), "the host has not asked for them"
 
 
 def test_only_the_logits_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,8 +476,8 @@ def test_a_round_reads_from_the_device_once(params: SamplingParams) -> None:
         assert len(step.tokens) == 4 and reads.reads == 1
 
 
-def test_a_draft_reads_from_the_device_once_a_pass() -> None:
-    """Its runners-up and their scores come over, and no row of logits."""
+def test_a_draft_reads_from_the_device_once_a_chain() -> None:
+    """Its runners-up and their scores come over, and no row of logits. The verification is the round's other wait."""
     sampler = TritonSampler(SamplingParams(temperature=0.8, top_p=0.9, seed=1), 61)
     drafter = create("partial", policy="recent", view_tokens=64, width=2)
     loop = DecodeLoop(new_decoder("llama"), drafter, sampler, Stops(40, ()), draft_tokens=4)
@@ -520,7 +497,7 @@ def test_a_draft_reads_from_the_device_once_a_pass() -> None:
     with Transfers() as reads:
         counted(loop.round())
     *drafted, verified = rows
-    assert len(drafted) >= 2 and reads.reads == len(rows)
+    assert drafted == [2] and reads.reads == len(rows) == 2
     assert reads.read_bytes == 8 * (5 * sum(drafted) + 3 * verified)
 
 

@@ -17,6 +17,7 @@ from scenes import Scene, fill, random_tree
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
+from tokenswift_py.decoding.passes import Timer
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
 from tokenswift_py.kernels._four_bits import quantise
@@ -143,6 +144,38 @@ def test_a_captured_pass_of_several_texts_has_the_bits_of_each_alone() -> None:
             assert torch.equal(alone.logits, whole.logits[start:stop])
             start = stop
     assert all(step is None or step.replayed.recorded for step in decoder.steps_over(pool).steps.values())
+
+
+class InCompany(Timer):
+    alone = False
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_a_captured_chain_drafts_what_the_host_drafts_pass_by_pass(kv_dtype: torch.dtype | None) -> None:
+    """The trees of every round are alike, though neither changes the text."""
+    model = tiny_model(tiny_config("qwen3"), torch.bfloat16).to("cuda")
+    params = SamplingParams(temperature=0.9, top_p=0.9, dry_multiplier=0.5, repetition_penalty=1.1, seed=1)
+    trees: list[list[Any]] = []
+    for timer in (Timer(), InCompany()):
+        decoder = decoder_of(model, attention="triton", ops=TritonOps(), kv_dtype=kv_dtype)
+        drafter, lines = create("partial", view_tokens=64, width=2), []  # type: Any, list[dict[str, Any]]
+        loop = DecodeLoop(
+            decoder,
+            drafter,
+            TritonSampler(params, 61),
+            Stops(200, ()),
+            draft_tokens=22,
+            timer=timer,
+            trace=lines.append,
+        )
+        list(loop.run([3, 14, 15, 9, 26]))
+        trees.append([line["tree"] for line in lines])
+        chains = decoder.steps_over(loop.cache.pool).chains.values()
+        assert [part.recorded is not None for chain in chains for part in chain.parts.values()] == [True] * 4 * len(
+            chains
+        )
+        assert (len(chains) > 0) == timer.alone
+    assert trees[0] == trees[1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
@@ -205,12 +205,32 @@ class Output:
     taps: torch.Tensor | None = None
 
 
+class Chooser(Protocol):
+    """Chooses the tokens of a draft's chain where their logits lie, without the host. Its memory stays in place."""
+
+    def fill(self) -> None:
+        """Brings what is known of the text to the device. The next token is the chain's first."""
+
+    def choose(self, logits: torch.Tensor, link: torch.Tensor) -> torch.Tensor:
+        """Chooses the next token of the chain, [1], after which its text has one more. Its launches are always the
+        same.
+
+        logits: [1, vocab_size]. link: [1] int64, the number of the token in the chain.
+        """
+
+    def read(self, links: int) -> Callable[[int], list[tuple[int, float]]]:
+        """Waits for so many tokens, and returns what gives the ranking of each, see `Sampler.ranker`."""
+
+
 class Model(Protocol):
     """An executor: the same contract for torch on any device and for the native CPU engine.
 
     context: number of positions that there are RoPE tables for.
     row_shapes: numbers of rows, ascending, that the passes of a tree are padded to; larger ones are not padded.
     clock: measures the time that its passes take.
+
+    An executor whose `chains` is true has `forward_chain(segment, chooser)`, too: the passes of a chain of up to
+    MOST_LINKS rows, whose tokens after the first the chooser chooses. It returns the last row's output.
     """
 
     numerics: str

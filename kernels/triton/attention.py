@@ -218,7 +218,7 @@ def attend_kernel(
             tl.store(page_sum + at_mass + number, p_sum, mask=told)
 
         gathered = lists + tl.load(item + 8)
-        above = tl.load(item + 9)
+        above = tl.minimum(tl.load(item + 9), tl.max(position, 0) + 1)  # the row of a chain ends before its list does
         for number in range(tl.load(item + 10), tl.load(item + 11)):
             at = number * PAGE + lane
             slot = tl.load(gathered + at, mask=at < above, other=-1)
@@ -245,7 +245,7 @@ def attend_kernel(
 class TritonAttention:
     name = "triton"
     reads_int8 = True
-    moves_queries = True
+    moves_queries = views_there = True
 
     def prepare(self, segments: Sequence[AttentionSegment], device: torch.device) -> Plan:
         check_device(device)

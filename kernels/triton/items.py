@@ -171,18 +171,31 @@ class Lists:
         self.length += values.size
         return start
 
+    def leave(self, length: int) -> int:
+        """Leaves room for a list that is made on the device, and returns where it begins."""
+        return self.add(np.zeros(length, np.int32))
+
     def joined(self) -> IntArray:
         return np.concatenate(self.parts) if self.parts else np.zeros(0, np.int32)
 
 
 class Places:
-    """Where the lists of a segment begin: numbers of its committed pages, pages of the pool, every row's tail."""
+    """Where the lists of a segment begin: numbers of its committed pages, pages of the pool, every row's tail.
+
+    there: the view on the device, for whose lists room is left, see `make_lists`. None where the host lists pages.
+    limits: place and number of limits of the lists of bounds that were left, and where each begins.
+    """
 
     def __init__(self, segment: AttentionSegment, lists: Lists):
-        self.lists, n = lists, len(segment.positions)
+        self.lists, n, self.there = lists, len(segment.positions), segment.there
+        self.limits: list[tuple[int, int, int]] = []
         self.chosen = np.arange(len(segment.pages), dtype=np.int32) if segment.view is None else segment.view
-        self.apart = 0 if self.chosen.ndim == 1 else self.chosen.shape[-1]
-        self.numbers, self.pages = lists.add(self.chosen), lists.add(segment.pages)
+        if self.there is not None:
+            self.apart, self.numbers = self.there.shape[-1], lists.leave(self.there.numel())
+        else:
+            self.apart = 0 if self.chosen.ndim == 1 else self.chosen.shape[-1]
+            self.numbers = lists.add(self.chosen)
+        self.pages = lists.add(segment.pages)
         self.alike = segment.causal or is_chain(segment.tail)
         if self.alike:
             self.tails = np.full(n, lists.add(segment.tail[-1]), np.int32)
@@ -193,7 +206,12 @@ class Places:
     def bounded(self, limits: IntArray) -> tuple[int, int, int, int, int]:
         """Returns fields 3 to 7 for the committed pages between the first two limits. Field 5 and n is of the nth."""
         apart = len(limits) if self.apart else 0
-        return self.numbers, self.apart, self.lists.add(find_all(self.chosen, limits)), apart, self.pages
+        if self.there is None:
+            bounds = self.lists.add(find_all(self.chosen, limits))
+        else:
+            bounds = self.lists.leave(self.there.shape[0] * self.there.shape[1] * len(limits))
+            self.limits.append((self.lists.add(limits), len(limits), bounds))
+        return self.numbers, self.apart, bounds, apart, self.pages
 
 
 class TableBuilder:
@@ -206,6 +224,7 @@ class TableBuilder:
         self.group, self.window, self.tile, self.row_bytes = heads.group, heads.window, heads.tile, heads.row_bytes
         self.workspace, self.split_pages = workspace, heads.split_pages
         self.lists = Lists()
+        self.segments: list[Places] = []
         self.positions: list[IntArray] = []
         self.ranges: list[IntArray] = []
         self.items: list[list[IntArray]] = []  # the items of each launch
@@ -217,6 +236,7 @@ class TableBuilder:
         edges = splits(far, self.split_pages)
         states, begin, n = NEAR + (len(edges) - 1 if far else 0), 0, len(segment.positions)
         at = Places(segment, self.lists)
+        self.segments.append(at)
         while begin < n:
             left = self.rows_left(states)
             if not left:
@@ -229,6 +249,19 @@ class TableBuilder:
             last = self.launches[-1]
             self.launches[-1] = Launch(last.first, last.stop + len(rows), max(last.states, states), 0)
             begin = rows.stop
+
+    def add_in_turn(self, segment: AttentionSegment) -> tuple[IntArray, IntArray]:
+        """Adds one row, which takes the place of each row of a chain in turn: positions and splits of `joined` are the
+        first one's. Returns those of all, [n] and [n, 3], whose items these are."""
+        self.tile = max(self.tile, len(segment.positions) * self.group)
+        self.add(segment)
+        for items in self.items[-1]:
+            items[:, 1] = self.group
+        positions, ranges = self.positions.pop(), self.ranges.pop()
+        self.positions.append(positions[:1])
+        self.ranges.append(ranges[:1])
+        self.launches[-1] = replace(self.launches[-1], stop=self.launches[-1].first + 1)
+        return positions, ranges
 
     def rows_left(self, states: int) -> int:
         """Returns how many rows of so many states the last launch has room for."""

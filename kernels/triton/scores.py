@@ -26,9 +26,11 @@ OUT = tl.constexpr(1 << 20)  # the mark of a token that is excluded
 class Rows:
     """The texts of R rows on the device.
 
-    tokens:  [at least base] int32, the committed text, of which the first `base` count.
+    tokens:  [at least base] int32, the committed text.
     last:    [vocab] int32, a token's last position in it, -1 for none.
     written: [vocab] int32, how often the model wrote a token in it.
+    base:    [1] int32, how many tokens the committed text has.
+    longest: tokens of a row's text at most.
     lengths: [R] int32, tokens of each row's text, which is the position of the token to be chosen.
     paths:   [R, P] int32, the tokens of a row's text after the committed one; -1 after its end.
     """
@@ -36,7 +38,8 @@ class Rows:
     tokens: torch.Tensor
     last: torch.Tensor
     written: torch.Tensor
-    base: int
+    base: torch.Tensor
+    longest: int
     lengths: torch.Tensor
     paths: torch.Tensor
 
@@ -64,10 +67,11 @@ class Rules:
     greedy: bool
 
 
-@triton.jit(do_not_specialize=["vocab", "blocks", "base", "depth", "window", "shortest"])
+@triton.jit(do_not_specialize=["vocab", "blocks", "depth", "window", "shortest"])
 def scores_kernel(
     logits: tl.tensor,  # [R, vocab] fp32 or fp64
     numbers: tl.tensor,
+    committed: tl.tensor,  # [1] int32, how many tokens the committed text has
     lengths: tl.tensor,
     paths: tl.tensor,  # [R, depth]
     last: tl.tensor,
@@ -80,7 +84,6 @@ def scores_kernel(
     tops: tl.tensor,  # [R, blocks] fp64
     vocab: tl.tensor,
     blocks: tl.tensor,
-    base: tl.tensor,
     depth: tl.tensor,
     window: tl.tensor,
     shortest: tl.tensor,
@@ -99,6 +102,7 @@ def scores_kernel(
     value = tl.load(logits + place, mask=there, other=float("-inf")).to(tl.float64)
     tl.store(highest + row * blocks + tl.program_id(1), tl.max(tl.where(value == value, value, float("inf")), 0))
     if SEEN or COUNTED:
+        base = tl.load(committed)
         latest = tl.load(last + at, mask=there, other=-1)
         count = tl.load(written + at, mask=there, other=0)
         for step in range(depth):
@@ -129,15 +133,15 @@ def scores_kernel(
     tl.store(tops + row * blocks + tl.program_id(1), tl.max(value, 0))
 
 
-@triton.jit(do_not_specialize=["vocab", "base", "depth", "width", "shortest"])
+@triton.jit(do_not_specialize=["vocab", "depth", "width", "shortest"])
 def repeats_kernel(
     tokens: tl.tensor,
+    committed: tl.tensor,  # [1] int32
     lengths: tl.tensor,
     paths: tl.tensor,  # [R, depth]
     suffixes: tl.tensor,  # [R, width] int32, the row's text from its end; a number that is no token ends it
     marks: tl.tensor,  # [R, vocab] int32
     vocab: tl.tensor,
-    base: tl.tensor,
     depth: tl.tensor,
     width: tl.tensor,
     shortest: tl.tensor,
@@ -149,6 +153,7 @@ def repeats_kernel(
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = at < tl.load(lengths + row)
+    base = tl.load(committed)
     path = paths + row * depth - base
     matched = tl.full([BLOCK], 0, tl.int32)
     going = there
@@ -177,10 +182,9 @@ def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shorte
     marks:    [R, vocab] int32. suffixes: [R, width] int32, the row's text from its end, the last token first, as far as
               repeats count; -2 after that.
     """
-    depth, longest = rows.paths.shape[1], rows.base + rows.paths.shape[1]
-    repeats_kernel[(len(marks), max(1, triton.cdiv(longest, BLOCK)))](
-        rows.tokens, rows.lengths, rows.paths, suffixes, marks, marks.shape[1], rows.base, depth, suffixes.shape[1],
-        shortest, EXCLUDE=exclude, BLOCK=BLOCK, **launch_options(4, 1),
+    repeats_kernel[(len(marks), max(1, triton.cdiv(rows.longest, BLOCK)))](
+        rows.tokens, rows.base, rows.lengths, rows.paths, suffixes, marks, marks.shape[1], rows.paths.shape[1],
+        suffixes.shape[1], shortest, EXCLUDE=exclude, BLOCK=BLOCK, **launch_options(4, 1),
     )  # fmt: skip
 
 
@@ -198,9 +202,9 @@ def scores_of(
     highest, tops = torch.empty((2, count, blocks), dtype=torch.float64, device=device)
     bias = scores if rules.bias is None else rules.bias
     scores_kernel[(count, blocks)](
-        logits.contiguous(), rules.numbers, rows.lengths, rows.paths, rows.last, rows.written,
+        logits.contiguous(), rules.numbers, rows.base, rows.lengths, rows.paths, rows.last, rows.written,
         rows.lengths if marks is None else marks, rules.powers, bias, scores, highest, tops,
-        vocab, blocks, rows.base, rows.paths.shape[1], rules.window, rules.shortest,
+        vocab, blocks, rows.paths.shape[1], rules.window, rules.shortest,
         SEEN=rules.seen, COUNTED=rules.counted, MARKED=marks is not None, BIASED=rules.bias is not None,
         GREEDY=rules.greedy, BLOCK=BLOCK, **launch_options(4, 1),
     )  # fmt: skip
@@ -209,7 +213,7 @@ def scores_of(
 
 def variants(target: str) -> Iterator[Variant]:
     doubles = dict.fromkeys(("numbers", "powers", "bias", "scores", "highest", "tops"), "*fp64")
-    ints = dict.fromkeys(("lengths", "paths", "last", "written", "marks", "tokens", "suffixes"), "*i32")
+    ints = dict.fromkeys(("committed", "lengths", "paths", "last", "written", "marks", "tokens", "suffixes"), "*i32")
     flags = ("SEEN", "COUNTED", "MARKED", "BIASED")
     for dtype, pointer in ((torch.float32, "*fp32"), (torch.float64, "*fp64")):
         for name, on, greedy in (

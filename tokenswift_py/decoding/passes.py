@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from tokenswift_py.core import Model, Output, Segment
+from tokenswift_py.core import Chooser, Model, Output, Segment
 from tokenswift_py.models.clock import Lap
 
 T = TypeVar("T")
@@ -27,6 +27,8 @@ class Pass:
     chances: [rows] of being emitted. Where they are given, who computes the pass may leave out rows at the end, down to
              the first: the output has as many as were computed.
     taps:    layers of which the output reports what enters them, ascending.
+    chooser: chooses the tokens of a chain after its first, for which those of the tree only hold places; see `Model`.
+             Such a pass does not travel with others.
     """
 
     model: Model
@@ -36,12 +38,17 @@ class Pass:
     want_queries: bool = False
     chances: Sequence[float] | None = None
     taps: Sequence[int] = ()
+    chooser: Chooser | None = None
 
     def first(self, rows: int) -> Pass:
         """Returns the pass of the first so many rows, of one that may be cut."""
         return replace(self, segment=replace(self.segment, tree=self.segment.tree.first(rows)))
 
     def compute(self) -> Output:
+        if self.chooser is not None:
+            model: Any = self.model
+            chained: Output = model.forward_chain(self.segment, self.chooser)
+            return chained
         return self.model.forward(
             [self.segment], self.logit_rows, want_mass=self.want_mass, want_queries=self.want_queries, taps=self.taps
         )
@@ -52,7 +59,12 @@ Passes = Generator[Pass, Output, T]  # a coroutine that yields passes, is sent t
 
 class Timer:
     """Tells what a coroutine's work takes. This is the time of one that runs alone; a driver that runs several side by
-    side has its own, which leaves out the others' work."""
+    side has its own, which leaves out the others' work.
+
+    alone: whether the passes asked for travel with no others.
+    """
+
+    alone = True
 
     def now(self) -> float:
         """Returns seconds since some moment."""

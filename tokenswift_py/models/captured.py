@@ -6,6 +6,9 @@ trees, of one text or of several, is padded to one of a few shapes. Everything t
 place, and the launches that were recorded once run again as a whole. Padding rows attend to nothing, and their keys and
 values are not written. By laws 1 and 9 neither they nor the rows of other texts change a bit of a row.
 
+A chain of draft passes is recorded too, with the choice of the tokens between them: the device goes from pass to pass
+by a number of its own, so the host is asked nothing until it reads all tokens at once.
+
 Shapes are recorded before they are needed: all of them when a tree first has branches, and those that a text had when
 it outgrows its room. The time of the pass that causes this says nothing about others, so the executor's clock is
 spoiled.
@@ -17,13 +20,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from tokenswift_py.core import Output
-from tokenswift_py.kernels.base import PAGE_SIZE, AttentionBackend, BlockShifts, FixedPlan, Room, upload
+from tokenswift_py.core import Chooser, Output
+from tokenswift_py.kernels.base import MOST_LINKS, PAGE_SIZE, AttentionBackend, BlockShifts, FixedPlan, Room, upload
 from tokenswift_py.kvcache.pages import TorchPagePool
 from tokenswift_py.models.clock import Clock
 from tokenswift_py.models.ops import Ops
@@ -35,6 +39,7 @@ logger = logging.getLogger("tokenswift")
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 LEAST_PAGES, LEAST_VIEWED = 64, 16  # the pages of the smallest shape, and of its view; doubled until they suffice
 MOST_DRAFT_ROWS = 8  # the rows of the largest pass under a view that is recorded before it is needed
+LINKS = (8, 4, 2, 1)  # the passes of the parts of a chain, each of which is recorded as one graph
 WARM_UPS = 3  # the runs before a recording, which compile, load and allocate
 
 T = TypeVar("T")
@@ -200,26 +205,70 @@ def cut(output: Output, rows: int, pages: int) -> Output:
     )
 
 
+class ChainStep:
+    """Chains of draft passes of one row over one pool, and the choice of the token that each of them embeds.
+
+    link: [1] int64 the number of the next pass. places: [3, 1] its token, position and slot. way: [2, MOST_LINKS] the
+    positions and slots of all.
+    """
+
+    def __init__(self, decoder: Decoder, pool: TorchPagePool, plan: FixedPlan, chooser: Chooser, recorder: Recorder):
+        self.decoder, self.pool, self.plan, self.chooser = decoder, pool, plan, chooser
+        self.link = torch.zeros(1, dtype=torch.int64, device=decoder.device)
+        self.places = self.link.new_zeros(3, 1)
+        self.way = self.link.new_zeros(2, MOST_LINKS)
+        self.parts = {links: Replayed(partial(self._follow, links), recorder) for links in LINKS}
+
+    def record(self, rows: Rows) -> None:
+        """Records the parts of chains where that is possible, on a chain whose keys and values are not written."""
+        self._fill(replace(rows, slots=np.full_like(rows.slots, -1)))
+        for part in self.parts.values():
+            part.record()
+
+    def run(self, rows: Rows) -> Output:
+        """Computes a chain, of which the host knows the first token and the place of every row. Returns the last row's
+        output."""
+        self._fill(rows)
+        left = len(rows.tokens)
+        for links, part in self.parts.items():
+            while left >= links:
+                output, left = part.run(), left - links
+        return cut(output, 1, 0)
+
+    def _fill(self, rows: Rows) -> None:
+        way = np.full((2, MOST_LINKS), -1, np.int64)
+        way[:, : len(rows.tokens)] = rows.places[1:]
+        way[0, len(rows.tokens) :] = way[0, 0]  # a recording comes there too
+        upload(self.way, way)
+        upload(self.places, rows.places[:, :1].copy())
+        self.link.zero_()
+        self.plan.fill_chain(rows.segments[0], self.link)
+        self.chooser.fill()
+
+    def _follow(self, links: int) -> Output:
+        for _ in range(links):
+            torch.index_select(self.way, 1, self.link, out=self.places[1:])
+            self.plan.move()
+            output = self.decoder.compute(self.pool, self.plan, self.places, slice(None), None, False)
+            self.places[0] = self.chooser.choose(output.logits, self.link)
+            self.link.add_(1).remainder_(MOST_LINKS)
+        return output
+
+
 class Steps:
     """The steps for the shapes that passes over one pool have had."""
 
     def __init__(self, decoder: Decoder, pool: TorchPagePool, recorder: Recorder):
         self.decoder, self.pool, self.recorder = decoder, pool, recorder
         self.steps: dict[Shape, Step | None] = {}
+        self.chains: dict[Room, ChainStep] = {}
 
     def find(self, rows: Rows, logits: bool, mass: bool, queries: bool, taps: tuple[int, ...] = ()) -> Step | None:
         """Returns the step that can run a pass. None for a prefill, or a large pass."""
         count = len(rows.tokens)
         if count > ROWS[-1] or any(segment.causal for segment in rows.segments):
             return None
-        viewed = [segment.view.shape[-1] for segment in rows.segments if segment.view is not None]
-        room = Room(
-            next(n for n in ROWS if n >= count),
-            doubled(LEAST_PAGES, rows.pages),
-            doubled(LEAST_VIEWED, max(viewed)) if viewed else None,
-            self.decoder.spec.layers,
-            None if self.decoder.shifts is None else self.decoder.shifts.block // PAGE_SIZE,
-        )
+        room = self.room_for(rows, next(n for n in ROWS if n >= count))
         if any(segment.tail.shape[1] > room.tail for segment in rows.segments):
             return None
         shape = Shape(room, logits, mass, queries, taps)
@@ -231,6 +280,29 @@ class Steps:
                 if step is not None and step.replayed.recorded is None:
                     step.record(rows)
         return self.steps[shape]
+
+    def chain(self, rows: Rows, chooser: Chooser) -> ChainStep:
+        """Returns what computes chains like this one, whose tokens the chooser chooses."""
+        room = self.room_for(rows, 1)
+        if room not in self.chains or self.chains[room].chooser is not chooser:
+            self.decoder.clock.spoil()
+            self.chains = {room: step for room, step in self.chains.items() if step.chooser is chooser}
+            attention: Any = self.decoder.attention
+            plan = attention.prepare_fixed(room, self.decoder.device)
+            self.chains[room] = ChainStep(self.decoder, self.pool, plan, chooser, self.recorder)
+            self.chains[room].record(rows)
+        return self.chains[room]
+
+    def room_for(self, rows: Rows, count: int) -> Room:
+        """Returns the room of passes of so many rows, in which these segments' pages have places."""
+        viewed = [segment.viewed for segment in rows.segments if segment.viewed is not None]
+        return Room(
+            count,
+            doubled(LEAST_PAGES, rows.pages),
+            doubled(LEAST_VIEWED, max(viewed)) if viewed else None,
+            self.decoder.spec.layers,
+            None if self.decoder.shifts is None else self.decoder.shifts.block // PAGE_SIZE,
+        )
 
     def due(self, shape: Shape) -> list[Shape]:
         """Returns the shapes to record when a pass first has this shape.

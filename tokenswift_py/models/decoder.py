@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, proxy
 import numpy as np
 import torch
 
-from tokenswift_py.core import Output, Segment
+from tokenswift_py.core import Chooser, Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels._prefix import join_recalled
 from tokenswift_py.kernels.base import AttentionBackend, FarQueries, architecture, capped, on_device
@@ -69,15 +69,11 @@ class TorchDecoder:
     ):
         self.spec, self.streams = spec, 2
         self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
-        self.attention = attention
-        self.draft = draft
-        self.ops = ops or TorchOps()
-        self.guarantee = self.ops.guarantee
-        self.context = rope.context
+        self.attention, self.draft, self.ops = attention, draft, ops or TorchOps()
+        self.guarantee, self.context = self.ops.guarantee, rope.context
         matrix = weights[f"{spec.at(0)}self_attn.q_proj.weight"]
         self.device, self.dtype = matrix.device, matrix.dtype
-        self.cos = rope.cos.to(self.device)
-        self.sin = rope.sin.to(self.device)
+        self.cos, self.sin = rope.cos.to(self.device), rope.sin.to(self.device)
         self._tables = {GLOBAL: (self.cos, self.sin)}
         if rope.local is not None:
             self._tables[LOCAL] = (rope.local.cos.to(self.device), rope.local.sin.to(self.device))
@@ -98,6 +94,7 @@ class TorchDecoder:
         parts = [f"torch-{torch.__version__}", architecture(self.device), kind, f"kv-{kv}", attention.name, rope.label]
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
         self.row_shapes = row_shapes(attention, self.ops)
+        self.chains = len(self.row_shapes) > 0
         self.clock = clock_of(self.device)
         self.recorder = recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
@@ -130,7 +127,7 @@ class TorchDecoder:
         self, segments: Sequence[Segment], logit_rows: Sequence[int] | None = None, want_mass: bool = False,
         want_queries: bool = False, taps: Sequence[int] = (),
     ) -> Output:  # fmt: skip
-        rows = lay_out(segments, target_weights=not self.draft)
+        rows = lay_out(segments, not self.draft, getattr(self.attention, "views_there", False))
         pool = shared_pool(segments, TorchPagePool)
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
         with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
@@ -142,6 +139,12 @@ class TorchDecoder:
                 return self.compute(pool, plan, places, wanted, pages, want_queries, recalls, taps)
             output = step.run(rows)
             return output if logit_rows is None else replace(output, logits=self._project(output.hidden[wanted]))
+
+    @torch.inference_mode()
+    def forward_chain(self, segment: Segment, chooser: Chooser) -> Output:
+        rows, pool = lay_out([segment], False, True), shared_pool([segment], TorchPagePool)
+        with torch.cuda.device_of(self.cos):
+            return self.steps_over(pool).chain(rows, chooser).run(rows)
 
     def steps_over(self, pool: TorchPagePool) -> Steps:
         """Returns the passes of fixed shapes over a pool. They keep neither the pool nor this decoder alive."""

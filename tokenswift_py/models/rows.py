@@ -80,10 +80,11 @@ def shared_pool(segments: Sequence[Segment], kind: type[Pool]) -> Pool:
     return pool
 
 
-def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
+def lay_out(segments: Sequence[Segment], target_weights: bool = True, views_there: bool = False) -> Rows:
     """Makes room in the caches for the rows of one pass, and returns where everything is.
 
     target_weights: false for a pass with draft weights, whose rows may never be committed.
+    views_there: whether views that were chosen on a device may stay there.
     Raises ValueError for rows past the context or tail rows that do not exist, and MemoryError when the pool is full.
     Each leaves all the caches as they were.
     """
@@ -97,7 +98,7 @@ def lay_out(segments: Sequence[Segment], target_weights: bool = True) -> Rows:
         attention, start = [], 0
         for segment, own, slots in zip(segments, positions, placed, strict=True):
             rows = slice(start, start + len(own))
-            attention.append(attention_segment(segment, rows, own, slots))
+            attention.append(attention_segment(segment, rows, own, slots, views_there))
             start = rows.stop
     except (ValueError, MemoryError):
         for cache, rows_before in reversed(tails):
@@ -122,7 +123,9 @@ def place(segments: Sequence[Segment], target_weights: bool, placed: list[IntArr
         positions.append(own)
 
 
-def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: IntArray) -> AttentionSegment:
+def attention_segment(
+    segment: Segment, rows: slice, positions: IntArray, own: IntArray, views_there: bool = False
+) -> AttentionSegment:
     """Lists the keys that the rows of a segment attend to. own: [n] slots of the rows.
 
     From the last committed page boundary on they are listed by position, in path order (law 1).
@@ -148,19 +151,21 @@ def attention_segment(segment: Segment, rows: slice, positions: IntArray, own: I
                 tail[node, len(common) : place] = tail[tree.parents[node], len(common) : place]
             tail[node, place] = own[node]
     heads = (cache.pool.layers, cache.pool.kv_heads)
-    view = None
+    view, there = None, None
     if segment.view is not None:
+        if segment.view.shape[:2] != heads:
+            raise ValueError(f"the view is for {segment.view.shape[:2]} layers and KV heads")
+        there = segment.view.there if views_there else None
+    if segment.view is not None and there is None:
         view = segment.view.pages
-        if view.shape[:2] != heads:
-            raise ValueError(f"the view is for {view.shape[:2]} layers and KV heads")
         if view.size and int(view.max()) >= len(pages):
             raise ValueError(f"the view names page {int(view.max())} of {len(pages)} full pages")
         if not held[view].all():
             raise ValueError(f"the view names page {int(view[~held[view]][0])}, which was evicted")
-    elif not held.all():
+    elif there is None and not held.all():
         # After an eviction the pages left are the full view. All rows see the same, so they can be committed.
         view = np.broadcast_to(cache.kept, (*heads, len(cache.kept)))
-    return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal)
+    return AttentionSegment(rows, positions, pages, view, tail.astype(np.int32), segment.causal, there)
 
 
 Recall = tuple[slice, Memory]  # rows of a pass, and the memory that they read

@@ -111,7 +111,7 @@ class ParallelDecoder(TorchDecoder):
         ranks: Ranks,
     ):
         super().__init__(shard.spec(spec), weights, rope, attention, ops, draft, kv_dtype)
-        self.shard, self.ranks = shard, ranks
+        self.shard, self.ranks, self.chains = shard, ranks, False
         self.numerics += f"/tp-{shard.world}-{'gather' if shard.gather else 'all-reduce'}"
         if not shard.gather:
             self.guarantee = "measured"

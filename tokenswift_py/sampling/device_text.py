@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from tokenswift_py.core import DraftTree, IntArray
+from tokenswift_py.core import DraftTree, IntArray, SamplingParams
 from tokenswift_py.kernels.base import on_device
+
+if TYPE_CHECKING:
+    from tokenswift_py.kernels.triton.scores import Rows, Rules
 
 LONGEST_PATH = 128  # the most tokens after the committed text; if there are more they join it
 ALIGNED = 4  # the int32 numbers of 16 bytes; for aligned pointers a kernel is compiled separately
@@ -64,14 +70,70 @@ class DeviceText:
         self.written.index_add_(0, at, counts)
 
 
+@dataclass
+class Placed:
+    """Values that stay on a device.
+
+    key: the noise's key. top_p: [1] fp64. shape: [3] fp64, top_n_sigma, typical_p and xtc_threshold. breakers: [n]
+    int64, of DRY.
+    """
+
+    params: SamplingParams
+    rules: Rules
+    key: torch.Tensor | None
+    top_p: torch.Tensor
+    shape: torch.Tensor
+    breakers: torch.Tensor
+    text: DeviceText = field(repr=False)
+
+    @property
+    def looks(self) -> bool:
+        """Says whether any rule looks at the text."""
+        params, rules = self.params, self.rules
+        return params.dry_multiplier > 0 or params.no_repeat_ngram_size > 0 or rules.seen or rules.counted
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of rows on the device, and what is excluded by the host.
+
+    unbroken: [rows, n] the text from its end up to the first breaker of DRY, -2 after that. ends: [rows, n] the same
+              for n-grams, as many tokens as are before the last of one. acting: [rows] 1 where XTC acts.
+    out:      [2, n] rows and tokens that they may not choose. outside: [rows, vocab] whether a grammar has no place
+              for a token. None where there are none of them.
+    """
+
+    rows: Rows
+    unbroken: torch.Tensor
+    ends: torch.Tensor
+    acting: torch.Tensor
+    out: torch.Tensor | None = None
+    outside: torch.Tensor | None = None
+
+
 def uploaded(arrays: Sequence[IntArray], device: torch.device) -> list[torch.Tensor]:
     """Returns int32 arrays as tensors on the device, which are parts of one upload."""
-    sizes = [array.size + -array.size % ALIGNED for array in arrays]
-    packed = np.zeros(sum(sizes), np.int32)
+    return parted(on_device(packed(arrays), device), [array.shape for array in arrays])
+
+
+def packed(arrays: Sequence[IntArray]) -> IntArray:
+    """Returns int32 arrays as one, in which each begins on a multiple of 16 bytes."""
+    sizes = [aligned(array.size) for array in arrays]
+    whole = np.zeros(sum(sizes), np.int32)
     for array, end, size in zip(arrays, np.cumsum(sizes), sizes, strict=True):
-        packed[end - size : end - size + array.size] = array.ravel()
-    parts = on_device(packed, device).split(sizes)
-    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+        whole[end - size : end - size + array.size] = array.ravel()
+    return whole
+
+
+def parted(whole: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Returns the arrays of these shapes that were packed."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = whole.split([aligned(size) for size in sizes])
+    return [part[:size].view(shape) for part, size, shape in zip(parts, sizes, shapes, strict=True)]
+
+
+def aligned(size: int) -> int:
+    return size + -size % ALIGNED
 
 
 def paths_of(tree: DraftTree, before: IntArray) -> IntArray:

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.core import DraftTree, IntArray, SamplingParams
+from tokenswift_py.core import Chooser, DraftTree, IntArray, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.errors import NumericsError as NumericsError
 from tokenswift_py.errors import check
@@ -154,6 +154,11 @@ class Sampler:
         """Returns what ranks the tokens after a node of the tree, as `ranked` does, once the history holds the tokens
         on the way there. All nodes are computed at once where that is cheaper. Raises for a node that is asked for."""
         return lambda node: self.ranked(logits[node], history, count)
+
+    def chain(self, history: History, count: int, device: torch.device) -> Chooser | None:
+        """Returns what ranks the tokens of a chain after this text where their logits lie, up to MOST_LINKS of them.
+        None where the host is needed between one and the next."""
+        return None
 
     def rank(self, logits: torch.Tensor, history: History, count: int) -> list[int]:
         """Returns up to `count` tokens, best perturbed score first; the first is what `choose` returns."""

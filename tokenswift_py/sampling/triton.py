@@ -6,45 +6,26 @@ For each row of logits the host gets the highest one, and the best tokens with t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.core import DraftTree, IntArray, SamplingParams
+from tokenswift_py.core import DraftTree, IntArray
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import on_device
 from tokenswift_py.sampling import noise
-from tokenswift_py.sampling.device_text import DeviceText, ends_of, paths_of, uploaded
+from tokenswift_py.sampling.device_chain import DeviceChain
+from tokenswift_py.sampling.device_text import LONGEST_PATH, DeviceText, Placed, Texts, ends_of, paths_of, uploaded
 from tokenswift_py.sampling.penalties import DRY_LONGEST, finished_words
 from tokenswift_py.sampling.processors import LARGEST
 from tokenswift_py.sampling.reference import Doubles, NumericsError, Sampler
 
-if TYPE_CHECKING:
-    from tokenswift_py.kernels.triton.scores import Rows, Rules
-
 Ranked = list[tuple[int, float]]
 Masks = npt.NDArray[np.uint8]
 MOST_RANKED = 64  # the reference makes longer rankings
-
-
-@dataclass
-class Placed:
-    """Values that stay on a device.
-
-    key: the noise's key. top_p: [1] fp64. shape: [3] fp64, top_n_sigma, typical_p and xtc_threshold. breakers: [n]
-    int64, of DRY.
-    """
-
-    params: SamplingParams
-    rules: Rules
-    key: torch.Tensor | None
-    top_p: torch.Tensor
-    shape: torch.Tensor
-    breakers: torch.Tensor
-    text: DeviceText = field(repr=False)
+PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
 
 
 class TritonSampler(Sampler):
@@ -54,6 +35,7 @@ class TritonSampler(Sampler):
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(*arguments, **named)
         self._placed: dict[torch.device, Placed] = {}
+        self._chain: DeviceChain | None = None
 
     @property
     def exact(self) -> bool:
@@ -76,6 +58,21 @@ class TritonSampler(Sampler):
         ranker = self._ranker(tree, logits, history, 1, True)
         return lambda node: ranker(node)[0][0]
 
+    def chain(self, history: History, count: int, device: torch.device) -> DeviceChain | None:
+        """Returns what ranks the tokens of a chain on the device. The host is needed for processors, a grammar, banned
+        words, ends of the text before their time, and rankings or n-grams that are too long."""
+        params, at = self.params, len(history)
+        asks = not self.exact or self.grammar is not None or len(params.ban_words) > 0
+        early = len(self._eos) > 0 and at < self.may_end_from(at)
+        if asks or early or count > MOST_RANKED or params.no_repeat_ngram_size > LONGEST_PATH:
+            return None
+        placed = self._on(device)
+        base = placed.text.follow(history.tokens, self._forced, False) if placed.looks else 0
+        if self._chain is None or not self._chain.serves(placed, count):
+            self._chain = DeviceChain(self, placed, count)
+        self._chain.begin(history, base)
+        return self._chain
+
     def _ranker(
         self, tree: DraftTree, logits: torch.Tensor, history: History, count: int, settled: bool
     ) -> Callable[[int], Ranked]:
@@ -83,11 +80,13 @@ class TritonSampler(Sampler):
         positions = len(history) + tree.depth
         masks, refused = self._masks(tree, history)
         with torch.cuda.device_of(logits):  # Triton launches there
-            found = self._found(tree, logits.detach(), history, positions, masks, count, settled)
+            placed = self._on(logits.device)
+            texts = self._texts(placed, tree, history, positions, masks, logits, settled)
+            found = self.found(placed, logits.detach(), texts, count)
             read: Doubles = found.cpu().numpy()  # this is the only wait for the device
-        return lambda node: self._read(read[node], int(positions[node]), refused.get(node))
+        return lambda node: self.read(read[node], int(positions[node]), refused.get(node))
 
-    def _read(self, found: Doubles, position: int, refused: NumericsError | None) -> Ranked:
+    def read(self, found: Doubles, position: int, refused: NumericsError | None = None) -> Ranked:
         """Returns the ranking of a row, or raises NumericsError. found: [1 + 2 count], as the kernels leave it."""
         count = len(found) // 2
         highest, tokens, scores = found[0], found[1 : 1 + count], found[1 + count :]
@@ -101,29 +100,18 @@ class TritonSampler(Sampler):
         left = int((scores > -np.inf).sum())
         return list(zip(tokens[:left].astype(int).tolist(), scores[:left].tolist(), strict=True))
 
-    def _found(
-        self,
-        tree: DraftTree,
-        logits: torch.Tensor,
-        history: History,
-        positions: IntArray,
-        masks: Masks | None,
-        count: int,
-        settled: bool,
-    ) -> torch.Tensor:
+    def found(self, placed: Placed, logits: torch.Tensor, texts: Texts, count: int) -> torch.Tensor:
         """Returns [rows, 1 + 2 count] fp64 on the device: the highest logit, the best tokens, and their scores."""
         from tokenswift_py.kernels.triton.sampling import best
         from tokenswift_py.kernels.triton.scores import scores_of
 
-        placed = self._on(logits.device)
         logits = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
-        rows, marks, acting = self._texts(placed, tree, history, positions, masks, logits, settled)
-        scores, tops, highest = scores_of(logits, placed.rules, rows, marks)
+        scores, tops, highest = scores_of(logits, placed.rules, texts.rows, self._marks(placed, logits, texts))
         top = tops.amax(1)
         floors = None if placed.key is None else self._floors(scores, top, placed)
         if self.params.shaped:
-            scores, floors = self._shaped(scores, top, floors, acting > 0, placed), None
-        return best(scores, rows.lengths, placed.key, floors, count, highest)
+            scores, floors = self._shaped(scores, top, floors, texts.acting > 0, placed), None
+        return best(scores, texts.rows.lengths, placed.key, floors, count, highest)
 
     def _floors(self, scores: torch.Tensor, tops: torch.Tensor, placed: Placed) -> torch.Tensor | None:
         """Returns [rows] the floors that top-n-sigma, top-k, top-p and min-p set."""
@@ -214,43 +202,54 @@ class TritonSampler(Sampler):
         masks: Masks | None,
         logits: torch.Tensor,
         settled: bool,
-    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor]:
-        """Returns the rows' texts on the device, and marks of repeats and of what is excluded, None where there are
-        none of them; and [rows] 1 where XTC acts."""
-        from tokenswift_py.kernels.triton.scores import OUT, Rows, mark_repeats
+    ) -> Texts:
+        """Brings the texts of a tree's rows to the device."""
+        from tokenswift_py.kernels.triton.scores import Rows
 
-        params, text, base, before = self.params, placed.text, 0, history.tokens[:0]
-        dry, ngram = params.dry_multiplier > 0, min(params.no_repeat_ngram_size, len(history) + len(tree) + 1)
-        looked_at = dry or ngram or placed.rules.seen or placed.rules.counted
-        if looked_at:
+        text, base, before = placed.text, 0, history.tokens[:0]
+        if placed.looks:
             base = text.follow(history.tokens, self._forced, settled)
             before = history.tokens[base:]
-        words = max((len(word) for word in params.ban_words), default=0)
-        ends = ends_of(history.tokens, tree, max(DRY_LONGEST * dry, ngram, words))
-        unbroken = ends[:, : DRY_LONGEST * dry]
-        unbroken = np.where(np.isin(unbroken, self._breakers).cumsum(1) > 0, -2, unbroken)
-        out = self._excluded(ends, positions)
-        paths = paths_of(tree, before) if looked_at else np.zeros((len(tree), 0), np.int32)
-        lengths, paths_there, unbroken_there, ends_there, out_there, acting = uploaded(
-            [positions, paths, unbroken.astype(np.int32), ends[:, : max(ngram - 1, 0)], out, self._acting(positions)],
-            logits.device,
+        unbroken, ends = self.ends(history, tree)
+        out = self._excluded(history, tree, positions)
+        paths = paths_of(tree, before) if placed.looks else np.zeros((len(tree), 0), np.int32)
+        lengths, base_there, paths_there, unbroken_there, ends_there, acting, out_there = uploaded(
+            [positions, np.array([base], np.int32), paths, unbroken, ends, self.acting(positions), out], logits.device
         )
-        rows = Rows(text.tokens, text.last, text.written, base, lengths, paths_there)
-        if not (dry or ngram or out.size or masks is not None):
-            return rows, None, acting
+        rows = Rows(text.tokens, text.last, text.written, base_there, base + paths.shape[1], lengths, paths_there)
+        return Texts(
+            rows, unbroken_there, ends_there, acting, out_there if out.size else None,
+            None if masks is None else outside(masks, logits),
+        )  # fmt: skip
+
+    def ends(self, history: History, tree: DraftTree = PENDING) -> tuple[IntArray, IntArray]:
+        """Returns the ends of the texts of a tree's rows, as `Texts` has them."""
+        dry, ngram = DRY_LONGEST * (self.params.dry_multiplier > 0), self.params.no_repeat_ngram_size
+        ngram = min(ngram, max(LONGEST_PATH, len(history) + len(tree) + 1))  # no text repeats more than itself
+        ends = ends_of(history.tokens, tree, max(dry, ngram))
+        broken = np.isin(ends[:, :dry], self._breakers).cumsum(1) > 0
+        return np.where(broken, -2, ends[:, :dry]).astype(np.int32), ends[:, : max(ngram - 1, 0)]
+
+    def _marks(self, placed: Placed, logits: torch.Tensor, texts: Texts) -> torch.Tensor | None:
+        """Returns [rows, vocab] int32 marks of repeats and of what is excluded; None where no rule makes any."""
+        from tokenswift_py.kernels.triton.scores import OUT, mark_repeats
+
+        params, dry, out = self.params, self.params.dry_multiplier > 0, texts.out
+        if not (dry or params.no_repeat_ngram_size or out is not None or texts.outside is not None):
+            return None
         marks = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
         if dry:
-            mark_repeats(marks, rows, unbroken_there, params.dry_length, exclude=False)
+            mark_repeats(marks, texts.rows, texts.unbroken, params.dry_length, exclude=False)
             marks.index_fill_(1, placed.breakers, 0)
-        if ngram:
-            mark_repeats(marks, rows, ends_there, ngram - 1, exclude=True)
-        if out.size:
-            marks.index_put_(tuple(out_there.long().unbind()), marks.new_full((), OUT.value))
-        if masks is not None:
-            marks.masked_fill_(outside(masks, logits), OUT.value)
-        return rows, marks, acting
+        if params.no_repeat_ngram_size:
+            mark_repeats(marks, texts.rows, texts.ends, texts.ends.shape[1], exclude=True)
+        if out is not None:
+            marks.index_put_(tuple(out.long().unbind()), marks.new_full((), OUT.value))
+        if texts.outside is not None:
+            marks.masked_fill_(texts.outside, OUT.value)
+        return marks
 
-    def _acting(self, positions: IntArray) -> IntArray:
+    def acting(self, positions: IntArray) -> IntArray:
         """Returns [rows] 1 where XTC acts on the choice at a position."""
         params, probability = self.params, self.params.xtc_probability
         coins = [
@@ -258,14 +257,15 @@ class TritonSampler(Sampler):
         ]
         return np.array([coin < probability for coin in coins], np.int32)
 
-    def _excluded(self, ends: IntArray, positions: IntArray) -> IntArray:
+    def _excluded(self, history: History, tree: DraftTree, positions: IntArray) -> IntArray:
         """Returns [2, n] rows and the tokens that they may not choose: the last ones of words, and ends of the text
-        before their time. ends: see `ends_of`."""
-        found = []
+        before their time."""
+        found, words = [], self.params.ban_words
+        ends = ends_of(history.tokens, tree, max((len(word) for word in words), default=0))
         for row, position in enumerate(positions.tolist()):
             tokens = self._eos.tolist() if position < self.may_end_from(position) else []
-            if self.params.ban_words:
-                tokens = tokens + finished_words(ends[row][ends[row] >= 0][::-1], self.params.ban_words)
+            if words:
+                tokens = tokens + finished_words(ends[row][ends[row] >= 0][::-1], words)
             found += [(row, token) for token in tokens]
         pairs: IntArray = np.array(found, np.int32).reshape(-1, 2).T
         return pairs
@@ -292,6 +292,3 @@ def outside(masks: Masks, logits: torch.Tensor) -> torch.Tensor:
     """Returns [rows, vocab] whether a token is excluded, on the device of the logits. masks: bits of those allowed."""
     bits = on_device(masks, logits.device)[:, :, None] >> torch.arange(8, device=logits.device)
     return (bits & 1).flatten(1)[:, : logits.shape[1]] == 0
-
-
-PENDING = DraftTree.chain([0])  # a single row, whose token does not matter

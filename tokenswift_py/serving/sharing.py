@@ -18,6 +18,8 @@ class OwnTime(Timer):
     clock: the function that returns the time in seconds.
     """
 
+    alone = False
+
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._seconds = 0.0

@@ -32,6 +32,7 @@ def together(model: Model, passes: Sequence[Pass]) -> list[Output]:
 
 def joined(passes: Sequence[Pass]) -> tuple[list[Segment], list[int] | None, bool, bool, list[int]]:
     """Returns the arguments of the forward pass that computes these passes."""
+    assert all(asked.chooser is None for asked in passes), "a chain travels alone"
     starts, wanted = places(passes)
     every = all(asked.logit_rows is None for asked in passes)
     rows = None if every else [start + row for start, rows in zip(starts, wanted, strict=True) for row in rows]
