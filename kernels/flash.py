@@ -22,7 +22,7 @@ from tokenswift_py.kernels.base import PAGE_SIZE
 DTYPES = (torch.bfloat16, torch.float16)
 PAGED = (9, 10, 11)  # compute capabilities where flash-attn 4 takes page tables
 SPLIT = (10, 11)  # and where it splits keys
-TAKEN = {"seqused_k", "page_table", "num_splits", "return_lse"}
+TAKEN = {"seqused_k", "page_table", "num_splits", "return_lse", "softcap"}
 
 
 def create() -> PrefixAndTail:
