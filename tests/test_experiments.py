@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import longrun
+import planner
 import positions
 import serving
 from ablations import GROUPS, Varied
@@ -181,6 +182,17 @@ def test_texts_together_and_requests_between_them_are_what_they_are_alone(
     assert [(row["most_running"], row["priority"]) for row in asked] == [(8, 1), (8, 0), (16, 1), (16, 0)]
     assert all(row["identical"] and 0 < row["first_token_p50_ms"] <= row["first_token_p99_ms"] for row in asked)
     assert asked[0]["preemptions"] > 0 and asked[2]["preemptions"] == 0
+
+
+def test_simulated_texts_are_planned_nearly_as_well_as_by_the_best_fixed_chain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--tokens", "600", "--texts", "1", "--chances", "0.5,0.9", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["planner.py", *flags])
+    planner.main()
+    rows = json.loads((tmp_path / "planner.json").read_text())["rows"]
+    assert len(rows) == 20 and {row["best_fixed"] for row in rows} >= {0, 1}
+    assert all(row["auto_over_best_fixed"] > 0.93 and row["least"] > 0.97 for row in rows)
 
 
 @pytest.mark.parametrize("unified", [True, False])

@@ -75,6 +75,18 @@ def test_one_row_may_cost_far_less_than_two() -> None:
         assert cost(rows, 40_000) / cost.load.factor == pytest.approx(1.75 * true, rel=0.08)
 
 
+def test_a_chain_begins_though_its_second_row_costs_most() -> None:
+    """One guess would not pay for 9.3 ms, three pay for 6.4 ms each."""
+    planner = Planner()
+    for rows, ms in ((1, 13.2), (2, 22.5), (3, 27.0), (4, 32.5), (8, 61.0)):
+        for _ in range(12):
+            planner.target.observe(rows, 20_000, ms)
+    plan = planner.at(20_000)
+    assert plan.row_ms(1) == pytest.approx(9.3, rel=0.05)
+    assert plan.shared_row_ms(1) == pytest.approx((32.5 - 13.2) / 3, rel=0.05)
+    assert [plan.shared_row_ms(rows) for rows in (2, 3, 4)] == [plan.row_ms(rows) for rows in (2, 3, 4)]
+
+
 def test_plain_decoding_is_measured_again_though_drafting_seems_to_pay() -> None:
     """The first pass of a text was slow, and the fit alone would keep plain decoding too dear for ever."""
     planner = Planner(shapes=(1, 2, 4))

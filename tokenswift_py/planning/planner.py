@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from tokenswift_py.planning.costs import SHORTEST, Load, PassCost
+from tokenswift_py.planning.costs import KNEE, SHORTEST, Load, PassCost
 from tokenswift_py.planning.rounds import Probes, Rounds
 
 Gain = Callable[[float, int], float]  # (a node's chance of being emitted, rows before it) -> milliseconds that it saves
@@ -131,7 +131,15 @@ class Plan:
         return self._target.row_ms(rows, self.context)
 
     def shared_row_ms(self, rows: int) -> float:
-        """Returns the same where a pass is padded: the next shape's cost, shared by all rows that have room in it."""
+        """Returns what one more row costs, where rows that may follow bear a part of it.
+
+        Where a pass is padded, that is the next shape's cost, shared by all rows that have room in it. The second row
+        may cost more than the third, see `PassCost`. Alone it would seldom pay, and a chain would not begin that pays
+        as a whole. So it counts as much as a row of the chain for which a row costs least.
+        """
+        if rows == 1:
+            one = self.target_ms(1)
+            return min((self.target_ms(1 + more) - one) / more for more in range(1, KNEE + 1))
         return self.row_ms(rows) / (self._target.padded(rows + 1) - rows)
 
     def draft_ms(self, cost: PassCost, rows: int, keys: int) -> float:
