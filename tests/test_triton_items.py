@@ -48,9 +48,14 @@ def passes(draw: st.DrawFn) -> list[AttentionSegment]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(passes(), st.sampled_from((EVERYTHING, 1, 70, 700)), st.sampled_from((1, 3)), st.sampled_from((1 << 40, 4000)))
-def test_every_row_meets_its_pages_once(made: list[AttentionSegment], window: int, group: int, workspace: int) -> None:
-    builder = TableBuilder(Heads(KV_HEADS, group, window, 8, 64), workspace)
+@given(
+    passes(), st.sampled_from((EVERYTHING, 1, 70, 700)), st.sampled_from((1, 3)), st.sampled_from((1 << 40, 4000)),
+    st.sampled_from((1, 2, 3)),
+)  # fmt: skip
+def test_every_row_meets_its_pages_once(
+    made: list[AttentionSegment], window: int, group: int, workspace: int, tiles: int
+) -> None:
+    builder = TableBuilder(Heads(KV_HEADS, group, window, 8, 64, tiles=tiles), workspace)
     for segment in made:
         builder.add(segment)
     buffer, rows = builder.joined(), made[-1].rows.stop
@@ -67,6 +72,7 @@ def test_every_row_meets_its_pages_once(made: list[AttentionSegment], window: in
                 first, packed, split, numbers, apart, bounds, bounds_apart, pages, tail, above, start, stop, page, _ = (
                     item
                 )
+                assert packed <= 8 * (tiles if start >= stop else 1)
                 listed = []
                 if bounds >= 0:
                     low, high = lists[bounds + which * bounds_apart :][:2]

@@ -55,6 +55,7 @@ class TorchDecoder:
     draft:    whether rows are for drafts only and can never be committed.
     kv_dtype: type of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
               attention that reads it, and the ops that go with it.
+    int8_pages: whether full pages are read as int8 copies, which the ops make when a pass first sees them.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class TorchDecoder:
         ops: Ops | None = None,
         draft: bool = False,
         kv_dtype: torch.dtype | None = None,
+        int8_pages: bool = False,
     ):
         self.spec, self.streams = spec, 2
         self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
         self.attention = attention
-        self.draft = draft
+        self.draft, self.int8_pages = draft, int8_pages
         self.ops = ops or TorchOps()
         self.guarantee = self.ops.guarantee
         self.context = rope.context
@@ -134,6 +136,7 @@ class TorchDecoder:
         pool = shared_pool(segments, TorchPagePool)
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
         with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
+            pool.copy_pages(rows.segments, self.ops.copy_pages if self.int8_pages else None)
             step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries, tuple(taps))
             recalls = recalls_of(segments, rows)
             if step is None or recalls:
@@ -173,6 +176,7 @@ class TorchDecoder:
     ) -> Passed:
         """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
         with torch.cuda.device_of(self.cos):
+            pool.copy_pages(rows.segments, self.ops.copy_pages if self.int8_pages else None)
             plan, places = self.attention.prepare(rows.segments, self.device), on_device(rows.places, self.device)
             x, added = (self._first_stream(places[0]), None) if stream is None else stream.to(self.device).unbind()
             x, added, mass, queries = self._layers(pool, plan, places, x, added, mass_pages, want_queries)
@@ -230,8 +234,7 @@ class TorchDecoder:
                 options["cap"] = spec.attention_cap
             if want_queries:
                 queries.append(q.float())
-            if (scales := pool.scales_of(layer)) is not None:
-                options["scales"] = scales
+            options |= pool.beside(layer, self.int8_pages)
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], kind.window,
                 None if mass is None else mass[layer], **options,
