@@ -2,8 +2,8 @@
 
 The query heads of a KV head, and rows of a tree, share a tile of fixed height. So the matrix units see the same shape
 however many rows there are. A piece of several tiles loads a page once, and each of its tiles meets it in turn, with a
-state of its own and by the very steps of a piece of one tile (`meet`). So a row has the same bits in any tile of any
-piece. Programs are persistent: each takes items from the list of the pass, whose length is data.
+state of its own and by the very steps of a piece of one tile (`meet_all`). So a row has the same bits in any tile of
+any piece. Programs are persistent: each takes items from the list of the pass, whose length is data.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
-def meet(
+def weigh(
     q_tile: tl.tensor,  # [TILE, D]
     k: tl.tensor,  # [D, PAGE]
-    v: tl.tensor,  # [PAGE, D]
     key_scale: tl.tensor,  # [PAGE] where INT8; else unused
-    value_scale: tl.tensor,
     visible: tl.tensor,  # [TILE, PAGE]
     scale: tl.tensor,
     cap: tl.tensor,
     top: tl.tensor,  # [TILE]
-    total: tl.tensor,
-    acc: tl.tensor,  # [TILE, D]
     INT8: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """Adds a page to a state (max, sum, sum of p v). Returns it with the page's own maximum and sum of p."""
+    """Returns a state's new maximum, the factor on its sums, p of a page, its own maximum and the sum of p."""
     if PRECISION == "interpret":  # the interpreter's own product of bf16 is wrong
         scores = tl.dot(q_tile, k.to(tl.float32))
     else:
@@ -44,15 +40,7 @@ def meet(
     finite = tl.where(above == float("-inf"), 0.0, above)
     p = tl.exp2(scores - finite[:, None])
     alpha = tl.exp2(top - finite)
-    p_sum = tl.sum(p, 1)
-    if INT8:  # a weight is multiplied with the value's scale before it is rounded
-        p *= value_scale[None, :]
-    acc *= alpha[:, None]
-    if PRECISION == "interpret":
-        acc += tl.dot(p, v.to(tl.float32))
-    else:
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return above, total * alpha + p_sum, acc, finite, p_sum
+    return above, alpha, p, finite, tl.sum(p, 1)
 
 
 @triton.jit
@@ -82,18 +70,15 @@ def meet_all(
     lane = tl.arange(0, PAGE)
     column = tl.arange(0, D)
     where = slot * HEAD_DIM
+    inside = column < HEAD_DIM
     if D == HEAD_DIM:
         k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :], other=0)
-        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None], other=0)
     else:
-        inside = column < HEAD_DIM
         k = tl.load(keys + where[None, :] + column[:, None], mask=seen[None, :] & inside[:, None], other=0)
-        v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
     key_scale, value_scale = seen, seen
     if INT8:
-        k, v = k.to(tiles[0][0].dtype), v.to(tiles[0][0].dtype)
+        k = k.to(tiles[0][0].dtype)
         key_scale = tl.load(key_scales + slot, mask=seen, other=0.0)
-        value_scale = tl.load(value_scales + slot, mask=seen, other=0.0)
     met = ()  # Triton's tuples know no star
     for index in tl.static_range(TILES):
         q_tile, valid, position, first_near, at_mass = tiles[index]
@@ -101,9 +86,23 @@ def meet_all(
         mine = valid & ((number >= first_near) == is_near)
         last = position - number * PAGE  # the last lane that the row sees
         visible = mine[:, None] & (lane[None, :] <= last[:, None]) & (lane[None, :] > last[:, None] - window)
-        top, total, acc, finite, p_sum = meet(
-            q_tile, k, v, key_scale, value_scale, visible, scale, cap, top, total, acc, INT8, CAPPED, PRECISION,
-        )  # fmt: skip
+        top, alpha, p, finite, p_sum = weigh(q_tile, k, key_scale, visible, scale, cap, top, INT8, CAPPED, PRECISION)
+        if index == 0:  # values are not in registers before they are needed
+            if D == HEAD_DIM:
+                v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None], other=0)
+            else:
+                v = tl.load(values + where[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
+            if INT8:
+                v = v.to(tiles[0][0].dtype)
+                value_scale = tl.load(value_scales + slot, mask=seen, other=0.0)
+        if INT8:  # a weight is multiplied with the value's scale before it is rounded
+            p *= value_scale[None, :]
+        acc *= alpha[:, None]
+        if PRECISION == "interpret":
+            acc += tl.dot(p, v.to(tl.float32))
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        total = total * alpha + p_sum
         told = (p_sum > 0) & (number < mass_pages)
         tl.store(page_max + at_mass + number, finite, mask=told)
         tl.store(page_sum + at_mass + number, p_sum, mask=told)

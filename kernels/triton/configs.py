@@ -41,9 +41,9 @@ class Tiles:
     stages: int
 
 
-# Attention of 16-bit queries, by the largest head size. INT8 is for int8 pages: to widen them takes more registers. Two
-# blocks share a multiprocessor and nothing spills. At heads of 128 two tiles would spill on sm_90 (288 bytes a thread),
-# and on sm_80 they would leave no room for pages in flight.
+# Attention of 16-bit queries, by the largest head size. INT8 is for int8 pages: to widen them takes more registers. On
+# sm_80 and sm_90 two blocks share a multiprocessor, and nothing spills. At heads of 128 two tiles would spill on sm_90
+# (288 bytes a thread), and on sm_80 they would leave no room for pages in flight.
 ATTENTION = {
     "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_90": {64: Config(64, 4, 3, tiles=2), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
@@ -52,6 +52,7 @@ ATTENTION = {
     "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
 }
 INT8 = {128: Config(32, 4, 3), 256: Config(16, 4, 1)}
+INT8_AMD = {**INT8, 128: Config(32, 4, 1)}
 # fp32 is for checks rather than for speed.
 FP32 = {64: Config(16, 4, 1), 128: Config(16, 8, 1), 256: Config(16, 8, 1)}
 FP32_AMD = {**FP32, 256: Config(16, 4, 1)}
@@ -99,7 +100,7 @@ def config(dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: 
     if dtype == torch.float32:
         table = FP32_AMD if chosen == "gfx942" else FP32
     elif int8:
-        table = INT8
+        table = INT8_AMD if chosen == "gfx942" else INT8
     return table[min((size for size in table if size >= head_dim), default=max(table))]
 
 
