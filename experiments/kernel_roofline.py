@@ -133,7 +133,10 @@ def attention_work(
     from tokenswift_py.kernels.triton.items import NEAR, splits
     from tokenswift_py.kernels.triton.runtime import padded
 
-    group, chosen = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim, int8=int8 or copies)
+    group, chosen = (
+        shape.heads // shape.kv_heads,
+        config(torch.bfloat16, shape.head_dim, int8 or copies, more=far or cap),
+    )
     tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE
     token, token_of_page = token_bytes(shape, int8), token_bytes(shape, int8 or copies)
     pieces, tail_tiles = -(-rows * group // (chosen.tile * chosen.tiles)), -(-rows // max(1, chosen.tile // group))

@@ -144,6 +144,7 @@ def attend_piece(
     lane = tl.arange(0, PAGE)
     column = tl.arange(0, D)
     inside = column < HEAD_DIM
+    half: tl.constexpr = HEAD_DIM // 2
     split = tl.load(item + 2)
     first_page = tl.load(item + 12)
     is_near = split < 0
@@ -161,7 +162,6 @@ def attend_piece(
         shown = valid[:, None] & inside[None, :]
         q_tile = tl.load(q + at_q[:, None] * HEAD_DIM + column[None, :], mask=shown, other=0.0)
         if FAR:
-            half: tl.constexpr = HEAD_DIM // 2
             behind = tl.maximum(position // PAGE // block_pages - first_page // block_pages, 0)
             met = position - tl.load(shifts + behind, mask=valid, other=0)
             partner = tl.where(column < half, column + half, column - half)

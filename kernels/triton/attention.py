@@ -91,7 +91,7 @@ class TritonAttention:
         kv_heads, pool_pages, _, head_dim = keys.shape
         group, depth = q.shape[1] // kv_heads, padded(head_dim)
         int8 = scales is not None or copies is not None
-        chosen = config(q.dtype, head_dim, int8)
+        chosen = config(q.dtype, head_dim, int8, more=far is not None or cap > 0)
         width = EVERYTHING if window is None else window
         block_pages = LAST_LEVEL if far is None else far.shifts.block // PAGE_SIZE
         row_bytes = 4 * kv_heads * group * depth
@@ -145,7 +145,7 @@ def variants(target: str) -> Iterator[Variant]:
                 int8 = bool(kind)
                 if capped and int8 != far:
                     continue  # what a cap needs is seen beside both and beside neither
-                chosen = config(dtype, head_dim, int8, target)
+                chosen = config(dtype, head_dim, int8, target, far or capped)
                 constants = {
                     **shape, "TILE": chosen.tile, "TILES": chosen.tiles, "PAGE": PAGE_SIZE, "FIELDS": FIELDS,
                     "NEAR": NEAR, "INT8": int8, "COPIES": kind == "+copy", "FAR": far, "CAPPED": capped,

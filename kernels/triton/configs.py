@@ -7,7 +7,7 @@ hold; another choice gives other bits, so the numerics contract names it (`ops.c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -93,15 +93,22 @@ def here() -> str:
                key=lambda name: int(name[3:-1]), default="sm_80")  # fmt: skip
 
 
-def config(dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: str | None = None) -> Config:
-    """Returns how attention is compiled. int8: whether keys and values are int8."""
+def config(
+    dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: str | None = None, more: bool = False
+) -> Config:
+    """Returns how attention is compiled.
+
+    int8: whether keys and values are int8.
+    more: whether queries are moved or scores capped, which leaves registers for one tile only.
+    """
     chosen = architecture or here()
     table = ATTENTION[chosen]
     if dtype == torch.float32:
         table = FP32_AMD if chosen == "gfx942" else FP32
     elif int8:
         table = INT8_AMD if chosen == "gfx942" else INT8
-    return table[min((size for size in table if size >= head_dim), default=max(table))]
+    found = table[min((size for size in table if size >= head_dim), default=max(table))]
+    return replace(found, tiles=1) if more else found
 
 
 def tiles(dtype: torch.dtype, architecture: str | None = None) -> Tiles:
