@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -218,36 +219,39 @@ def products(stage: Stage) -> Iterator[Row]:
 
 
 def attention_variants(stage: Stage) -> Iterator[Row]:
-    """Times one row in one layer by warps and stages, beside PyTorch's own, as a share of a plain read's bandwidth."""
+    """Times one row and 32 in one layer by tiles, warps and stages, beside PyTorch's own, as a share of a plain read's
+    bandwidth."""
     heads, kv_heads, head_dim = stage.pick((32, 8, 128), (2, 1, 16))
     default = attention.config(stage.dtype, head_dim)
     others = stage.pick(SWEPT, (Config(default.tile, 8, 1),))
-    for length in stage.pick((4096, 32_768, 100_000), (130,)):
+    for length, rows in product(stage.pick((4096, 32_768, 100_000), (130,)), stage.pick((1, 32), (1, 9))):
         pages = -(-length // PAGE_SIZE)
         keys, values = (
             torch.randn(kv_heads, pages, PAGE_SIZE, head_dim, device=stage.device, dtype=stage.dtype) for _ in range(2)
         )
-        q = torch.randn(1, heads, head_dim, device=stage.device, dtype=stage.dtype)
-        full = (length - 1) // PAGE_SIZE
+        q = torch.randn(rows, heads, head_dim, device=stage.device, dtype=stage.dtype)
+        full = (length - rows) // PAGE_SIZE
         tail = np.arange(full * PAGE_SIZE, length, dtype=np.int32)[None]
-        at = np.array([length - 1], np.int32)
-        segment = AttentionSegment(slice(0, 1), at, np.arange(full, dtype=np.int32), None, tail, False)
+        at = np.arange(length - rows, length, dtype=np.int32)
+        segment = AttentionSegment(slice(0, rows), at, np.arange(full, dtype=np.int32), None, tail, True)
         flat = [part.flatten(1, 2)[None, :, :length] for part in (keys, values)]
         ideal_us = 1e6 * 2 * kv_heads * length * head_dim * stage.dtype.itemsize / stage.bandwidth
-        theirs = partial(F.scaled_dot_product_attention, q[:, :, None], *flat, enable_gqa=True)
-        expected, us = theirs()[0, :, 0].float(), 1e3 * stage.ms(theirs)
-        yield {"attention": "sdpa", "context": length, "us": us, "share": ideal_us / us}
+        seen = torch.arange(length, device=stage.device) <= torch.from_numpy(at).to(stage.device)[:, None]
+        by_heads = q.transpose(0, 1)[None]
+        theirs = partial(F.scaled_dot_product_attention, by_heads, *flat, seen if rows > 1 else None, enable_gqa=True)
+        expected, us = theirs()[0].transpose(0, 1).float(), 1e3 * stage.ms(theirs)
+        yield {"attention": "sdpa", "context": length, "rows": rows, "us": us, "share": ideal_us / us}
         for chosen in dict.fromkeys([default, *others]):
-            name = f"triton, tile {chosen.tile}, {chosen.warps} warps, {chosen.stages} stages"
+            name = f"triton, {chosen.tiles} x tile {chosen.tile}, {chosen.warps} warps, {chosen.stages} stages"
             with mock.patch.object(attention, "config", return_value=chosen):
                 plan = TritonAttention().prepare([segment], stage.device)
                 run = partial(TritonAttention().attend, plan, 0, q, keys, values)
                 try:
-                    error = float((run()[0].float() - expected).abs().max() / expected.abs().max())
+                    error = float((run().float() - expected).abs().max() / expected.abs().max())
                     us = 1e3 * stage.ms(run)
                 except triton.runtime.errors.OutOfResources as told:
-                    yield {"attention": name, "context": length, "note": str(told)}
+                    yield {"attention": name, "context": length, "rows": rows, "note": str(told)}
                     continue
-            yield {"attention": name, "context": length, "us": us, "share": ideal_us / us,
+            yield {"attention": name, "context": length, "rows": rows, "us": us, "share": ideal_us / us,
                    "default": chosen == default, "ok": error < 0.03,
                    "error": error}  # fmt: skip

@@ -113,17 +113,19 @@ def attention_work(
     mass: bool = False,
     far: bool = False,
     cap: bool = False,
+    copies: bool = False,
 ) -> Work:
     """Returns the attention work of a chain of `rows` after `context` committed tokens.
 
-    Keys and values are read once for each tile of packed rows. The partial states of every split are written once and
-    read once.
+    Keys and values are read once for each piece of packed rows, gathered ones for each tile. The partial states of
+    every split are written once and read once.
 
     int8: keys and values are int8, each with its scale.
     mass: every page's maximum is set. It and the page's sum are written and read for each row and head, and the page's
           mass is written.
     far:  queries are turned in every split, which reads their other halves and two angles for each element. Blocks are
           no shorter than a split.
+    copies: full pages are read as int8 copies.
     cap:  scores are capped, each by a hyperbolic tangent, which reads nothing.
     """
     # These are imported here because they need triton.
@@ -131,21 +133,24 @@ def attention_work(
     from tokenswift_py.kernels.triton.items import NEAR, splits
     from tokenswift_py.kernels.triton.runtime import padded
 
-    group, tile = shape.heads // shape.kv_heads, config(torch.bfloat16, shape.head_dim, int8=int8).tile
+    group, chosen = (
+        shape.heads // shape.kv_heads,
+        config(torch.bfloat16, shape.head_dim, int8 or copies, more=far or cap),
+    )
     tokens, full = context + rows, context // PAGE_SIZE * PAGE_SIZE
-    token = token_bytes(shape, int8)
-    prefix_tiles, tail_tiles = -(-rows * group // tile), -(-rows // max(1, tile // group))
+    token, token_of_page = token_bytes(shape, int8), token_bytes(shape, int8 or copies)
+    pieces, tail_tiles = -(-rows * group // (chosen.tile * chosen.tiles)), -(-rows // max(1, chosen.tile // group))
     state = shape.heads * rows * (padded(shape.head_dim) + 2) * FP32
     pages = -(-tokens // PAGE_SIZE)
     count = min(NEAR, pages) + (len(splits(pages - NEAR)) - 1 if pages > NEAR else 0)
     activations = rows * shape.heads * shape.head_dim * ITEM
-    keys = token * (prefix_tiles * full + tail_tiles * (tokens - full))
+    keys = token_of_page * pieces * full + token * tail_tiles * (tokens - full)
     flops = rows * shape.heads * tokens * (4 * shape.head_dim + CAP_FLOPS * cap)
-    minimum = token * tokens + 2 * activations
+    minimum = token_of_page * full + token * (tokens - full) + 2 * activations
     read, written = keys + count * (activations + state), count * state + activations  # every split reads q
     if far:
         read += count * (activations + 2 * activations // ITEM * FP32)
-    name = f"attend{'+int8' * int8}{'+far' * far}{'+cap' * cap}, merge"
+    name = f"attend{'+int8' * int8}{'+copy' * copies}{'+far' * far}{'+cap' * cap}, merge"
     if mass:
         page_mass = rows * -(-tokens // PAGE_SIZE) * FP32
         read, written = read + 2 * shape.heads * page_mass, written + (3 * shape.heads + shape.kv_heads) * page_mass
@@ -252,11 +257,15 @@ def repeat_works(context: int, rows: int) -> Iterator[Work]:
 
 def analytical(shape: Shape, contexts: list[int], row_counts: list[int]) -> list[Work]:
     works = [
-        attention_work(shape, context, rows, int8, mass, far, cap)
-        for int8, mass, far, cap in product((False, True), repeat=4)
+        attention_work(shape, context, rows, int8, mass, far, cap, copies)
+        for int8, mass, far, cap, copies in product((False, True), repeat=5)
+        if not (int8 and copies)
         for context in contexts
         for rows in row_counts
     ]
+    wide, narrow = (PAGE_SIZE * token_bytes(shape, int8) for int8 in (False, True))
+    numbers = 2 * PAGE_SIZE * shape.kv_heads * shape.head_dim
+    works.append(Work("copy_pages", PAGE_SIZE, None, wide, narrow, wide + narrow, 4 * numbers))  # one page
     for rows in row_counts:
         works += [*dense_works(shape, rows), *choice_works(shape, rows)]
         works += [work for context in contexts for work in repeat_works(context, rows)]

@@ -244,6 +244,8 @@ class AttentionBackend(Protocol):
     - A true `reads_int8` says that it takes int8 keys and values, with `scales=(of keys, of values)`, each
       [kv_heads, pages, PAGE_SIZE] fp32.
     - A true `views_there` says that it takes views that lie on the device.
+    - A true `reads_copies` says that it takes `copies`, which it reads in place of full pages: int8 keys and values of
+      the same shape, and the scales of both.
     - A true `moves_queries` says that it takes `far=FarQueries`, whose queries it uses instead of q.
     - A true `reports_lse` says that it takes `lse`, [R, heads] fp32 or better, and fills it with the natural logarithm
       of each row's sum of exp(score), unless `far` is given too.

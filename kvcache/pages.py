@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from tokenswift_py.kernels.base import on_device
+from tokenswift_py.kernels.base import AttentionSegment, on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
 SPARE_PAGES = 16  # for the rows of a tree at the very end of the context, which need slots beyond its positions
@@ -87,6 +88,8 @@ class Holders:
 
 
 MoveRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # int8 keys and values, and the scales of both
+CopyPages = Callable[[torch.Tensor, torch.Tensor, Copies, torch.Tensor], None]
 
 
 def move_rows(keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -186,6 +189,15 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.where(scale < limits.tiny, 0, scale)
 
 
+def copy_pages(keys: torch.Tensor, values: torch.Tensor, copies: Copies, pages: torch.Tensor) -> None:
+    """Writes int8 copies of some pages of all layers and KV heads.
+
+    keys, values: [layers, kv_heads, pages, PAGE_SIZE, head_dim]. pages: [n] int32.
+    """
+    for source, target, scales in zip((keys, values), copies[:2], copies[2:], strict=True):
+        target[:, :, pages.long()], scales[:, :, pages.long()] = quantise(source[:, :, pages.long()])
+
+
 class TorchPagePool(BoundedPages):
     """A page pool in torch tensors: keys and values of [layers, kv_heads, pages, PAGE_SIZE, head_dim].
 
@@ -214,6 +226,8 @@ class TorchPagePool(BoundedPages):
         self.key_scales, self.value_scales = (
             torch.empty(shape[:-1] if self.scaled else 0, dtype=torch.float32, device=device) for _ in range(2)
         )
+        self._copies: Copies | None = None
+        self._copied = np.zeros(pages, np.bool_)
         tensors = (self.keys, self.values, self.key_scales, self.value_scales)
         self.page_bytes = sum(tensor.nbytes for tensor in tensors) // pages
 
@@ -221,6 +235,37 @@ class TorchPagePool(BoundedPages):
         """Returns the scales of a layer's keys and values, each [kv_heads, pages, PAGE_SIZE] fp32. None unless the pool
         is int8."""
         return (self.key_scales[layer], self.value_scales[layer]) if self.scaled else None
+
+    def reserve(self, page: int) -> None:
+        super().reserve(page)
+        self._copied[page] = False
+
+    def copy_pages(self, segments: Sequence[AttentionSegment], copy: CopyPages | None) -> None:
+        """Makes int8 copies of the segments' full pages that have none yet.
+
+        They lie beside the pages under the same numbers, as long as the pages are held. copy: function that writes
+        them. None makes none.
+        """
+        if copy is None:
+            return
+        if self._copies is None:
+            key_copies, value_copies = (torch.empty_like(part, dtype=torch.int8) for part in (self.keys, self.values))
+            key_scales, value_scales = self.keys.new_empty((2, *self.keys.shape[:-1]), dtype=torch.float32)
+            self._copies = key_copies, value_copies, key_scales, value_scales
+        found = np.unique(np.concatenate([segment.pages for segment in segments]))
+        found = found[found >= 0]  # -1 is a page that was evicted
+        missing = found[~self._copied[found]]
+        if len(missing):
+            copy(self.keys, self.values, self._copies, on_device(missing.astype(np.int32), self.keys.device))
+            self._copied[missing] = True
+
+    def beside(self, layer: int, copies: bool) -> dict[str, Any]:
+        """Returns what attention needs beside a layer's keys and values. copies: whether full pages are read as their
+        int8 copies."""
+        if copies:
+            assert self._copies is not None
+            return {"copies": tuple(part[layer] for part in self._copies)}
+        return {"scales": self.scales_of(layer)} if self.scaled else {}
 
     def write(self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Writes keys and values [R, kv_heads, head_dim] into slots [R] of one layer, as int8 where the pool is."""

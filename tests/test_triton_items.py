@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -48,9 +50,14 @@ def passes(draw: st.DrawFn) -> list[AttentionSegment]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(passes(), st.sampled_from((EVERYTHING, 1, 70, 700)), st.sampled_from((1, 3)), st.sampled_from((1 << 40, 4000)))
-def test_every_row_meets_its_pages_once(made: list[AttentionSegment], window: int, group: int, workspace: int) -> None:
-    builder = TableBuilder(Heads(KV_HEADS, group, window, 8, 64), workspace)
+@given(
+    passes(), st.sampled_from((EVERYTHING, 1, 70, 700)), st.sampled_from((1, 3)), st.sampled_from((1 << 40, 4000)),
+    st.sampled_from((1, 2, 3)),
+)  # fmt: skip
+def test_every_row_meets_its_pages_once(
+    made: list[AttentionSegment], window: int, group: int, workspace: int, tiles: int
+) -> None:
+    builder = TableBuilder(Heads(KV_HEADS, group, window, 8, 64, tiles=tiles), workspace)
     for segment in made:
         builder.add(segment)
     buffer, rows = builder.joined(), made[-1].rows.stop
@@ -67,6 +74,7 @@ def test_every_row_meets_its_pages_once(made: list[AttentionSegment], window: in
                 first, packed, split, numbers, apart, bounds, bounds_apart, pages, tail, above, start, stop, page, _ = (
                     item
                 )
+                assert packed <= 8 * (tiles if start >= stop else 1)
                 listed = []
                 if bounds >= 0:
                     low, high = lists[bounds + which * bounds_apart :][:2]
@@ -109,7 +117,51 @@ def test_every_row_meets_its_pages_once(made: list[AttentionSegment], window: in
                         assert met[packed][page] == state_of(page, int(last))
 
 
-def seen(page: int, row: int, positions: np.ndarray, group: int, window: int) -> bool:
+@settings(max_examples=30, deadline=None)
+@given(
+    segments(0).filter(lambda segment: segment.causal), st.sampled_from((EVERYTHING, 1, 70)), st.sampled_from((1, 3)),
+    st.sampled_from((1, 2)),
+)  # fmt: skip
+def test_a_row_in_turn_meets_what_it_would_meet_alone(
+    chain: AttentionSegment, window: int, group: int, tiles: int
+) -> None:
+    """The items of one row are right for every row of a chain, however many tiles all of them would fill."""
+    heads = Heads(KV_HEADS, group, window, 8, 64, tiles=tiles)
+    builder = TableBuilder(heads, 1 << 40)
+    positions, ranges = builder.add_in_turn(chain)
+    assert positions.tolist() == chain.positions.tolist()
+    for row, position in enumerate(positions):
+        alone, tail = TableBuilder(heads, 1 << 40), chain.tail_of(row)[None]
+        alone.add(replace(chain, rows=slice(0, 1), positions=positions[row : row + 1], tail=tail))
+        first, behind, near = ranges[row]
+        read = {*range(NEAR - near, NEAR), *(NEAR + split for split in range(first, behind))}
+        for which in range(LAYERS * KV_HEADS):
+            met, own = (
+                [meeting for meeting in meetings(made, which, position) if seen(meeting[1], 0, [position], 1, window)]
+                for made in (builder, alone)
+            )
+            assert sorted(met) == sorted(own) and len(own) == len({(packed, page) for packed, page, *_ in own})
+            assert {packed for packed, *_ in own} == set(range(group)) and {state for _, _, state, _ in own} <= read
+
+
+def meetings(builder: TableBuilder, which: int, position: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Yields every packed row and page of an item, the page's state for this position, and its slots if gathered."""
+    lists, near = builder.lists.joined(), position // PAGE_SIZE + 1 - NEAR
+    for item in np.concatenate(builder.items[0]):
+        first, packed, split, numbers, apart, bounds, bounds_apart, _, tail, above, start, stop, page, _ = item
+        assert packed <= 8, "a row alone is one tile"
+        low, high = lists[bounds + which * bounds_apart :][:2] if bounds >= 0 else (0, 0)
+        listed = lists[numbers + which * apart :][low:high].tolist()
+        for absolute in [*listed, *range(start, stop)]:
+            if (absolute >= near) == (split < 0) and absolute * PAGE_SIZE <= position:
+                slots = np.arange(absolute * PAGE_SIZE, min(absolute * PAGE_SIZE + PAGE_SIZE, position + 1))
+                assert absolute in listed or slots[-1] < above
+                found = [] if absolute in listed else lists[tail + slots].tolist()
+                for row in range(first, first + packed):
+                    yield row, absolute, split if split >= 0 else page - near, found
+
+
+def seen(page: int, row: int, positions: np.ndarray | list[int], group: int, window: int) -> bool:
     """Whether the window of a packed row reaches into a page."""
     return bool((page + 1) * PAGE_SIZE - 1 > positions[row // group] - window)
 

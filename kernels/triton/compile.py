@@ -38,6 +38,7 @@ SHARED_OF_SM = {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472, "sm_120":
 REGISTERS_OF_SM, THREADS_OF_SM, WARP = 65_536, {"sm_120": 1536}, 32
 MODULES = (
     "attention",
+    "copies",
     "experts",
     "fused",
     "int4",
@@ -51,7 +52,11 @@ MODULES = (
 )
 # Kernels that are right but slow where they spill. fp32 is for checks.
 MAY_SPILL: set[tuple[str, str, int | None]] = {
-    *((f"attend{more}", "float32", 256) for more in ("", "+int8", "+far", "+int8+far", "+cap", "+int8+far+cap")),
+    *(
+        (f"attend{kind}{more}", "float32", 256)
+        for kind in ("", "+int8", "+copy")
+        for more in ("", "+far", "+cap" if not kind else "+far+cap")
+    ),
     ("attend+cap", "float32", 128),  # on gfx942
     *(("experts+gated", dtype, None) for dtype in ("bfloat16", "float16", "float32")),  # up to 24 bytes on sm_120
 }

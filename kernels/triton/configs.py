@@ -7,7 +7,8 @@ hold; another choice gives other bits, so the numerics contract names it (`ops.c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 
@@ -16,11 +17,17 @@ from tokenswift_py.kernels.triton.runtime import AMD, INTERPRET
 
 @dataclass(frozen=True)
 class Config:
-    """The way attention is compiled. tile: packed rows that a program meets a page with."""
+    """The way attention is compiled.
+
+    tile:   packed rows that meet a page together.
+    stages: pages that are in flight or in use at a time.
+    tiles:  most tiles that meet a page in turn once it is loaded.
+    """
 
     tile: int
     warps: int
     stages: int
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -34,15 +41,18 @@ class Tiles:
     stages: int
 
 
-# Attention of 16-bit queries, by the largest head size. "int8" is for int8 pages: to widen them takes more registers.
+# Attention of 16-bit queries, by the largest head size. INT8 is for int8 pages: to widen them takes more registers. On
+# sm_80 and sm_90 two blocks share a multiprocessor, and nothing spills. At heads of 128 two tiles would spill on sm_90
+# (288 bytes a thread), and on sm_80 they would leave no room for pages in flight.
 ATTENTION = {
     "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
-    "sm_90": {64: Config(64, 4, 3), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
+    "sm_90": {64: Config(64, 4, 3, tiles=2), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
     "sm_100": {64: Config(64, 4, 3), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_120": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
 }
-INT8 = {128: Config(32, 4, 1), 256: Config(16, 4, 1)}
+INT8 = {128: Config(32, 4, 3), 256: Config(16, 4, 1)}
+INT8_AMD = {**INT8, 128: Config(32, 4, 1)}
 # fp32 is for checks rather than for speed.
 FP32 = {64: Config(16, 4, 1), 128: Config(16, 8, 1), 256: Config(16, 8, 1)}
 FP32_AMD = {**FP32, 256: Config(16, 4, 1)}
@@ -69,7 +79,7 @@ INT4 = {
 INT4_FP32 = Tiles(16, 32, 256, 4, 2)
 
 # `make gpu` times these beside the choice for 16-bit attention.
-SWEPT = tuple(Config(tile, warps, stages) for tile in (32, 64) for warps in (4, 8) for stages in (1, 2, 3, 4, 5))
+SWEPT = tuple(Config(*of) for of in product((32, 64), (4, 8), (2, 3, 4), (1, 2)))
 
 
 def here() -> str:
@@ -83,15 +93,22 @@ def here() -> str:
                key=lambda name: int(name[3:-1]), default="sm_80")  # fmt: skip
 
 
-def config(dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: str | None = None) -> Config:
-    """Returns how attention is compiled. int8: whether keys and values are int8."""
+def config(
+    dtype: torch.dtype, head_dim: int, int8: bool = False, architecture: str | None = None, more: bool = False
+) -> Config:
+    """Returns how attention is compiled.
+
+    int8: whether keys and values are int8.
+    more: whether queries are moved or scores capped, which leaves registers for one tile only.
+    """
     chosen = architecture or here()
     table = ATTENTION[chosen]
     if dtype == torch.float32:
         table = FP32_AMD if chosen == "gfx942" else FP32
     elif int8:
-        table = INT8
-    return table[min((size for size in table if size >= head_dim), default=max(table))]
+        table = INT8_AMD if chosen == "gfx942" else INT8
+    found = table[min((size for size in table if size >= head_dim), default=max(table))]
+    return replace(found, tiles=1) if more else found
 
 
 def tiles(dtype: torch.dtype, architecture: str | None = None) -> Tiles:

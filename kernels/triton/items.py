@@ -22,8 +22,9 @@ SPLIT_LEVELS = ((16, 4), (16, 8))  # (number of splits, pages of each), from pos
 LAST_LEVEL = 16  # pages of each further split
 NEAR = 2  # how many of a row's last pages, its own included, are each a split of their own
 
-# A work item is a tile of packed rows (row * group + query head of the KV head) and the pages of one split. Its fields
-# are int32. A "place" is an index into the lists of the buffer:
+# A work item is a piece of packed rows (row * group + query head of the KV head) and the pages of one split. A piece
+# that gathers pages is one tile; others may be several. The fields of an item are int32. A "place" is an index into the
+# lists of the buffer:
 #   0, 1   the first packed row, and how many there are
 #   2      where the partial state goes: NEAR + the number of the split; -1 for a page that is near
 #   3, 4   the absolute numbers of the committed pages to attend to: place, and how far apart those of two heads are
@@ -83,9 +84,10 @@ class Heads:
     """The properties of a layer that tables depend on, beside the segments.
 
     group:       query heads of a KV head.
-    tile:        packed rows of an item.
+    tile:        packed rows of an item that gathers pages.
     row_bytes:   bytes of a row's state, for all heads of one split.
     split_pages: most pages of a split.
+    tiles:       most tiles of an item that gathers none.
     """
 
     kv_heads: int
@@ -94,6 +96,7 @@ class Heads:
     tile: int
     row_bytes: int
     split_pages: int = LAST_LEVEL
+    tiles: int = 1
 
     def __post_init__(self) -> None:
         if self.group > self.tile:
@@ -222,7 +225,7 @@ class TableBuilder:
 
     def __init__(self, heads: Heads, workspace: int):
         self.group, self.window, self.tile, self.row_bytes = heads.group, heads.window, heads.tile, heads.row_bytes
-        self.workspace, self.split_pages = workspace, heads.split_pages
+        self.workspace, self.split_pages, self.piece = workspace, heads.split_pages, heads.tile * heads.tiles
         self.lists = Lists()
         self.segments: list[Places] = []
         self.positions: list[IntArray] = []
@@ -253,7 +256,7 @@ class TableBuilder:
     def add_in_turn(self, segment: AttentionSegment) -> tuple[IntArray, IntArray]:
         """Adds one row, which takes the place of each row of a chain in turn: positions and splits of `joined` are the
         first one's. Returns those of all, [n] and [n, 3], whose items these are."""
-        self.tile = max(self.tile, len(segment.positions) * self.group)
+        self.tile = self.piece = max(self.piece, len(segment.positions) * self.group)  # one item for all
         self.add(segment)
         for items in self.items[-1]:
             items[:, 1] = self.group
@@ -279,7 +282,7 @@ class TableBuilder:
         together = max(1, self.tile // self.group) if at.alike else 1
         tiles, apart = (
             Tiles.of(positions, rows, segment.rows.start, self.group, packed)
-            for packed in (self.tile, together * self.group)
+            for packed in (self.piece, together * self.group)
         )
         tails = at.tails[apart.last]
         first = int(np.searchsorted(edges, first_page, "right")) - 1

@@ -10,7 +10,18 @@ import torch
 
 import triton
 from tokenswift_py.kernels.base import PAGE_SIZE
-from tokenswift_py.kernels.triton import attention, configs, experts, fused, int4, items, matmul, merge, projections
+from tokenswift_py.kernels.triton import (
+    attention,
+    configs,
+    copies,
+    experts,
+    fused,
+    int4,
+    items,
+    matmul,
+    merge,
+    projections,
+)
 from tokenswift_py.kernels.triton.products import TILES, Products
 
 
@@ -130,6 +141,9 @@ class TritonOps:
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         fused.move_rows(keys, values, source, target)
+
+    def copy_pages(self, keys: torch.Tensor, values: torch.Tensor, copied: copies.Copies, pages: torch.Tensor) -> None:
+        copies.copy_pages(keys, values, copied, pages)
 
 
 class FourBitOps(TritonOps):

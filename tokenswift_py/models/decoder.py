@@ -52,9 +52,10 @@ KINDS = ("gate", "up", "down")
 class TorchDecoder:
     """Weights under Hugging Face's names, RoPE tables of one context, one attention backend, the other operations.
 
-    draft:    whether rows are for drafts only and can never be committed.
-    kv_dtype: type of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
-              attention that reads it, and the ops that go with it.
+    draft:      whether rows are for drafts only and can never be committed.
+    kv_dtype:   type of keys and values; None is that of the weights. int8 (see `quantise` in kvcache/pages.py) is for
+                attention that reads it, and the ops that go with it.
+    int8_pages: whether full pages are read as int8 copies, which the ops make when a pass first sees them.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class TorchDecoder:
         ops: Ops | None = None,
         draft: bool = False,
         kv_dtype: torch.dtype | None = None,
+        int8_pages: bool = False,
     ):
         self.spec, self.streams = spec, 2
         self.weights = {name: spec.folded(name, tensor) for name, tensor in weights.items()}
         self.attention, self.draft, self.ops = attention, draft, ops or TorchOps()
-        self.guarantee, self.context = self.ops.guarantee, rope.context
+        self.guarantee, self.context, self.int8_pages = self.ops.guarantee, rope.context, int8_pages
         matrix = weights[f"{spec.at(0)}self_attn.q_proj.weight"]
         self.device, self.dtype = matrix.device, matrix.dtype
         self.cos, self.sin = rope.cos.to(self.device), rope.sin.to(self.device)
@@ -78,8 +80,7 @@ class TorchDecoder:
         if rope.local is not None:
             self._tables[LOCAL] = (rope.local.cos.to(self.device), rope.local.sin.to(self.device))
         self._embedding_scale = torch.tensor(spec.embedding_scale, device=self.device).to(self.dtype)
-        self.shifts, self._turns = rope.shifts, query_turns(rope, spec)
-        self._moved = spec.moved(rope.shifts)
+        self.shifts, self._turns, self._moved = rope.shifts, query_turns(rope, spec), spec.moved(rope.shifts)
         check_moves_queries(attention, rope)
         if rope.shifts is not None:
             self._shift_table = torch.from_numpy(rope.shifts.shifts).to(self.device)
@@ -95,8 +96,7 @@ class TorchDecoder:
         self.numerics = "/".join([*parts, self.ops.label] if self.ops.label else parts)
         self.row_shapes = row_shapes(attention, self.ops)
         self.chains = len(self.row_shapes) > 0
-        self.clock = clock_of(self.device)
-        self.recorder = recorder_for(self.device)
+        self.clock, self.recorder = clock_of(self.device), recorder_for(self.device)
         self._steps: WeakKeyDictionary[TorchPagePool, Steps] = WeakKeyDictionary()
 
     def new_cache(self) -> KVCache:
@@ -131,6 +131,7 @@ class TorchDecoder:
         pool = shared_pool(segments, TorchPagePool)
         wanted = slice(None) if logit_rows is None else index(np.array(logit_rows, np.int64), self.device)
         with torch.cuda.device_of(self.cos):  # Triton and CUDA graphs launch there
+            pool.copy_pages(rows.segments, self.ops.copy_pages if self.int8_pages else None)
             step = self.steps_over(pool).find(rows, logit_rows is None, want_mass, want_queries, tuple(taps))
             recalls = recalls_of(segments, rows)
             if step is None or recalls:
@@ -144,6 +145,7 @@ class TorchDecoder:
     def forward_chain(self, segment: Segment, chooser: Chooser) -> Output:
         rows, pool = lay_out([segment], False, True), shared_pool([segment], TorchPagePool)
         with torch.cuda.device_of(self.cos):
+            pool.copy_pages(rows.segments, self.ops.copy_pages if self.int8_pages else None)
             return self.steps_over(pool).chain(rows, chooser).run(rows)
 
     def steps_over(self, pool: TorchPagePool) -> Steps:
@@ -176,6 +178,7 @@ class TorchDecoder:
     ) -> Passed:
         """Computes the layers of one stage of a pipeline. stream: result of the stage before; None embeds tokens."""
         with torch.cuda.device_of(self.cos):
+            pool.copy_pages(rows.segments, self.ops.copy_pages if self.int8_pages else None)
             plan, places = self.attention.prepare(rows.segments, self.device), on_device(rows.places, self.device)
             x, added = (self._first_stream(places[0]), None) if stream is None else stream.to(self.device).unbind()
             x, added, mass, queries = self._layers(pool, plan, places, x, added, mass_pages, want_queries)
@@ -211,7 +214,7 @@ class TorchDecoder:
             x, normed = self._add_norm(x, added, f"{at}input_layernorm")
             if layer in taps:
                 taps[layer].copy_(x)
-            options: dict[str, Any] = {}
+            options = pool.beside(layer, self.int8_pages)
             own, turns = self._heads[layer], (*angles[kind.rope], slots)
             recalled = [(some, memory) for some, memory in recalls if memory.shape.keeps[layer]]
             plain: torch.Tensor | None = None  # queries before RoPE
@@ -233,8 +236,6 @@ class TorchDecoder:
                 options["cap"] = spec.attention_cap
             if want_queries:
                 queries.append(q.float())
-            if (scales := pool.scales_of(layer)) is not None:
-                options["scales"] = scales
             attended = self.attention.attend(
                 plan, layer, q, pool.keys[layer], pool.values[layer], kind.window,
                 None if mass is None else mass[layer], **options,

@@ -51,6 +51,7 @@ class Executor(Protocol):
     sampler: class that chooses tokens from rows of its logits.
     ranks: the processes that hold the model.
     remembers: whether its attention can be joined with a memory of evicted rows.
+    copies_all: whether `reads_copies` means copies of all full pages, not only of those that are seen.
     layers: number of layers whose keys and values one process holds at the most. kinds: types of packed matrices.
     products: names the kernels beside attention, in which all stages of a pipeline must be alike.
     """
@@ -61,6 +62,7 @@ class Executor(Protocol):
     device: torch.device
     ranks: Ranks
     remembers: bool
+    copies_all: bool
     layers: int
     kinds: set[str]
     products: str
@@ -107,7 +109,7 @@ class Executor(Protocol):
 
 
 class TorchExecutor:
-    name = "torch"
+    name, copies_all = "torch", True
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: str, kv_dtype: str, device: torch.device, attention: str,
@@ -165,15 +167,19 @@ class TorchExecutor:
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
         check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
         check_draft_kv(kv)
-        check(kv != "int8", "draft_kv", kv, "with engine torch only own; engine native has int8")
-        return self._decoder(rope, self._four_bits() if weights == "int4" else self._ops, draft=True)
+        able = not self._shard and getattr(self._attention, "reads_copies", False)
+        allowed = "with engine torch only own, or int8 with attention triton in one process; engine native has int8"
+        check(able or kv != "int8", "draft_kv", kv, allowed)
+        check(self.kv_dtype != torch.int8 or kv != "int8", "draft_kv", kv, "the cache itself is int8 (kv_dtype)")
+        ops = self._four_bits() if weights == "int4" else self._ops
+        return self._decoder(rope, ops, draft=True, copies=self.reads_copies(kv))
 
     def reads_copies(self, kv: str) -> bool:
-        return False
+        return kv == "int8"  # what auto should be, a card has to tell
 
-    def _decoder(self, rope: RopeTables, ops: Ops, draft: bool) -> Model:
+    def _decoder(self, rope: RopeTables, ops: Ops, draft: bool, copies: bool = False) -> Model:
         parts = (self._spec, self._weights, rope, self._attention, ops, draft, self.kv_dtype)
-        return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts)
+        return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts, copies)
 
     def _four_bits(self) -> Ops:
         """Returns operations with 4-bit weights, which are packed at the first use beside the others."""
@@ -194,7 +200,7 @@ class TorchExecutor:
 
 
 class NativeExecutor:
-    name, products = "native", ""
+    name, products, copies_all = "native", "", False
     sampler = NativeSampler
     ranks = ALONE
     remembers = True

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tokenswift_py.kernels.base import rotate
-from tokenswift_py.kvcache.pages import TorchPagePool, move_rows
+from tokenswift_py.kvcache.pages import Copies, TorchPagePool, copy_pages, move_rows
 from tokenswift_py.models.families.base import Experts
 from tokenswift_py.models.spec import ModelSpec
 
@@ -204,6 +204,9 @@ class Ops(Protocol):
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         """Does the work of the function of this name in kvcache/pages.py."""
 
+    def copy_pages(self, keys: torch.Tensor, values: torch.Tensor, copies: Copies, pages: torch.Tensor) -> None:
+        """Does the work of the function of this name in kvcache/pages.py."""
+
 
 def linears(x: torch.Tensor, own: HeadWeights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns queries, keys and values as torch's products give them, in heads."""
@@ -341,3 +344,6 @@ class TorchOps:
 
     def move_rows(self, keys: torch.Tensor, values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
         move_rows(keys, values, source, target)
+
+    def copy_pages(self, keys: torch.Tensor, values: torch.Tensor, copies: Copies, pages: torch.Tensor) -> None:
+        copy_pages(keys, values, copies, pages)

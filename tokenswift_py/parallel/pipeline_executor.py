@@ -53,6 +53,7 @@ class PipelineExecutor:
         self._multiplied: int = self._own.multiplied_nbytes + sum(words["multiplied"] for words, _ in answers)
         self.name, self.dtype, self.kv_dtype = self._own.name, self._own.dtype, self._own.kv_dtype
         self.device, self.ranks, self.kinds = self._own.device, self._own.ranks, self._own.kinds
+        self.copies_all = self._own.copies_all
         self.layers = max(spec.layers for spec in self._specs)
 
     @property

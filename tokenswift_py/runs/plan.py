@@ -101,7 +101,8 @@ def prepare(
     own_bytes += memory_bytes(options, checkpoint.spec)
     if kind_of(options.chosen_drafter).sees_views and loaded.executor.reads_copies(options.draft_kv):
         seen = min(kept, options.draft_budget or VIEWS[-1])
-        draft_bytes = loaded.kv_bytes(seen + seen // 4, dtype=torch.int8)
+        copied = kept if loaded.executor.copies_all else seen + seen // 4
+        draft_bytes = loaded.kv_bytes(copied, dtype=torch.int8)
     if not in_pool:
         check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
     rope = loaded.rope(context, options.met_positions())
