@@ -74,26 +74,34 @@ class Partial(Drafter):
         check(width >= 1, "width", width, "at least 1")
         check(refresh >= 1, "refresh", refresh, "at least 1")
         chosen: EvictionPolicy = registry.create(POLICIES, "POLICY", "draft_policy", policy)
-        self.needs = chosen.needs
+        self._policy_needs, self._resting = chosen.needs, False
         self.width, self.reuse, self.heads = width, reuse, heads
         self.views = Views(chosen, view_tokens, width, refresh, cost)
         self._chain = Chain(0, 1)  # the chain of the last proposal
         self._idle = 0  # how many rounds ago the latest draft pass was
         self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
 
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the policy has to be shown; nothing while the company rests (see `Probes.rests`). Then it goes on with
+        what it has seen before."""
+        return frozenset() if self._resting else self._policy_needs
+
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
+        resting, self._resting = self._resting, False
         if self.reuse is not None:
             self.reuse.read(context.history)
         self._see(output, -1)
-        self.views.prefill(context, output)
+        self.views.prefill(context, None if resting else output)
 
     def read_ahead(self, tokens: IntArray) -> None:
         if self.reuse is not None:
             self.reuse.read_ahead(tokens)
 
     def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
-        if context.plan.rests:
+        self._resting = context.plan.rests
+        if self._resting:
             self._chain = resting = OwnChain(context.history[-1], budget, (0, 0))
             self.views.look(context)
             with context.history.guesses():
@@ -109,6 +117,9 @@ class Partial(Drafter):
         return chain.build(context, follow)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
+        if self._resting:
+            self._see(output, taken.path[-1])
+            return
         self._chain.draft.learn(taken)
         self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])

@@ -56,9 +56,12 @@ class Views:
         self._missed = False  # whether a guess under them was wrong
         self._passed = 0  # the size of the view of the latest draft pass
 
-    def prefill(self, context: Context, output: Output) -> None:
-        """Shows the policy rows that were committed without a draft. The pages are chosen anew for the next one."""
+    def prefill(self, context: Context, output: Output | None) -> None:
+        """Shows the policy rows that were committed without a draft, none where the output is None. The pages are
+        chosen anew for the next draft."""
         self._chosen = None
+        if output is None:
+            return
         rows = len(output.hidden)
         show(self.policy, output, range(rows), context.cache.length - rows)
 

@@ -20,6 +20,7 @@ from tokenswift_py.drafters.base import Draft, create
 from tokenswift_py.drafters.partial import Partial
 from tokenswift_py.kvcache import pages
 from tokenswift_py.planning.odds import Odds
+from tokenswift_py.planning.rounds import Probes
 from tokenswift_py.sampling.reference import NumericsError, Sampler
 
 drafters = st.one_of(
@@ -179,6 +180,37 @@ def test_no_chapter_ends_before_min_chapter_tokens(tiny_decoder: Any, drafter: s
         chapters[-1] += step.tokens
     assert all(len(chapter) >= 13 and not set(chapter[:12]) & set(eos) for chapter in chapters)
     assert write(tiny_decoder, PROMPT, 90, params, create(drafter), **settings)[0] == plain
+
+
+@pytest.mark.parametrize("policy", ["mass", "snapkv", "quest", "recent"])
+def test_texts_that_rest_now_and_then_show_their_policies_what_they_have(
+    tiny_decoder: Any, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a company rests passes report nothing, and a turn may be forced just then."""
+    params, longer = SamplingParams(temperature=1.0, seed=4), list(range(60)) * 4
+    plain, _, _ = write(tiny_decoder, longer, 60, params)
+    eos, turn = plain[12], [5, 6, 7, 8]
+    rested, asked = [], []
+
+    def rests(probes: Probes) -> bool:
+        rested.append(len(rested) // 5 % 2 == 0)
+        return rested[-1]
+
+    def compute(self: Any, *args: Any, **more: Any) -> Any:
+        asked.append(bool(more.get("want_mass") or more.get("want_queries") or any(args[2:4])))
+        return forward(self, *args, **more)
+
+    forward = type(tiny_decoder).forward
+    monkeypatch.setattr(Probes, "rests", property(rests))
+    monkeypatch.setattr(type(tiny_decoder), "forward", compute)
+    drafter = Partial(policy, 64)
+    drafted, engine, _ = write(
+        tiny_decoder, longer, 60, params, drafter, eos=[eos], turns=[turn, turn], prefill_chunk=9
+    )
+    monkeypatch.undo()
+    assert drafted == write(tiny_decoder, longer, 60, params, eos=[eos], turns=[turn, turn])[0]
+    assert engine.stats.forced_tokens > 0 and len(set(rested)) == 2
+    assert policy == "recent" or len(set(asked)) == 2, "some passes report what the policy needs, and some do not"
 
 
 @pytest.mark.parametrize("drafter", ["none", "ngram", "partial"])
