@@ -440,7 +440,7 @@ def test_a_client_that_leaves_a_stream_ends_its_text(long_swift: TokenSwift) -> 
             next(chunk for chunk in stream if chunk.choices[0].delta.content)
             until(lambda: figures(found)["running"] == 2)
         until(lambda: figures(found)["finished"] == {"interrupted": 2})
-        assert figures(found)["running"] == 0
+        until(lambda: figures(found)["running"] == 0)
 
 
 def test_a_client_that_leaves_before_its_answer_ends_its_text(long_swift: TokenSwift) -> None:
@@ -449,7 +449,7 @@ def test_a_client_that_leaves_before_its_answer_ends_its_text(long_swift: TokenS
             plain.sendall(request_of({"messages": SAID, "max_tokens": 15000, "ignore_eos": True}))
             until(lambda: figures(found)["generated_tokens"] > 3)
         until(lambda: figures(found)["finished"] == {"interrupted": 1})
-        assert figures(found)["running"] == 0
+        until(lambda: figures(found)["running"] == 0)
 
 
 def request_of(body: dict[str, Any]) -> bytes:
@@ -471,7 +471,7 @@ def test_a_client_that_does_not_read_holds_nobody(long_swift: TokenSwift, stall:
         answer = found.client().chat.completions.create(model="tiny", messages=SAID, max_tokens=9, extra_body=NO_END)
         assert answer.choices[0].message.content == alone(long_swift, answer, max_new_tokens=9, **NO_END).text
         until(lambda: figures(found)["finished"].get(ending) == (2 if ending == "length" else 1))
-        assert figures(found)["running"] == 0
+        until(lambda: figures(found)["running"] == 0)
 
 
 def test_a_text_ends_when_its_time_is_over(long_swift: TokenSwift) -> None:
@@ -492,7 +492,7 @@ def test_a_server_that_stops_lets_texts_end_for_a_while(long_swift: TokenSwift) 
         until(lambda: found.service.draining)
         chunks += stream
         assert chunks[-1].choices[0].ending == "interrupted"
-        assert figures(found)["running"] == 0
+        until(lambda: figures(found)["running"] == 0)  # the text is told before its seat is free
 
 
 def test_metrics_have_vllms_names(long_swift: TokenSwift) -> None:
@@ -500,6 +500,7 @@ def test_metrics_have_vllms_names(long_swift: TokenSwift) -> None:
         answer = found.client().chat.completions.create(
             model="tiny", messages=SAID, max_tokens=30, n=2, extra_body=NO_END
         )
+        until(lambda: figures(found)["running"] == 0)  # the text is told before its seat is free
         text = ask(f"{found.url}/metrics").text
     families = {family.name: family for family in text_string_to_metric_families(text)}
     value = {sample.name: sample.value for family in families.values() for sample in family.samples}
