@@ -117,11 +117,9 @@ class Partial(Drafter):
         return chain.build(context, follow)
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        if self._resting:
-            self._see(output, taken.path[-1])
-            return
-        self._chain.draft.learn(taken)
-        self.views.observe(self._chain, taken, output)
+        if not self._resting:
+            self._chain.draft.learn(taken)
+            self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])
 
     def alike(self) -> object:

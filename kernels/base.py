@@ -19,6 +19,7 @@ PAGE_SIZE = 64
 MOST_LINKS = 16  # passes of a chain that a device computes at most without the host
 
 IntArray = npt.NDArray[np.int32]
+Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # int8 keys and values, and the scales of both
 
 
 def upload(target: torch.Tensor, values: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenswift_py.kernels.base import AttentionSegment, on_device
+from tokenswift_py.kernels.base import AttentionSegment, Copies, on_device
 from tokenswift_py.kvcache.base import PAGE_SIZE, Bytes, IntArray
 
 SPARE_PAGES = 16  # for the rows of a tree at the very end of the context, which need slots beyond its positions
@@ -88,7 +88,6 @@ class Holders:
 
 
 MoveRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # int8 keys and values, and the scales of both
 CopyPages = Callable[[torch.Tensor, torch.Tensor, Copies, torch.Tensor], None]
 
 

@@ -11,12 +11,11 @@ import torch
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels.base import PAGE_SIZE
+from tokenswift_py.kernels.base import PAGE_SIZE, Copies
 from tokenswift_py.kernels.triton.fused import FLOAT_MAX, FLOAT_MIN
 from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options, padded
 
 WARPS = 4
-Copies = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # keys, values, and the scales of both
 
 
 @triton.jit
