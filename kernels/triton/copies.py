@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from tokenswift_py.kernels.base import PAGE_SIZE, Copies
-from tokenswift_py.kernels.triton.fused import FLOAT_MAX, FLOAT_MIN
+from tokenswift_py.kernels.triton.fused import in_scale, int8_scale, kept_scale
 from tokenswift_py.kernels.triton.runtime import DTYPES, HEAD_DIMS, POINTERS, Variant, launch_options, padded
 
 WARPS = 4
@@ -32,15 +32,10 @@ def copy_rows(
     at = lane[:, None] * HEAD_DIM + column[None, :]
     inside = column[None, :] < HEAD_DIM
     x = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.max(tl.abs(x), 1), 127.0)
-    numbers = tl.min(tl.where(x == x, 1, 0), 1)
-    scale = tl.where(numbers == 1, scale, float("nan"))
-    usable = (scale >= FLOAT_MIN) & (scale <= FLOAT_MAX)
-    by = tl.broadcast_to(tl.where(usable, scale, 1.0)[:, None], (PAGE, D))
-    # Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
-    whole = tl.where(usable[:, None], tl.div_rn(x, by) + 12582912.0 - 12582912.0, 0.0)
+    scale = int8_scale(tl.max(tl.abs(x), 1), tl.min(tl.where(x == x, 1, 0), 1))
+    whole = in_scale(x, tl.broadcast_to(scale[:, None], (PAGE, D)))
     tl.store(target + at, whole.to(tl.int8), mask=inside)
-    tl.store(scales + lane, tl.where(scale < FLOAT_MIN, 0.0, scale))
+    tl.store(scales + lane, kept_scale(scale))
 
 
 @triton.jit(do_not_specialize=["pool_pages"])

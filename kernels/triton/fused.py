@@ -132,6 +132,27 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str = "silu") -> torch
 
 
 @triton.jit
+def int8_scale(most: tl.tensor, numbers: tl.tensor) -> tl.tensor:
+    """Returns the scale of values of which `most` is the greatest size, as `quantise` of kvcache/pages.py has it. It is
+    NaN unless all of them are numbers, which `numbers` says by 1."""
+    return tl.where(numbers == 1, tl.div_rn(most, 127.0), float("nan"))
+
+
+@triton.jit
+def in_scale(x: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Returns x over its scale as whole numbers; 0 where the scale is of no use."""
+    usable = (scale >= FLOAT_MIN) & (scale <= FLOAT_MAX)
+    # Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
+    return tl.where(usable, tl.div_rn(x, tl.where(usable, scale, 1.0)) + 12582912.0 - 12582912.0, 0.0)
+
+
+@triton.jit
+def kept_scale(scale: tl.tensor) -> tl.tensor:
+    """Returns a scale as it is stored."""
+    return tl.where(scale < FLOAT_MIN, 0.0, scale)
+
+
+@triton.jit
 def store_head(
     target: tl.tensor,
     scale_at: tl.tensor,
@@ -145,15 +166,10 @@ def store_head(
     lane = tl.arange(0, HALF)
     inside = lane < HEAD_DIM // 2
     if INT8:
-        scale = tl.div_rn(tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0), 127.0)
-        numbers = tl.min(tl.where((first == first) & (second == second), 1, 0), 0)
-        scale = tl.where(numbers == 1, scale, float("nan"))
-        usable = (scale >= FLOAT_MIN) & (scale <= FLOAT_MAX)
-        by = tl.where(usable, scale, 1.0)
-        # Adding 1.5 * 2^23 pushes the fraction out of the mantissa, which rounds to the nearest whole number.
-        first = tl.where(usable, tl.div_rn(first, by) + 12582912.0 - 12582912.0, 0.0)
-        second = tl.where(usable, tl.div_rn(second, by) + 12582912.0 - 12582912.0, 0.0)
-        tl.store(scale_at, tl.where(scale < FLOAT_MIN, 0.0, scale))
+        most = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), 0)
+        scale = int8_scale(most, tl.min(tl.where((first == first) & (second == second), 1, 0), 0))
+        first, second = in_scale(first, scale), in_scale(second, scale)
+        tl.store(scale_at, kept_scale(scale))
     tl.store(target + lane, first.to(target.dtype.element_ty), mask=inside)
     tl.store(target + HEAD_DIM // 2 + lane, second.to(target.dtype.element_ty), mask=inside)
 
