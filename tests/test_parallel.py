@@ -32,7 +32,8 @@ from tokenswift_py.checkpoints.stored_tensors import StoredTensors, weight_files
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams, Segment
 from tokenswift_py.decoding.eviction import Eviction, pooled
-from tokenswift_py.drafters.base import create
+from tokenswift_py.decoding.passes import Passes
+from tokenswift_py.drafters.base import Context, create
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.head_files import fingerprint, heads_file, write_heads
 from tokenswift_py.drafters.head_weights import FORMS
@@ -323,6 +324,30 @@ def other_trees() -> tuple[list[int], int]:
 
 def test_rank_0_proposes(pair: Pair) -> None:
     first, second = pair(other_trees)
+    assert first == second and first[1] > 0
+
+
+def other_plans() -> tuple[list[int], int]:
+    """Rank 0 looks for guesses where rank 1 looks for none, as it may where it alone has a draft model."""
+    truth = write(share_of(tiny_model(tiny_config())), PROMPT, 60, ranks=ranks)[0]
+    drafter = Hasty(PROMPT + truth, 61, 0.9, seed=ranks.rank)
+    text, engine, _ = write(share_of(tiny_model(tiny_config())), PROMPT, 60, None, drafter, ranks=ranks)
+    assert text == truth
+    return text, engine.stats.num_accepted_draft_tokens
+
+
+class Hasty(Scripted):
+    """On rank 0 it takes all the time that the planner would give to rounds of plain decoding."""
+
+    def propose(self, context: Context, budget: int) -> Passes[DraftTree]:
+        if ranks.leads:
+            context.plan.may_probe(1e9, "plain")
+        tree = yield from super().propose(context, budget)
+        return tree
+
+
+def test_rank_0_plans(pair: Pair) -> None:
+    first, second = pair(other_plans)
     assert first == second and first[1] > 0
 
 

@@ -212,7 +212,8 @@ class DecodeLoop:
         with self.phase("draft"):
             budget = self.budget(context.plan)
             proposed = yield from self.drafter.propose(context, budget)
-            tree = self.ranks.first_tree(proposed, budget)
+            # Where rank 0 alone drafts, its plan is its own. So the message has room for any tree.
+            tree = self.ranks.first_tree(proposed, self.planner.most + 1)
         with self.phase("verify"):
             lap = self.timer.start(self.model)
             self.cache.drop_tail()

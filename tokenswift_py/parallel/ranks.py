@@ -73,8 +73,8 @@ class Ranks:
     def agree(self, what: str, value: object) -> None:
         """Raises RanksError, on all ranks, unless all have the same value, compared by its `repr`."""
 
-    def first_tree(self, tree: DraftTree, budget: int) -> DraftTree:
-        """Returns rank 0's tree of at most `budget` nodes."""
+    def first_tree(self, tree: DraftTree, most: int) -> DraftTree:
+        """Returns rank 0's tree of at most `most` nodes, a number that all ranks have in common."""
         return tree
 
     def go_on(self, wanted: bool = True) -> bool:
@@ -153,8 +153,8 @@ class ProcessGroup(Ranks):
             mine = f"rank {self.rank} has {repr(value)[:200]}"
             raise RanksError(f"ranks disagree on {what}: {others} differ from rank 0; {mine}")
 
-    def first_tree(self, tree: DraftTree, budget: int) -> DraftTree:
-        nodes = np.full((2, budget), UNUSED, np.int32)
+    def first_tree(self, tree: DraftTree, most: int) -> DraftTree:
+        nodes = np.full((2, most), UNUSED, np.int32)
         nodes[:, : len(tree)] = tree.tokens, tree.parents
         tokens, parents = self.first(nodes)
         used = parents != UNUSED
