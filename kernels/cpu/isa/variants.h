@@ -5,6 +5,7 @@
 
 namespace tokenswift {
 
+const Kernels& kernels_amx();
 const Kernels& kernels_avx512bf16();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx2();
