@@ -83,7 +83,7 @@ inline void add_byte_value_tiles(const PageVisit& visit, int query, int count, N
     for (int i = 0; i < count; ++i, state += state_floats(visit.head_dim)) {
       for (int j = 0; j < tiles * tile_columns; j += tile_columns) {
         const Vec kept = Isa::mul(Isa::load(state + j), scratch.rescale[i]);
-        const Vec sum = Isa::to_floats(Isa::add_whole(scratch.sums[i] + j, 0));
+        const Vec sum = Isa::whole_floats(scratch.sums[i] + j);
         Isa::store(state + j, Isa::fma(Isa::splat(scratch.weights[i].scale), sum, kept));
       }
     }
