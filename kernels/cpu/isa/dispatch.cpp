@@ -3,6 +3,7 @@
 
 #include "isa/kernels.h"
 #include "isa/variants.h"
+#include "tiles/permission.h"
 
 #ifdef TOKENSWIFT_X86
 #include <cpuid.h>
@@ -33,11 +34,13 @@ std::vector<Variant> variants() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  all.push_back({"amx", avx512 && dots && tiles_allowed(nullptr), kernels_amx});
   all.push_back({"avx512bf16", avx512 && dots, kernels_avx512bf16});
   all.push_back({"avx512", avx512, kernels_avx512});
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
   all.push_back({generic_name, true, kernels_generic});
+  all.push_back({"amx-emulated", true, kernels_amx_emulated});
   return all;
 }
 

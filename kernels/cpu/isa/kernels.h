@@ -11,6 +11,7 @@ namespace tokenswift {
 constexpr int page_size = 64;         // tokens
 constexpr int vector_multiple = 16;   // floats; rows and heads are padded with zeros to a multiple of it
 constexpr int longest_head = 512;     // values
+constexpr int spare_rows = 15;        // rows of operands behind the last that products and visits may read and ignore
 constexpr float no_maximum = -1e30f;  // the running maximum before any key; finite, so that differences are defined
 
 // The type of a weight matrix. From q8 on, weights lie in blocks (formats.h).
@@ -76,8 +77,9 @@ struct PageKernels {
 
 struct Kernels {
   const char* name;
-  int panel;  // output columns of a packed panel
-  int tile;   // rows that a product makes in one go over a panel
+  void (*rest)();  // gives back what a thread has of the processor for this variant alone; null where that is nothing
+  int panel;       // output columns of a packed panel
+  int tile;        // rows that a product makes in one go over a panel
   ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
   // Makes the int8 block of a block of bf16 (see Pool).
@@ -120,6 +122,14 @@ struct Kernels {
   const ElementKernels& of(Element e) const { return elements[int(e)]; }
   const PageKernels& of(PageType type) const {
     return type == PageType::bf16 ? bf16_pages : type == PageType::f32 ? f32_pages : int8_pages;
+  }
+};
+
+// Calls `rest` at the end of a pass for the thread that began it. That thread is the caller's, not ours.
+struct RestAtEnd {
+  const Kernels& kernels;
+  ~RestAtEnd() {
+    if (kernels.rest) kernels.rest();
   }
 };
 

@@ -166,14 +166,6 @@ struct Isa {
   static Vec widen(const int8_t* p) {
     return each([&](int i) { return float(p[i]); });
   }
-  // Stores the nearest bf16 values, ties to even, as AVX-512's instruction does: denormals become zero.
-  static void store_bf16(uint16_t* p, Vec a) {
-    for (int i = 0; i < lanes; ++i) {
-      const uint32_t bits = float_bits(a.of[i]), size = bits & 0x7fffffff;
-      const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
-      p[i] = uint16_t(size < 0x00800000 ? bits >> 16 & 0x8000 : size > 0x7f800000 ? nan : rounded);
-    }
-  }
 
   // Inlined early, because GCC otherwise takes the function for one without effect and drops the calls.
   __attribute__((always_inline)) static void prefetch(const void* p) { __builtin_prefetch(p); }
