@@ -24,6 +24,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # A change here changes what every seed writes with that variant; "generic-fma" is aarch64, or x86 compiled with -mfma.
 BITS = {
+    ("amx", "fp32"): "f452e9c2580651ee",
+    ("amx", "bf16"): "05d2221089f2cfcb",
     ("avx512bf16", "fp32"): "f452e9c2580651ee",
     ("avx512bf16", "bf16"): "c4429cdbd45fa897",
     ("avx512", "fp32"): "f452e9c2580651ee",
@@ -43,8 +45,14 @@ def numbers(*shape: int, start: int) -> torch.Tensor:
     return torch.from_numpy(((words >> 20).astype(np.float32) / 4096 - 0.5).reshape(shape))
 
 
-# The same with queries moved for far keys. What a machine here could not run is not recorded yet.
+# The same with queries moved for far keys. What no machine here could run is not recorded yet.
 MOVED_BITS = {
+    ("amx", "fp32"): "e58f868efdb7fbd8",
+    ("amx", "bf16"): "a3c8a0b9fd1fed4d",
+    ("avx512bf16", "fp32"): "e58f868efdb7fbd8",
+    ("avx512bf16", "bf16"): "794ddfa4a6690e5c",
+    ("avx512", "fp32"): "e58f868efdb7fbd8",
+    ("avx512", "bf16"): "b03b64a733e672b8",
     ("avx2", "fp32"): "3327a8a5f550e636",
     ("avx2", "bf16"): "4d3bc2b59a3b901b",
     ("generic", "fp32"): "6adba824c4195095",
@@ -54,6 +62,12 @@ MOVED_BITS = {
 
 # With keys and values of int8.
 INT8_BITS = {
+    ("amx", "fp32"): "17e9dc3b56f83603",
+    ("amx", "bf16"): "71933d78f2433182",
+    ("avx512bf16", "fp32"): "17e9dc3b56f83603",
+    ("avx512bf16", "bf16"): "f30da267ded4d833",
+    ("avx512", "fp32"): "17e9dc3b56f83603",
+    ("avx512", "bf16"): "51d68ff680be4228",
     ("avx2", "fp32"): "ba62a8e5b1c3a3a1",
     ("avx2", "bf16"): "8a0e811cb640be8d",
     ("generic", "fp32"): "a684cc525e8038cb",
@@ -64,30 +78,60 @@ INT8_BITS = {
 # takes.
 FAMILY_BITS: dict[str, dict[tuple[str, str], str]] = {
     "smollm3": {
+        ("amx", "fp32"): "26c27f6f5bfba386",
+        ("amx", "int8"): "8df9be6e1dec91aa",
+        ("avx512bf16", "fp32"): "26c27f6f5bfba386",
+        ("avx512bf16", "int8"): "33dc8f418064c3c0",
+        ("avx512", "fp32"): "26c27f6f5bfba386",
+        ("avx512", "int8"): "64be41bb5ff3fa48",
         ("avx2", "fp32"): "9a2604a6019cef4c",
         ("avx2", "int8"): "f61e7fcc1c3da870",
         ("generic", "fp32"): "7b3f955cb84c40e9",
         ("generic", "int8"): "6a39e79b85c261a5",
     },
     "gemma3_text": {
+        ("amx", "fp32"): "b9c8b8c0fe1eb78d",
+        ("amx", "int8"): "b462a8bb3b10e95d",
+        ("avx512bf16", "fp32"): "b9c8b8c0fe1eb78d",
+        ("avx512bf16", "int8"): "814dc8fd04be5235",
+        ("avx512", "fp32"): "b9c8b8c0fe1eb78d",
+        ("avx512", "int8"): "c2931f664cbaa21a",
         ("avx2", "fp32"): "15560b6d6933cacc",
         ("avx2", "int8"): "6f45bf6e99402bdb",
         ("generic", "fp32"): "ca79b23d4ba7ddb4",
         ("generic", "int8"): "0bdf77cc8138e55d",
     },
     "gemma2": {
+        ("amx", "fp32"): "4f93422e5b3f4dba",
+        ("amx", "int8"): "62869cb336755103",
+        ("avx512bf16", "fp32"): "4f93422e5b3f4dba",
+        ("avx512bf16", "int8"): "f2b37bb15bbd3421",
+        ("avx512", "fp32"): "4f93422e5b3f4dba",
+        ("avx512", "int8"): "ee4e60b32da07501",
         ("avx2", "fp32"): "4e17b73f6bb9859b",
         ("avx2", "int8"): "a70c79c6a59c679d",
         ("generic", "fp32"): "1385765510647cc4",
         ("generic", "int8"): "2944da0622be7979",
     },
     "mixtral": {
+        ("amx", "fp32"): "8a0b7597cf3498e1",
+        ("amx", "int8"): "a70c4668cb3185bf",
+        ("avx512bf16", "fp32"): "8a0b7597cf3498e1",
+        ("avx512bf16", "int8"): "b1306f6e8df71a4b",
+        ("avx512", "fp32"): "8a0b7597cf3498e1",
+        ("avx512", "int8"): "ee5eea66b7245225",
         ("avx2", "fp32"): "a7129674765bc902",
         ("avx2", "int8"): "e9c9d330b825c2c1",
         ("generic", "fp32"): "ee5a3e0ca67ac3e0",
         ("generic", "int8"): "39e3c606cbf0e0a4",
     },
     "qwen2_moe": {
+        ("amx", "fp32"): "9320a3ac3801487e",
+        ("amx", "int8"): "188751166121545c",
+        ("avx512bf16", "fp32"): "9320a3ac3801487e",
+        ("avx512bf16", "int8"): "f43fab36eca552eb",
+        ("avx512", "fp32"): "9320a3ac3801487e",
+        ("avx512", "int8"): "26d46db8ecdaa0df",
         ("avx2", "fp32"): "e354a146c8694392",
         ("avx2", "int8"): "87b003deefa89524",
         ("generic", "fp32"): "f1d9d322d7501481",

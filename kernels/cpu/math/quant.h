@@ -23,11 +23,11 @@ namespace tokenswift {
 
 // A block of 32 activations. It takes two bytes a value, so that its rows are as long as rows of bf16.
 struct alignas(64) ActivationBlock {
-  float scale;        // max |x| / 127
-  float scaled_sum;   // scale * sum
-  int32_t sum;        // sum of the quants
-  int32_t first_sum;  // sum of the first 16 quants
-  int8_t quants[block_size];
+  int8_t quants[block_size];  // the first, so that they begin a line
+  float scale;                // max |x| / 127
+  float scaled_sum;           // scale * sum
+  int32_t sum;                // sum of the quants
+  int32_t first_sum;          // sum of the first 16 quants
 };
 constexpr int activation_bytes = sizeof(ActivationBlock) / block_size;
 

@@ -2,19 +2,17 @@
 //
 // The panels of bf16 weights, [steps][32][2], are two tiles of 16 steps side by side. An output element is the sum of
 // the products of 32 k each, in the order of k, as `Tiles::dot_bf16` computes them.
-//
-// Weights in blocks have the bits of math/blocks.h: sums of a block's products are whole numbers, and what is done with
-// them is the same. Up to `few_rows` rows the functions there are as fast.
 #pragma once
 
-#include "math/blocks.h"
+#include "math/gemm.h"
 #include "tiles/tiles.h"
 
 namespace tokenswift {
 namespace {
 
-constexpr int panel_bytes = gemm_columns * 4;  // of a step, and of a row of sums
-static_assert(gemm_columns == 2 * tile_columns, "a panel is two tiles wide");
+constexpr int panel_columns = 2 * tile_columns;
+constexpr int panel_bytes = panel_columns * 4;  // of a step, and of a row of sums
+static_assert(panel_columns == Isa::gemm_vectors * Isa::lanes, "a panel is two tiles wide");
 
 // Stores sums of `rows` rows of a panel, which lie in the tiles `left` and left + 1.
 template <int left>
@@ -24,7 +22,7 @@ void store_rows(int rows, float* out, size_t out_stride) {
     Tiles::store<left + 1>(out + tile_columns, out_stride * sizeof *out);
     return;
   }
-  alignas(64) float sums[tile_rows][gemm_columns];
+  alignas(64) float sums[tile_rows][panel_columns];
   Tiles::store<left>(sums, panel_bytes);
   Tiles::store<left + 1>(sums[0] + tile_columns, panel_bytes);
   for (int row = 0; row < rows; ++row) std::memcpy(out + row * out_stride, sums[row], panel_bytes);
