@@ -365,6 +365,7 @@ NB_MODULE(_native, m) {
 
   bind_sampler(m);
   bind_memory(m);
+  bind_tiles(m);
   nb::class_<Pool>(m, "Pool", "Pages of 64 tokens of keys and values, all layers and heads together.")
       .def("__init__", &init_pool, "layers"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "pages"_a)
       .def("reserve", &Pool::reserve, "page"_a, "Make a page usable; memory is taken as it is written.")

@@ -3,11 +3,10 @@
 
 #include "isa/kernels.h"
 #include "isa/variants.h"
+#include "tiles/permission.h"
 
 #ifdef TOKENSWIFT_X86
 #include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace tokenswift {
@@ -27,15 +26,6 @@ bool has_f16c() {
 }
 #endif
 
-// Asks the system once for leave to use the tile registers.
-bool tiles_allowed() {
-  unsigned a, b, c, d;
-  constexpr unsigned parts = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & parts) != parts) return false;
-  static const bool allowed = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return allowed;
-}
-
 std::vector<Variant> variants() {
   std::vector<Variant> all;
 #ifdef TOKENSWIFT_X86
@@ -44,12 +34,13 @@ std::vector<Variant> variants() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  all.push_back({"amx", avx512 && dots && tiles_allowed(), kernels_amx});
+  all.push_back({"amx", avx512 && dots && tiles_allowed(nullptr), kernels_amx});
   all.push_back({"avx512bf16", avx512 && dots, kernels_avx512bf16});
   all.push_back({"avx512", avx512, kernels_avx512});
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
   all.push_back({generic_name, true, kernels_generic});
+  all.push_back({"amx-emulated", true, kernels_amx_emulated});
   return all;
 }
 
