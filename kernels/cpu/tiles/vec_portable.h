@@ -121,6 +121,7 @@ struct Isa {
     return each([&](int i) { return half_to_float(p[i]); });
   }
   static Bytes load_bytes(const uint8_t* p) { return from<Bytes>(p); }
+  static void store_bytes(uint8_t* p, Bytes a) { std::memcpy(p, &a, sizeof a); }
   template <int left, int mask>
   [[gnu::noinline]] static Bytes bits(Bytes a) {
     for (uint8_t& byte : a.of)
@@ -145,6 +146,10 @@ struct Isa {
   [[gnu::noinline]] static Wholes dot(Wholes a, Unsigned w, Signed x) {
     for (int i = 0; i < 4 * lanes; ++i) a.of[i / 4] += uint32_t(int(w.of[i]) * int(int8_t(x.of[i])));
     return a;
+  }
+  // Returns the sixteen numbers at p plus x.
+  [[gnu::noinline]] static Wholes add_whole(const int32_t* p, int32_t x) {
+    return add_shorts(wholes(x), from<Wholes>(p));
   }
   using Shorts = Wholes;
   static constexpr int short_dots(int) { return 8; }
