@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from native_rows import config_of, native_of
+from tokenswift_py.models.devices import compute_as, tell_of_refused_tiles
+
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 
+RUNNABLE = _native.runnable_isas().split(", ")
 ROWS = COLUMNS = 16
 TINY = 2.0**-126  # the least normal float
 
@@ -246,3 +251,38 @@ def test_arrays_of_other_types_and_shapes_are_refused() -> None:
     for arguments, error, message in refused:
         with pytest.raises(error, match=message):
             _native.tile_dot(*arguments, emulated=True)
+
+
+@pytest.mark.parametrize(
+    ("numerics", "chosen"),
+    [
+        ("native-0.1.0/amx/bf16/kv-bf16/rope", "amx" if "amx" in RUNNABLE else "amx-emulated"),
+        ("native-0.1.0/generic/bf16/kv-bf16/rope", "generic"),
+        ("native-0.1.0/of another age/bf16/kv-bf16/rope", None),
+        ("torch-2.13/bf16", None),
+    ],
+)
+def test_a_recorded_variant_computes_on(numerics: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a journal names is what a run goes on with, emulated where the machine has other cores."""
+    monkeypatch.setenv("TOKENSWIFT_ISA", "generic")
+    compute_as(numerics)
+    assert os.environ["TOKENSWIFT_ISA"] == "generic", "whoever names one gets it"
+    monkeypatch.delenv("TOKENSWIFT_ISA")
+    compute_as(numerics)
+    assert os.environ.get("TOKENSWIFT_ISA") == (chosen if chosen in (*RUNNABLE, None) else None)
+    monkeypatch.setenv("TOKENSWIFT_ISA", "")  # so that it is as before afterwards
+
+
+def test_an_emulation_has_the_label_of_what_it_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENSWIFT_ISA", "amx-emulated")
+    assert "/amx/" in native_of(config_of()).numerics
+
+
+def test_refused_tiles_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(_native, "refused_tiles", lambda: "the system does not allow AMX: no")
+    tell_of_refused_tiles.cache_clear()
+    tell_of_refused_tiles()
+    tell_of_refused_tiles()
+    (line,) = caplog.messages
+    assert line.startswith("the processor has AMX, which would be faster, but the system does not allow AMX: no; ")
+    tell_of_refused_tiles.cache_clear()

@@ -56,6 +56,7 @@ void bind_tiles(nb::module_& m) {
         text);
   m.def("tile_dot", &one_dot<int32_t>, "kind"_a, "c"_a.noconvert(), "a"_a.noconvert(), "b"_a.noconvert(), "emulated"_a,
         text);
+  m.def("refused_tiles", &refused_tiles, "Why this processor's tile registers may not be used; empty where they may.");
 }
 
 }  // namespace tokenswift

@@ -40,6 +40,7 @@ std::string why_not() {
   return std::string("the system does not allow AMX: ") + std::strerror(errno);
 }
 #else
+bool processor_has_tiles() { return false; }
 std::string why_not() { return "AMX is for Linux on x86-64"; }
 #endif
 
@@ -49,6 +50,11 @@ bool tiles_allowed(std::string* why) {
   static const std::string reason = why_not();
   if (why && !reason.empty()) *why = reason;
   return reason.empty();
+}
+
+std::string refused_tiles() {
+  std::string why;
+  return processor_has_tiles() && !tiles_allowed(&why) ? why : "";
 }
 
 }  // namespace tokenswift

@@ -9,4 +9,7 @@ namespace tokenswift {
 // which may be null.
 bool tiles_allowed(std::string* why);
 
+// Returns why a processor's tile registers may not be used; empty where they may, or where there are none.
+std::string refused_tiles();
+
 }  // namespace tokenswift

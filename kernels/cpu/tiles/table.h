@@ -1,5 +1,5 @@
-// The table of functions of a variant that multiplies bf16 and pages of bytes by tiles. Weights in blocks are multiplied
-// as without tiles: the sums of each 32 weights have to leave the tile again, and that took as long.
+// The table of functions of a variant that multiplies bf16 and pages of bytes by tiles. Weights in blocks are
+// multiplied as without tiles: the sums of each 32 weights have to leave the tile again, and that took as long.
 #pragma once
 
 #include "isa/table.h"

@@ -117,6 +117,14 @@ struct Isa {
   [[gnu::noinline]] static Vec to_floats(Wholes a) {
     return each([&](int i) { return float(int32_t(a.of[i])); });
   }
+  [[gnu::noinline]] static Wholes add_whole(const int32_t* p, int32_t x) {
+    Wholes out;
+    for (int i = 0; i < lanes; ++i) out.of[i] = uint32_t(p[i]) + uint32_t(x);
+    return out;
+  }
+  [[gnu::noinline]] static Vec whole_floats(const int32_t* p) {
+    return each([&](int i) { return float(p[i]); });
+  }
   [[gnu::noinline]] static Vec load_halfs(const uint16_t* p) {
     return each([&](int i) { return half_to_float(p[i]); });
   }
