@@ -20,6 +20,7 @@ from tokenswift_py.models.spec import ModelSpec
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 
 CONTEXT = 256
+ISAS = [*_native.runnable_isas().split(", "), *_native.runnable_isas(emulated=True).split(", ")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # A change here changes what every seed writes with that variant; "generic-fma" is aarch64, or x86 compiled with -mfma.
@@ -182,14 +183,14 @@ def logits_of(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_variant_has_its_bits(isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENSWIFT_ISA", isa)
     assert hashed(logits_of(DTYPES[dtype])) == BITS[contract(isa), dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_variant_has_its_bits_where_queries_are_moved(isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENSWIFT_ISA", isa)
     shifts = BlockShifts(PAGE_SIZE, np.array([0, 0, 40, 90], np.int32), 64)
@@ -201,7 +202,7 @@ def test_a_variant_has_its_bits_where_queries_are_moved(isa: str, dtype: str, mo
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_variant_has_its_bits_with_int8_keys_and_values(
     isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +215,7 @@ def test_a_variant_has_its_bits_with_int8_keys_and_values(
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 @pytest.mark.parametrize("family", FAMILY_BITS)
-@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_variant_has_its_bits_in_other_families(
     isa: str, family: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +227,7 @@ def test_a_variant_has_its_bits_in_other_families(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("isa", _native.runnable_isas().split(", "))
+@pytest.mark.parametrize("isa", ISAS)
 def test_products_with_blocks_have_one_set_of_bits(isa: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every variant that fuses products with sums computes the same."""
     monkeypatch.setenv("TOKENSWIFT_ISA", isa)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from native_rows import config_of, native_of
+from native_rows import assert_row_law, config_of, native_of, random_tree
 from tokenswift_py.models.devices import compute_as, tell_of_refused_tiles
 
 _native = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
@@ -257,7 +257,7 @@ def test_arrays_of_other_types_and_shapes_are_refused() -> None:
     ("numerics", "chosen"),
     [
         ("native-0.1.0/amx/bf16/kv-bf16/rope", "amx" if "amx" in RUNNABLE else "amx-emulated"),
-        ("native-0.1.0/generic/bf16/kv-bf16/rope", "generic"),
+        (f"native-0.1.0/{RUNNABLE[-1]}/bf16/kv-bf16/rope", RUNNABLE[-1]),
         ("native-0.1.0/of another age/bf16/kv-bf16/rope", None),
         ("torch-2.13/bf16", None),
     ],
@@ -269,8 +269,15 @@ def test_a_recorded_variant_computes_on(numerics: str, chosen: str | None, monke
     assert os.environ["TOKENSWIFT_ISA"] == "generic", "whoever names one gets it"
     monkeypatch.delenv("TOKENSWIFT_ISA")
     compute_as(numerics)
-    assert os.environ.get("TOKENSWIFT_ISA") == (chosen if chosen in (*RUNNABLE, None) else None)
+    assert os.environ.get("TOKENSWIFT_ISA") == chosen
     monkeypatch.setenv("TOKENSWIFT_ISA", "")  # so that it is as before afterwards
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+def test_rows_of_an_emulation_keep_the_row_law(kv_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests of rows run on variants that the machine has instructions for."""
+    monkeypatch.setenv("TOKENSWIFT_ISA", "amx-emulated")
+    assert_row_law(native_of(config_of(), kv_dtype=kv_dtype), 60, random_tree(60, 40, 0.1))
 
 
 def test_an_emulation_has_the_label_of_what_it_emulates(monkeypatch: pytest.MonkeyPatch) -> None:

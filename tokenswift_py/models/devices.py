@@ -52,10 +52,10 @@ def compute_as(numerics: str) -> None:
     found = re.match(r"native-[^/]+/([^/]+)/", numerics)
     if not found or "TOKENSWIFT_ISA" in os.environ or importlib.util.find_spec(EXTENSION) is None:
         return
-    runnable = importlib.import_module(EXTENSION).runnable_isas().split(", ")
-    name = next((name for name in (found[1], found[1] + EMULATED) if name in runnable), None)
-    if name is not None:
-        os.environ["TOKENSWIFT_ISA"] = name
+    native = importlib.import_module(EXTENSION)
+    for name, emulated in ((found[1] + EMULATED, True), (found[1], False)):
+        if name in native.runnable_isas(emulated).split(", "):
+            os.environ["TOKENSWIFT_ISA"] = name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

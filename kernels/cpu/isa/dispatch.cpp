@@ -16,6 +16,7 @@ struct Variant {
   const char* name;
   bool runnable;
   const Kernels& (*kernels)();
+  bool emulated = false;  // whether it computes in plain C++ what another variant has instructions for
 };
 
 #ifdef TOKENSWIFT_X86
@@ -44,16 +45,17 @@ std::vector<Variant> variants() {
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
   all.push_back({generic_name, true, kernels_generic});
-  all.push_back({"amx-emulated", true, kernels_amx_emulated});
+  all.push_back({"amx-emulated", true, kernels_amx_emulated, true});
   return all;
 }
 
 }  // namespace
 
-std::string runnable_kernels() {
+std::string runnable_kernels(bool emulated) {
   std::string names;
   for (const Variant& variant : variants()) {
-    if (variant.runnable) names += (names.empty() ? "" : ", ") + std::string(variant.name);
+    if (variant.runnable && variant.emulated == emulated)
+      names += (names.empty() ? "" : ", ") + std::string(variant.name);
   }
   return names;
 }
@@ -63,7 +65,7 @@ const Kernels& choose_kernels(const std::string& wanted) {
     if (variant.runnable && (wanted.empty() || wanted == variant.name)) return variant.kernels();
   }
   throw std::invalid_argument("TOKENSWIFT_ISA: '" + wanted + "' is not allowed; this machine runs " +
-                              runnable_kernels());
+                              runnable_kernels(false) + ", and slowly " + runnable_kernels(true));
 }
 
 }  // namespace tokenswift

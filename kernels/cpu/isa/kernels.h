@@ -137,7 +137,8 @@ struct RestAtEnd {
 // for an unknown name, or one that this machine cannot run.
 const Kernels& choose_kernels(const std::string& wanted);
 
-// Returns the names of the variants that this machine can run, the best first.
-std::string runnable_kernels();
+// Returns the names of the variants that this machine can run, the best first: those that it has the instructions for,
+// or those that emulate others.
+std::string runnable_kernels(bool emulated);
 
 }  // namespace tokenswift

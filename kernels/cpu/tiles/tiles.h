@@ -46,12 +46,18 @@ inline void round_to_bf16(Vec x, uint16_t* out) {
 #endif
 }
 
-// Rounds n values, a multiple of 16, and fills the last 32 with zeros. A tile takes that many.
+// Rounds n values and fills the last 32 with zeros. A tile takes that many, and what lies behind the n may be NaN.
 inline void round_padded(const float* x, int n, void* out) {
   auto* values = static_cast<uint16_t*>(out);
-  const int whole = round_up(n, vector_multiple);
-  for (int i = 0; i < whole; i += tile_columns) round_to_bf16(Isa::load(x + i), values + i);
-  std::fill(values + whole, values + round_up(n, tile_values), uint16_t(0));
+  int i = 0;
+  for (; i + tile_columns <= n; i += tile_columns) round_to_bf16(Isa::load(x + i), values + i);
+  if (i < n) {
+    float rest[tile_columns] = {};
+    std::copy(x + i, x + n, rest);
+    round_to_bf16(Isa::load(rest), values + i);
+    i += tile_columns;
+  }
+  std::fill(values + i, values + round_up(n, tile_values), uint16_t(0));
 }
 
 }  // namespace
