@@ -192,7 +192,8 @@ class Engine:
     def _stream(self, run: Run, own: OwnTime) -> Stream:
         """Makes the stream that writes a run. The first stream of a kind makes models that others share, so only one
         may be made at a time."""
-        kind = run.options.chosen_drafter, run.options.draft_weights, run.options.draft_kv
+        options = run.options
+        kind = options.chosen_drafter, options.draft_weights, options.draft_kv, options.draft_vocabulary
         alone: AbstractContextManager[Any] = nullcontext() if kind in self._kinds else self._first_of_kind
         with alone:
             stream = Stream(self.loaded, run, self.loaded.new_cache(), own)
