@@ -124,7 +124,7 @@ class Partial(Drafter):
         if not self._resting:
             self._chain.draft.learn(taken)
             if self._vocabulary is not None:
-                self._vocabulary.walked(len(taken.path) - 1, len(taken.tokens))
+                self._vocabulary.walked(len(taken.path) - 1, taken.tokens)
             self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])
 

@@ -185,7 +185,7 @@ class Options(Asked):
     )  # fmt: skip
     draft_vocabulary: str | int = drafting(
         "auto", WholeOr(("auto", "all"), 1),
-        "a partial cache guesses among so many first tokens and the text's own; all of them; or auto: what pays (native)",
+        "what a partial cache guesses among: so many first tokens and the text's own, all, or auto: what pays",
     )  # fmt: skip
     draft_model: str | None = drafting(
         None, Named(A_MODEL), "a smaller model with the same vocabulary, which then drafts under auto too", "none"

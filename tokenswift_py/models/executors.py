@@ -94,8 +94,8 @@ class Executor(Protocol):
                  bits where the target's are no finer. int4 is blocks of 4 bits. auto is int8 where the engine has it.
         kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
-        vocabulary: how many first tokens its logits are of, see `planning.vocabulary`. all is all, and auto is what pays
-                 where the engine chooses rows of the LM head, else all.
+        vocabulary: how many first tokens its logits are of, see `planning.vocabulary`. auto is what pays where the
+                 engine chooses rows of the LM head, else all.
 
         Raises UserError for others, for weights that this executor has not, and where memory has no room for them.
         """

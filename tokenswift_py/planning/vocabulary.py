@@ -23,8 +23,8 @@ class Rows(Protocol):
 
 
 class DraftVocabulary:
-    """The tokens whose logits draft passes compute: the first ones of the model's vocabulary, and beside them the latest
-    ones of the texts.
+    """The tokens whose logits draft passes compute: the first ones of the model's vocabulary, and beside them the
+    latest ones of the texts.
 
     The LM head is a large part of what a draft pass reads, and most of its rows are of tokens that this text will never
     have. A draft cannot guess a token that is left out, so its chain goes wrong there. Verification knows all tokens,
