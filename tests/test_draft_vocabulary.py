@@ -27,7 +27,7 @@ from tokenswift_py.options import Options
 from tokenswift_py.planning.vocabulary import LEAST, DraftVocabulary, draft_vocabulary
 from toys import save_tiny, tiny_config
 
-TEXTS_OWN = (VOCAB - 1, 40, 64, 37)  # the last row of the head, and others in several panels of it
+TEXTS_OWN = tuple(range(VOCAB - 1, 2, -2))  # rows of all panels of the head, whose copies fill more than one
 
 
 class Kept:
@@ -120,6 +120,12 @@ def test_an_engine_refuses_rows_that_there_are_not() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=why):
             rows.put(place, row)
+    blocks = random_blocks("q8", 64, 1)
+    anew = decoder_with(random_blocks("q4", 64, 1))
+    of_before = anew.weights.native.head_rows(2)
+    anew.weights.native.set_blocks("head", 0, blocks.kind, blocks.data)
+    with pytest.raises(ValueError, match="the head was set anew"):
+        of_before.put(0, 50)
     other = native_of(config_of(vocab_size=VOCAB))
     other.vocabulary = DraftVocabulary(rows, [32], 2, 0.3, VOCAB)
     with pytest.raises(ValueError, match="the chosen rows are of another head"):

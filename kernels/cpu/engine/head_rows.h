@@ -29,7 +29,7 @@ class HeadRows {
   int copied_panels() const { return (used_ + panel_ - 1) / panel_; }
   const Matrix& copies() const { return copies_; }
 
-  // Whether the rows are those of this head, as it is now.
+  // Whether they are rows of this head, and it has the type that it had.
   bool are_of(const Matrix& head) const { return &head == &head_ && head.element() == copies_.element(); }
 
  private:
