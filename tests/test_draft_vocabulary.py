@@ -277,4 +277,4 @@ def test_wrong_values_are_told_in_a_line(folder: Path) -> None:
 def test_the_flag_takes_a_name_or_a_number() -> None:
     for word, value in (("auto", "auto"), ("all", "all"), ("4096", 4096), ("many", "many")):
         assert parser().parse_args(["--draft-vocabulary", word]).draft_vocabulary == value
-    assert parser().parse_args([]).draft_vocabulary == "auto"
+    assert parser().parse_args([]).draft_vocabulary == "all"

@@ -184,7 +184,7 @@ class Options(Asked):
         "own or int8, of the keys and values in a partial cache; auto is int8 on native",
     )  # fmt: skip
     draft_vocabulary: str | int = drafting(
-        "auto", WholeOr(("auto", "all"), 1),
+        "all", WholeOr(("auto", "all"), 1),
         "what a partial cache guesses among: so many first tokens and the text's own, all, or auto: what pays",
     )  # fmt: skip
     draft_model: str | None = drafting(

@@ -47,9 +47,11 @@ def main(arguments: Sequence[str]) -> int:
 
     # Imported here, because torch and transformers take seconds.
     from tokenswift_py.api import TokenSwift
+    from tokenswift_py.models.devices import compute_as
     from tokenswift_py.runs.audit import audit, strict, verdict
     from tokenswift_py.runs.progress import work_bar
 
+    compute_as(record.header["numerics"])
     swift = TokenSwift.from_pretrained(
         **origin_of(record, args), threads=args.threads, pipeline_parallel_size=args.pipeline_parallel_size
     )

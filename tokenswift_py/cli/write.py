@@ -69,8 +69,10 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     note(args, f"{len(record.tokens)} tokens are recorded")
 
     from tokenswift_py.api import TokenSwift
+    from tokenswift_py.models.devices import compute_as
     from tokenswift_py.runs.progress import work_bar
 
+    compute_as(record.header["numerics"])
     origin = {name: given.get(name, value) for name, value in recorded_origin(record).items()}
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads, pipeline_parallel_size=stages)
     settings = {name: value for name, value in read_options(args).items() if name in given}

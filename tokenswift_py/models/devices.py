@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,7 +30,32 @@ DETERMINISTIC = ("auto", "on", "blocks", "off")
 ASKED = ("cuda",)  # devices whose library `auto` asks; on a CPU, Triton's interpreter is there to check its kernels
 # Attention `auto` on a GPU is the first that is installed. The one that keeps law 1 comes before the measured ones.
 GPU_ATTENTION = (("triton", "triton"), ("flash", "flash_attn"), ("xformers", "xformers"))
+EXTENSION = "tokenswift_py.kernels.cpu._native"
 WEIGHT_FORMATS = (*DTYPES, "int8", "gguf")  # int8 and gguf are blocks of integers with scales
+
+
+EMULATED = "-emulated"  # ends the names of ISA variants that compute what another does, bit for bit, on any machine
+
+
+@cache
+def tell_of_refused_tiles() -> None:
+    """Says in a line that a system keeps AMX from its programs. Then another variant computes, under its own label."""
+    from tokenswift_py.kernels.cpu import _native
+
+    if why := _native.refused_tiles():
+        logger.warning("the processor has AMX, which would be faster, but %s; %s is used", why, _native.chosen_isa())
+
+
+def compute_as(numerics: str) -> None:
+    """Lets the native engine compute with the ISA variant that a numerics contract names, where this machine runs it or
+    an emulation of it, unless TOKENSWIFT_ISA names one. Models that are loaded from now on do."""
+    found = re.match(r"native-[^/]+/([^/]+)/", numerics)
+    if not found or "TOKENSWIFT_ISA" in os.environ or importlib.util.find_spec(EXTENSION) is None:
+        return
+    native = importlib.import_module(EXTENSION)
+    for name, emulated in ((found[1] + EMULATED, True), (found[1], False)):
+        if name in native.runnable_isas(emulated).split(", "):
+            os.environ["TOKENSWIFT_ISA"] = name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

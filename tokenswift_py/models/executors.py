@@ -19,6 +19,7 @@ from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, read
 from tokenswift_py.models.devices import (
     DETERMINISTIC,
     DTYPES,
+    EXTENSION,
     KV_DTYPES,
     OWN_KERNELS,
     check_all_logits,
@@ -28,6 +29,7 @@ from tokenswift_py.models.devices import (
     check_torch_draft_weights,
     choose_attention,
     choose_ops,
+    tell_of_refused_tiles,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
 from tokenswift_py.models.ops import Ops, TorchOps, four_bit_parts, join_weights, matrices_of
@@ -42,7 +44,6 @@ from tokenswift_py.sampling.reference import Sampler
 logger = logging.getLogger("tokenswift")
 
 ENGINES = ("auto", "native", "torch")
-EXTENSION = "tokenswift_py.kernels.cpu._native"
 
 
 class Executor(Protocol):
@@ -298,6 +299,7 @@ def choose_engine(engine: str, device: torch.device, attention: str, world: int 
             raise UserError(f"engine: 'native' is not allowed; {reason}: install with a C++ compiler") from error
         logger.warning("%s: using torch, which is slower", reason)
         return "torch"
+    tell_of_refused_tiles()
     return "native"
 
 

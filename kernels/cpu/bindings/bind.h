@@ -15,5 +15,6 @@ using Table = Array<const float, 2>;
 
 void bind_memory(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);
+void bind_tiles(nanobind::module_& m);
 
 }  // namespace tokenswift

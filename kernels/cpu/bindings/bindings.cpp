@@ -357,7 +357,8 @@ void page_keys(Decoder& decoder, const Pool& pool, int layer, const Ints& pages,
 NB_MODULE(_native, m) {
   m.doc() = "The CPU engine: packed weights, paged keys and values, one call a pass.";
   m.attr("PAGE_SIZE") = page_size;
-  m.def("runnable_isas", &runnable_kernels, "Names of the ISA variants this machine can run, best first.");
+  m.def("runnable_isas", &runnable_kernels, "emulated"_a = false,
+        "Names of the ISA variants this machine can run, best first, or of those that emulate others.");
   m.def(
       "chosen_isa", [] { return std::string(kernels_of_environment().name); },
       "The variant that a new decoder will use; TOKENSWIFT_ISA overrides.");
@@ -367,6 +368,7 @@ NB_MODULE(_native, m) {
 
   bind_sampler(m);
   bind_memory(m);
+  bind_tiles(m);
   nb::class_<Pool>(m, "Pool", "Pages of 64 tokens of keys and values, all layers and heads together.")
       .def("__init__", &init_pool, "layers"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "pages"_a)
       .def("reserve", &Pool::reserve, "page"_a, "Make a page usable; memory is taken as it is written.")

@@ -61,7 +61,8 @@ void Attention::prepare(std::vector<SegmentPlan> segments, const Pool& pool, con
     scratch.states.reserve(block * state_floats(head_dim_));
     scratch.first.resize(block);
     scratch.last.resize(block);
-    if (rope.shifts.shifts) scratch.moved.reserve(block * std::max(query_bytes(false), query_bytes(true)));
+    if (rope.shifts.shifts)
+      scratch.moved.reserve((block + spare_rows) * std::max(query_bytes(false), query_bytes(true)));
   }
 }
 

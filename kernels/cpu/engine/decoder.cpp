@@ -60,6 +60,8 @@ Decoder::Decoder(const Shape& shape, Element weights, const Kernels& kernels, st
   qkv_stride_ = padded(q_width() + 2 * kv_width());
   ffn_stride_ = padded(std::max({shape.ffn, shape.expert_ffn, shape.shared_ffn}));
   operand_stride_ = std::max({hidden_stride_, padded(q_width()), ffn_stride_});
+  // An odd number of lines, so that rows do not meet in the same few sets of a cache.
+  if (operand_stride_ / row_multiple % 2 == 0) operand_stride_ += row_multiple;
   score_stride_ = padded(shape.experts);
   head_ = linear(shape.vocab, shape.hidden);
   if (!shape.tied) embed_ = linear(shape.vocab, shape.hidden);
@@ -243,9 +245,9 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
   buffers_.attended.reserve(rows * padded(q_width()));
   buffers_.activated.reserve(rows * ffn_stride_);
   if (shape_.post_norms || shape_.experts) buffers_.added.reserve(rows * hidden_stride_);
-  buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
-  buffers_.queries.reserve(rows * shape_.heads * kernels_.of(pool.type()).query_bytes(padded_head()));
-  if (pass.int8_pages) buffers_.copy_queries.reserve(rows * shape_.heads * copy_query_bytes());
+  buffers_.operands.reserve((rows + spare_rows) * operand_stride_ * arithmetic_.operand_bytes);
+  buffers_.queries.reserve((rows * shape_.heads + spare_rows) * kernels_.of(pool.type()).query_bytes(padded_head()));
+  if (pass.int8_pages) buffers_.copy_queries.reserve((rows * shape_.heads + spare_rows) * copy_query_bytes());
   if (pass.rope.shifts.shifts) buffers_.plain_queries.reserve(rows * shape_.heads * padded_head());
   recalls_.clear();
   for (const SegmentInput& segment : pass.segments) recalls_.insert(recalls_.end(), segment.rows, segment.recall);
@@ -256,6 +258,7 @@ void Decoder::reserve(const Pass& pass, const Pool& pool) {
 void Decoder::forward(const Pass& pass, Pool& pool) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
+  const RestAtEnd rest{kernels_};
   check(pass, pool);
   std::vector<SegmentPlan> plans;
   for (const SegmentInput& segment : pass.segments) plans.push_back(plan_segment(segment, pool, pass.context));
@@ -516,10 +519,11 @@ void Decoder::finish(const Pass& pass) {
 void Decoder::close(const Pass& pass) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
+  const RestAtEnd rest{kernels_};
   const size_t rows = pass.rows;
   buffers_.x.reserve(rows * hidden_stride_);
   buffers_.normed.reserve(rows * hidden_stride_);
-  buffers_.operands.reserve(rows * operand_stride_ * arithmetic_.operand_bytes);
+  buffers_.operands.reserve((rows + spare_rows) * operand_stride_ * arithmetic_.operand_bytes);
   load(pass);
   finish(pass);
 }
@@ -527,7 +531,8 @@ void Decoder::close(const Pass& pass) {
 void Decoder::project(const float* hidden, int rows, float* logits) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
-  buffers_.operands.reserve(size_t(rows) * operand_stride_ * arithmetic_.operand_bytes);
+  const RestAtEnd rest{kernels_};
+  buffers_.operands.reserve(size_t(rows + spare_rows) * operand_stride_ * arithmetic_.operand_bytes);
   std::vector<float> row(hidden_stride_, 0.0f);  // zeros after the values
   for (int i = 0; i < rows; ++i) {
     std::copy_n(hidden + size_t(i) * shape_.hidden, shape_.hidden, row.begin());

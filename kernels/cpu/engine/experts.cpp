@@ -95,7 +95,7 @@ void Decoder::group_rows(int rows) {
 void Decoder::run_experts(const Layer& layer) {
   const int places = int(routes_.sources.size()), runs = int(routes_.runs.size()), width = kernels_.panel;
   const size_t bytes = operand_stride_ * arithmetic_.operand_bytes;
-  routes_.operands.reserve(places * bytes);
+  routes_.operands.reserve((places + spare_rows) * bytes);
   routes_.activated.reserve(places * ffn_stride_);
   routes_.out.reserve(places * hidden_stride_);
   team_->run(places, places * hidden_stride_, [&](int place, int) {

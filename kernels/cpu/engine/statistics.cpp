@@ -34,6 +34,7 @@ void Decoder::key_bounds(const Pool& pool, const int32_t* pages, int count, int 
 void Decoder::key_scores(const Pool& pool, const int32_t* pages, int count, const float* queries, float* out) {
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
+  const RestAtEnd rest{kernels_};
   const PageKernels& kernels = kernels_.of(pool.type());
   share_pages(*team_, pool, count, [&](int layer, int head, int first, int last) {
     const size_t at = size_t(layer) * pool.kv_heads() + head;

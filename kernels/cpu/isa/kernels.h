@@ -11,6 +11,7 @@ namespace tokenswift {
 constexpr int page_size = 64;         // tokens
 constexpr int vector_multiple = 16;   // floats; rows and heads are padded with zeros to a multiple of it
 constexpr int longest_head = 512;     // values
+constexpr int spare_rows = 15;        // rows of operands behind the last that products and visits may read and ignore
 constexpr float no_maximum = -1e30f;  // the running maximum before any key; finite, so that differences are defined
 
 // The type of a weight matrix. From q8 on, weights lie in blocks (formats.h).
@@ -76,8 +77,9 @@ struct PageKernels {
 
 struct Kernels {
   const char* name;
-  int panel;  // output columns of a packed panel
-  int tile;   // rows that a product makes in one go over a panel
+  void (*rest)();  // gives back what a thread has of the processor for this variant alone; null where that is nothing
+  int panel;       // output columns of a packed panel
+  int tile;        // rows that a product makes in one go over a panel
   ElementKernels elements[element_count];
   PageKernels bf16_pages, f32_pages, int8_pages;
   // Makes the int8 block of a block of bf16 (see Pool).
@@ -123,11 +125,20 @@ struct Kernels {
   }
 };
 
+// Calls `rest` at the end of a pass for the thread that began it. That thread is the caller's, not ours.
+struct RestAtEnd {
+  const Kernels& kernels;
+  ~RestAtEnd() {
+    if (kernels.rest) kernels.rest();
+  }
+};
+
 // Returns the variant named by `wanted`, or this machine's best one where that is empty. Throws std::invalid_argument
 // for an unknown name, or one that this machine cannot run.
 const Kernels& choose_kernels(const std::string& wanted);
 
-// Returns the names of the variants that this machine can run, the best first.
-std::string runnable_kernels();
+// Returns the names of the variants that this machine can run, the best first: those that it has the instructions for,
+// or those that emulate others.
+std::string runnable_kernels(bool emulated);
 
 }  // namespace tokenswift

@@ -26,6 +26,7 @@ PageKernels page_kernels() {
 Kernels make_kernels(const char* name) {
   constexpr int panel = Isa::gemm_vectors * Isa::lanes;
   return {name,
+          nullptr,
           panel,
           Isa::gemm_rows,
           {element_kernels<Values<Bf16Dot>>(), element_kernels<Values<F32Dot>>(),

@@ -68,6 +68,10 @@ struct Isa {
   using Wholes = __m512i;
   using Bytes = __m512i;
   static Wholes wholes(int32_t x) { return _mm512_set1_epi32(x); }
+  // Returns 16 whole numbers plus another one.
+  static Wholes add_whole(const int32_t* p, int32_t x) { return _mm512_add_epi32(_mm512_loadu_si512(p), wholes(x)); }
+  // Returns 16 whole numbers as floats.
+  static Vec whole_floats(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
   static Vec to_floats(Wholes a) { return _mm512_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }

@@ -28,16 +28,16 @@ namespace tokenswift {
 // A block of 64 values of a query.
 constexpr int query_block = 64;
 struct alignas(64) QueryBlock {
+  int8_t quants[query_block];
   float scale;
   int32_t start;  // -128 * the sum of the quants, since a key's bytes are 128 too large
-  int8_t quants[query_block];
 };
 constexpr int query_value_bytes = sizeof(QueryBlock) / query_block;
 
 namespace {
 
 struct BytePage {
-  struct Weights {
+  struct alignas(64) Weights {
     uint8_t quants[page_size];  // in the order of the values' bytes
     float scale;
   };
@@ -194,7 +194,7 @@ int lines_in_steps(int head_dim) {
 
 template <class Page, int M, int parts>
 void visit_byte_tile(const PageVisit& visit, int query, LinesAhead ahead) {
-  alignas(64) BytePage::Weights weights[M];
+  BytePage::Weights weights[M];
   Vec s[M][score_vectors], rescale[M];
   const int lines = int(ahead.end - ahead.next) / line_bytes - lines_in_steps<parts>(visit.head_dim);
   score_bytes<M, parts>(visit, query, ahead, s);

@@ -1,8 +1,9 @@
 // The tile registers of AMX (Intel Sapphire Rapids and later): eight matrices of 16 rows of 64 bytes.
 //
 // A product adds a [16][K] matrix times a [K][16] one to 16 x 16 sums of four bytes. Tile b holds four bytes of k side
-// by side, as panels of weights and pages do: row r has k = 4 r .. 4 r + 3 (bytes), or 2 r and 2 r + 1 (bf16), of all 16
-// columns. All tiles have all rows and columns here, always. Then a row costs what sixteen cost, and has the same bits.
+// by side, as panels of weights and pages do: row r has k = 4 r .. 4 r + 3 (bytes), or 2 r and 2 r + 1 (bf16), of all
+// 16 columns. All tiles have all rows and columns here, always. Then a row costs what sixteen cost, and has the same
+// bits.
 #pragma once
 
 #include <cstddef>
@@ -42,8 +43,8 @@ struct Tiles {
   }
 
   // c += a b, with both factors bf16 and sums fp32. For each 32 k, the products of even k are summed apart from those
-  // of odd k, from zero on, by fused multiply-adds in the order of k. Then even + odd, and then that is added to c. Each
-  // step rounds to nearest even and flushes denormal operands and results to zero.
+  // of odd k, from zero on, by fused multiply-adds in the order of k. Then even + odd, and then that is added to c.
+  // Each step rounds to nearest even and flushes denormal operands and results to zero.
   template <int c, int a, int b>
   static void dot_bf16() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
