@@ -22,6 +22,7 @@ from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import SPARE_PAGES
 from tokenswift_py.options import POLICIES, Options
 from tokenswift_py.planning.costs import PassCost
+from tokenswift_py.planning.vocabulary import DraftVocabulary
 
 
 class OwnChain(Chain):
@@ -79,6 +80,8 @@ class Partial(Drafter):
         self.views = Views(chosen, view_tokens, width, refresh, cost)
         self._chain = Chain(0, 1)  # the chain of the last proposal
         self._idle = 0  # how many rounds ago the latest draft pass was
+        self._vocabulary: DraftVocabulary | None = None  # that of draft passes, and how much of the text it has read
+        self._read = 0
         self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
 
     @property
@@ -110,6 +113,7 @@ class Partial(Drafter):
         match = (0, 0) if self.reuse is None else self.reuse.read(context.history)
         self._chain = chain = OwnChain(context.history[-1], budget, match)
         self.views.begin_round(context)
+        self._read_text(context)
         with context.history.guesses():
             yield from self._grow(context, chain)
             self._hang_heads(context, chain)
@@ -119,6 +123,8 @@ class Partial(Drafter):
     def observe(self, taken: Acceptance, output: Output) -> None:
         if not self._resting:
             self._chain.draft.learn(taken)
+            if self._vocabulary is not None:
+                self._vocabulary.walked(len(taken.path) - 1, taken.tokens)
             self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])
 
@@ -127,7 +133,15 @@ class Partial(Drafter):
 
     def explain(self) -> dict[str, Any]:
         expected = {"expected_acceptance": round(self.views.now.next, 4)}
-        return {**self.views.explain(), **expected, **self._chain.explain()}
+        logits = {} if self._vocabulary is None else {"logits": self._vocabulary.count}
+        return {**self.views.explain(), **logits, **expected, **self._chain.explain()}
+
+    def _read_text(self, context: Context) -> None:
+        """Tells the vocabulary of draft passes, where they do not compute all logits, what the text has grown by."""
+        self._vocabulary = getattr(context.self_draft, "vocabulary", None)
+        if self._vocabulary is not None:
+            self._vocabulary.read(context.history.tokens[self._read :])
+            self._read = len(context.history)
 
     def _see(self, output: Output, row: int) -> None:
         """Keeps the state that heads would read next. It comes from the row after which they would guess."""

@@ -66,6 +66,11 @@ GROUPS: dict[str, list[Variant]] = {
     ],
     "draft weights": [Variant(kind, partial(draft_weights=kind)) for kind in ("bf16", "int8")],
     "draft keys and values": [Variant(kind, partial(draft_kv=kind)) for kind in ("own", "int8")],
+    "draft vocabulary": [
+        Variant(f"{weights}, {tokens}", partial(draft_weights=weights, draft_vocabulary=tokens))
+        for weights in ("int8", "int4")
+        for tokens in ("all", "auto", 4096, 16384)
+    ],
     "tree": [tree(*shape) for shape in ((2, 1), (4, 1), (8, 1), (4, 2), (4, 3), (8, 2))],
     "n-gram match": [ngram(shortest) for shortest in (1, 2, 3, 4, 6)],
     "n-gram nodes": [Variant(str(n), {"drafter": "ngram", "draft_tokens": n}) for n in (2, 4, 8, 16, 32)],

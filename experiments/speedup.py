@@ -85,7 +85,8 @@ class Contender:
 
 
 def contenders(names: str) -> list[Contender]:
-    """Parses contenders like auto, ngram, partial:1024:4 (fixed sizes of view and chain) and partial:1024:4:recent."""
+    """Parses contenders like auto, ngram, partial:1024:4 (fixed sizes of view and chain), partial:1024:4:recent and
+    auto:::mass:int4:all (policy, weights and vocabulary of drafts)."""
     found = [Contender("ar", {"drafter": "none"})]
     for name in filter(None, names.split(",")):
         drafter, *more = name.split(":")
@@ -96,8 +97,10 @@ def contenders(names: str) -> list[Contender]:
             settings["draft_tokens"] = int(more[1])
         if len(more) > 2 and more[2]:
             settings["draft_policy"] = more[2]
-        if len(more) > 3:
+        if len(more) > 3 and more[3]:
             settings["draft_weights"] = more[3]
+        if len(more) > 4:
+            settings["draft_vocabulary"] = int(more[4]) if more[4].isdigit() else more[4]
         found.append(Contender(name, settings))
     return found
 

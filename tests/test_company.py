@@ -55,6 +55,7 @@ settings_of_a_text = st.fixed_dictionaries(
     optional={
         "draft_tokens": st.sampled_from([1, 4, 13]),
         "draft_budget": st.sampled_from([64, 128]),
+        "draft_vocabulary": st.sampled_from(["all", 32, 64]),
         "temperature": st.sampled_from([0.0, 0.6, 1.0, 1.4]),
         "top_p": st.sampled_from([0.5, 0.9]),
         "top_k": st.sampled_from([3, 40]),

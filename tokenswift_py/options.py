@@ -16,7 +16,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.models.positions import SCHEMES, Positions
 from tokenswift_py.sampling.grammar import Language, schema_text
-from tokenswift_py.sampling.kinds import Arguments, Choice, Named, Switch, Text, Texts, Tokens, Whole
+from tokenswift_py.sampling.kinds import Arguments, Choice, Named, Switch, Text, Texts, Tokens, Whole, WholeOr
 from tokenswift_py.sampling.params import Parameter, described_parameters
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Chat, token_of, tokens_containing, word_ids
@@ -182,6 +182,10 @@ class Options(Asked):
     draft_kv: str = drafting(
         "auto", Choice(DRAFT_KV),
         "own or int8, of the keys and values in a partial cache; auto is int8 on native",
+    )  # fmt: skip
+    draft_vocabulary: str | int = drafting(
+        "all", WholeOr(("auto", "all"), 1),
+        "what a partial cache guesses among: so many first tokens and the text's own, all, or auto: what pays",
     )  # fmt: skip
     draft_model: str | None = drafting(
         None, Named(A_MODEL), "a smaller model with the same vocabulary, which then drafts under auto too", "none"

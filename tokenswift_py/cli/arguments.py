@@ -76,6 +76,13 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not allowed; a whole number") from error
 
 
+def whole_or_name(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def number(text: str) -> float:
     try:
         return float(text)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from tokenswift_py.cli.arguments import Parser, named_path, number, whole
+from tokenswift_py.cli.arguments import Parser, named_path, number, whole, whole_or_name
 from tokenswift_py.options import Description, Options, described_options
 from tokenswift_py.sampling.grammar import Language
-from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Whole
+from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Whole, WholeOr
 from tokenswift_py.version import __version__
 
 GROUPS = ("model", "text", "sampling", "drafting", "lossy", "output")
-TYPED = (Whole, Real, Choice, Named, Text, Language)  # kinds whose value is one word; other flags stand below
+TYPED = (Whole, WholeOr, Real, Choice, Named, Text, Language)  # kinds whose value is one word; other flags stand below
 MODEL = ("model", "revision", "dtype", "kv_dtype", "engine", "attention", "deterministic", "device", "threads",
          "pipeline_parallel_size")  # fmt: skip
 SINGLE = tuple(
@@ -150,6 +150,8 @@ def typed(described: Description) -> Callable[[str], Any]:
     """Returns the function that makes a value of the word on the command line."""
     if isinstance(described.kind, Whole):
         return whole
+    if isinstance(described.kind, WholeOr):
+        return whole_or_name
     return number if isinstance(described.kind, Real) else str
 
 

@@ -113,6 +113,12 @@ def check_draft_kv(kv: str) -> None:
     check(kv in DRAFT_KV, "draft_kv", kv, f"one of {', '.join(DRAFT_KV)}")
 
 
+def check_all_logits(vocabulary: str | int, who: str) -> None:
+    """Raises UserError for a vocabulary of drafts where each draft pass computes all logits."""
+    allowed = f"{who} computes all logits of a draft; engine native in one process chooses"
+    check(vocabulary in ("auto", "all"), "draft_vocabulary", vocabulary, allowed)
+
+
 def check_torch_draft_weights(weights: str, int4: bool, attention: str) -> None:
     """Raises UserError for weights that engine torch has not. int4: whether it has those, with this attention."""
     check_draft_weights(weights)

@@ -22,6 +22,7 @@ from tokenswift_py.models.devices import (
     EXTENSION,
     KV_DTYPES,
     OWN_KERNELS,
+    check_all_logits,
     check_attention,
     check_draft_kv,
     check_draft_weights,
@@ -36,6 +37,7 @@ from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
 from tokenswift_py.parallel.shards import ParallelDecoder, Shard
+from tokenswift_py.planning.vocabulary import draft_vocabulary
 from tokenswift_py.sampling.native import NativeSampler
 from tokenswift_py.sampling.reference import Sampler
 
@@ -86,13 +88,15 @@ class Executor(Protocol):
     def model(self, rope: RopeTables) -> Model:
         """Makes the model for a run of these RoPE tables. Weights are shared."""
 
-    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
         """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
         weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
                  bits where the target's are no finer. int4 is blocks of 4 bits. auto is int8 where the engine has it.
         kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
+        vocabulary: how many first tokens its logits are of, see `planning.vocabulary`. auto is what pays where the
+                 engine chooses rows of the LM head, else all.
 
         Raises UserError for others, for weights that this executor has not, and where memory has no room for them.
         """
@@ -165,9 +169,10 @@ class TorchExecutor:
     def model(self, rope: RopeTables) -> Model:
         return self._decoder(rope, self._ops, draft=False)
 
-    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
         check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
         check_draft_kv(kv)
+        check_all_logits(vocabulary, "engine torch")
         able = not self._shard and getattr(self._attention, "reads_copies", False)
         allowed = "with engine torch only own, or int8 with attention triton in one process; engine native has int8"
         check(able or kv != "int8", "draft_kv", kv, allowed)
@@ -243,13 +248,14 @@ class NativeExecutor:
     def model(self, rope: RopeTables) -> Model:
         return NativeDecoder(self._weights, rope, self.kv_dtype)
 
-    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
         check_draft_weights(weights)
         check_draft_kv(kv)
         copies = self.reads_copies(kv)
         check(copies or kv != "int8", "draft_kv", kv, "copies are made of a bf16 cache only (kv_dtype)")
         chosen = self._weights if weights == "bf16" else self._in_blocks("int4" if weights == "int4" else "int8")
-        return NativeDecoder(chosen, rope, self.kv_dtype, draft=True, int8_pages=copies)
+        tokens = draft_vocabulary(chosen.native, self._spec.vocab_size, vocabulary)
+        return NativeDecoder(chosen, rope, self.kv_dtype, draft=True, int8_pages=copies, vocabulary=tokens)
 
     def reads_copies(self, kv: str) -> bool:
         return kv != "own" and self.kv_dtype == torch.bfloat16

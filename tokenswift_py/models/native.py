@@ -36,6 +36,7 @@ from tokenswift_py.models.rows import (
     shared_pool,
 )
 from tokenswift_py.models.spec import ModelSpec, part_of
+from tokenswift_py.planning.vocabulary import DraftVocabulary
 from tokenswift_py.version import __version__
 
 VECTOR = 16  # the kernels work on whole vectors: heads, and the pages of a row's mass, are padded with zeros
@@ -208,6 +209,7 @@ class NativeDecoder:
     draft:    whether rows are for drafts only and can never be committed.
     int8_pages: whether drafts read int8 copies of a bfloat16 cache's full pages, as with kv_dtype int8. Copies are made
                 when a draft first sees the page, and take 66 % of the bytes of the largest view.
+    vocabulary: the tokens whose logits are computed in a draft. None is all.
 
     Sums, norms and the residual stream are fp32. Where the ISA has bf16 dot products (avx512bf16), what meets a bf16
     weight, key or value is rounded to bf16. On the others it stays fp32. What meets a weight in blocks is rounded to
@@ -225,9 +227,9 @@ class NativeDecoder:
         kv_dtype: torch.dtype | None = None,
         draft: bool = False,
         int8_pages: bool = False,
+        vocabulary: DraftVocabulary | None = None,
     ):
-        self.spec = weights.spec
-        self.weights = weights
+        self.spec, self.weights, self.vocabulary = weights.spec, weights, vocabulary
         self.context = rope.context
         self.clock: Clock = HostClock()
         # A small tile costs about as much with one row as with all. In a large tile every row costs its own arithmetic.
@@ -325,6 +327,7 @@ class NativeDecoder:
             memories=list(memories),
             stream=None if stream is None else stream[0].numpy(),
             taps=None if states is None else (native_ints(np.array(taps)), states),
+            chosen=None if self.vocabulary is None else self.vocabulary.rows,
         )
         page_mass = None if mass is None else torch.from_numpy(mass)[..., :mass_pages]
         asked = None if queries is None else torch.from_numpy(queries)

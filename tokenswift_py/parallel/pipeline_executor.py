@@ -12,6 +12,7 @@ from tokenswift_py.checkpoints import checkpoint as files
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import check
+from tokenswift_py.models.devices import check_all_logits
 from tokenswift_py.models.executors import Executor
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.parallel.column import Column, column
@@ -77,8 +78,9 @@ class PipelineExecutor:
     def model(self, rope: RopeTables) -> Model:
         return self._model(rope, self._own.model(rope), "target", "auto", "auto")
 
-    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        return self._model(rope, self._own.self_draft(rope, weights, kv), "draft", weights, kv)
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
+        check_all_logits(vocabulary, "a pipeline")
+        return self._model(rope, self._own.self_draft(rope, weights, kv, "all"), "draft", weights, kv)
 
     def reads_copies(self, kv: str) -> bool:
         return self._own.reads_copies(kv)

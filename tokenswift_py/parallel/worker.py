@@ -116,7 +116,7 @@ class Worker:
         if fingerprint(rope) != words["tables"]:
             raise RanksError("the tables of positions differ from the first stage's: do all have the same packages?")
         drafts = words["kind"] == "draft"
-        made = executor.self_draft(rope, words["weights"], words["kv"]) if drafts else executor.model(rope)
+        made = executor.self_draft(rope, words["weights"], words["kv"], "all") if drafts else executor.model(rope)
         self.held[words["number"]] = made
         return {}, []
 

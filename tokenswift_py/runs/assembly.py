@@ -75,7 +75,9 @@ def decode_loop(
         want_logprobs=options.logprobs is not None,
         top_logprobs=options.logprobs or 0,
         prompt_logprobs=options.prompt_logprobs,
-        self_draft=loaded.executor.self_draft(run.rope, options.draft_weights, options.draft_kv)
+        self_draft=loaded.executor.self_draft(
+            run.rope, options.draft_weights, options.draft_kv, options.draft_vocabulary
+        )
         if chosen.runs_target
         else None,
         trace=trace,

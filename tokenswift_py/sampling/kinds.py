@@ -46,6 +46,18 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class WholeOr:
+    """One of some names, or a whole number from `least` on."""
+
+    names: tuple[str, ...]
+    least: int
+
+    def check(self, name: str, value: Any) -> None:
+        fine = value in self.names if isinstance(value, str) else is_whole(value) and self.least <= value < 2**63
+        check(fine, name, value, f"{', '.join(self.names)} or a whole number of at least {self.least}")
+
+
+@dataclass(frozen=True)
 class Real:
     """A finite number in a range.
 

@@ -30,8 +30,9 @@ class SharedModels:
     def model(self, rope: RopeTables) -> Model:
         return self._once(("target", id(rope)), lambda: self._executor.model(rope))
 
-    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto") -> Model:
-        return self._once(("draft", id(rope), weights, kv), lambda: self._executor.self_draft(rope, weights, kv))
+    def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
+        asked = (weights, kv, vocabulary)
+        return self._once(("draft", id(rope), *asked), lambda: self._executor.self_draft(rope, *asked))
 
     def _once(self, key: tuple[Any, ...], make: Any) -> Model:
         if key not in self._models:

@@ -81,7 +81,7 @@ class Engine:
         self._numbers = itertools.count(1)
         self._live: dict[int, StreamWork] = {}
         self._building = 0  # texts that are taken, but not in line yet
-        self._kinds: set[tuple[str, str, str]] = set()  # the kinds of drafts for which models were made
+        self._kinds: set[tuple[str | int, ...]] = set()  # the kinds of drafts for which models were made
         self._first_of_kind = threading.Lock()
         self._finished: Counter[str] = Counter()
         self._past = GenerationStats()
@@ -190,9 +190,9 @@ class Engine:
         return text
 
     def _stream(self, run: Run, own: OwnTime) -> Stream:
-        """Makes the stream that writes a run. The first stream of a kind makes models that others share, so only one
-        may be made at a time."""
-        kind = run.options.chosen_drafter, run.options.draft_weights, run.options.draft_kv
+        """Makes the stream that writes a run. The first of a kind makes models that others share: one at a time."""
+        asked = run.options
+        kind = asked.chosen_drafter, asked.draft_weights, asked.draft_kv, asked.draft_vocabulary
         alone: AbstractContextManager[Any] = nullcontext() if kind in self._kinds else self._first_of_kind
         with alone:
             stream = Stream(self.loaded, run, self.loaded.new_cache(), own)

@@ -5,6 +5,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
@@ -212,7 +213,7 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
              const Array<float, 2>& logits, const std::optional<Array<float, 4>>& mass,
              const std::optional<Array<float, 4>>& queries, bool int8_pages, const std::optional<LocalTables>& local,
              const std::vector<const Recall*>& memories, const std::optional<Table>& stream,
-             const std::optional<Taps>& taps) {
+             const std::optional<Taps>& taps, const HeadRows* chosen) {
   const Shape& shape = decoder.shape();
   Pass pass;
   pass.int8_pages = int8_pages;
@@ -231,6 +232,7 @@ void forward(Decoder& decoder, Pool& pool, const Ints& tokens, const Ints& posit
   for (size_t i = 0; i < memories.size(); ++i) pass.segments[i].recall = memories[i];
   pass.logit_rows = logit_rows.data();
   pass.logit_count = size(logit_rows);
+  pass.chosen = chosen;
   std::vector<const Table*> tables{&cos, &sin};
   if (local) tables.insert(tables.end(), {&std::get<0>(*local), &std::get<1>(*local)});
   for (const Table* table : tables) {
@@ -382,6 +384,11 @@ NB_MODULE(_native, m) {
       .def("__init__", &init_team, "threads"_a)
       .def_prop_ro("threads", &Team::size);
 
+  nb::class_<HeadRows>(m, "HeadRows", "Some rows of an LM head, whose logits alone a pass computes.")
+      .def_prop_rw("first", &HeadRows::first, &HeadRows::set_first, "How many of the head's first rows are in.")
+      .def("put", &HeadRows::put, "place"_a, "row"_a, "Put a copy of a row into a place.")
+      .def_prop_ro("nbytes", [](const HeadRows& rows) { return rows.copies().bytes(); });
+
   nb::class_<Decoder>(m, "Decoder", "Packed weights and everything a pass needs.")
       .def("__init__", &init_decoder, "vocab"_a, "hidden"_a, "ffn"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
            "norm_eps"_a, "tied"_a, "qk_norm"_a, "layers"_a, "experts"_a.none(), "post_norms"_a, "gelu"_a,
@@ -402,7 +409,10 @@ NB_MODULE(_native, m) {
            "shifts"_a.noconvert().none(), "hidden"_a.noconvert(), "residual"_a.noconvert(), "logits"_a.noconvert(),
            "mass"_a.noconvert().none(), "queries"_a.noconvert().none(), "int8_pages"_a,
            "local"_a.noconvert().none() = nb::none(), "memories"_a = std::vector<const Recall*>(),
-           "stream"_a.noconvert().none() = nb::none(), "taps"_a.noconvert().none() = nb::none())
+           "stream"_a.noconvert().none() = nb::none(), "taps"_a.noconvert().none() = nb::none(),
+           "chosen"_a.none() = nb::none())
+      .def("head_rows", &Decoder::head_rows, "room"_a, nb::keep_alive<0, 1>(),
+           "A choice of the head's rows, with room for copies of so many. None is in yet.")
       .def("close", &close_pass, "stream"_a.noconvert(), "logit_rows"_a.noconvert(), "hidden"_a.noconvert(),
            "residual"_a.noconvert(), "logits"_a.noconvert(),
            "What follows the layers of a pass, from the residual stream that they left.")
@@ -417,7 +427,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("isa", [](const Decoder& decoder) { return std::string(decoder.kernels().name); })
       .def_prop_ro("tile", [](const Decoder& decoder) { return decoder.kernels().tile; })
       .def_prop_ro("weight_bytes", &Decoder::weight_bytes)
-      .def_prop_ro("multiplied_bytes", &Decoder::multiplied_bytes);
+      .def_prop_ro("multiplied_bytes", &Decoder::multiplied_bytes)
+      .def_prop_ro("head_bytes", &Decoder::head_bytes);
 }
 
 }  // namespace tokenswift

@@ -213,6 +213,7 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
     const int row = pass.logit_rows[i];
     require(row >= 0 && row < pass.rows, "logit row ", row, " of ", pass.rows);
   }
+  require(!pass.chosen || pass.chosen->are_of(head_.weight), "the chosen rows are of another head");
   int row = 0;
   for (const SegmentInput& segment : pass.segments) {
     require(segment.start == row && segment.rows > 0 && segment.rows <= pass.rows - row,
@@ -511,7 +512,8 @@ void Decoder::finish(const Pass& pass) {
   for (int i = 0; i < pass.logit_count; ++i) {
     round(buffers_.normed.data() + pass.logit_rows[i] * hidden_stride_, shape_.hidden, i);
   }
-  project_rounded(pass.logit_count, pass.logits);
+  if (pass.chosen) project_chosen(*pass.chosen, pass.logit_count, pass.logits);
+  else project_rounded(pass.logit_count, pass.logits);
 }
 
 void Decoder::close(const Pass& pass) {

@@ -8,6 +8,7 @@
 
 #include "engine/attention.h"
 #include "isa/kernels.h"
+#include "engine/head_rows.h"
 #include "engine/matrix.h"
 #include "engine/memory.h"
 #include "engine/plan.h"
@@ -61,6 +62,8 @@ struct Pass {
   const int32_t* tapped = nullptr;  // [tap_count] layers, ascending
   int tap_count = 0;
   float* taps = nullptr;  // [rows][tap_count][hidden] residual stream that enters each of these layers
+  // The tokens whose logits are computed. The others' are minus infinity. Null is all.
+  const HeadRows* chosen = nullptr;
 };
 
 // A decoder with its packed weights. The residual stream, norms, scores and sums are fp32. The other factor of a bf16
@@ -77,6 +80,7 @@ class Decoder {
   // The bytes of all packed matrices, and of those that every token is multiplied with.
   size_t weight_bytes() const { return matrix_bytes(true) + embed_.weight.bytes(); }
   size_t multiplied_bytes() const { return matrix_bytes(false); }
+  size_t head_bytes() const { return head_.weight.bytes(); }
 
   // Sets a matrix. part: embed, head, q, k, v, o, gate, up, down. A mixture has experts.N.gate, up and down,
   // shared.gate, up and down, router, and shared_gate. source: values of the decoder's element type, or values or
@@ -100,6 +104,9 @@ class Decoder {
   // Computes the logits [rows][vocab] of rows of `hidden` as a pass returns them. A row's logits have the bits that
   // they had in that pass.
   void project(const float* hidden, int rows, float* logits);
+
+  // Makes a choice of the head's rows for passes of this decoder, which has to outlive it. room: as in HeadRows.
+  std::unique_ptr<HeadRows> head_rows(int room) const;
 
   // Finds the least and greatest keys of `count` pages in use, on the decoder's threads. low, high:
   // [layers][kv_heads][pool.pages()][width], written at the pages' own numbers.
@@ -202,6 +209,7 @@ class Decoder {
   void add_shared(const Layer& layer, int rows);
   void finish(const Pass& pass);
   void project_rounded(int rows, float* logits);
+  void project_chosen(const HeadRows& chosen, int rows, float* logits);
 
   template <class Work>
   void share(int rows, int panels, const Work& work);

@@ -129,6 +129,21 @@ void Matrix::quantise(const MatrixSource& source, const char* values, int row) {
   pack_blocks(blocks.data(), row);
 }
 
+void Matrix::copy_row(const Matrix& source, int from, int to) {
+  const bool alike = source.element_ == element_ && source.panel_ == panel_ && source.columns_ == columns_;
+  require(alike && from >= 0 && from < source.rows_ && to >= 0 && to < rows_, "a row of another matrix than this one");
+  for (int step = 0; step < steps_; ++step) {
+    const char* at = source.step_at(from, step);
+    if (in_blocks(element_)) {
+      PlainBlock block;
+      read_packed(element_, at, panel_, from % panel_, &block);
+      write_packed(element_, block, step_at(to, step), panel_, to % panel_);
+    } else {
+      std::memcpy(step_at(to, step) + to % panel_ * cell_bytes, at + from % panel_ * cell_bytes, cell_bytes);
+    }
+  }
+}
+
 void Matrix::unpack_row(int row, float* out) const {
   const int lane = row % panel_;
   for (int step = 0; step < steps_; ++step) {

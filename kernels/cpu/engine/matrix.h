@@ -35,6 +35,9 @@ class Matrix {
   // types.
   void pack(Team& team, const MatrixSource& source);
 
+  // Copies a row of a matrix of the same type, panels and columns, bit by bit. Throws std::invalid_argument for others.
+  void copy_row(const Matrix& source, int from, int to);
+
   // Reads a row as fp32, for an embedding look-up. out: [columns], with room up to a whole block.
   void unpack_row(int row, float* out) const;
 

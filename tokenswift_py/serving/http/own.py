@@ -26,9 +26,9 @@ REQUESTS = frozenset(
 SERVERS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "drafter", "draft_policy", "draft_budget",
-        "draft_weights", "draft_kv", "draft_model", "draft_heads", "trace", "kv_budget", "kv_policy", "kv_memory",
-        "kv_gates", "system", "raw", "logits_processors", "chat_template", "max_new_tokens", "json_schema", "logprobs",
-        "prompt_logprobs", "stream",
+        "draft_weights", "draft_kv", "draft_vocabulary", "draft_model", "draft_heads", "trace", "kv_budget",
+        "kv_policy", "kv_memory", "kv_gates", "system", "raw", "logits_processors", "chat_template", "max_new_tokens",
+        "json_schema", "logprobs", "prompt_logprobs", "stream",
     )
 )  # fmt: skip
 
