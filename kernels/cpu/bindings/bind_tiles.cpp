@@ -12,7 +12,7 @@
 #include "bindings/tile_dot.h"
 #include "engine/require.h"
 #include "tiles/emulated.h"
-#include "tiles/permission.h"
+#include "isa/permission.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -3,7 +3,7 @@
 
 #include "isa/kernels.h"
 #include "isa/variants.h"
-#include "tiles/permission.h"
+#include "isa/permission.h"
 
 #ifdef TOKENSWIFT_X86
 #include <cpuid.h>

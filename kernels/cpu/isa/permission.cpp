@@ -1,4 +1,4 @@
-#include "tiles/permission.h"
+#include "isa/permission.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
