@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "isa/kernels.h"
 #include "math/bf16.h"
 #include "math/dot.h"
 
