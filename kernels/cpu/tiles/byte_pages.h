@@ -17,14 +17,6 @@ struct ByteScratch {
   Vec rescale[tile_rows];
 };
 
-// Stores the sums of four tiles side by side.
-inline void store_sums(int32_t (&sums)[tile_rows][page_size]) {
-  Tiles::store<0>(sums[0], sizeof *sums);
-  Tiles::store<1>(sums[0] + tile_columns, sizeof *sums);
-  Tiles::store<2>(sums[0] + 2 * tile_columns, sizeof *sums);
-  Tiles::store<3>(sums[0] + 3 * tile_columns, sizeof *sums);
-}
-
 // Computes the scores of sixteen queries but for the keys' scales. Writes those of `count`.
 inline void score_byte_tiles(const PageVisit& visit, const QueryBlock* q, int count, NextPage& next, ByteScratch& out) {
   constexpr size_t stride = page_size * 4;
@@ -32,10 +24,7 @@ inline void score_byte_tiles(const PageVisit& visit, const QueryBlock* q, int co
   for (int block = 0; block < blocks; ++block) {
     const char* keys = visit.block + block * query_block * page_size;
     const int fours = std::min(visit.head_dim - block * query_block, query_block) / 4;
-    Tiles::zero<0>();
-    Tiles::zero<1>();
-    Tiles::zero<2>();
-    Tiles::zero<3>();
+    zero_four();
     Tiles::load<4>(q[block].quants, blocks * sizeof *q);
     load_part<6>(keys, stride, fours);
     Tiles::dot_signed_unsigned<0, 4, 6>();
@@ -49,7 +38,7 @@ inline void score_byte_tiles(const PageVisit& visit, const QueryBlock* q, int co
     load_part<7>(keys + 3 * tile_bytes, stride, fours);
     Tiles::dot_signed_unsigned<3, 4, 7>();
     next.ask();
-    store_sums(out.sums);
+    store_four(out.sums);
     for (int i = 0; i < count; ++i) {
       const QueryBlock& own = q[i * blocks + block];
       for (int j = 0; j < page_size; j += tile_columns) {
@@ -78,7 +67,7 @@ inline void add_byte_value_tiles(const PageVisit& visit, int query, int count, N
     if (tiles > 1) byte_value_tile<1>(visit, column + tile_columns, next);
     if (tiles > 2) byte_value_tile<2>(visit, column + 2 * tile_columns, next);
     if (tiles > 3) byte_value_tile<3>(visit, column + 3 * tile_columns, next);
-    store_sums(scratch.sums);
+    store_four(scratch.sums);
     float* state = visit.state + query * size_t(state_floats(visit.head_dim)) + column;
     for (int i = 0; i < count; ++i, state += state_floats(visit.head_dim)) {
       for (int j = 0; j < tiles * tile_columns; j += tile_columns) {

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "math/half.h"
 #include "tiles/rounding.h"
 
 namespace tokenswift {
@@ -74,17 +75,7 @@ struct Tiles {
   }
 
   static uint32_t flushed(uint32_t bits) { return bits & (sign | -uint32_t((bits & exponent) != 0)); }
-  static float flushed(float x) { return of_bits(flushed(bits_of(x))); }
-  static float of_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-  }
-  static uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-  }
+  static float flushed(float x) { return float_of_bits(flushed(float_bits(x))); }
 
   static void widen(const unsigned char* b, Factors& out) {
     for (int row = 0; row < rows; ++row) {
@@ -98,7 +89,7 @@ struct Tiles {
           const int size = int(bits >> 23 & 255);
           least = size && size < least ? size : least;
           greatest = size > greatest ? size : greatest;
-          out.of[k][j] = of_bits(bits);
+          out.of[k][j] = float_of_bits(bits);
         }
         out.least[k] = least;
         out.greatest[k] = greatest;
@@ -111,7 +102,7 @@ struct Tiles {
     alignas(64) float sums[2][columns] = {}, out[columns];
     for (int k = 0; k < 2 * rows; ++k) {
       const uint32_t bits = flushed(uint32_t(a[k]) << 16);
-      const float left = of_bits(bits);
+      const float left = float_of_bits(bits);
       const int size = int(bits >> 23 & 255);
       // All products are 0, or at least 2^-126 and less than 2^128.
       const bool normal =

@@ -46,10 +46,7 @@ struct TileScratch {
 inline void score_tiles(const PageVisit& visit, const char* q, size_t q_bytes, int rows, NextPage& next,
                         TileScratch& out) {
   constexpr size_t stride = page_size * 4;  // bytes of a pair of dimensions
-  Tiles::zero<0>();
-  Tiles::zero<1>();
-  Tiles::zero<2>();
-  Tiles::zero<3>();
+  zero_four();
   const char* keys = visit.block;
   for (int pairs = visit.head_dim / 2; pairs > 0; pairs -= tile_rows, q += tile_bytes, keys += tile_rows * stride) {
     load_part<4>(q, q_bytes, rows);
@@ -66,11 +63,7 @@ inline void score_tiles(const PageVisit& visit, const char* q, size_t q_bytes, i
     Tiles::dot_bf16<3, 4, 7>();
     next.ask();
   }
-  float* scores = out.scores[0];
-  Tiles::store<0>(scores, sizeof *out.scores);
-  Tiles::store<1>(scores + tile_columns, sizeof *out.scores);
-  Tiles::store<2>(scores + 2 * tile_columns, sizeof *out.scores);
-  Tiles::store<3>(scores + 3 * tile_columns, sizeof *out.scores);
+  store_four(out.scores);
 }
 
 // Computes the products of sixteen queries' weights with 16 columns of a page's values, in tile t.
@@ -91,17 +84,13 @@ void value_tile(const PageVisit& visit, int column, NextPage& next) {
 inline void add_value_tiles(const PageVisit& visit, int query, int count, NextPage& next, TileScratch& scratch) {
   Tiles::load<4>(scratch.weights, sizeof *scratch.weights);
   Tiles::load<5>(scratch.weights[0] + tile_values, sizeof *scratch.weights);
-  float* products = scratch.scores[0];
   for (int column = 0; column < visit.head_dim; column += page_size) {
     const int tiles = std::min(visit.head_dim - column, page_size) / tile_columns;
     value_tile<0>(visit, column, next);
     if (tiles > 1) value_tile<1>(visit, column + tile_columns, next);
     if (tiles > 2) value_tile<2>(visit, column + 2 * tile_columns, next);
     if (tiles > 3) value_tile<3>(visit, column + 3 * tile_columns, next);
-    Tiles::store<0>(products, sizeof *scratch.scores);
-    if (tiles > 1) Tiles::store<1>(products + tile_columns, sizeof *scratch.scores);
-    if (tiles > 2) Tiles::store<2>(products + 2 * tile_columns, sizeof *scratch.scores);
-    if (tiles > 3) Tiles::store<3>(products + 3 * tile_columns, sizeof *scratch.scores);
+    store_four(scratch.scores);
     float* state = visit.state + query * size_t(state_floats(visit.head_dim)) + column;
     for (int i = 0; i < count; ++i, state += state_floats(visit.head_dim)) {
       for (int j = 0; j < tiles * tile_columns; j += tile_columns) {

@@ -33,6 +33,21 @@ void load_part(const char* p, size_t stride, int rows) {
   Tiles::load<t>(whole, tile_bytes);
 }
 
+// Begin and store a row of four tiles, 0 to 3. Rows of p are [64] sums of four bytes.
+inline void zero_four() {
+  Tiles::zero<0>();
+  Tiles::zero<1>();
+  Tiles::zero<2>();
+  Tiles::zero<3>();
+}
+inline void store_four(void* p) {
+  char* const at = static_cast<char*>(p);
+  Tiles::store<0>(at, 4 * tile_bytes);
+  Tiles::store<1>(at + tile_bytes, 4 * tile_bytes);
+  Tiles::store<2>(at + 2 * tile_bytes, 4 * tile_bytes);
+  Tiles::store<3>(at + 3 * tile_bytes, 4 * tile_bytes);
+}
+
 // Rounds 16 floats to bf16 as VCVTNEPS2BF16 does: to nearest, ties to even, with denormal numbers taken for zero.
 inline void round_to_bf16(Vec x, uint16_t* out) {
 #ifdef __AVX512BF16__
