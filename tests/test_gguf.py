@@ -123,15 +123,19 @@ def test_rows_keep_the_row_law_in_mixed_types(tmp_path: Path) -> None:
         assert torch.equal(torch.cat(rows), alone)
 
 
+PANEL = 32  # rows of a packed panel, with AVX-512; the 289 rows of the tiny vocabulary are filled up to whole ones
+
+
 @pytest.mark.parametrize("kind", [kind for kind in EXACT if kind not in VALUES])
 def test_packed_blocks_take_about_the_bits_of_the_file(tmp_path: Path, kind: str) -> None:
     config = gguf_config("llama", vocab_size=len(tiny_tokenizer()))
     path = write_gguf(tmp_path / "tiny.gguf", config, {"embed_tokens": "Q8_0"}, kind)
     tensors = blocks(path, config)
     weights = NativeWeights(ModelSpec.from_config(config), tensors, torch.int8)
-    expected = sum(tensor.n_bytes for tensor in GGUFReader(path).tensors)
-    assert weights.nbytes == pytest.approx(expected, rel=0.03)  # norms are not in it, a last panel is filled up
-    assert tensors.nbytes == pytest.approx(expected, rel=0.03)
+    stored = [(tensor.n_bytes, int(tensor.shape[-1])) for tensor in GGUFReader(path).tensors]
+    filled = sum(size * -(-rows // PANEL) * PANEL / rows for size, rows in stored)
+    assert weights.nbytes == pytest.approx(filled, rel=0.03)  # norms are not in it
+    assert tensors.nbytes == pytest.approx(sum(size for size, _ in stored), rel=0.03)
 
 
 @pytest.fixture(scope="module")
