@@ -110,7 +110,7 @@ def test_whatever_is_asked_for_is_done_or_refused_in_one_line(place: Place, seed
     """Wrong types, extremes, contradictions, empty strings, NUL bytes, huge numbers and Unicode, one to three flags at
     a time, over all of them; nothing that was there is lost or changed."""
     rng, codes = random.Random(seed), []
-    for _ in range(200):
+    for _ in range(240):
         arguments = with_flags(["--model", "model", *BASE], *some_flags(rng, parser(), rng.choice([1, 1, 1, 2, 3])))
         arguments += ["--prompt", "the cat"] if rng.random() < 0.8 else []
         code, out, told = place.run(arguments)
