@@ -82,6 +82,7 @@ class Partial(Drafter):
         self._idle = 0  # how many rounds ago the latest draft pass was
         self._vocabulary: DraftVocabulary | None = None  # that of draft passes, and how much of the text it has read
         self._read = 0
+        self._price: float | None = None  # the time that a token of the text takes, in draft passes
         self._row: torch.Tensor | None = None  # the state that heads read from the row that gave the latest token
 
     @property
@@ -124,7 +125,7 @@ class Partial(Drafter):
         if not self._resting:
             self._chain.draft.learn(taken)
             if self._vocabulary is not None:
-                self._vocabulary.walked(len(taken.path) - 1, taken.tokens)
+                self._vocabulary.walked(len(taken.path) - 1, taken.tokens, self._price)
             self.views.observe(self._chain, taken, output)
         self._see(output, taken.path[-1])
 
@@ -141,7 +142,7 @@ class Partial(Drafter):
         self._vocabulary = getattr(context.self_draft, "vocabulary", None)
         if self._vocabulary is not None:
             self._vocabulary.read(context.history.tokens[self._read :])
-            self._read = len(context.history)
+            self._read, self._price = len(context.history), self.views.price(context.plan)
 
     def _see(self, output: Output, row: int) -> None:
         """Keeps the state that heads would read next. It comes from the row after which they would guess."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,11 @@ class Views:
     def pass_ms(self, plan: Plan, rows: int) -> float:
         """Returns what a draft pass of so many rows costs."""
         return plan.draft_ms(self.cost, rows, self.keys)
+
+    def price(self, plan: Plan) -> float | None:
+        """Returns the time that a token of the text takes, in draft passes; None where that is not known yet."""
+        token_ms = plan.token_ms(1.0)
+        return token_ms / self.pass_ms(plan, 1) if self.cost.measured and token_ms < math.inf else None
 
     def row_gain(self, saved_ms: float) -> Gain:
         """Returns the gain of one more row of a draft pass, whose guess saves so many milliseconds if it is right."""

@@ -41,7 +41,7 @@ class DraftVocabulary:
     sizes: how many first tokens there may be, ascending. The last is the whole vocabulary, for which no row is chosen.
            A single size is taken always.
     room:  how many of the texts' tokens there may be beside them.
-    share: the part of a draft pass that the whole head takes.
+    share: the part of the weights that the whole head is.
     """
 
     def __init__(self, rows: Rows, sizes: list[int], room: int, share: float, whole: int):
@@ -51,6 +51,7 @@ class DraftVocabulary:
         self._seen = 0.0  # tokens of the texts, of which old ones count less
         self._missed = np.zeros(len(sizes) + 1)  # those that were new, by the least size that has them
         self._lost = self._written = 0.0  # see `walked`
+        self._price = PRICE
         self._use(len(sizes) - 1)
 
     @property
@@ -73,11 +74,14 @@ class DraftVocabulary:
         for token in tokens[tokens >= self.sizes[0]].tolist():
             self._take(token)
 
-    def walked(self, accepted: int, tokens: Sequence[int]) -> None:
+    def walked(self, accepted: int, tokens: Sequence[int], price: float | None = None) -> None:
         """Takes in the tokens of a round, and learns how often one would have been left out and what that costs.
 
         accepted: guesses of the draft that were right. Those after one that is left out are lost with it.
+        price:    the time that a token of the text takes, in draft passes; None where that is not known yet.
         """
+        if price is not None:
+            self._price += (price - self._price) / PRICES
         self._lost = self._lost * KEEP + accepted * (accepted + 1) / 2
         self._written = self._written * KEEP + len(tokens)
         keep = math.exp(-len(tokens) / MEMORY)
@@ -112,11 +116,11 @@ class DraftVocabulary:
 
         lost: tokens that are lost with each that is left out.
         """
-        head = self.share * self._count(i) / self.whole
+        head = SHARE * self.share * self._count(i) / self.whole
         if self.sizes[i] == self.whole:
             return head
         missed = (self._missed[i + 1 :].sum() + UNSEEN) / (self._seen + UNSEEN)
-        return float(head + DEARNESS * lost * missed)
+        return float(head + self._price * GUESSED * lost * missed)
 
     def _count(self, i: int) -> int:
         size = self.sizes[i]
@@ -147,13 +151,13 @@ def draft_vocabulary(engine: Any, tokens: int, asked: str | int) -> DraftVocabul
 
 
 PANEL = 32  # first tokens are whole panels of the packed head, on every ISA
-LEAST = 2048  # the least number of first tokens that is tried
+LEAST = 8192  # the least number of first tokens that is tried: a fourth of that saved 3 % of a pass more
 ROOM = 1024  # for the texts' tokens; twice as many spare a text of 100 000 tokens one miss in 2 000
 MEMORY = 1024  # tokens after which one counts 1/e
 UNSEEN = 1.0  # tokens that are taken for missed before any was seen
 LOST, TRUST = 2.5, 32.0  # tokens lost with one that is left out, before any round was seen; counts as so many tokens
 KEEP = 1 - 1 / 200  # how much of a round counts after the next one
-# The time that a lost token costs, in draft passes for a token that is written. Drafts take about a third of the time,
-# but a token that is new to the text is guessed less often than others. From replays of recorded texts.
-DEARNESS = 2.0
+PRICE, PRICES = 2.0, 32  # see `walked`: before it is known; the number of rounds of which it is a mean
+GUESSED = 0.6  # how often a token that is new to the text is guessed where it is in; from replays of recorded texts
+SHARE = 0.65  # the head's part of a draft pass's time, over its part of the weights; keys and values take time as well
 CLEARLY = 0.005  # of a draft pass
