@@ -24,18 +24,16 @@ and its view read.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from recall import PASS, kept, seen
-from results import Results, Row, add_flags, start
+from recall import PASS, asked, flags, kept, seen, verdicts
+from results import Results, Row, start
 from speedup import Text
 from tokenswift_py import TokenSwift
 from tokenswift_py.core import DraftTree, Segment
@@ -45,7 +43,6 @@ from tokenswift_py.kvcache.base import PAGE_SIZE, Committed, FloatArray, IntArra
 from tokenswift_py.kvcache.policies.clusters import k_means
 from tokenswift_py.kvcache.policies.mass import Mass
 from tokenswift_py.runs.report import rounded
-from workloads import CONTINUATIONS
 
 PARTS = 4  # runs of tokens of a page that `parts` sums over
 ROUND = 64  # pages whose keys are summarised together
@@ -53,27 +50,8 @@ KEPT = torch.bfloat16  # the type that summaries would have
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--workloads", default="code,docs", help=", ".join(CONTINUATIONS))
-    parser.add_argument("--lengths", default="16384", help="tokens of the text")
-    parser.add_argument("--views", default="1024,2048,4096", help="tokens of a view")
-    parser.add_argument("--measured", type=int, default=128, help="rows whose mass is measured, the last of the text")
-    parser.add_argument("--seen", type=int, default=512, help="tokens before them that the decayed mean learns from")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, as speedup.py does")
-    parser.set_defaults(cuts=1, new=256, seed=1)  # as in speedup.py, so that a kept prefix serves both
-    add_flags(parser)
-    args = parser.parse_args()
-    names = args.workloads.split(",")
-    lengths, views = ([int(n) for n in value.split(",")] for value in (args.lengths, args.views))
-    for name in names:
-        check(name in CONTINUATIONS, "workloads", name, f"known are {', '.join(CONTINUATIONS)}")
-    check(args.measured >= PASS and args.measured % PASS == 0, "measured", args.measured, f"a multiple of {PASS}")
-    check(args.seen >= 1, "seen", args.seen, "at least 1")
-    room = min(lengths) - args.measured - args.seen - PAGE_SIZE
-    check(max(views) <= room, "views", max(views), f"at most {room}, so that pages are left out")
+    args = flags(__doc__, measured=128, seen=512).parse_args()
+    names, lengths, views = asked(args)
     results = Results(
         "own_query",
         "How much more true attention would a draft keep if each row chose its pages by its own query?",
@@ -94,7 +72,7 @@ def main() -> None:
             {"workload": name, "length": length},
             lambda text=text: rows(text, views),  # type: ignore[misc]
         )
-    print(*verdicts(results.rows), sep="\n")
+    print(*verdicts(results.rows, "choice", "kept"), sep="\n")
     results.save(plot)
 
 
@@ -195,7 +173,7 @@ def rows(text: Text, views: Sequence[int]) -> Iterator[Row]:
     while cache.length < text.length:
         full = cache.full_pages
         summaries.read(cache)
-        held = np.array(decayed.score(cache.page_stats()))  # a copy: the policy goes on in place
+        held = decayed.score(cache.page_stats())
         chunk = source.tokens[cache.length :][:PASS]
         output = model.forward([Segment(DraftTree.chain(chunk), cache, causal=True)], [], True, True)
         learnt = committed(output, range(len(chunk)), cache.length)
@@ -203,7 +181,7 @@ def rows(text: Text, views: Sequence[int]) -> Iterator[Row]:
         tail = tail_keys(cache)
         for row in range(len(chunk)):
             mass = learnt.mass[:, row : row + 1]
-            fresh = np.array(decayed.score(cache.page_stats()))
+            fresh = decayed.score(cache.page_stats())
             choices = {"held": held, "fresh": fresh, "last": before[..., :full], "true": mass[:, 0, :, :full]}
             for name in ESTIMATES:
                 choices[name] = own = shares(summaries, name, learnt, row, tail, full)
@@ -251,16 +229,6 @@ def shares(summaries: Summaries, name: str, learnt: Committed, row: int, tail: t
     logs = logs[..., np.argsort(np.concatenate([some for _, some in met]))]
     weights = torch.cat([logs, near.logsumexp(-1, keepdim=True)], -1).softmax(-1)
     return weights[..., :full].sum(2).numpy()
-
-
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Returns a line for each text and view: the choices by the share that they keep."""
-    lines = []
-    for key in dict.fromkeys((row["workload"], row["length"], row["view"]) for row in rows):
-        here = [row for row in rows if (row["workload"], row["length"], row["view"]) == key]
-        ranked = ", ".join(f"{row['choice']} {row['kept']:.3f}" for row in sorted(here, key=lambda row: -row["kept"]))
-        lines.append("{} of {} tokens, view of {}: ".format(*key) + ranked)
-    return lines
 
 
 def plot(figure: Any, rows: list[Row]) -> None:

@@ -42,30 +42,13 @@ PASS = 8  # the rows of a pass, for which a view is kept
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bf16")
-    parser.add_argument("--workloads", default="code,docs", help=", ".join(CONTINUATIONS))
-    parser.add_argument("--lengths", default="16384", help="tokens of the text")
+    parser = flags(__doc__, measured=256, seen=1024)
     parser.add_argument("--policies", default=",".join(registry.names(POLICIES)))
-    parser.add_argument("--views", default="1024,2048,4096", help="tokens of a view")
-    parser.add_argument("--measured", type=int, default=256, help="rows whose mass is measured, the last of the text")
-    parser.add_argument("--seen", type=int, default=1024, help="tokens before them that policies learn from")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, as speedup.py does")
-    parser.set_defaults(cuts=1, new=256, seed=1)  # as in speedup.py, so that a kept prefix serves both
-    add_flags(parser)
     args = parser.parse_args()
-    names, policies = args.workloads.split(","), args.policies.split(",")
-    lengths, views = ([int(n) for n in value.split(",")] for value in (args.lengths, args.views))
-    for name in names:
-        check(name in CONTINUATIONS, "workloads", name, f"known are {', '.join(CONTINUATIONS)}")
+    names, lengths, views = asked(args)
+    policies = args.policies.split(",")
     for name in policies:
         registry.module(POLICIES, "policies", name)
-    check(args.measured >= PASS and args.measured % PASS == 0, "measured", args.measured, f"a multiple of {PASS}")
-    check(args.seen >= 1, "seen", args.seen, "at least 1")
-    room = min(lengths) - args.measured - args.seen - PAGE_SIZE
-    check(max(views) <= room, "views", max(views), f"at most {room}, so that pages are left out")
     results = Results(
         "recall",
         "How much true attention mass is on the pages that a policy chooses, by the bytes that this reads?",
@@ -80,8 +63,40 @@ def main() -> None:
             {"workload": name, "length": length},
             lambda text=text: rows(text, policies, views),  # type: ignore[misc]
         )
-    print(*verdicts(results.rows), sep="\n")
+    print(*verdicts(results.rows, "policy", "later"), sep="\n")
     results.save(plot)
+
+
+def flags(about: str | None, measured: int, seen: int) -> argparse.ArgumentParser:
+    """Returns the flags of an experiment that measures mass on pages. measured, seen: their defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--workloads", default="code,docs", help=", ".join(CONTINUATIONS))
+    parser.add_argument("--lengths", default="16384", help="tokens of the text")
+    parser.add_argument("--views", default="1024,2048,4096", help="tokens of a view")
+    parser.add_argument(
+        "--measured", type=int, default=measured, help="rows whose mass is measured, the last of the text"
+    )
+    parser.add_argument("--seen", type=int, default=seen, help="tokens before them that policies learn from")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kept", type=Path, metavar="DIR", help="keep the KV of prefixes there, as speedup.py does")
+    parser.set_defaults(cuts=1, new=256, seed=1)  # as in speedup.py, so that a kept prefix serves both
+    add_flags(parser)
+    return parser
+
+
+def asked(args: argparse.Namespace) -> tuple[list[str], list[int], list[int]]:
+    """Returns the workloads, lengths and views of these flags. Raises UserError for what cannot be measured."""
+    names = args.workloads.split(",")
+    lengths, views = ([int(n) for n in value.split(",")] for value in (args.lengths, args.views))
+    for name in names:
+        check(name in CONTINUATIONS, "workloads", name, f"known are {', '.join(CONTINUATIONS)}")
+    check(args.measured >= PASS and args.measured % PASS == 0, "measured", args.measured, f"a multiple of {PASS}")
+    check(args.seen >= 1, "seen", args.seen, "at least 1")
+    room = min(lengths) - args.measured - args.seen - PAGE_SIZE
+    check(max(views) <= room, "views", max(views), f"at most {room}, so that pages are left out")
+    return names, lengths, views
 
 
 class Reading:
@@ -193,13 +208,16 @@ def kept(mass: FloatArray, chosen: IntArray, full: int) -> list[float]:
     return [float(share) for share in (here / mass.sum(-1)).mean((0, 2))]
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Returns a line for each text and view: the policies by the share that they keep of later rows' mass."""
+def verdicts(rows: Sequence[Row], name: str, share: str) -> list[str]:
+    """Returns a line for each text and view: what chose the pages, by the share of the mass that it keeps.
+
+    name, share: the columns of both.
+    """
     lines = []
     for key in dict.fromkeys((row["workload"], row["length"], row["view"]) for row in rows):
         here = [row for row in rows if (row["workload"], row["length"], row["view"]) == key]
-        ranked = sorted(here, key=lambda row: -row["later"])
-        shares = ", ".join(f"{row['policy']} {row['later']:.3f}" for row in ranked)
+        ranked = sorted(here, key=lambda row: -row[share])
+        shares = ", ".join(f"{row[name]} {row[share]:.3f}" for row in ranked)
         lines.append("{} of {} tokens, view of {}: ".format(*key) + shares)
     return lines
 
