@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import acceptance
+from experiment_runs import runner
 from tokenswift_py import UserError
 from tokenswift_py.decoding.loop import SEEN_ROWS
 from tokenswift_py.drafters.partial import Partial
@@ -53,20 +52,8 @@ def test_goals_are_judged_over_all_workloads_of_a_length() -> None:
 
 @pytest.fixture
 def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("results.memory_bandwidth", lambda threads: 5e10)
-
-    def run(*flags: str) -> list[dict[str, Any]]:
-        given = [
-            "--model", str(tiny_folder), "--dtype", "fp32", "--workloads", "docs", "--lengths", "300", "--new", "40",
-            "--weights", "bf16", "--threads", "1", "--results", str(tmp_path),
-            "--kept", str(tmp_path / "kv"), *flags,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["acceptance.py", *given])
-        acceptance.main()
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "acceptance.json").read_text())["rows"]
-        return rows
-
-    return run
+    flags = ["--workloads", "docs", "--lengths", "300", "--new", "40", "--weights", "bf16"]
+    return runner(acceptance, tiny_folder, tmp_path, monkeypatch, *flags, "--kept", str(tmp_path / "kv"))
 
 
 def test_every_setting_drafts_the_same_text_by_policies_that_have_seen_its_end(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import memory
+from experiment_runs import runner
 from tokenswift_py import TokenSwift, UserError
 from workloads import continuation
 
@@ -19,20 +18,9 @@ LENGTH = 780
 
 @pytest.fixture
 def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("results.memory_bandwidth", lambda threads: 5e10)
     monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path))
-
-    def run(*flags: str) -> list[dict[str, Any]]:
-        given = [
-            "--model", str(tiny_folder), "--texts", "docs", "--lengths", str(LENGTH), "--budgets", "256", "--dtype",
-            "fp32", "--engine", "torch", "--threads", "1", "--results", str(tmp_path), *flags,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["memory.py", *given])
-        memory.main()
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "memory.json").read_text())["rows"]
-        return rows
-
-    return run
+    flags = ["--texts", "docs", "--lengths", str(LENGTH), "--budgets", "256", "--engine", "torch"]
+    return runner(memory, tiny_folder, tmp_path, monkeypatch, *flags)
 
 
 def test_each_kind_is_read_and_left_out_where_it_cannot_be(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import middle_tier
+from experiment_runs import runner
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.kvcache.base import PAGE_SIZE
@@ -78,19 +77,8 @@ def test_choices_are_the_tokens_that_plain_decoding_writes(tiny_folder: Path) ->
 
 @pytest.fixture
 def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("results.memory_bandwidth", lambda threads: 5e10)
-
-    def run(*flags: str) -> list[dict[str, Any]]:
-        given = [
-            "--model", str(tiny_folder), "--dtype", "fp32", "--workloads", "docs", "--lengths", "256", "--threads", "1",
-            "--new", "96", "--results", str(tmp_path), *flags,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["middle_tier.py", *given])
-        middle_tier.main()
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "middle_tier.json").read_text())["rows"]
-        return rows
-
-    return run
+    flags = ["--workloads", "docs", "--lengths", "256", "--new", "96"]
+    return runner(middle_tier, tiny_folder, tmp_path, monkeypatch, *flags)
 
 
 def test_fewer_bits_agree_less_and_read_less(run: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import own_query
 import recall
+from experiment_runs import runner
 from speedup import Prefix
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
@@ -99,20 +100,8 @@ def sharp_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def run(sharp_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("results.memory_bandwidth", lambda threads: 5e10)
-
-    def run(*flags: str) -> list[dict[str, Any]]:
-        given = [
-            "--model", str(sharp_folder), "--dtype", "fp32", "--workloads", "docs", "--lengths", "700",
-            "--threads", "1", "--views", "256,384", "--measured", "16", "--seen", "100",
-            "--results", str(tmp_path), *flags,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["own_query.py", *given])
-        own_query.main()
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "own_query.json").read_text())["rows"]
-        return rows
-
-    return run
+    flags = ["--workloads", "docs", "--lengths", "700", "--views", "256,384", "--measured", "16", "--seen", "100"]
+    return runner(own_query, sharp_folder, tmp_path, monkeypatch, *flags)
 
 
 def test_no_choice_keeps_more_than_the_rows_own_mass(run: Any, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 import recall
+from experiment_runs import runner
 from tokenswift_py import UserError
 from tokenswift_py.kvcache.base import PAGE_SIZE
 
@@ -32,19 +31,8 @@ def test_the_share_is_of_the_chosen_pages_and_of_what_is_behind_the_full_ones() 
 
 @pytest.fixture
 def run(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("results.memory_bandwidth", lambda threads: 5e10)
-
-    def run(*flags: str) -> list[dict[str, Any]]:
-        given = [
-            "--model", str(tiny_folder), "--dtype", "fp32", "--workloads", "docs", "--lengths", "700", "--threads", "1",
-            "--views", "128,256", "--measured", "16", "--seen", "100", "--results", str(tmp_path), *flags,
-        ]  # fmt: skip
-        monkeypatch.setattr(sys, "argv", ["recall.py", *given])
-        recall.main()
-        rows: list[dict[str, Any]] = json.loads((tmp_path / "recall.json").read_text())["rows"]
-        return rows
-
-    return run
+    flags = ["--workloads", "docs", "--lengths", "700", "--views", "128,256", "--measured", "16", "--seen", "100"]
+    return runner(recall, tiny_folder, tmp_path, monkeypatch, *flags)
 
 
 def test_no_policy_beats_the_best_choice_and_bytes_are_what_is_read(run: Any, tmp_path: Path) -> None:
