@@ -136,6 +136,20 @@ def test_a_company_is_plain_together() -> None:
     assert 400 / 100 <= together <= 400 / 32 + 8  # they lose 22 of 30 ms, so a hundredth of the time is the bound
 
 
+@pytest.mark.parametrize("texts", [1, 2, 8])
+def test_plain_rounds_that_lose_nothing_leave_most_rounds_to_drafting(texts: int) -> None:
+    """As long as drafting gives what plain decoding does, a plain round is free. A company once made all of them so."""
+    probes = Probes(burst=texts)
+    planners = [Planner(probes=probes) for _ in range(texts)]
+    plain = 0
+    for number in range(320):
+        rows = [planner.at(1000).rows_at_most for planner in planners]
+        plain += number > 0 and max(rows) == 1
+        for planner, most in zip(planners, rows, strict=True):
+            planner.observe(1000, min(most, 2), 1, phases(0.0, 10.0))
+    assert 320 / 32 <= plain <= 320 / 32 + 8
+
+
 def test_a_company_whose_guesses_never_pay_rests() -> None:
     """It looks for guesses in two rounds of 34, all its texts in the same ones, and is awake once one is verified."""
     probes = Probes(burst=8)

@@ -19,14 +19,14 @@ class Probes:
         self.total_ms = 0.0
         self._spent_ms: dict[str, float] = {}
         self._left: dict[str, int] = {}  # probes of a burst that was begun
-        self._rounds = self._plain = 0  # the number of all rounds, and of the latest that was plain
+        self._rounds = self._plain = 0  # the number of all rounds, and of the latest plain one, or of the latest plain burst's beginning
         self._idle = 0  # the number of plain rounds since one that was not
 
     def count(self, plain: bool) -> None:
         """Counts a round. Among others a text's plain round does not tell what plain decoding takes."""
         self._rounds += 1
         self._idle = self._idle + 1 if plain else 0
-        if plain and (self.burst == 1 or self.open("plain")):
+        if plain and self.burst == 1:
             self._plain = self._rounds
 
     @property
@@ -57,6 +57,8 @@ class Probes:
             if spent + self.burst * ms > PROBES * self.total_ms + max(FREE_PROBES, self.burst) * ms:
                 return False
             left = self.burst
+            if kind == "plain":  # this burst, whose rounds are counted when all its texts have planned them
+                self._plain = self._rounds
         self._spent_ms[kind], self._left[kind] = spent + ms, left - 1
         return True
 
