@@ -70,6 +70,7 @@ inline void add_byte_value_tiles(const PageVisit& visit, int query, int count, N
     store_four(scratch.sums);
     float* state = visit.state + query * size_t(state_floats(visit.head_dim)) + column;
     for (int i = 0; i < count; ++i, state += state_floats(visit.head_dim)) {
+      next.ask();
       for (int j = 0; j < tiles * tile_columns; j += tile_columns) {
         const Vec kept = Isa::mul(Isa::load(state + j), scratch.rescale[i]);
         const Vec sum = Isa::whole_floats(scratch.sums[i] + j);
@@ -85,12 +86,14 @@ void visit_bytes_page_by_tiles(const PageVisit& visit) {
   ByteScratch scratch;
   const int blocks = BytePage::query_blocks(visit), tiles = (visit.queries + tile_rows - 1) / tile_rows;
   const int loads = blocks * 4 + visit.head_dim / tile_columns;
-  NextPage next(visit.next, lines_of(visit.head_dim) * line_bytes, tiles * loads);
+  const int columns = (visit.head_dim + page_size - 1) / page_size;
+  NextPage next(visit.next, lines_of(visit.head_dim) * line_bytes, tiles * loads + visit.queries * (1 + columns));
   const auto* q = static_cast<const QueryBlock*>(visit.q);
   for (int query = 0; query < visit.queries; query += tile_rows, q += tile_rows * blocks) {
     const int count = std::min(visit.queries - query, tile_rows);
     score_byte_tiles(visit, q, count, next, scratch);
     for (int i = 0; i < count; ++i) {
+      next.ask();
       Vec s[score_vectors];
       for (int j = 0; j < score_vectors; ++j) s[j] = Isa::load(scratch.scores[i] + j * tile_columns);
       scratch.rescale[i] = softmax<Page>(visit, query + i, s);

