@@ -135,6 +135,7 @@ WRONG = [
     ("dry_base", 17, "between 1 and 16"),
     ("dry_length", 0, "between 1 and 64"),
     ("dry_length", 65, "between 1 and 64"),
+    ("dry_window", -1, "at least 0"),
     ("seed", -1, "between 0 and 2^64 - 1"),
     ("seed", 2**64, "between 0 and 2^64 - 1"),
     ("seed", 1.0, "a whole number"),
@@ -156,7 +157,7 @@ def test_a_wrong_parameter_is_told_in_one_line_with_field_value_and_what_is_allo
 def test_the_edges_of_every_parameter_are_allowed_and_recorded_as_plain_values() -> None:
     low = SamplingParams(top_p=1e-9, penalty_window=1, dry_base=1, dry_length=1)
     high = SamplingParams(
-        100, 10**6, 1, 1, 100, 10**9, 1000, 16, 64, (1,), 2**64 - 1, 2**32 - 1, ban=(2, 3), logit_bias={4: -1.5}
+        100, 10**6, 1, 1, 100, 10**9, 1000, 16, 64, 2**40, (1,), 2**64 - 1, 2**32 - 1, ban=(2, 3), logit_bias={4: -1.5}
     )
     assert low.to_dict()["top_p"] == 1e-9
     assert high.to_dict()["ban"] == [2, 3] and high.to_dict()["logit_bias"] == {"4": -1.5}

@@ -45,7 +45,7 @@ FINE: dict[str, st.SearchStrategy[Any]] = {
     "min_chapter_tokens": st.integers(0, 8), "temperature": st.floats(0, 100), "top_k": st.integers(0, 400),
     "top_p": st.floats(0, 1, exclude_min=True), "min_p": st.floats(0, 1), "penalty": st.floats(1, 100),
     "penalty_window": st.integers(1, 2**70), "dry_multiplier": st.floats(0, 1000), "dry_base": st.floats(1, 16),
-    "dry_length": st.integers(1, 64), "dry_breakers": TEXTS, "seed": st.integers(0, 2**64 - 1),
+    "dry_length": st.integers(1, 64), "dry_window": st.integers(0, 2**40), "dry_breakers": TEXTS, "seed": st.integers(0, 2**64 - 1),
     "stream": st.integers(0, 2**32 - 1), "stop": TEXTS, "stop_tokens": TOKENS, "ban": TOKENS, "chapters": TEXTS,
     "logit_bias": st.dictionaries(st.integers(0, 288), st.floats(-3e38, 3e38), max_size=3),
     "drafter": st.sampled_from(["auto", "none", "ngram", "partial", "cascade"]), "draft_tokens": st.integers(1, 511),

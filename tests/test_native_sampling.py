@@ -29,6 +29,7 @@ params = st.builds(
     penalty_window=st.sampled_from([1, 20, 10_000]),
     dry_multiplier=st.sampled_from([0.0, 0.8]),
     dry_length=st.integers(1, 4),
+    dry_window=st.sampled_from([0, 3, 20, 2**40]),
     dry_breakers=st.sampled_from([(), (1,), (0, 2)]),
     ban=st.sampled_from([(), (3, 4)]),
     logit_bias=st.sampled_from([{}, {5: 2.5, 1: -1.0}]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,10 @@ def test_dry_subtracts_what_grows_with_the_match() -> None:
     text = [1, 2, 3, 4, 9, 2, 3, 5, 9, 1, 2, 3]
     scores = Sampler(params, 10).process(torch.zeros(10), History(text))
     assert {token: score for token, score in enumerate(scores) if score} == {4: -0.5 * 3.0, 5: -0.5}
+    for window, found in ((12, {4: -0.5 * 3.0, 5: -0.5}), (11, {4: -0.5, 5: -0.5}), (9, {5: -0.5}), (3, {})):
+        near = dataclasses.replace(params, dry_window=window)
+        scores = Sampler(near, 10).process(torch.zeros(10), History(text))
+        assert {token: score for token, score in enumerate(scores) if score} == found, window
     harsh = SamplingParams(dry_multiplier=1000.0, dry_base=16.0, dry_length=1)
     assert Sampler(harsh, 2).choose(torch.tensor([1e3, 0.0]), History([0] * 200)) == 1
 

@@ -229,6 +229,7 @@ RULES = st.builds(
     penalty_window=st.sampled_from([2, 8, 2**40]),
     dry_multiplier=st.sampled_from([0.0, 0.8]),
     dry_length=st.sampled_from([1, 2, 5]),
+    dry_window=st.sampled_from([0, 4, 30, 2**40]),
     dry_breakers=st.sampled_from([(), (0, 3)]),
     repetition_penalty=st.sampled_from([1.0, 1.3, 0.9]),
     frequency_penalty=st.sampled_from([0.0, 0.3]),

@@ -133,7 +133,7 @@ def scores_kernel(
     tl.store(tops + row * blocks + tl.program_id(1), tl.max(value, 0))
 
 
-@triton.jit(do_not_specialize=["vocab", "depth", "width", "shortest"])
+@triton.jit(do_not_specialize=["vocab", "depth", "width", "shortest", "window"])
 def repeats_kernel(
     tokens: tl.tensor,
     committed: tl.tensor,  # [1] int32
@@ -145,6 +145,7 @@ def repeats_kernel(
     depth: tl.tensor,
     width: tl.tensor,
     shortest: tl.tensor,
+    window: tl.tensor,  # latest tokens of the text that count
     EXCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -152,7 +153,9 @@ def repeats_kernel(
     equal tokens if that is at least `shortest`, or as excluded."""
     row = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = at < tl.load(lengths + row)
+    length = tl.load(lengths + row)
+    first = tl.maximum(length - window, 0)
+    there = at < length
     base = tl.load(committed)
     path = paths + row * depth - base
     matched = tl.full([BLOCK], 0, tl.int32)
@@ -161,10 +164,10 @@ def repeats_kernel(
     alive = 1
     while (step < width) & (alive > 0):
         before = at - 1 - step
-        token = tl.load(tokens + before, mask=going & (before >= 0) & (before < base), other=-1)
-        own = tl.load(path + before, mask=going & (before >= base), other=-1)
+        token = tl.load(tokens + before, mask=going & (before >= first) & (before < base), other=-1)
+        own = tl.load(path + before, mask=going & (before >= tl.maximum(first, base)), other=-1)
         token = tl.where(before >= base, own, token)
-        going = going & (before >= 0) & (token == tl.load(suffixes + row * width + step))
+        going = going & (before >= first) & (token == tl.load(suffixes + row * width + step))
         matched += going.to(tl.int32)
         alive = tl.max(going.to(tl.int32), 0)
         step += 1
@@ -175,16 +178,16 @@ def repeats_kernel(
     tl.atomic_max(marks + row.to(tl.int64) * vocab + token, mark, mask=found, sem="relaxed")
 
 
-def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shortest: int, exclude: bool) -> None:
+def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shortest: int, window: int, exclude: bool) -> None:
     """Marks, in place, each token that came after at least `shortest` tokens with which the row's text ends: by the
-    largest number of such tokens, or as excluded.
+    largest number of such tokens, or as excluded. Only the `window` latest tokens of the text count.
 
     marks:    [R, vocab] int32. suffixes: [R, width] int32, the row's text from its end, the last token first, as far as
               repeats count; -2 after that.
     """
     repeats_kernel[(len(marks), max(1, triton.cdiv(rows.longest, BLOCK)))](
         rows.tokens, rows.base, rows.lengths, rows.paths, suffixes, marks, marks.shape[1], rows.paths.shape[1],
-        suffixes.shape[1], shortest, EXCLUDE=exclude, BLOCK=BLOCK, **launch_options(4, 1),
+        suffixes.shape[1], shortest, window, EXCLUDE=exclude, BLOCK=BLOCK, **launch_options(4, 1),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ samplers = st.builds(
     penalty_window=st.sampled_from([8, 1024]),
     dry_multiplier=st.sampled_from([0.0, 0.8]),
     dry_breakers=st.sampled_from([(), (3, 4)]),
+    dry_window=st.sampled_from([0, 0, 12]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.1, 0.95]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.3]),
     presence_penalty=st.sampled_from([0.0, 0.0, -0.2]),

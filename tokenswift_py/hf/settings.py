@@ -54,7 +54,7 @@ ENGINE = frozenset(f.name for f in fields(EngineSettings))
 OWN_OPTIONS = frozenset(
     (
         "context", "positions", "positions_window", "positions_block", "penalty", "penalty_window", "dry_multiplier",
-        "dry_base", "dry_length", "dry_breakers", "seed", "on_loop",
+        "dry_base", "dry_length", "dry_window", "dry_breakers", "seed", "on_loop",
         *(name for name, said in described_options().items() if said.group in ("drafting", "lossy", "output")),
     )
 ) - {"draft_model"}  # fmt: skip

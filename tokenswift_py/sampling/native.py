@@ -48,6 +48,7 @@ class NativeSampler(Sampler):
             presence_penalty=float(params.presence_penalty),
             forced=[place for span in self._forced[:chapters] for place in span],
             dry_length=params.dry_length,
+            dry_window=min(params.dry_window, 2**31 - 1),
             dry_powers=self._powers if params.dry_multiplier > 0 else [],
             dry_breakers=list(params.dry_breakers),
             ban=list(params.ban),

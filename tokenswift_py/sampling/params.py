@@ -62,6 +62,7 @@ class SamplingParams:
     dry_multiplier: float = parameter(0.0, Real(0, 1000, off=0), "DRY repetition penalty; 0 is off")
     dry_base: float = parameter(1.75, Real(1, 16), "its growth per repeated token")
     dry_length: int = parameter(2, Whole(1, 64), "longest repeat that goes unpunished")
+    dry_window: int = parameter(0, Whole(0), "of so many latest tokens; 0 is the whole text")
     dry_breakers: tuple[int, ...] = parameter(
         (), TokenIds(), "no repeat is counted across these", asked=Texts(), asked_default=("\n", ":", '"', "*")
     )

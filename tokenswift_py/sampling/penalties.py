@@ -110,10 +110,12 @@ def dry_penalty(
     shortest: int,
     powers: npt.NDArray[np.float64],
     breakers: IntArray,
+    window: int = 0,
 ) -> None:
     """Subtracts multiplier * base^(matched - shortest) from tokens that would go on repeating, in place.
 
-    Source: DRY ("don't repeat yourself"), text-generation-webui#5677, like llama.cpp's, over the whole text.
+    window: of how many latest tokens; 0 is the whole text.
+    Source: DRY ("don't repeat yourself"), text-generation-webui#5677, like llama.cpp's.
     """
-    following, matched = dry_matches(tokens, shortest, breakers)
+    following, matched = dry_matches(tokens[-window:], shortest, breakers)
     scores[following] -= powers[matched - shortest]

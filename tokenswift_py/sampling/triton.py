@@ -25,6 +25,7 @@ from tokenswift_py.sampling.reference import Doubles, NumericsError, Sampler
 Ranked = list[tuple[int, float]]
 Masks = npt.NDArray[np.uint8]
 MOST_RANKED = 64  # the reference makes longer rankings
+LONGEST_TEXT = 2**31 - 1  # tokens; a window of so many is the whole text
 PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
 
 
@@ -179,7 +180,7 @@ class TritonSampler(Sampler):
                 params.temperature, params.repetition_penalty, params.penalty, params.frequency_penalty,
                 params.presence_penalty,
             ),
-            window=min(params.penalty_window, 2**31 - 1),
+            window=min(params.penalty_window, LONGEST_TEXT),
             seen=params.repetition_penalty != 1 or params.penalty != 1,
             counted=bool(params.frequency_penalty or params.presence_penalty),
             powers=on_device(self._powers, device),
@@ -239,10 +240,11 @@ class TritonSampler(Sampler):
             return None
         marks = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
         if dry:
-            mark_repeats(marks, texts.rows, texts.unbroken, params.dry_length, exclude=False)
+            window = min(params.dry_window or LONGEST_TEXT, LONGEST_TEXT)
+            mark_repeats(marks, texts.rows, texts.unbroken, params.dry_length, window, exclude=False)
             marks.index_fill_(1, placed.breakers, 0)
         if params.no_repeat_ngram_size:
-            mark_repeats(marks, texts.rows, texts.ends, texts.ends.shape[1], exclude=True)
+            mark_repeats(marks, texts.rows, texts.ends, texts.ends.shape[1], LONGEST_TEXT, exclude=True)
         if out is not None:
             marks.index_put_(tuple(out.long().unbind()), marks.new_full((), OUT.value))
         if texts.outside is not None:

@@ -22,7 +22,7 @@ using History = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device
 void init_sampler(Sampler* self, int vocab, double temperature, int top_k, double top_p,
                   std::optional<double> log_min_p, double repetition_penalty, double penalty, int penalty_window,
                   double frequency_penalty, double presence_penalty, std::vector<int64_t> forced, int dry_length,
-                  std::vector<double> dry_powers, Tokens dry_breakers, Tokens ban, int ngram,
+                  int dry_window, std::vector<double> dry_powers, Tokens dry_breakers, Tokens ban, int ngram,
                   std::vector<Tokens> ban_words, Tokens eos, int64_t first_end, Tokens bias_tokens,
                   std::vector<double> bias, uint64_t seed, uint32_t stream, double highest, double lowest) {
   require(vocab >= 1, "vocab must be positive");
@@ -41,6 +41,7 @@ void init_sampler(Sampler* self, int vocab, double temperature, int top_k, doubl
   params.penalty = penalty;
   params.penalty_window = penalty_window;
   params.dry_length = dry_length;
+  params.dry_window = dry_window;
   params.dry_powers = std::move(dry_powers);
   params.dry_breakers = std::move(dry_breakers);
   params.ban = std::move(ban);
@@ -73,8 +74,9 @@ void bind_sampler(nb::module_& m) {
   nb::class_<Sampler>(m, "Sampler", "Chooses tokens as tokenswift_py/sampling/reference.py does.")
       .def("__init__", &init_sampler, "vocab"_a, "temperature"_a, "top_k"_a, "top_p"_a, "log_min_p"_a.none(),
            "repetition_penalty"_a, "penalty"_a, "penalty_window"_a, "frequency_penalty"_a, "presence_penalty"_a,
-           "forced"_a, "dry_length"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "ngram"_a, "ban_words"_a, "eos"_a,
-           "first_end"_a, "bias_tokens"_a, "bias"_a, "seed"_a, "stream"_a, "highest"_a, "lowest"_a)
+           "forced"_a, "dry_length"_a, "dry_window"_a, "dry_powers"_a, "dry_breakers"_a, "ban"_a, "ngram"_a,
+           "ban_words"_a, "eos"_a, "first_end"_a, "bias_tokens"_a, "bias"_a, "seed"_a, "stream"_a, "highest"_a,
+           "lowest"_a)
       .def("rank", &rank, "logits"_a.noconvert(), "history"_a.noconvert(), "count"_a,
            "Up to `count` (token, perturbed score), the best first; none where no finite logit is left.");
 }

@@ -77,6 +77,7 @@ Sampler::Sampler(const SamplerParams& params, int vocab)
   require(params.bias.size() == params.bias_tokens.size(), "as many biases as tokens");
   require(params.dry_powers.empty() || (int(params.dry_powers.size()) > longest_match && params.dry_length >= 1),
           "DRY needs its powers and a length");
+  require(params.dry_window >= 0, "a window is not negative");
   if (params.penalty != 1 || params.repetition_penalty != 1 || params.frequency_penalty != 0 ||
       params.presence_penalty != 0)
     counts_.assign(vocab, 0);
@@ -213,7 +214,11 @@ void Sampler::ban_words(float* logits, const int32_t* history, int length) {
 // Penalises the token that followed an earlier occurrence of the text's last tokens, by the length of its longest
 // match.
 void Sampler::penalise_repeats(float* logits, const int32_t* history, int length) {
-  const int shortest = params_.dry_length;
+  const int shortest = params_.dry_length, window = params_.dry_window;
+  if (window > 0 && window < length) {
+    history += length - window;
+    length = window;
+  }
   int limit = std::min(length, longest_match);
   for (int back = 0; back < limit; ++back) {
     if (breaks(history[length - 1 - back])) limit = back;

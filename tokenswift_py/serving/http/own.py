@@ -16,7 +16,7 @@ REQUESTS = frozenset(
         "min_new_tokens", "min_chapter_tokens", "ignore_eos", "stop", "stop_tokens", "keep_stop", "on_loop", "chapters",
         "template_args", "continue_final_message", "no_bos", "special", "grammar", "regex", "draft_tokens",
         "temperature", "top_k", "top_p", "min_p", "penalty", "penalty_window", "dry_multiplier", "dry_base",
-        "dry_length", "dry_breakers", "ban", "ban_words", "logit_bias", "seed", "repetition_penalty",
+        "dry_length", "dry_window", "dry_breakers", "ban", "ban_words", "logit_bias", "seed", "repetition_penalty",
         "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "top_n_sigma", "typical_p", "xtc_threshold",
         "xtc_probability",
     )
