@@ -178,7 +178,9 @@ def repeats_kernel(
     tl.atomic_max(marks + row.to(tl.int64) * vocab + token, mark, mask=found, sem="relaxed")
 
 
-def mark_repeats(marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shortest: int, window: int, exclude: bool) -> None:
+def mark_repeats(
+    marks: torch.Tensor, rows: Rows, suffixes: torch.Tensor, shortest: int, window: int, exclude: bool
+) -> None:
     """Marks, in place, each token that came after at least `shortest` tokens with which the row's text ends: by the
     largest number of such tokens, or as excluded. Only the `window` latest tokens of the text count.
 

@@ -19,7 +19,7 @@ class Probes:
         self.total_ms = 0.0
         self._spent_ms: dict[str, float] = {}
         self._left: dict[str, int] = {}  # probes of a burst that was begun
-        self._rounds = self._plain = 0  # the number of all rounds, and of the latest plain one, or of the latest plain burst's beginning
+        self._rounds = self._plain = 0  # the number of all rounds, and of the latest plain one or burst
         self._idle = 0  # the number of plain rounds since one that was not
 
     def count(self, plain: bool) -> None:

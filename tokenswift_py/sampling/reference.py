@@ -192,9 +192,7 @@ class Sampler:
         if params.frequency_penalty or params.presence_penalty:
             count_penalty(scores, self.written(history.tokens), params.frequency_penalty, params.presence_penalty)
         if params.dry_multiplier > 0:
-            dry_penalty(
-                scores, history.tokens, params.dry_length, self._powers, self._breakers, params.dry_window
-            )
+            dry_penalty(scores, history.tokens, params.dry_length, self._powers, self._breakers, params.dry_window)
         scores[self._bias_ids] += self._bias
         scores[self._ban] = -np.inf
         if params.no_repeat_ngram_size:

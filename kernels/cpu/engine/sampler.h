@@ -11,7 +11,7 @@ struct SamplerParams {
   double frequency_penalty = 0, presence_penalty = 0;
   bool has_min_p = false;
   int top_k = 0, penalty_window = 0, dry_length = 0, ngram = 0;
-  int dry_window = 0;  // latest tokens in which DRY looks for repeats; 0 is all of them
+  int dry_window = 0;           // latest tokens in which DRY looks for repeats; 0 is all of them
   std::vector<int64_t> forced;  // start and stop of each span that the model did not write, ascending
   std::vector<std::vector<int32_t>> ban_words;
   std::vector<double> dry_powers;  // multiplier * base^k; empty where DRY is off
