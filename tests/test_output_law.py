@@ -202,6 +202,7 @@ def test_texts_that_rest_now_and_then_show_their_policies_what_they_have(
 
     forward = type(tiny_decoder).forward
     monkeypatch.setattr(Probes, "rests", property(rests))
+    monkeypatch.setattr("tokenswift_py.planning.planner.IDLE_ROUNDS", 0)
     monkeypatch.setattr(type(tiny_decoder), "forward", compute)
     drafter = Partial(policy, 64)
     drafted, engine, _ = write(

@@ -121,8 +121,10 @@ def test_a_plain_round_that_would_lose_much_is_rare() -> None:
 
 def test_a_company_is_plain_together() -> None:
     """A text's plain round among others that draft would not tell what plain decoding takes."""
-    probes = Probes(burst=8)
+    probes = Probes()
     planners = [Planner(probes=probes) for _ in range(8)]
+    for planner in planners:
+        planner.at(1000)
     for planner in planners:
         planner.observe(1000, 4, 4, phases(1.0, 30.0))
     plain = []
@@ -139,7 +141,7 @@ def test_a_company_is_plain_together() -> None:
 @pytest.mark.parametrize("texts", [1, 2, 8])
 def test_plain_rounds_that_lose_nothing_leave_most_rounds_to_drafting(texts: int) -> None:
     """As long as drafting gives what plain decoding does, a plain round is free. A company once made all of them so."""
-    probes = Probes(burst=texts)
+    probes = Probes()
     planners = [Planner(probes=probes) for _ in range(texts)]
     plain = 0
     for number in range(320):
@@ -152,21 +154,48 @@ def test_plain_rounds_that_lose_nothing_leave_most_rounds_to_drafting(texts: int
 
 def test_a_company_whose_guesses_never_pay_rests() -> None:
     """It looks for guesses in two rounds of 34, all its texts in the same ones, and is awake once one is verified."""
-    probes = Probes(burst=8)
-    assert not Probes().rests
+    probes = Probes()
+    planners = [Planner(probes=probes) for _ in range(7)]
 
     def rounds(count: int) -> list[bool]:
         rests = []
         for _ in range(count):
-            rests.append(Planner(probes=probes).at(1000).rests)
-            for _ in range(8):
-                assert Planner(probes=probes).at(1000).rests == rests[-1]
-                probes.count(True)
-        return rests
+            rests.append({planner.at(1000).rests for planner in planners})
+            for planner in planners:
+                planner.observe(1000, 1, 1, phases(0.0, 10.0))
+        assert all(len(one) == 1 for one in rests)
+        return [one.pop() for one in rests]
 
     assert rounds(8 + 3 * 34) == [False] * 8 + 3 * ([True] * 32 + [False] * 2)
     probes.count(False)
     assert rounds(10) == [False] * 8 + [True] * 2
+    new = Planner(probes=probes)
+    for number in range(10):
+        assert new.at(1000).rests == (number >= 8), "a new text first looks for itself"
+        assert planners[0].at(1000).rests
+        new.observe(1000, 1, 1, phases(0.0, 10.0))
+    new.leave()
+    for planner in planners[1:]:
+        planner.leave()
+    assert not planners[0].at(1000).rests, "a text alone does not rest"
+
+
+def test_bursts_are_as_long_as_there_are_texts() -> None:
+    """A server has seats for many texts. What one text plans is not to depend on their number."""
+    probes = Probes()
+    many = [Planner(probes=probes) for _ in range(16)]
+    for planner in many:
+        planner.at(1000)
+        planner.observe(1000, 4, 4, phases(1.0, 30.0))
+    for planner in many[1:]:
+        planner.leave()
+    plain = []
+    for _ in range(400):
+        plain.append(many[0].at(1000).rows_at_most == 1)
+        rows = 1 if plain[-1] else 2
+        many[0].observe(1000, rows, 1, phases(0.0, 10.0))
+    assert 400 / 33 - 1 <= sum(plain) <= 400 / 33 + 8
+    assert not any(map(all, pairwise(plain))), "one round at a time"
 
 
 def test_rows_and_context_never_make_a_pass_cheaper() -> None:
@@ -393,8 +422,10 @@ def test_probes_take_a_hundredth_of_the_time() -> None:
 
 def test_a_company_probes_in_bursts() -> None:
     """All its texts try to draft in the same rounds, and no text has probes of its own."""
-    shared = Probes(burst=4)
+    shared = Probes()
     texts = [Planner(probes=shared) for _ in range(4)]
+    for text in texts:
+        text.at(100)
     granted = []
     for _ in range(2000):
         granted.append(sum(text.at(100).may_probe(2.0) for text in texts))

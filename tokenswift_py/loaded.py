@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -60,8 +60,9 @@ class LoadedModel:
         """Makes the RoPE tables of a run over so many positions. Raises UserError like `rope_tables`."""
         return rope_tables(self.checkpoint.config, context, positions)
 
-    def pass_cost(self, kind: str) -> PassCost | None:
-        """Returns what is known of passes of this kind ("target" or "draft"): of a text alone nothing."""
+    def pass_cost(self, *kind: Hashable) -> PassCost | None:
+        """Returns what is known of passes of this kind ("target", or what drafts are made with): of a text alone
+        nothing."""
         return None
 
     def probes(self) -> Probes:

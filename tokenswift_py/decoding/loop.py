@@ -117,6 +117,7 @@ class DecodeLoop:
                 self.ranks.go_on(False)
             raise
         finally:
+            self.planner.leave()
             try:
                 if self.keep is not None:
                     self.keep()
@@ -203,15 +204,14 @@ class DecodeLoop:
 
     @property
     def context(self) -> Context:
-        """Returns all that the drafter may look at now, with the plan of a round that begins here."""
-        return replace(self._context, plan=self.planner.at(self.cache.length))
+        """Returns all that the drafter may look at between rounds."""
+        return replace(self._context, plan=self.planner.between(self.cache.length))
 
     def round(self) -> Passes[Step]:
         """Drafts, verifies and commits one tree. Returns the accepted tokens and one more."""
-        context = self.context
+        context = replace(self._context, plan=self.planner.at(self.cache.length))
         with self.phase("draft"):
-            budget = self.budget(context.plan)
-            proposed = yield from self.drafter.propose(context, budget)
+            proposed = yield from self.drafter.propose(context, self.budget(context.plan))
             # Where rank 0 alone drafts, its plan is its own. So the message has room for any tree.
             tree = self.ranks.first_tree(proposed, self.planner.most + 1)
         with self.phase("verify"):

@@ -28,12 +28,18 @@ class Load:
     What passes usually take is measured by the load, too, and both could drift apart for ever. So the median counts a
     little less, and usual times follow a load that stays.
 
-    passes: how many are the latest; 0 takes no load into account.
+    passes: how many passes of a text are the latest; 0 takes no load into account.
     """
 
     def __init__(self, passes: int = LOAD_PASSES) -> None:
+        self._passes = passes
         self._ratios: deque[float] = deque([1.0], maxlen=passes)
         self.factor = 1.0
+
+    def among(self, texts: int) -> None:
+        """Takes in how many texts tell of each pass that they share."""
+        if self._ratios.maxlen != texts * self._passes:
+            self._ratios = deque(self._ratios, maxlen=texts * self._passes)
 
     def observe(self, ratio: float) -> None:
         """Takes in what a pass took over what it usually takes."""

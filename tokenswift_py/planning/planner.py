@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from tokenswift_py.planning.costs import KNEE, SHORTEST, Load, PassCost
-from tokenswift_py.planning.rounds import Probes, Rounds
+from tokenswift_py.planning.rounds import IDLE_ROUNDS, Probes, Rounds
 
 Gain = Callable[[float, int], float]  # (a node's chance of being emitted, rows before it) -> milliseconds that it saves
 
@@ -38,10 +38,26 @@ class Planner:
         self.target = target or PassCost(shapes)
         self.probes = probes or Probes()
         self.rounds = Rounds(self.target.load)
+        self.rests = False  # whether the text looks for no guesses in this round
+        self._count = 0  # of its rounds
 
     def at(self, context: int) -> Plan:
-        """Returns the plan of a round that begins with so many tokens in the target's cache."""
+        """Returns the plan of a round that begins with so many tokens in the target's cache.
+
+        What others could not guess says nothing of this text. So it does not rest at first, though its company does.
+        """
+        self.probes.join(self)
+        self.target.load.among(self.probes.burst)
+        self.rests = self.probes.rests and self._count >= IDLE_ROUNDS
         return Plan(self, context, self._plain_is_due(context))
+
+    def between(self, context: int) -> Plan:
+        """Returns a plan for what is asked between rounds."""
+        return Plan(self, context)
+
+    def leave(self) -> None:
+        """Ends the text's part in its company."""
+        self.probes.leave(self)
 
     def _plain_is_due(self, context: int) -> bool:
         """Returns whether this round is to be plain, to learn what plain decoding takes by now.
@@ -65,7 +81,8 @@ class Planner:
                   time that it should have taken.
         """
         draft, verify, *others = (phase_ms[phase] for phase in PHASES)
-        self.probes.count(rows == 1)
+        self._count += 1
+        self.probes.count(rows == 1 or self.rests)  # a grammar may have forced the others
         self.target.observe(rows, context, verify)
         expected = self.target(rows, context)
         verify = expected if math.isnan(verify) else verify
@@ -79,10 +96,11 @@ class Plan:
     It looks at what its planner knows now. So a drafter's expectation counts from the moment it is told.
 
     plain: whether nothing is to be drafted.
+    rests: whether no guesses are to be looked for in this round, see `Probes.rests`.
     """
 
     def __init__(self, planner: Planner, context: int, plain: bool = False) -> None:
-        self.context, self._plain = context, plain
+        self.context, self.rests, self._plain = context, planner.rests, plain
         self._most, self._target, self._rounds = planner.most, planner.target, planner.rounds
         self._probes = planner.probes
 
@@ -97,11 +115,6 @@ class Plan:
     def load(self) -> Load:
         """The machine's load, which costs of draft passes share."""
         return self._target.load
-
-    @property
-    def rests(self) -> bool:
-        """Whether no guesses are to be looked for in this round, see `Probes.rests`."""
-        return self._probes.rests
 
     def longest_chain(self, budget: int, width: int) -> int:
         """Returns the guesses of a chain at most, in a tree of up to `budget` nodes with `width` guesses a node."""
@@ -207,9 +220,22 @@ class Plan:
 
 
 class FixedPlanner(Planner):
-    """Has `most` nodes drafted in every round, whatever they cost, as sweeps and tests ask for."""
+    """Has `most` nodes drafted in every round, whatever they cost, as sweeps and tests ask for. Its rounds say nothing
+    of what pays. So it takes no part in its company's probes."""
+
+    def __init__(
+        self,
+        most: int = 64,
+        shapes: Sequence[int] = (),
+        target: PassCost | None = None,
+        probes: Probes | None = None,
+    ) -> None:
+        super().__init__(most, shapes, target)
 
     def at(self, context: int) -> FixedPlan:
+        return FixedPlan(self, context)
+
+    def between(self, context: int) -> FixedPlan:
         return FixedPlan(self, context)
 
 
@@ -223,10 +249,6 @@ class FixedPlan(Plan):
     def longest_chain(self, budget: int, width: int) -> int:
         """Leaves room in the tree for the runners-up of every guess."""
         return (budget - 1) // width
-
-    @property
-    def rests(self) -> bool:
-        return False
 
     def probing(self, kind: str = "draft") -> bool:
         return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
+
 from tokenswift_py.planning.costs import SHORTEST, Load
 
 
@@ -9,23 +12,39 @@ class Probes:
     """Says when a round may be other than looks best, to learn whether it still is not: when a guess that does not look
     worth its milliseconds may be tried, and when nothing is drafted ("plain"). Texts in company have one between them.
 
-    burst:    probes that are granted together, for all texts of a company to make in the same rounds: the weights are
-              read for all of them at once, so a probe alone would say that drafting is dearer than it is.
+    Probes are granted in bursts, one for each text, for all of them to make in the same rounds: the weights are read
+    for all texts at once, so a probe alone would say that drafting is dearer than it is. The rounds that are counted
+    here are those of the company, in which each text has one.
+
     total_ms: milliseconds of all rounds.
     """
 
-    def __init__(self, burst: int = 1) -> None:
-        self.burst = burst
+    def __init__(self) -> None:
         self.total_ms = 0.0
+        self._texts: set[Hashable] = set()
         self._spent_ms: dict[str, float] = {}
         self._left: dict[str, int] = {}  # probes of a burst that was begun
-        self._rounds = self._plain = 0  # the number of all rounds, and of the latest plain one or burst
-        self._idle = 0  # the number of plain rounds since one that was not
+        self._rounds = self._plain = 0.0  # the number of all rounds, and of the latest plain one or burst
+        self._idle = 0.0  # the number of plain rounds since one that was not
+
+    @property
+    def burst(self) -> int:
+        """Returns the number of texts there are, at least 1."""
+        return max(1, len(self._texts))
+
+    def join(self, text: Hashable) -> None:
+        """Takes in that a text plans rounds."""
+        self._texts.add(text)
+
+    def leave(self, text: Hashable) -> None:
+        """Takes in that it plans no more, so that bursts are as long as there are texts to make them."""
+        self._texts.discard(text)
+        self._left = {kind: min(left, self.burst) for kind, left in self._left.items()}
 
     def count(self, plain: bool) -> None:
-        """Counts a round. Among others a text's plain round does not tell what plain decoding takes."""
-        self._rounds += 1
-        self._idle = self._idle + 1 if plain else 0
+        """Counts a text's round. Among others its plain round does not tell what plain decoding takes."""
+        self._rounds += 1 / self.burst
+        self._idle = self._idle + 1 / self.burst if plain else 0.0
         if plain and self.burst == 1:
             self._plain = self._rounds
 
@@ -36,12 +55,12 @@ class Probes:
         Where company leaves no row that pays, looking for guesses in vain took 5 % of the time of 8 texts. So after
         some rounds in which no guess was verified they look for them only now and then, all in the same rounds.
         """
-        idle = self._idle // self.burst - IDLE_ROUNDS
+        idle = whole(self._idle) - IDLE_ROUNDS
         return self.burst > 1 and idle >= 0 and idle % REST_ROUNDS < REST_ROUNDS - LOOK_ROUNDS
 
     def plain_is_due(self) -> bool:
         """Returns whether it is long ago that nothing was drafted. At first it is soon."""
-        return self._rounds - self._plain >= min(PLAIN_ROUNDS * self.burst, max(2 * self.burst, self._rounds // 2))
+        return whole(self._rounds - self._plain) >= min(PLAIN_ROUNDS, max(2, whole(self._rounds) // 2))
 
     def open(self, kind: str) -> bool:
         """Returns whether a burst was begun that has probes left."""
@@ -61,6 +80,12 @@ class Probes:
                 self._plain = self._rounds
         self._spent_ms[kind], self._left[kind] = spent + ms, left - 1
         return True
+
+
+def whole(rounds: float) -> int:
+    """Returns how many rounds have ended of a sum of the texts' parts, which is a little less for some numbers of
+    texts."""
+    return math.floor(rounds + 1e-6)
 
 
 class Rounds:
@@ -111,8 +136,8 @@ class Rounds:
 
 PROBES = 0.01
 FREE_PROBES = 8
-PLAIN_ROUNDS = 32  # the rounds of each text after which a plain one is due
-IDLE_ROUNDS = 8  # the rounds of each text without a verified guess, after which its company rests
-REST_ROUNDS, LOOK_ROUNDS = 34, 2  # the rounds of each text from one rest to the next, and of the look between them
+PLAIN_ROUNDS = 32  # the rounds after which a plain one is due
+IDLE_ROUNDS = 8  # the rounds without a verified guess after which a company rests, and of a new text before it does
+REST_ROUNDS, LOOK_ROUNDS = 34, 2  # the rounds from one rest to the next, and of the look between them
 ROUNDS = 48  # the number of rounds after which a round counts 1/e in the rate
 EXPECTED_ROUNDS = 8  # the number of rounds that the drafter's expectation counts for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from tokenswift_py.core import Model
@@ -13,7 +14,7 @@ from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import AUTO, RopeTables
-from tokenswift_py.planning.costs import LOAD_PASSES, Load, PassCost
+from tokenswift_py.planning.costs import Load, PassCost
 from tokenswift_py.planning.rounds import Probes
 
 
@@ -62,9 +63,8 @@ class Company(LoadedModel):
     ):
         check(loaded.executor.ranks.world == 1, "world", loaded.executor.ranks.world, "one process writes many texts")
         super().__init__(loaded.checkpoint, loaded.tokenizer, SharedModels(loaded.executor), loaded.origin)
-        self._costs: dict[str, PassCost] = {}
-        self._load = Load(LOAD_PASSES * most_running)  # each pass is told by every text that travelled in it
-        self._probes = Probes(burst=most_running)
+        self._costs: dict[tuple[Hashable, ...], PassCost] = {}
+        self._load, self._probes = Load(), Probes()
         self.alone = loaded
         self.context = context or loaded.checkpoint.spec.trained_context
         self._rope = loaded.rope(self.context, positions)
@@ -87,7 +87,7 @@ class Company(LoadedModel):
         company."""
         return self._rope
 
-    def pass_cost(self, kind: str) -> PassCost:
+    def pass_cost(self, *kind: Hashable) -> PassCost:
         """Returns what all texts have learned together, so that the next text need not learn it again. It knows no
         shapes, because rows of several texts fill a pass; see `sharing.Width`."""
         return self._costs.setdefault(kind, PassCost(load=self._load))

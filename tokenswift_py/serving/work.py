@@ -51,7 +51,8 @@ class LoopWork:
         return self.loop.rows_ahead
 
     def set_aside(self) -> None:
-        """Does nothing: a loop keeps nothing that could be lost."""
+        """Takes the text out of the company's probes until its next round."""
+        self.loop.planner.leave()
 
 
 class StreamWork(LoopWork):
@@ -74,6 +75,7 @@ class StreamWork(LoopWork):
         return self.stream.passes()
 
     def set_aside(self) -> None:
-        """Puts on the disk what is told, for no next step will do that soon."""
+        """Puts on the disk what is told, too, for no next step will do that soon."""
+        super().set_aside()
         if self.stream.journal is not None:
             self.stream.journal.sync()
