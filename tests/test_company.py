@@ -193,7 +193,7 @@ def in_company(
             scheduler._preempt(rng.choice(resting))
             forced += 1
         scheduler.step()
-    assert company.probes().burst == 1, "no text is left to wait for"
+    assert not company.probes()._texts, "no text is left to wait for"
     for number, text in enumerate(texts):
         truth, found = alone(asked[number]), text.stream.result()
         (error,) = text.ended

@@ -173,6 +173,8 @@ def test_a_company_whose_guesses_never_pay_rests() -> None:
     for number in range(10):
         assert new.at(1000).rests == (number >= 8), "a new text first looks for itself"
         assert planners[0].at(1000).rests
+        assert not number or not probes.open("draft"), "it probes for itself alone"
+        assert new.at(1000).may_probe(0.1)
         new.observe(1000, 1, 1, phases(0.0, 10.0))
     new.leave()
     for planner in planners[1:]:
@@ -428,7 +430,8 @@ def test_a_company_probes_in_bursts() -> None:
         text.at(100)
     granted = []
     for _ in range(2000):
-        granted.append(sum(text.at(100).may_probe(2.0) for text in texts))
+        plans = [text.at(100) for text in texts]
+        granted.append(sum(plan.may_probe(2.0) for plan in plans if not plan.rests))
         for text in texts:
             text.observe(100, 1, 1, phases(0.0, 10.0))
     assert set(granted) == {0, 4}

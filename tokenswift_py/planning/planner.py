@@ -82,7 +82,7 @@ class Planner:
         """
         draft, verify, *others = (phase_ms[phase] for phase in PHASES)
         self._count += 1
-        self.probes.count(rows == 1 or self.rests)  # a grammar may have forced the others
+        self.probes.count(rows == 1 or self.rests)  # more rows of a text that rests are forced by its grammar
         self.target.observe(rows, context, verify)
         expected = self.target(rows, context)
         verify = expected if math.isnan(verify) else verify

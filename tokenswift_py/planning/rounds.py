@@ -69,13 +69,14 @@ class Probes:
     def may(self, ms: float, kind: str) -> bool:
         """Returns whether a probe of so many milliseconds may be made, and counts it if so.
 
-        Probes of each kind take PROBES of all time, and a few are free at the beginning.
+        Probes of each kind take PROBES of all time, and a few are free at the beginning. While the company rests, only
+        a new text asks for any of a draft.
         """
         spent, left = self._spent_ms.get(kind, 0.0), self._left.get(kind, 0)
         if not left:
-            if spent + self.burst * ms > PROBES * self.total_ms + max(FREE_PROBES, self.burst) * ms:
+            left = 1 if self.rests and kind != "plain" else self.burst
+            if spent + left * ms > PROBES * self.total_ms + max(FREE_PROBES, left) * ms:
                 return False
-            left = self.burst
             if kind == "plain":  # this burst, whose rounds are counted when all its texts have planned them
                 self._plain = self._rounds
         self._spent_ms[kind], self._left[kind] = spent + ms, left - 1
