@@ -63,7 +63,7 @@ check: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S kernels/cpu -B build/headers -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/headers --target headers --parallel >/dev/null
 	rm -rf build/check
-	$(PIP) install --quiet --no-deps --no-build-isolation -C wheel.cmake=false --target build/check .
+	SKBUILD_WHEEL_CMAKE=false $(PIP) install --quiet --no-deps --no-build-isolation --target build/check .
 	cd build/check && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache \
 		-p tokenswift_py
 
