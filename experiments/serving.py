@@ -149,7 +149,7 @@ class Way:
     def __init__(self, texts: Texts, drafter: str, together: bool):
         self.texts, self.drafter, self.together = texts, drafter, together
         self.clock, self.speed = TurnClock(), Speed()
-        self.company = Company(texts.swift, texts.context, texts.kv_tokens, texts.count if together else 1)
+        self.company = Company(texts.swift, texts.context, texts.kv_tokens)
         self.forks = texts.forks(self.company)
         self.scheduler = Scheduler(self.company.target, self.company.pool, self.clock, texts.count)
         self.runs: list[list[list[int]]] = []

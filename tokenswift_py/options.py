@@ -322,6 +322,11 @@ class Options(Asked):
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def draft_kind(self) -> tuple[str, str, str, str | int]:
+        """Returns what draft passes are made with. Those of texts with the same share models, and cost alike."""
+        return self.chosen_drafter, self.draft_weights, self.draft_kv, self.draft_vocabulary
+
+    @property
     def chosen_drafter(self) -> str:
         """Returns the drafter that auto means, else the one that was asked for."""
         if self.drafter != "auto":

@@ -72,8 +72,8 @@ class DecodeLoop:
     ):
         self.model, self.drafter, self.sampler, self.stops = model, drafter, sampler, stops
         self.turns, self.ranks, self.prefill_chunk = list(turns), ranks, prefill_chunk
-        most, planner = (64, Planner) if draft_tokens is None else (draft_tokens, FixedPlanner)
-        self.planner = planner(most, model.row_shapes, target_cost, probes)
+        costs = model.row_shapes, target_cost
+        self.planner = Planner(64, *costs, probes) if draft_tokens is None else FixedPlanner(draft_tokens, *costs)
         self.want_logprobs, self.top_logprobs, self.prompt_logprobs = want_logprobs, top_logprobs, prompt_logprobs
         self.known: dict[int, tuple[float, Likeliest]] = {}
         # The positions whose log-probabilities the next passes tell, and how many other tokens are wanted there.

@@ -221,22 +221,12 @@ class Plan:
 
 class FixedPlanner(Planner):
     """Has `most` nodes drafted in every round, whatever they cost, as sweeps and tests ask for. Its rounds say nothing
-    of what pays. So it takes no part in its company's probes."""
-
-    def __init__(
-        self,
-        most: int = 64,
-        shapes: Sequence[int] = (),
-        target: PassCost | None = None,
-        probes: Probes | None = None,
-    ) -> None:
-        super().__init__(most, shapes, target)
-
-    def at(self, context: int) -> FixedPlan:
-        return FixedPlan(self, context)
+    of what pays. So it has no probes in common with others."""
 
     def between(self, context: int) -> FixedPlan:
         return FixedPlan(self, context)
+
+    at = between
 
 
 class FixedPlan(Plan):

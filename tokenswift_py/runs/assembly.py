@@ -40,8 +40,7 @@ def decode_loop(
         if kind_of(options.chosen_drafter).has_second_model and not loaded.executor.ranks.leads:
             chosen = create("none")  # all ranks verify rank 0's trees
         else:
-            drafts = (options.chosen_drafter, options.draft_weights, options.draft_kv, options.draft_vocabulary)
-            draft_cost = loaded.pass_cost(*drafts)
+            draft_cost = loaded.pass_cost(*options.draft_kind)
             chosen = for_run(options, Resources(loaded.checkpoint, run.second_model, draft_cost, loaded.kept))
     if loaded.executor.ranks.world > 1:
         loaded.executor.ranks.agree("the draft heads", chosen.alike())

@@ -9,6 +9,7 @@ import torch
 
 from tokenswift_py.decoding.history import History
 from tokenswift_py.sampling import noise
+from tokenswift_py.sampling.penalties import LONGEST_TEXT
 from tokenswift_py.sampling.reference import Sampler
 
 
@@ -43,19 +44,19 @@ class NativeSampler(Sampler):
             log_min_p=self._log_min_p if params.min_p > 0 else None,
             repetition_penalty=float(params.repetition_penalty),
             penalty=float(params.penalty),
-            penalty_window=min(params.penalty_window, 2**31 - 1),
+            penalty_window=min(params.penalty_window, LONGEST_TEXT),
             frequency_penalty=float(params.frequency_penalty),
             presence_penalty=float(params.presence_penalty),
             forced=[place for span in self._forced[:chapters] for place in span],
             dry_length=params.dry_length,
-            dry_window=min(params.dry_window, 2**31 - 1),
+            dry_window=min(params.dry_window, LONGEST_TEXT),
             dry_powers=self._powers if params.dry_multiplier > 0 else [],
             dry_breakers=list(params.dry_breakers),
             ban=list(params.ban),
-            ngram=min(params.no_repeat_ngram_size, 2**31 - 1),
+            ngram=min(params.no_repeat_ngram_size, LONGEST_TEXT),
             ban_words=[list(word) for word in params.ban_words],
             eos=self._eos.tolist(),
-            first_end=min(first_end, 2**31 - 1),
+            first_end=min(first_end, LONGEST_TEXT),
             bias_tokens=list(params.logit_bias),
             bias=[float(bias) for bias in params.logit_bias.values()],
             seed=params.seed,

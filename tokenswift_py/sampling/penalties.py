@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from tokenswift_py.core import IntArray
 
+LONGEST_TEXT = 2**31 - 1  # tokens; a window of so many is the whole text
 DRY_LONGEST = 64  # a longer match counts as this long, because the penalty then excludes the token anyway
 
 
@@ -110,7 +111,7 @@ def dry_penalty(
     shortest: int,
     powers: npt.NDArray[np.float64],
     breakers: IntArray,
-    window: int = 0,
+    window: int,
 ) -> None:
     """Subtracts multiplier * base^(matched - shortest) from tokens that would go on repeating, in place.
 

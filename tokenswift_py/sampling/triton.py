@@ -18,14 +18,13 @@ from tokenswift_py.kernels.base import on_device
 from tokenswift_py.sampling import noise
 from tokenswift_py.sampling.device_chain import DeviceChain
 from tokenswift_py.sampling.device_text import LONGEST_PATH, DeviceText, Placed, Texts, ends_of, paths_of, uploaded
-from tokenswift_py.sampling.penalties import DRY_LONGEST, finished_words
+from tokenswift_py.sampling.penalties import DRY_LONGEST, LONGEST_TEXT, finished_words
 from tokenswift_py.sampling.processors import LARGEST
 from tokenswift_py.sampling.reference import Doubles, NumericsError, Sampler
 
 Ranked = list[tuple[int, float]]
 Masks = npt.NDArray[np.uint8]
 MOST_RANKED = 64  # the reference makes longer rankings
-LONGEST_TEXT = 2**31 - 1  # tokens; a window of so many is the whole text
 PENDING = DraftTree.chain([0])  # a single row, whose token does not matter
 
 

@@ -191,8 +191,7 @@ class Engine:
 
     def _stream(self, run: Run, own: OwnTime) -> Stream:
         """Makes the stream that writes a run. The first of a kind makes models that others share: one at a time."""
-        asked = run.options
-        kind = asked.chosen_drafter, asked.draft_weights, asked.draft_kv, asked.draft_vocabulary
+        kind = run.options.draft_kind
         alone: AbstractContextManager[Any] = nullcontext() if kind in self._kinds else self._first_of_kind
         with alone:
             stream = Stream(self.loaded, run, self.loaded.new_cache(), own)

@@ -84,10 +84,8 @@ template <class Page>
 void visit_bytes_page_by_tiles(const PageVisit& visit) {
   Tiles::use();
   ByteScratch scratch;
-  const int blocks = BytePage::query_blocks(visit), tiles = (visit.queries + tile_rows - 1) / tile_rows;
-  const int loads = blocks * 4 + visit.head_dim / tile_columns;
-  const int columns = (visit.head_dim + page_size - 1) / page_size;
-  NextPage next(visit.next, lines_of(visit.head_dim) * line_bytes, tiles * loads + visit.queries * (1 + columns));
+  const int blocks = BytePage::query_blocks(visit);
+  NextPage next = next_of(visit, lines_of(visit.head_dim) * line_bytes, blocks * 4 + visit.head_dim / tile_columns);
   const auto* q = static_cast<const QueryBlock*>(visit.q);
   for (int query = 0; query < visit.queries; query += tile_rows, q += tile_rows * blocks) {
     const int count = std::min(visit.queries - query, tile_rows);
