@@ -157,6 +157,16 @@ def test_taps_are_what_enters_the_layers(tiny_decoder: Any, hugging_face: Any, n
             assert error <= 1e-5 * layers[tap][0].abs().max()
 
 
+@pytest.mark.parametrize("executor", ["torch", "native"])
+@pytest.mark.parametrize("taps", [(1, 1), (2, 0), (0, 3), (-1,)])
+def test_layers_that_nothing_would_write_are_refused(
+    tiny_decoder: Any, native: Any, taps: tuple[int, ...], executor: str
+) -> None:
+    model = tiny_decoder if executor == "torch" else native[0]
+    with pytest.raises(ValueError, match="tapped layer"):
+        model.forward([Segment(DraftTree.chain(PROMPT), KVCache(model.new_pool(20), 512), causal=True)], taps=taps)
+
+
 # Folders
 
 

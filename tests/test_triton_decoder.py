@@ -57,8 +57,9 @@ def triton_decoder(
     products: Products = TILES,
     family: str = "llama",
     kv_dtype: torch.dtype | None = None,
+    **changes: Any,
 ) -> Any:
-    model = tiny_model(tiny_config(family, **SMALL, **OWN.get(family, {})), dtype).to(DEVICE)
+    model = tiny_model(tiny_config(family, **{**SMALL, **OWN.get(family, {}), **changes}), dtype).to(DEVICE)
     return decoder_of(model, attention="triton", ops=TritonOps(products), kv_dtype=kv_dtype), model
 
 
@@ -200,7 +201,7 @@ def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
         create("partial", view_tokens=64),
         Cascade(view_tokens=64, heads=Heads(random_heads("tokenswift", hidden=32, vocab=61), embedding)),
         Heads(random_heads("recurrent", hidden=32, vocab=61), embedding),
-        Eagle(random_eagle(embedding, (0, 1, 1), heads=4), 100, width=2),
+        Eagle(random_eagle(embedding, heads=4), 100, width=2),
         DFlash(random_dflash(embedding, (0, 1)), 100, width=2),
         create("draft_model", model=small),
     ]
@@ -208,7 +209,7 @@ def int8_drafters(model: Any, truth: list[int]) -> list[Any]:
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_no_drafter_changes_a_token_over_int8_keys_and_values(temperature: float) -> None:
-    decoder, model = triton_decoder(kv_dtype=torch.int8)
+    decoder, model = triton_decoder(kv_dtype=torch.int8, num_hidden_layers=3)  # EAGLE-3 reads three
     params = SamplingParams(temperature=temperature, seed=2, logit_bias=FOUR_TOKENS)
     plain, _, _ = write(decoder, PROMPT, 5, params)
     drafters = int8_drafters(model, plain)

@@ -28,7 +28,7 @@ from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.ops import ExpertWeights, HeadWeights, Ops, TorchOps, expert_weights
 from tokenswift_py.models.rope import RopeTables, query_turns
-from tokenswift_py.models.rows import Passed, Recall, Rows, lay_out, recalls_of, shared_pool
+from tokenswift_py.models.rows import Passed, Recall, Rows, lay_out, recalls_of, shared_pool, taps_of
 from tokenswift_py.models.spec import ModelSpec
 
 
@@ -167,7 +167,7 @@ class TorchDecoder:
         """
         x = self._first_stream(places[0])
         states = x.new_empty(len(x), len(taps), self.spec.hidden_size) if taps else None
-        seen = {layer: states[:, i] for i, layer in enumerate(taps)} if states is not None else {}
+        seen = taps_of(taps, states, self.spec.layers)
         x, added, mass, queries = self._layers(pool, plan, places, x, None, mass_pages, want_queries, recalls, seen)
         stream, hidden = self._add_norm(x, added, "model.norm")
         return Output(hidden, self._project(hidden[logit_rows]), mass, queries, stream, self._turns, states)

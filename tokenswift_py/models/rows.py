@@ -177,6 +177,16 @@ def recalls_of(segments: Sequence[Segment], rows: Rows) -> list[Recall]:
     return [(laid.rows, memory) for laid, memory in pairs if memory is not None and memory.folded]
 
 
+def taps_of(taps: Sequence[int], states: torch.Tensor | None, layers: int) -> dict[int, torch.Tensor]:
+    """Returns where each tapped layer's input is to be written, [R, hidden_size] of `states`, by the layer's number.
+
+    A layer named twice, or one that there is not, would leave states that nobody writes. So both are refused.
+    """
+    if list(taps) != sorted(set(taps) & set(range(layers))):
+        raise ValueError(f"tapped layers {list(taps)} must ascend, from 0 to {layers - 1}")
+    return {} if states is None else {layer: states[:, i] for i, layer in enumerate(taps)}
+
+
 def chosen_rows(logit_rows: Sequence[int] | None, rows: int) -> IntArray:
     """Returns the rows whose logits are wanted, all where none are named."""
     return native_ints(np.arange(rows) if logit_rows is None else np.asarray(logit_rows, np.int32).reshape(-1))
