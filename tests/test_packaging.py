@@ -175,7 +175,8 @@ def test_wheel_in_an_empty_environment(wheel, python, tmp_path):
     here = {p.stem for p in (ROOT / "drafters").glob("[!_]*.py")} - set(SHARED)
     assert here
     assert set(run([python, "-c", names], tmp_path).split()) == here
-    assert "--max-new-tokens" in run([python.parent / "tokenswift", "--help"], tmp_path)
+    for command in ([python.parent / "tokenswift"], [python, "-m", "tokenswift_py"]):
+        assert "usage: tokenswift audit " in run([*command, "audit", "--help"], tmp_path)
 
 
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs a C++ compiler")
