@@ -17,7 +17,7 @@ from tokenswift_py.drafters.base import Context, Resources, width_of
 from tokenswift_py.drafters.draft_folders import shared
 from tokenswift_py.drafters.eagle_files import find_folder, read_eagle
 from tokenswift_py.drafters.eagle_layer import Ahead, EagleLayer
-from tokenswift_py.drafters.own_layers import Window, Windowed
+from tokenswift_py.drafters.own_layers import Windowed
 from tokenswift_py.options import Options
 from tokenswift_py.planning.planner import Plan
 
@@ -44,13 +44,12 @@ class Eagle(Windowed):
         longest = plan.longest_chain(budget, self.width) if self.begin(context, budget) else 0
         if self._cost.measured:
             plan.expect_rate(plan.best_rate(self._confidence.next, self._pass_ms(plan)))
-        guessing: Guessing | None = None
+        guessing = Guessing(self, budget)
         with context.history.guesses():
             while True:
                 self._chain.force(context)
-                if len(self._chain) >= longest or not self._pays(plan, guessing is None):
+                if len(self._chain) >= longest or not self._pays(plan, not guessing.read):
                     break
-                guessing = guessing or Guessing(self.layer, self.rows, self.state, budget)
                 if self._guess(context, guessing) is None:
                     break
         return self._chain.build(context)
@@ -83,17 +82,18 @@ class Eagle(Windowed):
 class Guessing:
     """The layer's rows of one proposal.
 
-    rows, state: of the text. read: how many tokens from the pending one on have their row.
+    drafter: whose rows and state are those of the text. read: how many tokens from the pending one on have their row.
     """
 
-    @torch.inference_mode()
-    def __init__(self, layer: EagleLayer, rows: Window, state: torch.Tensor, budget: int):
-        self.layer, self.state, self.read = layer, state, 0
-        self.ahead = Ahead(layer, rows, budget)
+    def __init__(self, drafter: Eagle, budget: int):
+        self.layer, self.rows, self.state, self.budget = drafter.layer, drafter.rows, drafter.state, budget
+        self.read = 0
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Computes the rows before which these tokens stand. Returns the last one's logits, [vocab]."""
+        if not self.read:  # a draft that does not begin costs nothing
+            self.ahead = Ahead(self.layer, self.rows, self.budget)
         for token in tokens:
             h = self.ahead.step(token, self.state)
             self.state = self.layer.handed_on(h)

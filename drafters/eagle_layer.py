@@ -127,13 +127,16 @@ class EagleLayer(OwnLayers):
         """Returns the scaled scores [kv_heads, group, Q, K] of rotated queries [Q, heads, head_dim] and keys [K,
         kv_heads, head_dim], in fp32."""
         grouped = queries.unflatten(1, (self.shape.kv_heads, -1)).permute(1, 2, 0, 3)
-        scores: torch.Tensor = (grouped @ keys.permute(1, 2, 0)[:, None]).float() * self.shape.head_dim**-0.5
-        return scores
+        # A group's queries are rows of one product: where they were a batch of their own, keys were copied for each.
+        scores = (grouped.flatten(1, 2) @ keys.permute(1, 2, 0)).float() * self.shape.head_dim**-0.5
+        apart: torch.Tensor = scores.unflatten(1, grouped.shape[1:3])
+        return apart
 
     def attended(self, shares: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Returns [Q, heads head_dim]: values [K, kv_heads, head_dim] by shares [kv_heads, group, Q, K]."""
-        mixed = shares.to(values.dtype) @ values.permute(1, 0, 2)[:, None]
-        return mixed.permute(2, 0, 1, 3).flatten(1)
+        mixed = shares.to(values.dtype).flatten(1, 2) @ values.permute(1, 0, 2)
+        apart: torch.Tensor = mixed.unflatten(1, shares.shape[1:3])
+        return apart.permute(2, 0, 1, 3).flatten(1)
 
     def finish(self, base: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Returns h [R, hidden], given what the layer adds to and what attention gave."""

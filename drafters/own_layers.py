@@ -59,7 +59,7 @@ class OwnLayers:
     def reach(self, positions: int) -> None:
         """Makes tables of RoPE for so many positions, unless there are."""
         if len(self.cos) < positions or self.cos.device != self.device:
-            tables = rope_tables(self._rope, max(positions, len(self.cos)), Positions("trained"))
+            tables = rope_tables(self._rope, -(-positions // 256) * 256, Positions("trained"))
             self.cos, self.sin = tables.cos.to(self.device), tables.sin.to(self.device)
 
     def rotate(self, x: torch.Tensor, first: int) -> torch.Tensor:

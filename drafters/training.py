@@ -231,11 +231,13 @@ def train(
     common = torch.bincount(rows.following, minlength=len(lm_head)).topk(min(COMMON, len(lm_head))).indices
     losses: list[float] = []
     bar = tqdm(range(steps), unit="step", desc="training", disable=quiet)
+    began = time.monotonic()
     for step in bar:
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             break
         for group in optimiser.param_groups:
-            group["lr"] = rate * group["scale"] * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = rate * group["scale"] * rising_and_falling(step, steps, began, now, deadline)
         at = next(batches)
         targets = [(rows.tokens[at + i], rows.probabilities[at + i]) for i in range(1, len(weights) + 1)]
         candidates = Candidates(lm_head, torch.cat([tokens for tokens, _ in targets]), common, generator, cap)
@@ -247,6 +249,13 @@ def train(
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {np.mean(losses[-50:]):.3f}", refresh=False)
     return replace(weights, tensors={name: tensor.detach() for name, tensor in parameters.items()}), losses
+
+
+def rising_and_falling(step: int, steps: int, began: float, now: float, deadline: float) -> float:
+    """Returns the share of the peak learning rate in a step: a short warm-up, then a cosine down to nothing at the last
+    step, or at the deadline where that comes first."""
+    done = max(step / steps, (now - began) / max(deadline - began, 1e-9))
+    return min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 SCALES = {"weight": 10.0, "token": 10.0}

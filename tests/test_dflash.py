@@ -105,7 +105,7 @@ def test_the_window_bounds_what_is_kept(tiny_decoder: Any) -> None:
     for window in drafter.windows:
         assert len(window) == 24
         assert window.keys.untyped_storage().nbytes() == window.keys.numel() * 4
-    assert len(drafter.layers.cos) == 24 + BLOCK, "no position is that of the text"
+    assert len(drafter.layers.cos) == 256, "no position is that of the text"
 
 
 @settings(max_examples=8, deadline=None)

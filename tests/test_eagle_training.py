@@ -20,7 +20,7 @@ from tokenswift_py.core import SamplingParams
 from tokenswift_py.drafters import eagle_training as training
 from tokenswift_py.drafters.eagle_files import read_eagle, usual_taps
 from tokenswift_py.drafters.eagle_training import Lesson
-from tokenswift_py.drafters.training import write
+from tokenswift_py.drafters.training import rising_and_falling, write
 from tokenswift_py.sampling.reference import Sampler
 
 V, EOS, STEPS = 61, 3, 3
@@ -105,7 +105,7 @@ def test_training_lowers_the_loss_and_can_be_repeated(decoder: Any, written: Any
 
 
 @torch.no_grad()
-def test_with_all_tokens_the_loss_is_the_cross_entropy(hugging_face: Any, lessons: list[Lesson]) -> None:
+def test_the_loss_is_the_cross_entropy_over_what_the_draft_can_guess(hugging_face: Any, lessons: list[Lesson]) -> None:
     """Against the model's distribution over the 32 tokens that are kept of it, for the tokens that it wrote alone."""
     layer = random_eagle(hugging_face.get_input_embeddings().weight.detach())
     place = torch.full((V,), -1).index_copy_(0, layer.targets, torch.arange(len(layer.targets)))
@@ -113,15 +113,39 @@ def test_with_all_tokens_the_loss_is_the_cross_entropy(hugging_face: Any, lesson
     for step, (loss, h) in enumerate(
         zip(training.losses(layer, lesson, 2, place), training.unrolled(layer, lesson, 2), strict=True)
     ):
-        expected = []
+        expected = torch.zeros(())
         for row in range(len(h)):
             guessed = row + 2 + step
             if not lesson.first <= guessed < len(lesson):
                 continue
             target = torch.zeros(V).index_copy_(0, lesson.likeliest[guessed - 1], lesson.probabilities[guessed - 1])
-            target = target[layer.targets] / target[layer.targets].sum()
-            expected.append(torch.nn.functional.cross_entropy(layer.own_logits(h[row : row + 1])[0], target))
-        assert abs(loss - torch.stack(expected).mean()) < 1e-5
+            expected -= target[layer.targets] @ layer.own_logits(h[row : row + 1])[0].log_softmax(-1)
+        assert abs(loss - expected) < 1e-5 * expected
+
+
+def test_epochs_read_every_text_as_often(lessons: list[Lesson]) -> None:
+    count = {id(lesson): 0 for lesson in lessons}
+    batches = training.batches_of(lessons, 3, 100, torch.Generator().manual_seed(0))
+    for lesson in itertools.chain(*batches):
+        count[id(lesson)] += 1
+    assert set(count.values()) == {3}
+    assert all(100 <= sum(map(len, batch)) < 100 + 80 for batch in batches[:-1])
+    half = training.batches_of(lessons, 0.5, 100, torch.Generator().manual_seed(0))
+    assert 0 <= sum(map(len, itertools.chain(*half))) - 0.5 * sum(map(len, lessons)) < 80
+
+
+def test_a_text_that_is_too_short_for_a_step_has_no_rows() -> None:
+    two = Lesson(torch.zeros(2, 3, 4), torch.tensor([1, 2]), 1, torch.zeros(2, 1), torch.ones(2, 1))
+    assert [training.guessed(two, step).tolist() for step in range(3)] == [[], [], []]
+
+
+def test_the_rate_falls_to_nothing_at_the_end_or_the_deadline() -> None:
+    never, share = float("inf"), rising_and_falling
+    assert share(19, 200, 0.0, 5.0, never) == pytest.approx(0.5 * (1 + np.cos(np.pi * 19 / 200)))
+    assert share(0, 200, 0.0, 0.0, never) == 1 / 20
+    assert share(100, 200, 0.0, 1.0, never) == pytest.approx(0.5)
+    assert share(100, 200, 0.0, 9.99, 10.0) < 1e-3
+    assert share(100, 200, 0.0, 1.0, 10.0) == pytest.approx(0.5)
 
 
 def test_a_new_draft_guesses_the_most_frequent_tokens(decoder: Any, written: Any) -> None:

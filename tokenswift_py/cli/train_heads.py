@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--temperature", type=number, default=0.8, help="of the writing")
     root.add_argument("--min-p", type=number, default=0.05, help="of the writing")
     root.add_argument("--epochs", type=number, default=2.0, help="how often the heads see each token")
-    root.add_argument("--rate", type=number, help="peak learning rate (default: 0.002, of eagle 0.0005)")
+    root.add_argument("--rate", type=number, default=2e-3, help="peak learning rate")
     root.add_argument("--draft-vocab", type=whole, default=8192, help="of eagle: the tokens that it can guess")
     root.add_argument("--minutes", type=number, help="stop by then, with what there is; such a run is not repeatable")
     root.add_argument("--seed", type=whole, default=0, help="of the noise and of the training")
@@ -87,7 +87,6 @@ def main(arguments: Sequence[str]) -> int:
     stored = checkpoint.tensors(dtype=torch.bfloat16)
     embedding = stored["model.embed_tokens.weight"]
     lm_head = embedding if spec.tied else stored["lm_head.weight"]
-    rate = args.rate if args.rate is not None else 5e-4 if eagle else 2e-3
     fresh: Any = eagle_training.Nothing()
     if not eagle:
         final_norm = spec.folded("model.norm.weight", stored["model.norm.weight"])
@@ -123,13 +122,13 @@ def main(arguments: Sequence[str]) -> int:
     if eagle:
         layer, losses, figures = eagle_training.learn(
             model, checkpoint, stored, (rows, texts), (held, held_texts), args.heads, args.draft_vocab, args.epochs,
-            args.seed, rate, late, args.quiet,
+            args.seed, args.rate, late, args.quiet,
         )  # fmt: skip
         record, shown = provenance(losses, figures), table(figures)
         target = eagle_training.keep(layer, checkpoint, record, args.out)
     else:
         heads, losses = training.train(
-            training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, rate,
+            training.regressed(fresh, rows, embedding), rows, lm_head, embedding, args.epochs, args.seed, args.rate,
             deadline=late, quiet=args.quiet, cap=spec.logit_cap,
         )  # fmt: skip
         heads = replace(heads, tensors={name: tensor.to(torch.bfloat16) for name, tensor in heads.tensors.items()})
@@ -153,7 +152,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check(args.heads <= 16, "heads", args.heads, "at most 16")
     check(args.length > args.heads + 1, "length", args.length, f"more than heads + 1 ({args.heads + 1})")
     check(0 < args.epochs < math.inf, "epochs", args.epochs, "above 0")
-    check(args.rate is None or 0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
+    check(0 < args.rate < 1, "rate", args.rate, "between 0 and 1")
     check(args.draft_vocab >= 64, "draft_vocab", args.draft_vocab, "at least 64")
     check(args.minutes is None or args.minutes > 0, "minutes", args.minutes, "above 0")
     check(0 <= args.seed < 2**63, "seed", args.seed, "between 0 and 2^63 - 1")
