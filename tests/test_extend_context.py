@@ -257,6 +257,20 @@ def test_products_in_bf16_are_near(tiny_folder: Path) -> None:
     assert torch.cosine_similarity(gradient.flatten(), near_gradient.flatten(), dim=0) > 0.99
 
 
+def test_activations_kept_or_computed_again_give_the_same_gradients(tiny_folder: Path) -> None:
+    from tokenswift_py.checkpoints.loading import open_checkpoint
+
+    checkpoint = open_checkpoint(str(tiny_folder))
+    config, cpu = stretched_config(checkpoint.config, 2048, "yarn"), torch.device("cpu")
+    sample, found = Sample(np.arange(3, 51), np.arange(4, 52), np.arange(48)), []
+    for recompute in (False, True):
+        adapted = adapters.learner(checkpoint, config, Settings(context=2048), torch.float32, recompute)
+        assert adapted.get_base_model().is_gradient_checkpointing == recompute
+        losses(adapted.get_base_model(), sample, cpu, 32).sum().backward()
+        found.append([p.grad for p in adapters.trained_parameters(adapted).values()])
+    assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_what_learns_is_lora_plus(tiny_folder: Path) -> None:
     from tokenswift_py.checkpoints.loading import open_checkpoint
 
@@ -277,6 +291,8 @@ def test_the_rate_rises_then_falls() -> None:
     assert rates[0] == pytest.approx(0.001) and max(rates) == rates[10] == pytest.approx(0.01)
     assert rates[-1] == pytest.approx(0.001, rel=0.01)
     assert all(b < a for a, b in itertools.pairwise(rates[10:]))
+    short = [rate_at(Settings(steps=8, rate=0.01), step) for step in range(8)]  # the usual warm-up is longer
+    assert max(short) == short[3] == pytest.approx(0.01) and short[-1] < 0.5 * max(short)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import memory
 from experiment_runs import runner
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.checkpoints.checkpoint import fingerprint
+from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.options import Options
+from tokenswift_py.remembering.gates import Gates, gates_file, write_gates
 from workloads import continuation
 
 LENGTH = 780
@@ -38,6 +43,29 @@ def test_each_kind_is_read_and_left_out_where_it_cannot_be(
     assert told.prompt_logprobs is not None
     last = [entry[0] for entry in told.prompt_logprobs[-memory.SPAN :] if entry is not None]
     assert math.isclose(-sum(last) / memory.SPAN, rows["linear"]["nats"], rel_tol=1e-3)
+
+
+def test_other_gates_are_another_cell(run: Any, tiny_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_folder))
+    shape, model = (checkpoint.spec.layers, checkpoint.spec.heads), fingerprint(checkpoint)
+    rows = []
+    for beta in (-4.0, 4.0):
+        write_gates(Gates(torch.full(shape, beta), "infini", model), gates_file(checkpoint, "infini"))
+        rows += run("--kinds", "infini")
+    assert len({row["gates"] for row in rows}) == len({row["nats"] for row in rows}) == 2
+    assert all(row["gates"] in row["label"] for row in rows)
+
+
+def test_tables_are_no_longer_than_the_text(tiny_folder: Path) -> None:
+    """At the model's own length it is read as trained: a page more would have stretched its positions."""
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="torch")
+    for length, rows in ((1000, 1024), (1024, 1024), (1025, 2048)):
+        assert len(memory.tables(swift, Options(positions="linear"), length).cos) == rows
+
+
+def test_nothing_to_read_is_a_table_without_rows(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--kinds", "infini") == []
+    assert "left out: infini of 780 tokens: kv_gates" in capsys.readouterr().out
 
 
 def test_pass_keys_are_asked_for_behind_the_budget(run: Any) -> None:

@@ -40,6 +40,10 @@ class NativeMemory(Memory):
     def nbytes(self) -> int:
         return int(self.native.nbytes)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.nbytes + (0 if self._linear is None else self._linear.queries.nbytes)
+
     def observe(self, committed: Committed) -> None:
         if self._linear is not None:
             self._linear.observe(committed)

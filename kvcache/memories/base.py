@@ -74,8 +74,13 @@ class Memory:
 
     @property
     def nbytes(self) -> int:
-        """The size of the states."""
+        """The size of the states, which every row reads."""
         return sum(state.nbytes for state in self.states)
+
+    @property
+    def held_bytes(self) -> int:
+        """The size of all that it keeps."""
+        return self.nbytes
 
     def observe(self, committed: Committed) -> None:
         """Learns from rows that were committed. Keeps no reference to the arrays."""

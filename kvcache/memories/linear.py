@@ -26,6 +26,10 @@ class Linear(Sums):
         super().__init__(shape, shape.head_dim)
         self.queries: FloatArray = np.zeros((0, len(shape.keeps), shape.heads, shape.head_dim), np.float32)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.nbytes + self.queries.nbytes
+
     def observe(self, committed: Committed) -> None:
         assert committed.queries is not None
         self.queries = np.concatenate([self.queries, committed.queries[-PAGE_SIZE:]])[-PAGE_SIZE:]

@@ -21,11 +21,13 @@ def check_peft() -> None:
         raise UserError(f"extend-context: it needs peft: pip install 'tokenswift-py[train]' ({error})") from error
 
 
-def learner(checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torch.dtype) -> Any:
+def learner(
+    checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torch.dtype, recompute: bool = False
+) -> Any:
     """Returns peft's model of a checkpoint, with a stretched config and S2-Attn. The parameters that learn are in fp32.
 
-    dtype: the type of the weights that do not learn. Layers compute their activations again in the backward pass, so
-    a long text takes the memory of its residual stream alone.
+    dtype: the type of the weights that do not learn. recompute: whether layers compute their activations again in the
+    backward pass. Then a long text takes the memory of its residual stream alone, and half as much time again.
     Source: LongLoRA (arXiv 2309.12307), section 3.3. Every projection of attention gets LoRA, and embeddings and norms
     learn too. A tied LM head is the embedding, and learns with it.
     """
@@ -45,9 +47,10 @@ def learner(checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torc
             parameter.requires_grad_()
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    # The name from before transformers 5.20 still works, with a warning.
-    enable = "activation_checkpointing_enable"
-    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    if recompute:
+        # The name from before transformers 5.20 still works, with a warning.
+        enable = "activation_checkpointing_enable"
+        getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
     return adapted.train()
 
 

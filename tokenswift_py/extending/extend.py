@@ -24,8 +24,8 @@ from tokenswift_py.extending.state import TrainingFolder
 from tokenswift_py.extending.tables import original_length, stretched_config
 from tokenswift_py.extending.texts import Source, digest, read_sources, texts_of
 from tokenswift_py.extending.training import ROWS, optimiser_of, rate_at, read, take_step
-from tokenswift_py.memory import check_memory
-from tokenswift_py.models.devices import find_device
+from tokenswift_py.memory import check_memory, free_on
+from tokenswift_py.models.devices import fast_bf16, find_device
 from tokenswift_py.version import __version__
 
 
@@ -48,7 +48,7 @@ def prepare(settings: Settings, command: str) -> Prepared:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
-    wanted = ("bf16" if device.type == "cuda" else "fp32") if settings.dtype == "auto" else settings.dtype
+    wanted = ("bf16" if fast_bf16(device) else "fp32") if settings.dtype == "auto" else settings.dtype
     checkpoint = open_checkpoint(settings.model, settings.revision)
     config = stretched_config(checkpoint.config, settings.context, settings.positions)
     trained = original_length(checkpoint.config)
@@ -78,10 +78,22 @@ def training_bytes(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtyp
     """
     spec = checkpoint.spec
     embedding = 0 if settings.only_lora else spec.vocab_size * spec.hidden_size
-    skips = settings.window is not None and not (settings.full_steps or settings.held_out)
-    rows = settings.window if skips and settings.window else settings.context
+    rows = settings.context if settings.held_out else most_rows(settings)
     streams = rows * spec.hidden_size * (spec.layers + 8)  # and the activations of one layer
     return spec.parameters * dtype.itemsize + 4 * (4 * embedding + streams + 3 * ROWS * spec.vocab_size)
+
+
+def activation_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
+    """Returns about what the activations of one text take where all layers keep theirs for the backward pass. For
+    mixtures of experts it is not known."""
+    spec = checkpoint.spec
+    each = 4 * spec.layers * (16 * spec.hidden_size + 8 * spec.intermediate_size)
+    return math.inf if spec.experts else most_rows(settings) * each
+
+
+def most_rows(settings: Settings) -> int:
+    """Returns the tokens of the longest text of a step."""
+    return settings.window if settings.window and not settings.full_steps else settings.context
 
 
 def begin(settings: Settings, out: Path, command: str, quiet: bool = False) -> TrainingFolder:
@@ -110,7 +122,8 @@ def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
 def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool) -> None:
     """Makes the steps that are left, or as many as the minutes allow, and merges."""
     deadline = began + 60 * (settings.minutes or math.inf)
-    adapted = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype)
+    recompute = activation_bytes(prepared.checkpoint, settings) > free_on(prepared.device) / 2
+    adapted = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype, recompute)
     parameters = trained_parameters(adapted)
     adapted.to(prepared.device)
     model, optimiser = adapted.get_base_model(), optimiser_of(list(parameters.values()))

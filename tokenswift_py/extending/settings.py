@@ -77,19 +77,23 @@ class Settings:
         None, Whole(1, optional=True), "tokens of a step, text after text (gradients add up)", "the context"
     )
     rate: float = flag(2e-4, Real(0, 1, above=True), "peak learning rate")
-    warmup: int = flag(20, Whole(0), "steps in which the rate rises; it falls by a cosine to a tenth afterwards")
+    warmup: int = flag(20, Whole(0), "steps in which the rate rises, at most half; then it falls to a tenth")
     rank: int = flag(8, Whole(1, 4096), "of LoRA's matrices beside each projection of attention")
     alpha: int = flag(16, Whole(1, 10**6), "of LoRA: what it adds is multiplied by alpha / rank")
     only_lora: bool = flag(False, Switch(), "embeddings and norms stay as they are (LoRA, not LoRA+)")
     held_out: int = flag(1, Whole(0, 1000), "texts as long as the context, of each source, read before and after")
-    dtype: str = flag("auto", Choice(("auto", "fp32", "bf16")), "of products while training; auto is bf16 on a GPU")
+    dtype: str = flag(
+        "auto",
+        Choice(("auto", "fp32", "bf16")),
+        "of products, and of weights that do not learn; auto is bf16 where fast",
+    )
     save_dtype: str = flag("bf16", Choice(("fp32", "bf16")), "of the merged weights")
     device: str = flag("auto", Named("a device"), "auto, cpu, cuda, ...")
     seed: int = flag(0, Whole(0), "of LoRA's first matrices and of what is drawn")
     threads: int | None = flag(None, Whole(1, 1024, optional=True), "CPU threads", "torch's choice", again=True)
     save_every: int = flag(25, Whole(1), "steps from one saved state to the next", again=True)
     minutes: float | None = flag(
-        None, Real(0, 1e6, above=True), "stop by then, with what there is; --resume goes on", "none", again=True
+        None, Real(0, 1e6, above=True), "end training by then, with what there is; --resume goes on", "none", again=True
     )
 
     def __post_init__(self) -> None:
@@ -100,7 +104,7 @@ class Settings:
         known = None if self.lengths is None else self.lengths[-1]
         check(self.lengths is None or self.schedule != "constant", "lengths", self.lengths, "not of schedule constant")
         check(known is None or known <= self.context, "lengths", known, f"at most the context ({self.context})")
-        check(self.group is None or self.attention != "full", "group", self.group, "only with attention s2")
+        check(self.group is None or self.chosen_attention == "s2", "group", self.group, "only with attention s2")
         check(self.full_steps <= self.steps, "full_steps", self.full_steps, f"at most the steps ({self.steps})")
         if self.window is not None:
             check(self.window < self.context, "window", self.window, f"below the context ({self.context})")

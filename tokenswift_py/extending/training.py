@@ -22,11 +22,13 @@ LEAST_RATE = 0.1  # the last learning rate, as a part of the peak
 
 
 def rate_at(settings: Settings, step: int) -> float:
-    """Returns the learning rate of a step: a linear rise, then a cosine down to a tenth of the peak."""
-    if step < settings.warmup:
-        return settings.rate * (step + 1) / settings.warmup
-    left = max(1, settings.steps - settings.warmup)
-    falling = 0.5 * (1 + math.cos(math.pi * (step - settings.warmup) / left))
+    """Returns the learning rate of a step: a linear rise, for half of the steps at most, then a cosine down to a tenth
+    of the peak."""
+    warmup = min(settings.warmup, settings.steps // 2)
+    if step < warmup:
+        return settings.rate * (step + 1) / warmup
+    left = max(1, settings.steps - warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * (step - warmup) / left))
     return settings.rate * (LEAST_RATE + (1 - LEAST_RATE) * falling)
 
 
