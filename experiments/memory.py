@@ -8,8 +8,8 @@ Teacher forcing on real text: nats per token of the last SPAN tokens of so many.
                            StreamingLLM does, at their positions in the text
   linear, performer, infini, infini_linear   pages are evicted by `recent` and folded into this memory
   linear+mass, ...         a memory over the pages that another policy evicts
-`held_bytes` are those of the budget's keys and values, `memory_bytes` those of the memory beside them. What policies keep
-to choose by is not counted: 0.7 MB for the default model; SnapKV's grows with the text, to 12 MB of 64 K tokens. A
+`held_bytes` are those of the budget's keys and values, `memory_bytes` those of the memory beside them. What a policy
+keeps to choose by is not counted: 0.7 MB for the default model; SnapKV's grows with the text, to 12 MB at 64 K. A
 memory that a scheme of positions does not allow is left out, and said so. Infini memories need gates: `tokenswift
 train-memory`, or --gates.
 
