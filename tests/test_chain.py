@@ -67,8 +67,8 @@ def test_chances_fit_what_happens_though_other_errors_were_expected(spread: floa
 
 
 def test_a_blind_draft_is_known_after_a_few_guesses() -> None:
-    """Heads that were trained on other texts are hardly ever right, however large their lead. 250 rounds of such guesses
-    were drafted at 0.65 of plain decoding's speed, each of them expected to be right four times in ten."""
+    """Heads that were trained on other texts are hardly ever right, however large their lead. Such guesses were drafted
+    for 250 rounds, each of them expected to be right four times in ten."""
     confidence, rng = Confidence(3), np.random.default_rng(3)
 
     def tried(count: int) -> None:
