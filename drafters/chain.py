@@ -20,7 +20,7 @@ Doubles = npt.NDArray[np.float64]
 Ranked = list[tuple[int, float]]  # tokens, best first, with their perturbed scores
 
 
-def wrong(lead: Doubles | float, spread: Doubles | float, blind: Doubles | float = 0.6) -> Doubles:
+def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
     """Returns the chance that a guess is wrong, by the lead of its perturbed score over the next one's.
 
     Target and draft share their noise, so only the error of the draft's scores can make a guess wrong, and a large lead
@@ -29,10 +29,8 @@ def wrong(lead: Doubles | float, spread: Doubles | float, blind: Doubles | float
     candidate, the lead is without bound and the guess still wrong now and then: hence FARTHEST.
 
     lead, spread: in units of logit / temperature.
-    blind: the chance where the lead says nothing. It is 0.6 for drafts that compute what the target does from less. For
-           heads of another kind, that were trained on other texts, it may be nearly 1.
     """
-    return np.asarray(blind * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
+    return np.asarray(0.6 * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
 
 
 FARTHEST = 6.0
@@ -42,18 +40,18 @@ USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how ofte
 
 
 class Experience:
-    """The spreads and blind chances that explain the guesses seen. Recent guesses count more.
+    """The spreads that explain the guesses seen. Recent guesses count more.
 
-    likelihood: [BLIND, FACTORS] logarithms. A factor is the true spread divided by the expected one.
+    likelihood: [FACTORS] logarithms. A factor is the true spread divided by the expected one.
     leads:      [LEADS + 1] how often a guess's lead lay in each range.
     """
 
     def __init__(self) -> None:
-        self.likelihood = np.zeros((len(BLIND), len(FACTORS)))
+        self.likelihood = np.zeros(len(FACTORS))
         self.leads = 20 * np.array(USUAL)
 
     def learn(self, lead: float, expected: float, right: bool) -> None:
-        chance = wrong(lead, expected * FACTORS, BLIND[:, None])
+        chance = wrong(lead, expected * FACTORS)
         self.likelihood = self.likelihood * (1 - 1 / MEMORY) + np.log(np.maximum(1 - chance if right else chance, 1e-6))
 
     def count(self, lead: float) -> None:
@@ -63,8 +61,7 @@ class Experience:
 
 MEMORY = 200.0  # the number of later guesses after which a guess counts 1/e
 FACTORS = np.geomspace(1 / 16, 16, 33)
-BLIND = np.array((0.6, 0.75, 0.9, 0.99))
-PRIOR = -0.5 * (np.log(FACTORS) / np.log(2.5)) ** 2 - np.array((0.0, 2.0, 2.0, 2.0))[:, None]
+PRIOR = -0.5 * (np.log(FACTORS) / np.log(2.5)) ** 2
 KINSHIP = 0.8  # the weight of a guess of another draft of the family
 
 
@@ -129,8 +126,7 @@ class Confidence:
         self._leads[node] = lead
         for rank, (other, its_score) in enumerate(others[: self.width - 1]):
             odds = self._others[rank][bisect(LEADS, score - its_score)]
-            wrong_by = float(self._wrong(score - its_score))
-            odds.prior = RUNNER_UP * min(wrong_by, 1.5 * (1 - wrong_by)) / (1 + rank)
+            odds.prior = RUNNER_UP * float(self._wrong(score - its_score)) / (1 + rank)
             candidates.push(end, other, odds, None if more is None else more(other))
         context.history.append(token)
         return node
@@ -159,20 +155,17 @@ class Confidence:
         return odds
 
     def _wrong(self, leads: Doubles | float) -> Doubles:
-        """Returns the chance that a guess is wrong for each of these leads. It is a mean over all spreads and blind
-        chances there may be, each as likely as the guesses seen make it."""
+        """Returns the chance that a guess is wrong for each of these leads. It is a mean over all the spreads there may
+        be, each as likely as the guesses seen make it."""
         likelihood = self._own.likelihood
         if self._family is not None:  # the family has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
         belief = np.exp(PRIOR + likelihood - (PRIOR + likelihood).max())
-        by_spread = wrong(np.asarray(leads)[..., None], self.spread * FACTORS, 1.0)
-        chances: Doubles = by_spread @ (BLIND @ belief) / belief.sum()
+        chances: Doubles = wrong(np.asarray(leads)[..., None], self.spread * FACTORS) @ belief / belief.sum()
         return chances
 
 
-RUNNER_UP = (
-    0.55  # the share of wrong guesses in whose place the next one by score is right, of drafts that are not blind
-)
+RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right
 
 
 class Chain:
