@@ -57,7 +57,8 @@ class OwnLayers:
             self.tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
 
     def reach(self, positions: int) -> None:
-        """Makes tables of RoPE for so many positions, unless there are."""
+        """Makes tables of RoPE for so many positions, unless there are. A window grows by a few rows a round, so tables
+        have room for some more."""
         if len(self.cos) < positions or self.cos.device != self.device:
             tables = rope_tables(self._rope, -(-positions // 256) * 256, Positions("trained"))
             self.cos, self.sin = tables.cos.to(self.device), tables.sin.to(self.device)
