@@ -26,12 +26,12 @@ from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.extending import adapters, attention
 from tokenswift_py.extending.extend import begin, go_on
+from tokenswift_py.extending.human import CONTINUATIONS, continuation
 from tokenswift_py.extending.schedule import Sample, draw, plan, skipped, stages
 from tokenswift_py.extending.settings import Settings
 from tokenswift_py.extending.tables import stretched_config
 from tokenswift_py.extending.texts import Source, unread_by_tests
 from tokenswift_py.extending.training import losses, precision, rate_at
-from tokenswift_py.human import CONTINUATIONS, continuation
 from tokenswift_py.models.positions import STRETCHES, Positions
 from tokenswift_py.models.rope import rope_tables
 from toys import save_tiny, tiny_tokenizer

@@ -22,7 +22,7 @@ from speedup import Prefix
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.drafters.base import committed
-from tokenswift_py.human import continuation
+from tokenswift_py.extending.human import continuation
 from tokenswift_py.kvcache.base import PAGE_SIZE
 
 LAYERS, KV_HEADS, GROUP, DIM = 2, 1, 3, 16

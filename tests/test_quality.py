@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tokenswift_py import TokenSwift, UserError, quality
 from tokenswift_py.cli.main import main
-from tokenswift_py.human import continuation
+from tokenswift_py.extending.human import continuation
 from tokenswift_py.quality import Reading, WindowPerplexity, start_tokens, window_quality
 from tokenswift_py.runs import journal
 from toys import save_tiny

@@ -1,4 +1,4 @@
-"""The workloads of the experiments: prompts of our own, and real texts to go on from (those of `tokenswift_py.human`).
+"""The workloads of the experiments: prompts of our own, and real texts to go on from (`extending.human`).
 
 README.md describes them.
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenswift_py.human import CONTINUATIONS as CONTINUATIONS
-from tokenswift_py.human import continuation as continuation
+from tokenswift_py.extending.human import CONTINUATIONS as CONTINUATIONS
+from tokenswift_py.extending.human import continuation as continuation
 
 HERE = Path(__file__).resolve().parent
 WORKLOADS = ("story", "manual", "records")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tokenswift_py.cli.arguments import Parser, named_path, whole
 from tokenswift_py.cli.inputs import origin_of
 from tokenswift_py.errors import check, check_new, files, new_file, one_line
-from tokenswift_py.human import EVERYWHERE
+from tokenswift_py.extending.human import EVERYWHERE
 from tokenswift_py.parallel.processes import world_size
 from tokenswift_py.runs import journal
 
@@ -145,7 +145,7 @@ def writer(record: Record, args: argparse.Namespace) -> Any:
 
 
 def human(name: str, judge: TokenSwift, window: int | None) -> Text:
-    from tokenswift_py.human import continuation
+    from tokenswift_py.extending.human import continuation
     from tokenswift_py.quality import window_size
 
     count = HUMAN_WINDOWS * window_size(judge, window)

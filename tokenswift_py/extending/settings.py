@@ -10,7 +10,7 @@ from tokenswift_py.models.positions import STRETCHES
 from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Texts, Whole, is_whole
 
 SCHEDULES = ("constant", "progressive", "mixed")
-BUILT_IN = ("code", "prose")  # of tokenswift_py.human; docs are too few to be both read by experiments and learned from
+BUILT_IN = ("code", "prose")  # of human.py; docs are too few to be both read by experiments and learned from
 
 
 @dataclass(frozen=True)

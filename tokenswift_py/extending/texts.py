@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenswift_py.errors import check, files
+from tokenswift_py.extending.human import CONTINUATIONS
 from tokenswift_py.extending.settings import BUILT_IN
-from tokenswift_py.human import CONTINUATIONS
 from tokenswift_py.quality import start_tokens
 
 RESERVED = 131_072
