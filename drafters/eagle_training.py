@@ -279,8 +279,8 @@ def train(
 
     The LM head stays as it is, which is the target's. It is half of a small draft's parameters, and where it learnt,
     drafts were worse after the same time.
-    batch:    tokens of an update at least, whole texts. Small updates learn more of as many tokens: a draft was right 0.28
-              of the time after updates of one text of 500 tokens, 0.15 after updates of 1 024 tokens.
+    batch:    tokens of an update at least, whole texts. Small updates learn more of as many tokens: a draft was right
+              0.28 of the time after updates of one text of 500 tokens, 0.15 after updates of 1 024 tokens.
     deadline: time.monotonic() at which to stop early. A run that this ends cannot be repeated bit for bit.
     Returns the draft and the loss of every update, a mean over its rows and steps in nats.
     """
