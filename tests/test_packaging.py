@@ -181,7 +181,8 @@ def test_wheel_in_an_empty_environment(wheel, python, tmp_path):
 
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs a C++ compiler")
 def test_editable_install(python, checkout, tmp_path):
-    said = pip_install(python, "-v", f"-Ccmake.define.nanobind_DIR={nanobind.cmake_dir()}", "-e", checkout)
+    nanobind_dir = f"cmake.define.nanobind_DIR={nanobind.cmake_dir()}"  # pip has -C since 23.1 only
+    said = pip_install(python, "-v", f"--config-settings={nanobind_dir}", "-e", checkout)
     cpu = checkout / "kernels" / "cpu"
     assert (cpu / f"_native{SUFFIX}").is_file(), said[-4000:]
     assert list(site_packages(python).rglob("_native*")) == []

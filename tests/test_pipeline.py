@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from interpreter import DEVICE
 from processes import LOCAL, Group, free_port, processes
 from random_heads import random_heads
 from served import ROOT, surroundings
+from servers import until
 from tokenswift_py import TokenSwift, registry
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.cli.main import main
@@ -428,6 +430,12 @@ def test_stages_go_on_after_faults_of_any_kind(pair: Group, tiny_folder: Path) -
     assert tokens == swift.generate("the cat", **{**RUN, "max_new_tokens": 20, "drafter": "none"}).tokens
 
 
+def ignores_sigterm(pid: str) -> bool:
+    """Returns whether a process has taken its place in a pipeline, where it ignores SIGTERM."""
+    told = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text()) if pid else None
+    return told is not None and bool(int(told[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def helped(pid: Path) -> bool:
     """Asks for help, which needs no model. Returns whether the other stage is let go by the first, and by nobody else:
     not by the SIGTERM that torchrun sends to all, after which a server ends its texts."""
@@ -438,6 +446,7 @@ def helped(pid: Path) -> bool:
     try:
         with pytest.raises(SystemExit):
             main(flags)
+        until(lambda: pid.is_file() and ignores_sigterm(pid.read_text()))
         os.kill(int(pid.read_text()), signal.SIGTERM)
         return column.cache_info().currsize == 1
     finally:
