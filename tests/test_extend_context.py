@@ -28,7 +28,7 @@ from tokenswift_py.extending import adapters, attention
 from tokenswift_py.extending.extend import begin, go_on
 from tokenswift_py.extending.human import CONTINUATIONS, continuation
 from tokenswift_py.extending.schedule import Sample, draw, plan, skipped, stages
-from tokenswift_py.extending.settings import Settings
+from tokenswift_py.extending.settings import LEARN, Settings
 from tokenswift_py.extending.tables import stretched_config
 from tokenswift_py.extending.texts import Source, unread_by_tests
 from tokenswift_py.extending.training import losses, precision, rate_at
@@ -227,7 +227,7 @@ def test_loss_at_skipped_positions_is_transformers_own(family: str, tmp_path: Pa
     skipping = Settings(context=256, window=48, steps=2)
     (sample, *_) = draw(skipping, sources, plan(skipping, 64, 0), 0)
     assert np.diff(sample.positions).max() > 1
-    found = losses(adapted.get_base_model(), sample, torch.device("cpu"), None)
+    found = losses(adapters.base_model(adapted), sample, torch.device("cpu"), None)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="eager").eval()
     mask = torch.full((48, 48), -torch.inf).triu(1)[None, None]
     kinds = getattr(reference.config, "layer_types", None)
@@ -249,9 +249,9 @@ def test_products_in_bf16_are_near(tiny_folder: Path) -> None:
         adapted = adapters.learner(checkpoint, config, Settings(context=2048), dtype)
         assert all(p.dtype == torch.float32 for p in adapters.trained_parameters(adapted).values())
         with precision(cpu, dtype):
-            loss = losses(adapted.get_base_model(), sample, cpu, 32)
+            loss = losses(adapters.base_model(adapted), sample, cpu, 32)
         loss.sum().backward()
-        found.append((loss, adapted.get_base_model().model.embed_tokens.weight.grad))
+        found.append((loss, adapters.base_model(adapted).model.embed_tokens.weight.grad))
     (loss, gradient), (near, near_gradient) = found
     assert near.dtype == torch.float32 and (near - loss).abs().max() < 0.2
     assert torch.cosine_similarity(gradient.flatten(), near_gradient.flatten(), dim=0) > 0.99
@@ -265,25 +265,27 @@ def test_activations_kept_or_computed_again_give_the_same_gradients(tiny_folder:
     sample, found = Sample(np.arange(3, 51), np.arange(4, 52), np.arange(48)), []
     for recompute in (False, True):
         adapted = adapters.learner(checkpoint, config, Settings(context=2048), torch.float32, recompute)
-        assert adapted.get_base_model().is_gradient_checkpointing == recompute
-        losses(adapted.get_base_model(), sample, cpu, 32).sum().backward()
+        assert adapters.base_model(adapted).is_gradient_checkpointing == recompute
+        losses(adapters.base_model(adapted), sample, cpu, 32).sum().backward()
         found.append([p.grad for p in adapters.trained_parameters(adapted).values()])
     assert found[0] and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_what_learns_is_lora_plus(tiny_folder: Path) -> None:
+def test_what_learns(tiny_folder: Path) -> None:
     from tokenswift_py.checkpoints.loading import open_checkpoint
 
     checkpoint = open_checkpoint(str(tiny_folder))
     config = stretched_config(checkpoint.config, 2048, "linear")
-    for only_lora in (False, True):
-        adapted = adapters.learner(checkpoint, config, Settings(context=2048, only_lora=only_lora), torch.float32)
-        names = set(adapters.trained_parameters(adapted))
+    every = {name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_folder).model.named_parameters()}
+    for learn in LEARN:
+        learning = adapters.learner(checkpoint, config, Settings(context=2048, learn=learn), torch.float32)
+        names = set(adapters.trained_parameters(learning))
         lora = {name for name in names if "lora_" in name}
-        assert len(lora) == 2 * 4 * 3  # A and B, of q, k, v and o, in three layers
-        others = {name.removeprefix("base_model.model.model.") for name in names - lora}
+        assert len(lora) == (0 if learn == "full" else 2 * 4 * 3)  # A and B, of q, k, v and o, in three layers
+        others = {name.removeprefix("base_model.model.").removeprefix("model.") for name in names - lora}
         norms = {f"layers.{i}.{norm}_layernorm.weight" for i in range(3) for norm in ("input", "post_attention")}
-        assert others == (set() if only_lora else {"embed_tokens.weight", "norm.weight", *norms})
+        small = {"embed_tokens.weight", "norm.weight", *norms}
+        assert others - {"lm_head.weight"} == {"lora": set(), "lora+": small, "full": every}[learn]
 
 
 def test_the_rate_rises_then_falls() -> None:
@@ -319,13 +321,18 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"positions": "yarn"}, {"positions": "linear", "window": 48}, {"positions": "ntk", "schedule": "mixed"}],
+    [
+        {"positions": "yarn"},
+        {"positions": "linear", "window": 48},
+        {"positions": "ntk", "schedule": "mixed"},
+        {"learn": "full", "rate": 1e-3},
+    ],
     ids=str,
 )
 def test_the_merged_model_is_learned_and_runs(base: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """The loss falls at the new length; both engines give transformers' logits of the merged model."""
     out = tmp_path / "long"
-    folder = begin(settings_for(base, steps=15, rate=6e-3, **changes), out, "command", quiet=True)
+    folder = begin(settings_for(base, **{"steps": 15, "rate": 6e-3, **changes}), out, "command", quiet=True)
     before, after = (line["held_out"]["files"] for line in folder.lines() if "held_out" in line)
     assert len(before) == len(after) == 4 and all(b < a - 0.3 for a, b in zip(before, after, strict=True))
     steps = [line for line in folder.lines() if "loss" in line]

@@ -12,7 +12,7 @@ from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import check, shown
 from tokenswift_py.extending.settings import Flag, Lengths, Settings, described_settings, settings_of
 from tokenswift_py.parallel.processes import world_size
-from tokenswift_py.sampling.kinds import Real, Switch, Texts, Whole
+from tokenswift_py.sampling.kinds import Real, Texts, Whole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,14 +20,12 @@ def parser() -> argparse.ArgumentParser:
     what is asked."""
     root = Parser(
         prog="tokenswift extend-context",
-        description="Train a model for a longer context: stretched positions, LoRA on attention, embeddings and norms. "
+        description="Train a model for a longer context: stretched positions, and LoRA or every weight. "
         "DIR gets the merged model, which `tokenswift --model DIR` runs, and in DIR/training a journal of the loss.",
     )
     for name, described in described_settings().items():
         flag, told = f"--{name.replace('_', '-')}", f"{described.help} (default: {default_of(name, described)})"
-        if isinstance(described.kind, Switch):
-            root.add_argument(flag, action="store_true", default=None, help=described.help)
-        elif isinstance(described.kind, Texts):
+        if isinstance(described.kind, Texts):
             root.add_argument(flag, nargs="+", metavar="FILE", help=told)
         else:
             root.add_argument(flag, type=typed(described), help=told)
@@ -69,9 +67,6 @@ def main(arguments: Sequence[str]) -> int:
     check(args.out is not None or args.resume is not None, "out", args.out, "a folder, after --out or --resume")
 
     # Imported here, because torch and transformers take seconds.
-    from tokenswift_py.extending.adapters import check_peft
-
-    check_peft()
     from tokenswift_py.extending.extend import begin, go_on
     from tokenswift_py.extending.state import TrainingFolder
 
@@ -107,8 +102,7 @@ def reference() -> str:
     """Returns the table of flags for docs/extend-context.md: `python -m tokenswift_py.cli.extend_context`."""
     lines = ["| flag | default | what it does |", "|---|---|---|"]
     for name, described in described_settings().items():
-        default = "off" if isinstance(described.kind, Switch) else default_of(name, described)
-        lines.append(f"| `--{name.replace('_', '-')}` | {default} | {described.help} |")
+        lines.append(f"| `--{name.replace('_', '-')}` | {default_of(name, described)} | {described.help} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A model whose attention learns by LoRA, and whose embeddings and norms learn as they are (the LoRA+ of LongLoRA)."""
+"""What learns of a model: LoRA beside attention, embeddings and norms too (the LoRA+ of LongLoRA), or every weight."""
 
 from __future__ import annotations
 
@@ -24,26 +24,22 @@ def check_peft() -> None:
 def learner(
     checkpoint: Checkpoint, config: Any, settings: Settings, dtype: torch.dtype, recompute: bool = False
 ) -> Any:
-    """Returns peft's model of a checkpoint, with a stretched config and S2-Attn. The parameters that learn are in fp32.
+    """Returns a checkpoint's model, with a stretched config and S2-Attn. The parameters that learn are in fp32.
+
+    It is peft's model, or transformers' own where every weight learns.
 
     dtype: the type of the weights that do not learn. recompute: whether layers compute their activations again in the
     backward pass. Then a long text takes the memory of its residual stream alone, and half as much time again.
     Source: LongLoRA (arXiv 2309.12307), section 3.3. Every projection of attention gets LoRA, and embeddings and norms
     learn too. A tied LM head is the embedding, and learns with it.
     """
-    from peft import LoraConfig, get_peft_model
-
     attention.register()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = hugging_face(checkpoint, dtype, config, attn_implementation=attention.NAME)
-        lora = LoraConfig(
-            r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
-            target_modules=projections(model),
-        )  # fmt: skip
-        adapted = get_peft_model(model, lora)
-    for name, parameter in adapted.named_parameters():
-        if not settings.only_lora and learns_whole(name):
+        learning = model.requires_grad_() if settings.learn == "full" else with_lora(model, settings)
+    for name, parameter in learning.named_parameters():
+        if settings.learn == "lora+" and learns_whole(name):
             parameter.requires_grad_()
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -51,7 +47,23 @@ def learner(
         # The name from before transformers 5.20 still works, with a warning.
         enable = "activation_checkpointing_enable"
         getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")({"use_reentrant": False})
-    return adapted.train()
+    return learning.train()
+
+
+def with_lora(model: Any, settings: Settings) -> Any:
+    """Returns peft's model with LoRA beside every projection of attention. Only its matrices learn."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=projections(model),
+    )  # fmt: skip
+    return get_peft_model(model, lora)
+
+
+def base_model(learning: Any) -> Any:
+    """Returns transformers' model inside of what `learner` returned."""
+    return learning.get_base_model() if hasattr(learning, "merge_and_unload") else learning
 
 
 def projections(model: Any) -> list[str]:
@@ -70,17 +82,18 @@ def learns_whole(name: str) -> bool:
     return owner == "embed_tokens" or owner.endswith("norm")
 
 
-def trained_parameters(adapted: Any) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(learning: Any) -> dict[str, torch.nn.Parameter]:
     """Returns the parameters that learn, by their names."""
-    return {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    return {name: parameter for name, parameter in learning.named_parameters() if parameter.requires_grad}
 
 
-def merged(adapted: Any) -> Any:
+def merged(learning: Any) -> Any:
     """Returns transformers' model, in fp32 on the CPU. What was learned is added to its weights.
 
     The adapters are removed from it. peft's model is of no use afterwards.
     """
-    model = adapted.cpu().float().merge_and_unload().eval()
+    learning = learning.cpu().float()
+    model = (learning.merge_and_unload() if hasattr(learning, "merge_and_unload") else learning).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model

@@ -16,7 +16,7 @@ from tokenswift_py.checkpoints.cache import sha256
 from tokenswift_py.checkpoints.checkpoint import DTYPES, Checkpoint
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.errors import check
-from tokenswift_py.extending.adapters import learner, merged, trained_parameters
+from tokenswift_py.extending.adapters import base_model, check_peft, learner, merged, trained_parameters
 from tokenswift_py.extending.merging import write_model
 from tokenswift_py.extending.schedule import draw, plan, stages
 from tokenswift_py.extending.settings import Settings
@@ -45,6 +45,8 @@ class Prepared:
 
 def prepare(settings: Settings, command: str) -> Prepared:
     """Finds the model and reads the texts. Raises UserError for what cannot be trained."""
+    if settings.learn != "full":
+        check_peft()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
@@ -73,14 +75,14 @@ def prepare(settings: Settings, command: str) -> Prepared:
 def training_bytes(checkpoint: Checkpoint, settings: Settings, dtype: torch.dtype) -> int:
     """Returns the bytes that training takes at least.
 
-    They are the weights, embeddings with their gradients and AdamW's two moments in fp32, the residual stream of the
-    longest text at every layer, and the logits of some rows with their gradients. LoRA's own are few.
+    They are the weights, those that learn with their gradients and AdamW's two moments in fp32, the residual stream of
+    the longest text at every layer, and the logits of some rows with their gradients. LoRA's own and norms are few.
     """
     spec = checkpoint.spec
-    embedding = 0 if settings.only_lora else spec.vocab_size * spec.hidden_size
+    learning = {"lora": 0, "lora+": spec.vocab_size * spec.hidden_size, "full": spec.parameters}[settings.learn]
     rows = settings.context if settings.held_out else most_rows(settings)
     streams = rows * spec.hidden_size * (spec.layers + 8)  # and the activations of one layer
-    return spec.parameters * dtype.itemsize + 4 * (4 * embedding + streams + 3 * ROWS * spec.vocab_size)
+    return spec.parameters * dtype.itemsize + 4 * (4 * learning + streams + 3 * ROWS * spec.vocab_size)
 
 
 def activation_bytes(checkpoint: Checkpoint, settings: Settings) -> float:
@@ -123,10 +125,10 @@ def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: f
     """Makes the steps that are left, or as many as the minutes allow, and merges."""
     deadline = began + 60 * (settings.minutes or math.inf)
     recompute = activation_bytes(prepared.checkpoint, settings) > free_on(prepared.device) / 2
-    adapted = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype, recompute)
-    parameters = trained_parameters(adapted)
-    adapted.to(prepared.device)
-    model, optimiser = adapted.get_base_model(), optimiser_of(list(parameters.values()))
+    learning = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype, recompute)
+    parameters = trained_parameters(learning)
+    learning.to(prepared.device)
+    model, optimiser = base_model(learning), optimiser_of(list(parameters.values()))
     done = folder.load(parameters, optimiser)
     folder.cut(done)
     if done == 0:
@@ -148,7 +150,7 @@ def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: f
     bar.close()
     folder.save(done, parameters, optimiser)
     tell_held_out(model, prepared, folder, done)
-    write_model(merged(adapted), prepared.checkpoint, folder.path.parent, settings.save_dtype)
+    write_model(merged(learning), prepared.checkpoint, folder.path.parent, settings.save_dtype)
 
 
 def tell_held_out(model: Any, prepared: Prepared, folder: TrainingFolder, step: int) -> None:

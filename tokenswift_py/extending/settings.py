@@ -7,9 +7,10 @@ from typing import Any
 
 from tokenswift_py.errors import check
 from tokenswift_py.models.positions import STRETCHES
-from tokenswift_py.sampling.kinds import Choice, Named, Real, Switch, Text, Texts, Whole, is_whole
+from tokenswift_py.sampling.kinds import Choice, Named, Real, Text, Texts, Whole, is_whole
 
 SCHEDULES = ("constant", "progressive", "mixed")
+LEARN = ("lora+", "lora", "full")
 BUILT_IN = ("code", "prose")  # of human.py; docs are too few to be both read by experiments and learned from
 
 
@@ -80,7 +81,9 @@ class Settings:
     warmup: int = flag(20, Whole(0), "steps in which the rate rises, at most half; then it falls to a tenth")
     rank: int = flag(8, Whole(1, 4096), "of LoRA's matrices beside each projection of attention")
     alpha: int = flag(16, Whole(1, 10**6), "of LoRA: what it adds is multiplied by alpha / rank")
-    only_lora: bool = flag(False, Switch(), "embeddings and norms stay as they are (LoRA, not LoRA+)")
+    learn: str = flag(
+        "lora+", Choice(LEARN), "lora (beside attention), lora+ (embeddings and norms too) or full (every weight)"
+    )
     held_out: int = flag(1, Whole(0, 1000), "texts as long as the context, of each source, read before and after")
     dtype: str = flag(
         "auto",
