@@ -20,7 +20,7 @@ Doubles = npt.NDArray[np.float64]
 Ranked = list[tuple[int, float]]  # tokens, best first, with their perturbed scores
 
 
-def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
+def wrong(lead: Doubles | float, spread: Doubles | float, blind: Doubles | float = 0.6) -> Doubles:
     """Returns the chance that a guess is wrong, by the lead of its perturbed score over the next one's.
 
     Target and draft share their noise, so only the error of the draft's scores can make a guess wrong, and a large lead
@@ -29,10 +29,14 @@ def wrong(lead: Doubles | float, spread: Doubles | float) -> Doubles:
     candidate, the lead is without bound and the guess still wrong now and then: hence FARTHEST.
 
     lead, spread: in units of logit / temperature.
+    blind: the chance where the lead says nothing.
     """
-    return np.asarray(0.6 * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
+    return np.asarray(blind * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
 
 
+# What `blind` may be: for drafts that compute what the target does from less, and for layers that were trained, perhaps
+# on other texts. Before any guess was seen, all but the first are less likely by so much, in ln.
+SIGHTED, BLIND, UNLIKELY = (0.6,), (0.6, 0.75, 0.9, 0.99), 2.0
 FARTHEST = 6.0
 LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # bounds of the ranges that are counted apart
 MIDDLES = np.array((0.025, 0.1, 0.22, 0.45, 0.8, 1.3, 2.0, 3.2, FARTHEST))
@@ -40,18 +44,20 @@ USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how ofte
 
 
 class Experience:
-    """The spreads that explain the guesses seen. Recent guesses count more.
+    """The spreads and blind chances that explain the guesses seen. Recent guesses count more.
 
-    likelihood: [FACTORS] logarithms. A factor is the true spread divided by the expected one.
+    blind:      the chances there may be that a guess without a lead is wrong.
+    likelihood: [blind, FACTORS] logarithms. A factor is the true spread divided by the expected one.
     leads:      [LEADS + 1] how often a guess's lead lay in each range.
     """
 
-    def __init__(self) -> None:
-        self.likelihood = np.zeros(len(FACTORS))
+    def __init__(self, blind: Sequence[float] = SIGHTED) -> None:
+        self.blind = np.array(blind)
+        self.likelihood = np.zeros((len(blind), len(FACTORS)))
         self.leads = 20 * np.array(USUAL)
 
     def learn(self, lead: float, expected: float, right: bool) -> None:
-        chance = wrong(lead, expected * FACTORS)
+        chance = wrong(lead, expected * FACTORS, self.blind[:, None])
         self.likelihood = self.likelihood * (1 - 1 / MEMORY) + np.log(np.maximum(1 - chance if right else chance, 1e-6))
 
     def count(self, lead: float) -> None:
@@ -70,14 +76,15 @@ class Confidence:
 
     width:  guesses a node has at most, runners-up included.
     family: experience that drafts of the same kind share; they differ by the expected spread.
+    blind:  the chances there may be that a guess without a lead is wrong, as the family has them.
     spread: expected spread of the errors of its scores, in units of logit / temperature, see `expect`.
     """
 
     spread = 1.0
 
-    def __init__(self, width: int, family: Experience | None = None):
+    def __init__(self, width: int, family: Experience | None = None, blind: Sequence[float] = SIGHTED):
         self.width = width
-        self._own, self._family = Experience(), family
+        self._own, self._family = Experience(blind), family
         self._first = [Odds(0.0, weight=16.0) for _ in MIDDLES]  # the priors are those of `wrong`
         self._others = [[Odds(0.0) for _ in MIDDLES] for _ in range(1, width)]
         self._leads: dict[int, float] = {}  # the lead of the latest guess that became each node
@@ -126,7 +133,8 @@ class Confidence:
         self._leads[node] = lead
         for rank, (other, its_score) in enumerate(others[: self.width - 1]):
             odds = self._others[rank][bisect(LEADS, score - its_score)]
-            odds.prior = RUNNER_UP * float(self._wrong(score - its_score)) / (1 + rank)
+            wrong_by = float(self._wrong(score - its_score))
+            odds.prior = RUNNER_UP * min(wrong_by, 1.5 * (1 - wrong_by)) / (1 + rank)
             candidates.push(end, other, odds, None if more is None else more(other))
         context.history.append(token)
         return node
@@ -155,17 +163,20 @@ class Confidence:
         return odds
 
     def _wrong(self, leads: Doubles | float) -> Doubles:
-        """Returns the chance that a guess is wrong for each of these leads. It is a mean over all the spreads there may
-        be, each as likely as the guesses seen make it."""
+        """Returns the chance that a guess is wrong for each of these leads. It is a mean over all spreads and blind
+        chances there may be, each as likely as the guesses seen make it."""
         likelihood = self._own.likelihood
         if self._family is not None:  # the family has seen the draft's own guesses, too
             likelihood = likelihood + KINSHIP * (self._family.likelihood - likelihood)
-        belief = np.exp(PRIOR + likelihood - (PRIOR + likelihood).max())
-        chances: Doubles = wrong(np.asarray(leads)[..., None], self.spread * FACTORS) @ belief / belief.sum()
+        believed = PRIOR + likelihood
+        believed[1:] -= UNLIKELY
+        belief = np.exp(believed - believed.max())
+        without_lead = self._own.blind @ belief / belief.sum()
+        chances: Doubles = wrong(np.asarray(leads)[..., None], self.spread * FACTORS, 1.0) @ without_lead
         return chances
 
 
-RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right
+RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right, unless most are wrong
 
 
 class Chain:

@@ -61,7 +61,7 @@ class DFlash(Windowed):
             wanted += 1
         if not wanted:
             return 0
-        pass_ms = plan.draft_ms(self._cost, wanted, len(self.windows[0]))
+        pass_ms = plan.draft_ms(self._cost, wanted, self.known)
         if self._cost.measured:
             plan.expect_rate((1 + tokens) / max(pass_ms + plan.target_ms(1 + wanted), 1e-9))
         return wanted if plan.worth(tokens, pass_ms + ms) or plan.may_probe(pass_ms + ms) else 0
@@ -70,6 +70,7 @@ class DFlash(Windowed):
     def _guess(self, context: Context, forced: int, count: int) -> None:
         """Grows the chain by up to `count` guesses of one block. forced: its first tokens, which a grammar forced."""
         lap = context.timer.start(context.model)
+        self.catch_up()
         states = self.layers.guess(self.windows, context.history[self._text - 1])
         logits = context.self_draft.project(states[forced : forced + count])
         ranks = self._confidence.ranks

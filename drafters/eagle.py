@@ -62,7 +62,7 @@ class Eagle(Windowed):
         return first and plan.may_probe(ms)
 
     def _pass_ms(self, plan: Plan) -> float:
-        return plan.draft_ms(self._cost, 1, len(self.rows))
+        return plan.draft_ms(self._cost, 1, self.known)
 
     def _guess(self, context: Context, guessing: Guessing) -> int | None:
         """Computes the rows of the tokens that the draft has not read. Returns the guess of the last of them, if
@@ -86,19 +86,21 @@ class Guessing:
     """
 
     def __init__(self, drafter: Eagle, budget: int):
-        self.layer, self.rows, self.state, self.budget = drafter.layer, drafter.rows, drafter.state, budget
-        self.read = 0
+        self.drafter, self.budget, self.read = drafter, budget, 0
 
     @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Computes the rows before which these tokens stand. Returns the last one's logits, [vocab]."""
+        layer = self.drafter.layer
         if not self.read:  # a draft that does not begin costs nothing
-            self.ahead = Ahead(self.layer, self.rows, self.budget)
+            self.drafter.catch_up()
+            self.ahead = Ahead(layer, self.drafter.rows, self.budget)
+            self.state = self.drafter.state
         for token in tokens:
             h = self.ahead.step(token, self.state)
-            self.state = self.layer.handed_on(h)
+            self.state = layer.handed_on(h)
         self.read += len(tokens)
-        return self.layer.logits(h)[0]
+        return layer.logits(h)[0]
 
 
 def for_checkpoint(options: Options, resources: Resources) -> Eagle:

@@ -1,8 +1,8 @@
 """Drafters with decoder layers of their own, which read states of the target over a bounded window of the text.
 
-The keys and values of the text's rows are made of the target's own states as soon as these rows are committed. A
-draft's rows are provisional: nothing of them is kept, and they are made anew from the target's states where they were
-accepted.
+The keys and values of the text's rows are made of the target's own states when a draft begins: a text in which no draft
+pays computes next to nothing. A draft's rows are provisional: nothing of them is kept, and they are made anew from the
+target's states where they were accepted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenswift_py.core import Acceptance, IntArray, Output
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Drafter
-from tokenswift_py.drafters.chain import Chain, Confidence
+from tokenswift_py.drafters.chain import BLIND, Chain, Confidence
 from tokenswift_py.drafters.head_weights import rms_norm
 from tokenswift_py.errors import check
 from tokenswift_py.models.positions import Positions
@@ -126,8 +126,18 @@ class Windowed(Drafter):
         self.own, self.width, self.taps, self.window = own, width, own.taps, window
         self.windows = [Window(window) for _ in range(layers)]
         self._next = 0  # position of the row after those that are known
-        self._cost, self._confidence = PassCost(), Confidence(width)
+        self._late: list[tuple[torch.Tensor, IntArray]] = []  # rows that the windows do not have yet
+        self._cost, self._confidence = PassCost(), Confidence(width, blind=BLIND)
         self._chain, self._text = Chain(0, 1), 1  # the chain of the last proposal, and the tokens that the text had
+
+    @property
+    def known(self) -> int:
+        """The number of the text's rows that the layers attend to."""
+        return min(self.window, len(self.windows[0]) + self._rows_late)
+
+    @property
+    def _rows_late(self) -> int:
+        return sum(len(following) for _, following in self._late)
 
     def take(self, taps: torch.Tensor, following: torch.Tensor) -> None:
         """Adds keys and values of the text's next rows to the windows.
@@ -159,27 +169,39 @@ class Windowed(Drafter):
 
     def explain(self) -> dict[str, Any]:
         expected = {"expected_acceptance": round(self._confidence.next, 4)}
-        return {"window_rows": len(self.windows[0]), **expected, **self._chain.explain()}
+        return {"window_rows": self.known, **expected, **self._chain.explain()}
 
     def begin(self, context: Context, budget: int) -> bool:
         """Begins a proposal. Returns whether all rows before the pending token are known, so that it can guess."""
         self._cost.load = context.plan.load
         self._chain, self._text = Chain(context.history[-1], budget), len(context.history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
-        return len(self.windows[0]) > 0 and self._next == len(context.history) - 1
+        return self.known > 0 and self._next == len(context.history) - 1
 
     @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Lets the windows have all rows that are known. It is called before a draft's first guess."""
+        if not self._late:
+            return
+        taps, following = (list(part) for part in zip(*self._late, strict=True))
+        self._late = []
+        self.own.move(taps[0].device)
+        joined = torch.cat(taps)[-self.window :].to(self.own.device, self.own.dtype)
+        self.take(joined, torch.from_numpy(np.concatenate(following)[-self.window :].astype(np.int64)))
+
     def _see(self, taps: torch.Tensor | None, start: int, following: IntArray) -> None:
         """Takes in rows of the text, the first at position `start`."""
         assert taps is not None, "this executor does not report what enters a layer"
-        self.own.move(taps.device)
         if start != self._next:  # the rows between came from elsewhere, as those that another text has computed do
+            self._late = []
             for window in self.windows:
                 window.clear()
-        tokens = torch.from_numpy(following[-self.window :].astype(np.int64))
-        self.take(taps[-self.window :].to(self.own.device, self.own.dtype), tokens)
+        self._late.append((taps, following.copy()))
         self._next = start + len(following)
+        if self._rows_late >= min(self.window, LATE):
+            self.catch_up()
 
 
+LATE = 256  # rows of which the target's states are kept at most: they are larger than keys and values
 WINDOW = 1024  # rows: with a draft's own, half of the 2 048 positions that most such layers are trained on
 SPREAD = 1.0  # the expected spread of the errors of their scores, in units of logit

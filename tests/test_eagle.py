@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +30,7 @@ from tokenswift_py.drafters.draft_folders import drafter_of
 from tokenswift_py.drafters.eagle import Eagle
 from tokenswift_py.drafters.eagle_files import read_eagle, write_eagle
 from tokenswift_py.drafters.eagle_layer import EagleLayer
+from tokenswift_py.drafters.own_layers import LATE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
@@ -96,6 +98,30 @@ def test_the_window_bounds_what_is_kept(tiny_decoder: Any) -> None:
         assert len(part) == 24
         assert part.untyped_storage().nbytes() == 24 * KV_HEADS * drafter.layer.shape.head_dim * 4
     assert len(drafter.layer.cos) == 256, "no position is that of the text"
+
+
+@pytest.mark.parametrize(("window", "batches"), [(1000, [260]), (100, [100, 100])])
+def test_rows_cost_nothing_until_a_draft_needs_them(tiny_decoder: Any, window: int, batches: list[int]) -> None:
+    """Rows that come a few at a time are taken together. The layer then has what it had if it took each at once."""
+    layer, rng = random_eagle(embedding_of(tiny_decoder)), np.random.default_rng(0)
+    taps = torch.from_numpy(rng.standard_normal((LATE + 40, 3, tiny_decoder.spec.hidden_size), np.float32))
+    tokens = rng.integers(0, V, len(taps)).astype(np.int32)
+    late, taken = Eagle(layer, window), list[int]()
+    take = late.take
+    late.take = lambda taps, following: (taken.append(len(following)), take(taps, following))  # type: ignore
+    at_once = Eagle(layer, window)
+    at_once.take(taps, torch.from_numpy(tokens).long())
+    for first in range(0, len(taps), 5):
+        rows = slice(first, first + 5)
+        late._see(taps[rows], first, tokens[rows])
+        assert late.known == min(window, len(tokens[: first + 5]))
+    assert taken == batches
+    late.catch_up()
+    for part in ("keys", "values"):
+        torch.testing.assert_close(getattr(late.rows, part), getattr(at_once.rows, part))
+    torch.testing.assert_close(late.state, at_once.state)
+    late._see(taps[:3], 7, tokens[:3])  # rows between came from elsewhere
+    assert late.known == 3 and len(late.rows) == 0
 
 
 @settings(max_examples=12, deadline=None)
