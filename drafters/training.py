@@ -251,11 +251,11 @@ def train(
     return replace(weights, tensors={name: tensor.detach() for name, tensor in parameters.items()}), losses
 
 
-def rising_and_falling(step: int, steps: int, began: float, now: float, deadline: float) -> float:
-    """Returns the share of the peak learning rate in a step: a short warm-up, then a cosine down to nothing at the last
-    step, or at the deadline where that comes first."""
+def rising_and_falling(step: int, steps: int, began: float, now: float, deadline: float, warmup: int = 20) -> float:
+    """Returns the share of the peak learning rate in a step: a warm-up of so many steps, then a cosine down to nothing
+    at the last step, or at the deadline where that comes first."""
     done = max(step / steps, (now - began) / max(deadline - began, 1e-9))
-    return min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
+    return min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 SCALES = {"weight": 10.0, "token": 10.0}

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tokenswift_py import registry
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.decoding.eviction import Eviction
+from tokenswift_py.drafters.training import rising_and_falling
 from tokenswift_py.extending.texts import Source, Tokens, texts_of
 from tokenswift_py.kernels.base import on_device
 from tokenswift_py.kvcache.memories.base import Memory
@@ -25,6 +26,7 @@ from tokenswift_py.models.rows import lay_out, recalls_of
 from tokenswift_py.options import MEMORIES
 from tokenswift_py.remembering.reading import CHUNK, nats
 
+WARMUP = 10  # steps in which the rate rises
 START = -4.0  # beta of a head that has learnt nothing: 2 % of its output are recalled
 
 
@@ -79,19 +81,18 @@ def train(
     """Learns by Adam on the cross entropy of the text's own next tokens, a step for each chunk behind an eviction.
 
     model: in fp32, with `FrozenRows` for its operations. budget: tokens of the cache; policy `recent` evicts.
-    rate: peak learning rate; a short warm-up, then a cosine down to nothing.
+    rate: peak learning rate; a short warm-up, then a cosine down to nothing, at the deadline if that comes first.
     deadline: time.monotonic() at which to stop early; such a run cannot be repeated.
     Returns the gates [layers, heads], and the loss of every step in nats a token.
     """
     gates = torch.full((model.spec.layers, model.spec.heads), START, device=model.device, requires_grad=True)
     optimiser, losses = torch.optim.Adam([gates], lr=rate), list[float]()
-    bar = tqdm(total=steps, unit="step", desc="training", disable=quiet)
+    bar, began = tqdm(total=steps, unit="step", desc="training", disable=quiet), time.monotonic()
     while len(losses) < steps and time.monotonic() < deadline:
         eviction = Eviction(Recent(), budget, memory=new_memory(model, kind, gates))
         for loss in losses_of(model, eviction, next(texts)):
-            done = len(losses) / steps
-            warm = min(1, (len(losses) + 1) / 10)
-            optimiser.param_groups[0]["lr"] = rate * warm * 0.5 * (1 + math.cos(math.pi * done))
+            share = rising_and_falling(len(losses), steps, began, time.monotonic(), deadline, WARMUP)
+            optimiser.param_groups[0]["lr"] = rate * share
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
