@@ -59,8 +59,8 @@ class TokenSwift(LoadedModel):
     ) -> TokenSwift:
         """Loads a model: the default's name, a folder, a .gguf file or a hub id.
 
-        dtype:     type of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the 4- and
-                   8-bit blocks of a .gguf file, unchanged; native).
+        dtype:     type of the weights: bf16, fp32, int8 (blocks of 32 with an fp16 scale; native) or gguf (the blocks
+                   of a .gguf file: those of 4, 5, 6 and 8 bits unchanged, others rounded to 8; native).
         kv_dtype:  type of the KV cache: bf16, fp32 or int8 (with an fp32 scale for each token's key and value of each
                    head; native, and torch with attention triton); None is that of the weights, bf16 beside int8 and
                    gguf.

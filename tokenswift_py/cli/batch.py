@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     model_flags(root.add_argument_group("model"))
     engine = root.add_argument_group("engine")
     engine.add_argument("--context", type=whole, help="positions of every text (default: the trained length)")
-    engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads or cascade")
+    engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads, cascade or eagle")
     engine.add_argument("--running", type=whole, default=16, help="texts that are written at once (default: 16)")
     engine.add_argument("--kv-tokens", type=whole, help="tokens that the KV cache holds (default: by the memory)")
     text = root.add_argument_group("requests")

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         described, typed = described_options()[name], str if name == "positions" else whole
         default = "auto" if name == "positions" else None
         engine.add_argument(f"--{name.replace('_', '-')}", type=typed, default=default, help=described.help)
-    engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads or cascade")
+    engine.add_argument("--drafter", default="auto", help="auto, none, ngram, partial, heads, cascade or eagle")
     engine.add_argument("--running", type=whole, default=16, help="texts that are written at once (default: 16)")
     engine.add_argument("--waiting", type=whole, default=64, help="texts that may wait for it (default: 64)")
     engine.add_argument("--kv-tokens", type=whole, help="tokens that the KV cache holds (default: by the memory)")
