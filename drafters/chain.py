@@ -6,7 +6,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,23 @@ def wrong(lead: Doubles | float, spread: Doubles | float, blind: Doubles | float
     return np.asarray(blind * np.exp(-((np.minimum(lead, FARTHEST) / spread) ** 0.8)))
 
 
-# What `blind` may be: for drafts that compute what the target does from less, and for layers that were trained, perhaps
-# on other texts. Before any guess was seen, all but the first are less likely by so much, in ln.
-SIGHTED, BLIND, UNLIKELY = (0.6,), (0.6, 0.75, 0.9, 0.99), 2.0
+class Kind(NamedTuple):
+    """How the guesses of a kind of drafts go wrong.
+
+    blind:     the chances there may be that a guess without a lead is wrong, see `wrong`.
+    runner_up: how often the next one by score is right at most, as a share of how often the first is.
+    """
+
+    blind: tuple[float, ...]
+    runner_up: float
+
+
+COMPUTED = Kind((0.6,), 1.0)  # drafts that compute what the target does, from less
+TRAINED = Kind((0.6, 0.75, 0.9, 0.99), 0.3)
+"""Layers that were trained, perhaps on other texts. Where the packaged heads' first choice is right 0.3 to 0.4 of the time,
+the next two together are right 0.14 to 0.17 of it."""
+
+UNLIKELY = 2.0  # before any guess was seen, all chances of `Kind.blind` but the first are less likely by so much, in ln
 FARTHEST = 6.0
 LEADS = (0.05, 0.15, 0.3, 0.6, 1.0, 1.6, 2.5, 4.0)  # bounds of the ranges that are counted apart
 MIDDLES = np.array((0.025, 0.1, 0.22, 0.45, 0.8, 1.3, 2.0, 3.2, FARTHEST))
@@ -46,14 +60,14 @@ USUAL = (0.015, 0.028, 0.048, 0.082, 0.09, 0.113, 0.11, 0.09, 0.424)  # how ofte
 class Experience:
     """The spreads and blind chances that explain the guesses seen. Recent guesses count more.
 
-    blind:      the chances there may be that a guess without a lead is wrong.
+    blind:      chances that a guess without a lead is wrong, of `Kind`.
     likelihood: [blind, FACTORS] logarithms. A factor is the true spread divided by the expected one.
     leads:      [LEADS + 1] how often a guess's lead lay in each range.
     """
 
-    def __init__(self, blind: Sequence[float] = SIGHTED) -> None:
-        self.blind = np.array(blind)
-        self.likelihood = np.zeros((len(blind), len(FACTORS)))
+    def __init__(self, kind: Kind = COMPUTED) -> None:
+        self.blind = np.array(kind.blind)
+        self.likelihood = np.zeros((len(kind.blind), len(FACTORS)))
         self.leads = 20 * np.array(USUAL)
 
     def learn(self, lead: float, expected: float, right: bool) -> None:
@@ -76,15 +90,15 @@ class Confidence:
 
     width:  guesses a node has at most, runners-up included.
     family: experience that drafts of the same kind share; they differ by the expected spread.
-    blind:  the chances there may be that a guess without a lead is wrong, as the family has them.
+    kind:   the kind of the draft, which is the family's, too.
     spread: expected spread of the errors of its scores, in units of logit / temperature, see `expect`.
     """
 
     spread = 1.0
 
-    def __init__(self, width: int, family: Experience | None = None, blind: Sequence[float] = SIGHTED):
-        self.width = width
-        self._own, self._family = Experience(blind), family
+    def __init__(self, width: int, family: Experience | None = None, kind: Kind = COMPUTED):
+        self.width, self._runner_up = width, kind.runner_up
+        self._own, self._family = Experience(kind), family
         self._first = [Odds(0.0, weight=16.0) for _ in MIDDLES]  # the priors are those of `wrong`
         self._others = [[Odds(0.0) for _ in MIDDLES] for _ in range(1, width)]
         self._leads: dict[int, float] = {}  # the lead of the latest guess that became each node
@@ -134,7 +148,7 @@ class Confidence:
         for rank, (other, its_score) in enumerate(others[: self.width - 1]):
             odds = self._others[rank][bisect(LEADS, score - its_score)]
             wrong_by = float(self._wrong(score - its_score))
-            odds.prior = RUNNER_UP * min(wrong_by, 1.5 * (1 - wrong_by)) / (1 + rank)
+            odds.prior = min(RUNNER_UP * wrong_by, self._runner_up * (1 - wrong_by)) / (1 + rank)
             candidates.push(end, other, odds, None if more is None else more(other))
         context.history.append(token)
         return node
@@ -176,7 +190,7 @@ class Confidence:
         return chances
 
 
-RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right, unless most are wrong
+RUNNER_UP = 0.55  # the share of wrong guesses in whose place the next one by score is right
 
 
 class Chain:

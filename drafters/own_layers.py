@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenswift_py.core import Acceptance, IntArray, Output
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters.base import Context, Drafter
-from tokenswift_py.drafters.chain import BLIND, Chain, Confidence
+from tokenswift_py.drafters.chain import TRAINED, Chain, Confidence
 from tokenswift_py.drafters.head_weights import rms_norm
 from tokenswift_py.errors import check
 from tokenswift_py.models.positions import Positions
@@ -127,7 +127,7 @@ class Windowed(Drafter):
         self.windows = [Window(window) for _ in range(layers)]
         self._next = 0  # position of the row after those that are known
         self._late: list[tuple[torch.Tensor, IntArray]] = []  # rows that the windows do not have yet
-        self._cost, self._confidence = PassCost(), Confidence(width, blind=BLIND)
+        self._cost, self._confidence = PassCost(), Confidence(width, kind=TRAINED)
         self._chain, self._text = Chain(0, 1), 1  # the chain of the last proposal, and the tokens that the text had
 
     @property
