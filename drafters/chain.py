@@ -47,8 +47,8 @@ class Kind(NamedTuple):
 
 COMPUTED = Kind((0.6,), 1.0)  # drafts that compute what the target does, from less
 TRAINED = Kind((0.6, 0.75, 0.9, 0.99), 0.3)
-"""Layers that were trained, perhaps on other texts. Where the packaged heads' first choice is right 0.3 to 0.4 of the time,
-the next two together are right 0.14 to 0.17 of it."""
+"""Layers that were trained, perhaps on other texts. Where the packaged heads' first choice is right 0.3 to 0.4 of the
+time, the next two together are right 0.14 to 0.17 of it."""
 
 UNLIKELY = 2.0  # before any guess was seen, all chances of `Kind.blind` but the first are less likely by so much, in ln
 FARTHEST = 6.0

@@ -52,7 +52,7 @@ class DFlash(Windowed):
 
     def _wanted(self, plan: Plan, most: int) -> int:
         """Returns how many guesses of a block are worth a row of the target, 0 where the block's pass does not pay."""
-        chance, rows, tokens, ms, wanted = self._confidence.next, len(self._chain.draft), 0.0, 0.0, 0
+        chance, rows, tokens, ms, wanted = self.chance, len(self._chain.draft), 0.0, 0.0, 0
         reached = self._chain.chance
         while wanted < most and (not wanted or plan.gain_ms(reached * chance, rows + wanted) > 0):
             reached *= chance

@@ -42,8 +42,8 @@ class Eagle(Windowed):
     def propose(self, context: Context, budget: int) -> DraftTree:
         plan = context.plan
         longest = plan.longest_chain(budget, self.width) if self.begin(context, budget) else 0
-        if self._cost.measured:
-            plan.expect_rate(plan.best_rate(self._confidence.next, self._pass_ms(plan)))
+        if self.news and self._cost.measured:
+            plan.expect_rate(plan.best_rate(self.chance, self._pass_ms(plan)))
         guessing = Guessing(self, budget)
         with context.history.guesses():
             while True:
@@ -57,7 +57,7 @@ class Eagle(Windowed):
     def _pays(self, plan: Plan, first: bool) -> bool:
         """Returns whether the next guess pays for its pass over the layer. first: whether it is the draft's first."""
         ms = self._pass_ms(plan) + plan.row_ms(len(self._chain.draft))
-        if plan.worth(self._chain.chance * self._confidence.next, ms):
+        if plan.worth(self._chain.chance * self.chance, ms):
             return True
         return first and plan.may_probe(ms)
 

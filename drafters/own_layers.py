@@ -117,7 +117,10 @@ class Windowed(Drafter):
     window: rows that the layers attend to at most, beside those of the draft.
     width:  guesses a node has at most, runners-up included; 1 is a plain chain.
     windows: one for each layer.
+    chance:  the chance that the next guess is right. At rest, where no guess tells more of it, it is not computed anew.
     """
+
+    chance = 0.0
 
     def __init__(self, own: OwnLayers, layers: int, window: int | None, width: int):
         window = WINDOW if window is None else window
@@ -127,17 +130,15 @@ class Windowed(Drafter):
         self.windows = [Window(window) for _ in range(layers)]
         self._next = 0  # position of the row after those that are known
         self._late: list[tuple[torch.Tensor, IntArray]] = []  # rows that the windows do not have yet
+        self._rows_late = 0  # their number
         self._cost, self._confidence = PassCost(), Confidence(width, kind=TRAINED)
         self._chain, self._text = Chain(0, 1), 1  # the chain of the last proposal, and the tokens that the text had
+        self._untested = -1  # the number of proposals since one that had guesses
 
     @property
     def known(self) -> int:
         """The number of the text's rows that the layers attend to."""
         return min(self.window, len(self.windows[0]) + self._rows_late)
-
-    @property
-    def _rows_late(self) -> int:
-        return sum(len(following) for _, following in self._late)
 
     def take(self, taps: torch.Tensor, following: torch.Tensor) -> None:
         """Adds keys and values of the text's next rows to the windows.
@@ -173,10 +174,19 @@ class Windowed(Drafter):
 
     def begin(self, context: Context, budget: int) -> bool:
         """Begins a proposal. Returns whether all rows before the pending token are known, so that it can guess."""
+        self._untested = 0 if len(self._chain.draft) > 1 else self._untested + 1
         self._cost.load = context.plan.load
         self._chain, self._text = Chain(context.history[-1], budget), len(context.history)
         self._confidence.expect(SPREAD, context.sampler.params.temperature)
+        if self.news:
+            self.chance = self._confidence.next
         return self.known > 0 and self._next == len(context.history) - 1
+
+    @property
+    def news(self) -> bool:
+        """Whether what is expected of this proposal has to be computed anew: the last one had guesses, or it is long
+        ago."""
+        return self._untested % STALE == 0
 
     @torch.inference_mode()
     def catch_up(self) -> None:
@@ -184,7 +194,7 @@ class Windowed(Drafter):
         if not self._late:
             return
         taps, following = (list(part) for part in zip(*self._late, strict=True))
-        self._late = []
+        self._late, self._rows_late = [], 0
         self.own.move(taps[0].device)
         joined = torch.cat(taps)[-self.window :].to(self.own.device, self.own.dtype)
         self.take(joined, torch.from_numpy(np.concatenate(following)[-self.window :].astype(np.int64)))
@@ -193,15 +203,17 @@ class Windowed(Drafter):
         """Takes in rows of the text, the first at position `start`."""
         assert taps is not None, "this executor does not report what enters a layer"
         if start != self._next:  # the rows between came from elsewhere, as those that another text has computed do
-            self._late = []
+            self._late, self._rows_late = [], 0
             for window in self.windows:
                 window.clear()
         self._late.append((taps, following.copy()))
+        self._rows_late += len(following)
         self._next = start + len(following)
         if self._rows_late >= min(self.window, LATE):
             self.catch_up()
 
 
+STALE = 32  # proposals without a guess after which what is expected is computed anew: the context has grown
 LATE = 256  # rows of which the target's states are kept at most: they are larger than keys and values
 WINDOW = 1024  # rows: with a draft's own, half of the 2 048 positions that most such layers are trained on
 SPREAD = 1.0  # the expected spread of the errors of their scores, in units of logit

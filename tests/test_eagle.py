@@ -26,11 +26,12 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.passes import Pass
 from tokenswift_py.drafters.base import Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
+from tokenswift_py.drafters.chain import Confidence
 from tokenswift_py.drafters.draft_folders import drafter_of
 from tokenswift_py.drafters.eagle import Eagle
 from tokenswift_py.drafters.eagle_files import read_eagle, write_eagle
 from tokenswift_py.drafters.eagle_layer import EagleLayer
-from tokenswift_py.drafters.own_layers import LATE
+from tokenswift_py.drafters.own_layers import LATE, STALE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.models.native import NativeDecoder, NativeWeights
 from tokenswift_py.models.rope import rope_tables
@@ -122,6 +123,19 @@ def test_rows_cost_nothing_until_a_draft_needs_them(tiny_decoder: Any, window: i
     torch.testing.assert_close(late.state, at_once.state)
     late._see(taps[:3], 7, tokens[:3])  # rows between came from elsewhere
     assert late.known == 3 and len(late.rows) == 0
+
+
+def test_at_rest_nothing_is_computed_anew(tiny_decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chance of the next guess is asked for where guesses were tested, else once in STALE rounds."""
+    asked, chance = list[int](), Confidence.next
+    monkeypatch.setattr(Confidence, "next", property(lambda self: asked.append(1) or chance.fget(self)))
+    drafter = RecordedEagle(random_eagle(embedding_of(tiny_decoder)), 30)
+    _, loop, _ = write(tiny_decoder, PROMPT, 100, SamplingParams(temperature=1.0), drafter, draft_tokens=1)
+    rounds = loop.stats.num_spec_steps
+    assert not loop.stats.num_draft_tokens and 0 < len(asked) <= rounds // STALE + 1
+    asked.clear()
+    write(tiny_decoder, PROMPT, 100, SamplingParams(temperature=1.0), drafter, draft_tokens=4)
+    assert len(asked) > 20
 
 
 @settings(max_examples=12, deadline=None)
