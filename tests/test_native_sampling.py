@@ -82,6 +82,27 @@ def test_every_choice_is_the_references(
     assert torch.equal(given, kept)  # the logits are put back
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("peaks", [0, 3])
+def test_tokens_that_are_spared_the_noise_would_not_be_chosen(temperature: float, peaks: int) -> None:
+    """A whole vocabulary without floors: of hardly any token the logarithms are computed. At each of many positions the
+    ranking is the reference's, also where a token far below the best wins, and where few are near the best."""
+    vocab, rng = 40_000, np.random.default_rng(7)
+    native, reference = (
+        kind(SamplingParams(temperature=temperature, seed=11), vocab) for kind in (NativeSampler, Sampler)
+    )
+    deep = 0
+    for length in range(1, 41):
+        row = rng.normal(0, 2.5, vocab).astype(np.float32)
+        row[rng.integers(0, vocab, peaks)] += 20 if length % 2 else 8
+        logits, history = torch.from_numpy(row), History(range(length))
+        for count in (1, 3, 50):
+            ranked = native.ranked(logits, history, count)
+            assert ranked == reference.ranked(logits, history, count)
+        deep += row[ranked[0][0]] < row.max() - 3 * temperature
+    assert deep or peaks
+
+
 def test_a_sampler_is_used_again_and_again() -> None:
     rng = np.random.default_rng(0)
     settings = SamplingParams(temperature=0.9, penalty=1.2, penalty_window=30, dry_multiplier=0.8, min_p=0.02, seed=3)

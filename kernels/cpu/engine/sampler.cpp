@@ -14,6 +14,7 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr double negligible = -28.0;  // a token so far below the best has no mass, for e^-28 < 2^-40
 constexpr double hopeless_slack = 1e-6;
+constexpr double likely_depth = 3.0;  // tokens less than so far below the best are likely to be chosen
 constexpr int longest_match = 64;
 constexpr int block = 64;  // logits that are looked at together
 constexpr float no_logit = -std::numeric_limits<float>::infinity();
@@ -62,6 +63,10 @@ float largest(const float* logits, int count, bool& bad) {
 // Returns a score that is lower by far more than rounding errors.
 double slightly_below(double score) { return score - 1e-3 - 1e-6 * std::fabs(score); }
 
+bool better(const Sampler::Scored& a, const Sampler::Scored& b) {
+  return a.score > b.score || (a.score == b.score && a.token < b.token);
+}
+
 }  // namespace
 
 Sampler::Sampler(const SamplerParams& params, int vocab)
@@ -102,12 +107,8 @@ std::vector<Sampler::Scored> Sampler::rank(float* logits, const int32_t* history
   if (scored_.empty()) return {};
   if (params_.temperature > 0) {
     filter(count);
-    for (Scored& s : scored_)
-      s.score = s.score + gumbel(params_.seed, uint32_t(length), uint32_t(s.token), params_.stream);
+    perturb(length, count);
   }
-  const auto better = [](const Scored& a, const Scored& b) {
-    return a.score > b.score || (a.score == b.score && a.token < b.token);
-  };
   const size_t wanted = std::min(scored_.size(), size_t(count));
   std::partial_sort(scored_.begin(), scored_.begin() + wanted, scored_.end(), better);
   return {scored_.begin(), scored_.begin() + wanted};
@@ -312,6 +313,36 @@ void Sampler::filter(int count) {
   const double hopeless = reach - (params_.highest - params_.lowest) - hopeless_slack;
   const auto gone = [&](const Scored& s) { return !(s.score >= floor && s.score >= hopeless); };
   scored_.erase(std::remove_if(scored_.begin(), scored_.end(), gone), scored_.end());
+}
+
+// Adds the noise, and keeps the tokens that may be among the first `count` with it, these among them. Tokens whose
+// score is near the best come first. To get ahead of the best so far, a token far below needs a draw that hardly any
+// has, and the others are spared the logarithms.
+void Sampler::perturb(int position, int count) {
+  Draws draws(params_.seed, uint32_t(position), params_.stream);
+  double top = -infinity;
+  for (const Scored& s : scored_) top = std::max(top, s.score);
+  std::vector<double>& ahead = scratch_;  // a heap of the best `count` scores, the least of them in front
+  ahead.clear();
+  kept_.clear();
+  const auto take = [&](const Scored& s, uint32_t draw) {
+    kept_.push_back({s.token, s.score + gumbel(draw)});
+    ahead.push_back(kept_.back().score);
+    std::push_heap(ahead.begin(), ahead.end(), std::greater<double>());
+    if (ahead.size() <= size_t(count)) return;
+    std::pop_heap(ahead.begin(), ahead.end(), std::greater<double>());
+    ahead.pop_back();
+  };
+  for (const Scored& s : scored_) {
+    if (s.score >= top - likely_depth) take(s, draws(uint32_t(s.token)));
+  }
+  for (const Scored& s : scored_) {
+    if (s.score >= top - likely_depth) continue;
+    const uint32_t draw = draws(uint32_t(s.token));
+    const double needed = ahead.size() < size_t(count) ? -infinity : ahead.front() - s.score;
+    if (!(needed >= 0 && draw < least_draw(needed))) take(s, draw);
+  }
+  scored_.swap(kept_);
 }
 
 // Returns the least score of the nucleus. Probabilities relative to the best are summed as integers, so that the order

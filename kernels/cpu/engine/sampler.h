@@ -60,6 +60,7 @@ class Sampler {
   double reached(int count);
   double deepest(double best, double divisor) const;
   void filter(int count);
+  void perturb(int position, int count);
   double nucleus_floor(double floor, double top);
   void require_in_vocabulary(int32_t token) const;
   bool breaks(int32_t token) const;
@@ -75,7 +76,7 @@ class Sampler {
   std::vector<int64_t> counts_;  // [vocab], all 0 between calls; empty where nothing is counted
   std::vector<int32_t> counted_;
   std::vector<float> block_top_;
-  std::vector<Scored> scored_;
+  std::vector<Scored> scored_, kept_;
   std::vector<double> scratch_;
   std::vector<int64_t> mass_;
 };

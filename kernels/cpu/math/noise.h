@@ -2,6 +2,7 @@
 // products and sums are rounded one by one, because the build forbids contraction.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -52,11 +53,45 @@ inline double exp_polynomial(double x) {
   return std::ldexp(series, int(n));
 }
 
-inline double gumbel(uint64_t seed, uint32_t position, uint32_t token, uint32_t stream) {
-  constexpr uint32_t token_domain = 0;
-  const uint32_t x = philox({position, token / 4, stream, token_domain}, seed)[token % 4];
-  const double u = (double(x) + 0.5) * 0x1p-32;
+// Returns the noise that belongs to a draw of 32 bits. It rises with the draw.
+inline double gumbel(uint32_t draw) {
+  const double u = (double(draw) + 0.5) * 0x1p-32;
   return -log_polynomial(-log_polynomial(u));
 }
+
+// Returns a draw below which the noise is less than `noise`, for all of [0, 32). It is rounded down: the bound is that
+// of the multiple of 1/8 below.
+inline uint32_t least_draw(double noise) {
+  static const std::array<uint32_t, 256> draws = [] {
+    std::array<uint32_t, 256> values{};
+    for (int i = 0; i < 256; ++i) {
+      // The inverse of the noise, for a little less than i / 8, so that no error of the polynomials counts.
+      const double u = std::exp(-std::exp(1e-6 - i / 8.0));
+      values[i] = uint32_t(std::max(0.0, std::floor(u * 0x1p32) - 1.0));
+    }
+    return values;
+  }();
+  return draws[std::min(255, int(noise * 8.0))];
+}
+
+// The draws of a position's tokens, four of which come from one call of Philox. Neighbours are best asked for in a row.
+class Draws {
+ public:
+  Draws(uint64_t seed, uint32_t position, uint32_t stream) : seed_(seed), position_(position), stream_(stream) {}
+
+  uint32_t operator()(uint32_t token) {
+    constexpr uint32_t token_domain = 0;
+    if (token / 4 != group_) {
+      group_ = token / 4;
+      draws_ = philox({position_, group_, stream_, token_domain}, seed_);
+    }
+    return draws_[token % 4];
+  }
+
+ private:
+  uint64_t seed_;
+  uint32_t position_, stream_, group_ = UINT32_MAX;  // tokens are less than 2^31
+  std::array<uint32_t, 4> draws_{};
+};
 
 }  // namespace tokenswift
