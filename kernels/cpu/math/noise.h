@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace tokenswift {
 
@@ -24,11 +25,24 @@ inline std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
 constexpr double ln2 = 0.6931471805599453;
 constexpr double sqrt_half = 0.7071067811865476;
 
+inline uint64_t bits_of(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline double double_of(uint64_t bits) {
+  double x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
 // Returns ln x of a positive normal double as e ln 2 + 2 s (1 + s^2/3 + ... + s^20/21), where x = 2^e m and
 // s = (m - 1) / (m + 1).
 inline double log_polynomial(double x) {
-  int e;
-  double m = std::frexp(x, &e);
+  const uint64_t bits = bits_of(x);
+  int e = int(bits >> 52) - 1022;  // m is in [1/2, 1), as frexp has it
+  double m = double_of((bits & 0x000F'FFFF'FFFF'FFFF) | uint64_t(1022) << 52);
   if (m < sqrt_half) {
     m = m + m;
     --e;
@@ -47,10 +61,11 @@ inline double exp_polynomial(double x) {
     for (int k = 1; k < 14; ++k) values[k] = values[k - 1] / k;
     return values;
   }();
-  const double n = std::nearbyint(x / ln2), r = x - n * ln2;
+  constexpr double rounder = 0x1.8p52;  // what is added to it is rounded to a whole number, as rint does
+  const double n = (x / ln2 + rounder) - rounder, r = x - n * ln2;
   double series = reciprocals[13];
   for (int k = 12; k >= 0; --k) series = series * r + reciprocals[k];
-  return std::ldexp(series, int(n));
+  return series * double_of(uint64_t(int64_t(n) + 1023) << 52);  // by 2^n, which is normal
 }
 
 // Returns the noise that belongs to a draw of 32 bits. It rises with the draw.
