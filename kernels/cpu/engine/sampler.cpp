@@ -106,8 +106,7 @@ std::vector<Sampler::Scored> Sampler::rank(float* logits, const int32_t* history
   collect(logits, count);
   if (scored_.empty()) return {};
   if (params_.temperature > 0) {
-    filter(count);
-    perturb(length, count);
+    perturb(filter(count), length, count);
   }
   const size_t wanted = std::min(scored_.size(), size_t(count));
   std::partial_sort(scored_.begin(), scored_.begin() + wanted, scored_.end(), better);
@@ -290,8 +289,8 @@ double Sampler::deepest(double best, double divisor) const {
 }
 
 // Applies top-k, then top-p, then min-p, and drops tokens that the noise cannot lift among the first `count`. Tokens of
-// equal scores stay or go together.
-void Sampler::filter(int count) {
+// equal scores stay or go together. Returns the best score.
+double Sampler::filter(int count) {
   double top = -infinity;
   for (const Scored& s : scored_) top = std::max(top, s.score);
   scratch_.resize(scored_.size());
@@ -313,15 +312,15 @@ void Sampler::filter(int count) {
   const double hopeless = reach - (params_.highest - params_.lowest) - hopeless_slack;
   const auto gone = [&](const Scored& s) { return !(s.score >= floor && s.score >= hopeless); };
   scored_.erase(std::remove_if(scored_.begin(), scored_.end(), gone), scored_.end());
+  return top;
 }
 
 // Adds the noise, and keeps the tokens that may be among the first `count` with it, these among them. Tokens whose
 // score is near the best come first. To get ahead of the best so far, a token far below needs a draw that hardly any
 // has, and the others are spared the logarithms.
-void Sampler::perturb(int position, int count) {
+// top: the best score without it.
+void Sampler::perturb(double top, int position, int count) {
   Draws draws(params_.seed, uint32_t(position), params_.stream);
-  double top = -infinity;
-  for (const Scored& s : scored_) top = std::max(top, s.score);
   std::vector<double>& ahead = scratch_;  // a heap of the best `count` scores, the least of them in front
   ahead.clear();
   kept_.clear();

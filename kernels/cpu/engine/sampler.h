@@ -59,8 +59,8 @@ class Sampler {
   void collect(const float* logits, int count);
   double reached(int count);
   double deepest(double best, double divisor) const;
-  void filter(int count);
-  void perturb(int position, int count);
+  double filter(int count);
+  void perturb(double top, int position, int count);
   double nucleus_floor(double floor, double top);
   void require_in_vocabulary(int32_t token) const;
   bool breaks(int32_t token) const;
