@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ Floats = npt.NDArray[np.float32]
 NATIVE = {kind.upper(): kind for kind in FORMATS if "_" in kind} | {"Q8_0": "q8", "Q4_1": "q4"}
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 AT_ONCE = 2**17  # how many weights a thread dequantises together, so that they stay in its core's cache
+FEWEST_PARTS = 4  # of AT_ONCE weights for each thread that is begun
 ALONE = 2**15  # the number of elements up to which torch starts no threads of its own to convert them
 
 
@@ -218,19 +220,43 @@ def rounded(data: Bytes, kind: str) -> Blocks:
 def by_rows(data: Bytes, kind: str, put: Callable[[slice, Floats], Any]) -> list[Any]:
     """Gives the values to `put`, some rows at a time, on as many threads as this process may use. Returns what `put`
     returned."""
-    type_of, columns = quantisation(kind), columns_of(data, kind)
-    type_of.init_grid()
+    values_of, columns = dequantiser(kind), columns_of(data, kind)
     step = max(1, AT_ONCE // columns)
     starts = range(0, len(data), step)
 
     def convert(start: int) -> Any:
-        blocks = np.ascontiguousarray(data[start : start + step]).reshape(-1, type_of.type_size)
-        with np.errstate(all="ignore"):  # scales that are not finite show in the results
-            values = np.ascontiguousarray(type_of.dequantize_blocks(blocks), np.float32)
-        return put(slice(start, start + step), values.reshape(-1, columns))
+        return put(slice(start, start + step), values_of(np.ascontiguousarray(data[start : start + step]), columns))
 
-    with ThreadPoolExecutor(min(available_threads(), len(starts)) or 1) as team:
+    threads = min(available_threads(), len(starts) // FEWEST_PARTS)
+    if threads < 2:
+        return [convert(start) for start in starts]
+    with ThreadPoolExecutor(threads) as team:
         return list(team.map(convert, starts))
+
+
+def dequantiser(kind: str) -> Callable[[Bytes, int], Floats]:
+    """Returns the function from rows of blocks and the number of columns to values: the engine's where it is built and
+    knows the type, or else the gguf package's. Both give the same bits."""
+    with suppress(ImportError):
+        from tokenswift_py.kernels.cpu import _native
+
+        if kind in NATIVE:
+
+            def widened(rows: Bytes, columns: int) -> Floats:
+                values = np.empty((len(rows), columns), np.float32)
+                _native.dequantise(NATIVE[kind], rows, values)
+                return values
+
+            return widened
+    type_of = quantisation(kind)
+    type_of.init_grid()
+
+    def computed(rows: Bytes, columns: int) -> Floats:
+        with np.errstate(all="ignore"):  # scales that are not finite show in the results
+            values = type_of.dequantize_blocks(rows.reshape(-1, type_of.type_size))
+        return np.ascontiguousarray(values, np.float32).reshape(-1, columns)
+
+    return computed
 
 
 def columns_of(data: Bytes, kind: str) -> int:

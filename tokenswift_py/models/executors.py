@@ -269,11 +269,13 @@ class NativeExecutor:
         return NativeExecutor(checkpoint, dtype, self.kv_dtype, team=team, four_bits=weights == "int4")
 
     def _in_blocks(self, kind: str) -> NativeWeights:
-        """Returns int8 or int4 weights for drafts, which are packed at the first use."""
+        """Returns int8 or int4 weights for drafts, which are packed at the first use. int8 ones of a GGUF file are the
+        file's own blocks, which are no larger."""
         if kind not in self._draft_weights:
             checkpoint, each = self._checkpoint, {"int8": INT8_BYTES, "int4": INT4_BYTES}[kind]
+            gguf = checkpoint.gguf is not None
             check_memory(int(each * self._spec.parameters), self.device, f"{kind} weights for drafts")
-            tensors: Mapping[str, Any] = checkpoint.tensors()
+            tensors: Mapping[str, Any] = checkpoint.tensors() if kind == "int4" or not gguf else checkpoint.blocks()
             tensors = FourBits(tensors, self._spec) if kind == "int4" else tensors
             self._draft_weights[kind] = NativeWeights(
                 self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=kind == "int8"

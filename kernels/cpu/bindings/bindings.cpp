@@ -16,6 +16,7 @@
 #include "bindings/bind.h"
 #include "engine/decoder.h"
 #include "engine/require.h"
+#include "engine/stored_blocks.h"
 #include "math/quant.h"
 
 namespace nb = nanobind;
@@ -169,6 +170,21 @@ void quantise(const Array<const float, 2>& weights, const Array<uint8_t, 2>& blo
   const nb::gil_scoped_release release;
   for (size_t i = 0; i < size_t(rows) * count; ++i) {
     quantise_weights(weights.data() + i * block_size, reinterpret_cast<char*>(blocks.data()) + i * bytes);
+  }
+}
+
+void dequantise(const std::string& kind, const Array<const uint8_t, 2>& blocks, const Array<float, 2>& values) {
+  const Element element = element_in_blocks(kind);
+  const BlockFormat format = format_of(element);
+  const size_t count = blocks.shape(1) / format.stored_bytes;
+  require(blocks.shape(1) % format.stored_bytes == 0, "rows of blocks must be whole");
+  require(values.shape(0) == blocks.shape(0) && values.shape(1) == count * format.weights,
+          "values are [rows, weights of a row]");
+  const nb::gil_scoped_release release;
+  PlainBlock block;
+  for (size_t i = 0; i < blocks.shape(0) * count; ++i) {
+    read_stored(element, reinterpret_cast<const char*>(blocks.data()) + i * format.stored_bytes, &block);
+    widen_block(element, block, values.data() + i * format.weights);
   }
 }
 
@@ -365,6 +381,8 @@ NB_MODULE(_native, m) {
 
   m.def("quantise", &quantise, "weights"_a.noconvert(), "blocks"_a.noconvert(),
         "Rows of weights as blocks of 8 bits, which `set_blocks` takes.");
+  m.def("dequantise", &dequantise, "kind"_a, "blocks"_a.noconvert(), "values"_a.noconvert(),
+        "Rows of the values of blocks, which are of a kind that `set_blocks` takes.");
 
   bind_sampler(m);
   bind_memory(m);
