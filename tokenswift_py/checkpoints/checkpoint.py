@@ -27,7 +27,7 @@ class Checkpoint:
 
     name:     the name that the user gave.
     folder:   folder of config.json, tokenizer files and, unless a GGUF file holds them, weights as *.safetensors.
-    config:   the transformers config.
+    config:   the fields of the transformers config, see loading.py.
     defaults: sampling parameters of generation_config.json, under our names.
     eos:      every end-of-sequence id that the checkpoint names.
     gguf:     the GGUF file that holds the weights; config.json and tokenizer were made from its metadata.
@@ -78,7 +78,7 @@ class Checkpoint:
         from transformers import AutoTokenizer
 
         with one_line(f"tokenizer: {self.name} has none that loads; needed is a tokenizer.json"):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, config=self.config, local_files_only=True)
         check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
         return tokenizer
 

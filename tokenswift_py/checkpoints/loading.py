@@ -1,14 +1,23 @@
 """Opens a name, a folder, a .gguf file or a hub id as a checkpoint: config, weights, tokenizer, generation defaults.
 
 Weights are read from safetensors and GGUF only. Nothing is unpickled, and no remote code runs.
+
+config.json is read as transformers does. Importing its config of a family takes 2 to 3 s, as it brings half of torch
+with it. What it makes of a file stays the same as long as file and version do. So a second process takes it from the
+cache folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from tokenswift_py.checkpoints.cache import cache_folder, keep
 from tokenswift_py.checkpoints.checkpoint import NO_BLOCKS, Checkpoint
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL, from_hub, locate
 from tokenswift_py.checkpoints.generation_defaults import generation_defaults
@@ -21,7 +30,11 @@ from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
 
+logger = logging.getLogger("tokenswift")
+
 MOST_LAYERS = 10_000
+KEPT = 1  # part of the names of kept configs; raise it when what is kept changes
+PLAIN = (bool, int, float, str, type(None))
 
 
 def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dtype: str = "bf16") -> Checkpoint:
@@ -29,8 +42,6 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
 
     dtype: a name of --dtype. gguf is for GGUF files only.
     """
-    from transformers import AutoConfig
-
     there = locate(model) or from_hub(model, revision)
     file = None
     if there.is_file():
@@ -45,7 +56,7 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
         few = not is_whole(layers) or layers <= MOST_LAYERS  # transformers makes lists of so many elements
         check(few, "config.json: num_hidden_layers", layers, f"at most {MOST_LAYERS}")
         check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
         quantized = getattr(config, "quantization_config", None)
         check(quantized is None, "quantization_config", quantized, "weights in bf16, fp16 or fp32, or a .gguf file")
         spec = ModelSpec.from_config(config)
@@ -81,3 +92,51 @@ def check_same_vocabulary(model: str, own: Mapping[str, int], target: Mapping[st
         differs = f"token {token} is {texts.get(token)!r} there and {wanted.get(token)!r} here"
         sizes = f"it has {len(own)} tokens, the target {len(target)}"
         check(False, "draft_model", model, f"its vocabulary must be the target's: {differs} ({sizes})")
+
+
+def transformers_config(folder: Path) -> Any:
+    """Returns the folder's config as an object of its family's own class, which transformers' models are made of."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def read_config(folder: Path) -> Any:
+    """Returns the folder's config with the fields of its family's class, defaults included, and no other class's
+    methods than those of all configs. Raises what transformers raises."""
+    from transformers import __version__
+
+    data = (folder / "config.json").read_bytes()
+    name = hashlib.sha256(f"{KEPT} {__version__} ".encode() + data).hexdigest()
+    path = cache_folder() / "configs" / f"{name}.json"
+    with suppress(OSError, ValueError, AttributeError):  # such as a list, which has no items
+        return plain_config(json.loads(path.read_text(encoding="utf-8")))
+    fields = fields_of(transformers_config(folder))
+    try:
+        keep(path, json.dumps(fields, indent=1))
+    except OSError as error:
+        logger.debug("%s: %s", path, error)  # a folder that cannot be written costs seconds each time, and no more
+    return plain_config(fields)
+
+
+def fields_of(config: Any) -> dict[str, Any]:
+    """Returns the fields that files have, under all their names."""
+    fields = {name: value for name, value in vars(config).items() if name[0] != "_" and is_plain(value)}
+    aliases = {alias: getattr(config, name) for alias, name in config.attribute_map.items()}
+    return {**fields, **aliases, "model_type": config.model_type}
+
+
+def is_plain(value: Any) -> bool:
+    """Returns whether JSON gives the value back as it was."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and is_plain(field) for name, field in value.items())
+    return all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, PLAIN)
+
+
+def plain_config(fields: Mapping[str, Any]) -> Any:
+    from transformers.configuration_utils import PreTrainedConfig
+
+    config = PreTrainedConfig()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config

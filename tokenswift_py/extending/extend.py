@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tokenswift_py.checkpoints.cache import sha256
 from tokenswift_py.checkpoints.checkpoint import DTYPES, Checkpoint
-from tokenswift_py.checkpoints.loading import open_checkpoint
+from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 from tokenswift_py.errors import check
 from tokenswift_py.extending.adapters import base_model, check_peft, learner, merged, trained_parameters
 from tokenswift_py.extending.merging import write_model
@@ -52,7 +52,7 @@ def prepare(settings: Settings, command: str) -> Prepared:
     device = find_device(settings.device)
     wanted = ("bf16" if fast_bf16(device) else "fp32") if settings.dtype == "auto" else settings.dtype
     checkpoint = open_checkpoint(settings.model, settings.revision)
-    config = stretched_config(checkpoint.config, settings.context, settings.positions)
+    config = stretched_config(transformers_config(checkpoint.folder), settings.context, settings.positions)
     trained = original_length(checkpoint.config)
     longest = stages(settings, trained)[-1]
     check(longest == settings.context, "lengths", longest, f"the last is the context ({settings.context})")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.loading import transformers_config
 from tokenswift_py.models.spec import ModelSpec, family_named
 
 
@@ -29,9 +30,10 @@ def hugging_face(checkpoint: Checkpoint, dtype: torch.dtype, config: Any = None,
     """
     from transformers import AutoModelForCausalLM
 
+    config = config or transformers_config(checkpoint.folder)
     state = in_hugging_faces_form(checkpoint.spec, dict(checkpoint.tensors(dtype=dtype)))
     if checkpoint.spec.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model = AutoModelForCausalLM.from_config(config or checkpoint.config, dtype=dtype, **settings).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).eval()
     model.load_state_dict(state)
     return model
