@@ -109,7 +109,7 @@ def read_config(folder: Path) -> Any:
     data = (folder / "config.json").read_bytes()
     name = hashlib.sha256(f"{KEPT} {__version__} ".encode() + data).hexdigest()
     path = cache_folder() / "configs" / f"{name}.json"
-    with suppress(OSError, ValueError, AttributeError):  # such as a list, which has no items
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # a list has no items, for instance
         return plain_config(json.loads(path.read_text(encoding="utf-8")))
     fields = fields_of(transformers_config(folder))
     try:
