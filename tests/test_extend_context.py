@@ -217,11 +217,11 @@ def test_no_test_text_is_learned() -> None:
 def test_loss_at_skipped_positions_is_transformers_own(family: str, tmp_path: Path) -> None:
     """Against eager attention with a mask that we give: no text is cut where positions skip."""
     save_tiny(tmp_path, family, max_position_embeddings=64)
-    from tokenswift_py.checkpoints.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 
     checkpoint = open_checkpoint(str(tmp_path))
     settings = Settings(context=256, rank=4)
-    config = stretched_config(checkpoint.config, 256, "yarn")
+    config = stretched_config(transformers_config(checkpoint.folder), 256, "yarn")
     adapted = adapters.learner(checkpoint, config, settings, torch.float32)
     sources = [Source("a", np.arange(600, dtype=np.int32) % 61, np.zeros(0, np.int32))]
     skipping = Settings(context=256, window=48, steps=2)
@@ -239,10 +239,10 @@ def test_loss_at_skipped_positions_is_transformers_own(family: str, tmp_path: Pa
 
 
 def test_products_in_bf16_are_near(tiny_folder: Path) -> None:
-    from tokenswift_py.checkpoints.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 
     checkpoint = open_checkpoint(str(tiny_folder))
-    config, cpu = stretched_config(checkpoint.config, 2048, "yarn"), torch.device("cpu")
+    config, cpu = stretched_config(transformers_config(checkpoint.folder), 2048, "yarn"), torch.device("cpu")
     sample = Sample(np.arange(3, 99), np.arange(4, 100), np.arange(96))
     found = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -258,10 +258,10 @@ def test_products_in_bf16_are_near(tiny_folder: Path) -> None:
 
 
 def test_activations_kept_or_computed_again_give_the_same_gradients(tiny_folder: Path) -> None:
-    from tokenswift_py.checkpoints.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 
     checkpoint = open_checkpoint(str(tiny_folder))
-    config, cpu = stretched_config(checkpoint.config, 2048, "yarn"), torch.device("cpu")
+    config, cpu = stretched_config(transformers_config(checkpoint.folder), 2048, "yarn"), torch.device("cpu")
     sample, found = Sample(np.arange(3, 51), np.arange(4, 52), np.arange(48)), []
     for recompute in (False, True):
         adapted = adapters.learner(checkpoint, config, Settings(context=2048), torch.float32, recompute)
@@ -272,10 +272,10 @@ def test_activations_kept_or_computed_again_give_the_same_gradients(tiny_folder:
 
 
 def test_what_learns(tiny_folder: Path) -> None:
-    from tokenswift_py.checkpoints.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 
     checkpoint = open_checkpoint(str(tiny_folder))
-    config = stretched_config(checkpoint.config, 2048, "linear")
+    config = stretched_config(transformers_config(checkpoint.folder), 2048, "linear")
     every = {name for name, _ in AutoModelForCausalLM.from_pretrained(tiny_folder).model.named_parameters()}
     for learn in LEARN:
         learning = adapters.learner(checkpoint, config, Settings(context=2048, learn=learn), torch.float32)
@@ -360,18 +360,18 @@ def continuation_tokens(base: Path, count: int) -> list[int]:
 @pytest.mark.parametrize("tied", [False, True])
 def test_merging_adds_what_the_adapter_added(tied: bool, tmp_path: Path) -> None:
     """Where the LM head is the embedding, it stays so."""
-    from tokenswift_py.checkpoints.loading import open_checkpoint
+    from tokenswift_py.checkpoints.loading import open_checkpoint, transformers_config
 
     save_tiny(tmp_path, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(str(tmp_path))
-    config = stretched_config(checkpoint.config, 2048, "yarn")
+    config = stretched_config(transformers_config(checkpoint.folder), 2048, "yarn")
     adapted = adapters.learner(checkpoint, config, Settings(context=2048), torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in adapters.trained_parameters(adapted).values():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tokens = torch.arange(3, 60)[None]
-    plain = tiny_model(checkpoint.config, torch.float32)
+    plain = tiny_model(transformers_config(checkpoint.folder), torch.float32)
     adapted.eval()
     with torch.no_grad():
         wanted = adapted(input_ids=tokens).logits
