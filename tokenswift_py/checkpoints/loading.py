@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +28,6 @@ from tokenswift_py.core import is_whole
 from tokenswift_py.errors import about, check, one_line
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import FAMILIES, ModelSpec
-
-logger = logging.getLogger("tokenswift")
 
 MOST_LAYERS = 10_000
 KEPT = 1  # part of the names of kept configs; raise it when what is kept changes
@@ -112,10 +109,7 @@ def read_config(folder: Path) -> Any:
     with suppress(OSError, ValueError, TypeError, AttributeError):  # a list has no items, for instance
         return plain_config(json.loads(path.read_text(encoding="utf-8")))
     fields = fields_of(transformers_config(folder))
-    try:
-        keep(path, json.dumps(fields, indent=1))
-    except OSError as error:
-        logger.debug("%s: %s", path, error)  # a folder that cannot be written costs seconds each time, and no more
+    keep(path, json.dumps(fields, indent=1))
     return plain_config(fields)
 
 

@@ -273,10 +273,12 @@ class NativeExecutor:
         file's own blocks, which are no larger."""
         if kind not in self._draft_weights:
             checkpoint, each = self._checkpoint, {"int8": INT8_BYTES, "int4": INT4_BYTES}[kind]
-            gguf = checkpoint.gguf is not None
             check_memory(int(each * self._spec.parameters), self.device, f"{kind} weights for drafts")
-            tensors: Mapping[str, Any] = checkpoint.tensors() if kind == "int4" or not gguf else checkpoint.blocks()
-            tensors = FourBits(tensors, self._spec) if kind == "int4" else tensors
+            tensors: Mapping[str, Any]
+            if kind == "int4":
+                tensors = FourBits(checkpoint.tensors(), self._spec)
+            else:
+                tensors = checkpoint.tensors() if checkpoint.gguf is None else checkpoint.blocks()
             self._draft_weights[kind] = NativeWeights(
                 self._spec, tensors, torch.int8, team=self._weights.team, fewest_bits=kind == "int8"
             )

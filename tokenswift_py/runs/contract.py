@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenswift_py.checkpoints.cache import cache_folder, cache_name, sha256
+from tokenswift_py.checkpoints.cache import cache_folder, cache_name, keep, sha256
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.errors import check
 from tokenswift_py.options import LANGUAGES, described_options
@@ -101,12 +99,5 @@ def kept_sha256(path: Path) -> str:
     except OSError:
         pass
     digest = sha256(path)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        handle, fresh = tempfile.mkstemp(dir=kept.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(digest)
-        os.replace(fresh, kept)
-    except OSError:
-        pass  # the cache cannot be written, so the file is hashed again next time
+    keep(kept, digest)
     return digest
