@@ -333,7 +333,7 @@ def test_ctrl_c_and_kill_lose_nothing_and_double_nothing(
 ) -> None:
     said = [
         request(f"{i}", COMPLETION, seed=i, max_tokens=120 + 11 * (i % 7), temperature=1.0, ignore_eos=True)
-        for i in range(24)
+        for i in range(40)
     ]
     source, out = put(tmp_path / "in.jsonl", *said), tmp_path / "out.jsonl"
     process = started(command(tiny_folder, source, out), out, 1)
@@ -341,16 +341,16 @@ def test_ctrl_c_and_kill_lose_nothing_and_double_nothing(
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     first = len(read(out))
-    left = 24 - first
+    left = 40 - first
     assert f"stopped with {left} requests left: the same command goes on from there" in told and left > 0
     process = started(command(tiny_folder, source, out), out, 1)
     process.kill()
     process.communicate()
     killed = len(read(out))
-    assert first < killed < 24
+    assert first < killed < 40
     assert main(command(tiny_folder, source, out)) == 0
     answers = read(out)
-    assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(24)), "nothing lost, nothing twice"
+    assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(40)), "nothing lost, nothing twice"
     for answer in answers:
         i = int(answer["custom_id"])
         settings = {"seed": i, "max_new_tokens": 120 + 11 * (i % 7), "temperature": 1.0, "ignore_eos": True}
