@@ -298,8 +298,9 @@ def test_answers_of_another_model_are_not_gone_on_with(
     assert [answer["custom_id"] for answer in read(out)] == ["a", "b"]
 
 
+# A shell's background jobs begin with Ctrl-C ignored, and so do their children.
 SLOWED = """
-import sys, time
+import signal, sys, time
 from tokenswift_py.cli.main import main
 from tokenswift_py.serving.scheduler import Scheduler
 
@@ -310,6 +311,7 @@ def slowly(scheduler):
     return step(scheduler)
 
 Scheduler.step = slowly
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main())
 """
 
