@@ -202,7 +202,7 @@ def filled_cache(model: Model, context: int) -> KVCache:
 def cost(swift: TokenSwift, context: int, rows: int) -> tuple[float, float]:
     """Returns the bytes that a pass of so many rows must read, and its floating-point operations."""
     spec = swift.checkpoint.spec
-    attention = 4 * spec.layers * spec.heads * spec.head_dim * context
+    attention = 4 * spec.heads * spec.head_dim * spec.keys_seen(context)
     return swift.step_bytes(context), rows * (2.0 * spec.multiplied + attention)
 
 

@@ -24,6 +24,7 @@ from tokenswift_py.models.rope import rope_bytes, rope_tables
 from tokenswift_py.runs import plan
 from tokenswift_py.runs.journal import read
 from tokenswift_py.runs.report import baseline_figures, run_figures, summary
+from toys import save_tiny
 
 
 def cache_bytes(swift: TokenSwift, tokens: int) -> int:
@@ -558,3 +559,15 @@ def test_wrong_types_are_told_in_one_line(swift: TokenSwift, settings: dict[str,
 def test_prompts_of_the_wrong_kind(swift: TokenSwift, prompt: Any) -> None:
     with pytest.raises(UserError, match="prompt"):
         swift.generate(prompt, max_new_tokens=3)
+
+
+def test_layers_with_a_window_read_no_more_than_it(tmp_path: Path) -> None:
+    """The bytes of plain decoding, and with them the share of the memory limit."""
+    save_tiny(tmp_path, "qwen2", use_sliding_window=True, sliding_window=70, max_window_layers=1)
+    swift = TokenSwift.from_pretrained(str(tmp_path), dtype="fp32", engine="torch")
+    spec = swift.checkpoint.spec
+    local, of_key = spec.windows.count(70), 2 * spec.kv_heads * spec.head_dim * 4
+    assert 0 < local < spec.layers
+    before, at_the_edge, after = (swift.step_bytes(n) - swift.step_bytes(0) for n in (50, 70, 1000))
+    assert (before, at_the_edge) == (50 * spec.layers * of_key, 70 * spec.layers * of_key)
+    assert after == (70 * local + 1000 * (spec.layers - local)) * of_key

@@ -213,6 +213,10 @@ class ModelSpec:
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return 2 * self.layers * self.kv_heads * (self.head_dim * dtype.itemsize + scale) * tokens
 
+    def keys_seen(self, context: float) -> float:
+        """Returns the number of keys that a row after `context` tokens meets in all layers: windows hide some."""
+        return sum(min(context, window or context) for window in self.windows)
+
 
 def check_caps(spec: ModelSpec, attention: str) -> None:
     """Raises UserError for a model whose scores the attention of this name does not cap."""
