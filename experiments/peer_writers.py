@@ -122,13 +122,7 @@ class Task:
 
 def bf16_bytes(checkpoint: Checkpoint, task: Task) -> float:
     """Returns the bytes that plain decoding reads for a token where weights, keys and values are bf16."""
-    return float(2 * checkpoint.spec.multiplied + kv_bytes(checkpoint, task, torch.bfloat16))
-
-
-def kv_bytes(checkpoint: Checkpoint, task: Task, dtype: torch.dtype) -> float:
-    """Returns the bytes of keys and values that it reads."""
-    spec = checkpoint.spec
-    return spec.kv_bytes(1, dtype) / spec.layers * spec.keys_seen(task.middle)
+    return 2 * checkpoint.spec.multiplied + checkpoint.spec.kv_bytes_read(task.middle, torch.bfloat16)
 
 
 @contextmanager
@@ -217,7 +211,7 @@ def llama_cpp(task: Task, checkpoint: Checkpoint) -> Iterator[list[Writer]]:
 
     args, name = task.args, f"llama.cpp ({library.__version__})"
     path, *_ = open_checkpoint(args.model, None, "gguf").weight_files
-    reads = path.stat().st_size + kv_bytes(checkpoint, task, torch.float16)
+    reads = path.stat().st_size + checkpoint.spec.kv_bytes_read(task.middle, torch.float16)
     with ExitStack() as stack:
         writers: list[Writer] = []
         for how, draft in (("plain", None), ("prompt lookup", LlamaPromptLookupDecoding(MATCH, LOOKUP))):

@@ -85,8 +85,7 @@ class LoadedModel:
     def step_bytes(self, context: float) -> float:
         """Returns the bytes of weights and KV that plain decoding must read for a token after so many others (this
         rank's)."""
-        spec = self.checkpoint.spec
-        kv = spec.kv_bytes(1, self.executor.kv_dtype) / spec.layers * spec.keys_seen(context)
+        kv = self.checkpoint.spec.kv_bytes_read(context, self.executor.kv_dtype)
         return self.executor.multiplied_nbytes + kv / self.executor.ranks.world
 
     def draft(self, options: Options) -> LoadedModel | None:

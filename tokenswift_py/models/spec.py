@@ -217,6 +217,10 @@ class ModelSpec:
         """Returns the number of keys that a row after `context` tokens meets in all layers: windows hide some."""
         return sum(min(context, window or context) for window in self.windows)
 
+    def kv_bytes_read(self, context: float, dtype: torch.dtype) -> float:
+        """Returns the bytes of keys and values that such a row reads."""
+        return self.kv_bytes(1, dtype) / self.layers * self.keys_seen(context)
+
 
 def check_caps(spec: ModelSpec, attention: str) -> None:
     """Raises UserError for a model whose scores the attention of this name does not cap."""
