@@ -14,7 +14,7 @@ from tokenswift_py.drafters.base import Drafter, create
 from tokenswift_py.sampling.reference import Sampler
 from toys import MarkovModel, chi_square, pairs, transitions, write
 
-VOCAB, SAMPLES = 7, 6_000
+VOCAB, SAMPLES = 7, 9_000
 
 
 @pytest.mark.parametrize(
