@@ -24,7 +24,7 @@ from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
-from tokenswift_py.kernels.triton import attention, int4
+from tokenswift_py.kernels.triton import attention, packed
 from tokenswift_py.kernels.triton.attention import TritonAttention
 from tokenswift_py.kernels.triton.configs import SWEPT, Config
 from tokenswift_py.kernels.triton.matmul import linear
@@ -211,9 +211,11 @@ def products(stage: Stage) -> Iterator[Row]:
             "tiles us, one row": (linear, x[:1].contiguous()),
         }
         us = {kind: 1e3 * stage.ms(partial(run, rows, weight, None)) for kind, (run, rows) in timed.items()}
-        floor, packed = 1e6 * weight.nbytes / stage.bandwidth, int4.pack(weight)
-        us["int4 us, one row"] = 1e3 * stage.ms(partial(int4.linear, x[:1].contiguous(), packed))
-        us["int4 floor us"] = 1e6 * packed.nbytes / stage.bandwidth
+        floor = 1e6 * weight.nbytes / stage.bandwidth
+        for bits in (8, 4):
+            few = packed.pack(weight, bits=bits)
+            us[f"int{bits} us, one row"] = 1e3 * stage.ms(partial(packed.linear, x[:1].contiguous(), few))
+            us[f"int{bits} floor us"] = 1e6 * few.nbytes / stage.bandwidth
         yield {"product": name, "rows keep their bits": not found.faults, "faults": ", ".join(found.faults),
                "bits": found.bits, "test s": seconds, **us, "floor us": floor}  # fmt: skip
 

@@ -28,7 +28,7 @@ from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
 from tokenswift_py.models.captured import Recorder, recorder_for
 from tokenswift_py.models.clock import clock_of
 from tokenswift_py.models.decoder import TorchDecoder
-from tokenswift_py.models.ops import four_bit_parts, join_weights, matrices_of
+from tokenswift_py.models.ops import join_weights, matrices_of, parts_in_few_bits
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.models.spec import ModelSpec
@@ -130,14 +130,14 @@ class Parts:
         positions: str = "trained",
         graphs: bool = True,
         draft: bool = False,
-        four_bits: bool = False,
+        bits: int = 0,
     ) -> TorchDecoder:
-        """Makes a decoder. products: tiles, blocks or library."""
+        """Makes a decoder. products: tiles, blocks or library. bits: 4 or 8 of the weights, or 0 for all of them."""
         rope = rope_tables(self.config, self.context, Positions(positions))
         chosen: Products = self.blocks if products == "blocks" else {"tiles": TILES, "library": LIBRARY}[products]
         decoder = TorchDecoder(self.spec, self.weights, rope, TritonAttention(), TritonOps(chosen), draft, kv_dtype)
-        if four_bits:
-            decoder.ops = TritonOps(chosen).four_bits(list(four_bit_parts(self.spec, self.weights)))
+        if bits:
+            decoder.ops = TritonOps(chosen).in_few_bits(list(parts_in_few_bits(self.spec, self.weights)), bits)
         if not graphs:
             decoder.recorder = Recorder(None)
         return decoder

@@ -35,7 +35,8 @@ from tokenswift_py.models.rows import lay_out
 ITEM = 2  # the bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
-INT4 = 5 / 8  # a weight of a draft in 4 bits, with its part of a scale and a minimum of 16 bits for 32 weights
+# A weight of a draft in few bits, with its part of a scale of 16 bits for 32 weights, and in 4 bits of a minimum.
+FEW_BITS = {8: 17 / 16, 4: 5 / 8}
 CAP_FLOPS = 4  # the capping of a score: an exponential, a sum, a quotient and a difference
 CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
@@ -163,11 +164,15 @@ def token_bytes(shape: Shape, int8: bool) -> int:
     return 2 * shape.kv_heads * (shape.head_dim + FP32 if int8 else shape.head_dim * ITEM)
 
 
-def drafted(names: str) -> str:
-    """Returns the kernels that do the same with the 4-bit weights of drafts."""
-    return ", ".join(
-        name.replace("matmul", "int4") if name.startswith("matmul") else f"int4_{name}" for name in names.split(", ")
-    )
+def drafted(names: str) -> Iterator[tuple[str, float]]:
+    """Yields the kernels with the target's weights, then with a draft's of few bits, and the bytes of a weight."""
+    yield names, ITEM
+    for bits, size in FEW_BITS.items():
+        own = f"int{bits}"
+        yield (
+            ", ".join(n.replace("matmul", own) if n.startswith("matmul") else f"{own}_{n}" for n in names.split(", ")),
+            size,
+        )
 
 
 def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
@@ -184,7 +189,7 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         ("matmul head", shape.hidden, shape.vocab, shape.vocab),
     ):
         moved, written = rows * depth * ITEM, rows * outputs * ITEM
-        for said, weight in ((name, ITEM), (drafted(name), INT4)):
+        for said, weight in drafted(name):
             read = int(columns * depth * weight) + moved
             yield Work(said, rows, None, read, written, read + written, 2 * rows * columns * depth)
     row = rows * shape.hidden * ITEM
@@ -193,7 +198,7 @@ def dense_works(shape: Shape, rows: int) -> Iterator[Work]:
         yield Work(f"add_norm{more}", rows, None, 4 * row + weight, 2 * row, 4 * row, 5 * rows * shape.hidden)
     heads, moved = (q + kv) * rows, (q + 2 * kv) * rows * ITEM
     angles = rows * shape.head_dim * FP32
-    for name, weight in (("qkv_rope", ITEM), (drafted("qkv_rope"), INT4)):
+    for name, weight in drafted("qkv_rope"):
         read = int((q + 2 * kv) * shape.hidden * weight) + rows * shape.hidden * ITEM + angles
         yield Work(name, rows, None, read, moved, read + moved, (2 * shape.hidden + 3) * (q + 2 * kv) * rows)
     for norm, int8 in product(("", "+norm", "+wide"), (False, True)):

@@ -20,9 +20,9 @@ from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.passes import Timer
 from tokenswift_py.decoding.stopping import Stops
 from tokenswift_py.drafters.base import create
-from tokenswift_py.kernels._four_bits import quantise
+from tokenswift_py.kernels._rounding import quantise
 from tokenswift_py.kernels.naive import Naive
-from tokenswift_py.kernels.triton import int4
+from tokenswift_py.kernels.triton import packed
 from tokenswift_py.kernels.triton.matmul import linear
 from tokenswift_py.kernels.triton.ops import TritonOps
 from tokenswift_py.kernels.triton.products import LIBRARY, TILES, Blocks, blocks_on
@@ -82,16 +82,17 @@ def test_a_products_rows_are_their_own(dtype: torch.dtype, columns: int, depth: 
         assert torch.equal(linear(x[-rows:], weight), together[-rows:])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("columns", "depth"), [(4096, 4096), (28_672, 4096), (576, 1500)])
-def test_products_with_weights_of_four_bits(columns: int, depth: int) -> None:
+def test_products_with_weights_of_few_bits(columns: int, depth: int, bits: int) -> None:
     torch.manual_seed(0)
     x, weight = (torch.randn(n, depth, device="cuda").bfloat16() for n in (64, columns))
-    packed = int4.pack(weight)
-    exact = x.double() @ quantise(weight).widened()[:, :depth].double().T
+    few = packed.pack(weight, bits=bits)
+    exact = x.double() @ quantise(weight, bits).widened()[:, :depth].double().T
     for rows in (1, 16, 64):
-        got = int4.linear(x[:rows], packed)
+        got = packed.linear(x[:rows], few)
         assert ((got.double() - exact[:rows]).abs().max() / exact.abs().max()) < 1e-2
-        assert torch.equal(int4.linear(x[:rows], packed), got)
+        assert torch.equal(packed.linear(x[:rows], few), got)
 
 
 @pytest.mark.parametrize(

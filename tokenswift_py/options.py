@@ -177,7 +177,7 @@ class Options(Asked):
     )  # fmt: skip
     draft_weights: str = drafting(
         "auto", Choice(DRAFT_WEIGHTS),
-        "bf16, int8 (native) or int4, of a partial cache's or a draft model's; auto is int8 on native",
+        "bf16, int8 or int4, of a partial cache's or a draft model's; auto is int8 on native",
     )  # fmt: skip
     draft_kv: str = drafting(
         "auto", Choice(DRAFT_KV),

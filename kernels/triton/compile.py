@@ -41,10 +41,10 @@ MODULES = (
     "copies",
     "experts",
     "fused",
-    "int4",
     "matmul",
     "merge",
     "nucleus",
+    "packed",
     "projections",
     "sampling",
     "scores",
@@ -61,8 +61,8 @@ MAY_SPILL: set[tuple[str, str, int | None]] = {
     *(("experts+gated", dtype, None) for dtype in ("bfloat16", "float16", "float32")),  # up to 24 bytes on sm_120
 }
 
-# These kernels take a logarithm, whose own steps are fused multiply-adds, or widen 4-bit weights by exact products.
-MAY_FUSE = ("mass", "merge", "int4")
+# These kernels take a logarithm, whose own steps are fused multiply-adds, or widen weights by exact products.
+MAY_FUSE = ("mass", "merge", "int4", "int8")
 
 
 @dataclass(frozen=True)

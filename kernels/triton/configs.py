@@ -66,17 +66,18 @@ PRODUCTS = {
 }
 PRODUCTS_FP32 = Tiles(16, 32, 64, 4, 3)
 
-# Products of up to 16 rows with 4-bit weights, for drafts: those of few columns, and those of at least WIDE columns,
-# which fill a GPU with wider tiles too. Then those of more rows. The depth is a step of the packed weights.
+# Products of up to 16 rows with weights of 4 or 8 bits, for drafts: those of few columns, and those of at least WIDE
+# columns, which fill a GPU with wider tiles too. Then those of more rows. The depth is a step of 4-bit weights, and
+# two of 8-bit weights.
 WIDE = 16_384
-INT4 = {
+PACKED = {
     "sm_80": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
     "sm_90": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
     "sm_100": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
     "sm_120": (Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4)),
     "gfx942": (Tiles(16, 32, 256, 4, 2), Tiles(16, 64, 256, 4, 2), Tiles(64, 32, 256, 4, 2)),
 }
-INT4_FP32 = Tiles(16, 32, 256, 4, 2)
+PACKED_FP32 = Tiles(16, 32, 256, 4, 2)
 
 # `make gpu` times these beside the choice for 16-bit attention.
 SWEPT = tuple(Config(*of) for of in product((32, 64), (4, 8), (2, 3, 4), (1, 2)))
@@ -116,11 +117,11 @@ def tiles(dtype: torch.dtype, architecture: str | None = None) -> Tiles:
     return PRODUCTS_FP32 if dtype == torch.float32 else PRODUCTS[architecture or here()]
 
 
-def int4_tiles(dtype: torch.dtype, rows: int, columns: int, architecture: str | None = None) -> Tiles:
-    """Returns how products of so many rows of this type with so many columns of 4-bit weights are compiled."""
+def packed_tiles(dtype: torch.dtype, rows: int, columns: int, architecture: str | None = None) -> Tiles:
+    """Returns how products of so many rows of this type with so many columns of weights of 4 or 8 bits are compiled."""
     if dtype == torch.float32:
-        return INT4_FP32
-    narrow, wide, many = INT4[architecture or here()]
+        return PACKED_FP32
+    narrow, wide, many = PACKED[architecture or here()]
     if rows > narrow.rows:
         return many
     return wide if columns >= WIDE else narrow

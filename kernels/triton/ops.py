@@ -16,10 +16,10 @@ from tokenswift_py.kernels.triton import (
     copies,
     experts,
     fused,
-    int4,
     items,
     matmul,
     merge,
+    packed,
     projections,
 )
 from tokenswift_py.kernels.triton.products import TILES, Products
@@ -54,9 +54,9 @@ class TritonOps:
         kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
         self.label = f"{kernels}/{products.label}" if products.label else kernels
 
-    def four_bits(self, parts: Sequence[Part]) -> FourBitOps:
-        """Packs these weights to 4 bits, and returns the operations that multiply by them in place of the weights."""
-        return FourBitOps(self, parts)
+    def in_few_bits(self, parts: Sequence[Part], bits: int) -> FewBitOps:
+        """Packs these weights to 4 or 8 bits, and returns the operations that multiply by them in their place."""
+        return FewBitOps(self, parts, bits)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.products.linear(x, weight, bias)
@@ -146,27 +146,28 @@ class TritonOps:
         copies.copy_pages(keys, values, copied, pages)
 
 
-class FourBitOps(TritonOps):
-    """`Ops` for drafts. Products with a weight that was packed are of its 4 bits; the others are those of `own`.
+class FewBitOps(TritonOps):
+    """`Ops` for drafts. Products with a weight that was packed are of its few bits; the others are those of `own`.
 
     parts: queries, keys and values of a layer are one, its gate and up another. The weights are kept as they are.
     """
 
-    def __init__(self, own: TritonOps, parts: Sequence[Part]):
+    def __init__(self, own: TritonOps, parts: Sequence[Part], bits: int):
         vars(self).update(vars(own))
-        self.label += "/int4"
+        self.label += f"/int{bits}"
         self._packed = {
-            weights: (int4.pack(*weights), None if biases is None else torch.cat(biases)) for weights, biases in parts
+            weights: (packed.pack(*weights, bits=bits), None if biases is None else torch.cat(biases))
+            for weights, biases in parts
         }
 
     @property
     def nbytes(self) -> int:
         """Returns the bytes of the packed weights."""
-        return sum(packed.nbytes for packed, _ in self._packed.values())
+        return sum(weight.nbytes for weight, _ in self._packed.values())
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         found = self._packed.get((weight,))
-        return super().linear(x, weight, bias) if found is None else int4.linear(x, found[0], bias)
+        return super().linear(x, weight, bias) if found is None else packed.linear(x, found[0], bias)
 
     def gated(
         self,
@@ -177,13 +178,13 @@ class FourBitOps(TritonOps):
         activation: str,
     ) -> torch.Tensor:
         found = self._packed.get((gate, up))
-        return super().gated(x, gate, up, biases, activation) if found is None else int4.gated(x, *found, activation)
+        return super().gated(x, gate, up, biases, activation) if found is None else packed.gated(x, *found, activation)
 
     def _projected(self, x: torch.Tensor, own: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         found = self._packed.get(own.weights)
         if found is None:
             return super()._projected(x, own)
-        return int4.qkv(x, *found, len(own.weights[0]) // own.head_dim, own.head_dim)
+        return packed.qkv(x, *found, len(own.weights[0]) // own.head_dim, own.head_dim)
 
     def qkv_rope_write(
         self,
@@ -198,4 +199,4 @@ class FourBitOps(TritonOps):
         found = self._packed.get(own.weights)
         if found is None or own.norms is not None or pool.scales_of(layer) is not None:
             return super().qkv_rope_write(pool, layer, x, own, cos, sin, slots)
-        return int4.qkv_rope_write(x, *found, (cos, sin, slots), pool.keys[layer], pool.values[layer])
+        return packed.qkv_rope_write(x, *found, (cos, sin, slots), pool.keys[layer], pool.values[layer])

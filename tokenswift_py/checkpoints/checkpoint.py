@@ -14,7 +14,7 @@ from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufIndex, GgufTe
 from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, slices_of, weight_files
 from tokenswift_py.errors import check, one_line
 from tokenswift_py.memory import check_memory
-from tokenswift_py.models.blocks import INT8_BYTES
+from tokenswift_py.models.blocks import FEW_BITS
 from tokenswift_py.models.devices import DTYPES
 from tokenswift_py.models.spec import ModelSpec
 
@@ -67,7 +67,7 @@ class Checkpoint:
         """Returns the bytes that the weights take in memory. dtype: a name of --dtype."""
         if dtype == "gguf":
             return self.blocks().nbytes
-        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else INT8_BYTES))
+        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else FEW_BITS["int8"][1]))
 
     def check_memory_for_drafts(self, dtype: str, device: torch.device) -> None:
         """Raises UserError where memory has no room for this model beside the one that it drafts for."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tokenswift_py.kernels._four_bits import quantise
+from tokenswift_py.kernels._rounding import quantise
 from tokenswift_py.models.spec import ModelSpec, part_of
 
 FP32 = ("router", "shared_gate")  # these matrices are never in blocks
@@ -43,8 +43,8 @@ FORMATS = {
     "iq4_nl": BlockFormat(32, 18, 18, (0,)),
     "iq4_xs": BlockFormat(256, 136, 138, (0,)),
 }
-INT8_BYTES = FORMATS["q8"].packed / BLOCK  # the bytes of one weight
-INT4_BYTES = FORMATS["q4"].packed / BLOCK
+# The bits of a draft's weight, and the bytes that it takes with its share of scale and minimum.
+FEW_BITS = {"int8": (8, FORMATS["q8"].packed / BLOCK), "int4": (4, FORMATS["q4"].packed / BLOCK)}
 
 
 @dataclass(frozen=True)

@@ -124,12 +124,14 @@ def check_all_logits(vocabulary: str | int, who: str) -> None:
     check(vocabulary in ("auto", "all"), "draft_vocabulary", vocabulary, allowed)
 
 
-def check_torch_draft_weights(weights: str, int4: bool, attention: str) -> None:
-    """Raises UserError for weights that engine torch has not. int4: whether it has those, with this attention."""
+def check_torch_draft_weights(weights: str, few_bits: bool, attention: str) -> None:
+    """Raises UserError for weights that engine torch has not. few_bits: whether it has int8 and int4, with this
+    attention."""
     check_draft_weights(weights)
-    allowed = "bf16 or int4" if int4 else f"bf16 alone with attention {attention}, and int4 with triton"
-    fine = weights in ("auto", "bf16") or (int4 and weights == "int4")
-    check(fine, "draft_weights", weights, f"engine torch has {allowed}; engine native has int8")
+    allowed = (
+        f"engine torch has bf16 alone with attention {attention}; with triton, and on engine native, int8 and int4"
+    )
+    check(few_bits or weights in ("auto", "bf16"), "draft_weights", weights, allowed)
 
 
 def choose_attention(device: torch.device, spec: ModelSpec) -> str:

@@ -14,7 +14,7 @@ from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Model
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.memory import check_memory
-from tokenswift_py.models.blocks import INT4_BYTES, INT8_BYTES, Blocks, FourBits
+from tokenswift_py.models.blocks import FEW_BITS, Blocks, FourBits
 from tokenswift_py.models.decoder import TorchDecoder, check_moves_queries, reads_int8
 from tokenswift_py.models.devices import (
     DETERMINISTIC,
@@ -32,7 +32,7 @@ from tokenswift_py.models.devices import (
     tell_of_refused_tiles,
 )
 from tokenswift_py.models.native import VECTOR, NativeDecoder, NativeWeights, round_up
-from tokenswift_py.models.ops import Ops, TorchOps, four_bit_parts, join_weights, matrices_of
+from tokenswift_py.models.ops import Ops, TorchOps, join_weights, matrices_of, parts_in_few_bits
 from tokenswift_py.models.rope import RopeTables
 from tokenswift_py.models.spec import ModelSpec, check_caps
 from tokenswift_py.parallel.ranks import ALONE, Ranks
@@ -143,7 +143,7 @@ class TorchExecutor:
             self._shard = Shard(ranks.rank, ranks.world, gather=self._ops.guarantee != TorchOps.guarantee)
             self._shard.spec(self._spec)  # refuses what cannot be shared out
         part = self._shard.of if self._shard else None
-        self._draft_ops: Ops | None = None  # those of 4 bits, once they were asked for
+        self._draft_ops: dict[str, Ops] = {}  # those of few bits, once they were asked for
         self._weights = checkpoint.tensors(part, DTYPES[dtype]).to(DTYPES[dtype], device, self._spec.shapes())
         if self._ops.joins and not checkpoint.borrowed:
             join_weights(self._weights, self._spec)
@@ -170,14 +170,14 @@ class TorchExecutor:
         return self._decoder(rope, self._ops, draft=False)
 
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
-        check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
+        check_torch_draft_weights(weights, hasattr(self._ops, "in_few_bits"), self._attention.name)
         check_draft_kv(kv)
         check_all_logits(vocabulary, "engine torch")
         able = not self._shard and getattr(self._attention, "reads_copies", False)
         allowed = "with engine torch only own, or int8 with attention triton in one process; engine native has int8"
         check(able or kv != "int8", "draft_kv", kv, allowed)
         check(self.kv_dtype != torch.int8 or kv != "int8", "draft_kv", kv, "the cache itself is int8 (kv_dtype)")
-        ops = self._four_bits() if weights == "int4" else self._ops
+        ops = self._in_few_bits(weights) if weights in FEW_BITS else self._ops
         return self._decoder(rope, ops, draft=True, copies=self.reads_copies(kv))
 
     def reads_copies(self, kv: str) -> bool:
@@ -187,21 +187,22 @@ class TorchExecutor:
         parts = (self._spec, self._weights, rope, self._attention, ops, draft, self.kv_dtype)
         return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts, copies)
 
-    def _four_bits(self) -> Ops:
-        """Returns operations with 4-bit weights, which are packed at the first use beside the others."""
-        if self._draft_ops is None:
-            parts = list(four_bit_parts(self._spec, self._weights))
+    def _in_few_bits(self, kind: str) -> Ops:
+        """Returns operations with int8 or int4 weights, which are packed at the first use beside the others."""
+        if kind not in self._draft_ops:
+            parts = list(parts_in_few_bits(self._spec, self._weights))
             numbers = sum(weight.numel() for weights, _ in parts for weight in weights)
-            check_memory(int(numbers * INT4_BYTES), self.device, "int4 weights for drafts")
+            bits, each = FEW_BITS[kind]
+            check_memory(int(numbers * each), self.device, f"{kind} weights for drafts")
             packing: Any = self._ops
-            self._draft_ops = packing.four_bits(parts)
-        return self._draft_ops
+            self._draft_ops[kind] = packing.in_few_bits(parts, bits)
+        return self._draft_ops[kind]
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
-        check_torch_draft_weights(weights, hasattr(self._ops, "four_bits"), self._attention.name)
+        check_torch_draft_weights(weights, hasattr(self._ops, "in_few_bits"), self._attention.name)
         checkpoint.check_memory_for_drafts(self.dtype, self.device)
         beside = TorchExecutor(checkpoint, self.dtype, *self._kernels)
-        beside._ops = beside._four_bits() if weights == "int4" else beside._ops
+        beside._ops = beside._in_few_bits(weights) if weights in FEW_BITS else beside._ops
         return beside
 
 
@@ -272,7 +273,7 @@ class NativeExecutor:
         """Returns int8 or int4 weights for drafts, which are packed at the first use. int8 ones of a GGUF file are the
         file's own blocks, which are no larger."""
         if kind not in self._draft_weights:
-            checkpoint, each = self._checkpoint, {"int8": INT8_BYTES, "int4": INT4_BYTES}[kind]
+            checkpoint, (_, each) = self._checkpoint, FEW_BITS[kind]
             check_memory(int(each * self._spec.parameters), self.device, f"{kind} weights for drafts")
             tensors: Mapping[str, Any]
             if kind == "int4":

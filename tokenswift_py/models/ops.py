@@ -97,10 +97,10 @@ def join_weights(weights: dict[str, torch.Tensor], spec: ModelSpec) -> None:
                 weights.update((f"{name}.{kind}", part) for name, part in zip(group, joined, strict=True))
 
 
-def four_bit_parts(
+def parts_in_few_bits(
     spec: ModelSpec, weights: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...] | None]]:
-    """Yields the weights that drafts have in 4 bits, and their biases or None. Those that are used as one are one.
+    """Yields the weights that drafts have in 4 or 8 bits, and their biases or None. Those that are used as one are one.
     Routers and the gates of shared experts stay: they are small, and choose."""
     for names in groups_of(spec):
         if names[0].endswith("gate"):

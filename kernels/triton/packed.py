@@ -1,24 +1,26 @@
-"""Products of few rows with weights of 4 bits, for drafts: a pass of few rows takes as long as its weights are read.
+"""Products of few rows with weights of 4 or 8 bits, for drafts.
 
-Weights are packed once (`pack`), and widened in registers: the bits of a quant become an fp32 number, and scale and
-minimum make a weight of x's type of it in one multiply-add. An element is summed over k in
-ascending order, so that a product gives the same bits every time. But tiles grow with the number of rows, and nothing
-that a draft's row computes is promised to a row of another pass (law 1 binds the target alone).
+A pass of few rows takes as long as its weights are read. They are packed once (`pack`), and widened in registers: the
+bits of a quant become an fp32 number, and scale and minimum make a weight of x's type of it in one multiply-add. An
+element is summed over k in ascending order, so that a product gives the same bits every time. But tiles grow with the
+number of rows, and nothing that a draft's row computes is promised to a row of another pass (law 1 binds the target
+alone).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 
 import triton
 import triton.language as tl
-from tokenswift_py.kernels._four_bits import GROUP as GROUP_SIZE
-from tokenswift_py.kernels._four_bits import quantise
-from tokenswift_py.kernels.triton.configs import WIDE, Tiles, int4_tiles
+from tokenswift_py.kernels._rounding import GROUP as GROUP_SIZE
+from tokenswift_py.kernels._rounding import quantise
+from tokenswift_py.kernels.triton.configs import WIDE, Tiles, packed_tiles
 from tokenswift_py.kernels.triton.matmul import processors
 from tokenswift_py.kernels.triton.projections import opened, store_heads
 from tokenswift_py.kernels.triton.runtime import (
@@ -32,20 +34,23 @@ from tokenswift_py.kernels.triton.runtime import (
 )
 
 GROUP = tl.constexpr(GROUP_SIZE)
-IN_WORD = tl.constexpr(8)  # how many quants a word holds, each of another group
-STEP = GROUP_SIZE * 8  # the weights of a row that are read together
+WORD = tl.constexpr(32)  # the bits of a word; each of its quants is of another group
 PACKED_ROWS = 512  # how many rows are rounded at a time, which bounds the memory that it takes
 
 
 @dataclass(frozen=True, eq=False)
-class Int4:
-    """A matrix of 4-bit weights, packed along k in steps of 8 groups of 32, the last one filled with zeros.
+class Packed:
+    """A matrix of weights of few bits, packed along k in steps of as many groups of 32 as a word has quants (8 of 4
+    bits, 4 of 8 bits), the last step filled with zeros.
 
-    words:  [columns, steps * 32] int32. Bits 4 i to 4 i + 3 of word j of a step are weight j of its group i.
-    scales: [steps * 8, columns] int32. The low half is a group's fp16 scale, the high half its fp16 minimum.
+    bits:   4 or 8.
+    words:  [columns, steps * 32] int32. Bits `bits` i and up of word j of a step are weight j of its group i.
+    scales: [groups, columns]. In 4 bits int32, of which the low half is a group's fp16 scale and the high half its fp16
+            minimum. In 8 bits fp16.
     depth:  the weights of a row.
     """
 
+    bits: int
     words: torch.Tensor
     scales: torch.Tensor
     depth: int
@@ -59,23 +64,33 @@ class Int4:
         return self.words.nbytes + self.scales.nbytes
 
 
-def pack(*matrices: torch.Tensor) -> Int4:
-    """Rounds matrices [columns, depth] of one depth to 4 bits and packs them as one, one behind the other."""
+def weights_a_step(bits: int) -> int:
+    """Returns how many weights of a row are read together."""
+    return GROUP_SIZE * 32 // bits
+
+
+def pack(*matrices: torch.Tensor, bits: int = 4) -> Packed:
+    """Rounds matrices [columns, depth] of one depth to 4 or 8 bits and packs them as one, one behind the other."""
     device, depth = matrices[0].device, matrices[0].shape[1]
-    columns, steps = sum(map(len, matrices)), triton.cdiv(depth, STEP)
+    columns, each = sum(map(len, matrices)), 32 // bits
+    steps = triton.cdiv(depth, weights_a_step(bits))
     words = torch.empty((columns, steps * GROUP_SIZE), dtype=torch.int32, device=device)
-    scales = torch.empty((steps * 8, columns), dtype=torch.int32, device=device)
+    kind = torch.int32 if bits == 4 else torch.float16
+    scales = torch.empty((steps * each, columns), dtype=kind, device=device)
     first = 0
     for matrix in matrices:
         for part in matrix.split(PACKED_ROWS):
-            found = quantise(F.pad(part, (0, steps * STEP - depth)))
+            found = quantise(F.pad(part, (0, steps * weights_a_step(bits) - depth)), bits)
             own = slice(first, first + len(part))
-            shifts = torch.arange(0, 32, 4, device=device)[:, None]
-            quants = found.quants.unflatten(1, (steps, 8)).long() << shifts
+            shifts = torch.arange(0, 32, bits, device=device)[:, None]
+            quants = found.quants.unflatten(1, (steps, each)).long() << shifts
             words[own] = quants.sum(2).to(torch.int32).flatten(1)
-            scales[:, own] = torch.stack((found.scales, found.minima), 2).view(torch.int32).squeeze(2).T
+            of_groups = found.scales
+            if bits == 4:
+                of_groups = torch.stack((found.scales, found.minima), 2).view(torch.int32).squeeze(2)
+            scales[:, own] = of_groups.T
             first = own.stop
-    return Int4(words, scales, depth)
+    return Packed(bits, words, scales, depth)
 
 
 @triton.jit
@@ -85,56 +100,64 @@ def half_of(bits: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def widened(words: tl.tensor, scales: tl.tensor, number: tl.constexpr, kind: tl.constexpr) -> tl.tensor:
+def widened(
+    words: tl.tensor, scales: tl.tensor, number: tl.constexpr, BITS: tl.constexpr, kind: tl.constexpr
+) -> tl.tensor:
     """Returns [GROUP, BLOCK_N] the weights of a step's group of this number, in `kind`.
 
     A quant is moved to bits 12 or 16 of fp32, below the exponent of 2^11 or 2^7, whose last mantissa bits are worth so
-    much that this is the number 2^11 + quant or 2^7 + quant. Two groups share a shift. The numbers have at most 12 bits
-    and a scale has 11, so their product is exact, and the sum is rounded once.
+    much that this is the number 2^11 + quant or 2^7 + quant. The quants of a byte share a shift. The numbers have at
+    most 12 bits and a scale has 11, so their product is exact, and the sum is rounded once.
     """
-    pair: tl.constexpr = number // 2
-    bit: tl.constexpr = 12 + 4 * (number % 2)
+    byte: tl.constexpr = number * BITS // 8
+    bit: tl.constexpr = 12 + number * BITS % 8
     power: tl.constexpr = 2 ** (23 - bit)
-    moved = words << (12 - 8 * pair) if pair < 2 else words >> (8 * pair - 12)
-    raised = (moved & (15 << bit)) | ((150 - bit) << 23)
-    scale = half_of(scales)
-    offset = half_of(scales >> 16) - power * scale
+    moved = words << (12 - 8 * byte) if byte < 2 else words >> (8 * byte - 12)
+    raised = (moved & ((2**BITS - 1) << bit)) | ((150 - bit) << 23)
+    if BITS == 4:
+        scale = half_of(scales)
+        offset = half_of(scales >> 16) - power * scale
+    else:
+        scale = scales.to(tl.float32)
+        offset = -(power + 128) * scale
     return tl.fma(raised.to(tl.float32, bitcast=True), scale[None, :], offset[None, :]).to(kind)
 
 
 @triton.jit
-def quartered(
+def packed_product(
     x: tl.tensor,  # [rows, depth]
     words: tl.tensor,  # [all columns, steps * GROUP] int32
-    scales: tl.tensor,  # [steps * 8, all columns] int32
+    scales: tl.tensor,  # [groups, all columns]
     row: tl.tensor,  # [BLOCK_M]
     column: tl.tensor,  # [BLOCK_N] rows of the weight, in any order
     kept: tl.tensor,  # [BLOCK_M] whether there is such a row of x
     there: tl.tensor,  # [BLOCK_N] whether there is such a row of the weight
     columns: tl.tensor,  # how many the weight has
     depth: tl.tensor,
+    BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WHOLE: tl.constexpr,  # whether the depth is a number of whole steps
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
     """Returns a tile of x @ weight.T in fp32, like `product` of matmul.py."""
+    in_word: tl.constexpr = WORD // BITS
     lane = tl.arange(0, GROUP)
-    steps = tl.cdiv(depth, IN_WORD * GROUP)
+    steps = tl.cdiv(depth, in_word * GROUP)
     left = x + row.to(tl.int64)[:, None] * depth + lane[None, :]
     right = words + column.to(tl.int64)[None, :] * (steps * GROUP) + lane[:, None]
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     for step in range(0, steps):
         packed = tl.load(right + step * GROUP, mask=there[None, :], other=0)
-        for number in tl.static_range(IN_WORD):
-            group = step * IN_WORD + number
+        for number in tl.static_range(in_word):
+            group = step * in_word + number
             scale = tl.load(scales + group * columns + column, mask=there, other=0)
             if WHOLE:
                 a = tl.load(left + group * GROUP, mask=kept[:, None], other=0.0)
             else:
                 inside = group * GROUP + lane < depth
                 a = tl.load(left + group * GROUP, mask=kept[:, None] & inside[None, :], other=0.0)
-            b = widened(packed, scale, number, x.dtype.element_ty)
+            b = widened(packed, scale, number, BITS, x.dtype.element_ty)
             if PRECISION == "interpret":
                 acc += tl.dot(a.to(tl.float32), b.to(tl.float32))
             else:
@@ -143,7 +166,7 @@ def quartered(
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "programs"])
-def int4_kernel(
+def packed_kernel(
     x: tl.tensor,  # [rows, depth]
     words: tl.tensor,
     scales: tl.tensor,
@@ -153,6 +176,7 @@ def int4_kernel(
     columns: tl.tensor,
     depth: tl.tensor,
     programs: tl.tensor,
+    BITS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,37 +188,40 @@ def int4_kernel(
         row = tile % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         column = tile // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         kept, there = row < rows, column < columns
-        acc = quartered(x, words, scales, row, column, kept, there, columns, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION)
+        acc = packed_product(
+            x, words, scales, row, column, kept, there, columns, depth, BITS, BLOCK_M, BLOCK_N, WHOLE, PRECISION
+        )
         if BIAS:
             acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
         target = out + row.to(tl.int64)[:, None] * columns + column[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=kept[:, None] & there[None, :])
 
 
-def linear(x: torch.Tensor, weight: Int4, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Computes x @ weight.T + bias in x's type, accumulated in fp32. x: [R, depth]."""
     out = x.new_empty(len(x), weight.columns)
-    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, len(x), weight.columns)
     count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(weight.columns, chosen.columns)
     if count:
         programs = min(count, processors(x.device))
-        int4_kernel[(programs,)](
+        packed_kernel[(programs,)](
             x.contiguous(), weight.words, weight.scales, x if bias is None else bias, out, len(x), weight.columns,
             weight.depth, programs, BIAS=bias is not None, **compiled_with(chosen, weight),
         )  # fmt: skip
     return out
 
 
-def compiled_with(chosen: Tiles, weight: Int4) -> dict[str, object]:
+def compiled_with(chosen: Tiles, weight: Packed) -> dict[str, object]:
     """Returns the constants and options that all launches here have."""
     return {
-        "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": weight.depth % STEP == 0, "PRECISION": PRECISION,
+        "BITS": weight.bits, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns,
+        "WHOLE": weight.depth % weights_a_step(weight.bits) == 0, "PRECISION": PRECISION,
         **launch_options(chosen.warps, chosen.stages),
     }  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "programs"])
-def int4_gated_kernel(
+def packed_gated_kernel(
     x: tl.tensor,  # [rows, depth]
     words: tl.tensor,  # those of gate, then of up
     scales: tl.tensor,
@@ -204,6 +231,7 @@ def int4_gated_kernel(
     columns: tl.tensor,
     depth: tl.tensor,
     programs: tl.tensor,
+    BITS: tl.constexpr,
     BIAS: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -223,8 +251,8 @@ def int4_gated_kernel(
         pair = tile // row_tiles * pairs + lane // 2
         column = pair + lane % 2 * columns
         kept, there = row < rows, pair < columns
-        acc = quartered(
-            x, words, scales, row, column, kept, there, 2 * columns, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION
+        acc = packed_product(
+            x, words, scales, row, column, kept, there, 2 * columns, depth, BITS, BLOCK_M, BLOCK_N, WHOLE, PRECISION
         )
         if BIAS:
             acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -235,15 +263,15 @@ def int4_gated_kernel(
         tl.store(target, opened(gate, up, out.dtype.element_ty, GELU), mask=mask)
 
 
-def gated(x: torch.Tensor, weight: Int4, bias: torch.Tensor | None = None, activation: str = "silu") -> torch.Tensor:
+def gated(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, activation: str = "silu") -> torch.Tensor:
     """Computes act(x @ gate.T) * (x @ up.T) in x's type. weight, bias: those of gate, then of up."""
     columns = weight.columns // 2
     out = x.new_empty(len(x), columns)
-    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, len(x), weight.columns)
     count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(columns, chosen.columns // 2)
     if count:
         programs = min(count, processors(x.device))
-        int4_gated_kernel[(programs,)](
+        packed_gated_kernel[(programs,)](
             x.contiguous(), weight.words, weight.scales, x if bias is None else bias, out, len(x), columns,
             weight.depth, programs, BIAS=bias is not None, GELU=activation == "gelu", **compiled_with(chosen, weight),
         )  # fmt: skip
@@ -251,7 +279,7 @@ def gated(x: torch.Tensor, weight: Int4, bias: torch.Tensor | None = None, activ
 
 
 @triton.jit(do_not_specialize=["rows", "heads", "kv_heads", "pool_pages", "programs"])
-def int4_heads_kernel(
+def packed_heads_kernel(
     x: tl.tensor,  # [rows, depth]
     words: tl.tensor,  # those of queries, then of keys, then of values
     scales: tl.tensor,
@@ -268,6 +296,7 @@ def int4_heads_kernel(
     depth: tl.tensor,
     pool_pages: tl.tensor,
     programs: tl.tensor,
+    BITS: tl.constexpr,
     BIAS: tl.constexpr,
     ROPE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -291,7 +320,9 @@ def int4_heads_kernel(
         pair = part * pairs + lane // 2
         column = which * HEAD_DIM + pair + lane % 2 * half
         kept, there = row < rows, pair < half
-        acc = quartered(x, words, scales, row, column, kept, there, every, depth, BLOCK_M, BLOCK_N, WHOLE, PRECISION)
+        acc = packed_product(
+            x, words, scales, row, column, kept, there, every, depth, BITS, BLOCK_M, BLOCK_N, WHOLE, PRECISION
+        )
         if BIAS:
             acc += tl.load(bias + column, mask=there, other=0.0).to(tl.float32)[None, :]
         store_heads(
@@ -301,7 +332,7 @@ def int4_heads_kernel(
 
 
 def qkv(
-    x: torch.Tensor, weight: Int4, bias: torch.Tensor | None, heads: int, head_dim: int
+    x: torch.Tensor, weight: Packed, bias: torch.Tensor | None, heads: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns queries [R, heads, head_dim], keys and values [R, kv_heads, head_dim]. weight: theirs, in this order."""
     kv_heads = (weight.columns // head_dim - heads) // 2
@@ -312,7 +343,7 @@ def qkv(
 
 def qkv_rope_write(
     x: torch.Tensor,
-    weight: Int4,
+    weight: Packed,
     bias: torch.Tensor | None,
     turns: Sequence[torch.Tensor],
     keys: torch.Tensor,
@@ -330,7 +361,7 @@ def qkv_rope_write(
 
 def launch_heads(
     x: torch.Tensor,
-    weight: Int4,
+    weight: Packed,
     bias: torch.Tensor | None,
     targets: Sequence[torch.Tensor],
     turns: Sequence[torch.Tensor] | None,
@@ -339,13 +370,13 @@ def launch_heads(
 ) -> None:
     _, heads, head_dim = targets[0].shape
     kv_heads = (weight.columns // head_dim - heads) // 2
-    chosen = int4_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, len(x), weight.columns)
     parts = triton.cdiv(head_dim // 2, chosen.columns // 2)
     count = triton.cdiv(len(x), chosen.rows) * (heads + 2 * kv_heads) * parts
     if not count:
         return
     programs = min(count, processors(x.device))
-    int4_heads_kernel[(programs,)](
+    packed_heads_kernel[(programs,)](
         x.contiguous(), weight.words, weight.scales, x if bias is None else bias, *targets, *(turns or (x, x, x)),
         len(x), heads, kv_heads, weight.depth, pool_pages, programs, BIAS=bias is not None, ROPE=turns is not None,
         HEAD_DIM=head_dim, PAGE=page, **compiled_with(chosen, weight),
@@ -355,27 +386,31 @@ def launch_heads(
 def variants(target: str) -> Iterator[Variant]:
     """Yields the kernels for few rows, then those for few rows of many columns and for many rows, without biases and
     GELU, which change little. Only the plain product is compiled for depths of no whole steps, too."""
-    tables = {"words": "*i32", "scales": "*i32"}
-    for dtype in DTYPES:
+    for bits, dtype in product((4, 8), DTYPES):
         data = POINTERS[dtype]
+        tables = {"words": "*i32", "scales": "*i32" if bits == 4 else "*fp16"}
         for end, rows, columns in (("", 1, 1), (" x16 wide", 16, WIDE), (" x64", 64, 1)):
-            chosen = int4_tiles(dtype, rows, columns, target)
-            shape = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": True, "PRECISION": precision(target)}
+            chosen = packed_tiles(dtype, rows, columns, target)
+            shape = {
+                "BITS": bits, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": True,
+                "PRECISION": precision(target),
+            }  # fmt: skip
             launch, few = (chosen.warps, chosen.stages, ("depth",)), not end
             kinds = {**tables, **dict.fromkeys(("x", "bias", "out"), data)}
             for more, own in (("", {}), *((" x1 cut", {"WHOLE": False}), ("+bias", {"BIAS": True}))[: 2 * few]):
                 constants = {"BIAS": False, **shape, **own}
-                yield Variant(f"int4{end}{more}", int4_kernel, dtype, None, kinds, constants, *launch)
+                yield Variant(f"int{bits}{end}{more}", packed_kernel, dtype, None, kinds, constants, *launch)
             for gelu in (False, True)[: 1 + few]:
-                name, constants = f"int4_gated{'+gelu' * gelu}{end}", {"BIAS": False, "GELU": gelu, **shape}
-                yield Variant(name, int4_gated_kernel, dtype, None, kinds, constants, *launch)
+                name, constants = f"int{bits}_gated{'+gelu' * gelu}{end}", {"BIAS": False, "GELU": gelu, **shape}
+                yield Variant(name, packed_gated_kernel, dtype, None, kinds, constants, *launch)
             if columns == WIDE:
                 continue  # no model has so many heads
             kinds = {**tables, **dict.fromkeys(("x", "bias", "q", "k", "v"), data), "slots": "*i64"}
             for head_dim in HEAD_DIMS:
                 constants = {"BIAS": False, **shape, "HEAD_DIM": head_dim, "ROPE": True, "PAGE": 64}
-                yield Variant(f"int4_qkv_rope{end}", int4_heads_kernel, dtype, head_dim, kinds, constants, *launch)
+                name = f"int{bits}_qkv_rope{end}"
+                yield Variant(name, packed_heads_kernel, dtype, head_dim, kinds, constants, *launch)
             if few:
                 kinds = {**kinds, **dict.fromkeys(("cos", "sin", "slots"), data)}
                 constants = {"BIAS": False, **shape, "HEAD_DIM": 128, "ROPE": False, "PAGE": 1}
-                yield Variant("int4_qkv", int4_heads_kernel, dtype, 128, kinds, constants, *launch)
+                yield Variant(f"int{bits}_qkv", packed_heads_kernel, dtype, 128, kinds, constants, *launch)
