@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="16384,65536", help="tokens before those that are drafted")
     parser.add_argument("--policies", default=",".join(registry.names(POLICIES)))
     parser.add_argument("--views", default="1024,2048,4096", help="tokens of a view")
-    parser.add_argument("--weights", default="int8,bf16", help="of drafts: int8, bf16 (the model's own)")
+    parser.add_argument("--weights", default="int8,bf16", help="of drafts: int8, int4, bf16 (the model's own)")
     parser.add_argument("--new", type=int, default=128, help="tokens written; guesses tested are nearly as many")
     parser.add_argument("--seen", type=int, default=1024, help="tokens of the prefix that policies learn from")
     parser.add_argument("--temperature", type=float, default=0.8)

@@ -110,24 +110,25 @@ def loop(stage: Stage) -> Iterator[Row]:
     length, rounds = stage.pick(100_000, 130), stage.pick(40, 3)
     parts = Parts(stage, length + stage.pick(2048, 64))
     products = "tiles" if parts.blocks.verdict.faults else "blocks"  # as `--deterministic auto` chooses
-    model = parts.decoder(products)
-    drafting = {bits: parts.decoder(products, draft=True, bits=bits) for bits in (0, 8, 4)}
+    model, drafting = parts.decoder(products), parts.decoder(products, draft=True)
     pool, vocab = drawn_pool(model, 64), parts.spec.vocab_size
     prompt = np.random.default_rng(0).integers(0, vocab, length).tolist()
     base = drawn_cache(pool, model.context, length - 1)
-    plain, row = written(stage, model, drafting[0], base, prompt, create("none"), 6 * rounds)
+    plain, row = written(stage, model, drafting, base, prompt, create("none"), 6 * rounds)
     yield {"drafter": "none", "products": products, **row}
     views = stage.pick((1024, 4096), (64,))
     drafters: dict[str, Drafter] = {
         "ngram": create("ngram"),
         **{f"partial, view {view}": create("partial", view_tokens=view) for view in views},
-        **{f"partial, view {views[-1]}, int{bits}": create("partial", view_tokens=views[-1]) for bits in (8, 4)},
         "auto": create("cascade"),
         **{f"right {right}": Planted(prompt + plain, right, stage.pick(8, 2), vocab) for right in (0.7, 0.9)},
     }
-    for name, drafter in drafters.items():
+    packed = [
+        (f"partial, view {views[-1]}, int{bits}", create("partial", view_tokens=views[-1]), bits) for bits in (8, 4)
+    ]
+    for name, drafter, bits in (*((name, drafter, 0) for name, drafter in drafters.items()), *packed):
         fixed = drafter.length if isinstance(drafter, Planted) else None
-        own = drafting[next((bits for bits in (8, 4) if name.endswith(f"int{bits}")), 0)]
+        own = parts.decoder(products, draft=True, bits=bits) if bits else drafting  # packed weights are not kept
         tokens, row = written(stage, model, own, base, prompt, drafter, rounds, fixed)
         shared = min(len(tokens), len(plain))
         yield {"drafter": name, "ok": shared > 0 and tokens[:shared] == plain[:shared], **row}

@@ -3,11 +3,11 @@
     python experiments/kernel_roofline.py --model llama-3.1-8b --contexts 4096,32768,100000 --rows 1,8,16
 
 The table is arithmetic on shapes. It has every kernel of kernels/triton, for one layer (the head and the choice of
-tokens: for one pass). Weights and activations have 16 bits. KV has 16 bits too, except with `+int8`. The bytes of
-attention beyond the minimum are those of partial states, which a GPU's second-level cache may hold. If there is a GPU,
-attention is timed too: Triton's and the other backends that are installed, as a share of the bandwidth read in the
-same run. Without a GPU the script says so and times nothing. (If this file were called kernels.py, transformers would
-import it as Hugging Face's package.)
+tokens: for one pass). Activations have 16 bits, and weights too, except with `int8` and `int4`. KV has 16 bits, except
+with `+int8`. The bytes of attention beyond the minimum are those of partial states, which a GPU's second-level cache
+may hold. If there is a GPU, attention is timed too: Triton's and the other backends that are installed, as a share of
+the bandwidth read in the same run. Without a GPU the script says so and times nothing. (If this file were called
+kernels.py, transformers would import it as Hugging Face's package.)
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ from tokenswift_py.errors import UserError, check
 from tokenswift_py.kernels.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.pages import TorchPagePool, pages_for
+from tokenswift_py.models.blocks import FEW_BITS
 from tokenswift_py.models.rows import lay_out
 
 ITEM = 2  # the bytes of a weight, an activation or an element of a key
 FP32 = 4
 FP64 = 8
-# A weight of a draft in few bits, with its part of a scale of 16 bits for 32 weights, and in 4 bits of a minimum.
-FEW_BITS = {8: 17 / 16, 4: 5 / 8}
 CAP_FLOPS = 4  # the capping of a score: an exponential, a sum, a quotient and a difference
 CHOICE_BLOCK = 1024  # how many tokens a program of the sampler chooses from
 
@@ -167,8 +166,7 @@ def token_bytes(shape: Shape, int8: bool) -> int:
 def drafted(names: str) -> Iterator[tuple[str, float]]:
     """Yields the kernels with the target's weights, then with a draft's of few bits, and the bytes of a weight."""
     yield names, ITEM
-    for bits, size in FEW_BITS.items():
-        own = f"int{bits}"
+    for own, (_, size) in FEW_BITS.items():
         yield (
             ", ".join(n.replace("matmul", own) if n.startswith("matmul") else f"{own}_{n}" for n in names.split(", ")),
             size,

@@ -126,7 +126,7 @@ def identity(args: argparse.Namespace, model: str, engine: str, sampler: str, **
         plain = swift.generate(prompt, drafter="none", **common)
         for name, settings in DRAFTERS.items():
             if (tiny and settings["drafter"] == "heads") or (engine == "torch" and name.endswith("int8 draft")):
-                continue  # random models have no heads, and the torch engine drafts with its own weights
+                continue  # random models have no heads, and without Triton torch drafts with the target's weights
             view = {"draft_budget": 64 if tiny else 256} if settings["drafter"] in ("partial", "cascade") else {}
             found = swift.generate(prompt, **common, **settings, **view)
             stats = found.stats

@@ -1,8 +1,8 @@
 """Rounds weights to few bits: 32 along the input dimension share an fp16 scale, and those of 4 bits an fp16 minimum.
 
-The numbers are those of the C++ engine's q4 and q8 (kernels/cpu/math/quant.h), which are GGUF's Q4_1 and Q8_0. So
-weights that came from blocks of Q4_1 or Q4_0 get the same numbers again in 4 bits, and those from Q8_0 in 8 bits,
-unless they were rounded to bf16 in between by more than half a step.
+The numbers are those of the C++ engine's q4 and q8 (kernels/cpu/math/quant.h), which are GGUF's Q4_1 and Q8_0. So fp32
+weights from blocks of Q4_1 come back in 4 bits, and those from Q8_0 in 8 bits. Where they were rounded to bf16 in
+between, nearly all quants are the same again, but most scales are off by what bf16 is. Others, Q4_0's too, are rounded.
 """
 
 from __future__ import annotations
@@ -37,16 +37,17 @@ class Rounded:
         return ((self.quants.float() - ZERO[self.bits]) * scales + minima).flatten(1)
 
 
-def quantise(weights: torch.Tensor, bits: int = 4) -> Rounded:
+def quantise(weights: torch.Tensor, bits: int) -> Rounded:
     """Rounds weights [rows, depth] of any type: 4 bits have 15 steps from a group's least weight to its greatest, 8
     bits 127 steps from 0 to its largest magnitude, on both sides."""
     rows = F.pad(weights.float(), (0, -weights.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     least, greatest = rows.aminmax(dim=2)
-    fewest, most = (0, 15) if bits == 4 else (-127, 127)
-    span, minima = (
-        (greatest - least, least) if bits == 4 else (torch.maximum(greatest, -least), torch.zeros_like(least))
-    )
-    scales, minima = (span / most).half(), minima.half()
+    if bits == 4:
+        fewest, most, span, minima = 0, 15, greatest - least, least.half()
+    else:
+        fewest, most, span = -127, 127, torch.maximum(greatest, -least)
+        minima = torch.zeros_like(span, dtype=torch.float16)
+    scales = (span / most).half()
     step = scales.float()[..., None]
     inverse = torch.where(step > 0, 1 / step, 0.0)
     quants = ((rows - minima.float()[..., None]) * inverse).round().clamp(fewest, most) + ZERO[bits]

@@ -377,7 +377,7 @@ def test_a_draft_model_is_rank_0s_alone(pair: Pair, tiny_folder: Path, tmp_path:
 
 
 def refused_run(folder: str, **settings: Any) -> str:
-    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch")
+    swift = TokenSwift.from_pretrained(folder, dtype="fp32", engine="torch", attention="sdpa")
     with pytest.raises(UserError) as error:
         swift.generate("the cat", max_new_tokens=5, raw=True, **settings)
     return str(error.value)

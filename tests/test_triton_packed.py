@@ -23,6 +23,7 @@ from tokenswift_py.errors import UserError
 from tokenswift_py.kernels._rounding import quantise
 from tokenswift_py.kernels.triton import fused, packed
 from tokenswift_py.kernels.triton.ops import FewBitOps, TritonOps
+from tokenswift_py.models import executors
 from tokenswift_py.models.ops import parts_in_few_bits
 from tokenswift_py.models.rope import rope_tables
 from triton_scenes import Reads, reads, seeded
@@ -53,13 +54,13 @@ def drawn(dtype: torch.dtype, *shape: int) -> Any:
 
 
 def test_weights_that_came_from_blocks_of_four_bits_come_back() -> None:
-    """Such as those of a Q4_1 file, and of a Q4_0 file, whose minimum is -8 steps."""
+    """Such as those of a Q4_1 file. Those of a Q4_0 file do where a group has its largest step on both sides."""
     quants = torch.randint(0, 16, (7, 5, 32))
     quants[..., 0], quants[..., 1] = 0, 15
     scales = torch.rand(7, 5).half() / 64
     for minima in (torch.randn(7, 5).half() / 8, -8 * scales):
         weights = quants * scales.float()[..., None] + minima.float()[..., None]
-        found = quantise(weights.flatten(1))
+        found = quantise(weights.flatten(1), 4)
         assert torch.equal(found.quants, quants.to(torch.uint8))
         assert torch.equal(found.minima, minima)
         assert torch.equal(found.widened(), weights.flatten(1)) and torch.equal(found.scales, scales)
@@ -72,6 +73,15 @@ def test_weights_that_came_from_blocks_of_eight_bits_come_back() -> None:
     blocks = gguf.quants.quantize(torch.randn(7, 160).numpy(), kind)
     weights = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
     assert torch.equal(quantise(weights, 8).widened(), weights)
+
+
+def test_the_numbers_of_eight_bits_are_the_cpu_engines() -> None:
+    engine = pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    weights = torch.randn(20, 96) * torch.tensor([1.0, 1e-4, 1e-5, 0.0, 900.0]).repeat(4)[:, None]
+    blocks, values = np.empty((20, 3 * 34), np.uint8), np.empty((20, 96), np.float32)
+    engine.quantise(weights.numpy(), blocks)
+    engine.dequantise("q8", blocks, values)
+    assert torch.equal(quantise(weights, 8).widened(), torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -110,8 +120,9 @@ def test_a_product(bits: int, dtype: torch.dtype, rows: int, columns: int, depth
     assert few.nbytes == columns * groups * {4: 20, 8: 34}[bits]
 
 
-def test_wide_tiles_sum_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight = drawn(torch.bfloat16, 3, 70), packed.pack(drawn(torch.bfloat16, 140, 70))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wide_tiles_sum_in_the_same_order(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    x, weight = drawn(torch.bfloat16, 3, 70), packed.pack(drawn(torch.bfloat16, 140, 70), bits=bits)
     found = packed.linear(x, weight), packed.gated(x, weight)
     monkeypatch.setattr("tokenswift_py.kernels.triton.configs.WIDE", 1)
     for narrow, wide in zip(found, (packed.linear(x, weight), packed.gated(x, weight)), strict=True):
@@ -120,9 +131,9 @@ def test_wide_tiles_sum_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rows_that_are_no_numbers_stay_alone() -> None:
     x, weight = drawn(torch.float32, 3, 70), drawn(torch.float32, 9, 70)
-    clean = packed.linear(x, packed.pack(weight))
+    clean = packed.linear(x, packed.pack(weight, bits=4))
     x[1] = torch.nan
-    got = packed.linear(x, packed.pack(weight))
+    got = packed.linear(x, packed.pack(weight, bits=4))
     assert got[1].isnan().all() and torch.equal(got[[0, 2]], clean[[0, 2]])
 
 
@@ -194,10 +205,11 @@ def test_a_draft_pass_is_that_of_the_rounded_weights(family: str, bits: int) -> 
     assert f"/int{bits}" in decoder.ops.label
 
 
-def test_what_a_draft_pass_launches_and_reads(reads: Reads) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_a_draft_pass_launches_and_reads(reads: Reads, bits: int) -> None:
     """As many launches as a pass of the target, and every packed matrix is read once."""
     model = tiny_model(tiny_config(**{**SMALL, "tie_word_embeddings": False}), torch.bfloat16).to(DEVICE)
-    decoders = [drafting(model), decoder_of(model, attention="triton", ops=TritonOps())]
+    decoders = [drafting(model, bits), decoder_of(model, attention="triton", ops=TritonOps())]
     names = []
     every = [weight for weight, _ in decoders[0].ops._packed.values()]
     reads.spans = Reads(*(part for each in every for part in (each.words, each.scales))).spans
@@ -214,13 +226,13 @@ def test_what_a_draft_pass_launches_and_reads(reads: Reads) -> None:
     assert reads.bytes == decoders[0].ops.nbytes == sum(each.nbytes for each in every)
 
 
-def test_drafting_with_four_bits_over_int8_keys_changes_no_token() -> None:
+def test_drafting_with_eight_bits_over_int8_keys_changes_no_token() -> None:
     kv_dtype = torch.int8
     model = tiny_model(tiny_config("qwen3", **SMALL), torch.float32).to(DEVICE)
     decoder = decoder_of(model, attention="triton", ops=TritonOps(), kv_dtype=kv_dtype)
     params = SamplingParams(temperature=0.9, seed=1)
     plain, _, _ = write(decoder, PROMPT, 4, params)
-    draft = drafting(model, kv_dtype=kv_dtype)
+    draft = drafting(model, 8, kv_dtype=kv_dtype)
     partial = create("partial", view_tokens=64, width=1)
     drafted, loop, _ = write(decoder, PROMPT, 4, params, partial, draft_tokens=2, self_draft=draft)
     assert drafted == plain
@@ -241,9 +253,11 @@ def test_the_flag_reaches_the_drafts(swift: TokenSwift) -> None:
     drafted = swift.generate("the cat", drafter="partial", draft_tokens=2, draft_weights="int4", **settings)
     assert drafted.tokens == plain.tokens and drafted.report["num_draft_tokens"] > 0
     rope = rope_tables(swift.checkpoint.config, 512)
-    assert swift.executor.self_draft(rope, "int8").ops.label.endswith("/int8")
     target, first, second = swift.executor.model(rope), *(swift.executor.self_draft(rope, "int4") for _ in range(2))
-    assert first.ops is second.ops and isinstance(first.ops, FewBitOps)
+    assert first.ops is second.ops and isinstance(first.ops, FewBitOps) and first.ops.label.endswith("/int4")
+    eight, beside = swift.executor.self_draft(rope, "int8"), swift.executor.beside(swift.checkpoint, "int8").model(rope)
+    assert isinstance(eight.ops, FewBitOps) and isinstance(beside.ops, FewBitOps)
+    assert eight.ops.label.endswith("/int8") and eight.ops.nbytes == beside.ops.nbytes
     assert not isinstance(swift.executor.self_draft(rope, "auto").ops, FewBitOps)
     cache = target.new_cache()
     for row, model in enumerate((first, target)):
@@ -262,12 +276,17 @@ def test_what_has_no_such_weights_says_so(
     other = TokenSwift.from_pretrained(str(tiny_folder), engine="torch", attention="sdpa", dtype="fp32").executor
     with pytest.raises(
         UserError,
-        match=r"draft_weights: 'int4' .* alone with attention sdpa; with triton, and on engine native, int8 and int4$",
+        match=r"draft_weights: 'int4' .* attention sdpa only bf16; attention triton and engine native have all$",
     ):
         other.self_draft(rope, "int4")
     fresh = TokenSwift.from_pretrained(
         str(tiny_folder), engine="torch", attention="triton", device=DEVICE.type, dtype="fp32"
     ).executor
-    monkeypatch.setattr("tokenswift_py.memory.free_on", lambda device: 1000)
-    with pytest.raises(UserError, match=r"memory: .* int4 weights for drafts must fit"):
-        fresh.self_draft(rope, "int4")
+    with monkeypatch.context() as patched:
+        patched.setattr("tokenswift_py.memory.free_on", lambda device: 1000)
+        with pytest.raises(UserError, match=r"memory: .* int4 weights for drafts must fit"):
+            fresh.self_draft(rope, "int4")
+    asked: list[int] = []
+    monkeypatch.setattr(executors, "check_memory", lambda needed, device, what: asked.append(needed))
+    taken = [fresh.self_draft(rope, kind).ops.nbytes for kind in ("int4", "int8")]
+    assert asked == taken

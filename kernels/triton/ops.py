@@ -54,6 +54,11 @@ class TritonOps:
         kernels = f"triton-{triton.__version__}/kernels-{configurations()}"
         self.label = f"{kernels}/{products.label}" if products.label else kernels
 
+    @staticmethod
+    def weights_a_step(bits: int) -> int:
+        """Returns a number of weights of which a packed row has a multiple."""
+        return packed.weights_a_step(bits)
+
     def in_few_bits(self, parts: Sequence[Part], bits: int) -> FewBitOps:
         """Packs these weights to 4 or 8 bits, and returns the operations that multiply by them in their place."""
         return FewBitOps(self, parts, bits)

@@ -1,10 +1,9 @@
 """Products of few rows with weights of 4 or 8 bits, for drafts.
 
 A pass of few rows takes as long as its weights are read. They are packed once (`pack`), and widened in registers: the
-bits of a quant become an fp32 number, and scale and minimum make a weight of x's type of it in one multiply-add. An
-element is summed over k in ascending order, so that a product gives the same bits every time. But tiles grow with the
-number of rows, and nothing that a draft's row computes is promised to a row of another pass (law 1 binds the target
-alone).
+bits of a quant become an fp32 number, which one multiply-add turns into a weight. An element is summed over k in
+ascending order, so that a product gives the same bits every time. But tiles grow with the number of rows, and nothing
+that a draft's row computes is promised to a row of another pass (law 1 binds the target alone).
 """
 
 from __future__ import annotations
@@ -69,21 +68,21 @@ def weights_a_step(bits: int) -> int:
     return GROUP_SIZE * 32 // bits
 
 
-def pack(*matrices: torch.Tensor, bits: int = 4) -> Packed:
+def pack(*matrices: torch.Tensor, bits: int) -> Packed:
     """Rounds matrices [columns, depth] of one depth to 4 or 8 bits and packs them as one, one behind the other."""
     device, depth = matrices[0].device, matrices[0].shape[1]
-    columns, each = sum(map(len, matrices)), 32 // bits
+    columns, in_word = sum(map(len, matrices)), 32 // bits
     steps = triton.cdiv(depth, weights_a_step(bits))
     words = torch.empty((columns, steps * GROUP_SIZE), dtype=torch.int32, device=device)
     kind = torch.int32 if bits == 4 else torch.float16
-    scales = torch.empty((steps * each, columns), dtype=kind, device=device)
+    scales = torch.empty((steps * in_word, columns), dtype=kind, device=device)
     first = 0
     for matrix in matrices:
         for part in matrix.split(PACKED_ROWS):
             found = quantise(F.pad(part, (0, steps * weights_a_step(bits) - depth)), bits)
             own = slice(first, first + len(part))
             shifts = torch.arange(0, 32, bits, device=device)[:, None]
-            quants = found.quants.unflatten(1, (steps, each)).long() << shifts
+            quants = found.quants.unflatten(1, (steps, in_word)).long() << shifts
             words[own] = quants.sum(2).to(torch.int32).flatten(1)
             of_groups = found.scales
             if bits == 4:
@@ -94,9 +93,9 @@ def pack(*matrices: torch.Tensor, bits: int = 4) -> Packed:
 
 
 @triton.jit
-def half_of(bits: tl.tensor) -> tl.tensor:
+def half_of(word: tl.tensor) -> tl.tensor:
     """Returns the fp16 number in the low half of a word, in fp32."""
-    return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -107,7 +106,8 @@ def widened(
 
     A quant is moved to bits 12 or 16 of fp32, below the exponent of 2^11 or 2^7, whose last mantissa bits are worth so
     much that this is the number 2^11 + quant or 2^7 + quant. The quants of a byte share a shift. The numbers have at
-    most 12 bits and a scale has 11, so their product is exact, and the sum is rounded once.
+    most 12 bits and a scale has 11, so their product is exact. In 8 bits the sum is exact, too. In 4 bits the minimum
+    and what the quant was raised by are one number, which is rounded once, and the sum once more.
     """
     byte: tl.constexpr = number * BITS // 8
     bit: tl.constexpr = 12 + number * BITS % 8

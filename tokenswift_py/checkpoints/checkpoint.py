@@ -67,7 +67,7 @@ class Checkpoint:
         """Returns the bytes that the weights take in memory. dtype: a name of --dtype."""
         if dtype == "gguf":
             return self.blocks().nbytes
-        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else FEW_BITS["int8"][1]))
+        return int(self.spec.parameters * (DTYPES[dtype].itemsize if dtype in DTYPES else FEW_BITS["int8"].nbytes))
 
     def check_memory_for_drafts(self, dtype: str, device: torch.device) -> None:
         """Raises UserError where memory has no room for this model beside the one that it drafts for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,16 @@ FORMATS = {
     "iq4_nl": BlockFormat(32, 18, 18, (0,)),
     "iq4_xs": BlockFormat(256, 136, 138, (0,)),
 }
-# The bits of a draft's weight, and the bytes that it takes with its share of scale and minimum.
-FEW_BITS = {"int8": (8, FORMATS["q8"].packed / BLOCK), "int4": (4, FORMATS["q4"].packed / BLOCK)}
+
+
+class FewBits(NamedTuple):
+    """The bits of a weight, and the bytes that it takes with its share of scale and minimum."""
+
+    bits: int
+    nbytes: float
+
+
+FEW_BITS = {"int8": FewBits(8, FORMATS["q8"].packed / BLOCK), "int4": FewBits(4, FORMATS["q4"].packed / BLOCK)}
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Blocks:
 
 def in_four_bits(matrix: torch.Tensor) -> Blocks:
     """Rounds a matrix, whose rows are whole blocks, to blocks of q4."""
-    found = quantise(matrix)
+    found = quantise(matrix, 4)
     halves = torch.stack((found.scales, found.minima), 2).view(torch.uint8)
     low, high = found.quants.chunk(2, 2)
     return Blocks("q4", torch.cat((halves, low | high << 4), 2).flatten(1).numpy())

@@ -128,9 +128,7 @@ def check_torch_draft_weights(weights: str, few_bits: bool, attention: str) -> N
     """Raises UserError for weights that engine torch has not. few_bits: whether it has int8 and int4, with this
     attention."""
     check_draft_weights(weights)
-    allowed = (
-        f"engine torch has bf16 alone with attention {attention}; with triton, and on engine native, int8 and int4"
-    )
+    allowed = f"with engine torch and attention {attention} only bf16; attention triton and engine native have all"
     check(few_bits or weights in ("auto", "bf16"), "draft_weights", weights, allowed)
 
 

@@ -91,8 +91,9 @@ class Executor(Protocol):
     def self_draft(self, rope: RopeTables, weights: str, kv: str = "auto", vocabulary: str | int = "auto") -> Model:
         """Makes the same model for draft passes over the same cache. Its rows can never be committed.
 
-        weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, or of 4
-                 bits where the target's are no finer. int4 is blocks of 4 bits. auto is int8 where the engine has it.
+        weights: bf16 is the target's own weights, whatever their type. int8 is weights in blocks of 8 bits, on native
+                 of 4 bits where the target's are no finer. int4 is blocks of 4 bits. auto is int8 on native, else
+                 bf16.
         kv:      own reads the cache's keys and values. int8 reads copies of the full pages that drafts see. auto is
                  int8 where the engine has it and the cache is bf16.
         vocabulary: how many first tokens its logits are of, see `planning.vocabulary`. auto is what pays where the
@@ -108,8 +109,8 @@ class Executor(Protocol):
         """Loads another model that drafts for this one, on the same device, threads and kernels, with the same type of
         KV cache.
 
-        weights: bf16 is the type that the target's weights were asked for in (bf16 where those are in blocks). int8 and
-                 auto are those of `self_draft`, and so is what is raised.
+        weights: bf16 is the type that the target's weights were asked for in (bf16 where those are in blocks). The
+                 others are those of `self_draft`, and so is what is raised.
         """
 
 
@@ -190,11 +191,12 @@ class TorchExecutor:
     def _in_few_bits(self, kind: str) -> Ops:
         """Returns operations with int8 or int4 weights, which are packed at the first use beside the others."""
         if kind not in self._draft_ops:
-            parts = list(parts_in_few_bits(self._spec, self._weights))
-            numbers = sum(weight.numel() for weights, _ in parts for weight in weights)
-            bits, each = FEW_BITS[kind]
-            check_memory(int(numbers * each), self.device, f"{kind} weights for drafts")
+            parts, (bits, nbytes) = list(parts_in_few_bits(self._spec, self._weights)), FEW_BITS[kind]
             packing: Any = self._ops
+            whole = packing.weights_a_step(bits)
+            sizes = (weight.shape for weights, _ in parts for weight in weights)
+            numbers = sum(columns * round_up(depth, whole) for columns, depth in sizes)
+            check_memory(int(numbers * nbytes), self.device, f"{kind} weights for drafts")
             self._draft_ops[kind] = packing.in_few_bits(parts, bits)
         return self._draft_ops[kind]
 
@@ -273,8 +275,8 @@ class NativeExecutor:
         """Returns int8 or int4 weights for drafts, which are packed at the first use. int8 ones of a GGUF file are the
         file's own blocks, which are no larger."""
         if kind not in self._draft_weights:
-            checkpoint, (_, each) = self._checkpoint, FEW_BITS[kind]
-            check_memory(int(each * self._spec.parameters), self.device, f"{kind} weights for drafts")
+            checkpoint, nbytes = self._checkpoint, FEW_BITS[kind].nbytes
+            check_memory(int(nbytes * self._spec.parameters), self.device, f"{kind} weights for drafts")
             tensors: Mapping[str, Any]
             if kind == "int4":
                 tensors = FourBits(checkpoint.tensors(), self._spec)
