@@ -77,7 +77,7 @@ PACKED = {
     "sm_120": (Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4)),
     "gfx942": (Tiles(16, 32, 256, 4, 2), Tiles(16, 64, 256, 4, 2), Tiles(64, 32, 256, 4, 2)),
 }
-PACKED_FP32 = Tiles(16, 32, 256, 4, 2)
+PACKED_FP32 = {4: Tiles(16, 32, 256, 4, 2), 8: Tiles(16, 16, 256, 4, 2)}  # by bits; others would spill
 
 # `make gpu` times these beside the choice for 16-bit attention.
 SWEPT = tuple(Config(*of) for of in product((32, 64), (4, 8), (2, 3, 4), (1, 2)))
@@ -117,10 +117,10 @@ def tiles(dtype: torch.dtype, architecture: str | None = None) -> Tiles:
     return PRODUCTS_FP32 if dtype == torch.float32 else PRODUCTS[architecture or here()]
 
 
-def packed_tiles(dtype: torch.dtype, rows: int, columns: int, architecture: str | None = None) -> Tiles:
-    """Returns how products of so many rows of this type with so many columns of weights of 4 or 8 bits are compiled."""
+def packed_tiles(dtype: torch.dtype, bits: int, rows: int, columns: int, architecture: str | None = None) -> Tiles:
+    """Returns how products of so many rows of this type with so many columns of weights of few bits are compiled."""
     if dtype == torch.float32:
-        return PACKED_FP32
+        return PACKED_FP32[bits]
     narrow, wide, many = PACKED[architecture or here()]
     if rows > narrow.rows:
         return many

@@ -200,7 +200,7 @@ def packed_kernel(
 def linear(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Computes x @ weight.T + bias in x's type, accumulated in fp32. x: [R, depth]."""
     out = x.new_empty(len(x), weight.columns)
-    chosen = packed_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, weight.bits, len(x), weight.columns)
     count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(weight.columns, chosen.columns)
     if count:
         programs = min(count, processors(x.device))
@@ -267,7 +267,7 @@ def gated(x: torch.Tensor, weight: Packed, bias: torch.Tensor | None = None, act
     """Computes act(x @ gate.T) * (x @ up.T) in x's type. weight, bias: those of gate, then of up."""
     columns = weight.columns // 2
     out = x.new_empty(len(x), columns)
-    chosen = packed_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, weight.bits, len(x), weight.columns)
     count = triton.cdiv(len(x), chosen.rows) * triton.cdiv(columns, chosen.columns // 2)
     if count:
         programs = min(count, processors(x.device))
@@ -370,7 +370,7 @@ def launch_heads(
 ) -> None:
     _, heads, head_dim = targets[0].shape
     kv_heads = (weight.columns // head_dim - heads) // 2
-    chosen = packed_tiles(x.dtype, len(x), weight.columns)
+    chosen = packed_tiles(x.dtype, weight.bits, len(x), weight.columns)
     parts = triton.cdiv(head_dim // 2, chosen.columns // 2)
     count = triton.cdiv(len(x), chosen.rows) * (heads + 2 * kv_heads) * parts
     if not count:
@@ -390,7 +390,7 @@ def variants(target: str) -> Iterator[Variant]:
         data = POINTERS[dtype]
         tables = {"words": "*i32", "scales": "*i32" if bits == 4 else "*fp16"}
         for end, rows, columns in (("", 1, 1), (" x16 wide", 16, WIDE), (" x64", 64, 1)):
-            chosen = packed_tiles(dtype, rows, columns, target)
+            chosen = packed_tiles(dtype, bits, rows, columns, target)
             shape = {
                 "BITS": bits, "BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "WHOLE": True,
                 "PRECISION": precision(target),

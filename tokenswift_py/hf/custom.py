@@ -229,9 +229,11 @@ class Call:
             with about(ASSISTANT):
                 second = held(self.assistant)
                 self.check_vocabulary(second, kept)
+                weights = own.get("draft_weights", "auto")
                 if executor.name == "native":
-                    beside = executor.beside(second.checkpoint, own.get("draft_weights", "auto"))
+                    beside = executor.beside(second.checkpoint, weights)
                 else:
+                    check(weights in ("auto", "bf16"), "draft_weights", weights, "engine torch has its own as they are")
                     beside = executor_of(second, replace(engine, dtype=None, kv_dtype=None))
                 assistant = LoadedModel(second.checkpoint, NoTokenizer(), beside, {})
         return InMemory(kept.checkpoint, eos, tokenizer, executor, assistant)
