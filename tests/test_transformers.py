@@ -354,6 +354,12 @@ def test_an_assistant_drafts_and_changes_nothing(model: Any, engine: str, do_sam
         assert report["drafter"] == "draft_model" and report["mean_acceptance_length"] >= least
 
 
+def test_an_assistant_in_torch_keeps_the_weights_that_it_has(model: Any) -> None:
+    settings = {**GREEDY, "tokenswift": {"draft_weights": "int8"}, "assistant_model": model}
+    with pytest.raises(UserError, match=r"draft_weights: 'int8' is not allowed; engine torch has its own as they are$"):
+        model.generate(PROMPT, custom_generate=hf.generate, **settings)
+
+
 # What is not done is said
 
 
