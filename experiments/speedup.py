@@ -172,7 +172,8 @@ class Written:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--dtype", default="bf16", help="of the weights")
+    parser.add_argument("--kv-dtype", help="of keys and values (default: bf16)")
     parser.add_argument("--workloads", default="code,docs", help=", ".join((*CONTINUATIONS, *WORKLOADS, "random")))
     parser.add_argument("--lengths", default="2048,16384", help="tokens before those that are raced")
     parser.add_argument("--cuts", type=int, default=1, help=f"places in the text, {CUT} tokens apart")
@@ -208,7 +209,7 @@ def main() -> None:
         },
         axes=("workloads", "lengths", "kept", "name"),
     )
-    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, threads=args.threads)
+    swift = TokenSwift.from_pretrained(args.model, dtype=args.dtype, kv_dtype=args.kv_dtype, threads=args.threads)
     for name, length in product(names, map(int, args.lengths.split(","))):
         text = Text(swift, args, name, length, len(contenders(args.drafters)))
         for cut in range(length, text.last + 1, CUT):

@@ -31,6 +31,29 @@ def product(builder: Any, a: Any, b: Any, d: Any, precision: Any, most_imprecise
     return TensorHandle(np.einsum("...mk,...kn->...mn", a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def hasten_types(language: Any) -> None:
+    """Every operation makes a tensor, and this its type: what follows from a shape is found once for each shape."""
+    known: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    scalar: dict[str, Any] = {}
+    constexpr, make_type, make_tensor = language.constexpr, language.block_type.__init__, language.tensor.__init__
+
+    def typed(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, tuple(size.value if isinstance(size, constexpr) else size for size in shape))
+        if key not in known:
+            make_type(self, element_ty, shape)
+            known[key] = {"shape": self.shape, "numel": self.numel, "name": self.name, "of_tensors": {}}
+        vars(self).update(known[key], element_ty=element_ty)
+
+    def made(self: Any, handle: Any, kind: Any) -> None:
+        found = kind.of_tensors if kind.is_block() else scalar
+        if not found:
+            make_tensor(self, handle, kind)
+            found.update(numel=self.numel, shape=self.shape)
+        vars(self).update(found, handle=handle, type=kind, dtype=kind.scalar)
+
+    language.block_type.__init__, language.tensor.__init__ = typed, made
+
+
 def hastened(interpreter: Any) -> None:
     """Takes from the interpreter what it spends more than half of its time on. The results stay as they are.
 
@@ -63,6 +86,7 @@ def hastened(interpreter: Any) -> None:
         return convert(numbers, kind, wanted, rounding)
 
     interpreter._patch_lang, interpreter._get_np_dtype, interpreter._convert_float = mapped_once, known_kind, converted
+    hasten_types(interpreter.tl)
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
 
