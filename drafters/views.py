@@ -49,6 +49,7 @@ class Views:
         self.sizes = [View(size, width, family) for size in ((tokens,) if tokens else VIEWS)]
         self.now = self.sizes[0]
         self.cost, self._alone = cost or PassCost(), cost is None
+        self.cost.octaves = True
         self.keys = 0
         self._text = self._length = 0  # tokens that the cache holds in full pages, and all, when the round began
         self._round = 0

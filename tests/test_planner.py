@@ -63,6 +63,17 @@ def test_the_cost_of_a_pass_is_found_under_noise(seed: int) -> None:
             assert cost(rows, context) / cost.load.factor == pytest.approx(true_cost(rows, context), rel=0.12)
 
 
+def test_the_cost_of_a_view_that_was_left_is_not_forgotten() -> None:
+    """Draft passes over views of 2 048 tokens, then far more over views of 4 096, which cost a millisecond more."""
+    rng, cost = np.random.default_rng(2), PassCost()
+    cost.octaves = True
+    for passes, keys, ms in ((20, 2080, 6.0), (400, 4128, 7.0)):
+        for _ in range(passes):
+            cost.observe(1, keys, noisy(rng, ms))
+    told = [cost(1, keys) / cost.load.factor for keys in (1056, 2080, 4128)]
+    assert told == pytest.approx([5.5, 6.0, 7.0], rel=0.05)
+
+
 def test_one_row_may_cost_far_less_than_two() -> None:
     """As with AVX2 after a long text: one row waits for memory, two are bound by arithmetic."""
     rng, cost = np.random.default_rng(4), PassCost((1, 2, 4, 8, 12, 16))

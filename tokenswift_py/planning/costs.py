@@ -65,12 +65,15 @@ class PassCost:
         Passes that are larger than all of these are not padded.
     load:    of the machine, see `Load`.
     largest: rows of the largest pass measured. The cost of far larger ones is a guess, and not to be trusted.
+    octaves: whether the latest passes are kept for each octave of the context. Draft passes see views of a few sizes,
+        one for a long time. What the others cost is forgotten otherwise, and that a larger view costs more is, too.
     """
 
     def __init__(self, shapes: Sequence[int] = (), load: Load | None = None) -> None:
         self.shapes = tuple(shapes)
         self.load = load or Load()
-        self._samples: dict[int, deque[tuple[int, int, float]]] = {}
+        self.octaves = False
+        self._samples: dict[tuple[int, int], deque[tuple[int, int, float]]] = {}
         self._coefficients = [0.0] * COEFFICIENTS
         self._count = self._due = 0
         self.largest = 0
@@ -90,7 +93,7 @@ class PassCost:
             return
         rows = self.padded(rows)
         expected = self._usual(rows, context) if self._count >= FIRST_PASSES else 0.0
-        group = rows if rows <= 16 else 16 + (rows - 13) // 4
+        group = rows if rows <= 16 else 16 + (rows - 13) // 4, int(context).bit_length() if self.octaves else 0
         self._samples.setdefault(group, deque(maxlen=SAMPLES)).append((rows, context, ms / self.load.factor))
         if expected:
             self.load.observe(ms / expected)
@@ -136,7 +139,7 @@ class PassCost:
 
 SHORTEST = 1e-6  # milliseconds: a clock that moves in leaps may tell less, or none
 KNEE = 4
-SAMPLES = 48  # how many passes are kept of each number of rows
+SAMPLES = 48  # how many passes are kept of each number of rows, and octave
 FIRST_PASSES = 8  # the number of passes before which none tells the load
 REFIT = 64  # how many passes are between two fits
 COEFFICIENTS = 8
