@@ -67,8 +67,8 @@ PRODUCTS = {
 PRODUCTS_FP32 = Tiles(16, 32, 64, 4, 3)
 
 # Products of up to 16 rows with weights of 4 or 8 bits, for drafts: those of few columns, and those of at least WIDE
-# columns, which fill a GPU with wider tiles too. Then those of more rows. What is
-# read in a step is given by the packing, so the depth is not used.
+# columns, which fill a GPU with wider tiles too. Then those of more rows. The packing gives what a step reads, so the
+# depth is not used.
 WIDE = 16_384
 PACKED = {
     "sm_80": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),

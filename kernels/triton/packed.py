@@ -73,15 +73,16 @@ def pack(*matrices: torch.Tensor, bits: int) -> Packed:
     device, depth = matrices[0].device, matrices[0].shape[1]
     columns, in_word = sum(map(len, matrices)), 32 // bits
     steps = triton.cdiv(depth, weights_a_step(bits))
+    missing = steps * weights_a_step(bits) - depth
+    shifts = torch.arange(0, 32, bits, device=device)[:, None]
     words = torch.empty((columns, steps * GROUP_SIZE), dtype=torch.int32, device=device)
     kind = torch.int32 if bits == 4 else torch.float16
     scales = torch.empty((steps * in_word, columns), dtype=kind, device=device)
     first = 0
     for matrix in matrices:
         for part in matrix.split(PACKED_ROWS):
-            found = quantise(F.pad(part, (0, steps * weights_a_step(bits) - depth)), bits)
+            found = quantise(F.pad(part, (0, missing)), bits)
             own = slice(first, first + len(part))
-            shifts = torch.arange(0, 32, bits, device=device)[:, None]
             quants = found.quants.unflatten(1, (steps, in_word)).long() << shifts
             words[own] = quants.sum(2).to(torch.int32).flatten(1)
             of_groups = found.scales
