@@ -41,8 +41,9 @@ BITS = {
 
 
 def contract(isa: str) -> str:
-    """An emulation has the bits of what it emulates."""
-    return isa.removesuffix("-emulated")
+    """An emulation has the bits of what it emulates, and a variant with other instructions for bytes those of the one
+    without."""
+    return isa.removesuffix("-emulated").removesuffix("-vnni")
 
 
 def numbers(*shape: int, start: int) -> torch.Tensor:

@@ -257,6 +257,7 @@ def test_arrays_of_other_types_and_shapes_are_refused() -> None:
     ("numerics", "chosen"),
     [
         ("native-0.1.0/amx/bf16/kv-bf16/rope", "amx" if "amx" in RUNNABLE else "amx-emulated"),
+        ("native-0.1.0/avx2/bf16/kv-bf16/rope", next((isa for isa in RUNNABLE if isa.startswith("avx2")), None)),
         (f"native-0.1.0/{RUNNABLE[-1]}/bf16/kv-bf16/rope", RUNNABLE[-1]),
         ("native-0.1.0/of another age/bf16/kv-bf16/rope", None),
         ("torch-2.13/bf16", None),
@@ -280,9 +281,14 @@ def test_rows_of_an_emulation_keep_the_row_law(kv_dtype: torch.dtype | None, mon
     assert_row_law(native_of(config_of(), kv_dtype=kv_dtype), 60, random_tree(60, 40, 0.1))
 
 
-def test_an_emulation_has_the_label_of_what_it_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENSWIFT_ISA", "amx-emulated")
-    assert "/amx/" in native_of(config_of()).numerics
+@pytest.mark.parametrize(("isa", "label"), [("amx-emulated", "amx"), ("avx2-vnni", "avx2")])
+def test_a_variant_has_the_label_of_the_one_whose_bits_it_has(
+    isa: str, label: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isa not in (*RUNNABLE, "amx-emulated"):
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("TOKENSWIFT_ISA", isa)
+    assert f"/{label}/" in native_of(config_of()).numerics
 
 
 def test_refused_tiles_are_told_in_a_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

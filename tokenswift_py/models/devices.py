@@ -39,7 +39,14 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
-EMULATED = "-emulated"  # ends the names of ISA variants that compute what another does, bit for bit, on any machine
+SAME_BITS = ("-emulated", "-vnni")  # end the names of ISA variants that compute what another does, bit for bit
+
+
+def isa_contract(isa: str) -> str:
+    """Returns what the numerics contract calls an ISA variant: the name of the one whose bits it has."""
+    for ending in SAME_BITS:
+        isa = isa.removesuffix(ending)
+    return isa
 
 
 @cache
@@ -52,15 +59,15 @@ def tell_of_refused_tiles() -> None:
 
 
 def compute_as(numerics: str) -> None:
-    """Lets the native engine compute with the ISA variant that a numerics contract names, where this machine runs it or
-    an emulation of it, unless TOKENSWIFT_ISA names one. Models that are loaded from now on do."""
+    """Lets the native engine compute with the ISA variant that a numerics contract names, or the best that has its
+    bits, where this machine runs one, unless TOKENSWIFT_ISA names one. Models that are loaded from now on do."""
     found = re.match(r"native-[^/]+/([^/]+)/", numerics)
     if not found or "TOKENSWIFT_ISA" in os.environ or importlib.util.find_spec(EXTENSION) is None:
         return
     native = importlib.import_module(EXTENSION)
-    for name, emulated in ((found[1] + EMULATED, True), (found[1], False)):
-        if name in native.runnable_isas(emulated).split(", "):
-            os.environ["TOKENSWIFT_ISA"] = name
+    runnable = [name for emulated in (False, True) for name in native.runnable_isas(emulated).split(", ")]
+    if same := [name for name in runnable if isa_contract(name) == found[1]]:
+        os.environ["TOKENSWIFT_ISA"] = same[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

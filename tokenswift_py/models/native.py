@@ -23,7 +23,7 @@ from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, FP32, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
-from tokenswift_py.models.devices import DTYPES, EMULATED, available_threads, check_dtype, dtype_name
+from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name, isa_contract
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import (
@@ -246,7 +246,7 @@ class NativeDecoder:
         # int8 pages were widened once, under the label of the type alone.
         kv = dtype_name(self.kv_dtype) + ("-products" if self.kv_dtype == torch.int8 else "")
         kinds = f"{weights.label}/kv-{kv}"
-        self.numerics = f"native-{__version__}/{weights.native.isa.removesuffix(EMULATED)}/{kinds}/{rope.label}"
+        self.numerics = f"native-{__version__}/{isa_contract(weights.native.isa)}/{kinds}/{rope.label}"
 
     def new_cache(self) -> KVCache:
         return KVCache(self.new_pool(pages_for(self.context)), self.context)

@@ -25,6 +25,12 @@ bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+// AVX-VNNI: dot products of bytes in vectors of 256 bits. Intel's cores without AVX-512 have it from Alder Lake on.
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
 #endif
 
 std::vector<Variant> variants() {
@@ -42,6 +48,7 @@ std::vector<Variant> variants() {
   const bool slow_pairs = __builtin_cpu_is("intel");
   all.push_back(slow_pairs ? widened : pairs);
   all.push_back(slow_pairs ? pairs : widened);
+  all.push_back({"avx2-vnni", avx2 && has_avx_vnni(), kernels_avx2_vnni});
   all.push_back({"avx2", avx2, kernels_avx2});
 #endif
   all.push_back({generic_name, true, kernels_generic});

@@ -9,6 +9,7 @@ const Kernels& kernels_amx();
 const Kernels& kernels_avx512bf16();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx2();
+const Kernels& kernels_avx2_vnni();  // has the bits of avx2
 const Kernels& kernels_generic();
 const Kernels& kernels_amx_emulated();  // has the bits of amx
 

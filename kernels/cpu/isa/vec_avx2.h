@@ -68,10 +68,6 @@ struct Isa {
   // Dot products of bytes, as in vec_avx512.h.
   using Wholes = __m256i;
   using Bytes = __m256i;
-  struct Unsigned {
-    __m256i even, odd;
-  };
-  using Signed = Unsigned;
   static Wholes wholes(int32_t x) { return _mm256_set1_epi32(x); }
   static Vec to_floats(Wholes a) { return _mm256_cvtepi32_ps(a); }
   static Vec load_halfs(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
@@ -92,6 +88,22 @@ struct Isa {
     std::memcpy(&bytes, four, sizeof bytes);
     return _mm256_set1_epi32(bytes);
   }
+#ifdef __AVXVNNI__
+  using Unsigned = __m256i;
+  using Signed = __m256i;
+  static Unsigned unsigned_bytes(Bytes a) { return a; }
+  static Signed signed_bytes(Bytes a) { return a; }
+  static Wholes dot(Wholes a, Unsigned w, Signed x) { return _mm256_dpbusd_avx_epi32(a, w, x); }
+  using Shorts = Wholes;
+  static constexpr int short_dots(int) { return 8; }
+  static Shorts shorts() { return _mm256_setzero_si256(); }
+  static Shorts short_dot(Shorts a, Bytes w, Bytes x) { return dot(a, w, x); }
+  static Wholes add_shorts(Wholes a, Shorts b) { return _mm256_add_epi32(a, b); }
+#else
+  struct Unsigned {
+    __m256i even, odd;
+  };
+  using Signed = Unsigned;
   static Unsigned unsigned_bytes(Bytes a) {
     return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)};
   }
@@ -111,6 +123,7 @@ struct Isa {
   static Wholes add_shorts(Wholes a, Shorts b) {
     return _mm256_add_epi32(a, _mm256_madd_epi16(b, _mm256_set1_epi16(1)));
   }
+#endif
   // Stores 64 numbers as bytes, as in vec_avx512.h.
   static void store_fours(uint8_t* p, const Vec (&a)[8], Vec factor) {
     for (int half = 0; half < 2; ++half) {
