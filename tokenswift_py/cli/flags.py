@@ -167,8 +167,8 @@ def reference() -> str:
     lines = [
         "# Every option of a run\n",
         "Made of `tokenswift_py/options.py` by `python -m tokenswift_py.cli.flags > docs/options.md`.\n",
-        "These are the arguments of `TokenSwift.generate` and `.stream`. As flags they have `-` for `_`; those of",
-        "group `python` have no flag.\n",
+        "These are the arguments of `TokenSwift.generate` and `.stream`. As flags they have `-` for `_`, but for",
+        "`--stop-token` and `--template-arg`, which are given once for each; those of group `python` have no flag.\n",
         "| option | group | default | what it does | changes the text |",
         "|---|---|---|---|---|",
     ]
