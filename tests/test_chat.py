@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.flags import parser
 from tokenswift_py.cli.inputs import read_input
 from tokenswift_py.runs.audit import audit
-from tokenswift_py.text import Chat, prompt_tokens, turn_tokens
+from tokenswift_py.text import MARKS, Chat, prompt_tokens, turn_tokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -115,13 +117,45 @@ def test_around_such_a_name_every_token_is_as_it_always_is() -> None:
 
 
 def test_marks_in_a_message_are_no_door_to_control_tokens() -> None:
-    """Whatever private characters a message has: they come back, and no control token with them."""
-    said = f"<|im_end|>\ue000t{IM_END}\ue000\ue001n0\ue001"
-    tokens = prompt_tokens(TOKENIZER, said, Chat())
+    """Whatever noncharacters a message has: they come back, and no control token with them."""
     plain = prompt_tokens(TOKENIZER, "x", Chat())
-    assert tokens.count(IM_END) == plain.count(IM_END) == 1
-    assert tokens.count(IM_START) == plain.count(IM_START) == 2
-    assert said in TOKENIZER.decode(tokens)
+    for used in range(len(MARKS)):
+        marks = "".join(f"{mark}t{IM_END}{mark}{mark}n0{mark}" for mark in MARKS[:used])
+        said = f"<|im_end|>{marks}"
+        tokens = prompt_tokens(TOKENIZER, said, Chat())
+        assert tokens.count(IM_END) == plain.count(IM_END) == 1
+        assert tokens.count(IM_START) == plain.count(IM_START) == 2
+        assert said in TOKENIZER.decode(tokens)
+    with pytest.raises(UserError, match=r"prompt: '<\|im_end\|>' is not allowed; beside U\+FDD0 to U\+FDD3"):
+        prompt_tokens(TOKENIZER, f"<|im_end|>{MARKS}", Chat())
+    assert MARKS in TOKENIZER.decode(prompt_tokens(TOKENIZER, MARKS, Chat()))
+
+
+def test_texts_that_are_read_at_the_same_time_do_not_change_one_another() -> None:
+    """A server reads prompts in several threads with one tokenizer: it must not be switched for one of them."""
+    chat, raw = "a talk of some length " * 20, "a<|im_end|>"
+    wanted = prompt_tokens(TOKENIZER, chat, Chat()), TOKENIZER(raw, split_special_tokens=True).input_ids
+    TOKENIZER("x")  # switches it back
+    switched: list[bool] = []
+
+    def read(number: int) -> bool:
+        found = prompt_tokens(TOKENIZER, raw, Chat(raw=True)) if number % 2 else prompt_tokens(TOKENIZER, chat, Chat())
+        switched.append(TOKENIZER.backend_tokenizer.encode_special_tokens)
+        return found == wanted[number % 2]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(400)))
+    assert not any(switched)
+
+
+def test_a_tokenizer_is_copied_once_however_many_texts_have_names_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, copies = sentencepiece(), []
+    copied = copy.deepcopy
+    monkeypatch.setattr("tokenswift_py.text.copy.deepcopy", lambda it: copies.append(it) or copied(it))
+    for number in range(20):
+        assert turn_tokens(tokenizer, f"{number}</s>", [2], Chat())
+        assert prompt_tokens(tokenizer, f"{number}</s>", Chat(raw=True))
+    assert len(copies) == 2
 
 
 def test_turns_and_raw_prompts_are_text_too(caplog: pytest.LogCaptureFixture) -> None:

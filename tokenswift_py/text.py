@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tokenswift_py.errors import UserError, check, check_text, one_line
 
@@ -21,7 +22,7 @@ BAD = "\ufffd"  # stands for invalid UTF-8, and for a character that is not whol
 # It is longer than anything that may still become whole. A byte-fallback vocabulary decodes to a BAD for each byte of
 # a character that is not whole, at most 3, and for each byte of the whole character before it.
 INVALID_RUN = 8 * BAD
-PRIVATE = range(0xE000, 0xF900)  # the first of these characters that no message has marks names
+MARKS = "\ufdd0\ufdd1\ufdd2\ufdd3"  # Unicode's noncharacters: the first of these that no message has marks names
 ROLES = ("user", "assistant", "user")
 ANSWER = "\u241f answer \u241f"  # stands for the model's answer while a turn is cut out of the chat template
 
@@ -139,7 +140,7 @@ def token_ids(tokenizer: Any, text: str, special: bool = False, as_text: bool = 
     """
     with one_line("tokenizer: it does not take the text"):
         if as_text and any(name in text for name in special_texts(tokenizer)):
-            return list(tokenizer(text, add_special_tokens=special, split_special_tokens=True).input_ids)
+            return list(reading_text(tokenizer)[0].encode(text, add_special_tokens=special).ids)
         return list(tokenizer(text, add_special_tokens=special).input_ids)
 
 
@@ -150,7 +151,7 @@ def word_ids(tokenizer: Any, word: str | Sequence[int]) -> list[tuple[int, ...]]
         return [tuple(int(token) for token in word)]
     alone, spaced = (tuple(token_ids(tokenizer, text)) for text in (word, f" {word.lstrip()}"))
     check(len(alone) > 0, "ban_words", word, "a text that has tokens")
-    return [alone, spaced] if spaced[0] != alone[0] and len(spaced) == len(alone) else [alone]
+    return [alone, spaced] if len(spaced) == len(alone) and spaced[0] != alone[0] else [alone]
 
 
 def templated_ids(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> list[int]:
@@ -163,9 +164,12 @@ def templated_ids(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> list[i
 def rendered(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> tuple[str, str]:
     """Renders messages by the chat template, up to where the model answers. Returns the text, and before it the
     character that marks names of control tokens which are text ("" where no message has one). Raises UserError for a
-    template that is broken."""
+    template that is broken, and for messages with such names and all of MARKS."""
     said, names = "\n".join(texts_in(messages)), () if chat.special else special_texts(tokenizer)
-    mark = next((chr(code) for code in PRIVATE if chr(code) not in said), "") if any(n in said for n in names) else ""
+    mark = ""
+    if named := next((name for name in names if name in said), ""):
+        mark = next((mark for mark in MARKS if mark not in said), "")
+        check(bool(mark), "prompt", named, "beside U+FDD0 to U+FDD3 it cannot be told from the control token")
     with one_line("prompt: the model's chat template does not take it"):
         text = tokenizer.apply_chat_template(
             [marked(message, names, mark) for message in messages] if mark else list(messages),
@@ -197,32 +201,48 @@ def marked(value: Any, names: Sequence[str], mark: str) -> Any:
 
 
 def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
-    """Returns the token ids of a text in which names between marks are text, and all others control tokens.
-
-    The tokenizer itself cannot tell them apart. So in a copy of it the others get names of their own, which stay tokens
-    where all that was special is read as text. The text around them is cut and read as always.
-    """
+    """Returns the token ids of a text in which names between marks are text, and all others control tokens."""
     if not mark:
         return token_ids(tokenizer, text)
-    from tokenizers import AddedToken
-
-    special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    alias = {token: f"{mark}t{token}{mark}" for token in special}
-    for token in sorted(special, key=lambda token: -len(special[token].content)):
-        text = text.replace(special[token].content, alias[token])
+    backend, control = reading_text(tokenizer, mark)
+    special = {token: tokenizer.added_tokens_decoder[token].content for token in control.values()}
+    for token in sorted(special, key=lambda token: -len(special[token])):
+        text = text.replace(special[token], alias(token, mark))
     for number, name in enumerate(special_texts(tokenizer)):
         text = text.replace(f"{mark}n{number}{mark}", name)
     with one_line("tokenizer: it does not take the text"):
+        ids = backend.encode(text, add_special_tokens=False).ids
+    return [control.get(token, token) for token in ids]
+
+
+def alias(token: int, mark: str) -> str:
+    return f"{mark}t{token}{mark}"
+
+
+# What is made once of a tokenizer and kept as long as it, for texts that are read or begun at the same time.
+READING_TEXT: WeakKeyDictionary[Any, dict[tuple[str, int], tuple[Any, dict[int, int]]]] = WeakKeyDictionary()
+TOKEN_TEXTS: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
+
+
+def reading_text(tokenizer: Any, mark: str = "") -> tuple[Any, dict[int, int]]:
+    """Returns a copy of the tokenizer that reads the names of control tokens as text, because to switch the tokenizer
+    itself would switch it for all threads. With a mark the copy knows each control token by an `alias` too, which stays
+    a token: the second value has the control token of each. So the chat template's are told from those in messages."""
+    from tokenizers import AddedToken
+
+    kept = READING_TEXT.setdefault(tokenizer, {})
+    key = mark, len(tokenizer)
+    if key not in kept:
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special and mark}
         backend.add_tokens([
-            AddedToken(alias[token], lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
+            AddedToken(alias(token, mark), lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
                        normalized=added.normalized, special=False)
             for token, added in special.items()
         ])  # fmt: skip
         backend.encode_special_tokens = True
-        ids = backend.encode(text, add_special_tokens=False).ids
-    token_of = {backend.token_to_id(name): token for token, name in alias.items()}
-    return [token_of.get(token, token) for token in ids]
+        kept[key] = backend, {backend.token_to_id(alias(token, mark)): token for token in special}
+    return kept[key]
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:
@@ -314,7 +334,9 @@ class TextJoiner:
 def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     """Returns every token whose text holds one of the strings, and all special tokens, which no repetition should
     cross."""
-    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    texts = TOKEN_TEXTS.get(tokenizer, [])
+    if len(texts) != len(tokenizer):
+        texts = TOKEN_TEXTS[tokenizer] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
     return found | set(tokenizer.all_special_ids)
 
