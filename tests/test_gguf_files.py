@@ -345,6 +345,20 @@ def test_tensors_that_nothing_reads_are_refused(tmp_path: Path, dtype: str, fami
         open_checkpoint(str(path), dtype=dtype)
 
 
+@pytest.mark.parametrize("count", [20_000_000, [20_000_000], [2, 20_000_000], 2.0e7])
+def test_more_layers_than_tensors_are_refused_before_any_is_described(tmp_path: Path, count: Any) -> None:
+    """In whatever type: for each layer much is made before its tensors are looked for."""
+
+    def change(writer: GGUFWriter) -> None:
+        key = "llama.block_count"
+        add = {list: writer.add_array, float: writer.add_float32}.get(type(count), writer.add_uint32)
+        add(key, count)
+
+    path = write_gguf(tmp_path / "t.gguf", gguf_config("llama"), {}, without=["block_count"], change=change)
+    with pytest.raises(UserError, match=r"model: llama\.block_count: .* tensors in all"):
+        open_checkpoint(str(path))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "gguf"])
 def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, dtype: str) -> None:
     def change(writer: GGUFWriter) -> None:

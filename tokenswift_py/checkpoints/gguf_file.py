@@ -146,7 +146,8 @@ class Header:
             check(key not in self.metadata, "model: metadata key", key, f"{path.name} has it twice: it is damaged")
             self.metadata[key] = self.value(key, self.number("<I"))
         for key, number in self.metadata.items():
-            known = not key.endswith(".block_count") or not isinstance(number, int) or number <= tensors
+            counts = key.endswith(".block_count") and isinstance(number, (int, float, np.ndarray))
+            known = not counts or bool(np.all(np.asarray(number) <= tensors))
             check(known, f"model: {key}", number, f"{path.name} has {tensors} tensors in all")
         self.tensors = self._placed([self.tensor() for _ in range(tensors)])
 
