@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -135,6 +136,23 @@ def test_a_familys_scale_of_scores_is_one_of_queries(engine: str, kind: str) -> 
         model = TorchDecoder(spec, halved, tables, SDPA())
     found = read(model, evicting(kind, model, BUDGET, PERIOD)).double()
     assert (found - reference(kind)).abs().max() < 2e-3
+
+
+def test_pages_of_another_shape_are_not_folded(native: Any) -> None:
+    """Of other heads: the engine would read past their blocks."""
+    from tokenswift_py.kernels.cpu import _native
+
+    spec, engine = native.spec, native.weights.native
+    made = _native.Memory(
+        engine, "infini", np.ones(spec.layers, np.int32), None, np.zeros((spec.layers, spec.heads), np.float32)
+    )
+    number, table = np.zeros(1, np.int32), np.zeros((CONTEXT, spec.head_dim // 2), np.float32)
+    right = -(-spec.head_dim // 16) * 16
+    for head_dim, says in ((right + 16, "shape"), (right, None)):
+        pool = _native.Pool(spec.layers, spec.kv_heads, head_dim, "fp32", 1)
+        pool.reserve(0)
+        with pytest.raises(ValueError, match=says) if says else nullcontext():
+            made.fold(engine, pool, number, number, table, table, None, None)
 
 
 def twice(fold: Any) -> Any:

@@ -4,6 +4,8 @@ that comes through the boundary can crash it."""
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +32,7 @@ from native_rows import (
 )
 from native_rows import isa as isa
 from tokenswift_py.core import DraftTree, Segment
+from tokenswift_py.errors import UserError
 from tokenswift_py.kvcache.base import PAGE_SIZE
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
@@ -345,8 +348,24 @@ def test_numerics_name_what_the_bits_depend_on(isa: str) -> None:
 
 def test_an_unknown_isa_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKENSWIFT_ISA", "mmx")
-    with pytest.raises(ValueError, match="TOKENSWIFT_ISA: 'mmx' is not allowed; this machine runs"):
+    with pytest.raises(UserError, match="TOKENSWIFT_ISA: 'mmx' is not allowed; this machine runs"):
         native_of(config_of())
+
+
+def test_threads_that_the_system_does_not_give_are_refused() -> None:
+    """In a process of its own, whose limit of threads is reached."""
+    code = (
+        "import resource, threading\n"
+        "from tokenswift_py.kernels.cpu import _native\n"
+        "from tokenswift_py.models.devices import made\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"  # stacks of 8 MiB: room for some hundred
+        "try:\n"
+        "    made(_native.Team, 1024)\n"
+        "except ValueError as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout.startswith("UserError threads: 1024 is not allowed; the system gives "), done.stderr
 
 
 def malformed(name: str, value: Any) -> dict[str, Any]:
@@ -445,6 +464,23 @@ def test_malformed_input_is_refused(decoder: NativeDecoder, case: str) -> None:
     name, value = BAD[case]
     with pytest.raises((ValueError, TypeError)):
         decoder.weights.native.forward(pool=pool.native, **malformed(name, value))
+
+
+def test_more_logits_than_rows_are_refused(decoder: NativeDecoder) -> None:
+    """Each row has room for its operands once, whatever the caller's array of logits has room for."""
+    pool = decoder.new_pool(40)
+    pool.allocate()
+    rows, logits = np.zeros(3, np.int32), np.zeros((3, 61), np.float32)
+    engine, states = decoder.weights.native, np.zeros((2, 48), np.float32)
+    with pytest.raises(ValueError, match="logits of 3 rows of 2"):
+        engine.forward(pool=pool.native, **{**malformed("logit_rows", rows), "logits": logits})
+    with pytest.raises(ValueError, match="logits of 3 rows of 2"):
+        engine.close(stream=states, logit_rows=rows, hidden=states.copy(), residual=states.copy(), logits=logits)
+    with pytest.raises(ValueError, match="logit row 2 of 2"):
+        engine.close(
+            stream=states, logit_rows=np.array([2], np.int32), hidden=states.copy(), residual=states.copy(),
+            logits=logits[:1],
+        )  # fmt: skip
 
 
 def test_the_good_call_that_malformed_ones_start_from_is_good(decoder: NativeDecoder) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from tokenswift_py import registry
-from tokenswift_py.errors import check
+from tokenswift_py.errors import UserError, check
 from tokenswift_py.models.captured import recorder_for
 from tokenswift_py.models.ops import MatrixShape, Ops, TorchOps
 from tokenswift_py.models.spec import ModelSpec, caps
@@ -23,6 +24,8 @@ from tokenswift_py.sampling.reference import Sampler
 from tokenswift_py.sampling.triton import TritonSampler
 
 logger = logging.getLogger("tokenswift")
+
+Made = TypeVar("Made")
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 KV_DTYPES = {**DTYPES, "int8": torch.int8}
@@ -47,6 +50,15 @@ def isa_contract(isa: str) -> str:
     for ending in SAME_BITS:
         isa = isa.removesuffix(ending)
     return isa
+
+
+def made(kind: Callable[..., Made], *arguments: Any, **named: Any) -> Made:
+    """Makes an object of the native engine. What it refuses (TOKENSWIFT_ISA, threads that the system does not give) is
+    a UserError."""
+    try:
+        return kind(*arguments, **named)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @cache

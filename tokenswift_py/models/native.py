@@ -23,7 +23,7 @@ from tokenswift_py.kvcache.memories.base import Memory, Shape
 from tokenswift_py.kvcache.pages import BoundedPages, grouped, pages_for
 from tokenswift_py.models.blocks import BLOCK, FP32, Blocks
 from tokenswift_py.models.clock import Clock, HostClock
-from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name, isa_contract
+from tokenswift_py.models.devices import DTYPES, available_threads, check_dtype, dtype_name, isa_contract, made
 from tokenswift_py.models.families.base import GLOBAL, LOCAL
 from tokenswift_py.models.rope import RopeTables, query_turns
 from tokenswift_py.models.rows import (
@@ -122,16 +122,16 @@ class NativeWeights:
     ):
         from tokenswift_py.kernels.cpu import _native
 
-        self.spec = spec
-        self.dtype = dtype
+        self.spec, self.dtype = spec, dtype
         check_dtype("dtype", self.dtype)
         check(spec.head_dim % 2 == 0 and spec.head_dim <= 512, "head_dim", spec.head_dim, "an even number up to 512")
         check(threads is None or threads >= 1, "threads", threads, "at least 1")
-        self.team = team or _native.Team(threads or available_threads())
+        self.team = team or made(_native.Team, threads or available_threads())
         self.kinds: set[str] = set()  # the types that matrices have
         embedding = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
         self._fewest_bits = fewest_bits
-        self.native = _native.Decoder(
+        self.native = made(
+            _native.Decoder,
             vocab=spec.vocab_size if spec.vocabulary else 1,
             hidden=spec.hidden_size,
             ffn=spec.intermediate_size,

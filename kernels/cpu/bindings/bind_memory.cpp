@@ -62,7 +62,9 @@ void fold(Recall& memory, Decoder& decoder, const Pool& pool, const Ints& number
     require(table->shape(0) == cos.shape(0) && table->shape(1) == size_t(shape.head_dim / 2),
             "RoPE tables are [context, head_dim / 2]");
   }
-  require(pool.layers() == shape.layers && pool.kv_heads() == shape.kv_heads, "the pool is not of this model's shape");
+  require(pool.layers() == shape.layers && pool.kv_heads() == shape.kv_heads &&
+              pool.head_dim() == round_up(shape.head_dim, vector_multiple),
+          "the pool is not of this model's shape");
   if (shifts) {
     require(shifts->shape(0) == size_t(shape.layers) && shifts->shape(1) == size_t(shape.kv_heads) &&
                 shifts->shape(2) == pages.shape(0),

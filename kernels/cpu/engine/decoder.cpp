@@ -17,6 +17,15 @@ constexpr int largest_size = 1 << 24;  // rows or columns of a matrix; no count 
 constexpr int most_experts = 1 << 16;
 constexpr double least_cap = 1e-3, largest_cap = 1e6;  // so that products with its inverse stay finite
 
+// Each row's logits are wanted once at the most: the buffers have room for that.
+void check_logit_rows(const Pass& pass) {
+  require(pass.logit_count <= pass.rows, "logits of ", pass.logit_count, " rows of ", pass.rows);
+  for (int i = 0; i < pass.logit_count; ++i) {
+    const int row = pass.logit_rows[i];
+    require(row >= 0 && row < pass.rows, "logit row ", row, " of ", pass.rows);
+  }
+}
+
 const Shape& checked(const Shape& shape) {
   for (const int n : {shape.vocab, shape.hidden, shape.ffn, shape.layers, shape.heads, shape.kv_heads}) {
     require(n > 0 && n <= largest_size, "a model's sizes are between 1 and ", largest_size, ", not ", n);
@@ -209,10 +218,7 @@ void Decoder::check(const Pass& pass, const Pool& pool) const {
             pass.context);
     require(pool.usable_slot(pass.slots[row]), "slot ", pass.slots[row], " is not in use");
   }
-  for (int i = 0; i < pass.logit_count; ++i) {
-    const int row = pass.logit_rows[i];
-    require(row >= 0 && row < pass.rows, "logit row ", row, " of ", pass.rows);
-  }
+  check_logit_rows(pass);
   require(!pass.chosen || pass.chosen->are_of(head_.weight), "the chosen rows are of another head");
   int row = 0;
   for (const SegmentInput& segment : pass.segments) {
@@ -517,6 +523,7 @@ void Decoder::finish(const Pass& pass) {
 }
 
 void Decoder::close(const Pass& pass) {
+  check_logit_rows(pass);
   const std::lock_guard<std::mutex> turn(team_->turn());
   const FlushDenormals flush;
   const RestAtEnd rest{kernels_};

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
 
 #ifdef __linux__
 #include <linux/futex.h>
@@ -71,10 +74,18 @@ bool spin_until(const F& ready) {
 }  // namespace
 
 Team::Team(int threads) : runs_(threads) {
-  for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+  try {
+    for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+  } catch (const std::system_error&) {  // a limit of the system
+    const std::string had = std::to_string(threads_.size() + 1);
+    dismiss();
+    throw std::invalid_argument("threads: " + std::to_string(threads) + " is not allowed; the system gives " + had);
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   stop_ = true;
   epoch_.fetch_add(1);
   wake_all(epoch_);

@@ -49,6 +49,7 @@ class Team {
 
   void run(int count, Call call, const void* context);
   void share(int count, Call call, const void* context);
+  void dismiss();
   void serve(int worker);
   int take_pieces(int worker);
   int take_pieces_of(int owner, int worker);
