@@ -8,6 +8,8 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from tokenswift_py.serving.jobs.page import contents
 from tokenswift_py.text import special_ids
 
 CONTEXT = 8192
+DEEP: Any = reduce(lambda inner, _: {"a": inner}, range(400), 1)
 ENDLESS = {"ignore_eos": True, "on_loop": "ignore", "temperature": 1.0}  # ends by length alone
 LONG = {**ENDLESS, "max_new_tokens": 8000}  # see `braked`
 CHAPTERS = {"chapters": ["the dog", "the bird"], "temperature": 1.0, "min_chapter_tokens": 4}
@@ -301,6 +304,27 @@ def test_a_full_disk_interrupts_and_resuming_goes_on(
     assert over(job).written() == alone(long_swift, job, **settings).text
 
 
+def test_a_full_disk_takes_no_job_and_changes_none(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = begun(jobs.create("the cat", **ENDLESS))
+    jobs.cancel(job.id)
+    until(lambda: job.over)
+    kept = asdict(job.kept)
+
+    def no_room(job: Job) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "save", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            jobs.create("the cat", **ENDLESS)
+        with pytest.raises(OSError, match="No space left"):
+            jobs.resume(job.id)
+    assert (job.state, asdict(job.kept), jobs.list()) == ("cancelled", kept, [job])
+    assert sorted(path.name for path in jobs.folder.iterdir()) == sorted(["lock", job.id])
+    jobs.resume(job.id)
+    jobs.cancel(job.id)
+
+
 # Limits
 
 
@@ -473,6 +497,8 @@ def test_cancel_and_resume_over_http(client: httpx.Client) -> None:
         ("POST", "/v1/jobs", {"prompt": "a", "messages": []}, 400, "prompt"),
         ("POST", "/v1/jobs", {"prompt": "a", "max_tokens": 10**6}, 400, "max_tokens"),
         ("POST", "/v1/jobs", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
+        ("POST", "/v1/jobs", {"prompt": "a", "template_args": DEEP}, 400, "template_args"),
+        ("POST", "/v1/jobs", {"prompt": [None] * 100_000}, 400, "prompt.0"),
         ("POST", f"/v1/jobs/{'0' * 24}/cancel", None, 404, "job"),
         ("DELETE", f"/v1/jobs/{'0' * 24}", None, 404, "job"),
     ],

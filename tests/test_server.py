@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from tokenswift_py.cli.main import main
 from tokenswift_py.cli.serve import KEY
 from tokenswift_py.options import described_options
 from tokenswift_py.serving.engine import Engine
-from tokenswift_py.serving.http import own
+from tokenswift_py.serving.http import own, refusals
 
 ROOT = Path(__file__).resolve().parent.parent
 SAID = [{"role": "user", "content": "the cat"}]
@@ -307,6 +308,7 @@ def test_eight_clients_at_once_get_their_texts_alone(client: openai.OpenAI, long
 # What is refused
 
 
+DEEP: Any = reduce(lambda inner, _: {"a": inner}, range(400), 1)
 WRONG = {
     "temperature": ({"temperature": -1}, 400, "temperature", None),
     "top_p": ({"top_p": 2}, 400, "top_p", None),
@@ -324,6 +326,13 @@ WRONG = {
     "a bias on no token": ({"logit_bias": {"many": 1}}, 400, "logit_bias", None),
     "a seed": ({"seed": -1}, 400, "seed", None),
     "no messages": ({"messages": []}, 400, "messages", None),
+    "arguments within arguments": ({"extra_body": {"template_args": DEEP}}, 400, "template_args", None),
+    "a schema within a schema": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": DEEP}}},
+        400, "response_format", None,
+    ),
+    "many breakers": ({"extra_body": {"dry_breakers": ["x"] * 65, "dry_multiplier": 1}}, 400, "dry_breakers", None),
+    "a thousand fields": ({"extra_body": {f"wisdom{i}": 1 for i in range(1000)}}, 400, None, None),
     "a role": ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role", None),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -392,6 +401,33 @@ def test_a_body_that_is_too_large_is_refused(server: Running) -> None:
 def test_rubbish_gets_a_400(server: Running, body: bytes) -> None:
     refused = ask(f"{server.url}/v1/chat/completions", body, Authorization=RIGHT)
     assert (refused.status, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": [None] * 150_000}),
+        ("completions", {"prompt": [[None] * 150_000]}),
+        ("chat/completions", {"messages": [None] * 150_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [None] * 150_000}]}),
+        ("responses", {"input": [None] * 150_000}),
+    ],
+)
+def test_a_long_list_of_wrong_things_has_one_error(
+    server: Running, path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would be looked for, kept and told: gigabytes, and a minute in which nobody else is answered."""
+    told: list[int] = []
+    of_validation = refusals.of_validation
+
+    def count(error: Any) -> refusals.Refusal:
+        told.append(len(error.errors()))
+        return of_validation(error)
+
+    monkeypatch.setattr(refusals, "of_validation", count)
+    refused = ask(f"{server.url}/v1/{path}", json.dumps(body, separators=(",", ":")).encode(), Authorization=RIGHT)
+    assert refused.status == 400
+    assert told[0] < 10
 
 
 def test_a_page_of_another_name_cannot_ask(long_swift: TokenSwift) -> None:

@@ -13,7 +13,7 @@ from tokenswift_py.kvcache.pages import ROUND_PAGES, SPARE_PAGES
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.positions import Positions
-from tokenswift_py.models.rope import AUTO, RopeTables
+from tokenswift_py.models.rope import AUTO, RopeTables, rope_bytes
 from tokenswift_py.planning.costs import Load, PassCost
 from tokenswift_py.planning.rounds import Probes
 
@@ -66,7 +66,10 @@ class Company(LoadedModel):
         self._costs: dict[tuple[Hashable, ...], PassCost] = {}
         self._load, self._probes = Load(), Probes()
         self.alone = loaded
-        self.context = context or loaded.checkpoint.spec.trained_context
+        self.context = loaded.checkpoint.spec.trained_context if context is None else context
+        check(self.context >= 1, "context", context, "at least 1")
+        tables = rope_bytes(loaded.checkpoint.config, self.context)
+        check_memory(tables, loaded.executor.device, f"RoPE tables of {self.context} positions")
         self._rope = loaded.rope(self.context, positions)
         self.executor.check_rope(self._rope)
         self.target = self.executor.model(self._rope)

@@ -9,8 +9,13 @@ from tokenswift_py.errors import check
 
 MIB = 2**20
 STOP_LENGTH = 256  # the most characters of a stop string
-ITEMS = {"stop": 16, "logit_bias": 1024}  # the most entries of a list or of a table; for any other list or table:
+ITEMS = {
+    "stop": 16,
+    "logit_bias": 1024,
+    "dry_breakers": 64,
+}  # the most entries of a list or of a table; for any other list or table:
 MOST_ITEMS = 1024
+MOST_DEPTH = 64  # lists and tables within one another
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,22 @@ class Limits:
 def check_size(name: str, value: Any) -> None:
     """Refuses lists, tables and stop strings that are larger than anyone needs. They are looked through at every
     token."""
+    check_depth(name, value)
     if isinstance(value, (list, tuple, dict)):
         most = ITEMS.get(name, MOST_ITEMS)
         check(len(value) <= most, name, f"{len(value)} entries", f"at most {most}")
     for text in value if name == "stop" and isinstance(value, list) else ():
         if isinstance(text, str):
             check(len(text) <= STOP_LENGTH, name, text, f"texts of at most {STOP_LENGTH} characters")
+
+
+def check_depth(name: str, value: Any) -> None:
+    """Refuses lists and tables that lie deeper within one another than Python's stack may hold."""
+    inner, depth = [value], 0
+    while inner := [item for part in inner if isinstance(part, (list, tuple, dict)) for item in items_of(part)]:
+        depth += 1
+        check(depth <= MOST_DEPTH, name, f"{depth} levels", f"lists and tables within one another {MOST_DEPTH} times")
+
+
+def items_of(part: Any) -> Any:
+    return part.values() if isinstance(part, dict) else part

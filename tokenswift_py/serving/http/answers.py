@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
+from starlette.types import Receive, Scope, Send
 
 from tokenswift_py.runs.result import Piece, Result
 from tokenswift_py.serving.http.asked import Asked
@@ -156,6 +160,17 @@ class CompletionAnswer(Answer):
 def ended(end: Ended | None) -> dict[str, Any]:
     """Returns the end of a text. `ending` is our own word: eos, stop, loop, length, timeout or interrupted."""
     return {"finish_reason": end.finish_reason, "ending": end.ending} if end else {"finish_reason": None}
+
+
+class Events(EventSourceResponse):
+    """Server-sent events. A client that does not read for `stall` seconds is taken for gone (0: never)."""
+
+    def __init__(self, events: Any, stall: float, headers: Mapping[str, str] | None = None):
+        super().__init__(events, sep="\n", send_timeout=stall or None, headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(SendTimeoutError):
+            await super().__call__(scope, receive, send)
 
 
 def dumped(value: Any) -> str:

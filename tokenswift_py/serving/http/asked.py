@@ -13,7 +13,7 @@ from tokenswift_py.options import Options
 from tokenswift_py.serving.http import own
 from tokenswift_py.serving.http.protocol import ChatRequest, CompletionRequest, Message, Request, ResponseRequest
 from tokenswift_py.serving.http.refusals import Refusal
-from tokenswift_py.serving.limits import Limits, check_size
+from tokenswift_py.serving.limits import Limits, check_depth, check_size
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
 SEED_BITS = 53  # the size of a seed that the server draws; JSON numbers of every language hold it
@@ -79,6 +79,7 @@ class Server:
             check_size(name, value)
         schema = form.wanted() if form else None
         if schema is not None:
+            check_depth("response_format", schema)
             settings["json_schema"] = schema
         if likeliest is not None:
             settings["logprobs"] = likeliest

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from tokenswift_py.options import described_options
+from tokenswift_py.serving.http.refusals import Refusal
+
+MOST_FIELDS = 200  # of one object in a request
 
 # The parameters that a request may set. Those that OpenAI has its own words for (max_tokens, logprobs, response_format)
 # are not among them.
@@ -56,6 +59,14 @@ class Body(BaseModel):
     """The JSON of a request. No field is dropped silently, and no value is read as another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_few_fields(cls, said: Any) -> Any:
+        """Refuses more fields than there are before each is found to be unknown."""
+        if isinstance(said, dict) and len(said) > MOST_FIELDS:
+            raise Refusal(400, f"body: {len(said)} fields are not allowed; at most {MOST_FIELDS}")
+        return said
 
 
 def fields() -> dict[str, Any]:

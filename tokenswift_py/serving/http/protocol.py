@@ -11,6 +11,9 @@ from tokenswift_py.serving.http.refusals import Refusal
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[
+    list[TokenId], Field(fail_fast=True)
+]  # one error is told, so no more are looked for in a long list
 
 
 def neutral(*values: Any) -> Any:
@@ -32,7 +35,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
 
     @model_validator(mode="after")
     def only_text(self) -> Message:
@@ -46,6 +49,9 @@ class Message(BaseModel):
         """Returns the message in the form that chat templates take."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True)]
 
 
 class JsonSchema(BaseModel):
@@ -93,7 +99,7 @@ class Request(OwnParameters):
 
 
 class ChatRequest(Request):
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Count | None = None
@@ -120,7 +126,9 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: (
+        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+    )
     max_tokens: Count | None = None
     n: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -158,12 +166,12 @@ class TextSettings(Body):
 
 
 class ResponseRequest(Request):
-    input: str | list[Message] = Field(min_length=1)
+    input: str | Messages = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: TextSettings | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -187,10 +195,10 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds

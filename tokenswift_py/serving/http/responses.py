@@ -8,6 +8,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.serving.http.answers import dumped, proof, usage
 from tokenswift_py.serving.http.asked import Asked
@@ -83,7 +85,7 @@ class ResponseAnswer:
             yield event("response.content_part.added", part=self.part(""), **item)
             async for said in texts.events():
                 if isinstance(said, Ended):
-                    for closing in self.closing(said, event, item):
+                    for closing in await run_in_threadpool(self.closing, said, event, item):
                         yield closing
                 elif said.piece.text or (self.wants_logprobs and said.piece.tokens):
                     logprobs = self.logprobs([said.piece])

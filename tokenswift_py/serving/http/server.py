@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from sse_starlette.sse import AppStatus, EventSourceResponse, SendTimeoutError
+from sse_starlette.sse import AppStatus
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from tokenswift_py.errors import shown
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http import protocol, refusals
-from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, dumped
+from tokenswift_py.serving.http.answers import ChatAnswer, CompletionAnswer, Events, dumped
 from tokenswift_py.serving.http.asked import Asked, Server
 from tokenswift_py.serving.http.gate import Gate
 from tokenswift_py.serving.http.metrics import Metrics
@@ -43,17 +42,16 @@ class Json(JSONResponse):
         return dumped(content).encode()
 
 
-class Events(EventSourceResponse):
-    """The server-sent events of texts. The texts are given up if the client leaves, or does not read for too long."""
+class TextEvents(Events):
+    """The events of texts, which are given up if the client leaves, or does not read for too long."""
 
     def __init__(self, events: Any, texts: Texts, stall: float):
-        super().__init__(events, sep="\n", send_timeout=stall or None)
+        super().__init__(events, stall)
         self._texts = texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(SendTimeoutError):
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:  # also when not a single event was asked for
             self._texts.cancel()
 
@@ -121,7 +119,9 @@ class Service:
     async def answer(self, answer: Any, texts: Texts, request: Request) -> Response:
         """Returns a whole answer."""
         ends = await finished(texts, request.receive)
-        return Response(status_code=LEFT) if ends is None else Json(answer.complete(ends))
+        if ends is None:
+            return Response(status_code=LEFT)
+        return await run_in_threadpool(lambda: Json(answer.complete(ends)))  # log-probabilities take a while
 
     def _routes(self) -> None:
         app, errors = self.app, {**DESCRIBED, "default": {"model": ErrorBody}}
@@ -135,7 +135,7 @@ class Service:
             asked, texts = await self.begin(body.model, body, self.server.chat)
             answer = ChatAnswer(self.name, asked, self.tokens)
             if body.stream:
-                return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
+                return TextEvents(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
         @app.post("/v1/completions", responses={**errors, 200: text_of}, response_class=Json)
@@ -145,7 +145,7 @@ class Service:
             echoed = [self.server.detokenized(ids) for ids in asked.prompts] if body.echo else ()
             answer = CompletionAnswer(self.name, asked, self.tokens, echoed)
             if body.stream:
-                return Events(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
+                return TextEvents(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
         @app.post("/v1/responses", responses={**errors, 200: response_of}, response_class=Json)
@@ -154,7 +154,7 @@ class Service:
             asked, texts = await self.begin(body.model, body, self.server.response)
             answer = ResponseAnswer(self.name, body, asked, self.tokens)
             if body.stream:
-                return Events(answer.events(texts), texts, self.limits.stall)
+                return TextEvents(answer.events(texts), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
 
         @app.get("/v1/models", responses={**errors, 200: described(shapes.ModelList)}, response_class=Json)

@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -75,7 +75,8 @@ class Jobs:
     ) -> Job:
         """Takes a text. It is on the disk when this returns.
 
-        Raises UserError for a text that cannot be written, and Busy if too many jobs are kept.
+        Raises UserError for a text that cannot be written, Busy if too many jobs are kept, and OSError, leaving
+        nothing, where the disk is full.
 
         asked: the request in its own words, to be shown. None shows the prompt.
         """
@@ -96,10 +97,14 @@ class Jobs:
             if len(self._jobs) >= self.most_jobs:
                 raise Busy(f"{len(self._jobs)} jobs are kept, as many as may be: delete some")
             folder = self.folder / secrets.token_hex(12)
-            folder.mkdir(mode=0o700)
-            job = Job(folder, kept)
-            job.save()
-            sync_folder(self.folder)
+            try:
+                folder.mkdir(mode=0o700)
+                job = Job(folder, kept)
+                job.save()
+                sync_folder(self.folder)
+            except OSError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
             self._jobs[job.id] = job
         self._todo.put(self._nothing)
         return job
@@ -130,14 +135,20 @@ class Jobs:
         return job
 
     def resume(self, name: str) -> Job:
-        """Goes on with a job that was cancelled, interrupted or failed. Raises WrongState for others."""
+        """Goes on with a job that was cancelled, interrupted or failed. Raises WrongState for others, and OSError where
+        the disk is full: then the job stays as it was."""
         job = self.get(name)
         with self._lock:
             if job.state not in ("cancelled", "interrupted", "failed"):
                 raise WrongState(f"the job is {job.state}; what is cancelled, interrupted or failed can go on")
             self._check_free(job)
-            job.kept.state, job.kept.error, job.kept.ended = OPEN, None, None
-            job.save()
+            before = job.kept
+            job.kept = replace(before, state=OPEN, error=None, ended=None)
+            try:
+                job.save()
+            except OSError:
+                job.kept = before
+                raise
             job.state = "waiting"
         self._todo.put(self._nothing)
         return job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -17,9 +18,10 @@ from starlette.responses import FileResponse, Response
 
 from tokenswift_py.errors import check
 from tokenswift_py.serving.engine import Busy
+from tokenswift_py.serving.http.answers import Events
 from tokenswift_py.serving.http.asked import Server
 from tokenswift_py.serving.http.own import OwnParameters
-from tokenswift_py.serving.http.protocol import Count, Message, ResponseFormat, TokenId
+from tokenswift_py.serving.http.protocol import Count, Messages, ResponseFormat, TokenIds
 from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
 from tokenswift_py.serving.jobs.job import Job
 from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
@@ -28,6 +30,8 @@ from tokenswift_py.serving.limits import Limits
 from tokenswift_py.serving.shapes import jobs as shapes
 from tokenswift_py.serving.shapes.document import described, stream_of
 from tokenswift_py.text import Prompt
+
+logger = logging.getLogger("tokenswift")
 
 STATUS_SECONDS = 1.0  # seconds between two statuses in a stream of events
 GATHER_SECONDS = 0.05  # seconds in which pieces are gathered into one event
@@ -45,8 +49,8 @@ class JobRequest(OwnParameters):
     priority: the urgency of the text. Texts of higher priority are served sooner.
     """
 
-    prompt: str | list[TokenId] | None = None
-    messages: list[Message] | None = None
+    prompt: str | TokenIds | None = None
+    messages: Messages | None = None
     raw: bool | None = None
     max_tokens: Count | None = None
     response_format: ResponseFormat | None = None
@@ -99,6 +103,9 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             raise Refusal(409, str(error), None, "wrong_state") from error
         except Busy as error:
             raise Refusal(429, str(error), None, "too_many_jobs", RETRY_AFTER) from error
+        except OSError as error:
+            logger.error("a job could not be kept: %s", error)
+            raise Refusal(503, f"the server cannot keep it: {error.strerror}", None, "not_kept") from error
 
     @router.get("/", include_in_schema=False)
     async def home() -> Response:
@@ -149,7 +156,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             fine = last_event_id.isascii() and last_event_id.isdecimal()
             check(fine, "Last-Event-ID", last_event_id, "the id of an event")
             offset = int(last_event_id)
-        return EventSourceResponse(told(it, offset), sep="\n", headers=SAFE, send_timeout=60.0)
+        return Events(told(it, offset), 60.0, headers=SAFE)
 
     @router.post("/v1/jobs/{job}/cancel", responses={**errors, 200: job_of}, response_class=Response)
     async def cancel(job: str) -> Response:
