@@ -35,7 +35,7 @@ from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.drafters.views import Views
 from tokenswift_py.kvcache.policies.recent import POLICY as Recent
-from tokenswift_py.runs import contract, journal, snapshot
+from tokenswift_py.runs import audit, contract, journal, snapshot
 from tokenswift_py.runs.journal import NAME, Journal, JournalError
 from tokenswift_py.sampling.reference import Sampler
 
@@ -359,22 +359,74 @@ def test_a_run_goes_on_with_drafts_that_see_a_few_pages(
         assert seen == {3}
 
 
+def test_an_interrupt_at_any_line_leaves_a_journal_that_can_be_read(tmp_path: Path) -> None:
+    """Ctrl-C may come between any two lines while tokens are put on the disk. What is closed then is whole."""
+    steps = [[number, number + 1] for number in range(0, 12, 2)]  # 0 to 11
+
+    def interrupted(folder: Path, line: int) -> bool:
+        """Whether the interrupt came: at this line, counted from the first sync on."""
+        kept, count = Journal.create(folder, {}), 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal count
+            if frame.f_code.co_filename == journal.__file__ and event == "line":
+                count += 1
+                if count == line:
+                    raise KeyboardInterrupt
+            return trace
+
+        came, before = False, sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for step in steps:
+                kept.append(step)
+                kept.sync()
+        except KeyboardInterrupt:
+            came = True
+        finally:
+            sys.settrace(before)
+        kept.close()
+        tokens = journal.read(folder).tokens
+        assert tokens == list(range(len(tokens))) and (came or len(tokens) == 12)
+        return came
+
+    line = 1
+    while interrupted(tmp_path / str(line), line):
+        line += 1
+    assert line > 50
+
+
 def test_extending_writes_what_a_longer_run_writes(swift: TokenSwift, tmp_path: Path) -> None:
     plain = {**SETTINGS, "chapters": [], "ignore_eos": True}
     with swift.stream("the cat", out=tmp_path / "run", **plain) as stream:
         list(stream)
-    with pytest.raises(UserError, match="extend: 500 is not allowed; the recorded context of 600 has room for"):
-        swift.resume(tmp_path / "run", extend=500)
-    for target in (150, 200):
+    for target in (150, 200, 590):
         with swift.resume(tmp_path / "run", extend=target - len(stream.tokens)) as stream:
             list(stream)
-        longer = swift.generate("the cat", **{**plain, "max_new_tokens": target})
+        longer = swift.generate("the cat", **{**plain, "max_new_tokens": target, "context": max(600, target + 20)})
         assert stream.result().tokens == longer.tokens and stream.result().text == longer.text
         assert journal.read(tmp_path / "run").max_new_tokens == target
+    assert audit.audit(swift, tmp_path / "run").passed
+    with pytest.raises(UserError, match=r"extend: 500 is not allowed; .* recorded context of 600; there is room for 4"):
+        swift.resume(tmp_path / "run", extend=500)
     cut_short(tmp_path / "run", 100)
     with pytest.raises(UserError, match=r"extend: 5 is not allowed; the run is not finished \(100 of 120 tokens\)"):
         swift.resume(tmp_path / "run", extend=5)
     Journal.open(tmp_path / "run").close()  # the refusal gave the lock back
+
+
+def test_a_context_that_positions_depend_on_does_not_grow(swift: TokenSwift, tmp_path: Path) -> None:
+    """Beyond the trained positions a scheme is made for one length, or for all of one factor."""
+    settings = {"max_new_tokens": 20, "seed": 2, "ignore_eos": True}
+    for scheme, context in (("auto", 1500), ("yarn", 1500), ("linear", 1500)):
+        with swift.stream("the cat", out=tmp_path / scheme, context=context, positions=scheme, **settings) as stream:
+            list(stream)
+        room = context - stream.result().report["prompt_tokens"] - 20
+        with pytest.raises(UserError, match=f"recorded context of 1500; there is room for {room} more"):
+            swift.resume(tmp_path / scheme, extend=3000)
+        with swift.resume(tmp_path / scheme, extend=5) as stream:
+            list(stream)
+        assert len(stream.tokens) == 25
 
 
 def test_a_text_that_ended_by_itself_is_not_extended(swift: TokenSwift, tmp_path: Path) -> None:

@@ -205,8 +205,8 @@ class TokenSwift(LoadedModel):
 
         journal:  the run's folder, or its journal opened.
         kv_snapshot: the same as for `stream`. A snapshot that is there is used in any case.
-        extend:   number of tokens to write beyond those that were asked for, within the recorded context; only for a
-                  finished run.
+        extend:   number of tokens to write beyond those that were asked for: within the recorded context, or a larger
+                  one where that meets positions alike. Only for a run that ended because it had them all.
         settings: fields of `Options`. A journal records only the names of `logits_processors`, so these must be given
                   in the state that they had when the run began: each is called again for every token so far, unless it
                   is pure. A setting that the text depends on must be the recorded one.

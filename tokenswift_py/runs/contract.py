@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # These options change how fast a text is written, never the text.
 SPEED_ONLY = [name for name, described in described_options().items() if not described.changes_text]
 SPEED_ONLY.append("kv_gates")  # which says where a file lies; the numerics name what is in it
+# A run that is extended has more of these. `numerics` says whether positions are met as before.
+GROWING = ("max_new_tokens", "context")
 LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
 # These keys of config.json only say who wrote the file.
 UNREAD = ("_name_or_path", "transformers_version")
@@ -61,7 +63,7 @@ def check_same(recorded: Mapping[str, Any], now: Mapping[str, Any], numerics: bo
         then = recorded.get(name)
         check(now.get(name) == then, name, now.get(name), f"the run was written with {then!r}")
     for name, value in recorded["parameters"].items():
-        if name not in (*SPEED_ONLY, "max_new_tokens"):
+        if name not in (*SPEED_ONLY, *GROWING):
             check_parameter(name, now["parameters"].get(name), value)
 
 

@@ -234,7 +234,9 @@ class Journal:
         lock(file, path)
         journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
         try:
-            journal._put(MAGIC + frame_bytes(HEADER, payload, 0))
+            begun = MAGIC + frame_bytes(HEADER, payload, 0)
+            journal._put(begun)
+            journal._size = len(begun)
             sync_folder(folder)
         except OSError as error:
             file.close()
@@ -279,15 +281,15 @@ class Journal:
     def extend(self, count: int) -> None:
         """Records that `count` tokens more were asked for. Raises JournalError."""
         self.sync()
-        self._write(frame_bytes(EXTEND, EXTENSION.pack(count), self.record.seed))
+        self._size = self._write(frame_bytes(EXTEND, EXTENSION.pack(count), self.record.seed))
 
     def sync(self) -> None:
         """Puts everything appended so far on the disk. Raises JournalError."""
         if self._pending and not self._file.closed:
-            tokens, forced = zip(*self._pending, strict=True)
-            payload = token_payload(self._safe, tokens, forced)
-            self._write(frame_bytes(TOKENS, payload, self.record.seed))
-            self._safe, self._pending = self._safe + len(tokens), []
+            payload = token_payload(self._safe, *zip(*self._pending, strict=True))
+            size, safe = self._write(frame_bytes(TOKENS, payload, self.record.seed)), self._safe + len(self._pending)
+            # Without a call between them: after a KeyboardInterrupt the next sync writes the same place, or none.
+            self._size, self._safe, self._pending = size, safe, []
         self._synced = self._clock()
 
     def close(self) -> None:
@@ -297,8 +299,8 @@ class Journal:
         finally:
             self._file.close()
 
-    def _write(self, frame: bytes) -> None:
-        """Puts a frame. Where that fails, the part written is cut off and the journal ends with JournalError."""
+    def _write(self, frame: bytes) -> int:
+        """Puts a frame, and returns the size with it. If that fails, cuts it off and ends with JournalError."""
         try:
             self._put(frame)
         except OSError as error:
@@ -306,11 +308,10 @@ class Journal:
                 os.ftruncate(self._file.fileno(), self._size)
                 os.fsync(self._file.fileno())
             self._file.close()
-            folder = self.record.path.parent
-            raise JournalError(
-                f"out: {error.strerror}: {self._safe} tokens are safe in {self.record.path}; "
-                f"`tokenswift resume {folder}` goes on from there"
-            ) from error
+            path = self.record.path
+            safe = f"{self._safe} tokens are safe in {path}; `tokenswift resume {path.parent}` goes on from there"
+            raise JournalError(f"out: {error.strerror}: {safe}") from error
+        return self._size + len(frame)
 
     def _put(self, frame: bytes) -> None:
         """Writes after the safe bytes, always at that place, so that the next write covers an interrupted one."""
@@ -318,7 +319,6 @@ class Journal:
         while at < len(frame):
             at += os.pwrite(file, frame[at:], self._size + at)
         os.fsync(file)
-        self._size += len(frame)
 
 
 class Followed(Journal):

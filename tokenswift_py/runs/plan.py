@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,16 @@ from tokenswift_py.drafters.base import VIEWS, kind_of
 from tokenswift_py.errors import UserError, about, check
 from tokenswift_py.memory import check_memory
 from tokenswift_py.models.positions import Positions
-from tokenswift_py.models.rope import TRAINED, RopeTables, chosen_positions, rope_bytes, rope_tables
+from tokenswift_py.models.rope import (
+    TRAINED,
+    RopeTables,
+    chosen_positions,
+    covered,
+    rope_bytes,
+    rope_tables,
+    standardized,
+    trained_length,
+)
 from tokenswift_py.options import FILLED, POLICIES, Options
 from tokenswift_py.remembering.memories import check_remembers, memory_bytes
 from tokenswift_py.runs import contract
@@ -87,6 +96,8 @@ def prepare(
     grammar = Grammar(*options.language, loaded.vocabulary) if options.language else None
     needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
     context = options.context or needed
+    if recorded:
+        context = max(context, needed)  # of a run that was extended; `recorded_run` checks that it may have grown
     parts = f"prompt ({len(tokens)})" + (f" + turns ({needed - len(tokens) - options.max_new_tokens})" if turns else "")
     allowed = f"{parts} + max_new_tokens ({options.max_new_tokens}) need {needed}"
     check(needed <= context, "context", context, allowed)
@@ -116,7 +127,8 @@ def prepare(
 
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
     """Makes the run that a journal records, `extend` tokens longer. Raises the UserErrors of `resume`."""
-    recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
+    check(extend >= 0, "extend", extend, "a number of tokens")
+    recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens + extend, "trace": None}
     if "positions" not in recorded:  # the run began before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
     if "special" not in recorded:  # begun before names of control tokens were text and these defaults were known
@@ -136,11 +148,24 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     run = prepare(loaded, record.header["prompt"], options, recorded=True, in_pool=in_pool)
     outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
-    room = run.context - len(run.prompt) - sum(map(len, run.turns)) - options.max_new_tokens
-    check(extend >= 0, "extend", extend, "a number of tokens")
-    allowed = f"the recorded context of {run.context} has room for {room} more; begin with a larger one"
-    check(extend <= room, "extend", extend, allowed)
-    return replace(run, options=replace(run.options, max_new_tokens=options.max_new_tokens + extend))
+    check_context(loaded, run, recorded["context"], extend)
+    return run
+
+
+def check_context(loaded: LoadedModel, run: Run, recorded: int, extend: int) -> None:
+    """Raises UserError where a run has outgrown its recorded context, and a larger one meets positions otherwise.
+
+    A text within the trained positions may always grow to their end.
+    """
+    if run.context <= recorded:
+        return
+    config = standardized(loaded.checkpoint.config)
+    within = covered(config, recorded)
+    same = loaded.rope(recorded, run.options.met_positions()).label == run.rope.label
+    if not same or (within and not covered(config, run.context)):
+        room = max(0, (trained_length(config) if within else recorded) - run.context + extend)
+        allowed = f"how positions are met depends on the recorded context of {recorded}; there is room for {room} more"
+        check(False, "extend", extend, allowed)
 
 
 def resolved_positions(loaded: LoadedModel, settings: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
