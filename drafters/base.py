@@ -21,7 +21,7 @@ from tokenswift_py.options import DRAFTERS, Options
 from tokenswift_py.planning.costs import PassCost
 from tokenswift_py.planning.odds import Odds
 from tokenswift_py.planning.planner import FixedPlanner, Gain, Plan
-from tokenswift_py.sampling.reference import Sampler
+from tokenswift_py.sampling.reference import NumericsError, Sampler
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,14 @@ class Drafter:
         return None
 
 
+def forced(context: Context) -> int | None:
+    """Returns the token that a grammar forces behind the history, None where there is none or nobody can say."""
+    try:
+        return context.sampler.forced(context.history)
+    except NumericsError:
+        return None
+
+
 class Draft(TreeBuilder):
     """A tree in the making that knows each node's chance of being emitted, and the odds it was guessed by."""
 
@@ -172,9 +180,10 @@ class Draft(TreeBuilder):
 
     def force(self, context: Context, end: int) -> list[int]:
         """Hangs the tokens that a grammar forces below node `end`, which carries the history's last token; they join
-        the history. That takes no draft pass, and they are always right. Returns their nodes, in order."""
+        the history. That takes no draft pass, and they are always right. Returns their nodes, in order. None is forced
+        where the grammar cannot be followed: whether the text comes that far is for the target to say."""
         nodes: list[int] = []
-        while (token := context.sampler.forced(context.history)) is not None:
+        while (token := forced(context)) is not None:
             if context.plan.gain_ms(self.chances[end], len(self)) <= 0:
                 break
             node = self.add(end, token)

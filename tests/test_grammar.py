@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -24,7 +25,7 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.main import main
 from tokenswift_py.core import DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
-from tokenswift_py.drafters.base import create
+from tokenswift_py.drafters.base import create, forced
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.heads import Heads
 from tokenswift_py.errors import NumericsError
@@ -185,6 +186,57 @@ def test_every_sampler_chooses_what_the_reference_chooses_of_the_logits_that_are
         assert [sampler.rank(logits, history, 3) for sampler in samplers] == [ranked] * len(samplers)
         forced = grammar.forced(history)
         assert forced is None or ranked == [forced] == [token]
+
+
+class Poisoned:
+    """A matcher that ends in an error for good once it was shown a token, as at a limit of its own."""
+
+    def __init__(self, matcher: Any, token: int, when: str):
+        self._matcher, self._token, self._when, self.error = matcher, token, when, False
+        self._shown = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+    def is_error(self) -> bool:
+        return self.error
+
+    def get_error(self) -> str:
+        return "too many items"
+
+    def try_consume_tokens(self, tokens: list[int]) -> int:
+        self._shown = self._token in tokens
+        self.error |= self._shown and self._when == "shown"
+        return 0 if self.error else int(self._matcher.try_consume_tokens(tokens))
+
+    def compute_bitmask(self) -> bytes:
+        self.error |= self._shown
+        return bytes(self._matcher.compute_bitmask())
+
+
+@pytest.mark.parametrize("when", ["shown", "masked"])
+def test_a_limit_that_a_guess_meets_does_not_end_the_text(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, vocab = vocabulary()
+    made = Grammar("regex", "[ab]{2,9}", vocab)
+    a, b = (vocab_token(vocab, made, letter) for letter in "ab")
+    plain = Follower(made).mask(History([a])).tolist()
+    matcher = made.matcher
+    monkeypatch.setattr(made, "matcher", lambda: Poisoned(matcher(), b, when))
+    grammar, history = Follower(made), History([a])
+    with history.guesses():
+        history.append(b)
+        with pytest.raises(NumericsError, match="cannot be followed beyond position 2: too many items"):
+            grammar.mask(history)
+        context = SimpleNamespace(sampler=grammar, history=history)
+        assert forced(context) is None  # type: ignore[arg-type]
+    assert grammar.mask(history).tolist() == plain
+
+
+def vocab_token(vocab: Vocabulary, grammar: Grammar, letter: str) -> int:
+    """The token that is this letter alone."""
+    first = Follower(grammar).outside(History())
+    tokenizer, _ = vocabulary()
+    return next(t for t in np.flatnonzero(~first).tolist() if tokenizer.decode([t]) == letter)
 
 
 def test_a_sampler_on_a_gpu_masks_every_node_behind_its_own_path() -> None:

@@ -113,18 +113,24 @@ class Follower:
 
     def mask(self, history: History) -> npt.NDArray[np.uint32]:
         """Returns a bit for each token, the lowest first: whether it may be next. None may after a text's end, nor
-        after tokens that the grammar has no place for."""
-        self._follow(history)
-        if self._taken < len(self._seen):
-            return np.zeros_like(self.grammar.vocabulary.ends)
-        ends = self.grammar.vocabulary.ends
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # the mask may be a word longer
-        if self._matcher.is_error():
+        after tokens that the grammar has no place for.
+
+        Raises NumericsError where a limit of the matcher's is met. It never leaves an error, which a guess may have led
+        to: a new matcher must meet it at this very place.
+        """
+        why, ends = "", self.grammar.vocabulary.ends
+        for _ in range(2):
+            self._follow(history)
+            if not self._matcher.is_error():
+                if self._taken < len(self._seen):
+                    return np.zeros_like(ends)
+                bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: len(ends)]  # it may be a word longer
+                if not self._matcher.is_error():
+                    # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
+                    return bits if self._matcher.is_accepting() else bits & ~ends
             why = " ".join(self._matcher.get_error().split())[:200]
-            self._begin_again()  # an error that a guess led to must not stop the text
-            raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
-        # Where no token fits, the forced one may be unknown to the tokenizer, and that its EOS.
-        return bits if self._matcher.is_accepting() else bits & ~ends
+            self._begin_again()
+        raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
 
     def outside(self, history: History) -> npt.NDArray[np.bool_]:
         """Returns [vocab_size] whether a token may not be next."""
