@@ -18,6 +18,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -25,6 +27,7 @@ from transformers import (
 
 from tokenswift_py import TokenSwift, UserError, hf
 from tokenswift_py.hf.held import EngineSettings, executor_of, held
+from tokenswift_py.models.executors import NativeExecutor
 from toys import FAMILIES, chi_square, pairs, save_tiny, tiny_config, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -352,6 +355,36 @@ def test_an_assistant_drafts_and_changes_nothing(model: Any, engine: str, do_sam
         assert assisted.tolist() == alone.tolist()
         (report,) = assisted.tokenswift
         assert report["drafter"] == "draft_model" and report["mean_acceptance_length"] >= least
+
+
+def test_an_assistant_is_packed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assistant, packed = tiny_model(tiny_config(num_hidden_layers=1), torch.float32, seed=3), []
+    beside = NativeExecutor.beside
+    monkeypatch.setattr(NativeExecutor, "beside", lambda self, *of: packed.append(of) or beside(self, *of))
+    for _ in range(3):
+        settings = {**GREEDY, "tokenswift": {"engine": "native"}, "assistant_model": assistant}
+        model.generate(PROMPT, custom_generate=hf.generate, **settings)
+    assert len(packed) == 1
+
+
+@pytest.mark.parametrize("skip", [0, 3, 7, 20])
+def test_new_tokens_are_counted_from_where_a_processor_counts_them(model: Any, skip: int) -> None:
+    favoured = SequenceBiasLogitsProcessor([[[2], 30.0]])  # the end, at once
+    settings = {**GREEDY, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 20}
+    texts = [
+        model.generate(
+            PROMPT,
+            logits_processor=LogitsProcessorList([MinNewTokensLengthLogitsProcessor(skip, 9, 2), favoured]),
+            **settings, **more,
+        ).tolist()
+        for more in ({}, {"custom_generate": hf.generate})
+    ]  # fmt: skip
+    assert texts[0] == texts[1]
+
+
+def test_log_probabilities_that_nobody_gets_are_refused(model: Any) -> None:
+    with pytest.raises(UserError, match="logprobs"):
+        model.generate(PROMPT, custom_generate=hf.generate, **GREEDY, tokenswift={"logprobs": 2})
 
 
 def test_an_assistant_in_torch_keeps_the_weights_that_it_has(model: Any) -> None:

@@ -334,8 +334,8 @@ class TextJoiner:
 def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     """Returns every token whose text holds one of the strings, and all special tokens, which no repetition should
     cross."""
-    texts = TOKEN_TEXTS.get(tokenizer, [])
-    if len(texts) != len(tokenizer):
+    texts = TOKEN_TEXTS.get(tokenizer)
+    if texts is None or len(texts) != len(tokenizer):
         texts = TOKEN_TEXTS[tokenizer] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
     return found | set(tokenizer.all_special_ids)

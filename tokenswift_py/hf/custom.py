@@ -155,14 +155,16 @@ class NoTokenizer:
 class InMemory(LoadedModel):
     """A model of transformers, ready to write.
 
-    eos: the tokens that end a text, and no others. assistant: the model that drafts.
+    eos: the tokens that end a text, and no others. assistant: the model that drafts. kept: see `LoadedModel`.
     """
 
     def __init__(
-        self, checkpoint: HeldCheckpoint, eos: tuple[int, ...], tokenizer: Any, executor: Executor, assistant: Any
-    ):
+        self, checkpoint: HeldCheckpoint, eos: tuple[int, ...], tokenizer: Any, executor: Executor, assistant: Any,
+        kept: dict[str, Any],
+    ):  # fmt: skip
         super().__init__(checkpoint, tokenizer, executor, {})
         self.checkpoint = replace(checkpoint, eos=eos)
+        self.kept = kept
         self._assistant: LoadedModel | None = assistant
 
     def draft(self, options: Options) -> LoadedModel | None:
@@ -231,12 +233,12 @@ class Call:
                 self.check_vocabulary(second, kept)
                 weights = own.get("draft_weights", "auto")
                 if executor.name == "native":
-                    beside = executor.beside(second.checkpoint, weights)
+                    beside = second.beside(executor, weights)
                 else:
                     check(weights in ("auto", "bf16"), "draft_weights", weights, "engine torch has its own as they are")
                     beside = executor_of(second, replace(engine, dtype=None, kv_dtype=None))
                 assistant = LoadedModel(second.checkpoint, NoTokenizer(), beside, {})
-        return InMemory(kept.checkpoint, eos, tokenizer, executor, assistant)
+        return InMemory(kept.checkpoint, eos, tokenizer, executor, assistant, kept.kept)
 
     def check_vocabulary(self, second: Held, first: Held) -> None:
         """Raises UserError for an assistant of another vocabulary. Where both tokenizers are told, they show it. The

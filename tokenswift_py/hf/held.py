@@ -103,6 +103,15 @@ class Held:
     state: tuple[Any, ...]
     checkpoint: HeldCheckpoint
     executors: dict[EngineSettings, Executor] = field(default_factory=dict)
+    drafting: WeakKeyDictionary[Executor, dict[str, Executor]] = field(default_factory=WeakKeyDictionary)
+    kept: dict[str, Any] = field(default_factory=dict)  # what its drafters have read
+
+    def beside(self, target: Executor, weights: str) -> Executor:
+        """Returns the executor of this model that drafts for another's, which is made at its first use."""
+        found = self.drafting.setdefault(target, {})
+        if weights not in found:
+            found[weights] = target.beside(self.checkpoint, weights)
+        return found[weights]
 
 
 _held: WeakKeyDictionary[torch.nn.Module, Held] = WeakKeyDictionary()

@@ -57,7 +57,7 @@ OWN_OPTIONS = frozenset(
         "dry_base", "dry_length", "dry_window", "dry_breakers", "seed", "on_loop",
         *(name for name, said in described_options().items() if said.group in ("drafting", "lossy", "output")),
     )
-) - {"draft_model"}  # fmt: skip
+) - {"draft_model", "logprobs", "prompt_logprobs"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,12 @@ def at_head(processor: Any, prompts: Prompts, before: Mapping[str, Any]) -> dict
     if kind in ("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor"):
         if prompts.known(processor.eos_token_id) != prompts.known(prompts.eos):
             return None
-        new = processor.min_length - prompts.length if kind.startswith("MinLength") else processor.min_new_tokens
+        least = (
+            processor.min_length
+            if kind.startswith("MinLength")
+            else (processor.min_new_tokens + processor.prompt_length_to_skip)
+        )
+        new = least - prompts.length
         return {"min_new_tokens": max(int(new), before.get("min_new_tokens", 0))}
     if kind == "SuppressTokensLogitsProcessor" and "ban" not in before:
         return {"ban": prompts.known(processor.suppress_tokens)}
