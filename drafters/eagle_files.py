@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.cache import cache_folder, full_disks
 from tokenswift_py.checkpoints.checkpoint import Checkpoint, fingerprint
 from tokenswift_py.drafters.draft_folders import (
     FIELD,
@@ -165,5 +165,6 @@ def write_eagle(layer: EagleLayer, folder: Path, layers: int, provenance: Mappin
         fresh.mkdir()
         (fresh / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (fresh / "training.json").write_text(json.dumps(dict(provenance), indent=1) + "\n", encoding="utf-8")
-        save_file({**halves, **integers}, fresh / "model.safetensors", {"format": "pt"})
+        with full_disks():
+            save_file({**halves, **integers}, fresh / "model.safetensors", {"format": "pt"})
         fresh.replace(folder)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.cache import cache_folder, set_aside
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
@@ -393,8 +393,10 @@ def own_file(checkpoint: Checkpoint) -> Path:
 
 def keep(weights: HeadWeights, checkpoint: Checkpoint, file: Path | None = None) -> Path:
     """Writes heads for this model to a file, or where the drafter looks for them, with their origin and figures beside
-    them."""
+    them. Those that are there are renamed."""
     target = file or own_file(checkpoint)
+    if file is None:
+        set_aside(target, target.with_suffix(".json"))
     write_heads(replace(weights, model=fingerprint(checkpoint)), target)
     target.with_suffix(".json").write_text(json.dumps(dict(weights.provenance), indent=1) + "\n", encoding="utf-8")
     return target

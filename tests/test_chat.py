@@ -193,6 +193,9 @@ def test_the_command_line_reads_chats(tmp_path: Path) -> None:
     assert prompt == TALK and options["chat_template"] == CHATML
     assert options["template_args"] == {"thinking": False, "name": "Ann"}
     assert options["continue_final_message"] and options["no_bos"] and options["special"]
+    long = CHATML + "{# " + "x" * 5000 + " #}"  # longer than a file's name may be
+    _, options = read_input(parser().parse_args(["--prompt", "x", "--chat-template", long]))
+    assert options["chat_template"] == long
     for wrong, says in (("--template-arg", "template_arg: 'no/such'"), ("--chat-template", "chat_template")):
         with pytest.raises(UserError, match=f"^{says}"):
             read_input(parser().parse_args(["--prompt", "x", wrong, "no/such"]))

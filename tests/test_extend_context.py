@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ from tokenswift_py.extending.extend import begin, go_on
 from tokenswift_py.extending.human import CONTINUATIONS, continuation
 from tokenswift_py.extending.schedule import Sample, draw, plan, skipped, stages
 from tokenswift_py.extending.settings import LEARN, Settings
+from tokenswift_py.extending.state import TrainingFolder
 from tokenswift_py.extending.tables import stretched_config
 from tokenswift_py.extending.texts import Source, unread_by_tests
 from tokenswift_py.extending.training import losses, precision, rate_at
@@ -406,6 +408,32 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(base: Path, tmp_path: Pa
     lines = [[json.loads(line) for line in (run / "training" / "journal.jsonl").read_text().splitlines()]
              for run in (tmp_path / "whole", out)]  # fmt: skip
     assert [(line["step"], line["loss"]) for line in lines[0]] == [(line["step"], line["loss"]) for line in lines[1]]
+
+
+def test_a_full_disk_is_the_systems_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = TrainingFolder(tmp_path)
+
+    def full(tensors: Any, path: Path, about: Any) -> None:
+        path.write_bytes(b"half of it")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("tokenswift_py.extending.state.save_file", full)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(OSError, match="No space left on device"):
+        folder.save(1, {"weight": weight}, torch.optim.AdamW([weight]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ['{"step": 3', '{"step": 3, "lo\n', "\0\0\0\0\n", "[]\n", "{}\n", "\ufffd\n"])
+def test_a_journal_that_was_damaged_at_its_end_goes_on_before_it(tmp_path: Path, damage: str) -> None:
+    folder = TrainingFolder(tmp_path)
+    for step in (1, 2):
+        folder.log({"step": step, "loss": 0.5})
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(path.read_bytes() + damage.encode())
+    assert folder.lines() == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    folder.cut(1)
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n'
 
 
 def test_minutes_stop_it_and_resume_goes_on(base: Path, tmp_path: Path) -> None:

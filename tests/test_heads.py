@@ -30,6 +30,7 @@ from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import DecodeLoop
 from tokenswift_py.decoding.passes import Timer, compute
 from tokenswift_py.decoding.stopping import Stops
+from tokenswift_py.drafters import training
 from tokenswift_py.drafters.base import Draft, Resources, for_run
 from tokenswift_py.drafters.cascade import Cascade
 from tokenswift_py.drafters.head_files import PACKAGED, find_heads, fingerprint, heads_file, read_heads, write_heads
@@ -553,6 +554,20 @@ def test_packaged_heads_fit_the_package() -> None:
         assert beside == weights.provenance
         assert {"command", "seed", "tokens", "held_out_tokens", "top1", "top3"} <= beside.keys()
         assert file.name == f"heads-{weights.model}.safetensors"
+
+
+def test_heads_that_are_trained_anew_leave_the_earlier_ones(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of training are not lost to a trial."""
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path))
+    checkpoint = open_checkpoint(str(tiny_folder))
+    first, second = random_heads("medusa"), random_heads("tokenswift")
+    place = training.keep(first, checkpoint)
+    before = place.read_bytes()
+    assert training.keep(second, checkpoint) == place and place.read_bytes() != before
+    (aside,) = tmp_path.glob(f"{place.stem}-*.safetensors")
+    assert aside.read_bytes() == before and aside.with_suffix(".json").exists()
 
 
 @pytest.mark.model

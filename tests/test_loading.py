@@ -170,6 +170,45 @@ def test_a_hub_id_is_fetched_without_pickles_or_code(tiny_folder: Path, monkeypa
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
 
 
+def test_a_revision_is_a_hubs(tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"revision: 'v2' is not allowed; of a hub id only; .* is not read from a hub"):
+        open_checkpoint(str(tiny_folder), "v2")
+
+
+def test_what_was_fetched_is_used_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever error the library that speaks HTTP has for it."""
+    (tmp_path / "model.Q8_0.gguf").write_bytes(b"GGUF")
+
+    def unreachable(*_: Any, **__: Any) -> list[str]:
+        raise type("ConnectError", (Exception,), {})("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert finding.from_hub("owner/name:Q8_0", None) == tmp_path / "model.Q8_0.gguf"
+
+
+def test_an_installed_default_model_needs_no_place_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("where nothing can be written")
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(finding, "installed_default", lambda: tmp_path / "default.gguf")
+    monkeypatch.setattr(finding, "checked_default", lambda path: path)
+    assert finding.kept_default_gguf() == tmp_path / "default.gguf"
+
+
+def test_what_is_made_of_a_gguf_file_is_for_all_who_share_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENSWIFT_CACHE", str(tmp_path / "cache"))
+    path = gguf_writer.write_gguf(tmp_path / "tiny.gguf", gguf_writer.gguf_config("llama"), {})
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    folder = open_checkpoint(str(path)).folder
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "plain" / "file").stat().st_mode}
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(repo: str, **settings: Any) -> str:
         raise OSError("no route\nto host")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def cache_folder() -> Path:
@@ -23,6 +28,23 @@ def cache_name(*paths: Path) -> str:
     return f"{paths[0].stem}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
+def set_aside(*paths: Path) -> None:
+    """Renames files of the cache folder that hold hours of training, before others take their place."""
+    when = time.time_ns()
+    for path in paths:
+        if path.exists():
+            path.replace(path.with_name(f"{path.stem}-{when}{path.suffix}"))
+
+
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """Turns the error of safetensors' own that it raises for a full disk into an OSError."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         digest = hashlib.sha256()
@@ -35,10 +57,7 @@ def keep(path: Path, text: str) -> None:
     """Writes a file of the cache folder, whole or not at all. Where it cannot be written, its work is done again."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(scratch).replace(path)
-        finally:
-            Path(scratch).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            fresh = Path(scratch) / path.name  # with a new file's permissions: others may share the folder
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)

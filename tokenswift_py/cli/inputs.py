@@ -40,6 +40,7 @@ def read_input(args: argparse.Namespace) -> tuple[Prompt, dict[str, Any]]:
     Options.of(**options)
     check(1 <= args.n <= MOST_SAMPLES, "n", args.n, f"1 to {MOST_SAMPLES}; `tokenswift batch` writes more")
     check(args.n == 1 or not args.baseline, "baseline", True, "not with n")
+    check(args.n == 1 or not args.trace, "trace", args.trace, "not with n: it is the file of one text")
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(args, name)
         check(value is None or args.out is not None or follows(), name, value, "only with out, where they go")
@@ -94,10 +95,9 @@ def read_messages(path: Path) -> list[dict[str, Any]]:
 
 def read_template(value: str) -> str:
     """Reads a chat template from a file, or from the command line itself: that has braces."""
-    path = Path(value)
-    if "{" in value and not path.is_file():
+    if "{" in value and not os.path.isfile(value):  # not Path.is_file, which fails with a name as long as a template
         return value
-    return read_text(path, "chat_template").removeprefix(BOM)
+    return read_text(Path(value), "chat_template").removeprefix(BOM)
 
 
 def read_template_args(items: Sequence[str]) -> dict[str, Any]:
@@ -228,17 +228,21 @@ def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     goes without the settings that are the recorded one's own."""
     given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
-    recorded = recorded_origin(record)
+    recorded = recorded_origin(record, moved="model" in given)
     if {"engine", "dtype", "attention", "device"} & given.keys():
         recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
     return {**recorded, **given}
 
 
-def recorded_origin(record: Record) -> dict[str, Any]:
+def recorded_origin(record: Record, moved: bool = False) -> dict[str, Any]:
     """Returns the recorded arguments of `from_pretrained`. The products are those that the contract names, whatever
-    `auto` would choose now."""
+    `auto` would choose now.
+
+    moved: whether the model is named anew. Then the revision is not that of the one recorded.
+    """
     products = recorded_products(record.header["numerics"])
-    return {**record.header["origin"], **({"deterministic": products} if products else {})}
+    found = {**record.header["origin"], **({"deterministic": products} if products else {})}
+    return {**found, "revision": None} if moved else found
 
 
 def recorded_products(numerics: str) -> str | None:

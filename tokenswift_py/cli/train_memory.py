@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tokenswift_py.checkpoints.cache import set_aside
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import check, check_kept, check_new
 from tokenswift_py.options import GATED
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
         **figures,
     }
     made = gates.Gates(values.cpu(), args.kind, fingerprint(checkpoint), provenance)
+    if args.out is None:
+        set_aside(target)
     gates.write_gates(made, target)
     if not args.quiet:
         shares = values.sigmoid()

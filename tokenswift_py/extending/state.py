@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tokenswift_py.checkpoints.cache import full_disks
 from tokenswift_py.errors import check, files, one_line
 
 SETTINGS, JOURNAL, STATE = "settings.json", "journal.jsonl", "state.safetensors"
@@ -52,10 +54,18 @@ class TrainingFolder:
             file.write(json.dumps(line) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
-        """Returns the journal's whole lines. The last line may have been cut off, and is then left out."""
+        """Returns the journal's whole lines, up to the first that a cut of power left damaged."""
         path = self.path / JOURNAL
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        found: list[dict[str, Any]] = []
+        for line in text.splitlines(keepends=True):
+            with suppress(ValueError):
+                said = json.loads(line)
+                if line.endswith("\n") and isinstance(said, dict) and "step" in said:
+                    found.append(said)
+                    continue
+            break
+        return found
 
     def cut(self, step: int) -> None:
         """Drops the journal's lines about later steps. These steps will be made again."""
@@ -98,7 +108,11 @@ class TrainingFolder:
 def replace(path: Path, write: Any) -> None:
     """Writes a file beside its place, makes sure that it is on the disk, and moves it there."""
     scratch = path.with_name(f".{path.name}.new")
-    write(scratch)
-    with scratch.open("rb") as file:
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with full_disks():
+            write(scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
