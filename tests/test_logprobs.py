@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from tokenswift_py import Result, TokenSwift, UserError
 from tokenswift_py.cli.main import main
@@ -109,6 +109,17 @@ def test_samples_are_what_each_is_alone(swift: TokenSwift, prompt: list[int]) ->
     assert [s.report["parameters"]["stream"] for s in samples] == [0, 1, 2]
     with pytest.raises(UserError, match=r"^n: 0 is not allowed"):
         swift.generate_n(prompt, 0)
+    with pytest.raises(UserError, match=r"^trace: 't' is not allowed; not with n"):
+        swift.generate_n(prompt, 2, trace="t")
+    with pytest.raises(UserError, match=r"^logits_processors: \['Counting'\] is not allowed; pure ones"):
+        swift.generate_n(prompt, 2, logits_processors=[Counting()])
+
+
+class Counting(LogitsProcessor):
+    """Keeps state, which a second text must not begin with."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return scores
 
 
 def test_the_command_line_writes_samples_beside_one_another(
@@ -126,7 +137,13 @@ def test_the_command_line_writes_samples_beside_one_another(
         assert [json.loads(line)["token"] for line in lines] == read(folder).tokens
         assert len(json.loads(lines[0])["top"]) == 1
     assert read(tmp_path / "run" / "1").tokens != read(tmp_path / "run" / "2").tokens
-    for wrong in (["--n", "0"], ["--n", "1025"], ["--logprobs", "1"], ["--n", "2", "--baseline"]):
+    for wrong in (
+        ["--n", "0"],
+        ["--n", "1025"],
+        ["--logprobs", "1"],
+        ["--n", "2", "--baseline"],
+        ["--n", "2", "--trace", "t"],
+    ):
         assert main(["--model", str(tiny_folder), "--prompt", "x", *wrong]) == 2
 
 

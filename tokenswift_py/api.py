@@ -32,6 +32,7 @@ from tokenswift_py.runs.journal import Journal, JournalError, shared
 from tokenswift_py.runs.plan import Run, check_snapshot, prepare, recorded_run
 from tokenswift_py.runs.result import Result
 from tokenswift_py.runs.stream import Stream
+from tokenswift_py.sampling.processors import is_pure, name_of
 from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
@@ -148,6 +149,9 @@ class TokenSwift(LoadedModel):
         """
         check(is_whole(n) and 1 <= n <= 2**31, "n", n, "a whole number, at least 1")
         run = self._prepared(prompt, Options.of(**settings))
+        check(n == 1 or run.options.trace is None, "trace", run.options.trace, "not with n: it is the file of one text")
+        stateful = [name_of(processor) for processor in run.options.logits_processors if not is_pure(processor)]
+        check(n == 1 or not stateful, "logits_processors", stateful, "pure ones, of which no text leaves a trace")
         first, rows = run.sampling.stream, prompt_rows(self, run)
         try:
             for number in range(n):
