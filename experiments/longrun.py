@@ -28,9 +28,11 @@ import numpy as np
 from results import ROOT, add_line, need_pictures, read_journal, save_picture, start
 from tokenswift_py import TokenSwift
 from tokenswift_py.decoding.statistics import memory_bandwidth
+from tokenswift_py.errors import check
 from tokenswift_py.quality import decoder, text_tokens, window_quality
 from tokenswift_py.runs.assembly import decode_loop
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens
+from tokenswift_py.runs.journal import read
 from tokenswift_py.runs.report import rounded, text_figures
 from tokenswift_py.runs.stream import Stream
 from workloads import WORKLOADS, free_run, held_to_grammar
@@ -120,14 +122,15 @@ def draw(panel: Any, figures: Record) -> None:
 
 def begin(swift: TokenSwift, args: argparse.Namespace) -> Stream:
     """Begins the run, or resumes it from its journal."""
-    if (args.out / "journal.bin").exists():
-        return swift.resume(args.out, drafter=args.drafter)
     workload = free_run(args.workload)
     settings = held_to_grammar(workload) if args.grammar else workload.settings
-    return swift.stream(
-        workload.prompt, out=args.out, chapters=workload.chapters, max_new_tokens=args.tokens, seed=args.seed,
-        context=args.context or None, drafter=args.drafter, on_loop="warn", **settings,
-    )  # fmt: skip
+    settings = {**settings, "chapters": workload.chapters, "max_new_tokens": args.tokens, "seed": args.seed,
+                "on_loop": "warn", **({"context": args.context} if args.context else {})}  # fmt: skip
+    if (args.out / "journal.bin").exists():
+        tokens = read(args.out).max_new_tokens
+        check(tokens == settings.pop("max_new_tokens"), "tokens", args.tokens, f"the run in {args.out} has {tokens}")
+        return swift.resume(args.out, drafter=args.drafter, **settings)  # refuses what is not as it was
+    return swift.stream(workload.prompt, out=args.out, drafter=args.drafter, **settings)
 
 
 def write(swift: TokenSwift, stream: Stream, log: Log, args: argparse.Namespace) -> None:
@@ -190,7 +193,9 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
     forced = np.zeros(len(stream.tokens), np.bool_)
     for first, stop in stream.forced:
         forced[first:stop] = True
-    plain = float(np.polyval(fit, start + np.flatnonzero(~forced)).sum())
+    # A run that was killed has tokens that no mark tells the time of, or that two do.
+    tokens_ms = np.polyval(fit, start + np.flatnonzero(~forced))
+    plain = float(sum(tokens_ms[mark["from"] : mark["to"]].sum() for mark in marks))
     turns = sum(mark.get("prefill", 0.0) for mark in marks)
     decode = sum(mark[phase] for mark in marks for phase in PHASES)
     wall = sum(mark["wall_ms"] for mark in marks)
@@ -198,11 +203,12 @@ def summary(swift: TokenSwift, stream: Stream, log: Log) -> Record:
     quality = window_quality(text_tokens(swift.tokenizer, chosen), decoder(swift.tokenizer))
     return {
         "new_tokens": stream.stats.new_tokens,
+        "timed_tokens": sum(mark["to"] - mark["from"] for mark in marks),
         "forced_tokens": int(forced.sum()),
         "context": stream.run.context,
         "wall_minutes": round(wall / 6e4, 2),
         "plain_minutes": round((plain + turns) / 6e4, 2),
-        "plain_is": "median milliseconds of a token at the spots, as a + b context, over the contexts of every chosen"
+        "plain_is": "median milliseconds of a token at the spots, as a + b context, over the contexts of every timed"
         " token, and this run's own time for the forced turns",
         "speedup": round((plain + turns) / wall, 3),
         "decode_speedup": round(plain / decode, 3),
