@@ -69,14 +69,16 @@ class Record:
             "schema": SCHEMA, "name": "gpu",
             "question": "Is the GPU path right on hardware, and how fast is it?",
             "command": self.results.command(sys.argv), "created": self.results.now(), **self.results.commit(),
-            "card": card(device), "versions": versions(), "tiny": tiny,
+            "code": self.results.code_digest(), "card": card(device), "versions": versions(), "tiny": tiny,
         }  # fmt: skip
         self.steps: dict[str, dict[str, Any]] = {}
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            alike = ("commit", "card", "versions", "tiny")
-            if old.get("schema") == SCHEMA and all(old[name] == self.head[name] for name in alike):
+            alike = ("code", "card", "versions", "tiny")
+            if old.get("schema") == SCHEMA and all(old.get(name) == self.head[name] for name in alike):
                 self.steps = old["steps"]
+            else:  # minutes of a card, which may be gone
+                path.replace(path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"))
 
     def write(self) -> None:
         steps = {number: self.steps[number] for number in sorted(self.steps, key=int)}
@@ -137,7 +139,7 @@ def check_all(args: argparse.Namespace) -> bool:
     until = time.monotonic() + args.seconds
     gpu_stage = importlib.import_module("gpu_stage")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = Record(args.results / "gpu.json", device, args.tiny)
+    record = Record(args.results / ("gpu-tiny.json" if args.tiny else "gpu.json"), device, args.tiny)
     print(f"{record.head['card']['name']}; {record.head['versions']}; {args.seconds} s", flush=True)
     held, scratch, ceilings = True, Path(tempfile.mkdtemp()), {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="sizes for the interpre
 
 def checked(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     status = gpu_check.main(["--tiny", "--results", str(folder), *flags])
-    return status, json.loads((folder / "gpu.json").read_text())
+    return status, json.loads((folder / "gpu-tiny.json").read_text())
 
 
 @interpreted
@@ -45,6 +46,20 @@ def test_every_step_runs_in_tiny(tmp_path: Path, steps: str, capsys: pytest.Capt
     if steps == "8,9":
         said = [row.get("what") or row["drafter"] for row in record["steps"]["8"]["rows"]]
         assert said == ["killed and resumed", "audit", "none, no graphs", "auto, int8 KV", "none", "ngram"]
+
+
+def test_what_a_card_told_is_not_lost_to_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> gpu_check.Record:
+        return gpu_check.Record(tmp_path / "gpu.json", gpu_kernels.torch.device("cpu"), False)
+
+    record = made()
+    record.steps["3"] = {"title": "law", "verdict": "ok", "seconds": 1.0, "rows": []}
+    record.write()
+    assert made().steps == record.steps
+    monkeypatch.setattr(importlib.import_module("results"), "code_digest", lambda: "other")
+    assert made().steps == {}
+    (aside,) = tmp_path.glob("gpu-*.json")
+    assert json.loads(aside.read_text())["steps"] == record.steps
 
 
 @interpreted
@@ -148,7 +163,7 @@ def test_what_travels_is_put_together_there(tmp_path: Path, monkeypatch: pytest.
     gpu_pack.join(there)
     joined = there / "site" / finding.DEFAULT_MEMBER
     assert joined.read_bytes() == model.read_bytes()
-    assert finding.default_gguf(tmp_path) == joined, "found as the installed package's, nothing is fetched"
+    assert finding.installed_default() == joined, "found as the installed package's, nothing is fetched"
     (there / "second" / "model").write_bytes(b"torn")
     with pytest.raises(UserError, match="SHA-256"):
         gpu_pack.join(there)
