@@ -47,7 +47,8 @@ assert engine.__file__.startswith('$work/checkout/'), engine.__file__"
 # A finding ends the process, and with it what pytest has captured: file descriptors are left alone.
 if sanitized -m pytest tests/test_native.py tests/test_native_bits.py tests/test_native_bounds.py \
   tests/test_native_sampling.py tests/test_page_copies.py tests/test_statistics.py tests/test_quantised.py \
-  tests/test_gguf.py tests/test_families.py -q -p no:cacheprovider --capture=sys -n auto "$@"
+  tests/test_gguf.py tests/test_families.py tests/test_tiles.py tests/test_native_int8.py tests/test_memories.py \
+  tests/test_draft_vocabulary.py tests/test_soft_caps.py tests/test_self_extend.py -q -p no:cacheprovider --capture=sys -n auto "$@"
 then
   echo "$names: nothing found"
 else
