@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from random_eagle import random_eagle
 from random_heads import random_heads
-from tokenswift_py import TokenSwift
+from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.drafters.eagle_files import write_eagle
 from tokenswift_py.drafters.head_files import write_heads
 from tokenswift_py.kvcache.pages import ROUND_PAGES
@@ -99,6 +99,21 @@ def heads(swift: TokenSwift, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture(scope="module")
 def company(swift: TokenSwift) -> Company:
     return Company(swift, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("context", "says"),
+    [
+        (0, "context: 0 is not allowed; at least 1"),
+        (-5, "context: -5 is not"),
+        (10**12, "RoPE tables of 1000000000000"),
+    ],
+)
+def test_a_context_that_cannot_be_is_refused_before_anything_is_made(
+    swift: TokenSwift, context: int, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        Company(swift, context)
 
 
 class Text(StreamWork):

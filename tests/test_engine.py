@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from random_heads import random_heads
 from tokenswift_py import TokenSwift, UserError
+from tokenswift_py.drafters.head_files import write_heads
 from tokenswift_py.runs import journal, snapshot
 from tokenswift_py.runs.audit import audit
 from tokenswift_py.runs.journal import JournalError
@@ -313,6 +315,28 @@ def test_a_text_that_makes_room_is_on_the_disk_before_it_goes_on(
     assert 0 < len(known) < 250, "not by its end, which puts everything on the disk"
     assert urgent.result(60).ending == "length" and patient.result(60).tokens[: len(known)] == known
     engine.close()
+
+
+def test_tokens_of_another_time_are_not_counted(swift: TokenSwift, tmp_path: Path) -> None:
+    """A counter of Prometheus's never falls; and a file of the heads that is gone keeps nobody from going on."""
+    head = tmp_path / "heads.safetensors"
+    write_heads(random_heads("medusa"), head)
+    engine = Engine(swift, CONTEXT)
+    text = engine.submit("the cat", out=tmp_path / "run", **{**settings(1, 250), "draft_heads": str(head)})
+    next(iter(text))
+    text.cancel()
+    text.result(60)
+    engine.close()
+    head.unlink()
+    before = journal.read(tmp_path / "run").chosen
+    engine, told = Engine(swift, CONTEXT), [0]
+    text = engine.resume(tmp_path / "run")
+    for _ in text:
+        told.append(engine.figures()["generated_tokens"])
+    text.result(60)
+    engine.close()
+    told.append(engine.figures()["generated_tokens"])
+    assert told == sorted(told) and told[-1] == 250 - before
 
 
 def test_an_interrupted_text_whose_journal_fails_says_so_in_the_log(

@@ -12,6 +12,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from tokenswift_py.core import DraftTree
 from tokenswift_py.errors import UserError, one_line
 from tokenswift_py.parallel.processes import tensor_ranks
+
+IDLE = timedelta(days=3650)  # for which others wait: a download, a prompt that is typed, the next command
 
 Array = npt.NDArray[Any]
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the second is the name until torch 2.12
@@ -110,7 +113,8 @@ class ProcessGroup(Ranks):
 
     def _group(self, backend: str) -> Any:
         alone = self.world < dist.get_world_size()
-        return dist.new_group(self._members, backend=backend, use_local_synchronization=alone)
+        timeout = IDLE if backend == "gloo" else None
+        return dist.new_group(self._members, timeout, backend, use_local_synchronization=alone)
 
     def place(self, device: torch.device) -> None:
         self.agree("the kind of device", device.type)

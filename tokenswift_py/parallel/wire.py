@@ -10,7 +10,6 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -19,12 +18,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tokenswift_py.parallel.ranks import RanksError, begin
+from tokenswift_py.parallel.ranks import IDLE, RanksError, begin
 
 Array = npt.NDArray[Any]
 Words = dict[str, Any]
 COMMAND, STREAM, STATISTICS, ANSWER = range(4)  # tags: messages of one tag keep their order
-IDLE = timedelta(days=3650)  # for which a stage waits for the next command
 MOST_UNDERWAY = 256  # sent messages that may not have arrived
 
 

@@ -230,7 +230,7 @@ class Engine:
             **shown,
             "waiting": max(0, len(live) - shown["running"]),
             "prompt_tokens": prompt_tokens,
-            "generated_tokens": sum(each.new_tokens for each in stats),
+            "generated_tokens": sum(each.first_tokens + each.step_tokens for each in stats),  # here, not before
             "drafts": sum(each.num_spec_steps for each in stats),
             "draft_tokens": sum(each.num_draft_tokens for each in stats),
             "accepted_draft_tokens": sum(each.num_accepted_draft_tokens for each in stats),

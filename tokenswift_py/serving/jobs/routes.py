@@ -76,7 +76,8 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
     limits: the limits of one text. They are the same as for texts that are answered at once.
     """
     router = APIRouter()
-    server = Server(jobs.engine.loaded, jobs.engine.context, limits or Limits())
+    limits = limits or Limits()
+    server = Server(jobs.engine.loaded, jobs.engine.context, limits)
     errors: dict[int | str, dict[str, Any]] = {
         **{status: DESCRIBED[status] for status in (400, 401, 404, 429, 503) if status in DESCRIBED},
         409: {"model": ErrorBody, "description": "not in the state that the job is in"},
@@ -156,7 +157,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             fine = last_event_id.isascii() and last_event_id.isdecimal()
             check(fine, "Last-Event-ID", last_event_id, "the id of an event")
             offset = int(last_event_id)
-        return Events(told(it, offset), 60.0, headers=SAFE)
+        return Events(told(it, offset), limits.stall, headers=SAFE)
 
     @router.post("/v1/jobs/{job}/cancel", responses={**errors, 200: job_of}, response_class=Response)
     async def cancel(job: str) -> Response:
