@@ -38,7 +38,7 @@ def create(options: Options, resources: Resources) -> Drafter:
     if (other := with_own_layers(options, resources)) is not None:
         check(options.drafter == "auto", "draft_heads", named, f"this draft is for drafter {other.name}, heads or auto")
         return other
-    heads = None if named is None else heads_for(resources.checkpoint, named)
+    heads = None if named is None else heads_for(resources, named)
     settings = {"policy": options.draft_policy, "view_tokens": options.draft_budget, **width_of(options)}
     return Cascade(heads=heads, cost=resources.draft_cost, **settings)
 

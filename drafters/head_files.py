@@ -30,29 +30,34 @@ PACKAGED = Path(__file__).parent / "data"
 
 
 def find_heads(checkpoint: Checkpoint, path: str | None = None) -> HeadWeights:
-    """Reads heads and checks them against the model. Raises UserError.
+    """Reads the file that `find_file` finds, and checks it against the model. Raises UserError."""
+    return read_for(checkpoint, find_file(checkpoint, path))
+
+
+def read_for(checkpoint: Checkpoint, file: Path) -> HeadWeights:
+    weights = read_heads(file)
+    check_shapes(weights, checkpoint.spec)
+    if weights.model not in (None, fingerprint(checkpoint)):
+        logger.warning("%s was made for another model of the same shape: its drafts may be poor", file.name)
+    return weights
+
+
+def find_file(checkpoint: Checkpoint, path: str | None = None) -> Path:
+    """Returns the file of ours that has the heads. Raises UserError.
 
     path: a file of ours, or a file or folder with heads of Medusa or TokenSwift (.safetensors, .pt, .bin), which is
           converted once into the cache. "auto" and None look for heads that were trained for this model, in the cache
           and in the package.
     """
-    key = fingerprint(checkpoint)
     if path in (None, "auto"):
         found = [file for file in heads_files(checkpoint) if file.is_file()]
         advice = f"train them (tokenswift train-heads --model {checkpoint.name}) or name a file"
         check(bool(found), "draft_heads", path, f"there are none for {checkpoint.name}: {advice}")
-        file = found[0]
-    else:
-        assert path is not None
-        file = Path(path).expanduser()
-        check(file.exists(), "draft_heads", path, "an existing file or folder")
-        if not is_ours(file):
-            file = convert(file, checkpoint)
-    weights = read_heads(file)
-    check_shapes(weights, checkpoint.spec)
-    if weights.model not in (None, key):
-        logger.warning("%s was made for another model of the same shape: its drafts may be poor", file.name)
-    return weights
+        return found[0]
+    assert path is not None
+    file = Path(path).expanduser()
+    check(file.exists(), "draft_heads", path, "an existing file or folder")
+    return file if is_ours(file) else convert(file, checkpoint)
 
 
 def heads_files(checkpoint: Checkpoint) -> list[Path]:

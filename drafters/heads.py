@@ -14,13 +14,12 @@ from itertools import takewhile
 import numpy as np
 import torch
 
-from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import Acceptance, DraftTree, Model, Output
 from tokenswift_py.decoding.passes import without_passes
 from tokenswift_py.drafters import dflash, eagle
 from tokenswift_py.drafters.base import Context, Draft, Drafter, Resources
 from tokenswift_py.drafters.draft_folders import drafter_of
-from tokenswift_py.drafters.head_files import find_heads
+from tokenswift_py.drafters.head_files import find_file, read_for
 from tokenswift_py.drafters.head_weights import HeadWeights
 from tokenswift_py.options import Options
 from tokenswift_py.planning.costs import PassCost
@@ -54,15 +53,17 @@ class Heads(Drafter):
     all are proposed. The acceptances start at those measured in training and follow those seen.
 
     embedding: [V, E] the model's; only heads that see tokens read it.
+    shared:    the weights where other texts draft with them too. They are moved once for all.
     cost:      of one head's guesses after one node, where a drafter asks head by head.
     """
 
     name = "heads"
     runs_target = True
 
-    def __init__(self, weights: HeadWeights, embedding: torch.Tensor):
+    def __init__(self, weights: HeadWeights, embedding: torch.Tensor, shared: list[HeadWeights] | None = None):
         self.weights = weights
         self.embedding = embedding
+        self._shared = [weights] if shared is None else shared
         self.cost = PassCost()
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of each head's ranks
@@ -238,9 +239,10 @@ class Heads(Drafter):
 
     def move(self, device: torch.device) -> None:
         """Brings the weights to where the model's rows are, in fp32."""
+        self.weights = self._shared[0]
         weight = self.weights.tensors["weight"]
         if weight.device != device or weight.dtype != torch.float32:
-            self.weights = self.weights.to(device)
+            self.weights = self._shared[0] = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
         """Returns the tokens that the target's sampler would choose of these logits after this path, best first. It
@@ -268,10 +270,15 @@ def by_chance(branch: Branch) -> tuple[float, int]:
     return -branch.chance, len(branch.path)
 
 
-def for_checkpoint(checkpoint: Checkpoint, path: str | None = None) -> Heads:
-    """Makes the drafter with the heads that `path` names, see `find_heads`."""
-    weights = find_heads(checkpoint, path)
-    return Heads(weights, checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"])
+def for_checkpoint(resources: Resources, path: str | None = None) -> Heads:
+    """Makes the drafter with the heads that `path` names, see `find_file`. Texts of one model share them."""
+    checkpoint, file = resources.checkpoint, find_file(resources.checkpoint, path)
+    key = f"heads {file} {file.stat().st_mtime_ns}"
+    if key not in resources.kept:
+        embedding = checkpoint.tensors(dtype=torch.bfloat16)["model.embed_tokens.weight"]
+        resources.kept[key] = [read_for(checkpoint, file)], embedding
+    shared, embedding = resources.kept[key]
+    return Heads(shared[0], embedding, shared)
 
 
 def with_own_layers(options: Options, resources: Resources) -> Drafter | None:
@@ -289,7 +296,7 @@ OWN_LAYERS: Mapping[str, Callable[[Options, Resources], Drafter]] = {
 def create(options: Options, resources: Resources) -> Drafter:
     if (other := with_own_layers(options, resources)) is not None:
         return other
-    return for_checkpoint(resources.checkpoint, options.draft_heads)
+    return for_checkpoint(resources, options.draft_heads)
 
 
 DRAFTER = Heads

@@ -570,6 +570,21 @@ def test_heads_that_are_trained_anew_leave_the_earlier_ones(
     assert aside.read_bytes() == before and aside.with_suffix(".json").exists()
 
 
+def test_texts_of_one_model_share_their_heads(tiny_folder: Path, tmp_path: Path) -> None:
+    """Each text of a server would read, check and hold its own, as large as an LM head."""
+    write_heads(random_heads("medusa"), tmp_path / "heads.safetensors")
+    resources = Resources(open_checkpoint(str(tiny_folder)))
+    options = Options.of(max_new_tokens=9, drafter="heads", draft_heads=str(tmp_path / "heads.safetensors"))
+    one, two = (for_run(options, resources) for _ in range(2))
+    assert isinstance(one, Heads) and isinstance(two, Heads)
+    for each in (one, two):
+        each.move(torch.device("cpu"))
+    assert one.weights is two.weights and one.embedding is two.embedding and one.odds is not two.odds
+    write_heads(random_heads("tokenswift"), tmp_path / "heads.safetensors")
+    other = for_run(options, resources)
+    assert isinstance(other, Heads) and other.weights.form == "tokenswift"
+
+
 @pytest.mark.model
 def test_packaged_heads_guess_what_the_default_model_writes(default_model: TokenSwift) -> None:
     """On a prompt that is not in the list. A chain of one guess a level: a floor for the first head alone."""
