@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tokenswift_py.checkpoints.cache import write_beside
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import DraftTree, Model, Output, Segment
 from tokenswift_py.drafters.draft_folders import rope_config
@@ -340,8 +341,9 @@ def accuracy(layer: EagleLayer, lessons: Sequence[Lesson], steps: int) -> dict[s
 
 def keep(layer: EagleLayer, checkpoint: Checkpoint, provenance: Mapping[str, Any], folder: Path | None = None) -> Path:
     """Writes a draft to a new folder, or where the drafter looks for this model's. The one that is there is renamed."""
-    target = folder or own_folder(checkpoint)
-    if folder is None and target.is_dir():
-        target.replace(target.with_name(f"{target.name}-{time.time_ns()}"))
-    write_eagle(layer, target, checkpoint.spec.layers, json.loads(json.dumps(dict(provenance))))
+    target, about = folder or own_folder(checkpoint), json.loads(json.dumps(dict(provenance)))
+    if folder is None:
+        write_beside(target, lambda fresh: write_eagle(layer, fresh, checkpoint.spec.layers, about))
+    else:
+        write_eagle(layer, target, checkpoint.spec.layers, about)
     return target

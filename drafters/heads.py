@@ -91,7 +91,7 @@ class Heads(Drafter):
     def alike(self) -> object:
         digest = hashlib.sha256()
         for _, tensor in sorted(self.weights.tensors.items()):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return self.weights.form, np.asarray(self.weights.acceptance).tolist(), digest.hexdigest()
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from tokenswift_py.checkpoints.cache import cache_folder, set_aside
+from tokenswift_py.checkpoints.cache import cache_folder, write_beside
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.core import DraftTree, Model, Output, Segment
 from tokenswift_py.decoding.history import History
@@ -395,8 +395,10 @@ def keep(weights: HeadWeights, checkpoint: Checkpoint, file: Path | None = None)
     """Writes heads for this model to a file, or where the drafter looks for them, with their origin and figures beside
     them. Those that are there are renamed."""
     target = file or own_file(checkpoint)
+    made = replace(weights, model=fingerprint(checkpoint))
     if file is None:
-        set_aside(target, target.with_suffix(".json"))
-    write_heads(replace(weights, model=fingerprint(checkpoint)), target)
+        write_beside(target, lambda fresh: write_heads(made, fresh), also=target.with_suffix(".json"))
+    else:
+        write_heads(made, target)
     target.with_suffix(".json").write_text(json.dumps(dict(weights.provenance), indent=1) + "\n", encoding="utf-8")
     return target

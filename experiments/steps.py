@@ -28,8 +28,7 @@ import torch
 import toys
 from results import Results, Row, add_flags, start
 from tokenswift_py import TokenSwift
-from tokenswift_py.checkpoints.cache import cache_folder
-from tokenswift_py.checkpoints.finding import DEFAULT_MEMBER, default_gguf
+from tokenswift_py.checkpoints.finding import kept_default_gguf
 from tokenswift_py.core import DraftTree, Model, Segment
 from tokenswift_py.decoding.statistics import memory_bandwidth
 from tokenswift_py.errors import check
@@ -248,8 +247,7 @@ def llama_cpp(swift: TokenSwift, args: argparse.Namespace, context: int) -> Iter
 
 
 def default_file() -> Path:
-    path = cache_folder() / DEFAULT_MEMBER
-    return path if path.is_file() else default_gguf(cache_folder())
+    return kept_default_gguf()
 
 
 def open_llama(path: Path, context: int, threads: int, **settings: Any) -> tuple[Any, Any]:

@@ -148,6 +148,16 @@ def test_texts_that_are_read_at_the_same_time_do_not_change_one_another() -> Non
     assert not any(switched)
 
 
+def test_a_text_with_names_is_neither_cut_nor_filled() -> None:
+    """Files may ask for that, and so may a call before."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    raw = "the cat and the dog and the cat <|im_end|> the cat and the dog"
+    found = prompt_tokens(tokenizer, raw, Chat(raw=True))
+    assert found == tokenizer(raw, split_special_tokens=True).input_ids and 4 < len(found) < 64
+
+
 def test_a_tokenizer_is_copied_once_however_many_texts_have_names_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, copies = sentencepiece(), []
     copied = copy.deepcopy

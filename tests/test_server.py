@@ -403,6 +403,17 @@ def test_rubbish_gets_a_400(server: Running, body: bytes) -> None:
     assert (refused.status, refused.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
+def test_a_schema_that_is_not_used_ends_no_answer(server: Running) -> None:
+    """It would be told back."""
+    for body in (
+        {"input": "a", "text": {"format": {"type": "text", "schema": DEEP}}},
+        {"input": [{"role": "user", "content": "a", "id": DEEP}]},
+    ):
+        refused = ask(f"{server.url}/v1/responses", json.dumps(body).encode(), Authorization=RIGHT)
+        assert refused.status == 400
+    assert figures(server)["running"] + figures(server)["waiting"] == 0
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

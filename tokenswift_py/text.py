@@ -205,18 +205,14 @@ def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
     if not mark:
         return token_ids(tokenizer, text)
     backend, control = reading_text(tokenizer, mark)
-    special = {token: tokenizer.added_tokens_decoder[token].content for token in control.values()}
-    for token in sorted(special, key=lambda token: -len(special[token])):
-        text = text.replace(special[token], alias(token, mark))
+    added = tokenizer.added_tokens_decoder  # made anew each time
+    for token in sorted(control.values(), key=lambda token: -len(added[token].content)):
+        text = text.replace(added[token].content, f"{mark}t{token}{mark}")
     for number, name in enumerate(special_texts(tokenizer)):
         text = text.replace(f"{mark}n{number}{mark}", name)
     with one_line("tokenizer: it does not take the text"):
         ids = backend.encode(text, add_special_tokens=False).ids
     return [control.get(token, token) for token in ids]
-
-
-def alias(token: int, mark: str) -> str:
-    return f"{mark}t{token}{mark}"
 
 
 # What is made once of a tokenizer and kept as long as it, for texts that are read or begun at the same time.
@@ -226,22 +222,23 @@ TOKEN_TEXTS: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 
 def reading_text(tokenizer: Any, mark: str = "") -> tuple[Any, dict[int, int]]:
     """Returns a copy of the tokenizer that reads the names of control tokens as text, because to switch the tokenizer
-    itself would switch it for all threads. With a mark the copy knows each control token by an `alias` too, which stays
-    a token: the second value has the control token of each. So the chat template's are told from those in messages."""
+    itself would switch it for all threads. With a mark the copy knows each control token by another name, which stays a
+    token: the second value has the control token of each. So the chat template's are told from those in messages."""
     from tokenizers import AddedToken
 
     kept = READING_TEXT.setdefault(tokenizer, {})
     key = mark, len(tokenizer)
     if key not in kept:
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation(), backend.no_padding()  # which a file, or an earlier call, may ask for
         special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special and mark}
         backend.add_tokens([
-            AddedToken(alias(token, mark), lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
+            AddedToken(f"{mark}t{token}{mark}", lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
                        normalized=added.normalized, special=False)
             for token, added in special.items()
         ])  # fmt: skip
         backend.encode_special_tokens = True
-        kept[key] = backend, {backend.token_to_id(alias(token, mark)): token for token in special}
+        kept[key] = backend, {backend.token_to_id(f"{mark}t{token}{mark}"): token for token in special}
     return kept[key]
 
 

@@ -7,9 +7,10 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -28,12 +29,16 @@ def cache_name(*paths: Path) -> str:
     return f"{paths[0].stem}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
-def set_aside(*paths: Path) -> None:
-    """Renames files of the cache folder that hold hours of training, before others take their place."""
+def write_beside(path: Path, write: Callable[[Path], Any], also: Path | None = None) -> None:
+    """Writes a file or folder of the cache folder that holds hours of training. The one that is there is renamed once
+    the new one is whole. also: a file beside it that is renamed with it."""
     when = time.time_ns()
-    for path in paths:
-        if path.exists():
-            path.replace(path.with_name(f"{path.stem}-{when}{path.suffix}"))
+    fresh = path.with_name(f".{path.stem}-{when}{path.suffix}")
+    write(fresh)
+    for old in (path, also):
+        if old is not None and old.exists():
+            old.replace(old.with_name(f"{old.stem}-{when}{old.suffix}"))
+    fresh.replace(path)
 
 
 @contextmanager

@@ -83,8 +83,12 @@ def hub_files(repo: str, revision: str | None) -> list[str]:
         return list(HfApi().list_repo_files(repo, revision=revision))
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except Exception:  # no network, in the words of whatever library speaks HTTP
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except Exception as error:  # no network, in the words of whatever library speaks HTTP
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except Exception:
+            raise error from None
+        logger.warning("%s: the hub does not answer; what was fetched before is used", repo)
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
 

@@ -51,7 +51,9 @@ def describe_gguf(file: GgufFile) -> Path:
 
 def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
     """Makes the folder beside its place and moves it there whole, so that an interrupted run leaves no half of one."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+    with files("model", folder.parent, "a cache folder that can be written; TOKENSWIFT_CACHE names another"):
+        beside = tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)
+    with beside as scratch:
         made = Path(scratch) / folder.name  # with the permissions of a new folder; the scratch is its owner's alone
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tokenswift_py.checkpoints.finding import HUB_ID
 from tokenswift_py.cli.arguments import lines_of, unescaped
 from tokenswift_py.cli.flags import SINGLE
 from tokenswift_py.errors import UserError, check, check_new, files, one_line, shown
@@ -228,21 +229,29 @@ def origin_of(record: Record, args: argparse.Namespace) -> dict[str, Any]:
     goes without the settings that are the recorded one's own."""
     given = {name: getattr(args, name, None) for name in ("model", "engine", "dtype", "attention", "device")}
     given = {name: value for name, value in given.items() if value is not None}
-    recorded = recorded_origin(record, moved="model" in given)
+    recorded = recorded_origin(record, given.get("model"))
     if {"engine", "dtype", "attention", "device"} & given.keys():
         recorded |= {"kv_dtype": None, "attention": "auto", "deterministic": "auto"}
     return {**recorded, **given}
 
 
-def recorded_origin(record: Record, moved: bool = False) -> dict[str, Any]:
+def recorded_origin(record: Record, model: str | None = None) -> dict[str, Any]:
     """Returns the recorded arguments of `from_pretrained`. The products are those that the contract names, whatever
     `auto` would choose now.
 
-    moved: whether the model is named anew. Then the revision is not that of the one recorded.
+    model: the model where it is named anew. The revision is that of the recorded one, and of a hub's only: earlier
+           versions recorded it of any.
     """
     products = recorded_products(record.header["numerics"])
     found = {**record.header["origin"], **({"deterministic": products} if products else {})}
-    return {**found, "revision": None} if moved else found
+    asked = found.get("model") if model is None else model
+    if (
+        asked != found.get("model")
+        or not HUB_ID.fullmatch(str(asked))
+        or os.path.exists(os.path.expanduser(str(asked)))
+    ):
+        found["revision"] = None
+    return found
 
 
 def recorded_products(numerics: str) -> str | None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tokenswift_py.checkpoints.cache import set_aside
+from tokenswift_py.checkpoints.cache import write_beside
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
 from tokenswift_py.errors import check, check_kept, check_new
 from tokenswift_py.options import GATED
@@ -88,8 +88,9 @@ def main(arguments: Sequence[str]) -> int:
     }
     made = gates.Gates(values.cpu(), args.kind, fingerprint(checkpoint), provenance)
     if args.out is None:
-        set_aside(target)
-    gates.write_gates(made, target)
+        write_beside(target, lambda fresh: gates.write_gates(made, fresh))
+    else:
+        gates.write_gates(made, target)
     if not args.quiet:
         shares = values.sigmoid()
         least, most = float(shares.min()), float(shares.max())

@@ -73,7 +73,7 @@ def resume(args: argparse.Namespace, given: dict[str, Any], lines: LogLines) -> 
     from tokenswift_py.runs.progress import work_bar
 
     compute_as(record.header["numerics"])
-    origin = {name: given.get(name, value) for name, value in recorded_origin(record, "model" in given).items()}
+    origin = {name: given.get(name, value) for name, value in recorded_origin(record, given.get("model")).items()}
     swift = TokenSwift.from_pretrained(**origin, threads=args.threads, pipeline_parallel_size=stages)
     settings = {name: value for name, value in read_options(args).items() if name in given}
     stream = swift.resume(journal, args.extend, args.kv_snapshot, **settings)

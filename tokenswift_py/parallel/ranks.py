@@ -25,7 +25,7 @@ from tokenswift_py.core import DraftTree
 from tokenswift_py.errors import UserError, one_line
 from tokenswift_py.parallel.processes import tensor_ranks
 
-IDLE = timedelta(days=3650)  # for which others wait: a download, a prompt that is typed, the next command
+PATIENCE = timedelta(days=1)  # for which ranks wait for rank 0: a download, a prompt that is typed
 
 Array = npt.NDArray[Any]
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the second is the name until torch 2.12
@@ -113,7 +113,7 @@ class ProcessGroup(Ranks):
 
     def _group(self, backend: str) -> Any:
         alone = self.world < dist.get_world_size()
-        timeout = IDLE if backend == "gloo" else None
+        timeout = PATIENCE if backend == "gloo" else None
         return dist.new_group(self._members, timeout, backend, use_local_synchronization=alone)
 
     def place(self, device: torch.device) -> None:

@@ -10,6 +10,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -18,8 +19,9 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from tokenswift_py.parallel.ranks import IDLE, RanksError, begin
+from tokenswift_py.parallel.ranks import RanksError, begin
 
+IDLE = timedelta(days=3650)  # for which a stage waits for the next command
 Array = npt.NDArray[Any]
 Words = dict[str, Any]
 COMMAND, STREAM, STATISTICS, ANSWER = range(4)  # tags: messages of one tag keep their order

@@ -129,16 +129,17 @@ def prepare(
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
     """Makes the run that a journal records, `extend` tokens longer. Raises the UserErrors of `resume`."""
     check(extend >= 0, "extend", extend, "a number of tokens")
-    recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens + extend, "trace": None}
+    recorded = {**record.header["parameters"], "max_new_tokens": record.max_new_tokens, "trace": None}
     if "positions" not in recorded:  # the run began before there was a choice
         recorded["positions"] = "trained" if "/rope-dynamic" in record.header["numerics"] else "yarn"
     if "special" not in recorded:  # begun before names of control tokens were text and these defaults were known
         earlier = {name: getattr(SamplingParams, name) for name in FILLED}
         recorded = {**earlier, "ban_words": [], "special": True, **recorded}
-    heads = recorded.get("draft_heads")
-    if isinstance(heads, str) and heads != "auto" and "draft_heads" not in settings and not Path(heads).exists():
-        logger.warning("draft_heads: %s is gone; the text goes on without, and is the same", heads)
-        recorded["draft_heads"] = None
+    heads = str(recorded.get("draft_heads") or "auto")
+    named = heads != "auto" and "draft_heads" not in settings
+    if named and not Path(heads).expanduser().exists():
+        logger.warning("draft_heads: %s is gone; the text goes on without it, by drafter auto, and is the same", heads)
+        recorded |= {"draft_heads": None, "drafter": "auto"}
     settings |= resolved_positions(loaded, settings, recorded)
     if settings.get("json_schema") is not None:
         settings["json_schema"] = schema_text(settings["json_schema"])  # as it is recorded
@@ -149,7 +150,8 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     for name, value in settings.items():
         if name in recorded and name not in contract.SPEED_ONLY:
             contract.check_parameter(name, value, recorded[name])
-    options = Options.of(**{**recorded, **settings, "logits_processors": processors})
+    longer = {"max_new_tokens": record.max_new_tokens + extend, "logits_processors": processors}
+    options = Options.of(**{**recorded, **settings, **longer})
     run = prepare(loaded, record.header["prompt"], options, recorded=True, in_pool=in_pool)
     outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
@@ -160,7 +162,7 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
 def check_context(loaded: LoadedModel, run: Run, recorded: int, extend: int) -> None:
     """Raises UserError where a run has outgrown its recorded context, and a larger one meets positions otherwise.
 
-    A text within the trained positions may always grow to their end.
+    A text within the trained positions may grow to their end, but for LongRoPE's, whose frequencies change before it.
     """
     if run.context <= recorded:
         return
@@ -168,7 +170,7 @@ def check_context(loaded: LoadedModel, run: Run, recorded: int, extend: int) -> 
     within = covered(config, recorded)
     same = loaded.rope(recorded, run.options.met_positions()).label == run.rope.label
     if not same or (within and not covered(config, run.context)):
-        room = max(0, (trained_length(config) if within else recorded) - run.context + extend)
+        room = max(0, (trained_length(config) if within and same else recorded) - run.context + extend)
         allowed = f"how positions are met depends on the recorded context of {recorded}; there is room for {room} more"
         check(False, "extend", extend, allowed)
 

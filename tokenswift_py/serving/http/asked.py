@@ -77,9 +77,10 @@ class Server:
         settings = own.given(request)
         for name, value in settings.items():
             check_size(name, value)
+        told = getattr(form, "json_schema", form)  # completions have the schema within, responses beside the type
+        check_depth("response_format", getattr(told, "schema_", None))  # also where it is not used: it may be told back
         schema = form.wanted() if form else None
         if schema is not None:
-            check_depth("response_format", schema)
             settings["json_schema"] = schema
         if likeliest is not None:
             settings["logprobs"] = likeliest

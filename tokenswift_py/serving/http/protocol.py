@@ -41,7 +41,8 @@ class Message(BaseModel):
     def only_text(self) -> Message:
         left = ("id", "type", "status", "name", "phase")  # these say nothing to the model
         for name, value in (self.model_extra or {}).items():
-            if name not in left and value not in (None, [], {}, ""):
+            plain = value is None or isinstance(value, (str, int)) if name in left else value in (None, [], {}, "")
+            if not plain:
                 raise ValueError(f"{name}: messages are text here")
         return self
 

@@ -152,7 +152,11 @@ class Service:
         async def responses(body: protocol.ResponseRequest, request: Request) -> Response:
             """Answers in the shape of the Responses API. Nothing is stored."""
             asked, texts = await self.begin(body.model, body, self.server.response)
-            answer = ResponseAnswer(self.name, body, asked, self.tokens)
+            try:
+                answer = ResponseAnswer(self.name, body, asked, self.tokens)
+            except BaseException:
+                texts.cancel()
+                raise
             if body.stream:
                 return TextEvents(answer.events(texts), texts, self.limits.stall)
             return await self.answer(answer, texts, request)

@@ -106,7 +106,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             raise Refusal(429, str(error), None, "too_many_jobs", RETRY_AFTER) from error
         except OSError as error:
             logger.error("a job could not be kept: %s", error)
-            raise Refusal(503, f"the server cannot keep it: {error.strerror}", None, "not_kept") from error
+            raise Refusal(503, f"the server's disk: {error.strerror}", None, "not_kept") from error
 
     @router.get("/", include_in_schema=False)
     async def home() -> Response:
