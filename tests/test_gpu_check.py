@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +31,17 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="sizes for the interpre
 def checked(folder: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     status = gpu_check.main(["--tiny", "--results", str(folder), *flags])
     return status, json.loads((folder / "gpu-tiny.json").read_text())
+
+
+def test_the_script_finds_what_it_needs_by_itself(tmp_path: Path) -> None:
+    """On a bare machine: without pytest's paths, an installed package, or anything in the environment."""
+    command = [sys.executable, str(Path(gpu_check.__file__)), "--tiny", "--steps", "0", "--results", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "gpu-tiny.json").read_text())["steps"]["0"]["verdict"] == "ok"
 
 
 @interpreted

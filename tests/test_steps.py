@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton: pip install 'tokenswift-py[triton]'")
+
+from torch.utils._pytree import tree_flatten
+from triton.runtime.interpreter import InterpretedFunction
 
 from conftest import decoder_of, tiny_config, tiny_model
 from drawn import SMALL, drawn_cache, new_decoder
@@ -265,6 +269,30 @@ def test_padding_changes_no_bit(length: int, monkeypatch: pytest.MonkeyPatch) ->
         for name in ("keys", "values"):
             a, b = (getattr(cache.pool, name) for cache in caches)
             assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def test_rows_do_not_move_what_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles a pointer at a multiple of 16 bytes apart from others. So one row and several must have each at
+    the same, with three KV heads and with any number of tokens: or they would run other binaries, which law 1 is not
+    proven for, and a text would wait for a compiler. (On a GPU memory itself begins at a multiple of 256.)"""
+    run, found = InterpretedFunction.run, defaultdict(set)
+
+    def noted(kernel: Any, *args: Any, grid: Any, **options: Any) -> None:
+        for place, value in enumerate(tree_flatten(args)[0]):
+            if isinstance(value, torch.Tensor):
+                found[kernel.__name__, place, len(args)].add(value.storage_offset() * value.element_size() % 16 == 0)
+        run(kernel, *args, grid=grid, **options)
+
+    config = tiny_config(
+        "qwen2_moe", **{**SMALL, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144}
+    )
+    decoder = decoder_of(tiny_model(config, torch.float32), context=512, attention="triton", ops=TritonOps(TILES))
+    monkeypatch.setattr(InterpretedFunction, "run", noted)
+    for length in (62, 130):
+        for tree in (DraftTree.chain([5]), DraftTree.chain([5, 6]), DraftTree.chain([5, 6, 7])):
+            decoder.forward([Segment(tree, drawn_cache(decoder, length))], want_mass=True)
+    assert {where for where, classes in found.items() if len(classes) > 1} == set()
+    assert len({kernel for kernel, _, _ in found}) > 5
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def library_blocks(model: Any) -> Blocks:
 @pytest.mark.parametrize("prefix", [1000, 8190])
 def test_tree_rows_have_the_bits_of_plain_decoding(dtype: torch.dtype, group: int, head_dim: int, prefix: int) -> None:
     torch.manual_seed(0)
-    pool = TorchPagePool(1, 2, head_dim, 400, dtype, torch.device("cuda"))
+    pool = TorchPagePool(1, 2, head_dim, 700, dtype, torch.device("cuda"))  # the prefix, and thrice again
     pool.keys.fill_(torch.nan)
     pool.values.fill_(torch.nan)
     cache = KVCache(pool, 16384)

@@ -109,7 +109,8 @@ class TritonAttention:
             rows, first = (launch.stop - launch.first) * group, launch.first * group
             shape = (kv_heads, launch.states, rows)
             state = torch.empty((*shape, depth), dtype=torch.float32, device=q.device)
-            state_max, state_sum = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
+            # Two tensors: Triton compiles a pointer that is no multiple of 16 bytes apart, as the second half may be.
+            state_max, state_sum = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
             page_max = page_sum = lse
             if mass is not None:
                 page_max, page_sum = plan.masses.of((kv_heads, rows, mass_pages), q.device)

@@ -99,7 +99,7 @@ def group_kernel(
 def route(scores: torch.Tensor, chosen: int, normalised: bool) -> Routes:
     """Chooses the experts of every row. scores: [R, count] of the router. normalised: whether shares sum to 1."""
     rows, count = scores.shape
-    experts, sources = torch.empty((2, rows * chosen), dtype=torch.int32, device=scores.device)
+    experts, sources = (torch.empty(rows * chosen, dtype=torch.int32, device=scores.device) for _ in range(2))
     shares = torch.empty((rows, chosen), dtype=torch.float32, device=scores.device)
     spans = torch.empty((count, 2), dtype=torch.int32, device=scores.device)
     if rows:

@@ -204,7 +204,7 @@ def scores_of(
     count, vocab = logits.shape
     blocks, device = triton.cdiv(vocab, BLOCK), logits.device
     scores = torch.empty(logits.shape, dtype=torch.float64, device=device)
-    highest, tops = torch.empty((2, count, blocks), dtype=torch.float64, device=device)
+    highest, tops = (torch.empty((count, blocks), dtype=torch.float64, device=device) for _ in range(2))
     bias = scores if rules.bias is None else rules.bias
     scores_kernel[(count, blocks)](
         logits.contiguous(), rules.numbers, rows.base, rows.lengths, rows.paths, rows.last, rows.written,
