@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from gpu_stage import Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
+from gpu_stage import NARROW, TINY_NARROW, Parts, Row, Stage, drawn_cache, drawn_pool, random_tree
 from tokenswift_py.core import DraftTree, Output, SamplingParams, Segment
 from tokenswift_py.decoding.history import History
 from tokenswift_py.kernels.base import PAGE_SIZE, AttentionSegment
@@ -68,13 +69,18 @@ def tests(stage: Stage) -> Iterator[Row]:
     chosen = stage.pick(TESTS, {"swiglu": ["tests/test_triton_fused.py", "-k", "swiglu"]})
     for what, arguments in chosen.items():
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+        if not stage.tiny and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of their time goes into compiling
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=min(150, stage.left), check=False
             )
-        except subprocess.TimeoutExpired:
-            yield {"what": what, "ok": False, "passed": 0, "skipped": 0, "failed": "not over in time"}
+        except subprocess.TimeoutExpired as told:
+            said = told.stdout.decode(errors="replace") if isinstance(told.stdout, bytes) else told.stdout or ""
+            passed, wrong = said.count("."), said.count("F")
+            failed = f"not over in time; F among the dots: {wrong}"
+            yield {"what": what, "ok": False, "passed": passed, "skipped": said.count("s"), "failed": failed}
             continue
         counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
         failed = "; ".join(re.findall(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", done.stdout, re.MULTILINE))
@@ -129,8 +135,9 @@ def row_law(stage: Stage) -> Iterator[Row]:
     """Checks law 1 on two layers.
 
     A row of a tree must have the bits that it has alone, in a causal chunk, with and without page masses, under a view
-    of all pages, launched and replayed. It is also checked over int8 keys and values, with moved queries, and with the
-    library's products in blocks, which must keep it where step 4 finds that their rows do.
+    of all pages, launched and replayed. It is also checked over int8 keys and values, with moved queries, in the shape
+    of the default model (`narrow`: odd groups, heads of 64, where two tiles meet a page), and with the library's
+    products in blocks, which must keep it where step 4 finds that their rows do.
     """
     contexts = stage.pick((63, 64, 4095, 32_767, 100_000), (63, 128))
     counts = stage.pick((1, 2, 7, 16, 17, 64), (3,))
@@ -140,12 +147,14 @@ def row_law(stage: Stage) -> Iterator[Row]:
         "int8": (Parts(stage, longest, layers=2), {"kv_dtype": torch.int8}),
         "moved": (Parts(stage, longest, layers=2, trained=stage.pick(8192, 160)), {"positions": "self-extend"}),
         "blocks": (Parts(stage, longest, layers=2), {"products": "blocks"}),
+        "narrow": (Parts(stage, longest, layers=2, sizes=stage.pick(NARROW, TINY_NARROW)), {}),
     }
+    of_kind = {"plain": counts, "narrow": stage.pick((1, 2, 22, 43, 64), (3,))}
     for name, (parts, options) in kinds.items():
         model, launched = parts.decoder(**options), parts.decoder(graphs=False, **options)
         pool, rng = drawn_pool(model, 64), np.random.default_rng(0)
         for length in contexts if name == "plain" else contexts[1::2]:
-            for count in counts if name == "plain" else counts[::2]:
+            for count in of_kind.get(name, counts[::2]):
                 base = drawn_cache(pool, model.context, length)
                 tree = random_tree(rng, count, parts.spec.vocab_size)
                 wrong = differences(model, launched, base, tree)

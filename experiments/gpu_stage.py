@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,10 +43,16 @@ LARGE = {
     "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072,
 }  # fmt: skip
+# The shape of the default model.
+NARROW = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 131_072,
+}  # fmt: skip
 TINY = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512,
 }  # fmt: skip
+TINY_NARROW = {**TINY, "hidden_size": 144, "num_attention_heads": 9, "num_key_value_heads": 3}
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,11 @@ class Parts:
     They can show bits and times, but never acceptance.
     """
 
-    def __init__(self, stage: Stage, context: int, layers: int | None = None, trained: int | None = None):
-        sizes = {**stage.pick(LARGE, TINY)}
+    def __init__(
+        self, stage: Stage, context: int, layers: int | None = None, trained: int | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ):  # fmt: skip
+        sizes = {**(sizes or stage.pick(LARGE, TINY))}
         sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
         sizes["max_position_embeddings"] = trained or max(sizes["max_position_embeddings"], context)
         self.stage, self.context, self.config = stage, context, tiny_config("llama", **sizes)

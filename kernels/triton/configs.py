@@ -80,7 +80,7 @@ PACKED = {
 PACKED_FP32 = {4: Tiles(16, 32, 256, 4, 2), 8: Tiles(16, 16, 256, 4, 2)}  # by bits; others would spill
 
 # `make gpu` times these beside the choice for 16-bit attention.
-SWEPT = tuple(Config(*of) for of in product((32, 64), (4, 8), (2, 3, 4), (1, 2)))
+SWEPT = tuple(Config(*of) for of in product((32, 64), (4, 8), (3,), (1, 2)))
 
 
 def here() -> str:
