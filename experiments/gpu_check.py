@@ -140,12 +140,12 @@ def run(planned: Planned, stage: Any, record: Record) -> bool:
 
 def check_all(args: argparse.Namespace) -> bool:
     """Runs every step that was asked for and fits the time. Returns whether everything held."""
-    until = time.monotonic() + args.seconds
     gpu_stage = importlib.import_module("gpu_stage")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = Record(args.results / ("gpu-tiny.json" if args.tiny else "gpu.json"), device, args.tiny)
     print(f"{record.head['card']['name']}; {record.head['versions']}; {args.seconds} s", flush=True)
     held, scratch, ceilings = True, Path(tempfile.mkdtemp()), {}
+    until = time.monotonic() + args.seconds
     try:
         for planned in PLAN:
             left = until - time.monotonic()
