@@ -61,7 +61,6 @@ class Heads(Drafter):
     runs_target = True
 
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor, shared: list[HeadWeights] | None = None):
-        self.weights = weights
         self.embedding = embedding
         self._shared = [weights] if shared is None else shared
         self.cost = PassCost()
@@ -69,6 +68,10 @@ class Heads(Drafter):
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of each head's ranks
         self._row: torch.Tensor | None = None
         self._guesses: dict[tuple[int, ...], list[int]] = {}  # after each path of the last tree that got children
+
+    @property
+    def weights(self) -> HeadWeights:
+        return self._shared[0]
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -239,10 +242,9 @@ class Heads(Drafter):
 
     def move(self, device: torch.device) -> None:
         """Brings the weights to where the model's rows are, in fp32."""
-        self.weights = self._shared[0]
         weight = self.weights.tensors["weight"]
         if weight.device != device or weight.dtype != torch.float32:
-            self.weights = self._shared[0] = self.weights.to(device)
+            self._shared[0] = self.weights.to(device)
 
     def rank(self, logits: torch.Tensor, path: Sequence[int], context: Context) -> list[int]:
         """Returns the tokens that the target's sampler would choose of these logits after this path, best first. It

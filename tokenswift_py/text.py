@@ -230,7 +230,8 @@ def reading_text(tokenizer: Any, mark: str = "") -> tuple[Any, dict[int, int]]:
     key = mark, len(tokenizer)
     if key not in kept:
         backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_truncation(), backend.no_padding()  # which a file, or an earlier call, may ask for
+        backend.no_truncation()  # which a file, or an earlier call, may ask for
+        backend.no_padding()
         special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special and mark}
         backend.add_tokens([
             AddedToken(f"{mark}t{token}{mark}", lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,

@@ -51,10 +51,10 @@ class Limits:
 def check_size(name: str, value: Any) -> None:
     """Refuses lists, tables and stop strings that are larger than anyone needs. They are looked through at every
     token."""
-    check_depth(name, value)
     if isinstance(value, (list, tuple, dict)):
         most = ITEMS.get(name, MOST_ITEMS)
         check(len(value) <= most, name, f"{len(value)} entries", f"at most {most}")
+    check_depth(name, value)
     for text in value if name == "stop" and isinstance(value, list) else ():
         if isinstance(text, str):
             check(len(text) <= STOP_LENGTH, name, text, f"texts of at most {STOP_LENGTH} characters")

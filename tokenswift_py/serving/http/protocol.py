@@ -11,9 +11,8 @@ from tokenswift_py.serving.http.refusals import Refusal
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[
-    list[TokenId], Field(fail_fast=True)
-]  # one error is told, so no more are looked for in a long list
+ONE_ERROR = Field(fail_fast=True)  # only one is told, so no more are looked for in a long list
+TokenIds = Annotated[list[TokenId], ONE_ERROR]
 
 
 def neutral(*values: Any) -> Any:
@@ -35,7 +34,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(fail_fast=True)]
+    content: str | Annotated[list[Part], ONE_ERROR]
 
     @model_validator(mode="after")
     def only_text(self) -> Message:
@@ -52,7 +51,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(fail_fast=True)]
+Messages = Annotated[list[Message], ONE_ERROR]
 
 
 class JsonSchema(BaseModel):
@@ -127,9 +126,7 @@ class ChatRequest(Request):
 
 
 class CompletionRequest(Request):
-    prompt: (
-        str | Annotated[list[str], Field(fail_fast=True)] | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
-    )
+    prompt: str | Annotated[list[str], ONE_ERROR] | TokenIds | Annotated[list[TokenIds], ONE_ERROR]
     max_tokens: Count | None = None
     n: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -172,7 +169,7 @@ class ResponseRequest(Request):
     max_output_tokens: Count | None = None
     text: TextSettings | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    include: Annotated[list[Literal["message.output_text.logprobs"]], Field(fail_fast=True)] | None = None
+    include: Annotated[list[Literal["message.output_text.logprobs"]], ONE_ERROR] | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
