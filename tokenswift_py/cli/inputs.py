@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenswift_py.checkpoints.finding import HUB_ID
 from tokenswift_py.cli.arguments import lines_of, unescaped
 from tokenswift_py.cli.flags import SINGLE
 from tokenswift_py.errors import UserError, check, check_new, files, one_line, shown
@@ -242,6 +241,8 @@ def recorded_origin(record: Record, model: str | None = None) -> dict[str, Any]:
     model: the model where it is named anew. The revision is that of the recorded one, and of a hub's only: earlier
            versions recorded it of any.
     """
+    from tokenswift_py.checkpoints.finding import HUB_ID  # imports that only resumed runs need
+
     products = recorded_products(record.header["numerics"])
     found = {**record.header["origin"], **({"deterministic": products} if products else {})}
     asked = found.get("model") if model is None else model
