@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from gguf import GGUFWriter
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -168,6 +170,12 @@ def test_a_hub_id_is_fetched_without_pickles_or_code(tiny_folder: Path, monkeypa
     assert checkpoint.folder == tiny_folder
     assert (asked["repo"], asked["revision"]) == ("some-owner/some-model", "main")
     assert not any(pattern.endswith((".bin", ".pt", ".py")) for pattern in asked["allow_patterns"])
+    files = [
+        "config.json", "model-00001-of-00002.safetensors", "tekken.json", "consolidated.safetensors", "model.bin",
+        "consolidated-00001-of-00002.safetensors", "onnx/config.json", "original/consolidated.00.pth",
+    ]  # fmt: skip
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(filter_repo_objects(files, **patterns)) == files[:3]
 
 
 def test_a_revision_is_a_hubs(tiny_folder: Path) -> None:
@@ -228,6 +236,33 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_side_files(copy: Path, file: str, content: str, says: str) -> None:
     (copy / file).write_text(content)
     assert says in refused(copy)
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_words_are_cut_as_tokenizer_json_says(copy: Path, named: str) -> None:
+    """Whatever class tokenizer_config.json names. Some of transformers' classes have a rule of their own."""
+    texts = ["one\n\n1. two\n\n2. three   100 000\n" * 20]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.Digits(individual_digits=True), bytes_]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    own = {"tokenizer_class": named, "eos_token": "<end>"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(own))
+    found = open_checkpoint(str(copy)).tokenizer()
+    assert found(texts[0]).input_ids == tokenizer.encode(texts[0]).ids
+    assert found.decode(found(texts[0]).input_ids) == texts[0]
+    assert found.eos_token_id == tokenizer.token_to_id("<end>")
+
+
+def test_a_model_of_text_and_images_is_refused_with_the_way_to_read_it(copy: Path) -> None:
+    edit(copy, model_type="mistral3", text_config={"model_type": "mistral"})
+    assert "of a model of text and images only the .gguf file is read" in refused(copy)
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": "three"}, {"num_attention_heads": 0}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
 
 
 def cache_folder() -> Path:
@@ -30,14 +33,20 @@ def cache_name(*paths: Path) -> str:
 
 
 def write_beside(path: Path, write: Callable[[Path], Any], also: Path | None = None) -> None:
-    """Writes a file or folder of the cache folder that holds hours of training. The one that is there is renamed once
-    the new one is whole. also: a file beside it that is renamed with it."""
+    """Writes a file or folder of the cache folder that holds hours of training. The one that is there gets another name
+    once the new one is whole. also: a file beside it that is renamed with it."""
     when = time.time_ns()
     fresh = path.with_name(f".{path.stem}-{when}{path.suffix}")
     write(fresh)
     for old in (path, also):
         if old is not None and old.exists():
-            old.replace(old.with_name(f"{old.stem}-{when}{old.suffix}"))
+            aside = old.with_name(f"{old.stem}-{when}{old.suffix}")
+            try:
+                if old is also:
+                    raise OSError  # it is written in place later
+                aside.hardlink_to(old)  # so that a kill leaves no moment without one
+            except OSError:  # a folder, or a disk without links
+                old.replace(aside)
     fresh.replace(path)
 
 
@@ -66,3 +75,19 @@ def keep(path: Path, text: str) -> None:
             fresh = Path(scratch) / path.name  # with a new file's permissions: others may share the folder
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)
+
+
+def kept_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file. A large file's is kept in the cache folder under path, size and time of change."""
+    if path.stat().st_size < LARGE:
+        return sha256(path)
+    kept = cache_folder() / "sha256" / cache_name(path)
+    try:
+        known = kept.read_text()
+        if re.fullmatch("[0-9a-f]{64}", known):
+            return known
+    except OSError:
+        pass
+    digest = sha256(path)
+    keep(kept, digest)
+    return digest

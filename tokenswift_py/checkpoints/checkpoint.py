@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from tokenswift_py.checkpoints.cache import kept_sha256
 from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.gguf_tensors import GgufBlocks, GgufIndex, GgufTensors
 from tokenswift_py.checkpoints.stored_tensors import Part, StoredTensors, Tensors, slices_of, weight_files
@@ -18,6 +20,8 @@ from tokenswift_py.models.blocks import FEW_BITS
 from tokenswift_py.models.devices import DTYPES
 from tokenswift_py.models.spec import ModelSpec
 
+# These keys of config.json only say who wrote the file.
+UNREAD = ("_name_or_path", "transformers_version")
 NO_BLOCKS = f"only for a .gguf file or {DEFAULT_MODEL}; int8 is for any model"
 
 
@@ -74,18 +78,41 @@ class Checkpoint:
         check_memory(self.weight_bytes(dtype), device, f"the draft model {self.name} in {dtype}")
 
     def tokenizer(self) -> Any:
-        """Loads the fast tokenizer. Raises UserError when there is none."""
-        from transformers import AutoTokenizer
+        """Loads the fast tokenizer. Raises UserError when there is none.
+
+        It is what tokenizer.json says. Many of transformers' classes take only vocabulary and merges from the file, and
+        cut words by a rule of their own: other tokens than the model was trained on. They are asked only where the file
+        is missing.
+        """
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         with one_line(f"tokenizer: {self.name} has none that loads; needed is a tokenizer.json"):
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, config=self.config, local_files_only=True)
+            if (self.folder / "tokenizer.json").is_file():
+                # The files of Mistral's later models cut numbers and words wrongly, and have tekken.json beside them.
+                own: dict[str, Any] = {"fix_mistral_regex": True} if (self.folder / "tekken.json").is_file() else {}
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True, **own)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, config=self.config, local_files_only=True)
         check(bool(getattr(tokenizer, "is_fast", False)), "tokenizer", type(tokenizer).__name__, "needs tokenizer.json")
         return tokenizer
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Returns 16 hex digits of a model's shape and final norm, which tell models of one shape apart, too."""
+    """Returns 16 hex digits of a model's shape and final norm.
+
+    They are the same for every file of one model, of whatever type, and tell models of one shape apart where their
+    norms were trained. A LoRA adapter that is merged leaves the norms as they are: such a model has its base's
+    fingerprint, and with it finds the base's draft heads, which guess for it as well as they can.
+    """
     spec = checkpoint.spec
     norm = checkpoint.tensors()["model.norm.weight"].float().numpy()
     shape = f"{spec.family} {spec.vocab_size} {spec.hidden_size} {spec.layers} "
     return hashlib.sha256(shape.encode() + norm.tobytes()).hexdigest()[:16]
+
+
+def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
+    """Returns the SHA-256 of every file of weights, and of the contents of config.json."""
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    said = json.dumps({name: value for name, value in config.items() if name not in UNREAD}, sort_keys=True)
+    files = checkpoint.weight_files
+    return {"config": hashlib.sha256(said.encode()).hexdigest(), **{file.name: kept_sha256(file) for file in files}}

@@ -28,6 +28,8 @@ MODELS = f"{DEFAULT_MODEL}, an existing folder or .gguf file, or a hub id (owner
 HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(:(?P<kind>[\w.-]+)|/(?P<file>[^:]+\.gguf))?")
 SHOWN = 12  # how many names of files a line lists at most
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+# The same weights once more, in Mistral's own form, and what is in folders, are not read.
+HUB_OTHERS = ["consolidated*.safetensors", "*/*"]
 
 
 def locate(model: str) -> Path | None:
@@ -66,7 +68,8 @@ def from_hub(model: str, revision: str | None) -> Path:
     repo = named["repo"]
     with one_line(f"model: {model} is neither here nor to be had from the hub"):
         if not (named["kind"] or named["file"]):
-            folder = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+            fetched = snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHERS)
+            folder = Path(fetched)
             if any(folder.glob("*.safetensors")):
                 return folder
         parts = gguf_of(model, named, hub_files(repo, revision))

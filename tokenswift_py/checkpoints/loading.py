@@ -54,7 +54,10 @@ def open_checkpoint(model: str = DEFAULT_MODEL, revision: str | None = None, dty
         kind, layers = stored.get("model_type"), stored.get("num_hidden_layers")
         few = not is_whole(layers) or layers <= MOST_LAYERS  # transformers makes lists of so many elements
         check(few, "config.json: num_hidden_layers", layers, f"at most {MOST_LAYERS}")
-        check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}")
+        text = stored.get("text_config")
+        text_kind = text.get("model_type") if isinstance(text, dict) else None
+        inner = "; of a model of text and images only the .gguf file is read" if text_kind in FAMILIES else ""
+        check(kind in FAMILIES, "model family", kind, f"supported are {', '.join(FAMILIES)}{inner}")
         config = read_config(folder)
         quantized = getattr(config, "quantization_config", None)
         check(quantized is None, "quantization_config", quantized, "weights in bf16, fp16 or fp32, or a .gguf file")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tokenswift_py.errors import UserError, check
+from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import BlockShifts, QueryTurns
 from tokenswift_py.models.families.base import LOCAL
 from tokenswift_py.models.positions import (
@@ -239,11 +239,9 @@ def standardized(config: Any, kind_of_layer: str = "full_attention") -> Any:
     if kind_of_layer in config.rope_parameters:
         config.rope_parameters = config.rope_parameters[kind_of_layer]
     kind = config.rope_parameters.get("rope_type", "default")
-    whole = config.rope_parameters.get("partial_rotary_factor", 1.0) == 1.0
-    if kind not in SUPPORTED or not whole:
-        raise UserError(
-            f"rope_type: {kind!r} is not allowed; supported are {', '.join(SUPPORTED)}, over the whole head"
-        )
+    check(kind in SUPPORTED, "rope_type", kind, f"supported are {', '.join(SUPPORTED)}")
+    part = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    check(part == 1.0, "partial_rotary_factor", part, "only RoPE over the whole head is computed here")
     return config
 
 

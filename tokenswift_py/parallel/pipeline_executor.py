@@ -41,7 +41,7 @@ class PipelineExecutor:
         self._specs = stage_specs(checkpoint.spec, line.place.stages)
         self._number = line.number(self)
         told = {"do": "load", "number": self._number, "source": dict(source), "settings": settings}
-        told["model"], others = files.fingerprint(checkpoint), line.others
+        told["model"], others = files.model_fingerprint(checkpoint), line.others
         own, answers = line.beside(
             [told] * len(others), [[]] * len(others), lambda: load_stage(line.place, checkpoint, device, settings)
         )

@@ -103,7 +103,7 @@ class Worker:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         checkpoint = open_checkpoint(source["model"], source["revision"], settings["dtype"])
-        if files.fingerprint(checkpoint) != words["model"]:
+        if files.model_fingerprint(checkpoint) != words["model"]:
             raise RanksError(f"the model's files differ from the first stage's: {checkpoint.folder}")
         executor = load_stage(self.place, checkpoint, device, settings)
         self.held[words["number"]] = checkpoint, executor

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenswift_py.checkpoints.cache import cache_folder, cache_name, keep, sha256
-from tokenswift_py.checkpoints.checkpoint import Checkpoint
+from tokenswift_py.checkpoints.cache import sha256
+from tokenswift_py.checkpoints.checkpoint import Checkpoint, model_fingerprint
 from tokenswift_py.errors import check
 from tokenswift_py.options import LANGUAGES, described_options
 from tokenswift_py.version import __version__
@@ -23,9 +21,6 @@ SPEED_ONLY = [name for name, described in described_options().items() if not des
 SPEED_ONLY.append("kv_gates")  # which says where a file lies; the numerics name what is in it
 # A run that is extended has more of these. `numerics` says whether positions are met as before.
 GROWING = ("max_new_tokens", "context")
-LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
-# These keys of config.json only say who wrote the file.
-UNREAD = ("_name_or_path", "transformers_version")
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
@@ -72,14 +67,6 @@ def check_parameter(name: str, value: Any, recorded: Any) -> None:
     check(plain == recorded, name, value, f"the run was written with {recorded!r}")
 
 
-def model_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
-    """Returns the SHA-256 of every file of weights, and of the contents of config.json."""
-    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    said = json.dumps({name: value for name, value in config.items() if name not in UNREAD}, sort_keys=True)
-    files = checkpoint.weight_files
-    return {"config": hashlib.sha256(said.encode()).hexdigest(), **{file.name: kept_sha256(file) for file in files}}
-
-
 def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
     """Returns the SHA-256 of the tokenizer's files, names included."""
     digest = hashlib.sha256()
@@ -87,19 +74,3 @@ def tokenizer_fingerprint(checkpoint: Checkpoint) -> str:
         if path.is_file():
             digest.update(f"{path.name} {sha256(path)}\n".encode())
     return digest.hexdigest()
-
-
-def kept_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file. A large file's is kept in the cache folder under path, size and time of change."""
-    if path.stat().st_size < LARGE:
-        return sha256(path)
-    kept = cache_folder() / "sha256" / cache_name(path)
-    try:
-        known = kept.read_text()
-        if re.fullmatch("[0-9a-f]{64}", known):
-            return known
-    except OSError:
-        pass
-    digest = sha256(path)
-    keep(kept, digest)
-    return digest
