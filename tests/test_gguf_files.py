@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter, quants
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -25,6 +25,7 @@ from conftest import tiny_config, tiny_model, tiny_tokenizer
 from gguf_writer import VALUES, gguf_config, write_gguf
 from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.checkpoints.cache import sha256
+from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.checkpoints.gguf_config import config_of
 from tokenswift_py.checkpoints.gguf_file import open_gguf
 from tokenswift_py.checkpoints.loading import open_checkpoint
@@ -195,6 +196,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mixtral": (gguf_config("mixtral"), {}),
     "qwen3_moe": (gguf_config("qwen3_moe", norm_topk_prob=True), {}),
     "qwen2_moe": (gguf_config("qwen2_moe"), {}),
+    "qwen2_moe of an early file": (
+        gguf_config("qwen2_moe", shared_expert_intermediate_size=512),
+        {"without": ["expert_shared_feed_forward_length"]}),
     "llama 3": (gguf_config("llama", rope_parameters=LLAMA3), {"more": {"rope_freqs.weight": FACTORS}}),
     "llama 3, said to be none": (
         gguf_config("llama", rope_parameters=LLAMA3),
@@ -359,6 +363,15 @@ def test_more_layers_than_tensors_are_refused_before_any_is_described(tmp_path: 
         open_checkpoint(str(path))
 
 
+def test_more_experts_than_can_be_are_refused_before_any_is_described(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "t.gguf", gguf_config("mixtral"), {}, without=["expert_count"],
+        change=lambda writer: writer.add_uint32("llama.expert_count", 2**32 - 1),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"experts: 8589934590 is not allowed; at most 262144"):
+        open_checkpoint(str(path))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "gguf"])
 def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, dtype: str) -> None:
     def change(writer: GGUFWriter) -> None:
@@ -366,7 +379,31 @@ def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, dtype: str) -> Non
         writer.add_uint32("tokenizer.ggml.eom_token_id", 2)
 
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama"), {}, change=change)
-    assert open_checkpoint(str(path), dtype=dtype).eos == (2, 5)
+    # 0 is <|endoftext|>. llama.cpp ends a text there by the token's text, whether or not a key names it.
+    assert open_checkpoint(str(path), dtype=dtype).eos == (2, 5, 0)
+
+
+def test_recommended_sampling_parameters_are_the_defaults(tmp_path: Path) -> None:
+    """As those of generation_config.json are, from which the converter of llama.cpp takes them."""
+
+    def change(writer: GGUFWriter) -> None:
+        writer.add_float32("general.sampling.temp", 0.6)
+        writer.add_float32("general.sampling.top_p", 0.95)
+        writer.add_int32("general.sampling.top_k", 20)
+        writer.add_float32("general.sampling.penalty_repeat", 1.05)
+        writer.add_int32("general.sampling.mirostat", 2)
+
+    path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama"), {}, change=change)
+    checkpoint = open_checkpoint(str(path))
+    wanted = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05}
+    assert checkpoint.defaults == wanted
+    assert not_honoured(checkpoint.folder) == "mirostat 2"
+
+    greedy = write_gguf(
+        tmp_path / "greedy.gguf", gguf_config("llama"), {},
+        change=lambda writer: writer.add_float32("general.sampling.temp", 0.0),
+    )  # fmt: skip
+    assert open_checkpoint(str(greedy)).defaults == {}
 
 
 # Where a file lies, and in how many parts
@@ -398,6 +435,13 @@ def test_a_split_model_opens_by_any_of_its_parts(tmp_path: Path, own_cache: Path
     with pytest.raises(UserError, match=r"^model: 'tiny-00001-of-00003\.gguf' is not .* one of 3 parts") as error:
         open_checkpoint(str(parts[2]))
     assert "\n" not in str(error.value)
+
+
+def test_the_first_part_of_a_split_model_may_be_empty(tmp_path: Path, model: Any) -> None:
+    """As with llama.cpp's --no-tensor-first-split: it has fewer tensors than the model has layers."""
+    path = write_gguf(tmp_path / "tiny.gguf", model.config, {}, state=model.state_dict(), parts=2, small_first=True)
+    assert not GGUFReader(path).tensors and path.name.endswith("-00001-of-00003.gguf")
+    assert same_weights(path, model.state_dict())
 
 
 def test_parts_of_two_models_are_not_one(tmp_path: Path, model: Any) -> None:

@@ -96,6 +96,7 @@ def write_gguf(
     without: Collection[str] = (),
     more: Mapping[str, npt.NDArray[Any]] | None = None,
     parts: int = 1,
+    small_first: bool = False,
 ) -> Path:
     """Writes a model of this config, random unless `state` has its weights, and returns its (first) file.
 
@@ -104,13 +105,14 @@ def write_gguf(
     without: keys of the architecture and names of tensors that are left out.
     more:    further tensors.
     parts:   number of files that the model is split into.
+    small_first: whether a part without tensors comes before them.
     """
     family, spec = MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], ModelSpec.from_config(config)
     tensors = gguf_tensors_of(config, state or tiny_model(config, torch.float32).state_dict(), kinds, default)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in without}
     tensors |= {name: (data, GGMLQuantizationType.F32) for name, data in (more or {}).items()}
     limit = {"split_max_tensors": -(-len(tensors) // parts)} if parts > 1 else {}
-    writer = GGUFWriter(path, family, **limit)
+    writer = GGUFWriter(path, family, **limit, small_first_shard=small_first)
     for key, value in {
         "block_count": spec.layers,
         "context_length": config.max_position_embeddings,
@@ -141,6 +143,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    parts += small_first
     return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
 
 
@@ -158,6 +161,8 @@ def gguf_tensors_of(
             heads = spec.heads if part == "q_proj" else spec.kv_heads
             weights = weights.reshape(heads, 2, -1, *shape[1:]).swapaxes(1, 2).reshape(shape)
         kind = kinds.get(part, default) if len(shape) > 1 and not stem.endswith(("mlp.gate", "expert_gate")) else "F32"
+        if stem.endswith("shared_expert_gate"):
+            weights = weights.reshape(-1)  # ggml does not write outer dimensions of 1
         data = encoded(np.ascontiguousarray(weights), kind, seed)
         tensors[f"{names.get_name(stem)}.{suffix}"] = data, GGMLQuantizationType[kind]
     return tensors

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from tokenswift_py.checkpoints.gguf_file import GgufFile, StoredTensor
+from tokenswift_py.checkpoints.gguf_tokenizer import ENDINGS
 from tokenswift_py.core import is_finite, is_whole
 from tokenswift_py.errors import check
 from tokenswift_py.models.spec import FAMILIES, family_named
@@ -42,6 +43,9 @@ for _name in FAMILIES:
         ARCHITECTURES.setdefault(_architecture, []).append(_name)
 ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 TOKENS = "tokenizer.ggml.tokens"
+SAMPLING = "general.sampling."  # what begins the keys of recommended sampling parameters
+# These of them have other names in transformers. The rest have the same, or are not read.
+SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
 
 
 class Metadata:
@@ -64,7 +68,8 @@ class Metadata:
             part = key.removeprefix(f"{self.architecture}.")
             if part != key and part not in (*READ, *self.family.keys):
                 wanted = NEUTRAL.get(part)
-                allowed = f"from a GGUF file only {wanted!r}; a folder of the same model has it in config.json"
+                only = "it is not read" if wanted is None else f"only {wanted!r}"
+                allowed = f"from a GGUF file {only}; a folder of the same model has it in config.json"
                 check(wanted is not None and np.array_equal(found, wanted), f"model: {key}", found, allowed)
 
     def number(self, part: str, default: float | None = None, whole: bool = False) -> Any:
@@ -124,10 +129,29 @@ def biases(file: GgufFile, block: str) -> Iterable[str]:
 
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
-    """Returns the token that begins a text, and all tokens that end one. llama.cpp stops at each of these."""
+    """Returns the token that begins a text, and all tokens that end one. llama.cpp stops at each of these.
+
+    A file names one to three of them. A chat model of Qwen's, for example, ends an answer by <|im_end|>, which is
+    named, and a text that is no answer by <|endoftext|>, which is not.
+    """
     ends = dict.fromkeys(int(file.metadata[key]) for key in ENDS if key in file.metadata)
+    ends |= dict.fromkeys(token for token, text in enumerate(file.metadata[TOKENS]) if text in ENDINGS)
     begin = file.metadata.get("tokenizer.ggml.bos_token_id")
     return {"bos_token_id": begin, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
+
+
+def sampling_of(file: GgufFile) -> dict[str, Any]:
+    """Returns the generation_config.json of a file that recommends sampling parameters, else an empty one.
+
+    A file that recommends any is sampled from, unless its temperature is 0. transformers' own files leave out what is a
+    default there, and so do the GGUF files that are made from them.
+    """
+    asked: dict[str, Any] = {
+        SAMPLING_NAMES.get(name, name): float(f"{value:.6g}") if isinstance(value, float) else value
+        for key, value in file.metadata.items()
+        if (name := key.removeprefix(SAMPLING)) != key and isinstance(value, int | float | str)
+    }
+    return {"do_sample": asked.get("temperature", 1) > 0, **asked} if asked else {}
 
 
 def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:

@@ -83,6 +83,10 @@ def open_gguf(path: Path) -> GgufFile:
             tensors[name] = tensor
     total = headers[0].metadata.get("split.tensors.count", len(tensors))
     check(len(headers) == 1 or total == len(tensors), "model: split.tensors.count", total, f"{len(tensors)} are there")
+    for key, number in headers[0].metadata.items():
+        counts = key.endswith(".block_count") and isinstance(number, (int, float, np.ndarray))
+        known = not counts or bool(np.all(np.asarray(number) <= len(tensors)))
+        check(known, f"model: {key}", number, f"{path.name} has {len(tensors)} tensors in all")
     return GgufFile(tuple(header.path for header in headers), headers[0].metadata, tensors)
 
 
@@ -145,10 +149,6 @@ class Header:
             key = self.printable()
             check(key not in self.metadata, "model: metadata key", key, f"{path.name} has it twice: it is damaged")
             self.metadata[key] = self.value(key, self.number("<I"))
-        for key, number in self.metadata.items():
-            counts = key.endswith(".block_count") and isinstance(number, (int, float, np.ndarray))
-            known = not counts or bool(np.all(np.asarray(number) <= tensors))
-            check(known, f"model: {key}", number, f"{path.name} has {tensors} tensors in all")
         self.tensors = self._placed([self.tensor() for _ in range(tensors)])
 
     def _placed(self, tensors: Sequence[StoredTensor]) -> dict[str, StoredTensor]:

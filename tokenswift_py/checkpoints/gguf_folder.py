@@ -15,7 +15,8 @@ from typing import Any
 import google_crc32c
 
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name
-from tokenswift_py.checkpoints.gguf_config import config_of
+from tokenswift_py.checkpoints.generation_defaults import NAME
+from tokenswift_py.checkpoints.gguf_config import config_of, sampling_of
 from tokenswift_py.checkpoints.gguf_file import GgufFile
 from tokenswift_py.checkpoints.gguf_tensors import GgufIndex
 from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
@@ -24,8 +25,9 @@ from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
 
+WRITABLE = "a cache folder that can be written; TOKENSWIFT_CACHE names another"
 SUMS = "checksums.json"  # the CRC32C of each file that was made from a GGUF file
-CONVERSION = 3  # part of the folder's name; raise it when the conversion changes
+CONVERSION = 4  # part of the folder's name; raise it when the conversion changes
 
 
 def describe_gguf(file: GgufFile) -> Path:
@@ -42,7 +44,8 @@ def describe_gguf(file: GgufFile) -> Path:
     with one_line(f"model: {file.name} is not a readable GGUF file"):
         config = config_of(file)
         GgufIndex(file, ModelSpec.from_config(AutoConfig.for_model(**config)))
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files("model", folder.parent, WRITABLE):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.parent):
             if not usable(folder):  # another process may have made it while this one waited
                 make(file, config, folder)
@@ -51,12 +54,14 @@ def describe_gguf(file: GgufFile) -> Path:
 
 def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
     """Makes the folder beside its place and moves it there whole, so that an interrupted run leaves no half of one."""
-    with files("model", folder.parent, "a cache folder that can be written; TOKENSWIFT_CACHE names another"):
+    with files("model", folder.parent, WRITABLE):
         beside = tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True)
     with beside as scratch:
         made = Path(scratch) / folder.name  # with the permissions of a new folder; the scratch is its owner's alone
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        if sampling := sampling_of(file):
+            (made / NAME).write_text(json.dumps(sampling, indent=1), encoding="utf-8")
         write_tokenizer(file, made)
         (made / SUMS).write_text(json.dumps(checksums(path for path in made.iterdir()), indent=1))
         if folder.is_dir():

@@ -175,7 +175,9 @@ def checked(tensor: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
     """Raises UserError unless it has this shape and a type that can be read."""
     name = f"model: tensor {tensor.name}"
     rows = f"; there are as many tokens in {TOKENS}" if tensor.name == "token_embd.weight" else ""
-    check(tensor.shape == shape, name, tensor.shape, f"it must be {shape}{rows}")
+    check(
+        (1,) * (len(shape) - len(tensor.shape)) + tensor.shape == shape, name, tensor.shape, f"it must be {shape}{rows}"
+    )
     usable = len(shape) > 1 or tensor.kind in VALUES
     check(usable, f"{name}: type", tensor.kind, f"norms and biases are {', '.join(VALUES)}")
     known = tensor.kind in VALUES or quantisation(tensor.kind) is not None

@@ -31,19 +31,22 @@ BYTE_LEVEL, SENTENCEPIECE = ("gpt2", "gemma4"), "llama"
 SPACE = "\u2581"
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' names and the file's
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # for a file that does not name them
-# Tokens with these texts are markup, even where a file calls them normal. llama.cpp takes them for the end of a text,
-# or for the marks of code that is to be filled in.
-MARKUP_TEXTS = (
-    "</s> <EOT> <MID> <PAD> <PRE> <REPO> <SUF> <end_of_turn> <end_of_utterance> <eos> <fim-middle> <fim-pad> "
-    "<fim-prefix> <fim-repo> <fim-suffix> <fim_middle> <fim_pad> <fim_prefix> <fim_suffix> <reponame> <turn|> "
-    "<|calls|> <|call|> <|code_middle|> <|code_prefix|> <|code_suffix|> <|end_of_text|> <|endoftext|> <|end|> "
-    "<|eom_id|> <|eot_id|> <|file_sep|> <|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> "
-    "<|flush|> <|ifm|im_end|> <|im_end|> <|middle|> <|prefix|> <|repo_name|> <|return|> <|suffix|> "
-    "<|tool_response> [EOS] [EOT] [PAD] [e~[ _<EOT> \u2581<MID> \u2581<PRE> \u2581<SUF> "
-    "<\uff5cend\u2581of\u2581sentence\uff5c> <\uff5cfim\u2581begin\uff5c> <\uff5cfim\u2581end\uff5c> "
-    "<\uff5cfim\u2581hole\uff5c>"
+# Tokens with these texts end a text in llama.cpp, whether or not a file says so.
+ENDING_TEXTS = (
+    "</s> <EOT> <end_of_turn> <end_of_utterance> <eos> <turn|> <|calls|> <|call|> <|end_of_text|> <|endoftext|> "
+    "<|end|> <|eom_id|> <|eot_id|> <|flush|> <|ifm|im_end|> <|im_end|> <|return|> <|tool_response> [EOS] [EOT] "
+    "[e~[ _<EOT> <\uff5cend\u2581of\u2581sentence\uff5c>"
 )
-MARKUP = frozenset(MARKUP_TEXTS.split())
+# These are the marks of code that is to be filled in.
+FILLING_TEXTS = (
+    "<MID> <PAD> <PRE> <REPO> <SUF> <fim-middle> <fim-pad> <fim-prefix> <fim-repo> <fim-suffix> <fim_middle> "
+    "<fim_pad> <fim_prefix> <fim_suffix> <reponame> <|code_middle|> <|code_prefix|> <|code_suffix|> <|file_sep|> "
+    "<|fim_middle|> <|fim_pad|> <|fim_prefix|> <|fim_repo|> <|fim_suffix|> <|middle|> <|prefix|> <|repo_name|> "
+    "<|suffix|> [PAD] \u2581<MID> \u2581<PRE> \u2581<SUF> <\uff5cfim\u2581begin\uff5c> "
+    "<\uff5cfim\u2581end\uff5c> <\uff5cfim\u2581hole\uff5c>"
+)
+ENDINGS = frozenset(ENDING_TEXTS.split())
+MARKUP = ENDINGS.union(FILLING_TEXTS.split())  # even where a file calls these tokens normal
 PHI3_KEEPS_SPACES = ("<unk>", "<s>", "<|endoftext|>")  # spaces after its other markup tokens are dropped
 
 
@@ -170,7 +173,7 @@ def named_ids(model: str, field: Any, size: int) -> dict[str, int]:
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and the chat template of a GGUF file, for AutoTokenizer to read.
+    """Writes tokenizer.json, tokenizer_config.json and the chat template of a GGUF file, for `Checkpoint.tokenizer`.
 
     Raises UserError for a tokenizer that is not known, or whose fields do not fit one another.
     """

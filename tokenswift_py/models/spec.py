@@ -16,6 +16,7 @@ from tokenswift_py.models.families.base import GLOBAL, Experts, Family, LayerSpe
 
 FOLDER = "tokenswift_py.models.families"
 FAMILIES = tuple(registry.names(FOLDER))
+MOST_EXPERTS = 2**18  # each has three names and shapes, which are made before any tensor is looked for
 
 
 def family_named(name: str) -> Family:
@@ -85,6 +86,9 @@ class ModelSpec:
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         check(is_whole(kv_heads) and kv_heads >= 1, "num_key_value_heads", kv_heads, "a whole number, at least 1")
         check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"it must divide the {heads} attention heads")
+        layers, fields = family.layers(config), family.fields(config)
+        experts = fields["experts"].count * len(layers) if fields.get("experts") else 0
+        check(experts <= MOST_EXPERTS, "experts", experts, f"at most {MOST_EXPERTS} in all layers together")
         return cls(
             family=name,
             vocab_size=config.vocab_size,
@@ -95,10 +99,10 @@ class ModelSpec:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             norm_eps=config.rms_norm_eps,
             tied=bool(config.tie_word_embeddings),
-            layer_specs=family.layers(config),
+            layer_specs=layers,
             trained_context=config.max_position_embeddings,
             activation=family.activation,
-            **family.fields(config),
+            **fields,
         )
 
     @property

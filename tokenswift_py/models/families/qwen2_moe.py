@@ -40,7 +40,10 @@ class Qwen2Moe(Mixture):
             "num_experts": said.size("expert_count"),
             "num_experts_per_tok": said.size("expert_used_count"),
             "moe_intermediate_size": said.size("expert_feed_forward_length"),
-            "shared_expert_intermediate_size": said.size("expert_shared_feed_forward_length"),
+            "shared_expert_intermediate_size": said.size(
+                "expert_shared_feed_forward_length",
+                config["intermediate_size"],  # early files do not say it
+            ),
             "norm_topk_prob": False,  # llama.cpp's value for every model
             "qkv_bias": True,
         }
