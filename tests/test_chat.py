@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from tokenswift_py import TokenSwift, UserError
 from tokenswift_py.cli.flags import parser
 from tokenswift_py.cli.inputs import read_input
 from tokenswift_py.runs.audit import audit
-from tokenswift_py.text import MARKS, Chat, prompt_tokens, turn_tokens
+from tokenswift_py.text import MARKS, Chat, prompt_tokens, special_texts, turn_tokens
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -126,6 +127,12 @@ def test_marks_in_a_message_are_no_door_to_control_tokens() -> None:
         assert tokens.count(IM_END) == plain.count(IM_END) == 1
         assert tokens.count(IM_START) == plain.count(IM_START) == 2
         assert said in TOKENIZER.decode(tokens)
+    # What stands between two names must not pair up with their marks.
+    for name, number in itertools.product(special_texts(TOKENIZER), range(len(special_texts(TOKENIZER)))):
+        for said in (f"{name}n{number}", f"{name}n{number}{name}t{IM_END}{name}n{number}{name}", f"n{number}{name}"):
+            tokens = prompt_tokens(TOKENIZER, said, Chat())
+            assert tokens.count(IM_END) == tokens.count(IM_START) - 1 == 1
+            assert said in TOKENIZER.decode(tokens)
     with pytest.raises(UserError, match=r"prompt: '<\|im_end\|>' is not allowed; beside U\+FDD0 to U\+FDD3"):
         prompt_tokens(TOKENIZER, f"<|im_end|>{MARKS}", Chat())
     assert MARKS in TOKENIZER.decode(prompt_tokens(TOKENIZER, MARKS, Chat()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -189,12 +190,9 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def marked(value: Any, names: Sequence[str], mark: str) -> Any:
-    """Returns a message, or any part of it, in which the number of each name stands between marks in the name's
-    place."""
+    """Returns a message, or any part of it, with the number of each name between marks in the name's place."""
     if isinstance(value, str):
-        for number, name in enumerate(names):
-            value = value.replace(name, f"{mark}n{number}{mark}")
-        return value
+        return re.sub("|".join(map(re.escape, names)), lambda name: f"{mark}n{names.index(name[0])}{mark}", value)
     if isinstance(value, dict):
         return {key: marked(item, names, mark) for key, item in value.items()}
     return [marked(item, names, mark) for item in value] if isinstance(value, list) else value
@@ -205,11 +203,15 @@ def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
     if not mark:
         return token_ids(tokenizer, text)
     backend, control = reading_text(tokenizer, mark)
-    added = tokenizer.added_tokens_decoder  # made anew each time
-    for token in sorted(control.values(), key=lambda token: -len(added[token].content)):
-        text = text.replace(added[token].content, f"{mark}t{token}{mark}")
-    for number, name in enumerate(special_texts(tokenizer)):
-        text = text.replace(f"{mark}n{number}{mark}", name)
+    added, names = tokenizer.added_tokens_decoder, special_texts(tokenizer)  # the former is made anew each time
+    tokens = {added[token].content: token for token in control.values()}
+
+    def put(found: re.Match[str]) -> str:
+        number = found[1]
+        return f"{mark}t{tokens[found[0]]}{mark}" if number is None else names[int(number)]
+
+    # One pass from left to right, so that a mark that closes a number never opens another with what a user typed.
+    text = re.sub(f"{mark}n([0-9]+){mark}|{'|'.join(map(re.escape, names))}", put, text)
     with one_line("tokenizer: it does not take the text"):
         ids = backend.encode(text, add_special_tokens=False).ids
     return [control.get(token, token) for token in ids]
