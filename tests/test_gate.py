@@ -10,7 +10,7 @@ import pytest
 from tokenswift_py.serving.http import gate
 from tokenswift_py.serving.http.gate import Gate
 
-SCOPE: Any = {"type": "http", "path": "/v1/models", "headers": []}
+SCOPE: Any = {"type": "http", "method": "GET", "path": "/v1/models", "headers": []}
 
 
 class Client:

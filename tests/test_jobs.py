@@ -158,7 +158,7 @@ def test_a_job_whose_journal_never_began_begins(engine: Engine, long_swift: Toke
     waiting = [engine_of_nobody.create("the cat", **settings) for _ in range(2)]
     engine_of_nobody.close()
     (waiting[1].folder / "journal.bin").write_bytes(b"tokenswift journal\n\xf5TSj\x01")
-    second = Jobs(engine, tmp_path / "data")
+    second = Jobs(engine, tmp_path / "data", most_running=2)
     for job in waiting:
         assert over(second.get(job.id)).written() == alone(long_swift, job, **settings).text
     second.close()
@@ -202,6 +202,36 @@ def test_an_urgent_job_does_not_wait(engine: Engine, tmp_path: Path) -> None:
     waiting = jobs.create("the cat", **LONG)
     over(jobs.create("the dog", priority=5, **{**ENDLESS, "max_new_tokens": 20}))
     assert waiting.state == "waiting"
+    jobs.close()
+
+
+def test_an_answer_does_not_wait_for_jobs(engine: Engine, tmp_path: Path) -> None:
+    """They take all places but one, and give way even where they were given all."""
+    jobs = Jobs(engine, tmp_path / "data")
+    one, two = (begun(jobs.create("the cat", **LONG)) if first else jobs.create("the cat", **LONG) for first in (1, 0))
+    assert len(engine.submit("the bird", max_new_tokens=5, ignore_eos=True).result().tokens) == 5
+    assert (one.state, two.state) == ("running", "waiting")
+    jobs.close()
+    jobs = Jobs(engine, tmp_path / "all", most_running=engine.most_running)
+    full = [jobs.create("the cat", **LONG) for _ in range(engine.most_running)]
+    for job in full:
+        begun(job)
+    assert len(engine.submit("the bird", max_new_tokens=5, ignore_eos=True).result().tokens) == 5
+    assert not any(job.over for job in full)
+    jobs.close()
+
+
+def test_a_job_that_cannot_be_kept_cancelled_waits_on(engine: Engine, tmp_path: Path, monkeypatch: Any) -> None:
+    """Or a server that starts again would write it after all."""
+    jobs = Jobs(engine, tmp_path / "data", most_running=1)
+    begun(jobs.create("the cat", **LONG))
+    job = jobs.create("the cat", **LONG)
+    with monkeypatch.context() as full:
+        full.setattr(Job, "save", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space"):
+            jobs.cancel(job.id)
+    assert job.state == "waiting" and Job.read(job.folder).kept == job.kept
+    assert jobs.cancel(job.id).state == "cancelled" == Job.read(job.folder).kept.state
     jobs.close()
 
 

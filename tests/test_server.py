@@ -16,6 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import jsonschema
 import openai
 import pytest
@@ -259,7 +260,7 @@ def test_names_of_control_tokens_in_a_message_are_text(server: Running, long_swi
 
 
 def test_logprobs_of_a_completion_know_their_places(client: openai.OpenAI, long_swift: TokenSwift) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 40, "seed": 6, "echo": True}
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "the cat", "max_tokens": 40, "seed": 6}
     answer = client.completions.create(**asked, logprobs=0)
     text, told = answer.choices[0].text, answer.choices[0].logprobs
     placed = zip(told.tokens, told.text_offset, strict=True)
@@ -268,6 +269,32 @@ def test_logprobs_of_a_completion_know_their_places(client: openai.OpenAI, long_
     chunks = client.completions.create(**asked, logprobs=0, stream=True)
     places = [choice.logprobs.text_offset for chunk in chunks for choice in chunk.choices if choice.logprobs]
     assert [place for some in places for place in some] == told.text_offset
+
+
+def test_the_prompts_logprobs_come_with_its_echo(
+    client: openai.OpenAI, long_swift: TokenSwift, long_folder: Path
+) -> None:
+    """As evaluation harnesses ask for the likelihood of a text: all its tokens, of which the first has none."""
+    prompt = [*long_swift.tokenizer("the cat and the dog \u00e9t\u00e9 \U0001f600 ran").input_ids, 2]
+    asked: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 1, "temperature": 0, "echo": True}
+    choice = client.completions.create(**asked, logprobs=1).choices[0]
+    told = choice.logprobs
+    reference = AutoModelForCausalLM.from_pretrained(long_folder, dtype=torch.float32)
+    with torch.no_grad():
+        scores = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert told.token_logprobs[1 : len(prompt)] == pytest.approx(
+        scores[:-1][range(len(prompt) - 1), prompt[1:]].tolist(), abs=1e-3
+    )
+    best = scores[:-1].max(-1).values.tolist()
+    assert [max(row.values()) for row in told.top_logprobs[1 : len(prompt)]] == pytest.approx(best, abs=1e-3)
+    tokenizer = long_swift.tokenizer
+    assert told.tokens[: len(prompt)] == [tokenizer.decode([token]) for token in prompt]
+    places = told.text_offset[: len(prompt)]
+    for token, place, following in zip(told.tokens, places, [*places[1:], len(tokenizer.decode(prompt))], strict=False):
+        assert choice.text[place:following] == token or "\ufffd" in token
+    with pytest.raises(openai.BadRequestError, match="logprobs: with echo only without stream"):
+        client.completions.create(**asked, logprobs=1, stream=True)
 
 
 SCHEMA = {"type": "object", "properties": {"cat": {"enum": ["sat", "ran"]}, "dogs": {"type": "integer"}},
@@ -451,6 +478,29 @@ def test_a_page_of_another_name_cannot_ask(long_swift: TokenSwift) -> None:
         assert ask(url, Host=f"localhost:{found.port}").status == 200
         assert ask(url, Origin="https://good.example").headers[allow] == "https://good.example"
         assert allow not in ask(url, Origin="https://evil.example").headers
+        # What OpenAI's client for JavaScript asks before it asks.
+        names = "authorization,content-type,x-stainless-os,x-stainless-timeout"
+        wants = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names}
+        before = httpx.options(url, headers={"Origin": "https://good.example", **wants})
+        assert before.status_code == 200
+        assert "x-stainless-os" in before.headers["access-control-allow-headers"]
+
+
+def test_a_page_of_another_server_cannot_have_anything_done(long_swift: TokenSwift) -> None:
+    """Without a key a browser would send it: a form's POST needs no leave, whatever the body says that it is."""
+    with running(engine(long_swift), hosts=("localhost", "127.0.0.1"), cors=["https://good.example"]) as found:
+        body = {"model": "tiny", "prompt": "the", "max_tokens": 1}
+        for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example", "http://[", "file://"):
+            refused = ask(f"{found.url}/v1/completions", body, Origin=origin)
+            assert refused.status == 403 and "may not ask" in refused.json()["error"]["message"]
+        for origin in (found.url, f"http://localhost:{found.port}", "https://good.example"):
+            assert ask(f"{found.url}/v1/completions", body, Origin=origin).status == 200
+        assert ask(f"{found.url}/v1/models", Origin="https://evil.example").status == 200
+
+
+def test_a_monitor_may_ask_for_the_head_alone(server: Running) -> None:
+    reply = httpx.head(f"{server.url}/health")
+    assert (reply.status_code, reply.content) == (200, b"")
 
 
 def test_no_page_of_another_origin_is_let_in(server: Running) -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import ipaddress
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from tokenswift_py.parallel.processes import check_one_rank
 from tokenswift_py.serving.limits import Limits
 
 KEY = "TOKENSWIFT_API_KEY"  # a variable of the environment
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+", re.IGNORECASE)
 POSITIONS = ("positions", "positions_window", "positions_block")
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 
@@ -82,8 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     check(0 <= args.port < 2**16, "port", args.port, "between 0 and 65535")
     check(0 <= args.drain <= 86400, "drain", args.drain, "seconds, at most a day")
     for origin in args.cors:
-        fine = origin.startswith(("http://", "https://")) and not origin.endswith("/")
-        check(fine, "cors", origin, "an origin, like https://example.org")
+        check(
+            bool(ORIGIN.fullmatch(origin)), "cors", origin, "an origin, like https://example.org or app://obsidian.md"
+        )
     for package in PACKAGES:
         try:
             importlib.import_module(package)

@@ -73,7 +73,11 @@ class Answer:
     def complete(self, ends: Sequence[Ended]) -> dict[str, Any]:
         choices = []
         for end in ends:
-            logprobs = self.logprobs(end.index, end.pieces) if self.wants_logprobs else None
+            logprobs: Any = self.logprobs(end.index, end.pieces) if self.wants_logprobs else None
+            if end.result.prompt_logprobs is not None:
+                prompt = self.asked.prompts[self.asked.choices[end.index][0]]
+                before = self.tokens.of_prompt(prompt, end.result.prompt_logprobs, self.wants_likeliest)
+                logprobs = {name: joined(before[name], logprobs[name]) for name in before}
             choices.append(self.choice(end.index, self.before(end.index) + end.result.text, logprobs, end))
         return {**self.head, "object": self.whole, "choices": choices, "usage": usage(ends, self.asked),
                 **proof(ends[0].result)}  # fmt: skip
@@ -155,6 +159,10 @@ class CompletionAnswer(Answer):
             self._offsets[index] = self.tokens.offsets(prompt, len(self.before(index)))
         offsets = [offset for piece in pieces for offset in self._offsets[index].of(piece)]
         return self.tokens.columns(self.tokens.told(pieces), offsets, self.wants_likeliest)
+
+
+def joined(before: list[Any] | None, after: list[Any] | None) -> list[Any] | None:
+    return None if before is None or after is None else [*before, *after]
 
 
 def ended(end: Ended | None) -> dict[str, Any]:

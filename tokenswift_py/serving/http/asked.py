@@ -55,6 +55,10 @@ class Server:
 
     def completion(self, request: CompletionRequest) -> Asked:
         settings = {**self.settings(request, request.response_format, request.logprobs), "raw": True}
+        if request.echo and request.logprobs is not None:
+            if request.stream:
+                raise Refusal(400, "logprobs: with echo only without stream", "logprobs")
+            settings["prompt_logprobs"] = request.logprobs
         prompts: list[tuple[str, Prompt]] = [("prompt", prompt) for prompt in request.prompts()]
         return self.asked(request, settings, prompts, request.max_tokens, "max_tokens", request.n)
 

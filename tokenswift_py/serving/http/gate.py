@@ -10,6 +10,7 @@ import anyio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokenswift_py.errors import shown
 from tokenswift_py.serving.http.refusals import Refusal
 from tokenswift_py.serving.limits import MIB
 
@@ -26,12 +27,17 @@ class Gate:
     hosts:    the names by which the server may be called. None allows any name. Without a key and with any name, a
               browser's page from elsewhere could reach a server on this machine: its own name could lead here (DNS
               rebinding).
+    origins:  the origins of other servers' pages that may ask, too. Where no key is asked for, any page that a browser
+              has open could otherwise send a request here, though it could not read the answer.
     body_mib: the MiB that a request may send. The application gets the body as a whole, so it never waits for a slow
               sender.
     """
 
-    def __init__(self, app: ASGIApp, key: str | None, hosts: Collection[str] | None, body_mib: int):
-        self.app, self.hosts = app, hosts
+    def __init__(
+        self, app: ASGIApp, key: str | None, hosts: Collection[str] | None, body_mib: int,
+        origins: Collection[str] = (),
+    ):  # fmt: skip
+        self.app, self.hosts, self.origins = app, hosts, origins
         self._key = None if key is None else key.encode()
         self._most = body_mib * MIB
 
@@ -42,6 +48,7 @@ class Gate:
         try:
             headers = Headers(scope=scope)
             self.check_host(headers)
+            self.check_origin(headers, scope["method"])
             if scope["path"] in OPEN:
                 body: bytes | None = b""  # nobody has shown a key, so nothing of theirs is kept
             else:
@@ -62,6 +69,21 @@ class Gate:
             name = None
         if name not in self.hosts:
             raise Refusal(403, f"host: this server is not called so; it is {' or '.join(sorted(self.hosts))}", "host")
+
+    def check_origin(self, headers: Headers, method: str) -> None:
+        """Refuses what another server's page asks to be done. A page cannot send a key without asking for leave first
+        (CORS), so this is for servers without one."""
+        origin = headers.get("origin")
+        if self._key is not None or origin is None or method in ("GET", "HEAD", "OPTIONS") or origin in self.origins:
+            return
+        try:
+            there = urlsplit(origin)
+            same = there.netloc == headers.get("host") or there.hostname in (self.hosts or ())
+        except ValueError:
+            same = False
+        if not same:
+            told = f"origin: pages of {shown(origin)} may not ask; --cors names those that may"
+            raise Refusal(403, told, "origin", "origin_not_allowed")
 
     def check_key(self, headers: Headers) -> None:
         """Checks the key. The time that this takes does not depend on what was sent."""

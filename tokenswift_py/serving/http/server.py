@@ -79,16 +79,17 @@ class Service:
         self.metrics = Metrics(name, engine.figures)
         AppStatus.disable_automatic_graceful_drain()  # the engine ends the texts, and with them the streams
         self.app = FastAPI(title="tokenswift", version=__version__, docs_url=None, redoc_url=None)
-        self.app.add_middleware(Gate, key=key, hosts=hosts, body_mib=self.limits.body_mib)
+        self.app.add_middleware(Gate, key=key, hosts=hosts, body_mib=self.limits.body_mib, origins=cors)
         if cors:
+            # OpenAI's client for JavaScript sends headers of its own (x-stainless-os and more), so any header may come.
             self.app.add_middleware(
-                CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type"],
+                CORSMiddleware, allow_origins=list(cors), allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"],
+                expose_headers=["Retry-After"],
             )  # fmt: skip
         refusals.install(self.app)
         self._routes()
         if jobs is not None:
-            self.app.include_router(job_routes(jobs, self.limits))
+            self.app.include_router(job_routes(jobs, self.limits, self.check_model))
         install(self.app, *shapes.ALL, *(job_shapes.ALL if jobs is not None else ()))
 
     async def begin(self, model: str | None, body: Any, make: Callable[[Any], Asked]) -> tuple[Asked, Texts]:
@@ -142,8 +143,10 @@ class Service:
         async def completions(body: protocol.CompletionRequest, request: Request) -> Response:
             """Goes on with a text, whole or as a stream. No chat template is used."""
             asked, texts = await self.begin(body.model, body, self.server.completion)
-            echoed = [self.server.detokenized(ids) for ids in asked.prompts] if body.echo else ()
-            answer = CompletionAnswer(self.name, asked, self.tokens, echoed)
+            told: Sequence[str] = ()
+            if body.echo:
+                told = await run_in_threadpool(lambda: [self.server.detokenized(ids) for ids in asked.prompts])
+            answer = CompletionAnswer(self.name, asked, self.tokens, told)
             if body.stream:
                 return TextEvents(answer.chunks(texts, wants_usage(body)), texts, self.limits.stall)
             return await self.answer(answer, texts, request)
@@ -190,6 +193,8 @@ class Service:
         async def health() -> Response:
             """Answers 200 while new texts are taken. It needs no key."""
             return Json({"status": "stopping" if self.draining else "ok"}, 503 if self.draining else 200)
+
+        app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)  # monitors ask so
 
         @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
         async def metrics() -> Response:

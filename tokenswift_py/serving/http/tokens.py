@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenswift_py.core import Likeliest
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.text import BAD, TextJoiner, special_ids
 
+CONTEXT = 32  # tokens before a text that are read with it, as many as a character can have and more
 CHAPTER_GAP = "\n\n"  # the gap between chapters in the text
 
 
@@ -17,7 +19,7 @@ class Told:
     """A token with its log-probability, and the likeliest tokens in its place with theirs, the best first."""
 
     token: int
-    logprob: float
+    logprob: float | None  # None for the first token of a prompt
     likeliest: Sequence[tuple[int, float]]
 
 
@@ -27,14 +29,17 @@ class TokenTexts:
     def __init__(self, tokenizer: Any):
         self._whole, self._tokenizer = tokenizer, tokenizer.backend_tokenizer
         self._special = special_ids(tokenizer)
+        # A SentencePiece vocabulary drops the space at the start of what it decodes, so a token is read behind another.
+        letter = self._tokenizer.token_to_id("a")
+        self._before = [] if letter is None or self._tokenizer.decode([letter]) != "a" else [letter]
 
     def offsets(self, before: Sequence[int], told: int) -> Offsets:
         """Returns the offsets of a text that goes on from these tokens, after this many characters."""
-        return Offsets(self._whole, before, told)
+        return Offsets(self, self._whole, before[-CONTEXT:], told)
 
     def text(self, token: int) -> str:
-        """Returns the text of a token alone. A token of half a character has U+FFFD."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        """Returns the text of a token alone, its leading space included. A token of half a character has U+FFFD."""
+        return str(self._tokenizer.decode([*self._before, token], skip_special_tokens=False))[len(self._before) :]
 
     def told(self, pieces: Sequence[Piece]) -> list[Told]:
         """Returns the log-probability of each token that has a text. An end-of-sequence token has none."""
@@ -46,7 +51,7 @@ class TokenTexts:
                     found.append(Told(token, logprob, likely))
         return found
 
-    def entry(self, token: int, logprob: float) -> dict[str, Any]:
+    def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         """Returns a token in the form of chat completions and responses. The bytes are null if it is half of a
         character."""
         text = self.text(token)
@@ -65,13 +70,36 @@ class TokenTexts:
         offsets:   the offsets of the characters at which the tokens begin.
         likeliest: whether the likeliest tokens were asked for.
         """
-        top = [self._by_text(one.likeliest) for one in told]
+        top = [None if one.logprob is None else self._by_text(one.likeliest) for one in told]
         return {
             "tokens": [self.text(one.token) for one in told],
             "token_logprobs": [one.logprob for one in told],
             "top_logprobs": top if likeliest else None,
             "text_offset": list(offsets),
         }
+
+    def of_prompt(
+        self, prompt: Sequence[int], found: Sequence[tuple[float, Likeliest] | None], likeliest: bool
+    ) -> dict[str, Any]:
+        """Returns the tokens of a prompt in the form of completions, special ones included: clients count them.
+
+        found: `Result.prompt_logprobs`.
+        """
+        told = [Told(token, *(one or (None, ()))) for token, one in zip(prompt, found, strict=True)]
+        offsets, at, start = [], 0, 0
+        whole = str(self._tokenizer.decode(list(prompt), skip_special_tokens=False))
+        for number, token in enumerate(prompt):
+            offsets.append(at)
+            text = self.text(token)
+            if BAD in text:  # half of a character: all its tokens begin where it begins
+                run = str(self._tokenizer.decode(list(prompt[start : number + 1]), skip_special_tokens=False))
+                if BAD in run:
+                    continue
+                text = run
+            elif not at and not whole.startswith(text):
+                text = text.lstrip(" ")
+            at, start = at + len(text), number + 1
+        return self.columns(told, offsets, likeliest)
 
     def _by_text(self, likeliest: Sequence[tuple[int, float]]) -> dict[str, float]:
         """Returns the best of the tokens that read alike, like halves of characters."""
@@ -86,8 +114,8 @@ class Offsets:
     told:   the number of characters before the text.
     """
 
-    def __init__(self, tokenizer: Any, before: Sequence[int], told: int):
-        self._tokenizer, self._told = tokenizer, told
+    def __init__(self, texts: TokenTexts, tokenizer: Any, before: Sequence[int], told: int):
+        self._texts, self._tokenizer, self._told = texts, tokenizer, told
         self._joiner = TextJoiner(tokenizer, (), before)
         self._special = special_ids(tokenizer)
 
@@ -99,7 +127,7 @@ class Offsets:
         found = []
         for token in piece.tokens:
             if token not in self._special:
-                alone = str(self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False))
+                alone = self._texts.text(token)
                 told = self._joiner.push([token])
                 before = len(told) - len(alone) if told.endswith(alone) else 0  # the text that was held back until now
                 found.append(self._told + before)

@@ -29,6 +29,7 @@ logger = logging.getLogger("tokenswift")
 SEED_BITS = 53  # the size of a seed that is drawn here; JSON numbers of every language hold it
 TITLE_LENGTH = 200  # the most characters of a title
 REQUEST_BYTES = 4 * 2**20  # the most bytes that a request may have as JSON
+PRIORITY = -1.0  # of a job that asks for none: those who wait for an answer come first
 RETRY_SECONDS = 1.0  # seconds between two attempts to hand a text to an engine that is full
 
 
@@ -43,8 +44,9 @@ class WrongState(RuntimeError):
 class Jobs:
     """The jobs of a data folder, which belongs to one process at a time.
 
-    Jobs wait here, so that they never fill the engine's own line. At most `most_running` are in the engine. One more is
-    there if it is more urgent than all of them. One thread hands them over and writes their files when they end.
+    Jobs wait here, so that they never fill the engine's own line. At most `most_running` are in the engine (unless
+    given, all of its places but one). One more is there if it is more urgent than all of them. One thread hands them
+    over and writes their files when they end.
 
     folder:    the data folder. It is made if needed, and nobody else may read it.
     most_jobs: the number of jobs that are kept, finished ones included. One more is refused.
@@ -53,7 +55,7 @@ class Jobs:
     def __init__(self, engine: Engine, folder: str | Path, *, most_running: int | None = None, most_jobs: int = 1000):
         check(most_jobs >= 1, "most_jobs", most_jobs, "at least 1")
         self.engine, self.folder, self.most_jobs = engine, Path(folder), most_jobs
-        self.most_running = most_running or engine.most_running
+        self.most_running = most_running or max(1, engine.most_running - 1)
         with files("data", folder, "a folder that can be written"):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.chmod(0o700)
@@ -71,7 +73,7 @@ class Jobs:
     # Requests of callers
 
     def create(
-        self, prompt: Prompt, *, priority: float = 0.0, title: str = "", asked: Any = None, **settings: Any
+        self, prompt: Prompt, *, priority: float = PRIORITY, title: str = "", asked: Any = None, **settings: Any
     ) -> Job:
         """Takes a text. It is on the disk when this returns.
 
@@ -116,18 +118,19 @@ class Jobs:
 
     def get(self, name: str) -> Job:
         """Returns a job. Raises NoSuchJob. Only an id can ever become a path."""
-        with self._lock:
-            job = self._jobs.get(name) if ID.fullmatch(name) else None
+        job = self._jobs.get(name) if ID.fullmatch(name) else None  # no lock: it is held while files are written
         if job is None:
             raise NoSuchJob(name)
         return job
 
     def cancel(self, name: str) -> Job:
-        """Ends a job's text. What is written stays. A job that is over stays as it is."""
+        """Ends a job's text. What is written stays. A job that is over stays as it is. Raises OSError where the disk is
+        full: then a job that waits goes on waiting."""
         job = self.get(name)
         with self._lock:
             if job.state == "waiting":
-                self._settle(job, "cancelled")
+                self._keep(job, state="cancelled", ended=round(time.time(), 3))
+                job.leave("cancelled")
             elif job.state == "running":
                 job.cancelled = True
                 if job.text is not None:
@@ -142,16 +145,20 @@ class Jobs:
             if job.state not in ("cancelled", "interrupted", "failed"):
                 raise WrongState(f"the job is {job.state}; what is cancelled, interrupted or failed can go on")
             self._check_free(job)
-            before = job.kept
-            job.kept = replace(before, state=OPEN, error=None, ended=None)
-            try:
-                job.save()
-            except OSError:
-                job.kept = before
-                raise
+            self._keep(job, state=OPEN, error=None, ended=None)
             job.state = "waiting"
         self._todo.put(self._nothing)
         return job
+
+    def _keep(self, job: Job, **changes: Any) -> None:
+        """Changes a job on the disk. If the disk is full, raises OSError and leaves the job as it was."""
+        before = job.kept
+        job.kept = replace(before, **changes)
+        try:
+            job.save()
+        except OSError:
+            job.kept = before
+            raise
 
     def audit(self, name: str, sample: int = 0) -> Job:
         """Begins to prove a job's text. The findings will be in its status. One audit runs at a time.

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from tokenswift_py.serving.http.own import OwnParameters
 from tokenswift_py.serving.http.protocol import Count, Messages, ResponseFormat, TokenIds
 from tokenswift_py.serving.http.refusals import DESCRIBED, RETRY_AFTER, ErrorBody, Refusal
 from tokenswift_py.serving.jobs.job import Job
-from tokenswift_py.serving.jobs.jobs import Jobs, NoSuchJob, WrongState
+from tokenswift_py.serving.jobs.jobs import PRIORITY, Jobs, NoSuchJob, WrongState
 from tokenswift_py.serving.jobs.page import page
 from tokenswift_py.serving.limits import Limits
 from tokenswift_py.serving.shapes import jobs as shapes
@@ -46,7 +46,8 @@ class JobRequest(OwnParameters):
     """A long text to be written. A request has either prompt or messages.
 
     raw:      whether the prompt is the beginning of the text, without a chat template.
-    priority: the urgency of the text. Texts of higher priority are served sooner.
+    priority: the urgency of the text. Texts of higher priority are served sooner. Without one it is -1, so that answers
+              somebody waits for (0) come before it.
     """
 
     prompt: str | TokenIds | None = None
@@ -70,13 +71,13 @@ class AuditRequest(BaseModel):
     sample: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
+def job_routes(jobs: Jobs, limits: Limits, check_model: Callable[[str | None], None]) -> APIRouter:
     """Returns the routes of `jobs`, for an application that tells `UserError` and `Refusal` as `refusals.install` does.
 
-    limits: the limits of one text. They are the same as for texts that are answered at once.
+    limits:      the limits of one text. They are the same as for texts that are answered at once.
+    check_model: raises Refusal for a model that is not here.
     """
     router = APIRouter()
-    limits = limits or Limits()
     server = Server(jobs.engine.loaded, jobs.engine.context, limits)
     errors: dict[int | str, dict[str, Any]] = {
         **{status: DESCRIBED[status] for status in (400, 401, 404, 429, 503) if status in DESCRIBED},
@@ -108,7 +109,7 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
             logger.error("a job could not be kept: %s", error)
             raise Refusal(503, f"the server's disk: {error.strerror}", None, "not_kept") from error
 
-    @router.get("/", include_in_schema=False)
+    @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def home() -> Response:
         return page()
 
@@ -116,9 +117,11 @@ def job_routes(jobs: Jobs, limits: Limits | None = None) -> APIRouter:
     async def create(body: JobRequest) -> Response:
         """Takes a text. It is on the disk when this answers, and is written whatever happens to the server."""
 
+        check_model(body.model)
+
         def make() -> dict[str, Any]:
             prompt, settings, priority = plain(server, body)
-            asked = body.model_dump(exclude_none=True)
+            asked = body.model_dump(exclude_none=True, by_alias=True)
             job = jobs.create(prompt, priority=priority, title=body.title or "", asked=asked, **settings)
             return whole(job)
 
@@ -206,7 +209,8 @@ def plain(server: Server, body: JobRequest) -> tuple[list[int], dict[str, Any], 
     named = "messages" if body.prompt is None else "prompt"
     asked = server.asked(body, settings, [(named, said)], body.max_tokens, "max_tokens", 1)
     (prompt, sample), *_ = asked.choices
-    return asked.prompts[prompt], {**asked.settings, "stream": sample}, asked.priority
+    priority = PRIORITY if body.priority is None else body.priority
+    return asked.prompts[prompt], {**asked.settings, "stream": sample}, priority
 
 
 def whole(job: Job) -> dict[str, Any]:
