@@ -20,7 +20,7 @@ from tokenswift_py.checkpoints.cache import cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.checkpoint import fingerprint as fingerprint
 from tokenswift_py.drafters.head_weights import FORMS, HeadWeights, check_shapes
-from tokenswift_py.errors import UserError, check, one_line
+from tokenswift_py.errors import UserError, check, files, one_line
 
 logger = logging.getLogger("tokenswift")
 
@@ -120,17 +120,18 @@ TOKENSWIFT_NAMES = {"linear": "weight", "input_layernorm": "norm_in", "post_laye
 
 def convert(path: Path, checkpoint: Checkpoint) -> Path:
     """Returns a checkpoint of Medusa or TokenSwift in a file of ours, written once into the cache."""
-    files = foreign_files(path)
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    theirs = foreign_files(path)
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in theirs]
     key = hashlib.sha256(f"{VERSION} {checkpoint.spec.norm_eps} {stats}".encode()).hexdigest()[:12]
     target = cache_folder() / "heads" / f"{path.stem}-{key}.safetensors"
     if not target.is_file():
         tensors: dict[str, torch.Tensor] = {}
-        for file in files:
+        for file in theirs:
             tensors.update(foreign_tensors(file))
         weights = from_names(tensors, checkpoint.spec.norm_eps)
         check_shapes(weights, checkpoint.spec)
-        write_heads(replace(weights, provenance={"converted_from": path.name}), target)
+        with files("draft_heads", target.parent, "a cache folder that can be written; TOKENSWIFT_CACHE names another"):
+            write_heads(replace(weights, provenance={"converted_from": path.name}), target)
     return target
 
 

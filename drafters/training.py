@@ -92,6 +92,7 @@ def write(
     context: int,
     ends: Collection[int],
     lanes: int = 16,
+    least: int = 1,
     deadline: float = math.inf,
     quiet: bool = False,
 ) -> tuple[Rows, list[list[int]]]:
@@ -101,8 +102,8 @@ def write(
     context: positions for the longest prompt and a text; the model's, or fewer.
     sampler_of: function from the number of a text to its sampler. A row is a row, so text i and its rows depend on
                 prompt i and sampler i only, not on how many lanes there are (bitwise so on the native engine).
-    deadline: value of time.monotonic() at which all texts are cut where they are; such a run cannot be repeated bit for
-              bit.
+    deadline: value of time.monotonic() at which all texts of at least `least` tokens are cut where they are; such a run
+              cannot be repeated bit for bit.
     """
     lanes = min(lanes, max(1, wanted // length))
     pool, running, done = model.new_pool(lanes * pages_for(context)), list[Text](), list[Text]()
@@ -118,7 +119,8 @@ def write(
             text.take(weights.reads(output, -1), output.logits[0])
             running.append(text)
         late = time.monotonic() > deadline
-        for text in [text for text in running if text.history[-1] in ends or len(text) == length or late]:
+        cut = [text for text in running if late and len(text) >= least]
+        for text in [text for text in running if text.history[-1] in ends or len(text) == length or text in cut]:
             running.remove(text)
             text.cache.release()
             done.append(text)
@@ -171,7 +173,7 @@ def new_heads(form: str, heads: int, final_norm: torch.Tensor, eps: float) -> He
 def regressed(weights: HeadWeights, rows: Rows, embedding: torch.Tensor) -> HeadWeights:
     """Makes heads to start training from. Each gets the matrices that come closest to the residual stream i rows later.
 
-    This is ridge regression in closed form. It takes a second. Medusa's block is not linear and starts unchanged.
+    This is ridge regression in closed form. Medusa's block is not linear and starts unchanged.
     """
     if weights.form == "medusa":
         return weights
@@ -179,22 +181,27 @@ def regressed(weights: HeadWeights, rows: Rows, embedding: torch.Tensor) -> Head
     tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
     fitted = replace(weights, tensors=tensors)
     x, hidden = rows.states[at].float(), rows.states.shape[1]
+    width = hidden * (2 if weights.sees_tokens else 1)
     for i in range(len(weights)):
-        token = embedding[rows.following[at + i]].float()
-        parts = [rms_norm(x, weights.eps) * tensors["norm_in"][i]]
-        if weights.sees_tokens:
-            parts.append(rms_norm(token, weights.eps))
-        inputs = torch.cat(parts, 1)
-        square = inputs.T @ inputs
-        square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
-        solved = torch.linalg.solve(square, inputs.T @ (rows.states[at + i + 1].float() - x)).T
+        square, toward = torch.zeros(width, width), torch.zeros(width, hidden)
+        blocks = list(zip(x.split(BLOCK), at.split(BLOCK), strict=True))  # the inputs of all rows would be gigabytes
+        for own, place in blocks:
+            parts = [rms_norm(own, weights.eps) * tensors["norm_in"][i]]
+            if weights.sees_tokens:
+                parts.append(rms_norm(embedding[rows.following[place + i]].float(), weights.eps))
+            inputs = torch.cat(parts, 1)
+            square += inputs.T @ inputs
+            toward += inputs.T @ (rows.states[place + i + 1].float() - own)
+        square += RIDGE * square.diagonal().mean() * torch.eye(width)
+        solved = torch.linalg.solve(square, toward).T
         for name, matrix in zip(("weight", "token"), solved.split(hidden, dim=1), strict=False):
             tensors[name][i] = matrix
-        x, _ = fitted.step(i, x, token)
+        x = torch.cat([fitted.step(i, own, embedding[rows.following[place + i]].float())[0] for own, place in blocks])
     return fitted
 
 
 RIDGE = 1e-2
+BLOCK = 8192  # rows whose inputs are held at a time
 
 
 def train(

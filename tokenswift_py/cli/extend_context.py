@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenswift_py.cli.arguments import Parser, named_path, number, whole
+from tokenswift_py.cli.terminal import CtrlC
 from tokenswift_py.errors import check, shown
 from tokenswift_py.extending.settings import Flag, Lengths, Settings, described_settings, settings_of
 from tokenswift_py.parallel.processes import world_size
@@ -74,20 +75,30 @@ def main(arguments: Sequence[str]) -> int:
         for name in given:
             check(described_settings()[name].again, name, given[name], "not with --resume, which keeps the run's own")
         kept = TrainingFolder.open(args.resume)[1]["settings"]
-        folder = go_on(settings_of({**kept, **given}), args.resume, args.quiet)
-    else:
-        folder = begin(settings, args.out, shlex.join(["tokenswift", "extend-context", *arguments]), args.quiet)
+        settings = settings_of({**kept, "minutes": None, **given})  # minutes are a session's
+    with CtrlC() as keys:
+        keys.hold()
+        if args.resume is not None:
+            folder = go_on(settings, args.resume, args.quiet, lambda: keys.pressed)
+        else:
+            command = shlex.join(["tokenswift", "extend-context", *arguments])
+            folder = begin(settings, args.out, command, args.quiet, lambda: keys.pressed)
     if not args.quiet:
-        print(table(folder.path.parent, folder.lines()))
+        print(table(folder.path.parent, folder.lines(), settings.steps))
     return 0
 
 
-def table(out: Path, lines: Sequence[dict[str, Any]]) -> str:
-    """Returns the journal as a table: the loss at both ends, and how held-out texts were read before and after."""
+def table(out: Path, lines: Sequence[dict[str, Any]], wanted: int) -> str:
+    """Returns the journal as a table: the loss at both ends, and how held-out texts were read before and after.
+
+    wanted: the number of steps of the whole course.
+    """
     steps = [line for line in lines if "loss" in line]
     told = [str(out)]
     if steps:
-        told.append(f"{len(steps)} steps; loss {steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last")
+        left = "" if len(steps) >= wanted else f" of {wanted}; --resume {out} goes on"
+        losses = f"loss {steps[0]['loss']:.3f} at first, {steps[-1]['loss']:.3f} at last"
+        told.append(f"{len(steps)} steps{left}; {losses}")
     read = [line for line in lines if "held_out" in line]
     if read:
         told.append("nats a token in each quarter of held-out texts, full attention")

@@ -22,6 +22,7 @@ from tokenswift_py.version import __version__
 if TYPE_CHECKING:
     from tokenswift_py.sampling.reference import Sampler
 
+FORMS = ("recurrent", "tokenswift", "medusa", "eagle")
 WRITING = 0.6  # the part of --minutes that writing takes
 HELD_OUT = 1_000_000  # the number of the first held-out text, which gives it noise of its own
 
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--device", default="auto", help="auto, cpu, cuda, ...: where the model writes")
     root.add_argument("--threads", type=whole, help="CPU threads")
     root.add_argument("--prompts", type=named_path, metavar="FILE", help="a prompt a line (default: built in)")
-    root.add_argument("--form", default="recurrent", help="recurrent, tokenswift, medusa or eagle")
+    root.add_argument("--form", default="recurrent", help=" or ".join((", ".join(FORMS[:-1]), FORMS[-1])))
     root.add_argument("--heads", type=whole, default=3, help="how many tokens ahead")
     root.add_argument("--tokens", type=whole, default=60_000, help="tokens the model writes to learn from")
     root.add_argument("--held-out", type=whole, default=6_000, help="tokens it writes to others, for the figures")
@@ -100,11 +101,15 @@ def main(arguments: Sequence[str]) -> int:
     def write(lines: list[tuple[str, bool]], first: int, wanted: int, deadline: float) -> Any:
         return training.write(
             model, fresh, endless(encode(swift, lines), args.seed), sampler_of(first), wanted, args.length,
-            longest + args.length, checkpoint.eos, deadline=deadline, quiet=args.quiet,
+            longest + args.length, checkpoint.eos, least=args.heads + 1, deadline=deadline, quiet=args.quiet,
         )  # fmt: skip
 
-    held, held_texts = write(held_lines, HELD_OUT, args.held_out, began + 0.2 * WRITING * limit)
-    rows, texts = write(training_lines, 0, args.tokens, began + WRITING * limit)
+    ready = time.monotonic()
+    left = max(0.0, began + limit - ready)  # what loading has left of the minutes
+    held, held_texts = write(held_lines, HELD_OUT, args.held_out, ready + 0.2 * WRITING * left)
+    if not eagle:
+        training.usable_rows(held, fresh)
+    rows, texts = write(training_lines, 0, args.tokens, ready + WRITING * left)
     told = {
         "command": shlex.join(["tokenswift", "train-heads", *arguments]),
         "version": __version__,
@@ -124,6 +129,7 @@ def main(arguments: Sequence[str]) -> int:
             model, checkpoint, stored, (rows, texts), (held, held_texts), args.heads, args.draft_vocab, args.epochs,
             args.seed, args.rate, late, args.quiet,
         )  # fmt: skip
+        check(bool(losses), "minutes", args.minutes, f"time for a step; all before took {ready - began:.0f} s and more")
         record, shown = provenance(losses, figures), table(figures)
         target = eagle_training.keep(layer, checkpoint, record, args.out)
     else:
@@ -149,6 +155,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Checks the arguments that need no model. Raises UserError."""
     for name, least in (("heads", 1), ("tokens", 1), ("held_out", 1), ("length", 2)):
         check(getattr(args, name) >= least, name, getattr(args, name), f"at least {least}")
+    check(args.form in FORMS, "form", args.form, f"one of {', '.join(FORMS)}")
     check(args.heads <= 16, "heads", args.heads, "at most 16")
     check(args.length > args.heads + 1, "length", args.length, f"more than heads + 1 ({args.heads + 1})")
     check(0 < args.epochs < math.inf, "epochs", args.epochs, "above 0")
@@ -160,7 +167,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         kind = "a new folder, for form eagle" if args.form == "eagle" else "a new file that ends in .safetensors"
         check((args.out.suffix == ".safetensors") == (args.form != "eagle"), "out", str(args.out), kind)
         check_new("out", args.out)
-        check_new("out", args.out.with_suffix(".json"))  # where the figures of heads go
+        if args.form != "eagle":
+            check_new("out", args.out.with_suffix(".json"))  # where the figures of heads go
 
 
 def read_prompts(path: Path | None) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:

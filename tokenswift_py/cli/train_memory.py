@@ -69,10 +69,12 @@ def main(arguments: Sequence[str]) -> int:
     tables = rope_tables(checkpoint.config, args.length + 1)
     model: Any = swift.executor.model(tables)
     model.ops = training.FrozenRows()
+    loaded = time.monotonic() - began
     texts = training.texts_to_learn(sources, args.length, args.seed)
     values, losses = training.train(
         model, args.kind, texts, args.budget, args.steps, args.rate, deadline, args.quiet
     )  # fmt: skip
+    check(bool(losses), "minutes", args.minutes, f"time for a step; loading alone took {loaded:.0f} s")
     figures = {
         name: round(training.held_out_nats(model, args.kind, used, sources, args.length, args.budget), 4)
         for name, used in (("nats_without", None), ("nats_with", values))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,17 @@ from tokenswift_py.extending.adapters import base_model, check_peft, learner, me
 from tokenswift_py.extending.merging import write_model
 from tokenswift_py.extending.schedule import draw, plan, stages
 from tokenswift_py.extending.settings import Settings
-from tokenswift_py.extending.state import TrainingFolder
+from tokenswift_py.extending.state import TrainingFolder, check_empty
 from tokenswift_py.extending.tables import original_length, stretched_config
 from tokenswift_py.extending.texts import Source, digest, read_sources, texts_of
 from tokenswift_py.extending.training import ROWS, optimiser_of, rate_at, read, take_step
 from tokenswift_py.memory import check_memory, free_on
 from tokenswift_py.models.devices import fast_bf16, find_device
 from tokenswift_py.version import __version__
+
+logger = logging.getLogger("tokenswift")
+
+SAVE_SECONDS = 600.0  # the state is saved at least so often
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,11 @@ def prepare(settings: Settings, command: str) -> Prepared:
     longest = stages(settings, trained)[-1]
     check(longest == settings.context, "lengths", longest, f"the last is the context ({settings.context})")
     check_memory(training_bytes(checkpoint, settings, DTYPES[wanted]), device, f"training {checkpoint.name}")
+    # Loading holds the weights twice, and merging holds them in fp32.
+    host = checkpoint.spec.parameters * max(2 * DTYPES[wanted].itemsize, torch.float32.itemsize)
+    check_memory(host, torch.device("cpu"), f"loading and merging {checkpoint.name}")
     sources = read_sources(settings.texts, checkpoint.tokenizer(), settings.context, settings.held_out)
-    most = max(int(source.learned.max()) for source in sources)
+    most = max(int(tokens.max(initial=0)) for source in sources for tokens in (source.learned, source.held_out))
     check(most < checkpoint.spec.vocab_size, "texts", most, f"token ids are 0 to {checkpoint.spec.vocab_size - 1}")
     about = {
         "version": __version__,
@@ -98,15 +106,21 @@ def most_rows(settings: Settings) -> int:
     return settings.window if settings.window and not settings.full_steps else settings.context
 
 
-def begin(settings: Settings, out: Path, command: str, quiet: bool = False) -> TrainingFolder:
-    """Trains a model and writes it to a new folder. Raises UserError for wrong input."""
+def begin(
+    settings: Settings, out: Path, command: str, quiet: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> TrainingFolder:
+    """Trains a model and writes it to a new folder. Raises UserError for wrong input, and KeyboardInterrupt as `run`
+    does."""
+    check_empty(out)
     began, prepared = time.monotonic(), prepare(settings, command)
     folder = TrainingFolder.create(out, prepared.about)
-    run(settings, prepared, folder, began, quiet)
+    run(settings, prepared, folder, began, quiet, stopped)
     return folder
 
 
-def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
+def go_on(
+    settings: Settings, out: Path, quiet: bool = False, stopped: Callable[[], bool] = lambda: False
+) -> TrainingFolder:
     """Goes on with a run from its latest state. The result is the same as without a break.
 
     settings: the settings that its folder keeps, except where a setting of `Flag.again` was given a new value. Raises
@@ -117,12 +131,34 @@ def go_on(settings: Settings, out: Path, quiet: bool = False) -> TrainingFolder:
     prepared = prepare(settings, about["command"])
     for name in ("trained", "texts", "weights"):
         check(about.get(name) == prepared.about[name], f"resume: {name}", prepared.about[name], "as the run began")
-    run(settings, prepared, folder, began, quiet)
+    run(settings, prepared, folder, began, quiet, stopped)
     return folder
 
 
-def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool) -> None:
-    """Makes the steps that are left, or as many as the minutes allow, and merges."""
+def run(
+    settings: Settings,
+    prepared: Prepared,
+    folder: TrainingFolder,
+    began: float,
+    quiet: bool,
+    stopped: Callable[[], bool],
+) -> None:
+    """Makes the steps that are left, or as many as the minutes allow, and merges.
+
+    stopped: whether to stop after a step. Then the state is saved, and KeyboardInterrupt raised.
+    """
+    with folder.held():
+        make_steps(settings, prepared, folder, began, quiet, stopped)
+
+
+def make_steps(
+    settings: Settings,
+    prepared: Prepared,
+    folder: TrainingFolder,
+    began: float,
+    quiet: bool,
+    stopped: Callable[[], bool],
+) -> None:
     deadline = began + 60 * (settings.minutes or math.inf)
     recompute = activation_bytes(prepared.checkpoint, settings) > free_on(prepared.device) / 2
     learning = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype, recompute)
@@ -133,7 +169,7 @@ def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: f
     folder.cut(done)
     if done == 0:
         tell_held_out(model, prepared, folder, 0)
-    bar = tqdm(range(done, settings.steps), unit="step", desc="training", disable=quiet)
+    bar, saved = tqdm(range(done, settings.steps), unit="step", desc="training", disable=quiet), time.monotonic()
     for number in bar:
         if time.monotonic() > deadline:
             break
@@ -145,8 +181,14 @@ def run(settings: Settings, prepared: Prepared, folder: TrainingFolder, began: f
         told = {"texts": step.texts, "rows": step.rows, "reach": step.reach, "group": step.group}
         folder.log({"step": done, "loss": loss, "rate": rate, **told, "seconds": seconds})
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        if done % settings.save_every == 0 and done < settings.steps:
+        late = done % settings.save_every == 0 or time.monotonic() > saved + SAVE_SECONDS
+        if (late and done < settings.steps) or stopped():
             folder.save(done, parameters, optimiser)
+            saved = time.monotonic()
+        if stopped():
+            bar.close()
+            logger.warning("%d of %d steps are kept; --resume %s goes on", done, settings.steps, folder.path.parent)
+            raise KeyboardInterrupt
     bar.close()
     folder.save(done, parameters, optimiser)
     tell_held_out(model, prepared, folder, done)

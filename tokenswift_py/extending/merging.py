@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +20,18 @@ OWN = ("config.json", INDEX, SUMS)  # these are written anew, or are about the f
 
 
 def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
-    """Writes transformers' model with the tokenizer and the generation defaults of the checkpoint that it came from."""
+    """Writes transformers' model with the tokenizer and the generation defaults of the checkpoint that it came from.
+
+    A model that is there already stays whole until the new one is.
+    """
+    with TemporaryDirectory(dir=folder, prefix=".merged-") as scratch:
+        made = Path(scratch)
+        write_files(model, checkpoint, made, dtype)
+        for path in sorted(made.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+            path.replace(folder / path.name)
+
+
+def write_files(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

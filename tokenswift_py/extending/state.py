@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,8 @@ class TrainingFolder:
     @classmethod
     def create(cls, out: Path, about: Mapping[str, Any]) -> TrainingFolder:
         """Makes it in a new or empty folder. about: the settings, and values that a resumed run must find unchanged."""
+        check_empty(out)
         with files("out", out, "a folder that can be written"):
-            free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-            check(free, "out", str(out), "a new or empty folder")
             made = cls(out / "training")
             made.path.mkdir(parents=True)
             (made.path / SETTINGS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -47,6 +47,14 @@ class TrainingFolder:
             whole = isinstance(about, dict) and {"settings", "command"} <= about.keys()
             check(whole and isinstance(about["settings"], dict), "resume", str(out), "the folder of a training run")
         return found, about
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps other processes from training here. Raises UserError where one does. The lock ends with the process."""
+        with (self.path / SETTINGS).open("rb") as file:
+            with files("resume", self.path.parent, "a folder in which no other process trains"):
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Adds a line to the journal."""
@@ -103,6 +111,13 @@ class TrainingFolder:
                     on_device = {m: t if m == "step" else t.to(parameter.device) for m, t in state.items()}
                     optimiser.state[parameter] = on_device
         return step
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError unless the folder is new or empty."""
+    with files("out", out, "a folder that can be written"):
+        free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+        check(free, "out", str(out), "a new or empty folder")
 
 
 def replace(path: Path, write: Any) -> None:

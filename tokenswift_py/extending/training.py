@@ -72,7 +72,7 @@ def take_step(
 ) -> float:
     """Makes one step of the optimiser. Returns the mean loss of the step's tokens before it, in nats.
 
-    Raises RuntimeError for a loss that is not finite.
+    Raises RuntimeError for a loss or a gradient that is not finite. The parameters are then as they were.
     """
     total, count = 0.0, sum(len(sample.tokens) for sample in samples)
     for sample in samples:
@@ -83,7 +83,9 @@ def take_step(
     if not math.isfinite(total):
         raise RuntimeError(f"the loss is {total}: a lower rate is needed")
     learning = [parameter for parts in optimiser.param_groups for parameter in parts["params"]]
-    torch.nn.utils.clip_grad_norm_(learning, CLIP)
+    norm = float(torch.nn.utils.clip_grad_norm_(learning, CLIP))
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient's norm is {norm}: a lower rate is needed")
     for parts in optimiser.param_groups:
         parts["lr"] = rate
     optimiser.step()
