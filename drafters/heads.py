@@ -63,7 +63,7 @@ class Heads(Drafter):
     def __init__(self, weights: HeadWeights, embedding: torch.Tensor, shared: list[HeadWeights] | None = None):
         self.embedding = embedding
         self._shared = [weights] if shared is None else shared
-        self.cost = PassCost()
+        self.cost, self._tree_cost = PassCost(), PassCost()
         measured = np.asarray(weights.acceptance[: len(weights)]).tolist()
         self.odds = [[Odds(share, weight=MEASURED) for share in ranks] for ranks in measured]  # of each head's ranks
         self._row: torch.Tensor | None = None
@@ -82,10 +82,30 @@ class Heads(Drafter):
         forced = Draft(context.history[-1], budget)
         with context.history.guesses():
             certain = len(forced.force(context, 0))
-        if self._row is None or certain >= len(self.weights):  # the tokens that heads could guess are known
+        known = self._row is None or certain >= len(self.weights)  # the tokens that heads could guess are known
+        if known or context.plan.rests or not self._pays(context):
             self._guesses = {}
             return forced.build()
-        return self.tree(self._row, context, budget)
+        assert self._row is not None
+        lap = context.timer.start(context.self_draft)
+        tree = self.tree(self._row, context, budget)
+        lap.stop()
+        self._tree_cost.observe(1, 0, context.agreed(lap.ms))
+        return tree
+
+    def _pays(self, context: Context) -> bool:
+        """Returns whether a tree of the heads' guesses is likely to save more than asking for them takes. It is also
+        true while that is not known yet, and when it is time to try again."""
+        plan, chance, saved_ms = context.plan, 1.0, 0.0
+        self._tree_cost.load = plan.load
+        if not self._tree_cost.measured:
+            return True
+        for head, ranks in enumerate(self.odds):
+            gains = (plan.gain_ms(chance * odds.chance, 1 + head + rank) for rank, odds in enumerate(ranks))
+            saved_ms += sum(takewhile(lambda saved: saved > 0, gains))
+            chance *= ranks[0].chance
+        ms = self._tree_cost(1, 0)
+        return saved_ms > ms or plan.may_probe(ms, "heads")
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         self.learn(taken.tokens)
@@ -184,14 +204,22 @@ class Heads(Drafter):
 
     @torch.inference_mode()
     def extend(
-        self, draft: Draft, end: int, row: torch.Tensor, context: Context, gain: Gain, known: float = 0.0
+        self,
+        draft: Draft,
+        end: int,
+        row: torch.Tensor,
+        context: Context,
+        gain: Gain,
+        known: float = 0.0,
+        pending: bool = False,
     ) -> None:
         """Hangs guesses below node `end` of a draft, for a drafter that has more than heads. The node carries the
         history's last token. Guesses go head by head after the likeliest, as long as one more head is worth its time.
 
-        row:   [E], `weights.reads` of the row that gave that token.
-        gain:  gain of one more node of this draft.
-        known: the chance that the drafter's other guesses hold the next token already.
+        row:     [E], `weights.reads` of the row that gave that token.
+        gain:    gain of one more node of this draft.
+        known:   the chance that the drafter's other guesses hold the next token already.
+        pending: whether that token is the pending one. Then `learn` counts guesses that were not worth a row.
         """
         self.move(row.device)
         branch = Branch(draft.chances[end], (), row.float()[None])
@@ -201,6 +229,8 @@ class Heads(Drafter):
             x, guesses = self.timed_ask(head, branch, context)
             best = self.hang(head, guesses, draft, end, branch.chance, gain)
             if best is None:
+                if pending:  # a probe whose guesses are not worth a row tells how often they are right all the same
+                    self._guesses = {(): guesses}
                 return
             branch, end = Branch(draft.chances[best], (*branch.path, draft.tokens[best]), x), best
 

@@ -100,6 +100,7 @@ class NGram(Drafter):
         self.automaton = SuffixAutomaton()
         self._odds = [[Odds(trust * share) for share in PRIORS] for trust in TRUST]
         self._draft: Draft | None = None
+        self._passed_over: dict[int, Odds] = {}  # what may follow the pending token, by its best odds
 
     @without_passes
     def prefill(self, context: Context, output: Output) -> None:
@@ -113,14 +114,23 @@ class NGram(Drafter):
             for node in forced:
                 match = self.step(match, draft.tokens[node])
         end = forced[-1] if forced else 0
-        draft.fill(context.plan, lambda gain: self.extend(draft, match, gain, end))
+        candidates = Candidates(draft)
+        follow = self.push(candidates, end, match)
+        self._passed_over = {} if forced else candidates.waiting()
+        draft.fill(context.plan, lambda gain: candidates.take(gain, follow))
         draft.force_last(context)
         self._draft = draft
         return draft.build()
 
     def observe(self, taken: Acceptance, output: Output) -> None:
-        if self._draft is not None:
-            self._draft.learn(taken)
+        """Learns from what was proposed, and from what could have followed the pending token and was not: a kind of
+        repeats that is not worth a row now would never be tried again, however often the text repeats later."""
+        if self._draft is None:
+            return
+        self._draft.learn(taken)
+        for token, odds in self._passed_over.items():
+            if token not in self._draft.children_of_root:
+                odds.learn(token == taken.tokens[0])
 
     def read_ahead(self, tokens: IntArray) -> None:
         for token in tokens[self.automaton.size :].tolist():

@@ -124,6 +124,8 @@ class Partial(Drafter):
     def observe(self, taken: Acceptance, output: Output) -> None:
         if not self._resting:
             self._chain.draft.learn(taken)
+            if self.heads is not None:
+                self.heads.learn(taken.tokens)
             if self._vocabulary is not None:
                 self._vocabulary.walked(len(taken.path) - 1, taken.tokens, self._price)
             self.views.observe(self._chain, taken, output)
@@ -254,7 +256,8 @@ class Partial(Drafter):
         """Adds guesses of heads after the chain's end, for the target to check."""
         if self.heads is not None and self._row is not None:
             known = next_chance(self._repeats(context, chain))
-            self.heads.extend(chain.draft, chain.end, self._row, context, context.plan.gain_ms, known)
+            gain, pending = context.plan.gain_ms, chain.end == 0
+            self.heads.extend(chain.draft, chain.end, self._row, context, gain, known, pending)
 
     def _draft_pass(
         self, context: Context, chain: OwnChain, ahead: Draft, unread: Sequence[int], longest: int

@@ -345,6 +345,38 @@ def test_heads_that_cost_more_than_they_save_are_not_asked_but_for_probes() -> N
     assert len(draft) > 2
 
 
+def test_heads_alone_are_not_asked_where_no_guess_is_worth_its_row() -> None:
+    """Their products take time in every round. Probes tell when it pays again."""
+    drafter, _, context = proposal([[0.3, 0.1], [0.3, 0.1]], 1)
+    planner = Planner()
+    for rows in (1, 2, 4, 8) * 4:
+        planner.observe(0, rows, 1, {"draft": 0.0, "verify": 10.0 * rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
+    context.plan, context.history = planner.at(0), History([7])
+    row, asked = torch.ones(E), []
+    drafter._row = row
+    for _ in range(300):
+        before = drafter._tree_cost._count
+        tree = compute(drafter.propose(context, 9))
+        asked.append(drafter._tree_cost._count > before)
+        assert len(tree) == 1
+        drafter.learn([5])
+    assert asked[0] and not any(asked[40:])
+    assert drafter.odds[0][0].tried > 3, "what was asked in vain was learned from"
+    resting: Any = SimpleNamespace(**{**vars(context), "plan": SimpleNamespace(rests=True)})
+    assert len(compute(drafter.propose(resting, 9))) == 1
+
+
+def test_a_probe_of_heads_that_is_not_worth_a_row_is_learned_from() -> None:
+    drafter, _ = extended([[0.5, 0.3]], lambda chance, rows: -1.0)
+    context = proposal([[0.5, 0.3]], 1)[2]
+    context.plan = Planner().at(0)
+    for known, pending in ((1, False), (0, True)):
+        chance = drafter.odds[0][0].chance
+        drafter.extend(Draft(7, 9), 0, torch.ones(E), context, lambda chance, rows: -1.0, pending=pending)
+        drafter.learn([0])
+        assert (drafter.odds[0][0].chance > chance) == (not known)
+
+
 @pytest.mark.parametrize(("reached", "asked"), [(0.95, True), (0.02, False)])
 def test_a_guess_saves_no_more_of_a_draft_pass_than_its_token_is_worth(reached: float, asked: bool) -> None:
     """Heads take 1 ms and are mostly right, a draft pass takes 4: where the chain is likely to be wrong before, no pass

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scripted import write
-from tokenswift_py.core import DraftTree, SamplingParams
+from tokenswift_py.core import Acceptance, DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
 from tokenswift_py.decoding.loop import SEEN_ROWS
 from tokenswift_py.decoding.passes import compute
@@ -111,6 +111,32 @@ def test_a_hundred_thousand_tokens_of_one_kind_are_read_in_linear_time() -> None
 def propose(text: list[int], budget: int, drafter: NGram | None = None) -> DraftTree:
     context: Any = SimpleNamespace(history=History(text), plan=FixedPlanner().at(0), sampler=SAMPLER)
     return compute((drafter or NGram()).propose(context, budget))
+
+
+def test_repeats_that_did_not_pay_are_tried_again_when_the_text_repeats() -> None:
+    """A row costs nearly a third of a token. Pairs that went on otherwise each time are not worth one any more. Those
+    after them, which go on alike, are found out though none was proposed."""
+    plan: Any = SimpleNamespace(gain_ms=lambda chance, _: chance - 0.3, rows_paid=lambda chances, _: len(chances))
+    drafter, text, proposed = NGram(), [], []
+
+    def say(token: int) -> None:
+        if len(text) > 1:
+            context: Any = SimpleNamespace(history=History(text), plan=plan, sampler=SAMPLER)
+            tree = compute(drafter.propose(context, 9))
+            proposed.append(len(tree) > 1)
+            drafter.observe(Acceptance((0,), (token,)), NO_OUTPUT)
+        text.append(token)
+
+    def pairs(first: int, alike: bool) -> list[bool]:
+        proposed.clear()
+        for pair in range(first, first + 120, 3):
+            for last in (pair + 2, pair + 2 if alike else pair + 10_000):
+                for token in (pair, pair + 1, last, 50_000 + len(text)):
+                    say(token)
+        return list(proposed)
+
+    assert any(pairs(100, alike=False)[:40]) and not any(pairs(1000, alike=False)[40:])
+    assert any(pairs(2000, alike=True)[-40:])
 
 
 def test_text_that_repeats_is_proposed_as_far_as_the_budget_goes() -> None:

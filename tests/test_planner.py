@@ -423,14 +423,21 @@ def test_the_best_rate_is_that_of_the_best_length() -> None:
 
 
 def test_probes_take_a_hundredth_of_the_time() -> None:
+    planner, allowed = planner_of(rounds=0), 0
+    for _ in range(4000):
+        planner.observe(5000, 1, 1, phases(0.0, 10.0))
+        allowed += planner.at(5000).may_probe(3.0)
+    assert 3 * allowed == pytest.approx(0.01 * 4000 * 10.3 + 8 * 3, rel=0.1)
+    assert not planner.at(9000).may_probe(3.0)
+    assert planner.at(9000).may_probe(3.0, "heads"), "each kind for itself"
+
+
+def test_what_probes_did_not_take_for_long_is_not_made_up_for() -> None:
+    """Where drafting paid for hours, and pays no more: a hundredth of hours would be minutes of nothing but probes."""
     planner = planner_of(rounds=0)
     for _ in range(1000):
-        planner.observe(5000, 1, 1, phases(0.0, 10.0))
-    plan = planner.at(5000)
-    allowed = sum(plan.may_probe(3.0) for _ in range(1000))
-    assert 3 * allowed == pytest.approx(0.01 * 1000 * 10.3 + 8 * 3, rel=0.1)
-    assert not planner.at(9000).may_probe(3.0)
-    assert plan.may_probe(3.0, "heads"), "each kind for itself"
+        planner.observe(5000, 1, 1, phases(0.0, 1000.0))
+    assert 25.0 * sum(planner.at(5000).may_probe(25.0) for _ in range(1000)) == 500 + 8 * 25
 
 
 def test_a_company_probes_in_bursts() -> None:

@@ -209,8 +209,8 @@ class DecodeLoop:
 
     def round(self) -> Passes[Step]:
         """Drafts, verifies and commits one tree. Returns the accepted tokens and one more."""
-        context = replace(self._context, plan=self.planner.at(self.cache.length))
         with self.phase("draft"):
+            context = replace(self._context, plan=self.planner.at(self.cache.length))
             proposed = yield from self.drafter.propose(context, self.budget(context.plan))
             # Where rank 0 alone drafts, its plan is its own. So the message has room for any tree.
             tree = self.ranks.first_tree(proposed, self.planner.most + 1)
@@ -225,13 +225,14 @@ class DecodeLoop:
         with self.phase("commit"):
             self.commit(taken.path, output)
         with self.phase("learn"):
+            began = self.timer.now()
             self.drafter.observe(taken, output)
-        self.stats.record(tree, taken)
-        self.stats.settle("verify", "accept", lap.ms)
-        self.teach(context.plan, tree, taken, {**self.stats.latest_ms, "verify": lap.ms})
+            self.stats.record(tree, taken)
+            self.stats.settle("verify", "accept", lap.ms)
+            learn_ms = 1e3 * (self.timer.now() - began)
+            self.teach(context.plan, tree, taken, {**self.stats.latest_ms, "verify": lap.ms, "learn": learn_ms})
         if self.trace is not None:
-            position = len(self.history) - len(taken.tokens) - 1
-            self.trace(traced(self.stats, position, tree, taken, context.plan, self.drafter))
+            self.trace(traced(self.stats, context.history, tree, taken, context.plan, self.drafter))
         return Step(taken.tokens, ending=taken.ending, logprobs=taken.logprobs, top_logprobs=taken.top_logprobs)
 
     def force(self, tokens: Sequence[int]) -> Passes[Step]:
@@ -337,8 +338,7 @@ class DecodeLoop:
 
     def budget(self, plan: Plan) -> int:
         """Returns the nodes worth having in the next tree: no more than are still wanted, or can be committed."""
-        left = min(self.stops.tokens_left, self.room)
-        return max(1, min(plan.rows_at_most, left))
+        return max(1, min(plan.rows_at_most, self.stops.tokens_left, self.room))
 
     def teach(self, plan: Plan, tree: DraftTree, taken: Acceptance, phase_ms: Mapping[str, float]) -> None:
         """Tells the planner what a round brought and took. All ranks go by rank 0's clock, so that they plan alike."""

@@ -8,7 +8,7 @@ import torch
 
 from tokenswift_py.core import Acceptance, DraftTree, Likeliest
 from tokenswift_py.decoding.history import History
-from tokenswift_py.sampling.reference import Sampler, likeliest, log_probability
+from tokenswift_py.sampling.reference import NumericsError, Sampler, likeliest, log_probability
 
 
 def walk(
@@ -26,12 +26,24 @@ def walk(
     ending: function that returns why the text ends after the latest token, or None. It is asked after every token, and
             nothing past an ending is chosen.
     top_logprobs: number of other tokens whose log-probabilities are wanted beside each chosen one.
+
+    Raises NumericsError where nothing can be chosen at the root. Below it the walk ends there: the tokens before are
+    written, as plain decoding would have done, and the next round raises it.
     """
-    path, tokens, logprobs = [0], [], []
-    likely: list[Likeliest] = []
+    path, tokens = [0], list[int]()
+    logprobs, likely = list[float](), list[Likeliest]()
     choose = sampler.chooser(tree, logits, history)
+
+    def known() -> tuple[tuple[float, ...] | None, tuple[Likeliest, ...] | None]:
+        return (tuple(logprobs), tuple(likely) or None) if want_logprobs else (None, None)
+
     while True:
-        token = choose(path[-1])
+        try:
+            token = choose(path[-1])
+        except NumericsError:
+            if not tokens:
+                raise
+            return Acceptance(tuple(path[:-1]), tuple(tokens), None, *known())
         history.append(token)
         tokens.append(token)
         if want_logprobs:
@@ -41,6 +53,5 @@ def walk(
         reason = ending(history)
         child = tree.children[path[-1]].get(token)
         if reason is not None or child is None:
-            known = (tuple(logprobs), tuple(likely)) if want_logprobs else (None, None)
-            return Acceptance(tuple(path), tuple(tokens), reason, known[0], known[1] or None)
+            return Acceptance(tuple(path), tuple(tokens), reason, *known())
         path.append(child)

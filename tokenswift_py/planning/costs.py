@@ -167,13 +167,15 @@ def non_negative(x: Doubles, weights: Doubles) -> Doubles:
 
     x: [n, COEFFICIENTS]. weights: [n].
     """
-    scale = np.maximum(np.abs(x).max(0), 1e-300)
+    largest = np.abs(x).max(0)
+    scale = np.maximum(largest, 1e-300)
     x = x / scale
     gram, target = (x * weights[:, None]).T @ x, x.T @ weights
     ridge = 1e-9 * weights.sum()
-    masked = SUPPORTS[:, :, None] * SUPPORTS[:, None, :] * gram
-    masked += np.eye(COEFFICIENTS) * (1 - SUPPORTS + ridge)[:, :, None]
-    wanted = SUPPORTS * target
+    supports = SUPPORTS[~(SUPPORTS[:, largest == 0] > 0).any(1)]  # after passes of one row alone there are few
+    masked = supports[:, :, None] * supports[:, None, :] * gram
+    masked += np.eye(COEFFICIENTS) * (1 - supports + ridge)[:, :, None]
+    wanted = supports * target
     solutions: Doubles = np.linalg.solve(masked, wanted[:, :, None])[:, :, 0]
     explained = np.where((solutions >= 0).all(1), (solutions * wanted).sum(1), -1.0)
     enough = explained.max() - 1e-6 * weights.sum()

@@ -72,10 +72,13 @@ class Probes:
         Probes of each kind take PROBES of all time, and a few are free at the beginning. While the company rests, only
         a new text asks for any of a draft.
         """
-        spent, left = self._spent_ms.get(kind, 0.0), self._left.get(kind, 0)
+        share, left = PROBES * self.total_ms, self._left.get(kind, 0)
+        # Where drafting paid for hours without probes, they would otherwise be made in every round for minutes when it
+        # pays no more.
+        spent = max(self._spent_ms.get(kind, 0.0), share - CREDIT_MS)
         if not left:
             left = 1 if self.rests and kind != "plain" else self.burst
-            if spent + left * ms > PROBES * self.total_ms + max(FREE_PROBES, left) * ms:
+            if spent + left * ms > share + max(FREE_PROBES, left) * ms:
                 return False
             if kind == "plain":  # this burst, whose rounds are counted when all its texts have planned them
                 self._plain = self._rounds
@@ -114,6 +117,8 @@ class Rounds:
         expected: milliseconds that its verify pass should have taken by the model of costs. These count in the rate, so
                   that a burst on a busy machine changes no plan.
         """
+        if not expected:  # no pass was timed yet: the tokens would count without their time
+            return
         self.overhead_ms += (min(expected, others) - self.overhead_ms) / 32
         keep = 1 - 1 / ROUNDS
         self._tokens = self._tokens * keep + tokens
@@ -137,6 +142,7 @@ class Rounds:
 
 PROBES = 0.01
 FREE_PROBES = 8
+CREDIT_MS = 500.0  # what probes that were not made leave for later ones at the most
 PLAIN_ROUNDS = 32  # the rounds after which a plain one is due
 IDLE_ROUNDS = 8  # the rounds without a verified guess after which a company rests, and of a new text before it does
 REST_ROUNDS, LOOK_ROUNDS = 34, 2  # the rounds from one rest to the next, and of the look between them
