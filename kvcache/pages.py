@@ -181,7 +181,8 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x: [..., head_dim]. Shapes of the results: [..., head_dim] and [...].
     """
     limits = torch.finfo(torch.float32)
-    scale = x.float().abs().amax(-1) / 127
+    most = x.float().abs().amax(-1)
+    scale = most / torch.full_like(most, 127)  # CUDA would multiply by the inverse of a plain number
     usable = (scale >= limits.tiny) & (scale <= limits.max)
     whole = (x.float() / torch.where(usable, scale, 1)[..., None]).round()
     values = torch.where(usable[..., None], whole, 0).to(torch.int8)
@@ -276,7 +277,10 @@ class TorchPagePool(BoundedPages):
             pool[layer].flatten(1, 2)[:, slots] = rows
 
     def move(self, source: IntArray, target: IntArray) -> None:
-        slots = on_device(np.stack([source, target]).astype(np.int64), self.keys.device)
+        # Both lists begin at a multiple of 16 bytes, or Triton would compile the kernel anew.
+        padded = np.zeros((2, -(-len(source) // 2) * 2), np.int64)
+        padded[:, : len(source)] = source, target
+        slots = on_device(padded, self.keys.device)[:, : len(source)]
         with torch.cuda.device_of(self.keys):
             self._move_rows(self.keys, self.values, slots[0], slots[1])
             if self.scaled:

@@ -37,7 +37,7 @@ from tokenswift_py.kernels.triton.row_test import Matrix, Verdict
 from tokenswift_py.kernels.triton.tables import FixedTables
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.kvcache.view import PageView
-from tokenswift_py.models.captured import Recorder, Replayed, Step, cuda_graphs
+from tokenswift_py.models.captured import ChainStep, Recorder, Replayed, Step, cuda_graphs
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import join_weights, matrices_of
 from tokenswift_py.models.rows import lay_out
@@ -621,6 +621,23 @@ def test_a_pool_goes_with_its_cache() -> None:
         assert pool() is None
         del decoder
         assert weak() is None
+    finally:
+        gc.enable()
+
+
+def test_a_graph_goes_with_its_step() -> None:
+    """At once: the memory of a graph is the GPU's, which Python does not see when it looks for cycles."""
+    decoder = new_decoder("llama")
+    cache = drawn_cache(decoder, 5)
+    decoder.forward([Segment(TREES["a chain"], cache)])
+    (steps,) = decoder._steps.values()
+    chain = ChainStep(decoder, cache.pool, None, None, Recorder(None))  # type: ignore[arg-type]
+    held = [ref(step) for step in steps.steps.values() if step is not None] + [ref(chain)]
+    gc.disable()
+    try:
+        steps.steps.clear()
+        del chain
+        assert len(held) > 1 and all(step() is None for step in held)
     finally:
         gc.enable()
 

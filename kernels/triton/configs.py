@@ -41,9 +41,9 @@ class Tiles:
     stages: int
 
 
-# Attention of 16-bit queries, by the largest head size. INT8 is for int8 pages: to widen them takes more registers. On
-# sm_80 and sm_90 two blocks share a multiprocessor, and nothing spills. At heads of 128 two tiles would spill on sm_90
-# (288 bytes a thread), and on sm_80 they would leave no room for pages in flight.
+# Attention of 16-bit queries, by the largest head size. Nothing spills, and with heads up to 128 two blocks share a
+# multiprocessor. At heads of 128 two tiles would spill on sm_90 (288 bytes a thread), and on sm_80 they would leave no
+# room for pages in flight.
 ATTENTION = {
     "sm_80": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "sm_90": {64: Config(64, 4, 3, tiles=2), 128: Config(64, 4, 3), 256: Config(16, 4, 1)},
@@ -51,17 +51,24 @@ ATTENTION = {
     "sm_120": {64: Config(64, 4, 2), 128: Config(32, 4, 3), 256: Config(16, 4, 1)},
     "gfx942": {64: Config(64, 4, 2), 128: Config(64, 4, 2), 256: Config(16, 4, 1)},
 }
-INT8 = {128: Config(32, 4, 3), 256: Config(16, 4, 1)}
-INT8_AMD = {**INT8, 128: Config(32, 4, 1)}
+# Attention over int8 pages, which takes more registers to widen them.
+INT8 = {
+    "sm_80": {128: Config(32, 4, 3), 256: Config(16, 8, 1)},
+    "sm_90": {128: Config(32, 4, 3), 256: Config(16, 8, 1)},
+    "sm_100": {64: Config(32, 4, 3), 128: Config(16, 4, 3), 256: Config(16, 8, 1)},
+    "sm_120": {64: Config(32, 4, 3), 128: Config(16, 4, 3), 256: Config(16, 8, 1)},
+    "gfx942": {128: Config(32, 4, 1), 256: Config(16, 4, 1)},
+}
 # fp32 is for checks rather than for speed.
-FP32 = {64: Config(16, 4, 1), 128: Config(16, 8, 1), 256: Config(16, 8, 1)}
-FP32_AMD = {**FP32, 256: Config(16, 4, 1)}
+FP32 = {64: Config(16, 4, 1), 256: Config(16, 8, 1)}
+FP32_AMD = {256: Config(16, 4, 1)}
 
+# With 4 warps one variant would spill on sm_80, six on sm_100 and eight on sm_120.
 PRODUCTS = {
-    "sm_80": Tiles(64, 32, 64, 4, 4),
+    "sm_80": Tiles(64, 32, 64, 8, 4),
     "sm_90": Tiles(64, 32, 64, 4, 4),
-    "sm_100": Tiles(64, 32, 64, 4, 3),
-    "sm_120": Tiles(64, 32, 64, 4, 4),
+    "sm_100": Tiles(64, 32, 64, 8, 4),
+    "sm_120": Tiles(64, 32, 128, 4, 3),
     "gfx942": Tiles(64, 32, 64, 4, 2),
 }
 PRODUCTS_FP32 = Tiles(16, 32, 64, 4, 3)
@@ -73,7 +80,7 @@ WIDE = 16_384
 PACKED = {
     "sm_80": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
     "sm_90": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
-    "sm_100": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 4, 3), Tiles(64, 32, 256, 4, 3)),
+    "sm_100": (Tiles(16, 32, 256, 4, 4), Tiles(16, 64, 256, 8, 3), Tiles(64, 32, 256, 4, 3)),
     "sm_120": (Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4), Tiles(16, 32, 256, 4, 4)),
     "gfx942": (Tiles(16, 32, 256, 4, 2), Tiles(16, 64, 256, 4, 2), Tiles(64, 32, 256, 4, 2)),
 }
@@ -107,7 +114,7 @@ def config(
     if dtype == torch.float32:
         table = FP32_AMD if chosen == "gfx942" else FP32
     elif int8:
-        table = INT8_AMD if chosen == "gfx942" else INT8
+        table = INT8[chosen]
     found = table[min((size for size in table if size >= head_dim), default=max(table))]
     return replace(found, tiles=1) if more else found
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -162,9 +163,12 @@ class Step:
     def __init__(self, decoder: Decoder, pool: TorchPagePool, shape: Shape, plan: FixedPlan, recorder: Recorder):
         self.shape, self.plan = shape, plan
         self.places = torch.empty((3, shape.room.rows), dtype=torch.int64, device=decoder.device)
+        places = (
+            self.places
+        )  # and not self: a cycle would keep a graph's memory on the GPU until Python looks for cycles
         logits, pages = slice(None if shape.logits else 0), shape.room.pages if shape.mass else None
         self.replayed = Replayed(
-            lambda: decoder.compute(pool, plan, self.places, logits, pages, shape.queries, taps=shape.taps), recorder
+            lambda: decoder.compute(pool, plan, places, logits, pages, shape.queries, taps=shape.taps), recorder
         )
 
     def record(self, rows: Rows) -> None:
@@ -217,7 +221,8 @@ class ChainStep:
         self.link = torch.zeros(1, dtype=torch.int64, device=decoder.device)
         self.places = self.link.new_zeros(3, 1)
         self.way = self.link.new_zeros(2, MOST_LINKS)
-        self.parts = {links: Replayed(partial(self._follow, links), recorder) for links in LINKS}
+        follow = partial(ChainStep._follow, proxy(self))  # no cycle, as in Step
+        self.parts = {links: Replayed(partial(follow, links), recorder) for links in LINKS}
 
     def record(self, rows: Rows) -> None:
         """Records the parts of chains where that is possible, on a chain whose keys and values are not written."""

@@ -28,6 +28,7 @@ import torch
 from tokenswift_py.core import Output, Segment
 from tokenswift_py.errors import check
 from tokenswift_py.kernels.base import AttentionBackend
+from tokenswift_py.models.captured import Recorder
 from tokenswift_py.models.decoder import TorchDecoder
 from tokenswift_py.models.ops import Ops
 from tokenswift_py.models.rope import RopeTables
@@ -112,6 +113,9 @@ class ParallelDecoder(TorchDecoder):
     ):
         super().__init__(shard.spec(spec), weights, rope, attention, ops, draft, kv_dtype)
         self.shard, self.ranks, self.chains = shard, ranks, False
+        # A graph that one rank alone failed to capture would leave the others in a collective for ever, and NCCL waits
+        # at the end for graphs that name it.
+        self.recorder = Recorder(None)
         self.numerics += f"/tp-{shard.world}-{'gather' if shard.gather else 'all-reduce'}"
         if not shard.gather:
             self.guarantee = "measured"
