@@ -9,22 +9,30 @@
 A machine that is lent for minutes has no network and little time. `--pack DIR` runs where there is a network. It lays
 out what has to travel: two loads, of wheels and halves of the default model's file. `--join DIR` puts together on the
 machine what has come. Every row is printed and written to results/gpu.json at once. A step that does not fit the time
-that is left is skipped. A step that fails does not stop the others. The steps of a later call take their places beside
-those of earlier calls.
+that is left is skipped. A step that fails does not stop the others. Where it leaves the GPU unusable for this process,
+or does not return, the others run in a new process. The steps of a later call take their places beside those of earlier
+calls.
+
+Exit status: 0 where all steps that were asked for were made whole and held, 1 where something did not hold, 3 where
+nothing failed but a step was skipped or cut short, 2 for wrong input.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
+import os
 import platform
 import shutil
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +69,9 @@ PLAN = (
 
 
 OVERRUN = 1.5  # how much longer than planned a step may take; then it is cut short after the row at hand
+STUCK = 60  # seconds after that in which the row at hand must end; then the process is replaced
+OK, CUT_SHORT, SKIPPED, FAILED = "ok", "cut short", "skipped", "failed"
+STATUS = {OK: 0, FAILED: 1, CUT_SHORT: 3, SKIPPED: 3}
 
 
 class Record:
@@ -68,21 +79,36 @@ class Record:
 
     def __init__(self, path: Path, device: torch.device, tiny: bool):
         self.results = importlib.import_module("results")
+        modules = [importlib.import_module(name) for name in sorted({planned.module for planned in PLAN})]
         self.path = path
         self.head = {
             "schema": SCHEMA, "name": "gpu",
             "question": "Is the GPU path right on hardware, and how fast is it?",
             "command": self.results.command(sys.argv), "created": self.results.now(), **self.results.commit(),
-            "code": self.results.code_digest(), "card": card(device), "versions": versions(), "tiny": tiny,
+            "code": self.results.code_digest(), "tests": digest_of_tests(modules), "card": card(device),
+            "versions": versions(), "tiny": tiny,
         }  # fmt: skip
         self.steps: dict[str, dict[str, Any]] = {}
         if path.exists():
             old = json.loads(path.read_text(encoding="utf-8"))
-            alike = ("code", "card", "versions", "tiny")
+            alike = ("code", "tests", "card", "versions", "tiny")
             if old.get("schema") == SCHEMA and all(old.get(name) == self.head[name] for name in alike):
                 self.steps = old["steps"]
             else:  # minutes of a card, which may be gone
                 path.replace(path.with_name(f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}.json"))
+
+    def put(self, planned: Planned, verdict: str, seconds: float, rows: list[dict[str, Any]]) -> None:
+        """Takes what is known of a step, and writes the file. A step that held before, whole, is not replaced by a part
+        of it."""
+        number = str(planned.number)
+        if verdict in (CUT_SHORT, SKIPPED) and self.steps.get(number, {}).get("verdict") == OK:
+            return
+        if verdict == SKIPPED and number in self.steps:
+            return
+        self.steps[number] = {
+            "title": planned.title, "verdict": verdict, "seconds": round(seconds, 1), "rows": rows,
+        }  # fmt: skip
+        self.write()
 
     def write(self) -> None:
         steps = {number: self.steps[number] for number in sorted(self.steps, key=int)}
@@ -111,59 +137,95 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.import_module(name).__version__ for name in ("torch", "triton", "transformers")}
 
 
-def run(planned: Planned, stage: Any, record: Record) -> bool:
-    """Runs one step, row by row. Returns whether everything held."""
-    began, rows, verdict = time.monotonic(), [], "ok"
-    step = record.steps[str(planned.number)] = {
-        "title": planned.title, "verdict": "cut short", "seconds": 0.0, "rows": rows,
-    }  # fmt: skip
+def digest_of_tests(modules: list[Any]) -> str:
+    """Returns a digest of the test files that the steps run."""
+    named = {name for module in modules for group in getattr(module, "TESTS", {}).values() for name in group}
+    files = sorted(path for name in named if (path := ROOT / name).is_file())
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def run(planned: Planned, stage: Any, record: Record, watch: Callable[[], None]) -> str:
+    """Runs one step, row by row. Returns its verdict. watch: called in another thread where a row does not end."""
+    began, rows, verdict = time.monotonic(), list[dict[str, Any]](), OK
+
+    def told(row: dict[str, Any], verdict: str) -> None:
+        rows.append(row)
+        print(f"  {planned.number} {json.dumps(row)}", flush=True)
+        record.put(planned, verdict, time.monotonic() - began, rows)
+
+    def stuck() -> None:
+        told({"error": f"not over {STUCK} s after its time"}, FAILED)
+        watch()
+
+    alarm = threading.Timer(max(0, stage.left) + STUCK, stuck)
+    alarm.daemon = True
+    alarm.start()
     try:
         for row in getattr(importlib.import_module(planned.module), planned.function)(stage):
-            rows.append({name: record.results.rounded(value) for name, value in row.items()})
-            print(f"  {planned.number} {json.dumps(rows[-1])}", flush=True)
-            step["seconds"] = round(time.monotonic() - began, 1)
-            record.write()
-            if stage.left < 0:
-                verdict = "cut short"
+            told({name: record.results.rounded(value) for name, value in row.items()}, CUT_SHORT)
+            if stage.left < 0 or row.get("ok", True) is None:
+                verdict = CUT_SHORT
                 break
     except Exception as error:  # one step's failure must not cost the others their time on the card
-        rows.append({"error": f"{type(error).__name__}: {error}"[:2000]})
-        print(f"  {planned.number} {json.dumps(rows[-1])}", flush=True)
-        verdict = "failed"
+        told({"error": f"{type(error).__name__}: {error}"[:2000]}, FAILED)
+        verdict = FAILED
+    alarm.cancel()
     if any(row.get("ok") is False for row in rows):
-        verdict = "failed"
-    step.update(verdict=verdict, seconds=round(time.monotonic() - began, 1))
-    record.write()
-    print(f"{planned.number} {planned.title}: {verdict}, {step['seconds']} s", flush=True)
-    return verdict != "failed"
+        verdict = FAILED
+    record.put(planned, verdict, time.monotonic() - began, rows)
+    print(f"{planned.number} {planned.title}: {verdict}, {time.monotonic() - began:.1f} s", flush=True)
+    return verdict
 
 
-def check_all(args: argparse.Namespace) -> bool:
-    """Runs every step that was asked for and fits the time. Returns whether everything held."""
+def usable(device: torch.device) -> bool:
+    """Returns whether this process can still use the GPU. After an illegal address, for example, it cannot."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_all(args: argparse.Namespace) -> int:
+    """Runs every step that was asked for and fits the time. Returns the exit status."""
     gpu_stage = importlib.import_module("gpu_stage")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = Record(args.results / ("gpu-tiny.json" if args.tiny else "gpu.json"), device, args.tiny)
     print(f"{record.head['card']['name']}; {record.head['versions']}; {args.seconds} s", flush=True)
-    held, scratch, ceilings = True, Path(tempfile.mkdtemp()), {}
+    verdicts, scratch, ceilings = [FAILED] * args.failed, Path(tempfile.mkdtemp()), {}
     until = time.monotonic() + args.seconds
+    asked = [planned for planned in PLAN if planned.number in args.steps]
+
+    def replaced(done: int) -> None:
+        """Goes on with the steps that are left in a new process, in this one's place. Returns where none is left."""
+        if rest := ",".join(str(planned.number) for planned in asked[done:]):
+            print(f"steps {rest} go on in a new process", flush=True)
+            seconds = str(until - time.monotonic())
+            flags = ["--steps", rest, "--seconds", seconds, "--results", str(args.results), "--kept", str(args.kept)]
+            os.execv(sys.executable, [sys.executable, __file__, *flags, "--failed", *["--tiny"] * args.tiny])
+        os._exit(STATUS[FAILED])
+
     try:
-        for planned in PLAN:
+        for number, planned in enumerate(asked, 1):
             left = until - time.monotonic()
-            if planned.number not in args.steps:
-                continue
             if left < planned.seconds and not args.tiny:
                 told = f"skipped, {left:.0f} s are left of {planned.seconds}"
                 print(f"{planned.number} {planned.title}: {told}", flush=True)
+                record.put(planned, SKIPPED, 0.0, [])
+                verdicts.append(SKIPPED)
                 continue
             # A step that takes longer than was planned, as for compiling, must not cost the later ones all their time.
             end = until if args.tiny else min(until, time.monotonic() + OVERRUN * planned.seconds)
-            held &= run(planned, gpu_stage.Stage(device, args.tiny, end, scratch, ceilings), record)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            stage = gpu_stage.Stage(device, args.tiny, end, scratch, ceilings)
+            verdicts.append(run(planned, stage, record, partial(replaced, number)))
+            if not usable(device) and number < len(asked):
+                replaced(number)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     print("\n".join(record.tables()))
-    return held
+    return 1 if FAILED in verdicts else max((STATUS[verdict] for verdict in verdicts), default=0)
 
 
 def numbers(text: str) -> list[int]:
@@ -187,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "gpu", metavar="DIR", help="what --join left")
     parser.add_argument("--pack", type=Path, metavar="DIR", help="lay out what has to travel, and end")
     parser.add_argument("--join", type=Path, metavar="DIR", help="put together what has come, and end")
+    parser.add_argument("--failed", action="store_true", help=argparse.SUPPRESS)  # an earlier process's step
     args = parser.parse_args(argv)
     folders = map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "support", ROOT / "experiments"))
     sys.path[:0] = [path for path in folders if path not in sys.path]
@@ -202,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
         there = torch.cuda.is_available() or args.tiny
         errors.check(there, "device", "cpu", "a GPU; --tiny exercises all steps on Triton's interpreter")
         gpu_pack.use(args.kept)
-        return 0 if check_all(args) else 1
+        return check_all(args)
     except errors.UserError as error:
         print(f"gpu_check.py: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,23 @@ TESTS = {
 }
 
 
+def ended(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, str, str]:
+    """Runs a command for some seconds at most. Returns its status (None where it was ended), output and errors.
+
+    With it end the processes that it began, or they would compile and compute beside the next step.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as process:
+        try:
+            said, errors = process.communicate(timeout=max(0, seconds))
+            return process.returncode, said, errors
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, *process.communicate()
+
+
 def tests(stage: Stage) -> Iterator[Row]:
     """Runs some of the suite's tests in processes of their own. A tiny stage runs one, in the interpreter."""
     chosen = stage.pick(TESTS, {"swiglu": ["tests/test_triton_fused.py", "-k", "swiglu"]})
@@ -72,20 +90,22 @@ def tests(stage: Stage) -> Iterator[Row]:
         if not stage.tiny and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(min(8, os.cpu_count() or 1))]  # most of their time goes into compiling
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=min(150, stage.left), check=False
-            )
-        except subprocess.TimeoutExpired as told:
-            said = told.stdout.decode(errors="replace") if isinstance(told.stdout, bytes) else told.stdout or ""
+        status, said, errors = ended(command, env, min(150, stage.left))
+        if status is None:
             ends = "".join(re.findall(r"^([.sFExX]+)(?: +\[ *\d+%\])?$", said, re.MULTILINE))  # a letter a test
-            failed = f"not over in time; {ends.count('F') + ends.count('E')} failed"
-            yield {"what": what, "ok": False, "passed": ends.count("."), "skipped": ends.count("s"), "failed": failed}
+            wrong = ends.count("F") + ends.count("E")
+            counted = {"passed": ends.count("."), "skipped": ends.count("s")}
+            yield {
+                "what": what,
+                "ok": False if wrong else None,
+                **counted,
+                "failed": f"not over in time; {wrong} failed",
+            }
             continue
-        counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)}
-        failed = "; ".join(re.findall(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", done.stdout, re.MULTILINE))
-        told = failed or (done.stderr.strip().splitlines() or done.stdout.strip().splitlines() or [""])[-1]
-        good = done.returncode == 0 and counts.get("passed", 0) > 0
+        counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", said)}
+        failed = "; ".join(re.findall(r"^(?:FAILED|ERROR) \S*?(?:::)?(\S+)", said, re.MULTILINE))
+        told = failed or (errors.strip().splitlines() or said.strip().splitlines() or [""])[-1]
+        good = status == 0 and counts.get("passed", 0) > 0
         yield {
             "what": what, "ok": good, "passed": counts.get("passed", 0), "skipped": counts.get("skipped", 0),
             "failed": "" if good else told[:2000],

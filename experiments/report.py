@@ -69,10 +69,13 @@ def build(folder: Path) -> str:
     for record in records:
         known = record.get("schema") if isinstance(record, dict) else None
         check(known == SCHEMA, "results: schema", known, f"{SCHEMA} is read; is each .json of results.py's?")
+    cards = [record for record in records if "steps" in record]
+    records = [record for record in records if "steps" not in record]
     runs = sorted(folder.glob("*/report.json"))
-    check(bool(records or runs), "results", folder.name, "there is nothing in it: run an experiment first")
-    sections = [headline(records, folder), *(experiment(record, folder) for record in records), *map(run, runs)]
-    contents = [(record["name"], record["question"]) for record in records]
+    check(bool(records or cards or runs), "results", folder.name, "there is nothing in it: run an experiment first")
+    sections = [headline(records, folder), *(experiment(record, folder) for record in records), *map(card, cards)]
+    sections += map(run, runs)
+    contents = [(record["name"], record["question"]) for record in [*records, *cards]]
     contents += [(path.parent.name, "A whole run, its report and a sample.") for path in runs]
     links = "".join(f'<li><a href="#{escape(name)}">{escape(name)}</a>: {escape(text)}</li>' for name, text in contents)
     return "\n".join(
@@ -152,6 +155,23 @@ def experiment(record: Mapping[str, Any], folder: Path) -> str:
         f"<h3>What the numbers rest on</h3>{pairs(told)}",
         pairs(facts),
         f"<details><summary>Settings</summary>{settings}</details>",
+    )
+
+
+def card(record: Mapping[str, Any]) -> str:
+    """Builds the section of a check of a GPU (`gpu_check.py`)."""
+    steps = [{name: step[name] for name in ("title", "verdict", "seconds")} for step in record["steps"].values()]
+    facts = {"card": record["card"]["name"], "when": record["created"], "commit": str(record["commit"])[:12]}
+    return section(
+        record["name"],
+        f"<p>{escape(record['question'])}</p>",
+        table(steps, record["name"]),
+        *(
+            f"<h3>{escape(step['title'])}</h3>{table(rows, step['title'])}"
+            for step in record["steps"].values()
+            for rows in parts(step["rows"])
+        ),
+        pairs({name: escape(str(value)) for name, value in facts.items()}),
     )
 
 

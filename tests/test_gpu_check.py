@@ -129,14 +129,58 @@ def test_what_does_not_fit_the_time_is_skipped_or_cut_short(
 ) -> None:
     planned(monkeypatch, one=lambda stage: iter([{"x": 1}, {"x": 2}]))
     status, record = checked(tmp_path, "--steps", "0", "--seconds", "-1")
-    assert status == 0 and record["steps"]["0"]["verdict"] == "cut short" and record["steps"]["0"]["rows"] == [{"x": 1}]
+    assert status == 3 and record["steps"]["0"]["verdict"] == "cut short" and record["steps"]["0"]["rows"] == [{"x": 1}]
+    assert checked(tmp_path, "--steps", "0") == (0, record := json.loads((tmp_path / "gpu-tiny.json").read_text()))
+    assert record["steps"]["0"]["verdict"] == "ok"
+    status, later = checked(tmp_path, "--steps", "0", "--seconds", "-1")
+    assert status == 3 and later["steps"] == record["steps"], "what held whole is not replaced by a part"
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_check, "card", lambda device: {"name": "a card"})
     monkeypatch.setattr(gpu_check.torch.cuda, "empty_cache", lambda: None)
     capsys.readouterr()
-    assert gpu_check.main(["--results", str(tmp_path / "new"), "--steps", "0", "--seconds", "50"]) == 0
+    assert gpu_check.main(["--results", str(tmp_path), "--steps", "0", "--seconds", "50"]) == 3
     assert "0 one: skipped, 50 s are left of 100" in capsys.readouterr().out
-    assert not (tmp_path / "new").exists()
+    assert json.loads((tmp_path / "gpu.json").read_text())["steps"]["0"]["verdict"] == "skipped"
+
+
+def test_other_tests_are_another_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, one=lambda stage: iter([{"x": 1}]), two=lambda stage: iter([{"x": 2}]))
+    checked(tmp_path, "--steps", "1")
+    monkeypatch.setitem(gpu_kernels.TESTS, "more", ["tests/test_triton_copies.py"])
+    assert list(checked(tmp_path, "--steps", "0")[1]["steps"]) == ["0"]
+
+
+STEPS = """
+import sys, time
+import gpu_check, gpu_kernels
+gpu_check.STUCK = -89
+names = ("raises", "hangs", "good")
+gpu_check.PLAN = tuple(gpu_check.Planned(i, name, 0, "gpu_kernels", name) for i, name in enumerate(names))
+def raises(stage):
+    yield {"ok": True}
+    raise RuntimeError("an illegal address")
+def hangs(stage):
+    time.sleep(100)
+    yield {"ok": True}
+gpu_kernels.raises, gpu_kernels.hangs, gpu_kernels.good = raises, hangs, lambda stage: iter([{"ok": True}])
+gpu_check.usable = lambda device: False
+gpu_check.__file__ = sys.argv[0]
+sys.exit(gpu_check.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_what_makes_the_gpu_unusable_does_not_cost_the_other_steps(tmp_path: Path) -> None:
+    """They run in a new process, and the whole is told to have failed."""
+    script = tmp_path / "check.py"
+    folders = [str(path) for path in (gpu_check.ROOT, gpu_check.ROOT / "experiments", *map(Path, sys.path))]
+    script.write_text(f"import sys\nsys.path[:0] = {folders}\n{STEPS}")
+    command = [sys.executable, str(script), "--results", str(tmp_path), "--steps", "0-2", "--seconds", "90", "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "gpu-tiny.json").read_text())["steps"]
+    assert [step["verdict"] for step in steps.values()] == ["failed", "failed", "ok"]
+    assert "steps 1,2 go on in a new process" in done.stdout and "steps 2 go on" in done.stdout
 
 
 def test_steps_by_number_and_range() -> None:

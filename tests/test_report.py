@@ -147,3 +147,14 @@ def test_the_page_begins_with_the_long_runs_and_the_speed_ups(tmp_path: Path) ->
     for shown in ("story", "100000", "31.5", "61.5", "1.952", "0.6", "1 of 2", "17.5", "44.5", "docs", "2.25"):
         assert shown in first
     assert "7.75" not in first and "Stale: older texts." in page.text
+
+
+def test_a_check_of_a_card_has_a_section_of_its_own(tmp_path: Path) -> None:
+    steps = {"3": {"title": "row law", "verdict": "ok", "seconds": 1.5, "rows": [{"keys": "int8", "ok": True}]},
+             "5": {"title": "variants", "verdict": "skipped", "seconds": 0.0, "rows": []}}  # fmt: skip
+    gpu = {"schema": 1, "name": "gpu", "question": "Is it right?", "created": "2026-01-01", "commit": "c" * 40,
+           "dirty": False, "card": {"name": "H100"}, "versions": {}, "tiny": False, "steps": steps}  # fmt: skip
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    (tmp_path / "other.json").write_text(json.dumps(record("other")))
+    page = Page(build(tmp_path))
+    assert {"row law", "skipped", "int8"} <= set(page.cells) and "H100" in page.text
