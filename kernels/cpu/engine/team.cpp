@@ -75,11 +75,15 @@ bool spin_until(const F& ready) {
 
 Team::Team(int threads) : runs_(threads) {
   try {
+    threads_.reserve(std::max(0, threads - 1));
     for (int worker = 1; worker < threads; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
   } catch (const std::system_error&) {  // a limit of the system
     const std::string had = std::to_string(threads_.size() + 1);
     dismiss();
     throw std::invalid_argument("threads: " + std::to_string(threads) + " is not allowed; the system gives " + had);
+  } catch (...) {  // no memory for one: a thread that is begun must be joined
+    dismiss();
+    throw;
   }
 }
 
