@@ -100,6 +100,8 @@ class Follower:
         self._taken = 0  # how many of these it took; it sees none after a token that it refuses, or after an EOS
         self._history: History | None = None  # the latest one, when it had been cut so often
         self._cuts = 0
+        # The text before a token that no matcher could follow, and why.
+        self._refused: tuple[tuple[int, int], str] | None = None
 
     def begin_chapter(self, position: int) -> None:
         """Begins a chapter, whose own text begins at absolute `position`, after those of the chapters before it."""
@@ -119,6 +121,9 @@ class Follower:
         to: a new matcher must meet it at this very place.
         """
         why, ends = "", self.grammar.vocabulary.ends
+        here = len(history), hash(history.tokens.tobytes())
+        if self._refused is not None and here == self._refused[0]:  # the same guess in a later round
+            raise NumericsError(self._refused[1])
         for _ in range(2):
             self._follow(history)
             if not self._matcher.is_error():
@@ -130,7 +135,8 @@ class Follower:
                     return bits if self._matcher.is_accepting() else bits & ~ends
             why = " ".join(self._matcher.get_error().split())[:200]
             self._begin_again()
-        raise NumericsError(f"the grammar cannot be followed beyond position {len(history)}: {why}")
+        self._refused = here, f"the grammar cannot be followed beyond position {len(history)}: {why}"
+        raise NumericsError(self._refused[1])
 
     def outside(self, history: History) -> npt.NDArray[np.bool_]:
         """Returns [vocab_size] whether a token may not be next."""
