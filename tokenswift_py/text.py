@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -166,7 +165,7 @@ def rendered(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> tuple[str, 
     """Renders messages by the chat template, up to where the model answers. Returns the text, and before it the
     character that marks names of control tokens which are text ("" where no message has one). Raises UserError for a
     template that is broken, and for messages with such names and all of MARKS."""
-    said, names = "\n".join(texts_in(messages)), () if chat.special else special_texts(tokenizer)
+    said, names = "\n".join(texts_in([*messages, chat.arguments])), () if chat.special else special_texts(tokenizer)
     mark = ""
     if named := next((name for name in names if name in said), ""):
         mark = next((mark for mark in MARKS if mark not in said), "")
@@ -190,9 +189,11 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def marked(value: Any, names: Sequence[str], mark: str) -> Any:
-    """Returns a message, or any part of it, with the number of each name between marks in the name's place."""
+    """Returns a message, or any part of it, with the number of each name behind a mark in the name's place."""
     if isinstance(value, str):
-        return re.sub("|".join(map(re.escape, names)), lambda name: f"{mark}n{names.index(name[0])}{mark}", value)
+        for number, name in enumerate(names):
+            value = value.replace(name, f"{mark}n{number};")
+        return value
     if isinstance(value, dict):
         return {key: marked(item, names, mark) for key, item in value.items()}
     return [marked(item, names, mark) for item in value] if isinstance(value, list) else value
@@ -203,15 +204,12 @@ def marked_ids(tokenizer: Any, mark: str, text: str) -> list[int]:
     if not mark:
         return token_ids(tokenizer, text)
     backend, control = reading_text(tokenizer, mark)
-    added, names = tokenizer.added_tokens_decoder, special_texts(tokenizer)  # the former is made anew each time
-    tokens = {added[token].content: token for token in control.values()}
-
-    def put(found: re.Match[str]) -> str:
-        number = found[1]
-        return f"{mark}t{tokens[found[0]]}{mark}" if number is None else names[int(number)]
-
-    # One pass from left to right, so that a mark that closes a number never opens another with what a user typed.
-    text = re.sub(f"{mark}n([0-9]+){mark}|{'|'.join(map(re.escape, names))}", put, text)
+    added = tokenizer.added_tokens_decoder  # made anew each time
+    # A mark only begins something, so what a user types between two of them cannot become a token's name.
+    for token in sorted(control.values(), key=lambda token: -len(added[token].content)):
+        text = text.replace(added[token].content, f"{mark}t{token};")
+    for number, name in enumerate(special_texts(tokenizer)):
+        text = text.replace(f"{mark}n{number};", name)
     with one_line("tokenizer: it does not take the text"):
         ids = backend.encode(text, add_special_tokens=False).ids
     return [control.get(token, token) for token in ids]
@@ -236,12 +234,12 @@ def reading_text(tokenizer: Any, mark: str = "") -> tuple[Any, dict[int, int]]:
         backend.no_padding()
         special = {token: added for token, added in tokenizer.added_tokens_decoder.items() if added.special and mark}
         backend.add_tokens([
-            AddedToken(f"{mark}t{token}{mark}", lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
+            AddedToken(f"{mark}t{token};", lstrip=added.lstrip, rstrip=added.rstrip, single_word=added.single_word,
                        normalized=added.normalized, special=False)
             for token, added in special.items()
         ])  # fmt: skip
         backend.encode_special_tokens = True
-        kept[key] = backend, {backend.token_to_id(f"{mark}t{token}{mark}"): token for token in special}
+        kept[key] = backend, {backend.token_to_id(f"{mark}t{token};"): token for token in special}
     return kept[key]
 
 
