@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.models.devices import WEIGHT_FORMATS
 from tokenswift_py.models.rope import rope_tables
 from tokenswift_py.runs import contract
+from tokenswift_py.runs.audit import audit
 
 pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
 
@@ -381,6 +383,37 @@ def test_every_token_that_ends_a_text_ends_it(tmp_path: Path, dtype: str) -> Non
     path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama"), {}, change=change)
     # 0 is <|endoftext|>. llama.cpp ends a text there by the token's text, whether or not a key names it.
     assert open_checkpoint(str(path), dtype=dtype).eos == (2, 5, 0)
+
+
+def test_a_tag_of_html_ends_no_text(tmp_path: Path) -> None:
+    """Gemma's vocabulary has </s> beside its own <eos>."""
+
+    def with_tags(writer: GGUFWriter) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        tokens[20:22] = ["</s>", "<eos>"]
+
+    path = write_gguf(tmp_path / "tags.gguf", gguf_config("llama"), {}, change=with_tags)
+    eos = open_checkpoint(str(path)).eos
+    assert 21 in eos and 20 not in eos
+
+
+def test_a_run_ends_by_the_tokens_that_it_was_begun_with(tmp_path: Path) -> None:
+    """One that was begun when fewer were known is resumed and proven as it was begun."""
+    path = write_gguf(tmp_path / "tiny.gguf", gguf_config("llama"), {})
+    swift, older = (TokenSwift.from_pretrained(str(path), dtype="fp32") for _ in range(2))
+    assert swift.checkpoint.eos == (2, 0)
+    older.checkpoint = replace(older.checkpoint, eos=(2,))
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.0, "logit_bias": {0: 8.0, 2: -100.0}, "seed": 1}
+    whole = older.generate("the cat", **settings)
+    assert 0 in whole.tokens and len(whole.tokens) == 60 > len(swift.generate("the cat", **settings).tokens)
+    with older.stream("the cat", out=tmp_path / "run", **settings) as stream:
+        for count, _ in enumerate(stream):
+            if count == 5:
+                break
+    with swift.resume(tmp_path / "run") as stream:
+        assert list(stream)
+    assert stream.result().tokens == whole.tokens
+    assert audit(swift, tmp_path / "run").passed
 
 
 def test_recommended_sampling_parameters_are_the_defaults(tmp_path: Path) -> None:

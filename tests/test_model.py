@@ -20,6 +20,10 @@ from tokenswift_py.checkpoints import loading
 from tokenswift_py.core import DraftTree, Segment
 from tokenswift_py.models.positions import Positions
 from tokenswift_py.models.rope import rope_tables
+from tokenswift_py.runs import contract, journal
+from tokenswift_py.runs.journal import Record
+from tokenswift_py.runs.plan import recorded_run
+from tokenswift_py.runs.stream import Stream
 
 pytestmark = pytest.mark.model
 
@@ -51,6 +55,15 @@ def native(dtype: str, kv_dtype: str | None = None) -> TokenSwift:
 
 
 NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower")
+
+
+def test_the_published_proof_can_be_audited_again(default_model: TokenSwift) -> None:
+    """Nothing about the model has changed since the journal in the repository was written."""
+    header = journal.read(ROOT / "results" / "100k").header
+    assert contract.model_fingerprint(default_model.checkpoint) == header["model"]
+    assert contract.tokenizer_fingerprint(default_model.checkpoint) == header["tokenizer"]
+    run = recorded_run(default_model, Record(ROOT, header, [], [], 0, 0, 0, 100_000))
+    contract.check_same(header, Stream(default_model, run).header(), numerics=False)
 
 
 @pytest.mark.parametrize("context", [1000, 16384], ids=["trained", "yarn"])

@@ -50,11 +50,13 @@ class LoadedModel:
         """Returns whether a prompt is the beginning of the text, which then goes on from it."""
         return options.continue_final_message or not options.chat.templated(self.tokenizer)
 
-    def ends(self, options: Options) -> tuple[int, ...]:
-        """Returns every token that ends a text. Another chat template may put one of its own after an answer."""
-        if options.chat_template is None:
-            return self.checkpoint.eos
-        return end_tokens(self.tokenizer, self.checkpoint.eos, options.chat)
+    def ends(self, options: Options, eos: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Returns every token that ends a text. Another chat template may put one of its own after an answer.
+
+        eos: instead of the checkpoint's.
+        """
+        eos = self.checkpoint.eos if eos is None else eos
+        return eos if options.chat_template is None else end_tokens(self.tokenizer, eos, options.chat)
 
     def rope(self, context: int, positions: Positions) -> RopeTables:
         """Makes the RoPE tables of a run over so many positions. Raises UserError like `rope_tables`."""

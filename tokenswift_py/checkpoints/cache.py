@@ -40,13 +40,7 @@ def write_beside(path: Path, write: Callable[[Path], Any], also: Path | None = N
     write(fresh)
     for old in (path, also):
         if old is not None and old.exists():
-            aside = old.with_name(f"{old.stem}-{when}{old.suffix}")
-            try:
-                if old is also:
-                    raise OSError  # it is written in place later
-                aside.hardlink_to(old)  # so that a kill leaves no moment without one
-            except OSError:  # a folder, or a disk without links
-                old.replace(aside)
+            old.replace(old.with_name(f"{old.stem}-{when}{old.suffix}"))
     fresh.replace(path)
 
 

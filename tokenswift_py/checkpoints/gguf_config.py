@@ -46,6 +46,7 @@ TOKENS = "tokenizer.ggml.tokens"
 SAMPLING = "general.sampling."  # what begins the keys of recommended sampling parameters
 # These of them have other names in transformers. The rest have the same, or are not read.
 SAMPLING_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")  # transformers reads these with do_sample only
 
 
 class Metadata:
@@ -129,21 +130,33 @@ def biases(file: GgufFile, block: str) -> Iterable[str]:
 
 
 def token_ids(file: GgufFile) -> dict[str, Any]:
-    """Returns the token that begins a text, and all tokens that end one. llama.cpp stops at each of these.
-
-    A file names one to three of them. A chat model of Qwen's, for example, ends an answer by <|im_end|>, which is
-    named, and a text that is no answer by <|endoftext|>, which is not.
-    """
-    ends = dict.fromkeys(int(file.metadata[key]) for key in ENDS if key in file.metadata)
-    ends |= dict.fromkeys(token for token, text in enumerate(file.metadata[TOKENS]) if text in ENDINGS)
+    """Returns the token that begins a text, and those that the file says end one."""
+    ends = named_ends(file)
     begin = file.metadata.get("tokenizer.ggml.bos_token_id")
     return {"bos_token_id": begin, "eos_token_id": list(ends) if len(ends) > 1 else next(iter(ends), None)}
 
 
-def sampling_of(file: GgufFile) -> dict[str, Any]:
-    """Returns the generation_config.json of a file that recommends sampling parameters, else an empty one.
+def named_ends(file: GgufFile) -> dict[int, None]:
+    return dict.fromkeys(int(file.metadata[key]) for key in ENDS if key in file.metadata)
 
-    A file that recommends any is sampled from, unless its temperature is 0. transformers' own files leave out what is a
+
+def generation_of(file: GgufFile) -> dict[str, Any]:
+    """Returns the generation_config.json of a file, empty where the config says all.
+
+    It has all tokens that end a text. A file names one to three of them, and llama.cpp knows others by their text: a
+    chat model of Qwen's ends an answer by <|im_end|>, which is named, and a text that is no answer by <|endoftext|>,
+    which is not. Beside <eos>, </s> is a tag of HTML (Gemma).
+    """
+    named, tokens = named_ends(file), file.metadata[TOKENS]
+    endings = ENDINGS - {"</s>"} if "<eos>" in tokens else ENDINGS
+    ends = named | dict.fromkeys(token for token, text in enumerate(tokens) if text in endings)
+    return {**sampling_of(file), **({"eos_token_id": list(ends)} if ends != named else {})}
+
+
+def sampling_of(file: GgufFile) -> dict[str, Any]:
+    """Returns the sampling parameters that a file recommends.
+
+    With any of SAMPLED it is sampled from, unless its temperature is 0. transformers' own files leave out what is a
     default there, and so do the GGUF files that are made from them.
     """
     asked: dict[str, Any] = {
@@ -151,7 +164,8 @@ def sampling_of(file: GgufFile) -> dict[str, Any]:
         for key, value in file.metadata.items()
         if (name := key.removeprefix(SAMPLING)) != key and isinstance(value, int | float | str)
     }
-    return {"do_sample": asked.get("temperature", 1) > 0, **asked} if asked else {}
+    sampled = not asked.keys().isdisjoint(SAMPLED) and asked.get("temperature", 1) > 0
+    return {"do_sample": True, **asked} if sampled else {name: asked[name] for name in asked if name not in SAMPLED}
 
 
 def rope_parameters(said: Metadata, head_dim: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import google_crc32c
 
 from tokenswift_py.checkpoints.cache import cache_folder, cache_name
 from tokenswift_py.checkpoints.generation_defaults import NAME
-from tokenswift_py.checkpoints.gguf_config import config_of, sampling_of
+from tokenswift_py.checkpoints.gguf_config import config_of, generation_of
 from tokenswift_py.checkpoints.gguf_file import GgufFile
 from tokenswift_py.checkpoints.gguf_tensors import GgufIndex
 from tokenswift_py.checkpoints.gguf_tokenizer import write_tokenizer
@@ -60,8 +60,8 @@ def make(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
         made = Path(scratch) / folder.name  # with the permissions of a new folder; the scratch is its owner's alone
         made.mkdir()
         (made / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        if sampling := sampling_of(file):
-            (made / NAME).write_text(json.dumps(sampling, indent=1), encoding="utf-8")
+        if generation := generation_of(file):
+            (made / NAME).write_text(json.dumps(generation, indent=1), encoding="utf-8")
         write_tokenizer(file, made)
         (made / SUMS).write_text(json.dumps(checksums(path for path in made.iterdir()), indent=1))
         if folder.is_dir():

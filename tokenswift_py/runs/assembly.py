@@ -44,7 +44,7 @@ def decode_loop(
             chosen = for_run(options, Resources(loaded.checkpoint, run.second_model, draft_cost, loaded.kept))
     if loaded.executor.ranks.world > 1:
         loaded.executor.ranks.agree("the draft heads", chosen.alike())
-    eos = loaded.ends(options)
+    eos = loaded.ends(options, run.eos)
     first_end = len(run.prompt) + options.min_new_tokens
     vocab, special = loaded.checkpoint.spec.vocab_size, special_ids(loaded.tokenizer)
     model = loaded.executor.model(run.rope)

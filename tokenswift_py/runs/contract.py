@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tokenswift_py.checkpoints.cache import sha256
@@ -28,15 +28,16 @@ TOKENIZER_FILES = (
 
 
 def header(
-    loaded: LoadedModel, prompt: list[int], parameters: dict[str, Any], numerics: str, guarantee: str
-) -> dict[str, Any]:
+    loaded: LoadedModel, prompt: list[int], parameters: dict[str, Any], numerics: str, guarantee: str,
+    eos: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
     """Returns the header of a run's journal: everything that is needed to write its text again."""
     return {
         "program": f"tokenswift-py {__version__}",
         "origin": dict(loaded.origin),
         "model": model_fingerprint(loaded.checkpoint),
         "tokenizer": tokenizer_fingerprint(loaded.checkpoint),
-        "eos": list(loaded.checkpoint.eos),
+        "eos": list(eos),
         "numerics": numerics,
         "guarantee": guarantee,
         **({"grammar": loaded.vocabulary.version} if any(parameters[name] for name in LANGUAGES) else {}),

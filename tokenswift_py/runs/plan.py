@@ -30,7 +30,7 @@ from tokenswift_py.options import FILLED, POLICIES, Options
 from tokenswift_py.remembering.memories import check_remembers, memory_bytes
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Record
-from tokenswift_py.sampling.grammar import Grammar, schema_text
+from tokenswift_py.sampling.grammar import Grammar, Vocabulary, schema_text
 from tokenswift_py.sampling.processors import check_processors
 from tokenswift_py.text import Prompt, prompt_tokens, turn_tokens
 
@@ -58,6 +58,7 @@ class Run:
     second_model: Mapping[str, Any] = field(default_factory=dict)
     stop_tokens: tuple[int, ...] = ()
     grammar: Grammar | None = None
+    eos: tuple[int, ...] | None = None
 
     def parameters(self) -> dict[str, Any]:
         """Returns the keyword arguments of `generate` that write this text again, defaults and seed filled in."""
@@ -79,22 +80,31 @@ class Run:
 
 
 def prepare(
-    loaded: LoadedModel, prompt: Prompt, options: Options, recorded: bool = False, in_pool: bool = False
+    loaded: LoadedModel,
+    prompt: Prompt,
+    options: Options,
+    recorded: bool = False,
+    in_pool: bool = False,
+    eos: tuple[int, ...] | None = None,
 ) -> Run:
     """Checks everything that can be checked before any work, and makes the run. Raises UserError.
 
     recorded: the prompt is the token ids that a journal has.
     in_pool: the text's pages come from a pool that is there already, so that no memory is asked for.
+    eos: see `Run`.
     """
     tokenizer, checkpoint = loaded.tokenizer, loaded.checkpoint
     tokens = list(map(int, prompt)) if recorded else prompt_tokens(tokenizer, prompt, options.chat)  # type: ignore[arg-type]
     check(bool(tokens) and len(prompt) > 0, "prompt", prompt, "it must not be empty")
-    ends = loaded.ends(options)
+    ends = loaded.ends(options, eos)
     turns = [turn_tokens(tokenizer, request, ends, options.chat) for request in options.chapters]
     highest, vocab = max([*tokens, *(token for turn in turns for token in turn)]), checkpoint.spec.vocab_size
     check(highest < vocab, "prompt", highest, f"the model knows token ids 0 to {vocab - 1}")
     sampling, stops = options.sampling(checkpoint.defaults, tokenizer), options.stop_ids(tokenizer, vocab)
-    grammar = Grammar(*options.language, loaded.vocabulary) if options.language else None
+    grammar = None
+    if options.language:
+        words = loaded.vocabulary if eos is None else Vocabulary(tokenizer, vocab, eos)
+        grammar = Grammar(*options.language, words)
     needed = len(tokens) + sum(len(turn) for turn in turns) + options.max_new_tokens
     context = options.context or needed
     if recorded:
@@ -123,7 +133,7 @@ def prepare(
     if rope.note and not in_pool:
         logger.warning(rope.note)
     drafting = as_draft(draft, context, vocab) if draft else {}
-    return Run(options, tokens, turns, sampling, context, rope, drafting, stops, grammar)
+    return Run(options, tokens, turns, sampling, context, rope, drafting, stops, grammar, eos)
 
 
 def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: bool = False, **settings: Any) -> Run:
@@ -152,7 +162,10 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
             contract.check_parameter(name, value, recorded[name])
     longer = {"max_new_tokens": record.max_new_tokens + extend, "logits_processors": processors}
     options = Options.of(**{**recorded, **settings, **longer})
-    run = prepare(loaded, record.header["prompt"], options, recorded=True, in_pool=in_pool)
+    # A run that was begun when fewer end tokens of the checkpoint were known ends by those.
+    eos = tuple(record.header.get("eos", loaded.checkpoint.eos))
+    fewer = eos if set(eos) < set(loaded.checkpoint.eos) else None
+    run = prepare(loaded, record.header["prompt"], options, recorded=True, in_pool=in_pool, eos=fewer)
     outside = [token for token in record.tokens if not 0 <= token < loaded.checkpoint.spec.vocab_size]
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
     check_context(loaded, run, recorded["context"], extend)

@@ -103,7 +103,8 @@ class Stream:
     def header(self) -> dict[str, Any]:
         """Returns the header of this text's journal."""
         run = self.run
-        return contract.header(self.loaded, run.prompt, run.parameters(), self.numerics, self.guarantee)
+        eos = self.loaded.checkpoint.eos if run.eos is None else run.eos
+        return contract.header(self.loaded, run.prompt, run.parameters(), self.numerics, self.guarantee, eos)
 
     def _snapshot(self) -> None:
         assert self.journal is not None
