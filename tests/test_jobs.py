@@ -525,6 +525,7 @@ def test_cancel_and_resume_over_http(client: httpx.Client) -> None:
         ("GET", f"/v1/jobs/{'0' * 24}/files/job.json", None, 400, None),
         ("POST", "/v1/jobs", {}, 400, "prompt"),
         ("POST", "/v1/jobs", {"prompt": "a", "messages": []}, 400, "prompt"),
+        ("POST", "/v1/jobs", {"prompt": "a", "model": "another"}, 404, "model"),
         ("POST", "/v1/jobs", {"prompt": "a", "max_tokens": 10**6}, 400, "max_tokens"),
         ("POST", "/v1/jobs", {"prompt": "a", "chat_template": "x"}, 400, "chat_template"),
         ("POST", "/v1/jobs", {"prompt": "a", "template_args": DEEP}, 400, "template_args"),

@@ -20,10 +20,11 @@ import httpx2 as httpx
 import jsonschema
 import openai
 import pytest
+import tokenizers
 import torch
 from openai.types.chat import ChatCompletion
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from served import LONG_CONTEXT
 from servers import Running, ask, running, until
@@ -33,6 +34,7 @@ from tokenswift_py.cli.serve import KEY
 from tokenswift_py.options import described_options
 from tokenswift_py.serving.engine import Engine
 from tokenswift_py.serving.http import own, refusals
+from tokenswift_py.serving.http.tokens import TokenTexts
 
 ROOT = Path(__file__).resolve().parent.parent
 SAID = [{"role": "user", "content": "the cat"}]
@@ -295,6 +297,22 @@ def test_the_prompts_logprobs_come_with_its_echo(
         assert choice.text[place:following] == token or "\ufffd" in token
     with pytest.raises(openai.BadRequestError, match="logprobs: with echo only without stream"):
         client.completions.create(**asked, logprobs=1, stream=True)
+
+
+def test_tokens_keep_their_spaces_in_vocabularies_of_sentencepiece() -> None:
+    """Alone they would be decoded without: "cat" for the token of " cat"."""
+    vocab = {"<unk>": 0, "a": 1, "\u2581cat": 2, "cat": 3, "\u2581": 4, "<0xC3>": 5, "<0xA9>": 6}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    texts = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    assert [texts.text(token) for token in (1, 2, 3, 4)] == ["a", " cat", "cat", " "]
+    assert texts.text(5) == "\ufffd" and texts.entry(2, -0.5)["bytes"] == list(b" cat")
+    columns = texts.of_prompt([2, 2, 5, 6, 3], [None, *[(-1.0, ((1, -1.0),))] * 4], True)
+    assert columns["tokens"] == [" cat", " cat", "\ufffd", "\ufffd", "cat"]
+    assert columns["text_offset"] == [0, 3, 7, 7, 8], "the text is 'cat cat\u00e9cat'"
 
 
 SCHEMA = {"type": "object", "properties": {"cat": {"enum": ["sat", "ran"]}, "dogs": {"type": "integer"}},

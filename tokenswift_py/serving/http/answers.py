@@ -67,13 +67,14 @@ class Answer:
         """
         raise NotImplementedError
 
-    def logprobs(self, index: int, pieces: Sequence[Piece]) -> Any:
+    def logprobs(self, index: int, pieces: Sequence[Piece], special: bool = False) -> Any:
         raise NotImplementedError
 
     def complete(self, ends: Sequence[Ended]) -> dict[str, Any]:
         choices = []
         for end in ends:
-            logprobs: Any = self.logprobs(end.index, end.pieces) if self.wants_logprobs else None
+            whole = end.result.prompt_logprobs is not None  # then clients count all tokens
+            logprobs: Any = self.logprobs(end.index, end.pieces, whole) if self.wants_logprobs else None
             if end.result.prompt_logprobs is not None:
                 prompt = self.asked.prompts[self.asked.choices[end.index][0]]
                 before = self.tokens.of_prompt(prompt, end.result.prompt_logprobs, self.wants_likeliest)
@@ -136,7 +137,7 @@ class ChatAnswer(Answer):
     def opening(self, index: int) -> Iterator[dict[str, Any]]:
         yield self.delta(index, None, None, None)
 
-    def logprobs(self, index: int, pieces: Sequence[Piece]) -> Any:
+    def logprobs(self, index: int, pieces: Sequence[Piece], special: bool = False) -> Any:
         return {"content": self.tokens.content(self.tokens.told(pieces)), "refusal": None}
 
 
@@ -153,12 +154,12 @@ class CompletionAnswer(Answer):
     def delta(self, index: int, text: str | None, logprobs: Any, end: Ended | None) -> dict[str, Any]:
         return self.choice(index, text or "", logprobs, end)
 
-    def logprobs(self, index: int, pieces: Sequence[Piece]) -> Any:
+    def logprobs(self, index: int, pieces: Sequence[Piece], special: bool = False) -> Any:
         if index not in self._offsets:
             prompt = self.asked.prompts[self.asked.choices[index][0]]
             self._offsets[index] = self.tokens.offsets(prompt, len(self.before(index)))
-        offsets = [offset for piece in pieces for offset in self._offsets[index].of(piece)]
-        return self.tokens.columns(self.tokens.told(pieces), offsets, self.wants_likeliest)
+        offsets = [offset for piece in pieces for offset in self._offsets[index].of(piece, special)]
+        return self.tokens.columns(self.tokens.told(pieces, special), offsets, self.wants_likeliest)
 
 
 def joined(before: list[Any] | None, after: list[Any] | None) -> list[Any] | None:

@@ -77,8 +77,9 @@ class Gate:
         if self._key is not None or origin is None or method in ("GET", "HEAD", "OPTIONS") or origin in self.origins:
             return
         try:
-            there = urlsplit(origin)
-            same = there.netloc == headers.get("host") or there.hostname in (self.hosts or ())
+            there, here = urlsplit(origin), urlsplit(f"//{headers.get('host', '')}")
+            known = there.hostname == here.hostname or there.hostname in (self.hosts or ())
+            same = known and there.port == here.port
         except ValueError:
             same = False
         if not same:

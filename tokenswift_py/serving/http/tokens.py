@@ -10,6 +10,7 @@ from tokenswift_py.core import Likeliest
 from tokenswift_py.runs.result import Piece
 from tokenswift_py.text import BAD, TextJoiner, special_ids
 
+MOST_BYTES = 4  # of a character
 CONTEXT = 32  # tokens before a text that are read with it, as many as a character can have and more
 CHAPTER_GAP = "\n\n"  # the gap between chapters in the text
 
@@ -41,13 +42,14 @@ class TokenTexts:
         """Returns the text of a token alone, its leading space included. A token of half a character has U+FFFD."""
         return str(self._tokenizer.decode([*self._before, token], skip_special_tokens=False))[len(self._before) :]
 
-    def told(self, pieces: Sequence[Piece]) -> list[Told]:
-        """Returns the log-probability of each token that has a text. An end-of-sequence token has none."""
+    def told(self, pieces: Sequence[Piece], special: bool = False) -> list[Told]:
+        """Returns the log-probability of each token that has a text. An end-of-sequence token has none. special: also
+        of tokens that have none."""
         found = []
         for piece in pieces:
             likeliest = piece.top_logprobs or [()] * len(piece.tokens)
             for token, logprob, likely in zip(piece.tokens, piece.logprobs or (), likeliest, strict=False):
-                if token not in self._special:
+                if special or token not in self._special:
                     found.append(Told(token, logprob, likely))
         return found
 
@@ -93,7 +95,7 @@ class TokenTexts:
             text = self.text(token)
             if BAD in text:  # half of a character: all its tokens begin where it begins
                 run = str(self._tokenizer.decode(list(prompt[start : number + 1]), skip_special_tokens=False))
-                if BAD in run:
+                if BAD in run and number + 1 - start < MOST_BYTES:
                     continue
                 text = run
             elif not at and not whole.startswith(text):
@@ -119,14 +121,16 @@ class Offsets:
         self._joiner = TextJoiner(tokenizer, (), before)
         self._special = special_ids(tokenizer)
 
-    def of(self, piece: Piece) -> list[int]:
-        """Returns the offsets of the tokens of a piece that have a text. Pieces come in order."""
+    def of(self, piece: Piece, special: bool = False) -> list[int]:
+        """Returns the offsets of the tokens of a piece that have a text, or of all. Pieces come in order."""
         if piece.forced:  # a chapter is over: an empty line comes before the next one
             self._told += len(self._joiner.finish()) + len(CHAPTER_GAP)
             self._joiner = TextJoiner(self._tokenizer)
         found = []
         for token in piece.tokens:
-            if token not in self._special:
+            if token in self._special:
+                found += [self._told] if special else []
+            else:
                 alone = self._texts.text(token)
                 told = self._joiner.push([token])
                 before = len(told) - len(alone) if told.endswith(alone) else 0  # the text that was held back until now
