@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -445,6 +446,43 @@ def test_minutes_stop_it_and_resume_goes_on(base: Path, tmp_path: Path) -> None:
     assert main(["extend-context", "--resume", str(out), "--minutes", "10", "--quiet"]) == 0
     wanted, found = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_that_is_stopped_keeps_its_steps_and_goes_on(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ctrl-C is heard between two steps. The model that is there stays until a whole one replaces it."""
+    begin(settings_for(base), tmp_path / "whole", "command", quiet=True)
+    out, asked = tmp_path / "stopped", iter([False, False, True, True])
+    with pytest.raises(KeyboardInterrupt):
+        begin(settings_for(base), out, "command", quiet=True, stopping=lambda: nullcontext(lambda: next(asked)))
+    steps = [line["step"] for line in TrainingFolder(out / "training").lines() if "loss" in line]
+    assert steps and f"{len(steps)} of {settings_for(base).steps} steps are kept; --resume {out}" in caplog.text
+    assert not (out / "model.safetensors").exists()
+    (out / "model.safetensors").write_bytes(b"an earlier one")
+    folder = TrainingFolder(out / "training")
+    with folder.held():
+        assert main(["extend-context", "--resume", str(out), "--quiet"]) == 2
+    assert (out / "model.safetensors").read_bytes() == b"an earlier one"
+    assert main(["extend-context", "--resume", str(out), "--quiet"]) == 0
+    wanted, found = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_a_disk_that_fills_while_merging_leaves_the_earlier_model(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    begin(settings_for(base, steps=1), out, "command", quiet=True)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tokenswift_py.extending.merging.shutil.copyfile", full)
+    assert main(["extend-context", "--resume", str(out), "--quiet"]) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_a_run_whose_texts_changed_is_refused(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,17 @@ def test_the_sample_stands_for_the_tokens_left_out() -> None:
     assert abs(torch.stack(losses).mean() - exact) < 0.02 * exact
 
 
+def test_rows_are_fitted_block_by_block(decoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what all rows at once are fitted to."""
+    rows, _ = written(decoder, "recurrent")
+    embedding = decoder.weights["model.embed_tokens.weight"]
+    whole = training.regressed(fresh(decoder, "recurrent"), rows, embedding)
+    monkeypatch.setattr(training, "BLOCK", 37)
+    parts = training.regressed(fresh(decoder, "recurrent"), rows, embedding)
+    for name, tensor in whole.tensors.items():
+        assert torch.allclose(parts.tensors[name], tensor, atol=1e-3 * float(tensor.abs().max()))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_training_lowers_the_loss_and_can_be_repeated(decoder: Any, form: str) -> None:
     rows, texts = written(decoder, form)
@@ -239,6 +250,16 @@ def test_minutes_end_it(command: list[str], tmp_path: Path) -> None:
     assert main([command[0], *with_flags(command[1:], *arguments)]) == 0
     assert time.monotonic() - began < 60
     assert 0 < read_heads(out).provenance["tokens"] < 10_000_000
+
+
+def test_a_deadline_leaves_every_text_long_enough_to_learn_from(tiny_decoder: Any) -> None:
+    """Where loading took all the time that writing had, each text still has a token for each head and one more."""
+    weights = training.new_heads("recurrent", 3, torch.ones(tiny_decoder.spec.hidden_size), 1e-6)
+    sampler = lambda number: Sampler(SamplingParams(seed=number), tiny_decoder.spec.vocab_size)  # noqa: E731
+    rows, texts = training.write(
+        tiny_decoder, weights, iter([[5, 9, 7]] * 9), sampler, 1000, 64, 128, (), least=4, deadline=0.0, quiet=True
+    )
+    assert [len(text) for text in texts] == [3 + 4] and len(training.usable_rows(rows, weights)) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,21 @@ def main(arguments: Sequence[str]) -> int:
             check(described_settings()[name].again, name, given[name], "not with --resume, which keeps the run's own")
         kept = TrainingFolder.open(args.resume)[1]["settings"]
         settings = settings_of({**kept, "minutes": None, **given})  # minutes are a session's
-    with CtrlC() as keys:
-        keys.hold()
-        if args.resume is not None:
-            folder = go_on(settings, args.resume, args.quiet, lambda: keys.pressed)
-        else:
-            command = shlex.join(["tokenswift", "extend-context", *arguments])
-            folder = begin(settings, args.out, command, args.quiet, lambda: keys.pressed)
+        folder = go_on(settings, args.resume, args.quiet, between_steps)
+    else:
+        command = shlex.join(["tokenswift", "extend-context", *arguments])
+        folder = begin(settings, args.out, command, args.quiet, between_steps)
     if not args.quiet:
         print(table(folder.path.parent, folder.lines(), settings.steps))
     return 0
+
+
+@contextmanager
+def between_steps() -> Iterator[Callable[[], bool]]:
+    """Hears Ctrl-C between two steps. The second one interrupts at once."""
+    with CtrlC() as keys:
+        keys.hold()
+        yield lambda: keys.pressed
 
 
 def table(out: Path, lines: Sequence[dict[str, Any]], wanted: int) -> str:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ from tokenswift_py.version import __version__
 logger = logging.getLogger("tokenswift")
 
 SAVE_SECONDS = 600.0  # the state is saved at least so often
+
+Stopping = Callable[[], AbstractContextManager[Callable[[], bool]]]
+
+
+def never() -> AbstractContextManager[Callable[[], bool]]:
+    return nullcontext(lambda: False)
 
 
 @dataclass(frozen=True)
@@ -107,20 +114,18 @@ def most_rows(settings: Settings) -> int:
 
 
 def begin(
-    settings: Settings, out: Path, command: str, quiet: bool = False, stopped: Callable[[], bool] = lambda: False
+    settings: Settings, out: Path, command: str, quiet: bool = False, stopping: Stopping = never
 ) -> TrainingFolder:
     """Trains a model and writes it to a new folder. Raises UserError for wrong input, and KeyboardInterrupt as `run`
     does."""
     check_empty(out)
     began, prepared = time.monotonic(), prepare(settings, command)
     folder = TrainingFolder.create(out, prepared.about)
-    run(settings, prepared, folder, began, quiet, stopped)
+    run(settings, prepared, folder, began, quiet, stopping)
     return folder
 
 
-def go_on(
-    settings: Settings, out: Path, quiet: bool = False, stopped: Callable[[], bool] = lambda: False
-) -> TrainingFolder:
+def go_on(settings: Settings, out: Path, quiet: bool = False, stopping: Stopping = never) -> TrainingFolder:
     """Goes on with a run from its latest state. The result is the same as without a break.
 
     settings: the settings that its folder keeps, except where a setting of `Flag.again` was given a new value. Raises
@@ -131,34 +136,26 @@ def go_on(
     prepared = prepare(settings, about["command"])
     for name in ("trained", "texts", "weights"):
         check(about.get(name) == prepared.about[name], f"resume: {name}", prepared.about[name], "as the run began")
-    run(settings, prepared, folder, began, quiet, stopped)
+    run(settings, prepared, folder, began, quiet, stopping)
     return folder
 
 
 def run(
-    settings: Settings,
-    prepared: Prepared,
-    folder: TrainingFolder,
-    began: float,
-    quiet: bool,
-    stopped: Callable[[], bool],
+    settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool, stopping: Stopping
 ) -> None:
     """Makes the steps that are left, or as many as the minutes allow, and merges.
 
-    stopped: whether to stop after a step. Then the state is saved, and KeyboardInterrupt raised.
+    stopping: made around the steps; its value is asked after each whether to stop. Then the state is saved, and
+              KeyboardInterrupt raised.
     """
     with folder.held():
-        make_steps(settings, prepared, folder, began, quiet, stopped)
+        merge(make_steps(settings, prepared, folder, began, quiet, stopping), prepared, folder, settings)
 
 
 def make_steps(
-    settings: Settings,
-    prepared: Prepared,
-    folder: TrainingFolder,
-    began: float,
-    quiet: bool,
-    stopped: Callable[[], bool],
-) -> None:
+    settings: Settings, prepared: Prepared, folder: TrainingFolder, began: float, quiet: bool, stopping: Stopping
+) -> Any:
+    """Makes the steps, and returns the model that learned."""
     deadline = began + 60 * (settings.minutes or math.inf)
     recompute = activation_bytes(prepared.checkpoint, settings) > free_on(prepared.device) / 2
     learning = learner(prepared.checkpoint, prepared.config, settings, prepared.dtype, recompute)
@@ -170,28 +167,34 @@ def make_steps(
     if done == 0:
         tell_held_out(model, prepared, folder, 0)
     bar, saved = tqdm(range(done, settings.steps), unit="step", desc="training", disable=quiet), time.monotonic()
-    for number in bar:
-        if time.monotonic() > deadline:
-            break
-        step, start = plan(settings, prepared.trained, number), time.monotonic()
-        samples, rate = draw(settings, prepared.sources, step, number), rate_at(settings, number)
-        loss = take_step(model, optimiser, samples, step.group, rate, prepared.device, prepared.dtype)
-        done = number + 1
-        seconds = round(time.monotonic() - start, 2)
-        told = {"texts": step.texts, "rows": step.rows, "reach": step.reach, "group": step.group}
-        folder.log({"step": done, "loss": loss, "rate": rate, **told, "seconds": seconds})
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        late = done % settings.save_every == 0 or time.monotonic() > saved + SAVE_SECONDS
-        if (late and done < settings.steps) or stopped():
-            folder.save(done, parameters, optimiser)
-            saved = time.monotonic()
-        if stopped():
-            bar.close()
-            logger.warning("%d of %d steps are kept; --resume %s goes on", done, settings.steps, folder.path.parent)
-            raise KeyboardInterrupt
+    with stopping() as stopped:
+        for number in bar:
+            if time.monotonic() > deadline:
+                break
+            step, start = plan(settings, prepared.trained, number), time.monotonic()
+            samples, rate = draw(settings, prepared.sources, step, number), rate_at(settings, number)
+            loss = take_step(model, optimiser, samples, step.group, rate, prepared.device, prepared.dtype)
+            done = number + 1
+            seconds = round(time.monotonic() - start, 2)
+            told = {"texts": step.texts, "rows": step.rows, "reach": step.reach, "group": step.group}
+            folder.log({"step": done, "loss": loss, "rate": rate, **told, "seconds": seconds})
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            late = done % settings.save_every == 0 or time.monotonic() > saved + SAVE_SECONDS
+            if (late and done < settings.steps) or stopped():
+                folder.save(done, parameters, optimiser)
+                saved = time.monotonic()
+            if stopped():
+                bar.close()
+                logger.warning("%d of %d steps are kept; --resume %s goes on", done, settings.steps, folder.path.parent)
+                raise KeyboardInterrupt
     bar.close()
     folder.save(done, parameters, optimiser)
     tell_held_out(model, prepared, folder, done)
+    return learning
+
+
+def merge(learning: Any, prepared: Prepared, folder: TrainingFolder, settings: Settings) -> None:
+    """Writes the model that learned to where it is wanted."""
     write_model(merged(learning), prepared.checkpoint, folder.path.parent, settings.save_dtype)
 
 

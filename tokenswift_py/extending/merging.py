@@ -16,15 +16,18 @@ from tokenswift_py.checkpoints.finding import HUB_FILES
 from tokenswift_py.checkpoints.gguf_folder import SUMS
 from tokenswift_py.checkpoints.stored_tensors import INDEX
 
+SCRATCH = ".merged-"
 OWN = ("config.json", INDEX, SUMS)  # these are written anew, or are about the files that the model was read from
 
 
 def write_model(model: Any, checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     """Writes transformers' model with the tokenizer and the generation defaults of the checkpoint that it came from.
 
-    A model that is there already stays whole until the new one is.
+    The files of a model that is there already stay until all new ones are written.
     """
-    with TemporaryDirectory(dir=folder, prefix=".merged-") as scratch:
+    for left in folder.glob(f"{SCRATCH}*"):  # of a run that was killed here
+        shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(dir=folder, prefix=SCRATCH) as scratch:
         made = Path(scratch)
         write_files(model, checkpoint, made, dtype)
         for path in sorted(made.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
