@@ -87,6 +87,9 @@ class Heads(Drafter):
             self._guesses = {}
             return forced.build()
         assert self._row is not None
+        if budget < 2:
+            return forced.build()
+        self.move(self._row.device)  # no part of what asking costs
         lap = context.timer.start(context.self_draft)
         tree = self.tree(self._row, context, budget)
         lap.stop()
@@ -96,16 +99,16 @@ class Heads(Drafter):
     def _pays(self, context: Context) -> bool:
         """Returns whether a tree of the heads' guesses is likely to save more than asking for them takes. It is also
         true while that is not known yet, and when it is time to try again."""
-        plan, chance, saved_ms = context.plan, 1.0, 0.0
+        plan, chance, chances = context.plan, 1.0, list[float]()
         self._tree_cost.load = plan.load
         if not self._tree_cost.measured:
             return True
-        for head, ranks in enumerate(self.odds):
-            gains = (plan.gain_ms(chance * odds.chance, 1 + head + rank) for rank, odds in enumerate(ranks))
-            saved_ms += sum(takewhile(lambda saved: saved > 0, gains))
-            chance *= ranks[0].chance
-        ms = self._tree_cost(1, 0)
-        return saved_ms > ms or plan.may_probe(ms, "heads")
+        for ranks in self.odds:  # the likeliest path, with each node's other guesses
+            chances += [chance * odds.chance for odds in ranks]
+            chance *= max(odds.chance for odds in ranks)
+        gains = (plan.gain_ms(chance, 1 + node) for node, chance in enumerate(sorted(chances, reverse=True)))
+        saved_ms, ms = sum(takewhile(lambda saved: saved > 0, gains)), self._tree_cost(1, 0)
+        return saved_ms > MARGIN * ms or plan.may_probe(ms, "heads")
 
     def observe(self, taken: Acceptance, output: Output) -> None:
         self.learn(taken.tokens)

@@ -128,8 +128,9 @@ class NGram(Drafter):
         if self._draft is None:
             return
         self._draft.learn(taken)
+        proposed = self._draft.children_of_root
         for token, odds in self._passed_over.items():
-            if token not in self._draft.children_of_root:
+            if token not in proposed:
                 odds.learn(token == taken.tokens[0])
 
     def read_ahead(self, tokens: IntArray) -> None:
