@@ -15,8 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
 
-from tokenswift_py.core import GREEDY_BELOW, SamplingParams
+from tokenswift_py.core import GREEDY_BELOW, DraftTree, SamplingParams
 from tokenswift_py.decoding.history import History
+from tokenswift_py.decoding.verify import walk
 from tokenswift_py.errors import UserError
 from tokenswift_py.sampling import noise
 from tokenswift_py.sampling.reference import NumericsError, Sampler
@@ -155,3 +156,20 @@ def test_ties_at_the_edge_of_top_k_stay_as_hugging_face_has_them(kind: Any) -> N
 def test_a_bias_that_fp32_cannot_hold_is_refused(bias: float) -> None:
     with pytest.raises(UserError, match=r"^logit_bias: .* finite numbers that fp32 can hold"):
         SamplingParams(logit_bias={1: bias})
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_what_cannot_be_chosen_costs_no_token_before_it(kind: Any) -> None:
+    """As plain decoding, which writes the tokens before and then meets it. The next round's root does, too."""
+    logits = torch.zeros(3, 9, device=DEVICE if kind.__name__ == "TritonSampler" else "cpu")
+    logits[0, 6] = 9.0
+    logits[1] = torch.nan
+    sampler, history = kind(SamplingParams(), 9), History([5])
+    taken = walk(DraftTree.chain([5, 6, 7]), logits, sampler, history, lambda _: None, True, 2)
+    assert (taken.tokens, taken.path, taken.ending) == ((6,), (0,), None)
+    assert taken.logprobs is not None and taken.top_logprobs is not None
+    assert len(taken.logprobs) == len(taken.top_logprobs) == 1
+    assert list(history.tokens) == [5, 6]
+    with pytest.raises(NumericsError, match="position 2"):
+        walk(DraftTree.chain([6, 7]), logits[1:], sampler, history, lambda _: None)
+    assert list(history.tokens) == [5, 6]

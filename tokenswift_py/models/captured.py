@@ -163,9 +163,8 @@ class Step:
     def __init__(self, decoder: Decoder, pool: TorchPagePool, shape: Shape, plan: FixedPlan, recorder: Recorder):
         self.shape, self.plan = shape, plan
         self.places = torch.empty((3, shape.room.rows), dtype=torch.int64, device=decoder.device)
-        places = (
-            self.places
-        )  # and not self: a cycle would keep a graph's memory on the GPU until Python looks for cycles
+        # The function does not know the step: a cycle would keep a graph's memory on the GPU until Python looks for it.
+        places = self.places
         logits, pages = slice(None if shape.logits else 0), shape.room.pages if shape.mass else None
         self.replayed = Replayed(
             lambda: decoder.compute(pool, plan, places, logits, pages, shape.queries, taps=shape.taps), recorder

@@ -101,7 +101,7 @@ class Follower:
         self._history: History | None = None  # the latest one, when it had been cut so often
         self._cuts = 0
         # The text before a token that no matcher could follow, and why.
-        self._refused: tuple[tuple[int, int], str] | None = None
+        self._refused: tuple[bytes, str] | None = None
 
     def begin_chapter(self, position: int) -> None:
         """Begins a chapter, whose own text begins at absolute `position`, after those of the chapters before it."""
@@ -121,8 +121,7 @@ class Follower:
         to: a new matcher must meet it at this very place.
         """
         why, ends = "", self.grammar.vocabulary.ends
-        here = len(history), hash(history.tokens.tobytes())
-        if self._refused is not None and here == self._refused[0]:  # the same guess in a later round
+        if self._refused is not None and self._refused[0] == history.tokens.tobytes():  # the same guess once more
             raise NumericsError(self._refused[1])
         for _ in range(2):
             self._follow(history)
@@ -135,8 +134,9 @@ class Follower:
                     return bits if self._matcher.is_accepting() else bits & ~ends
             why = " ".join(self._matcher.get_error().split())[:200]
             self._begin_again()
-        self._refused = here, f"the grammar cannot be followed beyond position {len(history)}: {why}"
-        raise NumericsError(self._refused[1])
+        refused = f"the grammar cannot be followed beyond position {len(history)}: {why}"
+        self._refused = history.tokens.tobytes(), refused
+        raise NumericsError(refused)
 
     def outside(self, history: History) -> npt.NDArray[np.bool_]:
         """Returns [vocab_size] whether a token may not be next."""
