@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -630,6 +631,32 @@ def test_packaged_heads_guess_what_the_default_model_writes(default_model: Token
     drafted = swift.generate(prompt, drafter="heads", draft_heads=str(packaged), draft_tokens=8, **settings)
     assert drafted.tokens == plain.tokens
     assert drafted.report["mean_acceptance_length"] > 1.5
+
+
+def test_a_run_whose_drafts_are_gone_goes_on_without_them(
+    tiny_folder: Path, checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Heads that lay in the cache, and a draft model that was named: no token depends on them."""
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="torch")
+    own, draft = heads_file(cache_folder(), fingerprint(checkpoint)), tmp_path / "draft"
+    write_heads(random_heads("medusa"), own)
+    shutil.copytree(tiny_folder, draft)
+    settings: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "seed": 1}
+    whole = swift.generate("the cat", drafter="none", **settings)
+    for name, drafts in (("heads", {"drafter": "heads"}), ("model", {"draft_model": str(draft)})):
+        with swift.stream("the cat", out=tmp_path / name, **settings, **drafts) as stream:
+            next(iter(stream))
+    own.unlink()
+    shutil.rmtree(draft)
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="fp32", engine="torch")
+    for name, field in (("heads", "draft_heads"), ("model", "draft_model")):
+        caplog.clear()
+        with swift.resume(tmp_path / name) as stream:
+            list(stream)
+        assert stream.result().tokens == whole.tokens
+        assert f"{field}: " in caplog.text and "goes on by drafter auto, and is the same" in caplog.text
+        with pytest.raises(UserError, match=field):
+            swift.resume(tmp_path / name, **{field: str(tmp_path / "nowhere")})
 
 
 def test_a_heads_run_reports_its_heads(tiny_folder: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tokenswift_py.checkpoints.finding import DEFAULT_MODEL
 from tokenswift_py.checkpoints.generation_defaults import not_honoured
 from tokenswift_py.checkpoints.loading import open_checkpoint
 from tokenswift_py.core import is_whole
-from tokenswift_py.errors import check, one_line
+from tokenswift_py.errors import UserError, check, one_line
 from tokenswift_py.kvcache.cache import KVCache
 from tokenswift_py.loaded import LoadedModel
 from tokenswift_py.models.devices import KV_DTYPES, WEIGHT_FORMATS, find_device
@@ -28,7 +28,7 @@ from tokenswift_py.parallel.worker import serve_stage
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.assembly import prompt_rows
 from tokenswift_py.runs.baseline import baseline
-from tokenswift_py.runs.journal import Journal, JournalError, shared
+from tokenswift_py.runs.journal import Journal, JournalError, Record, shared
 from tokenswift_py.runs.plan import Run, check_snapshot, prepare, recorded_run
 from tokenswift_py.runs.result import Result
 from tokenswift_py.runs.stream import Stream
@@ -36,6 +36,8 @@ from tokenswift_py.sampling.processors import is_pure, name_of
 from tokenswift_py.text import Prompt
 
 logger = logging.getLogger("tokenswift")
+
+LOST = {"draft_heads": None, "draft_model": None}  # what names files that no text depends on
 
 MOST_THREADS = 1024  # the most threads of the native engine's team
 
@@ -223,11 +225,14 @@ class TokenSwift(LoadedModel):
             journal = shared(ranks, lambda: Journal.open(folder))
         try:
             record = journal.record
-            with ranks.same_fate():
-                run = recorded_run(self, record, extend, **settings)
-                check_snapshot(kv_snapshot, run.options)
-            ranks.agree("the parameters", (run.parameters(), kv_snapshot))
-            stream = Stream(self, run)
+            try:
+                stream = self._begun_again(record, extend, kv_snapshot, settings)
+            except UserError as error:
+                field = str(error).partition(":")[0]
+                if field not in LOST or field in settings or ranks.world > 1:
+                    raise
+                logger.warning("%s; the text goes on by drafter auto, and is the same", error)
+                stream = self._begun_again(record, extend, kv_snapshot, {**settings, **LOST, "drafter": "auto"})
             with ranks.same_fate():
                 if ranks.leads:
                     contract.check_same(record.header, stream.header())
@@ -246,6 +251,15 @@ class TokenSwift(LoadedModel):
             raise
         stream.record(journal, kv_snapshot)
         return stream
+
+    def _begun_again(self, record: Record, extend: int, kv_snapshot: bool, settings: Mapping[str, Any]) -> Stream:
+        """Returns the stream of a recorded run, before anything of its text."""
+        ranks = self.executor.ranks
+        with ranks.same_fate():
+            run = recorded_run(self, record, extend, **settings)
+            check_snapshot(kv_snapshot, run.options)
+        ranks.agree("the parameters", (run.parameters(), kv_snapshot))
+        return Stream(self, run)
 
     def baseline(self, stream: Stream) -> Result:
         """Writes the stream's text again by plain decoding with the same seed. Returns the stream's report with both

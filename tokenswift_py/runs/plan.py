@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,11 +144,6 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     if "special" not in recorded:  # begun before names of control tokens were text and these defaults were known
         earlier = {name: getattr(SamplingParams, name) for name in FILLED}
         recorded = {**earlier, "ban_words": [], "special": True, **recorded}
-    heads = str(recorded.get("draft_heads") or "auto")
-    named = heads != "auto" and "draft_heads" not in settings
-    if named and not Path(heads).expanduser().exists():
-        logger.warning("draft_heads: %s is gone; the text goes on without it, by drafter auto, and is the same", heads)
-        recorded |= {"draft_heads": None, "drafter": "auto"}
     settings |= resolved_positions(loaded, settings, recorded)
     if settings.get("json_schema") is not None:
         settings["json_schema"] = schema_text(settings["json_schema"])  # as it is recorded

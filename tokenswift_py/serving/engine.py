@@ -124,6 +124,10 @@ class Engine:
         journal = Journal.open(Path(folder))
         try:
             ours: dict[str, Any] = {"drafter": self.drafter, "draft_model": None}  # no text depends on them
+            heads = str(journal.record.header["parameters"].get("draft_heads") or "auto")
+            if heads != "auto" and not Path(heads).expanduser().exists():
+                logger.warning("draft_heads: %s is gone; the text goes on without it, and is the same", heads)
+                ours["draft_heads"] = None
             run = recorded_run(self.loaded, journal.record, in_pool=True, **ours)
             check_alone(run.options, "kv_budget")
             check(run.context == self.context, "context", run.context, f"the engine's, {self.context}")
