@@ -80,6 +80,7 @@ class SuffixAutomaton:
 
 
 TALLIED = 32
+AT_ONCE = 4096  # tokens that are taken in at a time, which takes some 15 ms
 
 Match = tuple[int, int]  # a state, and how many of the latest tokens it matches
 
@@ -134,12 +135,18 @@ class NGram(Drafter):
                 odds.learn(token == taken.tokens[0])
 
     def read_ahead(self, tokens: IntArray) -> None:
-        for token in tokens[self.automaton.size :].tolist():
+        for token in tokens[self.automaton.size :][:AT_ONCE].tolist():
             self.automaton.extend(token)
 
     def read(self, history: History) -> Match:
-        """Takes in the new part of the text, and returns where its end occurred before."""
+        """Takes in the new part of the text, and returns where its end occurred before.
+
+        Where much of the text is new at once, as a long prompt whose pages another text had computed already, it is
+        taken in over some rounds, for which other texts need not wait. No match is known until then.
+        """
         self.read_ahead(history.tokens)
+        if self.automaton.size < len(history):
+            return 0, 0
         state = max(0, self.automaton.link[self.automaton.last])
         return state, self.automaton.longest[state]
 

@@ -160,6 +160,14 @@ def test_a_short_match_seen_once_is_trusted_for_a_few_tokens_only() -> None:
     assert tree.tokens.tolist() == [2, *range(10, 9 + len(tree))]
 
 
+def test_a_long_text_that_is_new_at_once_is_taken_in_over_some_rounds() -> None:
+    """The prompt of a text in company, whose pages another one had computed. The others do not wait for it."""
+    text, drafter = list(range(300)) * 40, NGram()
+    sizes = [len(propose(text, 9, drafter)) for _ in range(4)]
+    assert sizes[:2] == [1, 1] and sizes[2:] == [9, 9]
+    assert drafter.automaton.size == len(text)
+
+
 def test_the_longest_match_comes_first_and_shorter_ones_fill_what_is_left() -> None:
     text = [1, 2, 3, 50, 9, 2, 3, 60, 9, 2, 3, 60, 9, 1, 2, 3]
     assert propose(text, 2).tokens.tolist() == [3, 50]
