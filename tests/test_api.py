@@ -149,6 +149,33 @@ def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda: 0)
 
 
+def test_weights_of_drafts_count_before_a_text_is_begun(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are packed for the first text that asks for them, and its pages are taken one by one: neither alone is seen
+    not to fit, and the text would end hours later."""
+    pytest.importorskip("tokenswift_py.kernels.cpu._native", reason="the C++ engine is not built")
+    swift = TokenSwift.from_pretrained(str(tiny_folder), dtype="bf16", engine="native")
+    parameters = swift.checkpoint.spec.parameters
+    assert swift.executor.draft_bytes("auto") == pytest.approx(1.06 * parameters, rel=0.05)
+    assert swift.executor.draft_bytes("bf16") == 0
+    monkeypatch.setattr("tokenswift_py.memory.HEADROOM", 0)
+    for free, refused in ((0, True), (2**40, False)):
+        monkeypatch.setattr("tokenswift_py.memory.free_memory", lambda free=free: free)
+        if refused:
+            with pytest.raises(
+                UserError, match=r"memory: .* drafts' weights \(\d+ MiB; none with --draft-weights bf16"
+            ):
+                swift.generate("the cat", max_new_tokens=4)
+        else:
+            swift.generate("the cat", max_new_tokens=4)
+    assert swift.executor.draft_bytes("auto") == 0, "packed by now"
+
+
+def test_paths_are_taken_where_names_are(tiny_folder: Path, tmp_path: Path) -> None:
+    swift = TokenSwift.from_pretrained(tiny_folder, dtype="fp32", engine="torch")  # type: ignore[arg-type]
+    swift.generate("the cat", max_new_tokens=4, trace=tmp_path / "trace.jsonl")
+    assert (tmp_path / "trace.jsonl").stat().st_size
+
+
 def test_a_baseline_is_written_into_the_runs_own_pages(swift: TokenSwift, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else two KV caches stand beside one another. They ascend again, or plain decoding would read them slower."""
     for settings in ({}, {"kv_budget": 256}):

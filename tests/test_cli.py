@@ -171,9 +171,13 @@ def test_a_full_disk_of_the_trace_is_one_line_of_a_run_that_ends_well(cli: list[
 def heed_ctrl_c() -> None:
     """A process that a shell starts in the background ignores Ctrl-C, and so do the processes that it starts."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: Path, sent: int, status: int) -> None:
+    """Ctrl-C, a machine that goes away, a terminal that does."""
     out = tmp_path / "run"
     arguments = with_flags(cli, "--prompt", "the cat", "--max-new-tokens", "20000", "--context", "21000")
     arguments += ["--ignore-eos"]
@@ -186,9 +190,9 @@ def test_ctrl_c_keeps_the_text_and_writes_the_report(cli: list[str], tmp_path: P
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert b"Traceback" not in errors
     assert errors.endswith(f"\n`tokenswift resume {out}` goes on from there\n".encode())
     report = json.loads((out / "report.json").read_text())

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -310,6 +311,44 @@ def run(swift: TokenSwift, tmp_path: Path) -> tuple[Path, Any]:
         for _ in stream:
             pass
     return tmp_path / "run", stream.result()
+
+
+def test_a_file_system_without_locks_has_journals_too(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor need it have folders that can be synced: some network folders have neither."""
+    fsync = os.fsync
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("os.fsync", of_files)
+    with swift.stream("the cat", out=tmp_path / "run", **SETTINGS) as stream:
+        next(iter(stream))
+    assert "cannot be locked (No locks available)" in caplog.text
+    with swift.resume(tmp_path / "run") as stream:
+        list(stream)
+    assert stream.result().tokens == swift.generate("the cat", **SETTINGS).tokens
+
+
+def test_a_run_stays_in_its_folder_wherever_the_program_goes(
+    swift: TokenSwift, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(snapshot, "SHARD", 1)
+    monkeypatch.setattr(snapshot, "ROWS", 64)
+    with swift.stream("the cat", out="run", kv_snapshot=True, **SETTINGS) as stream:
+        next(pieces := iter(stream))
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        list(pieces)
+    assert (tmp_path / "run" / "kv").is_dir() and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_recorded_run_goes_on_where_it_was_cut(swift: TokenSwift, run: tuple[Path, Any]) -> None:

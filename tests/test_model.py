@@ -24,6 +24,7 @@ from tokenswift_py.runs import contract, journal
 from tokenswift_py.runs.journal import Record
 from tokenswift_py.runs.plan import recorded_run
 from tokenswift_py.runs.stream import Stream
+from tokenswift_py.text import word_ids
 
 pytestmark = pytest.mark.model
 
@@ -55,6 +56,14 @@ def native(dtype: str, kv_dtype: str | None = None) -> TokenSwift:
 
 
 NAMES = ("lighthouse", "harbour", "library", "engine", "garden", "letter", "bridge", "market", "orchard", "tower")
+
+
+def test_a_banned_word_is_banned_after_a_space_too(default_model: TokenSwift) -> None:
+    """Most words have fewer tokens there, and stand there in a text."""
+    tokenizer = default_model.tokenizer
+    for word in ("tapestry", "delve", "whispered", "Eleanor"):
+        alone, spaced = (tuple(tokenizer(text).input_ids) for text in (word, f" {word}"))
+        assert len(spaced) < len(alone) and set(word_ids(tokenizer, word)) == {alone, spaced}
 
 
 def test_the_published_proof_can_be_audited_again(default_model: TokenSwift) -> None:

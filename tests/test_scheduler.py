@@ -365,6 +365,28 @@ def test_rows_that_seem_to_cost_nothing_stop_no_company() -> None:
     assert [len(cut.segment.tree) for cut in Width(cost).cut([text, prompt])][1] == 32
 
 
+def test_hours_of_waiting_do_not_make_a_text_one_that_never_gives_way(tiny_decoder: Any) -> None:
+    """A job that waited for a place for hours makes room for an answer that somebody has waited for a minute."""
+    now = 0.0
+    scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(100), lambda: now, most_running=1)
+    works = [Work(tiny_decoder, scheduler.pool, number, 200, -1.0, Ticks(), seed=number) for number in range(2)]
+    first = scheduler.add(works[0])
+    scheduler.step()
+    scheduler.add(works[1])
+    now += 7200.0
+    scheduler.cancel(first)
+    while not any(seat.work is works[1] and seat.running for seat in scheduler.seats):
+        scheduler.step()
+    answer = Work(tiny_decoder, scheduler.pool, 3, 5, 0.0, Ticks(), seed=4)
+    scheduler.add(answer)
+    for _ in range(100):
+        scheduler.step()
+        now += 1.0
+        if answer.ended:
+            break
+    assert answer.ended == [None] and not works[1].ended
+
+
 def test_who_waits_long_is_served_beside_a_steady_stream_of_the_more_urgent(tiny_decoder: Any) -> None:
     now = 0.0
     scheduler = Scheduler(tiny_decoder, tiny_decoder.new_pool(100), lambda: now, most_running=1)

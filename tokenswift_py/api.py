@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,7 @@ class TokenSwift(LoadedModel):
         SystemExit when it ends. Raises UserError, in one line, for whatever cannot be used. Weights that cannot fit are
         refused before they are read.
         """
+        model = os.fspath(model)
         place = find_place(pipeline_parallel_size)
         if place.stage > 0:
             serve_stage(place)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import PurePath
 from typing import Any
 
 from tokenswift_py import registry
@@ -98,7 +99,7 @@ class Options(Asked):
 
     max_new_tokens: int = option(512, "text", Whole(1), "tokens to write at the most, forced turns not counted")
     min_new_tokens: int = option(
-        0, "text", Whole(), "nothing ends the text before so many: no EOS, no stop token, no stop string"
+        0, "text", Whole(), "nothing but a loop ends the text, or its first chapter, before so many tokens"
     )
     min_chapter_tokens: int = option(0, "text", Whole(0), "nor a chapter before it has so many")
     ignore_eos: bool = option(
@@ -277,7 +278,8 @@ class Options(Asked):
         for name in settings:
             if name not in known:
                 raise UserError(f"{name}: no such parameter; known are {', '.join(known)}")
-        return cls(**settings)
+        plain: dict[str, Any] = {name: str(x) if isinstance(x, PurePath) else x for name, x in settings.items()}
+        return cls(**plain)
 
     def sampling(self, defaults: Mapping[str, Any], tokenizer: Any) -> SamplingParams:
         """Returns the sampling parameters: those asked for, else the checkpoint's defaults, else plain greedy."""

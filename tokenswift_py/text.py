@@ -145,13 +145,12 @@ def token_ids(tokenizer: Any, text: str, special: bool = False, as_text: bool = 
 
 
 def word_ids(tokenizer: Any, word: str | Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns the ways in which the tokenizer writes a word: alone, and after a space if it then has a first token of
-    its own and as many tokens (vLLM's rule). Ids are one way."""
+    """Returns the ways in which the tokenizer writes a word: alone, and after a space. Ids are one way."""
     if not isinstance(word, str):
         return [tuple(int(token) for token in word)]
     alone, spaced = (tuple(token_ids(tokenizer, text)) for text in (word, f" {word.lstrip()}"))
     check(len(alone) > 0, "ban_words", word, "a text that has tokens")
-    return [alone, spaced] if len(spaced) == len(alone) and spaced[0] != alone[0] else [alone]
+    return list(dict.fromkeys((alone, spaced)))
 
 
 def templated_ids(tokenizer: Any, messages: Sequence[Any], chat: Chat) -> list[int]:
@@ -335,8 +334,10 @@ def tokens_containing(tokenizer: Any, strings: Sequence[str]) -> set[int]:
     texts = TOKEN_TEXTS.get(tokenizer)
     if texts is None or len(texts) != len(tokenizer):
         texts = TOKEN_TEXTS[tokenizer] = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-    found = {token for token, text in enumerate(texts) if any(string in text for string in strings)}
-    return found | set(tokenizer.all_special_ids)
+    found = {string: {token for token, text in enumerate(texts) if string in text} for string in strings}
+    for string in (string for string, tokens in found.items() if not tokens):
+        logger.warning("dry_breakers: no token holds %r, so it breaks nothing; name its end", string)
+    return set(special_ids(tokenizer)).union(*found.values())
 
 
 def token_of(tokenizer: Any, item: int | str, field: str) -> int:

@@ -52,17 +52,17 @@ def main(arguments: Sequence[str]) -> int:
     from tokenswift_py.runs.progress import work_bar
 
     compute_as(record.header["numerics"])
-    swift = TokenSwift.from_pretrained(
-        **origin_of(record, args), threads=args.threads, pipeline_parallel_size=args.pipeline_parallel_size
-    )
     rows = len(record.header["prompt"]) + len(record.tokens)
     hidden = args.quiet or not sys.stderr.isatty()
-    with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
-        try:
+    try:
+        swift = TokenSwift.from_pretrained(
+            **origin_of(record, args), threads=args.threads, pipeline_parallel_size=args.pipeline_parallel_size
+        )
+        with work_bar("auditing", swift.checkpoint.spec, rows, hidden) as progress:
             found = audit(swift, args.folder, args.sample, progress, kv_gates=args.kv_gates)
-        except (RuntimeError, MemoryError) as error:  # 1 would say that the text is wrong
-            told = " ".join(str(error).split())
-            raise UserError(f"audit: it broke off and says nothing ({type(error).__name__}: {told})") from error
+    except (RuntimeError, MemoryError, OSError) as error:  # 1 would say that the text is wrong
+        told = " ".join(str(error).split())
+        raise UserError(f"audit: it broke off and says nothing ({type(error).__name__}: {told})") from error
     if not args.quiet:
         print(verdict(found, lambda token: str(swift.tokenizer.decode([token]))), flush=True)
     if args.json and swift.executor.ranks.leads:

@@ -106,7 +106,7 @@ def answer(args: argparse.Namespace, answers: Any, left: int, limits: Any) -> in
     note(args, f"{told}; {tokens} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s)")
     if not done:
         note(args, f"stopped with {left - batch.answered} requests left: the same command goes on from there")
-    return 0 if done else INTERRUPTED
+    return 0 if done else ctrl_c.status
 
 
 def shown_on(bar: Any, engine: Any) -> Callable[[int, int], None]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tokenswift_py.parallel.processes import world_size
+
 if TYPE_CHECKING:
     from tokenswift_py.runs.stream import Stream
 
@@ -39,30 +41,44 @@ def open_standard_streams() -> None:
 
 class CtrlC:
     """Turns Ctrl-C into a question that the loop asks between two pieces, from `hold` on. In the middle of a piece, the
-    engine has counted tokens that the text has not.
+    engine has counted tokens that the text has not. In one process SIGTERM and SIGHUP, by which a machine or a terminal
+    goes away, are heard like it.
 
     Before that (a long prompt is being read), and the second time, it interrupts at once, like anywhere else.
+
+    pressed: whether it was heard.
+    status:  the exit status that says so.
     """
 
     def __init__(self) -> None:
-        self.pressed = False
+        self.pressed, self.status = False, 128 + signal.SIGINT
+        self._usual: dict[int, Any] = {}
 
     def __enter__(self) -> CtrlC:
         return self
 
     def hold(self) -> None:
-        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        main = threading.current_thread() is threading.main_thread()  # Python handles signals in this thread only
-        if usual and main and not self.pressed:
-            signal.signal(signal.SIGINT, self._press)
+        if self.pressed or self._usual or threading.current_thread() is not threading.main_thread():
+            return  # Python handles signals in the main thread only
+        usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+        if world_size() == 1:
+            usual |= {signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) is handler or signal.getsignal(number) == handler:
+                self._usual[number] = handler
+                signal.signal(number, self._press)
 
     def _press(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.pressed, self.status = True, 128 + number
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._usual.items():
+            if signal.getsignal(number) == self._press:
+                signal.signal(number, handler)
 
     def __exit__(self, *raised: object) -> None:
-        if signal.getsignal(signal.SIGINT) == self._press:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._release()
 
 
 class LogLines(logging.Handler):
@@ -73,7 +89,10 @@ class LogLines(logging.Handler):
         self.show: Callable[[str], None] = show_plainly
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.show(self.format(record))
+        try:
+            self.show(self.format(record))
+        except OSError:  # a closed pipe, a full disk: no reason to end a text
+            self.handleError(record)
 
 
 def show_plainly(line: str) -> None:

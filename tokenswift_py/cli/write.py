@@ -102,7 +102,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
     """Writes, compares and reports. folder: folder that gets the files."""
     from tokenswift_py.runs.report import summary
 
-    interrupted = False
+    interrupted, status = False, INTERRUPTED
     failures: list[Exception] = []
     with Output(args, stream, folder, lines) as output:
         try:
@@ -111,7 +111,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
                     ctrl_c.hold()
                     output.write(piece.text, len(piece.tokens), stream.stats.to_dict()["mean_acceptance_length"])
                     if ctrl_c.pressed:
-                        interrupted = True
+                        interrupted, status = True, ctrl_c.status
                         break
         except KeyboardInterrupt:
             interrupted = True
@@ -147,7 +147,7 @@ def write_out(args: argparse.Namespace, swift: TokenSwift, stream: Stream, folde
         note(args, summary(result.report))
     if folder and result.ending == "interrupted":
         note(args, f"`tokenswift resume {folder}` goes on from there")
-    return INTERRUPTED if interrupted else 0
+    return status if interrupted else 0
 
 
 def attempted(step: Callable[..., object], *arguments: object) -> list[Exception]:

@@ -105,6 +105,9 @@ class Executor(Protocol):
     def reads_copies(self, kv: str) -> bool:
         """Returns whether a self-draft made with this `kv` reads int8 copies of pages."""
 
+    def draft_bytes(self, weights: str) -> int:
+        """Returns the bytes that `self_draft` will take for weights of its own, 0 where it has them."""
+
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         """Loads another model that drafts for this one, on the same device, threads and kernels, with the same type of
         KV cache.
@@ -184,6 +187,10 @@ class TorchExecutor:
     def reads_copies(self, kv: str) -> bool:
         return kv == "int8"  # what auto should be, a card has to tell
 
+    def draft_bytes(self, weights: str) -> int:
+        packed = weights not in FEW_BITS or weights in self._draft_ops
+        return 0 if packed else int(FEW_BITS[weights].nbytes * self._spec.parameters)
+
     def _decoder(self, rope: RopeTables, ops: Ops, draft: bool, copies: bool = False) -> Model:
         parts = (self._spec, self._weights, rope, self._attention, ops, draft, self.kv_dtype)
         return ParallelDecoder(*parts, self._shard, self.ranks) if self._shard else TorchDecoder(*parts, copies)
@@ -262,6 +269,11 @@ class NativeExecutor:
 
     def reads_copies(self, kv: str) -> bool:
         return kv != "own" and self.kv_dtype == torch.bfloat16
+
+    def draft_bytes(self, weights: str) -> int:
+        kind = "int4" if weights == "int4" else "int8"
+        packed = weights == "bf16" or kind in self._draft_weights
+        return 0 if packed else int(FEW_BITS[kind].nbytes * self._spec.parameters)
 
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         check_draft_weights(weights)

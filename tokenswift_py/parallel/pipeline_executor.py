@@ -85,6 +85,9 @@ class PipelineExecutor:
     def reads_copies(self, kv: str) -> bool:
         return self._own.reads_copies(kv)
 
+    def draft_bytes(self, weights: str) -> int:
+        return self._own.draft_bytes(weights)
+
     def beside(self, checkpoint: Checkpoint, weights: str) -> Executor:
         return self._own.beside(checkpoint, weights)
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from tokenswift_py.core import Likeliest
+from tokenswift_py.errors import UserError, shown
 
 if TYPE_CHECKING:
     from tokenswift_py.runs.result import Result
+
+logger = logging.getLogger("tokenswift")
 
 
 def save_text(folder: Path, text: str) -> None:
@@ -80,9 +86,26 @@ def put(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Puts the folder's own entries on the disk."""
+    """Puts the folder's own entries on the disk, where its file system can."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Locks the file until it is closed, or until the process ends in whatever way. Some network folders have no
+    locks."""
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            logger.warning("%s cannot be locked (%s): let no other process write it", path, error.strerror)
+            return
+        file.close()
+        writes = "another process writes it, or a stream of this one that is not closed"
+        raise UserError(f"journal: {shown(str(path))} is not allowed; {writes}") from error

@@ -11,7 +11,6 @@ frame after them.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import struct
@@ -25,8 +24,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from tokenswift_py.errors import UserError, check, files, one_line
-from tokenswift_py.runs.folder import sync_folder
+from tokenswift_py.errors import check, files, one_line
+from tokenswift_py.runs.folder import lock, sync_folder
 
 if TYPE_CHECKING:
     from tokenswift_py.parallel.ranks import Ranks
@@ -224,16 +223,16 @@ class Journal:
     def create(cls, folder: Path, header: dict[str, Any]) -> Journal:
         """Creates a journal in an empty or new folder. Raises UserError where there is one, or none can be, and
         JournalError, leaving none, where it cannot be written."""
-        path = folder / NAME
+        path = folder.absolute() / NAME  # whatever the working directory becomes
         header = {"version": VERSION, **header}
         payload = json.dumps(header).encode()  # ASCII, because the name of a model need not be UTF-8
         seed = checksum(HEADER, payload, 0)
         with files("out", folder, "a new or empty folder is"):
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("xb", buffering=0)
-        lock(file, path)
-        journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
         try:
+            lock(file, path)
+            journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
             begun = MAGIC + frame_bytes(HEADER, payload, 0)
             journal._put(begun)
             journal._size = len(begun)
@@ -249,7 +248,7 @@ class Journal:
     def open(cls, folder: Path) -> Journal:
         """Opens a folder's journal to go on with it, and cuts a torn end off. Raises the UserErrors of `read`, and one
         where another process writes it."""
-        path = folder / NAME
+        path = folder.absolute() / NAME
         with files("journal", path, "a run's folder holds one that can be written"):
             file = path.open("r+b", buffering=0)
         try:
@@ -338,13 +337,3 @@ class Followed(Journal):
 
     def close(self) -> None:
         pass
-
-
-def lock(file: BinaryIO, path: Path) -> None:
-    """Locks the file until it is closed, or until the process ends in whatever way."""
-    try:
-        with files("journal", path, "another process writes it"):
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except UserError:
-        file.close()
-        raise

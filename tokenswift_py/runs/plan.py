@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,6 +126,10 @@ def prepare(
         copied = kept if loaded.executor.copies_all else seen + seen // 4
         draft_bytes = loaded.kv_bytes(copied, dtype=torch.int8)
     if not in_pool:
+        owed = loaded.executor.draft_bytes(options.draft_weights)  # packed when the first text asks for them
+        if owed and kind_of(options.chosen_drafter).runs_target:
+            what += f", and drafts' weights ({owed / 2**20:.0f} MiB; none with --draft-weights bf16)"
+            draft_bytes += owed
         check_memory(own_bytes + draft_bytes, loaded.executor.device, what)
     rope = loaded.rope(context, options.met_positions())
     loaded.executor.check_rope(rope)
@@ -164,6 +169,15 @@ def recorded_run(loaded: LoadedModel, record: Record, extend: int = 0, in_pool: 
     check(not outside, "journal: token", outside[:1], "the model knows no such id")
     check_context(loaded, run, recorded["context"], extend)
     return run
+
+
+def without_lost_heads(record: Record) -> dict[str, None]:
+    """Returns the setting that leaves out recorded draft heads whose file is gone, else nothing."""
+    heads = str(record.header["parameters"].get("draft_heads") or "auto")
+    if heads == "auto" or Path(heads).expanduser().exists():
+        return {}
+    logger.warning("draft_heads: %s is gone; the text goes on without it, and is the same", heads)
+    return {"draft_heads": None}
 
 
 def check_context(loaded: LoadedModel, run: Run, recorded: int, extend: int) -> None:

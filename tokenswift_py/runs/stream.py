@@ -92,7 +92,12 @@ class Stream:
         if self._cold and self.ending == "interrupted":
             self._cold = False
             self._restore(progress)
-            compute(self.loop.catch_up(progress))
+            try:
+                compute(self.loop.catch_up(progress))
+            except BaseException:  # Ctrl-C, for example: what was computed is kept, if that was asked for
+                if self.loop.keep is not None:
+                    self.loop.keep()
+                raise
 
     def record(self, journal: Journal, kv_snapshot: bool) -> None:
         """Records the text from now on. kv_snapshot: whether to keep the KV cache at the end."""

@@ -23,7 +23,7 @@ def contextual_penalty(scores: npt.NDArray[np.float64], tokens: IntArray, theta:
     scores: [vocab_size]. Source: TokenSwift (arXiv 2502.18890) section 3.4, with the sign rule of CTRL from Hugging
             Face's implementation. Dividing a negative score would raise it.
     """
-    recent = np.unique(tokens[-window:])
+    recent = np.flatnonzero(np.bincount(tokens[-window:]))  # ascending; np.unique would sort a long text
     values = scores[recent]
     scores[recent] = np.where(values > 0, values / theta, values * theta)
 
@@ -34,9 +34,10 @@ def count_penalty(scores: npt.NDArray[np.float64], written: IntArray, frequency:
     Source: OpenAI's API reference, with vLLM's reading of it: only tokens that the model wrote count, not those of the
             prompt.
     """
-    tokens, counts = np.unique(written, return_counts=True)
+    counts = np.bincount(written)
+    tokens = np.flatnonzero(counts)
     if frequency:
-        scores[tokens] -= frequency * counts
+        scores[tokens] -= frequency * counts[tokens]
     if presence:
         scores[tokens] -= presence
 

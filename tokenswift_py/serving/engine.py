@@ -26,7 +26,7 @@ from tokenswift_py.models.rope import AUTO
 from tokenswift_py.options import Options
 from tokenswift_py.runs import contract
 from tokenswift_py.runs.journal import Journal
-from tokenswift_py.runs.plan import Run, prepare, recorded_run
+from tokenswift_py.runs.plan import Run, prepare, recorded_run, without_lost_heads
 from tokenswift_py.runs.stream import Stream
 from tokenswift_py.serving.company import Company
 from tokenswift_py.serving.journals import Behind, Writer
@@ -124,10 +124,7 @@ class Engine:
         journal = Journal.open(Path(folder))
         try:
             ours: dict[str, Any] = {"drafter": self.drafter, "draft_model": None}  # no text depends on them
-            heads = str(journal.record.header["parameters"].get("draft_heads") or "auto")
-            if heads != "auto" and not Path(heads).expanduser().exists():
-                logger.warning("draft_heads: %s is gone; the text goes on without it, and is the same", heads)
-                ours["draft_heads"] = None
+            ours |= without_lost_heads(journal.record)
             run = recorded_run(self.loaded, journal.record, in_pool=True, **ours)
             check_alone(run.options, "kv_budget")
             check(run.context == self.context, "context", run.context, f"the engine's, {self.context}")

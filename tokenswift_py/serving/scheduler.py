@@ -111,8 +111,7 @@ class Scheduler:
     # Who is in work
 
     def _urgency(self, seat: Seat) -> tuple[float, int]:
-        """Returns a key that sorts the most urgent first. A text that waits becomes more urgent by 1 in AGEING seconds,
-        and stays so."""
+        """Returns a key that sorts the most urgent first. A text gains 1 in AGEING seconds of waiting."""
         waited = 0.0 if seat.running else (self.clock() - seat.since) / AGEING
         return -(seat.work.priority + seat.credit + waited), seat.number
 
@@ -128,7 +127,7 @@ class Scheduler:
                     return
                 self._preempt(victims.pop())
             if self._find_place(seat, victims):
-                seat.credit += (self.clock() - seat.since) / AGEING
+                seat.credit = min(seat.credit + (self.clock() - seat.since) / AGEING, MOST_CREDIT)
                 seat.running = True
                 continue
             if self.running:
@@ -348,3 +347,4 @@ class Scheduler:
 
 
 AGEING = 30.0
+MOST_CREDIT = 2.0  # what a text in work has left of its waiting: after hours of it, it would give way to nobody

@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from tokenswift_py.errors import UserError, check, files
+from tokenswift_py.parallel.ranks import RanksError
 from tokenswift_py.runs.folder import save_report, save_text, save_tokens, sync_folder
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.serving.engine import Busy, Engine
@@ -314,7 +315,8 @@ class Jobs:
         kept.characters = len(result.text)
         kept.curve, kept.loops = list(job.pace.curve), result.report["loops"]
         kept.figures = job.pace.summary(result.stats)
-        if isinstance(error, (JournalError, OSError)):  # a full disk: the job goes on when there is room
+        # A full disk, or a stage of the pipeline that is gone: the job goes on when there is room, or a new server.
+        if isinstance(error, (JournalError, OSError, RanksError)):
             self._settle(job, "interrupted", told(error))
         elif error is not None:
             logger.error("job %s failed: %s", job.id, error, exc_info=error)
