@@ -385,6 +385,7 @@ WRONG = {
     ),
     "a tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "unsupported_parameter"),
     "top_logprobs alone": ({"top_logprobs": 2}, 400, "top_logprobs", None),
+    "too many drafts": ({"extra_body": {"draft_tokens": 33}}, 400, "draft_tokens", None),
     "what nobody knows": ({"extra_body": {"wisdom": 1}}, 400, "wisdom", "unknown_parameter"),
     "another model": ({"model": "gpt"}, 404, "model", "model_not_found"),
 }  # fmt: skip

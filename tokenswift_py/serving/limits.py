@@ -15,6 +15,7 @@ ITEMS = {
     "dry_breakers": 64,
 }  # the most entries of a list or of a table; for any other list or table:
 MOST_ITEMS = 1024
+MOST_DRAFTS = 32  # of a round
 MOST_DEPTH = 64  # lists and tables within one another
 
 
@@ -50,7 +51,9 @@ class Limits:
 
 def check_size(name: str, value: Any) -> None:
     """Refuses lists, tables and stop strings that are larger than anyone needs. They are looked through at every
-    token."""
+    token. Refuses more draft tokens than any text is sped up by: other texts wait for the passes that they take."""
+    if name == "draft_tokens" and isinstance(value, int):
+        check(value <= MOST_DRAFTS, name, value, f"at most {MOST_DRAFTS} on a server")
     if isinstance(value, (list, tuple, dict)):
         most = ITEMS.get(name, MOST_ITEMS)
         check(len(value) <= most, name, f"{len(value)} entries", f"at most {most}")
