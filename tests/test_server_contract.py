@@ -110,7 +110,7 @@ SAID = [{"role": "user", "content": "the cat"}]
 ASKED: list[tuple[str, dict[str, Any], Any]] = [
     ("/v1/chat/completions", {"messages": SAID}, shapes.ChatCompletion),
     ("/v1/chat/completions", {"messages": SAID, "logprobs": True, "top_logprobs": 2, "n": 2}, shapes.ChatCompletion),
-    ("/v1/completions", {"prompt": ["a", "b"], "echo": True, "logprobs": 2}, shapes.Completion),
+    ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 2}, shapes.Completion),
     ("/v1/completions", {"prompt": "a", "logprobs": 0}, shapes.Completion),
     ("/v1/responses", {"input": "the cat", "top_logprobs": 1, "user": "me"}, shapes.WholeResponse),
     ("/v1/responses", {"input": "the cat", "text": {"format": {"type": "text"}}}, shapes.WholeResponse),
@@ -128,6 +128,12 @@ def test_a_shape_holds_all_of_an_answer(
     again = shape.model_validate_json(reply.text).model_dump(exclude_unset=True)
     assert again == reply.json()
     assert dumped(reply.json()) == reply.text  # the bytes are the answer's own: no shape has made them
+
+
+def test_the_logprobs_of_an_echo_are_as_described(document: dict[str, Any], server: Running) -> None:
+    """The first token of a prompt has none."""
+    reply = ask(f"{server.url}/v1/completions", {"prompt": ["a", "b"], "echo": True, "logprobs": 2}, **HEADERS)
+    check(document, answered(document, "/v1/completions", 200, "application/json"), reply.json())
 
 
 @pytest.mark.parametrize(("path", "body", "shape"), ASKED)

@@ -340,7 +340,7 @@ def test_stages_of_a_pipeline_have_the_same_products(monkeypatch: pytest.MonkeyP
     spec = ModelSpec.from_config(tiny_config("llama", **SMALL))
     own = SimpleNamespace(products="a/blocks-64-00000000", kinds=set(), multiplied_nbytes=0, name="torch", dtype="fp32",
                           kv_dtype=torch.float32, device=CPU, ranks=None, copies_all=True)  # fmt: skip
-    monkeypatch.setattr("tokenswift_py.checkpoints.checkpoint.fingerprint", lambda _: "0123")
+    monkeypatch.setattr("tokenswift_py.checkpoints.checkpoint.model_fingerprint", lambda _: {"weights": "0123"})
     answers = [
         ({"kinds": [], "multiplied": 0, "products": products}, ()) for products in (own.products, "a/fixed-tiles")
     ]

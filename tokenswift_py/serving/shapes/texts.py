@@ -110,11 +110,12 @@ class ChatCompletionChunk(Chunk):
 
 
 class CompletionLogprobs(Shape):
-    """The log-probabilities of a completion. `text_offset` has the character at which each token begins."""
+    """The log-probabilities of a completion. `text_offset` has the character at which each token begins. With `echo`
+    the prompt's tokens come first, and its first token has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
