@@ -392,7 +392,7 @@ def test_an_int8_cache_is_named_and_counted_with_its_scales(
     monkeypatch.setattr(plan, "check_memory", lambda size, *_: needed.append(size))
     reports = []
     for model in (swift, over_int8):
-        with model.stream("the cat", max_new_tokens=100, seed=2, ignore_eos=True) as stream:
+        with model.stream("the cat", max_new_tokens=100, seed=2, ignore_eos=True, draft_weights="bf16") as stream:
             list(stream)
         reports.append(model.baseline(stream).report)
     fp32, int8 = reports
