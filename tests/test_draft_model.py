@@ -338,7 +338,7 @@ def test_the_drafts_cache_counts_in_the_memory_check(
     needed: list[tuple[int, str]] = []
     monkeypatch.setattr("tokenswift_py.runs.plan.check_memory", lambda size, device, what: needed.append((size, what)))
     named = {"draft_model": str(smaller)}
-    for changes in ({}, named, {**named, "draft_budget": 64}):
+    for changes in ({"draft_weights": "bf16"}, named, {**named, "draft_budget": 64}):
         swift.generate("the cat", **{**RUN, **changes})
     assert swift._draft is not None
     (alone, _), (both, what), (bounded, _) = needed
