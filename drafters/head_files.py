@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from tokenswift_py.checkpoints.cache import cache_folder
+from tokenswift_py.checkpoints.cache import WRITABLE, cache_folder
 from tokenswift_py.checkpoints.checkpoint import Checkpoint
 from tokenswift_py.checkpoints.checkpoint import fingerprint as fingerprint
 from tokenswift_py.drafters.head_weights import FORMS, HeadWeights, check_shapes
@@ -130,7 +130,7 @@ def convert(path: Path, checkpoint: Checkpoint) -> Path:
             tensors.update(foreign_tensors(file))
         weights = from_names(tensors, checkpoint.spec.norm_eps)
         check_shapes(weights, checkpoint.spec)
-        with files("draft_heads", target.parent, "a cache folder that can be written; TOKENSWIFT_CACHE names another"):
+        with files("draft_heads", target.parent, WRITABLE):
             write_heads(replace(weights, provenance={"converted_from": path.name}), target)
     return target
 

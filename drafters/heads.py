@@ -83,12 +83,10 @@ class Heads(Drafter):
         with context.history.guesses():
             certain = len(forced.force(context, 0))
         known = self._row is None or certain >= len(self.weights)  # the tokens that heads could guess are known
-        if known or context.plan.rests or not self._pays(context):
+        if known or budget < 2 or context.plan.rests or not self._pays(context):
             self._guesses = {}
             return forced.build()
         assert self._row is not None
-        if budget < 2:
-            return forced.build()
         self.move(self._row.device)  # no part of what asking costs
         lap = context.timer.start(context.self_draft)
         tree = self.tree(self._row, context, budget)

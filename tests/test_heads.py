@@ -353,6 +353,7 @@ def test_heads_alone_are_not_asked_where_no_guess_is_worth_its_row() -> None:
     for rows in (1, 2, 4, 8) * 4:
         planner.observe(0, rows, 1, {"draft": 0.0, "verify": 10.0 * rows, "accept": 0.1, "commit": 0.1, "learn": 0.1})
     context.plan, context.history = planner.at(0), History([7])
+    context.agreed = lambda _: 1.0  # whatever this machine does beside
     row, asked = torch.ones(E), []
     drafter._row = row
     for _ in range(300):

@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+WRITABLE = "a cache folder that can be written; TOKENSWIFT_CACHE names another"
 LARGE = 16 * 2**20  # the least bytes of a file whose hash is kept; smaller ones are hashed in no time
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import google_crc32c
 
-from tokenswift_py.checkpoints.cache import cache_folder, cache_name
+from tokenswift_py.checkpoints.cache import WRITABLE, cache_folder, cache_name
 from tokenswift_py.checkpoints.generation_defaults import NAME
 from tokenswift_py.checkpoints.gguf_config import config_of, generation_of
 from tokenswift_py.checkpoints.gguf_file import GgufFile
@@ -25,7 +25,6 @@ from tokenswift_py.models.spec import ModelSpec
 
 logger = logging.getLogger("tokenswift")
 
-WRITABLE = "a cache folder that can be written; TOKENSWIFT_CACHE names another"
 SUMS = "checksums.json"  # the CRC32C of each file that was made from a GGUF file
 CONVERSION = 4  # part of the folder's name; raise it when the conversion changes
 

@@ -18,7 +18,6 @@ from tokenswift_py.cli.terminal import CtrlC, no_bar, note
 from tokenswift_py.errors import UserError, check
 from tokenswift_py.parallel.processes import check_one_rank
 
-INTERRUPTED = 130
 PACKAGES = ("fastapi", "sse_starlette", "prometheus_client")  # packages of the server, which makes the answers
 RATE_S = 0.5  # seconds between two looks at the rate
 

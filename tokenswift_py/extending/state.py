@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 
 from tokenswift_py.checkpoints.cache import full_disks
 from tokenswift_py.errors import check, files, one_line
+from tokenswift_py.runs.folder import lock
 
 SETTINGS, JOURNAL, STATE = "settings.json", "journal.jsonl", "state.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # the parts of AdamW's state
@@ -52,8 +52,7 @@ class TrainingFolder:
     def held(self) -> Iterator[None]:
         """Keeps other processes from training here. Raises UserError where one does. The lock ends with the process."""
         with (self.path / SETTINGS).open("rb") as file:
-            with files("resume", self.path.parent, "a folder in which no other process trains"):
-                fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, "resume", self.path.parent, "a folder in which no other process trains")
             yield
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -97,9 +97,9 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def lock(file: BinaryIO, path: Path) -> None:
+def lock(file: BinaryIO, field: str, path: Path, allowed: str) -> None:
     """Locks the file until it is closed, or until the process ends in whatever way. Some network folders have no
-    locks."""
+    locks. Raises UserError about `path`, and closes the file, where another process has it."""
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -107,5 +107,4 @@ def lock(file: BinaryIO, path: Path) -> None:
             logger.warning("%s cannot be locked (%s): let no other process write it", path, error.strerror)
             return
         file.close()
-        writes = "another process writes it, or a stream of this one that is not closed"
-        raise UserError(f"journal: {shown(str(path))} is not allowed; {writes}") from error
+        raise UserError(f"{field}: {shown(str(path))} is not allowed; {allowed}") from error

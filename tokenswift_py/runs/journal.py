@@ -39,6 +39,7 @@ COUNTS = struct.Struct("<II")
 EXTENSION = struct.Struct("<Q")
 HEADER, TOKENS, EXTEND = 1, 2, 3
 
+ALONE = "another process writes it, or a stream of this one that is not closed"
 SYNC_TOKENS = 256
 SYNC_SECONDS = 1.0
 
@@ -231,7 +232,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("xb", buffering=0)
         try:
-            lock(file, path)
+            lock(file, "journal", path, ALONE)
             journal = cls(file, Record(path, header, [], [], 0, 0, 0, seed))
             begun = MAGIC + frame_bytes(HEADER, payload, 0)
             journal._put(begun)
@@ -252,7 +253,7 @@ class Journal:
         with files("journal", path, "a run's folder holds one that can be written"):
             file = path.open("r+b", buffering=0)
         try:
-            lock(file, path)
+            lock(file, "journal", path, ALONE)
             journal = cls(file, parse(file.read(), path))
             if journal.record.torn:
                 with files("journal", path, "its torn end must be cut off"):

@@ -3,7 +3,6 @@ answer, and the lines that are written survive a crash."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -13,8 +12,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tokenswift_py.errors import UserError, check, files, shown
-from tokenswift_py.runs.folder import sync_folder
+from tokenswift_py.errors import check, files, shown
+from tokenswift_py.runs.folder import lock, sync_folder
 
 MOST_LINE = 64 * 2**20  # the most bytes that a request may have: far more than any context holds
 METHOD = "POST"
@@ -148,10 +147,7 @@ class Answers:
                 raise
 
     def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"output: {shown(str(self.path))} is not allowed; another process writes it") from error
+        lock(self._file, "output", self.path, "another process writes it")
 
     def _read(self) -> int:
         """Reads the answers. Returns how many bytes they have. A torn last line does not count."""

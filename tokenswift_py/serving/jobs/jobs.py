@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import secrets
@@ -17,7 +16,7 @@ from typing import Any
 
 from tokenswift_py.errors import UserError, check, files
 from tokenswift_py.parallel.ranks import RanksError
-from tokenswift_py.runs.folder import save_report, save_text, save_tokens, sync_folder
+from tokenswift_py.runs.folder import lock, save_report, save_text, save_tokens, sync_folder
 from tokenswift_py.runs.journal import JournalError
 from tokenswift_py.serving.engine import Busy, Engine
 from tokenswift_py.serving.jobs.examiner import Examiner
@@ -61,8 +60,7 @@ class Jobs:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.folder.chmod(0o700)
             self._lock_file = (self.folder / "lock").open("ab")
-        with files("data", folder, "a folder that no other server has"):
-            fcntl.flock(self._lock_file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(self._lock_file, "data", self.folder, "a folder that no other server has")
         self._lock = threading.RLock()
         self._jobs = {job.id: job for job in kept_jobs(self.folder)}
         self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
